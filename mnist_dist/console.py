@@ -1,0 +1,201 @@
+"""The border between a person and a job: flags in, one progress bar and plain lines out, one JSON line at the end.
+
+Owns: parsing a recipe and its flags; what is shown on stderr; silence of Ray, TensorFlow and oneDNN; the exit code;
+the JSON line, the last one of stdout. Signals are taken here and asked for by the job (`Stop`).
+"""
+
+import difflib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mnist_dist.errors import ConfigError, MnistDistError
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
+Job = TypeVar("Job")
+
+
+class Console:
+    """What a person sees of a job, on stderr.
+
+    Args:
+        verbose: show what Ray and TensorFlow print, and tracebacks.
+        terminal: whether bars can be drawn; None: as stderr says.
+    """
+
+    def __init__(self, *, verbose: bool = False, terminal: bool | None = None) -> None:
+        self.verbose = verbose
+        self._rich = RichConsole(stderr=True, force_terminal=terminal, highlight=False, soft_wrap=True)
+
+    @property
+    def terminal(self) -> bool:
+        return self._rich.is_terminal
+
+    def line(self, text: str) -> None:
+        """Prints a line as it is."""
+        self._rich.print(text, markup=False)
+
+    @contextmanager
+    def progress(self, title: str) -> "Iterator[Bar]":
+        """One bar on a terminal; in a log, a line every few seconds."""
+        if not self.terminal:
+            yield _LineBar(self, title)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True) as progress:
+            yield _RichBar(progress, title)
+
+
+class Bar:
+    """A progress that can be moved."""
+
+    def update(self, *, done: float, total: float, note: str = "") -> None:
+        """Shows that `done` of `total` is done, and a note."""
+        raise NotImplementedError
+
+
+class _RichBar(Bar):
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=None, note="")
+
+    def update(self, *, done: float, total: float, note: str = "") -> None:
+        self._progress.update(self._task, completed=done, total=total, note=note)
+
+
+class _LineBar(Bar):
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title, self._last = console, title, time.monotonic()
+
+    def update(self, *, done: float, total: float, note: str = "") -> None:
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._console.line(f"{self._title}: {100 * done / max(total, 1):.0f} % {note}".rstrip())
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM while it is entered; a second signal ends the process at once.
+
+    Attributes:
+        signal_number: of the first signal, or None.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + number)
+        self.signal_number = number
+        self._console.line(f"{signal.Signals(number).name}: saving what is there; once more ends at once")
+
+
+def parse(
+    recipes: Mapping[str, Callable[[], Job]], *, command: str, default: str, argv: Sequence[str] | None = None
+) -> tuple[str, Job]:
+    """The recipe that a command line names, with its flags applied.
+
+    Args:
+        recipes: builder of each recipe's job by name.
+        command: such as `python -m jobs.train`.
+        default: the recipe where none is named.
+        argv: the arguments; None: of this process.
+
+    Returns:
+        The recipe's name and the job.
+
+    Raises:
+        ConfigError: no such recipe.
+        SystemExit: 0 after `--help`, 2 for flags that tyro refuses.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        name = default
+    elif arguments[0].startswith("-"):
+        name = default
+    else:
+        name = arguments.pop(0)
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"The recipes are {', '.join(recipes)}{hint}. Received: {name!r}")
+    recipe = recipes[name]
+    listing = "Recipes: " + ", ".join(recipes) + f" (default: {default})"
+    job = tyro.cli(
+        type(recipe()),
+        default=recipe(),
+        args=arguments,
+        prog=f"{command} {name}",
+        description=f"{recipe.__doc__}\n\n{listing}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return name, job
+
+
+def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
+    """Runs a job and ends the process as the contract says: JSON as the last line of stdout, and the exit code.
+
+    Args:
+        main: parses the command line, does the work and returns the keys of the JSON line.
+        job: the job's name, the JSON's `job`.
+    """
+    verbose = "--verbose" in sys.argv
+    console = Console(verbose=verbose)
+    try:
+        result, code = dict(main()), 0
+    except MnistDistError as error:
+        result, code = _failure(error), error.exit_code
+    except KeyboardInterrupt as error:
+        result, code = _failure(error), 130
+    except Exception as error:  # the one border of a job: an exit code instead of a traceback
+        result, code = _failure(error), 1
+        console.line(traceback.format_exc() if verbose else "unexpected; --verbose shows where")
+    if "error" in result:
+        console.line(f"error: {result['error']}")
+    sys.stderr.flush()
+    print(json.dumps({"job": job, **result}), flush=True)
+    sys.exit(code)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    name = type(error).__name__
+    return {"error": str(error) if isinstance(error, MnistDistError) else f"{name}: {error}", "error_type": name}
+
+
+def quiet(*, verbose: bool) -> None:
+    """Silences Ray, TensorFlow and oneDNN in this process and those it starts; call it before they are imported."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if verbose:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    warnings.filterwarnings("ignore")

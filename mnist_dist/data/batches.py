@@ -1,0 +1,59 @@
+"""Which record belongs to which batch and worker: pure functions of numbers, nothing to save or restore.
+
+Owns: an epoch's order and the slice of a global batch that one worker takes. Contract: global batch *k* of an epoch
+is entries `[k B, (k + 1) B)` of `epoch_order`, and rank *r* of *N* takes its `rank_slice`, so a run can go on from
+(epoch, step) alone, with any number of workers.
+"""
+
+# B = global batch: the examples of all workers in one step
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.config import require
+
+_UINT64 = 2**64
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch visits `count` records.
+
+    Args:
+        count: number of records, 0 or more.
+        seed: of the run.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        `int64 [count]`, a permutation of 0 to count - 1: the same for the same (count, seed, epoch) anywhere.
+
+    Source: Philox4x64, a counter-based generator (Salmon et al., 2011), so that neighbouring keys are independent.
+    """
+    key = np.array([seed % _UINT64, epoch % _UINT64], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(count)
+
+
+def rank_slice(batch_size: int, *, rank: int, workers: int) -> slice:
+    """The part of a global batch that one worker takes.
+
+    The parts of all ranks are disjoint, cover the batch and differ by one example at most; none is empty
+    (synchronised BatchNorm crashes on an empty part).
+
+    Args:
+        batch_size: B, examples in the global batch.
+        rank: 0 to workers - 1.
+        workers: number of workers, 1 to B.
+
+    Returns:
+        A slice into the global batch.
+
+    Raises:
+        ConfigError: there are more workers than examples, or no such rank.
+    """
+    require(
+        1 <= workers <= batch_size,
+        "workers is 1 to batch_size (the global batch), so that each worker has an example",
+        workers=workers,
+        batch_size=batch_size,
+    )
+    require(0 <= rank < workers, f"rank is 0 to {workers - 1}", rank=rank)
+    return slice(batch_size * rank // workers, batch_size * (rank + 1) // workers)

@@ -1,0 +1,348 @@
+"""Bytes of one image to uint8 pixels of one size, or the reason why not.
+
+Owns: the one decode-and-resize that training and scoring share (resizing is not one thing: libraries' bilinear
+filters differ by several grey levels on average). Does not own: where bytes come from, or what pixels are used for.
+
+Contract of `decode_image`: whatever the bytes are, pixels or an `ImageError`, never anything else. JPEG goes through
+libjpeg-turbo in its strict mode, the only decoder here that notices damaged scan data; everything else, and CMYK
+JPEG, through Pillow. The header's pixel count is checked before anything is decoded. The EXIF rotation is applied;
+transparency is laid over white; more than 8 bits are scaled, not clipped; of several frames or pages the first counts.
+"""
+
+# H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = the same of an original
+
+import functools
+import io
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mnist_dist.config import ResizeRule, require
+from mnist_dist.errors import ImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Lower-case name endings of the formats that are decoded."""
+
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: that would run Ghostscript
+_JPEG_MAGIC = b"\xff\xd8"
+_MAGICS = (
+    *(_JPEG_MAGIC, b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF"),
+    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),
+)
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_ORIENTATION_TAG = 0x0112
+_SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+_TAIL_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What every decoded image becomes."""
+
+    height_px: int
+    width_px: int
+    channels: int
+    """1 (grey, ITU-R 601 luma) or 3 (RGB)."""
+    resize: ResizeRule = "stretch"
+    """How another shape becomes this one: stretched, or its centre cropped to the same aspect first."""
+
+    def __post_init__(self) -> None:
+        require(self.height_px >= 1, "height_px is at least 1", height_px=self.height_px)
+        require(self.width_px >= 1, "width_px is at least 1", width_px=self.width_px)
+        require(self.channels in (1, 3), "channels is 1 (grey) or 3 (RGB)", channels=self.channels)
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of one decoded image, bytes."""
+        return self.height_px * self.width_px * self.channels
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded image."""
+
+    pixels: Pixels
+    """`uint8 [H, W, C]`, 0-255."""
+    width_px: int
+    """Width of the original, after its EXIF rotation."""
+    height_px: int
+    """Height of the original, after its EXIF rotation."""
+
+
+def decode_image(data: bytes, spec: ImageSpec, *, max_pixels: int = 100_000_000) -> Decoded:
+    """Decodes an image and brings it to the size and channels of `spec`.
+
+    Args:
+        data: the encoded image, of any format in `IMAGE_SUFFIXES`, of any size and mode.
+        spec: the result's size, channels and resize rule.
+        max_pixels: images of more pixels than this, by their header, are not decoded.
+
+    Returns:
+        Pixels `uint8 [H, W, C]`, 0-255, and the original's size.
+
+    Raises:
+        ImageError: with status `empty`, `truncated`, `unreadable`, `unsupported` or `too_large`.
+    """
+    _prepare_process()
+    try:
+        return _decode(data, spec, max_pixels)
+    except ImageError:
+        raise
+    except Exception as err:  # the border where a decoder's failure, of whatever kind, becomes a status
+        raise _image_error(data, err) from err
+
+
+def probe_image(data: bytes) -> tuple[int, int, int]:
+    """Size and channels of an image, by its header.
+
+    Args:
+        data: the encoded image.
+
+    Returns:
+        Width and height in px after the EXIF rotation, and channels: 1 where the format says grey, else 3.
+
+    Raises:
+        ImageError: with status `empty`, `truncated`, `unreadable` or `unsupported`.
+    """
+    _prepare_process()
+    try:
+        with _open(data) as image:
+            width_px, height_px = _upright_size(image.size, _orientation(image))
+            return width_px, height_px, 1 if _is_grey(image) else 3
+    except ImageError:
+        raise
+    except Exception as err:  # as in decode_image
+        raise _image_error(data, err) from err
+
+
+def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
+    """Brings pixels to the height and width of `spec`; pixels of that size are returned untouched.
+
+    A side that shrinks is averaged by area, one that grows is interpolated linearly.
+
+    Args:
+        pixels: `uint8 [h, w, C]`, 0-255.
+        spec: height, width and resize rule; its channels are not looked at.
+
+    Returns:
+        `uint8 [H, W, C]`, 0-255.
+    """
+    if spec.resize == "crop":
+        pixels = _crop_to_aspect(pixels, spec)
+    height, width, channels = pixels.shape
+    smaller = (min(height, spec.height_px), min(width, spec.width_px))
+    # INTER_AREA is an average only where both sides shrink, so each side gets its own step
+    for (target_height, target_width), filter_code in (
+        (smaller, cv2.INTER_AREA),
+        ((spec.height_px, spec.width_px), cv2.INTER_LINEAR),
+    ):
+        if pixels.shape[:2] != (target_height, target_width):
+            resized = cv2.resize(pixels, (target_width, target_height), interpolation=filter_code)
+            pixels = cast(Pixels, resized).reshape(target_height, target_width, channels)
+    return pixels
+
+
+def match_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Pixels `uint8 [..., 1 or 3]` as grey (ITU-R 601 luma, as in Pillow) or RGB, `uint8 [..., C]`."""
+    if pixels.shape[-1] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    # Source: Pillow's rgb2l, ITU-R BT.601-2 in 16-bit fixed point
+    red, green, blue = (pixels[..., c].astype(np.uint32) for c in range(3))
+    luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return luma.astype(np.uint8)[..., None]
+
+
+@functools.cache
+def _prepare_process() -> None:
+    """Settings that are global to the process; on the first image, not on import."""
+    cv2.setNumThreads(1)  # decoding runs in as many threads as its caller wants
+    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes its place: Pillow's own limit cannot be set per call
+    Image.init()  # every format is known before threads look for theirs
+
+
+def _decode(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded:
+    if data.startswith(_JPEG_MAGIC):
+        decoded = _decode_jpeg(data, spec, max_pixels)
+        if decoded is not None:
+            return decoded
+    with _open(data) as image:
+        _check_size(*image.size, max_pixels)
+        image.load()
+        pixels = match_channels(_pillow_pixels(_upright(image)), spec.channels)
+    height, width = pixels.shape[:2]
+    return Decoded(np.ascontiguousarray(resize_pixels(pixels, spec)), width, height)
+
+
+def _decode_jpeg(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded | None:
+    """None where libjpeg-turbo's header reader does not take it: CMYK, or a rare subsampling."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours in ("CMYK", "YCCK"):
+        return None
+    _check_size(width, height, max_pixels)
+    orientation = _jpeg_orientation(data)
+    min_width, min_height = _upright_size((spec.width_px, spec.height_px), orientation)
+    pixels = simplejpeg.decode_jpeg(
+        data,
+        "GRAY" if spec.channels == 1 else "RGB",
+        min_height=min_height,
+        min_width=min_width,
+        min_factor=2,  # half, quarter, eighth: scaled inside the decoder, several times faster for photos
+    )
+    upright = _rotate(pixels, orientation)
+    width, height = _upright_size((width, height), orientation)
+    return Decoded(np.ascontiguousarray(resize_pixels(np.ascontiguousarray(upright), spec)), width, height)
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    if not data.startswith(_MAGICS):
+        raise ImageError("unsupported", f"none of {', '.join(_FORMATS)}; it starts with 0x{data[:8].hex()}")
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width} x {height} px are more than {max_pixels:,} pixels")
+
+
+def _image_error(data: bytes, err: Exception) -> ImageError:
+    message = " ".join(str(err).split()) or type(err).__name__
+    if isinstance(err, UnidentifiedImageError):
+        message = "the header is not complete or not valid"  # Pillow's own names a memory address
+    if isinstance(err, MemoryError):
+        return ImageError("too_large", "the memory does not hold it")
+    if "unsupported" in message.lower() or "not supported" in message.lower() or isinstance(err, NotImplementedError):
+        return ImageError("unsupported", message)
+    return ImageError("truncated" if _is_cut(data, message) else "unreadable", message)
+
+
+def _is_cut(data: bytes, message: str) -> bool:
+    words = ("truncated", "premature end", "eof", "end of file")
+    if any(word in message.lower() for word in words) or len(data) < _TAIL_BYTES:
+        return True
+    tail = data[-_TAIL_BYTES:]
+    if data.startswith(_JPEG_MAGIC):
+        return b"\xff\xd9" not in tail
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in tail
+    return data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data)
+
+
+# --- rotation --------------------------------------------------------------------------------------------------------
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    if b"Exif\0\0" not in data[:65536] and b"tiff:Orientation" not in data[:65536]:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _orientation(image)
+    except Exception:  # the pixels are fine where only Pillow's header reader fails: as if it had no EXIF
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged EXIF of any kind: the image counts as upright
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation in _SIDEWAYS else size
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _rotate(pixels: Pixels, orientation: int) -> Pixels:
+    """Source: EXIF 2.32, tag Orientation: where row 0 and column 0 of the stored image belong."""
+    if orientation in _SIDEWAYS:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        return bool((palette == palette[:, :1]).all())
+    return image.mode in _GREY_MODES
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    """Pixels `uint8 [h, w, 1 or 3]` of a loaded image of any mode."""
+    if image.mode in _DEEP_MODES:
+        return _eight_bits(image)[..., None]
+    if image.has_transparency_data:
+        return _over_white(image)
+    mode: Literal["L", "RGB"] = "L" if image.mode in _GREY_MODES else "RGB"
+    pixels = np.asarray(image.convert(mode), np.uint8)
+    return pixels.reshape(image.height, image.width, -1)
+
+
+def _over_white(image: Image.Image) -> Pixels:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), np.uint8)
+
+
+def _eight_bits(image: Image.Image) -> Pixels:
+    """Scales 16 and 32 bits and floats to 0-255.
+
+    16-bit modes have the range 0-65535; wider ones do not say theirs, so it is taken from the values: 0-1 for floats
+    within it, 0-255, 0-65535 for integers within it, else from the smallest to the largest value.
+    """
+    values = np.asarray(image)
+    transparent = image.info.get("transparency")
+    key = values == transparent if isinstance(transparent, int) else None
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values, image.mode == "F")
+    finite = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
+    pixels: Pixels = np.rint((finite - low) * np.float32(255 / (high - low))).clip(0, 255).astype(np.uint8)
+    if key is not None:
+        pixels[key] = 255
+    return pixels
+
+
+def _range(values: npt.NDArray[np.generic], is_float: bool) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    for usual in (1.0, 255.0) if is_float else (65535.0,):
+        if low >= 0 and high <= usual:
+            return 0.0, usual
+    return low, max(high, low + 1.0)
+
+
+def _crop_to_aspect(pixels: Pixels, spec: ImageSpec) -> Pixels:
+    height, width = pixels.shape[:2]
+    kept_height = max(1, min(height, round(width * spec.height_px / spec.width_px)))
+    kept_width = max(1, min(width, round(height * spec.width_px / spec.height_px)))
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    return np.ascontiguousarray(pixels[top : top + kept_height, left : left + kept_width])

@@ -1,0 +1,378 @@
+"""From the name of the data to a table of what there is, and to the encoded bytes.
+
+Owns: the data that is known by name, the layouts of folders and Parquet files, and reading. Does not own: decoding
+(`images`), and which record is trained on (`splits`); a split that the data brings along is passed on.
+
+Data comes in two kinds. An *array source* (`digits`, `mnist`, `fashion_mnist`) is already decoded and small: its
+pixels lie in memory. Of every other source only names, sizes and labels are read here; `read_encoded` gets the bytes.
+"""
+
+# N = records, H = height px, W = width px, C = channels
+
+import collections
+import hashlib
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from mnist_dist import storage
+from mnist_dist.config import DataConfig
+from mnist_dist.data.arrays import NAMED_ARRAYS, read_arrays
+from mnist_dist.data.images import IMAGE_SUFFIXES, ImageSpec, Pixels, probe_image
+from mnist_dist.data.parquet import PARQUET_SUFFIX, LabelColumn, read_labels, read_rows
+from mnist_dist.errors import DataError, ImageError
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
+
+
+KNOWN_DATA = tuple(NAMED_ARRAYS)
+TABLE_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("label", pa.int32()),
+        ("split", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+    ]
+)
+_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)([-_.].*)?", re.IGNORECASE)
+_PROBED_IMAGES = 64
+_SMALL_SIDE_PX = 64
+_READ_THREADS = 8  # waiting for storage, not for a core
+_READ_AHEAD = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What there is to train on, before anything is decoded."""
+
+    name: str
+    """As it was asked for, for messages."""
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    table: pa.Table
+    """One row per record, `TABLE_SCHEMA`: uri, label, split (null, `train`, `val` or `test`), size_bytes and etag (of
+    the file that holds the record). Sorted by uri for files, in the data's own order for arrays."""
+    pixels: Pixels | None = None
+    """Array sources: `uint8 [N, H, W, C]`, 0-255, in the order of the table."""
+    image_column: str | None = None
+    """Parquet only: the column of the image bytes; the uri is then `file.parquet!ROW`."""
+
+
+def open_source(config: DataConfig) -> Source:
+    """Lists what `config.data` names, `config.limit` applied.
+
+    Raises:
+        DataError: the data is unknown, empty, of one class only, corrupt, or inconsistent between its splits.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    _log.info("listing %s", config.data)
+    source = _limited(_open(config), config.limit)
+    if len(source.class_names) < 2:
+        raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
+    counts = dict(collections.Counter(source.table["split"].to_pylist()))
+    _log.info("%s: %d images, %d classes, splits %s", source.name, len(source.table), len(source.class_names), counts)
+    return source
+
+
+def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, config: DataConfig) -> ImageSpec:
+    """The size and channels that every image of the source is decoded to.
+
+    The native size where the images are small (64 px) and of one size, as far as a probe of 64 of them tells, and
+    no larger than the backbone's; else a square of the backbone's size.
+
+    Args:
+        source: what `open_source` returned.
+        backbone_size_px: height and width that the backbone sees, px.
+        scratch_size: whether the backbone takes any size, so that a small native size may be larger than its own.
+        config: channels and resize rule.
+
+    Raises:
+        DataError: none of the probed images can be read.
+        ServiceError: see `storage`.
+    """
+    probes = _probe_array(source.pixels) if source.pixels is not None else _probe_files(source)
+    width_px, height_px = min(probe[:2] for probe in probes)
+    uniform = all(probe[:2] == (width_px, height_px) for probe in probes)
+    largest_px = _SMALL_SIDE_PX if scratch_size else min(_SMALL_SIDE_PX, backbone_size_px)
+    if not uniform or max(width_px, height_px) > largest_px:
+        width_px = height_px = backbone_size_px
+    channels = max(probe[2] for probe in probes) if config.channels == "auto" else int(config.channels)
+    return ImageSpec(height_px=height_px, width_px=width_px, channels=channels, resize=config.resize)
+
+
+def read_encoded(uris: Sequence[str], image_column: str | None) -> Iterator[bytes | ImageError]:
+    """The encoded bytes of each image, in order; why not, where one cannot be read.
+
+    Files are read by a few threads, a few ahead of the consumer; rows of one Parquet file by whole row groups.
+
+    Args:
+        uris: of images, or `file.parquet!ROW`.
+        image_column: Parquet only: the column of the image bytes.
+
+    Yields:
+        The bytes, or an `ImageError` with status `missing`, `denied`, `empty` or `failed`.
+
+    Raises:
+        ServiceError, StorageError: not one image but the storage failed.
+    """
+    if image_column is None:
+        return map_in_threads(_read_file, uris, threads=_READ_THREADS, ahead=_READ_AHEAD)
+    return read_rows(uris, image_column)
+
+
+def map_in_threads(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
+) -> Iterator[_Result]:
+    """Like `map`, by threads; never more than `ahead` results wait for the consumer."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[Future[_Result]] = collections.deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _open(config: DataConfig) -> Source:
+    if config.data in NAMED_ARRAYS:
+        return _open_arrays(config.data, config.data_dir)
+    root = storage.absolute(config.data)
+    try:
+        entries = list(storage.list_entries(root))
+    except PermissionError as err:
+        raise DataError(f"the data may not be listed: {err}. Received: data={config.data!r}") from err
+    if not entries:
+        _check_there_is_something(config.data, root)
+    suffixes = {_suffix(entry.uri) for entry in entries}
+    if PARQUET_SUFFIX in suffixes and suffixes.isdisjoint(IMAGE_SUFFIXES):
+        return _open_parquet(root, entries, config)
+    return _open_folder(root, entries)
+
+
+def _check_there_is_something(data: str, root: str) -> None:
+    if storage.exists(root):
+        raise DataError(f"the folder of images is empty. Received: data={data!r}")
+    raise DataError(
+        f"data is one of {', '.join(KNOWN_DATA)}, or an existing folder, s3:// prefix or Parquet file."
+        f" Received: data={data!r} ({root} does not exist)"
+    )
+
+
+def _limited(source: Source, limit: int | None) -> Source:
+    """The first `limit` records of each split in the order of sha256(uri), so that a limit is a fair sample."""
+    if limit is None:
+        return source
+    ranked = sorted(
+        (str(split), hashlib.sha256(uri.encode()).digest(), row)
+        for row, (uri, split) in enumerate(
+            zip(source.table["uri"].to_pylist(), source.table["split"].to_pylist(), strict=True)
+        )
+    )
+    by_split = itertools.groupby(ranked, key=lambda rank: rank[0])
+    rows = sorted(rank[2] for _, ranks in by_split for rank in itertools.islice(ranks, limit))
+    pixels = None if source.pixels is None else source.pixels[rows]
+    return replace(source, table=source.table.take(rows), pixels=pixels)
+
+
+def _suffix(uri: str) -> str:
+    name = uri.rpartition("/")[2].lower()
+    return "." + name.rpartition(".")[2] if "." in name else ""
+
+
+def _table(
+    records: Sequence[tuple[storage.Entry, str]], labels: Sequence[int], splits: Sequence[str | None]
+) -> pa.Table:
+    """A table of `TABLE_SCHEMA`; a record is the file that holds it, and its own URI."""
+    columns = [
+        [uri for _, uri in records],
+        labels,
+        splits,
+        [entry.size_bytes for entry, _ in records],
+        [entry.etag for entry, _ in records],
+    ]
+    try:
+        return pa.table(columns, schema=TABLE_SCHEMA)
+    except UnicodeEncodeError as err:
+        raise DataError(f"file names are valid Unicode. Received: {err.object!r}") from err
+
+
+def _trained_classes(root: str, values: Sequence[_Value], splits: Sequence[str | None]) -> list[_Value]:
+    """The classes in training, sorted; no other split may have more."""
+    seen = set(zip(splits, values, strict=True))
+    trained = {value for split, value in seen if split in (None, "train")}
+    names = sorted(trained, key=_class_order)
+    foreign = sorted(f"{split}/{value}" for split, value in seen if value not in trained)
+    if foreign:
+        raise DataError(
+            f"{root}: the other splits have no class that train lacks; it has {', '.join(map(str, names[:20]))}."
+            f" Received: {', '.join(foreign[:10])}"
+        )
+    return names
+
+
+def _class_order(value: object) -> tuple[int, str]:
+    return (value if isinstance(value, int) else 0, str(value))
+
+
+def _read_file(uri: str) -> bytes | ImageError:
+    try:
+        return storage.read_bytes(uri) or ImageError("empty", "the file has no bytes")
+    except FileNotFoundError:
+        return ImageError("missing", "no such file")
+    except PermissionError as err:
+        return ImageError("denied", err.strerror or str(err))
+    except OSError as err:  # a bad sector, a folder in place of the file; what concerns more is a ServiceError
+        return ImageError("failed", err.strerror or str(err))
+
+
+def _probe_array(pixels: Pixels) -> list[tuple[int, int, int]]:
+    _, height, width, channels = pixels.shape
+    return [(width, height, channels)]
+
+
+def _probe_files(source: Source) -> list[tuple[int, int, int]]:
+    count = min(_PROBED_IMAGES, len(source.table))
+    rows = np.linspace(0, len(source.table) - 1, count).astype(np.int64)
+    probes, errors = [], []
+    for data in read_encoded(source.table["uri"].take(rows).to_pylist(), source.image_column):
+        try:
+            if isinstance(data, ImageError):
+                raise data
+            probes.append(probe_image(data))
+        except ImageError as err:
+            errors.append(err)
+    if not probes:
+        first = errors[0]
+        raise DataError(f"{source.name}: none of {count} probed images can be read. Received: {first}") from first
+    return probes
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _open_arrays(name: str, data_dir: str | None) -> Source:
+    class_names, parts = read_arrays(name, data_dir)
+    images = np.concatenate([part.images for part in parts])
+    pixels = images if images.ndim == 4 else images[..., None]
+    image_bytes = math.prod(pixels.shape[1:])
+    uris = [f"{name}/{part.split or 'all'}/{row:05d}" for part in parts for row in range(len(part.images))]
+    table = _table(
+        [(storage.Entry(uri, image_bytes, ""), uri) for uri in uris],
+        [int(label) for part in parts for label in part.labels],
+        [part.split for part in parts for _ in part.labels],
+    )
+    return Source(name=name, class_names=class_names, table=table, pixels=pixels)
+
+
+# --- folders of images -----------------------------------------------------------------------------------------------
+
+
+def _open_folder(root: str, entries: Sequence[storage.Entry]) -> Source:
+    listed = [(entry, entry.uri.removeprefix(root).strip("/").split("/")) for entry in entries]
+    images = [(entry, parts) for entry, parts in listed if _is_image(parts)]
+    if len(images) < len(listed):
+        _log.warning("%s: %d files are no images by their name, or hidden", root, len(listed) - len(images))
+    if not images:
+        raise DataError(
+            f"{root}: no images below it; their names end in {', '.join(IMAGE_SUFFIXES)}."
+            f" Received: {len(listed)} other files"
+        )
+    depth = 1 if _is_split_layout(root, images) else 0
+    placed = [(entry, parts) for entry, parts in images if len(parts) >= depth + 2]
+    if len(placed) < len(images):
+        _log.warning("%s: %d images lie in no class folder and are not used", root, len(images) - len(placed))
+    if not placed:
+        raise DataError(f"{root}: images lie in one subfolder per class. Received: {len(images)} images in none")
+    splits = [_SPLIT_NAMES[parts[0].lower()] if depth else None for _, parts in placed]
+    names = [parts[depth] for _, parts in placed]
+    class_names = tuple(_trained_classes(root, names, splits))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    table = _table([(entry, entry.uri) for entry, _ in placed], [label_of[name] for name in names], splits)
+    return Source(name=root, class_names=class_names, table=table)
+
+
+def _is_image(parts: Sequence[str]) -> bool:
+    return _suffix(parts[-1]) in IMAGE_SUFFIXES and not any(part.startswith(".") for part in parts)
+
+
+def _is_split_layout(root: str, images: Sequence[tuple[storage.Entry, Sequence[str]]]) -> bool:
+    """Whether the folders at the top are splits, not classes: `train` is among them and holds folders."""
+    if not any(parts[0].lower() == "train" and len(parts) >= 3 for _, parts in images):
+        return False
+    others = {parts[0] for _, parts in images if len(parts) >= 2 and parts[0].lower() not in _SPLIT_NAMES}
+    if others:
+        shown = ", ".join(sorted(others)[:10])
+        raise DataError(f"{root}: beside train/ there may be val/ and test/ only. Received: {shown}")
+    return True
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _open_parquet(root: str, entries: Sequence[storage.Entry], config: DataConfig) -> Source:
+    files = [entry for entry in entries if _suffix(entry.uri) == PARQUET_SUFFIX]
+    columns = [
+        read_labels(file.uri, image_column=config.image_column, label_column=config.label_column) for file in files
+    ]
+    rows = [(file, row) for file, column in zip(files, columns, strict=True) for row in range(len(column.values))]
+    if not rows:
+        raise DataError(f"{root}: the Parquet files have no rows. Received: {len(files)} files")
+    split_of = dict(zip((file.uri for file in files), _parquet_splits(root, files), strict=True))
+    splits = [split_of[file.uri] for file, _ in rows]
+    class_names, labels = _encode_labels(root, columns, splits)
+    table = _table([(file, f"{file.uri}!{row}") for file, row in rows], labels, splits)
+    return Source(name=root, class_names=class_names, table=table, image_column=config.image_column)
+
+
+def _parquet_splits(root: str, files: Sequence[storage.Entry]) -> list[str | None]:
+    """By a folder's or file's name, as Hugging Face has it: `test/0.parquet`, `test-00000-of-00001.parquet`."""
+    splits: list[str | None] = []
+    for entry in files:
+        parts = entry.uri.removeprefix(root).strip("/").split("/")
+        names = [match[1].lower() for part in parts if (match := _SPLIT_PREFIX.fullmatch(part))]
+        splits.append(_SPLIT_NAMES[names[0]] if names else None)
+    if "train" not in splits:
+        return [None] * len(files)
+    if None in splits:
+        unclear = files[splits.index(None)].uri
+        raise DataError(f"{root}: beside train, each file says train, val or test by its name. Received: {unclear!r}")
+    return splits
+
+
+def _encode_labels(
+    root: str, columns: Sequence[LabelColumn], splits: Sequence[str | None]
+) -> tuple[tuple[str, ...], list[int]]:
+    values = [value for column in columns for value in column.values]
+    if len({type(value) for value in values}) > 1:
+        raise DataError(f"{root}: the labels of all Parquet files are strings, or all integers. Received: both")
+    named = {column.names for column in columns}
+    names = next(iter(named))
+    if isinstance(values[0], str) or names is None or len(named) > 1:
+        classes = _trained_classes(root, values, splits)
+        label_of = {value: label for label, value in enumerate(classes)}
+        return tuple(map(str, classes)), [label_of[value] for value in values]
+    numbers = [int(value) for value in values]
+    if min(numbers) < 0 or max(numbers) >= len(names):
+        raise DataError(
+            f"{root}: labels are 0 to {len(names) - 1}, by the class names in the file."
+            f" Received: {min(numbers)} to {max(numbers)}"
+        )
+    return names, numbers

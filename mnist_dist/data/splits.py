@@ -1,0 +1,159 @@
+"""Which readable record is trained on, chooses the epoch, or is tested with: a function of the content alone.
+
+Owns: the rule. Contract: given splits are kept. What is not given comes out of the training images, class by class:
+in the order of the sha256 of their decoded pixels the first fraction goes to test, the next to validation. So neither
+names nor their order matter, and images with the same pixels are neighbours, which no boundary ever divides.
+"""
+
+# N = records
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.config import DataConfig
+from mnist_dist.errors import DataError
+
+_log = logging.getLogger(__name__)
+_TRAIN, _VAL, _TEST = range(3)
+_CODES = {None: _TRAIN, "train": _TRAIN, "val": _VAL, "test": _TEST}
+_NAMED_DUPLICATES = 5
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The records of each split."""
+
+    train: Ints
+    """`int64 [count]`, ascending indices into the records; so are `val` and `test`."""
+    val: Ints
+    test: Ints
+    duplicates: int
+    """Training images whose pixels occur in validation or test, and validation images whose pixels occur in test."""
+    duplicate_pairs: tuple[tuple[str, str], ...]
+    """The first few of them: URI of the duplicate, URI of the image that it repeats."""
+    dropped: int
+    """Duplicates that were removed; 0 unless `drop_duplicates`."""
+
+
+def assign_splits(
+    *,
+    labels: npt.NDArray[np.int32],
+    given: Sequence[str | None],
+    digests: npt.NDArray[np.bytes_],
+    readable: Bools,
+    uris: Sequence[str],
+    class_names: Sequence[str],
+    config: DataConfig,
+) -> Splits:
+    """Assigns every readable record to one split.
+
+    Args:
+        labels: `int32 [N]`, 0 to number of classes - 1.
+        given: N of `train`, `val`, `test`, or None where the data does not say.
+        digests: `S [N]`, sha256 of each record's shape and pixels.
+        readable: `bool [N]`.
+        uris: N, for messages.
+        class_names: of the labels.
+        config: fractions and what happens to duplicates.
+
+    Raises:
+        DataError: a split is empty, or fewer than two classes are left to train on; with the counts.
+    """
+    splits = np.array([_CODES[name] for name in given], np.int8)
+    ids = np.unique(digests, return_inverse=True)[1].astype(np.int64)  # in the order of the digests
+    held_out = _HeldOut(
+        test=0.0 if (splits == _TEST).any() else config.test_fraction,
+        val=0.0 if (splits == _VAL).any() else config.validation_fraction,
+    )
+    pool = np.flatnonzero(readable & (splits == _TRAIN))
+    splits[pool] = _hold_out(labels[pool].astype(np.int64), ids[pool], held_out)
+
+    repeats = _find_repeats(splits, ids, readable)
+    pairs = _pairs(repeats, splits, ids, readable, uris)
+    if len(repeats):
+        _log.warning("%d images occur again in a later split, for example %s", len(repeats), pairs[0])
+    kept = readable.copy()
+    if config.drop_duplicates:
+        kept[repeats] = False
+    train, val, test = (np.flatnonzero(kept & (splits == code)) for code in (_TRAIN, _VAL, _TEST))
+    result = Splits(train, val, test, len(repeats), pairs, len(repeats) if config.drop_duplicates else 0)
+    _check(result, labels, readable, class_names)
+    return result
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Shares of each class; 0: that split is given."""
+
+    test: float
+    val: float
+
+
+def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int8]:
+    """Splits of the pool's records, `int8 [N]`.
+
+    A group of equal images goes where its middle lies, which for single images is the rounded fraction. A class of
+    three or more different images has at least one in each split; the last group is always trained on.
+    """
+    if not len(labels):
+        return np.empty(0, np.int8)
+    order = np.lexsort((ids, labels))
+    labels, ids = labels[order], ids[order]
+    starts = np.flatnonzero(np.r_[True, (labels[1:] != labels[:-1]) | (ids[1:] != ids[:-1])])
+    sizes = np.diff(np.r_[starts, len(labels)])
+    # each group's class: where the class begins (as record and as group), its records and its groups
+    _, first, inverse, groups = np.unique(labels[starts], return_index=True, return_inverse=True, return_counts=True)
+    records = np.bincount(inverse, weights=sizes)[inverse]
+    rank, groups = np.arange(len(starts)) - first[inverse], groups[inverse]
+    middle = starts - starts[first][inverse] + sizes / 2
+    may_lead = 2 * sizes <= records  # a group of most of the class is no example of it
+
+    trained = rank == groups - 1
+    test = np.zeros(len(starts), np.bool_)
+    if held_out.test:
+        test = ~trained & ((middle <= records * held_out.test) | ((rank == 0) & may_lead))
+    val = np.zeros(len(starts), np.bool_)
+    if held_out.val:
+        next_rank = np.bincount(inverse, weights=test)[inverse]
+        in_share = middle <= records * (held_out.test + held_out.val)
+        val = ~trained & ~test & (in_share | ((rank == next_rank) & may_lead))
+    by_group = np.select([test, val], [_TEST, _VAL], _TRAIN).astype(np.int8)
+    result = np.empty(len(labels), np.int8)
+    result[order] = np.repeat(by_group, sizes)
+    return result
+
+
+def _find_repeats(splits: npt.NDArray[np.int8], ids: Ints, readable: Bools) -> Ints:
+    """Indices of the readable records whose pixels occur in a later split (train, val, test)."""
+    latest = np.full(int(ids.max(initial=-1)) + 1, -1, np.int8)
+    np.maximum.at(latest, ids[readable], splits[readable])
+    return np.flatnonzero(readable & (splits < latest[ids]))
+
+
+def _pairs(
+    repeats: Ints, splits: npt.NDArray[np.int8], ids: Ints, readable: Bools, uris: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for index in repeats[:_NAMED_DUPLICATES]:
+        others = np.flatnonzero(readable & (ids == ids[index]) & (splits > splits[index]))
+        pairs.append((uris[index], uris[others[0]]))
+    return tuple(pairs)
+
+
+def _check(splits: Splits, labels: npt.NDArray[np.int32], readable: Bools, class_names: Sequence[str]) -> None:
+    counts = f"train={len(splits.train)}, val={len(splits.val)}, test={len(splits.test)}"
+    received = f"Received: {counts}, unreadable={int((~readable).sum())}, duplicates dropped={splits.dropped}"
+    if not (len(splits.train) and len(splits.val) and len(splits.test)):
+        raise DataError(f"train, val and test each need at least one image. {received}")
+    trained = np.bincount(labels[splits.train], minlength=len(class_names)) > 0
+    if trained.sum() < 2:
+        raise DataError(f"training needs images of at least two classes. {received}")
+    if not trained.all():
+        names = [name for name, has_images in zip(class_names, trained, strict=True) if not has_images]
+        _log.warning("%d classes have no training image, for example %r", len(names), names[0])

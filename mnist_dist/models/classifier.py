@@ -1,0 +1,354 @@
+"""The classifier: pixels in, probabilities out, with everything between them inside the model.
+
+Owns: the graph (resize, grey to RGB, preprocessing, backbone, pooling, head), its initial weights, the weights it
+starts from, and which of its layers are trained. Does not own augmentation (`augmentation`; it is never part of what
+is saved), the training step, or the folder on disk (`bundle`).
+
+Contract: `Classifier.model` has no custom layer, no Lambda and no Resizing layer, so it loads with plain
+`keras.saving.load_model` in safe mode without this package, and `model(x)` equals `model(x, training=False)`. The
+initial weights are a function of the configuration and `seed` alone: every worker that builds with the same seed holds
+the same. Weights have the same order and shapes in every precision, so that
+`a.model.set_weights(b.model.get_weights())` works between them.
+"""
+
+# B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), D = features, K = classes
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import keras
+
+from mnist_dist import storage
+from mnist_dist.config import ModelConfig, Pooling
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.errors import ConfigError, MnistDistError, WeightsError
+from mnist_dist.models.backbones import (
+    Backbone,
+    Preprocessing,
+    Shape,
+    backbone_shape,
+    check_model,
+    check_size,
+    check_trainable,
+    published_weights_url,
+)
+from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_LAYER = "backbone"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """One set of layers and weights, seen as several models.
+
+    Args:
+        model: `uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities; what is saved.
+        network: `float32 [B, H, W, C]`, 0-255 -> `float32 [B, K]` logits; what is trained.
+        features: `float32 [B, H, W, C]`, 0-255 -> `[B, D]`, the pooled output of the backbone (in bfloat16 where that
+            is the precision).
+        head: `float32 [B, D]` -> `float32 [B, K]` logits; `head(features(x))` is `network(x)`.
+        backbone: the nested model named "backbone".
+        row: the backbone's row of the table.
+    """
+
+    model: keras.Model
+    network: keras.Model
+    features: keras.Model
+    head: keras.Model
+    backbone: keras.Model
+    row: Backbone
+
+
+def build_classifier(
+    config: ModelConfig,
+    *,
+    spec: ImageSpec,
+    num_classes: int,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+    load_weights: bool = True,
+) -> Classifier:
+    """Builds the classifier with its initial weights.
+
+    Python's, NumPy's and TensorFlow's global random state is set to `seed` (`keras.utils.set_random_seed`): Keras'
+    initialisers draw from it, those inside Keras Applications too.
+
+    Args:
+        config: the backbone, its weights and its head.
+        spec: size and channels of the images that come in.
+        num_classes: K, at least 2.
+        precision: of the arithmetic; weights and logits are float32 either way. The global policy is left as it was.
+        seed: of the initial weights.
+        load_weights: False leaves out `config.weights`, for a caller that is about to set the weights itself.
+
+    Raises:
+        ConfigError: the backbone has no such size, width, pooling or weights.
+        WeightsError: the weights are missing, belong to another architecture, or cannot be downloaded.
+    """
+    row = check_model(config)
+    if num_classes < 2:
+        raise ConfigError(f"a classifier has at least 2 classes. Received: num_classes={num_classes}")
+    shape = backbone_shape(config, height_px=spec.height_px, width_px=spec.width_px, channels=spec.channels)
+    check_size(row, min(shape[:2]))
+    keras.utils.set_random_seed(seed)
+    with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
+        backbone = _build_backbone(row, config, shape=shape, load_weights=load_weights)
+        return _assemble(config, row, backbone=backbone, spec=spec, num_classes=num_classes)
+
+
+def set_trainable(classifier: Classifier, trainable: str | int) -> None:
+    """Says which layers are trained; the head always is.
+
+    A frozen layer's BatchNormalization works in inference mode, also when it is called with `training=True`.
+
+    Args:
+        classifier: changed in place.
+        trainable: `head` (the whole backbone is frozen), `all`, the name of a cut point (that layer and all behind
+            it), or the number of first layers of the backbone that stay frozen (its input layer counts, as in
+            `backbone.layers[:n]`).
+
+    Raises:
+        ConfigError: unknown; the message lists the names.
+    """
+    check_trainable(classifier.row, trainable)
+    layers = classifier.backbone.layers
+    frozen = _count_frozen(classifier, trainable)
+    if frozen > len(layers):
+        raise ConfigError(
+            f"{classifier.row.name} has {len(layers)} layers, no more can be frozen. Received: trainable={trainable}"
+        )
+    classifier.backbone.trainable = trainable != "head"
+    for index, layer in enumerate(layers):  # one by one: a model that is trainable already passes nothing down
+        layer.trainable = index >= frozen
+
+
+def _count_frozen(classifier: Classifier, trainable: str | int) -> int:
+    if isinstance(trainable, int):
+        return trainable
+    if trainable in ("head", "all"):
+        return len(classifier.backbone.layers) if trainable == "head" else 0
+    names = [layer.name for layer in classifier.backbone.layers]
+    return names.index(classifier.row.cut_points[trainable])
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _assemble(
+    config: ModelConfig, row: Backbone, *, backbone: keras.Model, spec: ImageSpec, num_classes: int
+) -> Classifier:
+    """Puts the shared layers together; each model is another path through the same ones."""
+    image_shape = (spec.height_px, spec.width_px, spec.channels)
+    preprocess = _rescaling(row.preprocessing)
+    pool = _pooling_layers(config.pooling or row.pooling)
+    head_layers = _head_layers(config, row, num_classes=num_classes)
+    probabilities = keras.layers.Activation("softmax", dtype="float32", name="probabilities")
+
+    def pooled(pixels: keras.KerasTensor) -> keras.KerasTensor:
+        x = _to_backbone_input(pixels, shape=backbone.input_shape[1:], bgr=row.preprocessing.bgr)
+        return _chain([preprocess, backbone, *pool], x)
+
+    pixels = keras.Input(image_shape, dtype="float32", name="pixels")
+    vector = pooled(pixels)
+    vector_in = keras.Input(vector.shape[1:], dtype="float32", name="features")
+    image = keras.Input(image_shape, dtype="uint8", name="image")
+    image_probabilities = probabilities(_chain(head_layers, pooled(keras.ops.cast(image, "float32"))))
+    return Classifier(
+        model=keras.Model(image, image_probabilities, name="classifier"),
+        network=keras.Model(pixels, _chain(head_layers, vector), name="network"),
+        features=keras.Model(pixels, vector, name="features"),
+        head=keras.Model(vector_in, _chain(head_layers, vector_in), name="head"),
+        backbone=backbone,
+        row=row,
+    )
+
+
+def _chain(layers: list[keras.layers.Layer], x: keras.KerasTensor) -> keras.KerasTensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _to_backbone_input(pixels: keras.KerasTensor, *, shape: Shape, bgr: bool) -> keras.KerasTensor:
+    """`float32 [B, H, W, C]` at the backbone's size and channels, still 0-255."""
+    x = pixels
+    if x.shape[1:3] != shape[:2]:
+        # Not a Resizing layer: inside a functional model that switches all behind it to training mode (Keras 3.15).
+        x = keras.ops.image.resize(x, shape[:2], interpolation="bilinear")
+    if x.shape[-1] == 1 and shape[-1] == 3:
+        return keras.ops.concatenate([x, x, x], axis=-1)
+    return x[..., ::-1] if bgr else x
+
+
+def _rescaling(preprocessing: Preprocessing) -> keras.layers.Layer:
+    def plain(value: tuple[float, ...] | float) -> list[float] | float:
+        return list(value) if isinstance(value, tuple) else value
+
+    scale, offset = plain(preprocessing.scale), plain(preprocessing.offset)
+    return keras.layers.Rescaling(scale, offset, dtype="float32", name="preprocess")
+
+
+def _pooling_layers(pooling: Pooling | None) -> list[keras.layers.Layer]:
+    if pooling is None:
+        return []
+    if pooling == "flatten":
+        return [keras.layers.Flatten(name="pool")]
+    kind = keras.layers.GlobalAveragePooling2D if pooling == "avg" else keras.layers.GlobalMaxPooling2D
+    return [kind(name="pool")]
+
+
+def _head_layers(config: ModelConfig, row: Backbone, *, num_classes: int) -> list[keras.layers.Layer]:
+    hidden_units = config.hidden_units or row.hidden_units
+    dropout = row.dropout if config.dropout is None else config.dropout
+    hidden = [keras.layers.Dense(hidden_units, activation="relu", name="hidden")] if hidden_units else []
+    drop = [keras.layers.Dropout(dropout, name="dropout")] if dropout else []
+    return [*hidden, *drop, keras.layers.Dense(num_classes, dtype="float32", name="logits")]
+
+
+def _build_backbone(row: Backbone, config: ModelConfig, *, shape: Shape, load_weights: bool) -> keras.Model:
+    weights = config.weights if load_weights else "none"
+    if weights == "imagenet":
+        return _named(_build_from_imagenet(row, config, shape=shape))
+    backbone = _named(row.build(shape, config.alpha))
+    if weights != "none":
+        logger.info("loading the weights of %s from %s", row.name, weights)
+        _load_weights(backbone, weights, name=row.name)
+    return backbone
+
+
+def _named(model: keras.Model) -> keras.Model:
+    return keras.Model(model.inputs[0], model.outputs[0], name=BACKBONE_LAYER)
+
+
+def _build_from_imagenet(row: Backbone, config: ModelConfig, *, shape: Shape) -> keras.Model:
+    try:
+        return row.build(shape, config.alpha, "imagenet")
+    except Exception as err:  # Keras raises a plain Exception where the download fails
+        url = published_weights_url(row, alpha=config.alpha, image_size_px=shape[0])
+        cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+        raise WeightsError(
+            f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
+            f"{url.rsplit('/', 1)[-1]} from {url} into {cache}, or name a file of weights or a bundle. "
+            f"Received: weights='imagenet'"
+        ) from err
+
+
+def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:
+    if not storage.exists(weights):
+        raise WeightsError(
+            f"weights for {name}: there is no such file or bundle. Allowed are imagenet, none, a .weights.h5 file "
+            f"(keras.Model.save_weights of the network without its top) or the folder of a bundle. "
+            f"Received: weights={weights!r}"
+        )
+    if weights.endswith((".h5", ".hdf5")):
+        _load_weights_file_at(backbone, weights, name=name)
+    else:
+        _load_weights_of_bundle(backbone, weights, name=name)
+
+
+def _load_weights_file_at(backbone: keras.Model, uri: str, *, name: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = storage.local_path(uri, Path(scratch))
+        except (FileNotFoundError, PermissionError) as err:
+            raise WeightsError(f"weights for {name} cannot be read: {err}. Received: weights={uri!r}") from err
+        _load_weights_file(backbone, path, name=name, uri=uri)
+
+
+def _load_weights_file(backbone: keras.Model, path: Path, *, name: str, uri: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Skipping nested container")  # one a layer, before it fails
+            backbone.load_weights(path)
+    except (ValueError, KeyError, OSError) as err:
+        difference = _first_difference(_layer_shapes(backbone), _file_shapes(backbone, path))
+        raise WeightsError(f"the weights do not fit {name}: {difference or err}. Received: weights={uri!r}") from err
+
+
+def _load_weights_of_bundle(backbone: keras.Model, uri: str, *, name: str) -> None:
+    try:
+        bundle = load_bundle(uri)
+    except MnistDistError as err:
+        raise WeightsError(
+            f"weights for {name} are neither a .h5 file nor a bundle (a folder with {BUNDLE_FILE}): {err}"
+        ) from err
+    base = bundle.model.get_layer(BACKBONE_LAYER)
+    difference = _first_difference(_layer_shapes(backbone), _layer_shapes(base))
+    if difference:
+        raise WeightsError(
+            f"the bundle's backbone ({bundle.manifest.backbone}) does not fit {name}: {difference}. "
+            f"Received: weights={uri!r}"
+        )
+    backbone.set_weights(base.get_weights())
+
+
+LayerShapes = list[tuple[str, list[tuple[int, ...]]]]
+
+
+def _layer_shapes(model: keras.Model) -> LayerShapes:
+    """Of each layer that has weights: its name and their shapes."""
+    return [(layer.name, [tuple(w.shape) for w in layer.weights]) for layer in model.layers if layer.weights]
+
+
+def _file_shapes(model: keras.Model, path: Path) -> LayerShapes:
+    """The same, as far as a `.weights.h5` file holds it under the place where Keras looks for the layer.
+
+    Keras names a layer in the file after its class, counted in the order of the model, not after its own name
+    (keras/src/saving/saving_lib.py, `_save_container_state`).
+    """
+    import h5py
+
+    seen: dict[str, int] = {}
+    shapes: LayerShapes = []
+    try:
+        with h5py.File(path, "r") as file:
+            for layer in model.layers:
+                kind = _snake_case(type(layer).__name__)
+                place = f"layers/{kind}_{seen[kind]}" if kind in seen else f"layers/{kind}"
+                seen[kind] = seen.get(kind, 0) + 1
+                if layer.weights:
+                    shapes.append((place, _shapes_under(file.get(place))))
+    except OSError:
+        return []
+    return shapes if any(found for _, found in shapes) else []
+
+
+def _shapes_under(group: object) -> list[tuple[int, ...]]:
+    import h5py
+
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(group, h5py.Group):
+        group.visititems(lambda _, item: shapes.append(tuple(item.shape)) if isinstance(item, h5py.Dataset) else None)
+    return shapes
+
+
+def _snake_case(name: str) -> str:
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _first_difference(expected: LayerShapes, found: LayerShapes) -> str | None:
+    """The first layer whose shapes differ, in words; None where all agree or nothing is known of what was found."""
+    for (layer, shapes), (found_layer, found_shapes) in zip(expected, found, strict=False):
+        if sorted(shapes) != sorted(found_shapes):
+            return f"layer {layer!r} expected weights of shapes {shapes}, found {found_shapes} in {found_layer!r}"
+    if found and len(expected) != len(found):
+        return f"expected {len(expected)} layers with weights, found {len(found)}"
+    return None

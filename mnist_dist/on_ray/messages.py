@@ -1,0 +1,36 @@
+"""What driver and workers of the training job hand each other. Loads no TensorFlow, as the driver must not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_dist.config import TrainJob
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import MnistDistError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """What the driver hands to each worker."""
+
+    job: TrainJob
+    records: str
+    """URI of the record cache."""
+    splits: Splits
+    fingerprint: str
+    run: str
+    """URI of the run's folder."""
+    checkpoint: str | None
+    """URI of the checkpoint of an earlier attempt, or None."""
+    board: Any
+    cpus: float
+    began_at: float
+    """s since the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResult:
+    """What rank 0 hands back: one of the three."""
+
+    error: MnistDistError | None = None
+    stopped: bool = False
+    metrics: dict[str, Any] | None = None

@@ -1,0 +1,42 @@
+"""Decoding a source's images once, spread over the cluster by Ray Data, into the record cache."""
+
+from typing import Any
+
+import ray
+
+from mnist_dist.console import Bar
+from mnist_dist.data.records import RecordPlan, decode_block, finish, finished, missing_blocks
+from mnist_dist.data.sources import Source
+
+
+def decode_missing(plan: RecordPlan, source: Source, *, bar: Bar) -> None:
+    """Decodes the blocks that no earlier run has finished, and closes the cache.
+
+    Args:
+        plan: of `plan_records`.
+        source: what the plan was made of.
+        bar: shows the blocks done.
+    """
+    if finished(plan):
+        return
+    blocks = [] if source.pixels is not None else missing_blocks(plan)
+    if blocks:
+        uris = source.table["uri"].to_pylist()
+        items = [{"block": block, "uris": _uris_of(plan, uris, block)} for block in blocks]
+        # Private: Ray Data shows progress bars of its own in this process unless told not to.
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        done = 0
+        for _ in dataset.map(lambda item: _decode(plan, item)).iter_batches(batch_size=1, prefetch_batches=0):
+            done += 1
+            bar.update(done=done, total=len(blocks), note=f"{done} of {len(blocks)} blocks")
+    finish(plan, source)
+
+
+def _uris_of(plan: RecordPlan, uris: list[str], block: int) -> list[str]:
+    return uris[block * plan.block_size : (block + 1) * plan.block_size]
+
+
+def _decode(plan: RecordPlan, item: dict[str, Any]) -> dict[str, Any]:
+    decode_block(plan, int(item["block"]), list(item["uris"]))
+    return {"block": item["block"]}

@@ -1,0 +1,218 @@
+"""A worker's side of the training job: images in, checkpoints and the bundle out.
+
+Ray Train calls `work` in each worker. What all workers find out alike (a configuration that cannot work, a loss that
+is no number) is returned, not raised: raised errors restart the group, which would only find it again.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import tensorflow as tf
+from ray.train.collective import broadcast_from_rank_zero
+
+from mnist_dist import storage
+from mnist_dist.data.records import Records, open_records
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import ConfigError, TrainingDiverged
+from mnist_dist.models.bundle import write_bundle
+from mnist_dist.models.classifier import Classifier, build_classifier
+from mnist_dist.on_ray.board import Poster
+from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
+from mnist_dist.training.callbacks import history_csv
+from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
+from mnist_dist.training.feed import Images, World
+from mnist_dist.training.host import Position
+from mnist_dist.training.loop import Outcome, Trainer, TrainTask
+from mnist_dist.training.precision import resolve_precision
+
+CALIBRATION_IMAGES = 2_000
+
+
+def work(task: WorkerTask) -> WorkerResult:
+    """Trains, evaluates and writes the bundle, as one of the workers."""
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, int(task.cpus)))
+    for device in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(device, True)
+    scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
+    try:
+        with RayHost(task.board, scratch) as host:
+            return _work(task, host, scratch)
+    except (ConfigError, TrainingDiverged) as error:
+        return WorkerResult(error=error)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class RayHost:
+    """The loop's `Host` on Ray Train: checkpoints go to the attempt's folder, progress to the board."""
+
+    def __init__(self, board: Any, scratch: Path) -> None:
+        self._scratch = scratch
+        self._poster = Poster(board) if ray.train.get_context().get_world_rank() == 0 else None
+
+    def __enter__(self) -> "RayHost":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._poster is not None:
+            self._poster.close()
+
+    def progress(self, position: Position) -> bool:
+        if self._poster is None:
+            return False
+        self._poster.position(position)
+        return self._poster.stop
+
+    def epoch_ended(self, line: dict[str, Any]) -> None:
+        if self._poster is not None:
+            self._poster.epoch(line)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        name = f"checkpoint-{checkpoint.state.global_step:09d}"
+        metrics = {"global_step": checkpoint.state.global_step, **(checkpoint.state.history or [{}])[-1]}
+        if self._poster is None:
+            ray.train.report(metrics, checkpoint_dir_name=name)
+            return
+        folder = self._scratch / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_checkpoint(folder, checkpoint)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(str(folder)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=_upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Puts a checkpoint in place with the file that completes it last, which Ray's own copy does not promise."""
+    context = ray.train.get_context().get_storage()
+    path = f"{context.experiment_fs_path}/{name}"
+    scheme = "" if os.path.isabs(path) else "s3://"
+    storage.upload_folder(Path(checkpoint.path), scheme + path, last=STATE_FILE)
+    return ray.train.Checkpoint(path, filesystem=context.storage_filesystem)
+
+
+def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
+    context = ray.train.get_context()
+    world = World(rank=context.get_world_rank(), workers=context.get_world_size())
+    records = open_records(task.records, local_dir=Path(tempfile.gettempdir()) / "mnist_dist-records")
+    trainer = Trainer(_train_task(task, records, is_first=world.rank == 0), host=host, world=world)
+    checkpoint = _last_checkpoint(task, scratch)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    outcome = trainer.run()
+    if not outcome.finished:
+        return WorkerResult(stopped=True)
+    metrics = _finish(task, trainer, outcome, records, scratch)
+    return WorkerResult(metrics=metrics)
+
+
+def _train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTask:
+    job = task.job
+    precision = broadcast_from_rank_zero(resolve_precision(job.fit.precision, backbone=job.model.backbone))
+    return TrainTask(
+        job=job,
+        spec=records.spec,
+        class_names=records.class_names,
+        images=Images(
+            pixels=records.pixels,
+            labels=records.index["label"].to_numpy().astype(np.int32),
+            train=task.splits.train,
+            validation=task.splits.val,
+            test=task.splits.test,
+        ),
+        precision=precision,
+        steps_limit=1 if job.run.dry_run else None,
+        tensorboard_folder=Path(task.run) / "tensorboard" if is_first and job.fit.tensorboard else None,
+        began_at=task.began_at,
+    )
+
+
+def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
+    """Ray Train's checkpoint after a restart of the group, else that of an earlier attempt."""
+    own = ray.train.get_checkpoint()
+    if own is not None:
+        with own.as_directory() as folder:
+            return read_checkpoint(Path(folder))
+    if task.checkpoint is None:
+        return None
+    folder = scratch / "earlier"
+    storage.download_folder(task.checkpoint, folder)
+    return read_checkpoint(folder)
+
+
+def _finish(
+    task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records, scratch: Path
+) -> dict[str, Any]:
+    """Evaluates the float32 model with the best weights, as it will be saved, and lets rank 0 write the bundle."""
+    job, state = task.job, outcome.state
+    with trainer.strategy.scope():
+        final = build_classifier(
+            job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False
+        )
+    final.network.set_weights(outcome.best)
+    validation = trainer.evaluate(task.splits.val, final.network)
+    test = trainer.evaluate(task.splits.test, final.network)
+    if trainer.world.rank == 0 and not job.run.dry_run:
+        _write_bundle(task, final, records, scratch / "bundle", history=state.history, validation=validation, test=test)
+    return {
+        "test_accuracy": test["accuracy"],
+        "test_loss": test["loss"],
+        "validation_accuracy": validation["accuracy"],
+        "validation_loss": validation["loss"],
+        "best_epoch": state.best["epoch"] if state.best else None,
+        "epochs": state.epochs_done,
+        "images_per_s": state.timed_images / state.timed_s if state.timed_s else None,
+        "precision": trainer.task.precision,
+        "earlier_s": trainer.earlier_s,
+    }
+
+
+def _write_bundle(
+    task: WorkerTask,
+    final: Classifier,
+    records: Records,
+    folder: Path,
+    *,
+    history: list[dict[str, Any]],
+    validation: dict[str, float],
+    test: dict[str, float],
+) -> None:
+    job = task.job
+    write_bundle(
+        folder,
+        model=final.model,
+        class_names=records.class_names,
+        spec=records.spec,
+        backbone=job.model.backbone,
+        weights=job.model.weights,
+        config=job.settings(),
+        data_fingerprint=task.fingerprint,
+        validation=validation,
+        test=test,
+        history_csv=history_csv(history),
+        calibration=_calibration(task.splits, records) if job.run.calibration else None,
+    )
+    storage.upload_folder(folder, storage.join(task.run, "bundle"), last="bundle.json")
+
+
+def _calibration(splits: Splits, records: Records) -> pa.Table:
+    """Up to 2,000 held-out images, spread evenly over validation, then test: `uri`, `label`, `pixels` (bytes,
+    uint8 [H, W, C] of the bundle's input)."""
+    held_out = np.concatenate([splits.val, splits.test])
+    count = min(CALIBRATION_IMAGES, len(held_out))
+    rows = np.sort(held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)])
+    chosen = records.index.take(pa.array(rows))
+    pixels = [records.pixels[row].tobytes() for row in rows]
+    return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})
+
+

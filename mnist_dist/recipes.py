@@ -1,0 +1,78 @@
+"""Named training jobs. Each docstring is the command, and the result to expect on which data.
+
+A recipe is a starting point: every field can be overridden by a flag.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
+
+
+def quickstart() -> TrainJob:
+    """python -m jobs.train quickstart: the small CNN on scikit-learn's digits, two workers, about half a minute."""
+    return TrainJob(
+        model=ModelConfig(backbone="cnn"),
+        phases=PhasesConfig(epochs=(15,)),
+        fit=FitConfig(batch_size=64),
+        run=RunConfig(workers=2, cpus_per_worker=0.5),
+    )
+
+
+def mnist_mlp() -> TrainJob:
+    """python -m jobs.train mnist-mlp --data-dir IDX_FOLDER: 784-128-64-10, as published with 98.23 %."""
+    return TrainJob(
+        data=DataConfig(data="mnist", validation_fraction=0.05),
+        model=ModelConfig(backbone="mlp"),
+        phases=PhasesConfig(epochs=(20,)),
+        optimizer=OptimizerConfig(schedule="cosine"),
+    )
+
+
+def mnist_cnn() -> TrainJob:
+    """python -m jobs.train mnist-cnn --data-dir IDX_FOLDER: two convolutions, 421,642 parameters, as published with
+    99.07 %."""
+    return replace(
+        mnist_mlp(), model=ModelConfig(backbone="cnn", dropout=0.5), phases=PhasesConfig(epochs=(12,))
+    )
+
+
+def mnist_cnn_bn() -> TrainJob:
+    """python -m jobs.train mnist-cnn-bn --data-dir IDX_FOLDER: three convolutions with BatchNorm, 459,210 parameters,
+    EarlyStopping, ReduceLROnPlateau and augmentation, as published with 99.2 %, loss 0.03, in 5 minutes on a CPU."""
+    return TrainJob(
+        data=DataConfig(data="mnist", validation_fraction=0.05),
+        model=ModelConfig(backbone="cnn_bn"),
+        phases=PhasesConfig(epochs=(18,)),
+        fit=FitConfig(augmentation="digits", early_stopping_patience=5, plateau_patience=1),
+    )
+
+
+def folder_mobilenet_v2() -> TrainJob:
+    """python -m jobs.train folder-mobilenet-v2 --data FOLDER: MobileNetV2 at 224 px with ImageNet weights: the head,
+    then the last blocks."""
+    return TrainJob(
+        model=ModelConfig(backbone="mobilenet_v2", weights="imagenet", dropout=0.2),
+        phases=PhasesConfig(epochs=(5, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "100")),
+        fit=FitConfig(batch_size=32, augmentation="photos", early_stopping_patience=3),
+    )
+
+
+def folder_vgg16() -> TrainJob:
+    """python -m jobs.train folder-vgg16 --data FOLDER: VGG16 at 224 px with ImageNet weights: the head, then the last
+    block."""
+    return replace(
+        folder_mobilenet_v2(),
+        model=ModelConfig(backbone="vgg16", weights="imagenet", hidden_units=256, dropout=0.5),
+        phases=PhasesConfig(epochs=(5, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "block5")),
+    )
+
+
+TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
+    "quickstart": quickstart,
+    "mnist-mlp": mnist_mlp,
+    "mnist-cnn": mnist_cnn,
+    "mnist-cnn-bn": mnist_cnn_bn,
+    "folder-mobilenet-v2": folder_mobilenet_v2,
+    "folder-vgg16": folder_vgg16,
+}

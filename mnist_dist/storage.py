@@ -1,0 +1,503 @@
+"""Local paths and `s3://` URIs behind the same few functions.
+
+Owns: reading, atomic writing, listing and deleting, and what each failure means. Does not own: what the bytes are.
+A URI is a local path (`runs/a`, `/data`), `file:///data`, or `s3://bucket/key`; endpoint, region and credentials of S3
+come from the AWS default chain.
+
+What a failure becomes, so that callers need to know neither errno nor botocore:
+
+```
+FileNotFoundError    this object is not there
+PermissionError      this object may not be read or written
+ServiceError         not this object but the service: no or expired credentials, no connection, 5xx or throttling
+                     after all retries, disk full
+StorageError         a URI that can never work: unknown scheme, no such bucket
+```
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import os
+import shutil
+import stat
+import threading
+import urllib.parse
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mnist_dist.errors import ServiceError, StorageError
+
+_S3 = "s3://"
+_FILE = "file://"
+_MAX_POOL_CONNECTIONS = 64
+_MAX_ATTEMPTS = 8
+_BODY_ATTEMPTS = 4
+_DELETE_BATCH = 1000  # the most keys that S3's DeleteObjects takes
+_SERVICE_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+)
+_CREDENTIAL_CODES = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+_client_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object as a listing shows it."""
+
+    uri: str
+    size_bytes: int
+    etag: str
+    """Changes with the content: S3's etag, or `{mtime_ns}-{size}` of a local file."""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object store.
+
+    Raises:
+        StorageError: the scheme is unknown.
+    """
+    if uri.startswith(_S3):
+        return True
+    scheme, separator, _ = uri.partition("://")
+    if separator and "/" not in scheme and scheme != "file":
+        raise StorageError(f"storage is a local path, {_FILE}/path or {_S3}bucket/prefix. Received: {uri!r}")
+    return False
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it, with one slash between each."""
+    base = uri if is_remote(uri) else str(_local(uri))
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(uri: str) -> str:
+    """`uri` as every process sees it, whatever its working directory: local paths become absolute."""
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(_local(uri))  # resolves no links, unlike Path
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return _local(uri).read_bytes()
+    return _s3_read(uri)
+
+
+def open_binary(uri: str) -> BinaryIO:
+    """The object as a seekable file; from S3 only the ranges that are read are fetched.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            return _local(uri).open("rb")
+    with _s3_errors(uri):
+        head = _client().head_object(**_s3_address(uri))
+    return io.BufferedReader(_S3Range(uri, head["ContentLength"]), buffer_size=1 << 20)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Puts the object in place in one step: a reader sees the old bytes or the new ones, never a part.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if is_remote(uri):
+        with _s3_errors(uri):
+            _client().put_object(**_s3_address(uri), Body=data)
+        return
+    with atomic_file(_local(uri)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` (local) when the block ends without an error, on disk and complete.
+
+    Raises:
+        PermissionError, ServiceError: see the module.
+    """
+    temporary = path.with_name(_temporary_name(path.name))
+    with _local_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object at `uri`, or a folder (on S3: any object below it).
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        return _local(uri).exists()
+    try:
+        with _s3_errors(uri):
+            _client().head_object(**_s3_address(uri))
+    except FileNotFoundError:
+        return any(_s3_entries(uri, page_size=1))
+    return True
+
+
+def list_entries(uri: str) -> Iterator[Entry]:
+    """Everything at or below `uri`, sorted by URI, hidden names included; nothing where there is nothing.
+
+    Symbolic links are followed, except back into a folder that they lie in. A dangling link is listed with size 0
+    and no etag: whoever reads it finds it missing. Sockets, pipes and devices are not listed.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        return _local_entries(_local(uri))
+    # S3 itself lists in this order, its directory buckets and other servers do not
+    return iter(sorted(_s3_entries_or_object(uri), key=lambda entry: entry.uri))
+
+
+def delete(uri: str) -> None:
+    """Removes one object; that it is missing is fine.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        with _local_errors(uri):
+            _local(uri).unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError), _s3_errors(uri):
+        _client().delete_object(**_s3_address(uri))
+
+
+def delete_tree(uri: str) -> None:
+    """Removes everything at or below `uri`; that it is missing is fine.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if is_remote(uri):
+        _s3_delete_many([entry.uri for entry in list_entries(uri)], uri)
+        return
+    path = _local(uri)
+    if path.is_symlink() or not path.is_dir():
+        delete(uri)
+        return
+    with _local_errors(uri):
+        shutil.rmtree(path)
+
+
+def upload_folder(local: Path, uri: str, *, last: str | None = None) -> None:
+    """Puts the files of a folder below `uri`.
+
+    A local destination is copied under a temporary name beside it and then renamed, in place of what was there.
+
+    Args:
+        local: the folder.
+        uri: where its files go.
+        last: the name, relative to the folder, of the file that is put last: the mark that says "complete".
+
+    Raises:
+        FileNotFoundError: `local` holds no file, or none named `last`.
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    names = [entry.uri.removeprefix(f"{local}/") for entry in list_entries(str(local))]
+    if not names or (last is not None and last not in names):
+        raise FileNotFoundError(errno.ENOENT, f"no file {last or ''!r} to upload in the folder", str(local))
+    names.sort(key=lambda name: name == last)
+    if not is_remote(uri):
+        _replace_folder(local, _local(uri))
+        return
+    for name in names:
+        target = join(uri, name)
+        with (local / name).open("rb") as file, _s3_errors(target):
+            address = _s3_address(target)
+            _client().upload_fileobj(file, address["Bucket"], address["Key"])
+
+
+def download_folder(uri: str, local: Path) -> None:
+    """Copies everything below `uri` into the folder `local`, each file in one step.
+
+    Raises:
+        FileNotFoundError: there is nothing below `uri`.
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    root = absolute(uri)
+    entries = list(list_entries(root))
+    if not entries:
+        raise FileNotFoundError(errno.ENOENT, "no files below", uri)
+    for entry in entries:
+        _copy_to_local(entry.uri, local / entry.uri.removeprefix(f"{root}/"))
+
+
+def local_path(uri: str, scratch: Path) -> Path:
+    """A local file with the object's bytes and its name: the file itself, or a copy below `scratch`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        return _local(uri)
+    folder = scratch / hashlib.sha256(uri.encode()).hexdigest()[:16]  # two objects may share their last name
+    path = folder / uri.rpartition("/")[2]
+    _copy_to_local(uri, path)
+    return path
+
+
+def check_writable(uri: str) -> None:
+    """Writes and deletes a probe below `uri`.
+
+    Raises:
+        StorageError: that failed; the message names the URI and the cause.
+    """
+    probe = join(uri, _temporary_name("probe"))
+    try:
+        write_bytes(probe, b"probe")
+        delete(probe)
+    except (OSError, ServiceError, StorageError) as err:
+        raise StorageError(f"the storage cannot be written: {err}. Received: {uri!r}") from err
+
+
+def forget_clients() -> None:
+    """Drops the cached S3 client, so that the next call reads the AWS settings again."""
+    _client_of.cache_clear()
+
+
+# --- local files -----------------------------------------------------------------------------------------------------
+
+
+def _local(uri: str) -> Path:
+    if uri.startswith(_FILE):
+        return Path(urllib.parse.unquote(uri.removeprefix(_FILE).removeprefix("localhost")))
+    is_remote(uri)  # an unknown scheme is no path
+    return Path(uri)
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name[:100]}.{uuid.uuid4().hex[:12]}.tmp"
+
+
+@contextlib.contextmanager
+def _local_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        if err.errno in _SERVICE_ERRNOS:
+            raise ServiceError(f"{uri}: {err.strerror}") from err
+        raise
+
+
+def _local_entries(root: Path) -> Iterator[Entry]:
+    with _local_errors(str(root)):
+        if root.is_dir():
+            yield from _folder_entries(str(root), ())
+        elif os.path.lexists(root):
+            yield from _file_entry(str(root))
+
+
+def _folder_entries(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:
+        return
+    with os.scandir(folder) as children:
+        # "a/" after "a.png", as in the order of the whole URIs and of an S3 listing
+        names = sorted(child.path + "/" if child.is_dir() else child.path for child in children)
+    for name in names:
+        if name.endswith("/"):
+            yield from _folder_entries(name[:-1], (*ancestors, identity))
+        else:
+            yield from _file_entry(name)
+
+
+def _file_entry(path: str) -> Iterator[Entry]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        yield Entry(path, 0, "")
+        return
+    if stat.S_ISREG(status.st_mode):
+        yield Entry(path, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    temporary = target.with_name(_temporary_name(target.name))
+    replaced = target.with_name(_temporary_name(target.name))
+    with _local_errors(str(target)):
+        try:
+            shutil.copytree(source, temporary)
+            if target.exists():
+                target.rename(replaced)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _copy_to_local(uri: str, path: Path) -> None:
+    with atomic_file(path) as file:
+        if is_remote(uri):
+            address = _s3_address(uri)
+            with _s3_errors(uri):
+                _client().download_fileobj(address["Bucket"], address["Key"], file)
+        else:
+            with open_binary(uri) as source:
+                shutil.copyfileobj(source, file)
+
+
+# --- S3 --------------------------------------------------------------------------------------------------------------
+
+
+def _client() -> Any:
+    with _client_lock:  # making a client is not thread-safe, the client is
+        return _client_of(os.getpid())
+
+
+@functools.cache
+def _client_of(pid: int) -> Any:  # by process: connections do not survive a fork
+    from boto3.session import Session
+    from botocore.config import Config
+
+    retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
+    # a session of our own: boto3's default one keeps the first credentials it saw
+    return Session().client("s3", config=Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS))
+
+
+def _s3_address(uri: str) -> dict[str, str]:
+    bucket, _, key = uri.removeprefix(_S3).partition("/")
+    if not bucket:
+        raise StorageError(f"an S3 URI is {_S3}bucket/key. Received: {uri!r}")
+    return {"Bucket": bucket, "Key": key}
+
+
+@contextlib.contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+
+    try:
+        yield
+    except ParamValidationError as err:
+        raise StorageError(f"{uri}: {err}") from err
+    except ClientError as err:
+        raise _meaning(err, uri) from err
+    except BotoCoreError as err:
+        raise ServiceError(f"{uri}: {err}") from err
+
+
+def _meaning(err: Any, uri: str) -> Exception:
+    code = str(err.response.get("Error", {}).get("Code", ""))
+    status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code == "NoSuchBucket":
+        return StorageError(f"there is no such bucket. Received: {uri!r}")
+    if code in _CREDENTIAL_CODES:
+        return ServiceError(f"{uri}: the credentials are not accepted: {err}")
+    if status == 404:
+        return FileNotFoundError(errno.ENOENT, "no such object", uri)
+    if status == 403:
+        return PermissionError(errno.EACCES, f"access denied ({code})", uri)
+    return ServiceError(f"{uri}: {err}")
+
+
+def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    arguments = _s3_address(uri) | ({"Range": byte_range} if byte_range else {})
+    with _s3_errors(uri):
+        for _ in range(_BODY_ATTEMPTS - 1):  # botocore retries the request, but not a body that breaks off
+            with contextlib.suppress(HTTPClientError, IncompleteReadError):
+                return bytes(_client().get_object(**arguments)["Body"].read())
+        return bytes(_client().get_object(**arguments)["Body"].read())
+
+
+class _S3Range(io.RawIOBase):
+    """An object as a raw seekable file: each `readinto` is one ranged request."""
+
+    def __init__(self, uri: str, size_bytes: int) -> None:
+        self._uri = uri
+        self._size_bytes = size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size_bytes)
+        if end <= self._position:
+            return 0
+        data = _s3_read(self._uri, f"bytes={self._position}-{end - 1}")
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _s3_entries(uri: str, *, page_size: int = 1000) -> Iterator[Entry]:
+    address = _s3_address(uri.rstrip("/") + "/")
+    with _s3_errors(uri):
+        pages = _client().get_paginator("list_objects_v2").paginate(
+            Bucket=address["Bucket"], Prefix=address["Key"], PaginationConfig={"PageSize": page_size}
+        )
+        for page in pages:
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # consoles put empty objects there to show a folder
+                    yield Entry(f"{_S3}{address['Bucket']}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+
+def _s3_entries_or_object(uri: str) -> Iterator[Entry]:
+    found = False
+    for entry in _s3_entries(uri):
+        found = True
+        yield entry
+    address = _s3_address(uri)
+    if found or not address["Key"] or uri.endswith("/"):
+        return
+    with contextlib.suppress(FileNotFoundError), _s3_errors(uri):
+        head = _client().head_object(**address)
+        yield Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
+
+
+def _s3_delete_many(uris: Iterable[str], root: str) -> None:
+    keys = [{"Key": _s3_address(uri)["Key"]} for uri in uris]
+    for start in range(0, len(keys), _DELETE_BATCH):
+        batch: Any = {"Objects": keys[start : start + _DELETE_BATCH], "Quiet": True}
+        with _s3_errors(root):
+            answer = _client().delete_objects(Bucket=_s3_address(root)["Bucket"], Delete=batch)
+        for failure in answer.get("Errors", ()):
+            uri = join(_S3 + _s3_address(root)["Bucket"], failure["Key"])
+            raise PermissionError(errno.EACCES, f"not deleted ({failure.get('Code')})", uri)

@@ -1,0 +1,99 @@
+"""One checkpoint: a folder that holds everything a run needs to go on, and the best weights so far.
+
+```
+state.json       where to go on (phase, epoch, step), history, best epoch, what the callbacks remember
+weights.npz      the network's weights
+optimizer.npz    the optimizer's variables
+best.npz         weights of the best epoch (absent where the best epoch is the one that just ended)
+```
+
+`state.json` is written last; whoever copies the folder copies it last, too: a folder without it is unfinished. Nothing
+of a data iterator or a random generator is kept: both are functions of (seed, epoch, step).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.errors import StorageError
+
+STATE_FILE = "state.json"
+Arrays = list[npt.NDArray[Any]]
+
+
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands. Counters start at 0 and name what comes next."""
+
+    phase: int = 0
+    epoch: int = 0
+    """Within the phase."""
+    step: int = 0
+    """Within the epoch."""
+    epochs_done: int = 0
+    """Over all phases."""
+    global_step: int = 0
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Of the unfinished epoch: loss summed over images, correct predictions, images."""
+    learning_rate: float | None = None
+    """What ReduceLROnPlateau has made of the phase's rate; None: unchanged."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    """The history's line of the best epoch."""
+    best_is_current: bool = False
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timed_images: int = 0
+    """Images trained on in the calls that were timed (all but each phase's first two)."""
+    timed_s: float = 0.0
+    seconds: float = 0.0
+    """From the start of the job to this checkpoint, over all attempts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in memory; the arrays are in the order of the network's and the optimizer's variables."""
+
+    state: State
+    weights: Arrays
+    optimizer: Arrays
+    best: Arrays | None
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes the files into an existing, empty folder, `state.json` last."""
+    _write_arrays(folder / "weights.npz", checkpoint.weights)
+    _write_arrays(folder / "optimizer.npz", checkpoint.optimizer)
+    if checkpoint.best is not None and not checkpoint.state.best_is_current:
+        _write_arrays(folder / "best.npz", checkpoint.best)
+    (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(checkpoint.state)))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads what `write_checkpoint` wrote.
+
+    Raises:
+        StorageError: the folder is no finished checkpoint.
+    """
+    if not (folder / STATE_FILE).exists():
+        raise StorageError(f"A checkpoint holds {STATE_FILE}, written last. Received: {folder}")
+    state = State(**json.loads((folder / STATE_FILE).read_text()))
+    weights = _read_arrays(folder / "weights.npz")
+    best = weights if state.best_is_current else None
+    if (folder / "best.npz").exists():
+        best = _read_arrays(folder / "best.npz")
+    return Checkpoint(state=state, weights=weights, optimizer=_read_arrays(folder / "optimizer.npz"), best=best)
+
+
+def _write_arrays(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    np.savez(path, allow_pickle=False, **{f"{index:05d}": array for index, array in enumerate(arrays)})
+
+
+def _read_arrays(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as arrays:
+        return [arrays[name] for name in sorted(arrays.files)]

@@ -1,0 +1,137 @@
+"""Batches for the step: which images each worker gets in each step, and getting them ready ahead of time.
+
+Owns: the cut of a global batch into workers' slices, the seeds of each step, and the thread that gathers pixels while
+the device works. The order itself is `data/batches.py`. Pixels stay uint8 at their stored size.
+
+B = global batch, b = this worker's slice of it, S = steps in one call, H, W = stored height and width in px,
+C = channels.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.data.batches import rank_slice
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This worker's place among the workers of a run."""
+
+    rank: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """The decoded images of all splits.
+
+    `pixels` is `uint8 [N, H, W, C]`, usually memory-mapped; `labels` is `int32 [N]`; `train`, `validation` and `test`
+    are `int64` indices into both.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int32]
+    train: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.int64]
+    test: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainChunk:
+    """The input of one call: S steps of this worker.
+
+    `pixels` is `uint8 [S, b, H, W, C]`, `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]` (no two alike over all
+    steps and workers of a run).
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int32]
+    seeds: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBatch:
+    """One batch of this worker; padding has weight 0: `uint8 [b, H, W, C]`, `int32 [b]`, `float32 [b]`."""
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+
+def step_seeds(seed: int, *, steps: range, rank: int) -> npt.NDArray[np.uint32]:
+    """Seeds `uint32 [len(steps), 2]` for dropout and augmentation: a function of (seed, global step, rank) alone."""
+    return np.stack([np.random.SeedSequence((seed, step, rank)).generate_state(2) for step in steps])
+
+
+def train_chunk(
+    images: Images,
+    order: npt.NDArray[np.int64],
+    *,
+    steps: range,
+    first_global_step: int,
+    batch_size: int,
+    seed: int,
+    world: World,
+) -> TrainChunk:
+    """Gathers this worker's slices of some steps of an epoch.
+
+    Args:
+        images: all images.
+        order: `int64 [N]`, the epoch's permutation of positions in `images.train`.
+        steps: steps of the epoch, from 0.
+        first_global_step: number of `steps[0]` counted from the start of the run.
+        batch_size: B.
+        seed: the run's seed.
+        world: whose slices.
+    """
+    mine = rank_slice(batch_size, rank=world.rank, workers=world.workers)
+    batches = order[steps.start * batch_size : steps.stop * batch_size].reshape(len(steps), batch_size)
+    rows = images.train[batches[:, mine]]
+    return TrainChunk(
+        pixels=images.pixels[rows],
+        labels=images.labels[rows],
+        seeds=step_seeds(seed, steps=range(first_global_step, first_global_step + len(steps)), rank=world.rank),
+    )
+
+
+def evaluation_batches(
+    images: Images, indices: npt.NDArray[np.int64], *, batch_size: int, world: World
+) -> Iterator[Callable[[], EvaluationBatch]]:
+    """Calls that make this worker's share of a split: over all workers each image once.
+
+    Every batch is of the same size; an image that only fills a batch up has weight 0.
+    """
+    mine = indices[world.rank :: world.workers]
+    size = max(1, batch_size // world.workers)
+    for start in range(0, len(mine), size):
+        yield partial(_evaluation_batch, images, mine[start : start + size], size)
+
+
+def _evaluation_batch(images: Images, rows: npt.NDArray[np.int64], size: int) -> EvaluationBatch:
+    padded = np.pad(rows, (0, size - len(rows)), mode="edge")
+    weights = (np.arange(size) < len(rows)).astype(np.float32)
+    return EvaluationBatch(pixels=images.pixels[padded], labels=images.labels[padded], weights=weights)
+
+
+def ahead(calls: Iterable[Callable[[], Item]], *, depth: int = 2) -> Iterator[Item]:
+    """Yields each call's result in order; one thread makes up to `depth` of them ahead. An error is raised here."""
+    waiting: deque[Future[Item]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,98 @@
+"""The folder of a training run: what decides the result, what was reached so far, the result.
+
+```
+run.json           recipe, settings and data fingerprint: written first, compared when the run goes on
+attempt-0001/      checkpoints of one driver's life (checkpoint-000000123/..., each complete once it has state.json)
+bundle/            the model
+result.json        written last
+```
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_dist import storage
+from mnist_dist.config import differences
+from mnist_dist.errors import ResumeConflict
+from mnist_dist.training.checkpoints import STATE_FILE
+
+CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FILE) + "$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, by the URI of its folder."""
+
+    uri: str
+
+    @property
+    def bundle(self) -> str:
+        return storage.join(self.uri, "bundle")
+
+    def result(self) -> dict[str, Any] | None:
+        """The result where the run is finished, else None."""
+        return self._read("result.json")
+
+    def begin(self, facts: Mapping[str, Any]) -> bool:
+        """Notes what decides the result; True: the run is new, False: it goes on.
+
+        On going on, only the facts that are given are compared.
+
+        Raises:
+            ResumeConflict: the folder holds a run of other facts; the message shows each difference.
+        """
+        there = self._read("run.json")
+        if there is None:
+            self._write("run.json", facts)
+            return True
+        lines = differences(facts, {key: there.get(key) for key in facts})
+        if lines:
+            shown = "\n  ".join(lines)
+            raise ResumeConflict(
+                f"{self.uri} holds another run (take another --name, or the same settings):\n  {shown}"
+            )
+        return False
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes the result: the run is finished."""
+        self._write("result.json", result)
+
+    def newest_checkpoint(self) -> str | None:
+        """URI of the complete checkpoint that is furthest, or None."""
+        found = [
+            (int(match[2]), int(match[1]), entry.uri)
+            for entry in storage.list_entries(self.uri)
+            if (match := CHECKPOINT.search(entry.uri))
+        ]
+        return max(found)[2].removesuffix(f"/{STATE_FILE}") if found else None
+
+    def next_attempt(self) -> str:
+        """Name of an attempt that is not there yet."""
+        numbers = [
+            int(match[1])
+            for entry in storage.list_entries(self.uri)
+            if (match := re.search(r"/attempt-(\d+)/", entry.uri))
+        ]
+        return f"attempt-{max(numbers, default=0) + 1:04d}"
+
+    def clear_attempts(self, *, but: str) -> None:
+        """Deletes the checkpoints of all attempts but the one named."""
+        names = {
+            match[1]
+            for entry in storage.list_entries(self.uri)
+            if (match := re.search(r"/(attempt-\d+)/", entry.uri))
+        }
+        for name in sorted(names - {but}):
+            storage.delete_tree(storage.join(self.uri, name))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(storage.read_bytes(storage.join(self.uri, name))))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        storage.write_bytes(storage.join(self.uri, name), json.dumps(values, indent=2).encode())

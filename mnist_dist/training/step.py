@@ -1,0 +1,184 @@
+"""The compiled work of training: the train step, the evaluation step, and sums over the workers.
+
+The only module of training that speaks TensorFlow. Contract of the train step, for any number of workers:
+
+- the loss is the sum over this worker's slice, divided by the *global* batch, so that the sum of the gradients over the
+  workers is the gradient of the whole batch;
+- gradients are summed over the workers, and only then clipped (a Keras optimizer would clip before the sum);
+- loss, hits and the wish to stop are summed in the same exchange, so that every worker sees the same numbers and takes
+  the same decisions in the same step.
+
+S = steps in one call, b = this worker's slice of the batch, H, W = height and width in px, C = channels,
+K = classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mnist_dist.config import OptimizerConfig
+from mnist_dist.models.augmentation import reseed, seed_generators
+from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
+
+LOSS, HITS, STOP = range(3)  # columns of what a step reports
+
+
+def make_strategy(workers: int) -> tf.distribute.Strategy:
+    """The strategy of this process: plain for one worker, else synchronous all-reduce over all (TF_CONFIG is set)."""
+    return tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else tf.distribute.get_strategy()
+
+
+def make_optimizer(config: OptimizerConfig, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
+    """An optimizer built for these variables; call it inside `strategy.scope()`. The step sets its learning rate."""
+    optimizer: keras.optimizers.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(learning_rate=0.0, momentum=config.momentum)
+    elif config.optimizer == "adam":
+        optimizer = keras.optimizers.Adam(learning_rate=0.0)
+    else:
+        optimizer = keras.optimizers.AdamW(learning_rate=0.0, weight_decay=config.weight_decay)
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer.build(variables)
+    return optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What the step needs beyond the network: `class_weights` is `float32 [K]`."""
+
+    batch_size: int
+    class_weights: npt.NDArray[np.float32]
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+
+
+class TrainStep:
+    """Runs S optimizer steps in one call.
+
+    Args:
+        strategy: of `make_strategy`; the network and the optimizer were built in its scope.
+        network: `float32 [b, H, W, C]` in 0-255 -> logits `float32 [b, K]`.
+        optimizer: built for `network.trainable_variables`.
+        augmentation: `float32 [b, H, W, C]` -> the same, or None.
+        config: batch size and loss.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        *,
+        network: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        augmentation: keras.Model | None,
+        config: StepConfig,
+    ) -> None:
+        self._strategy = strategy
+        self._network = network
+        self._optimizer = optimizer
+        self._augmentation = augmentation
+        self._config = config
+        self._variables = list(network.trainable_variables)
+        models = [network] if augmentation is None else [network, augmentation]
+        self._generators = seed_generators(*models)
+        self._class_weights = tf.constant(config.class_weights)
+        self._call = tf.function(self._steps, jit_compile=False, reduce_retracing=True)
+
+    def __call__(
+        self, chunk: TrainChunk, *, rates: npt.NDArray[np.float32], stop: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Takes the chunk's steps.
+
+        Args:
+            chunk: images, labels and seeds of S steps.
+            rates: `float32 [S]`, the learning rate of each.
+            stop: this worker's wish to stop after the call.
+
+        Returns:
+            `float32 [S, 3]`, equal on all workers: mean loss of the global batch, correct predictions in it, number of
+            workers that wish to stop.
+        """
+        wish = np.float32(stop)
+        reports = self._call(chunk.pixels, chunk.labels, chunk.seeds, rates, wish)
+        return np.asarray(reports)
+
+    def _steps(self, pixels: Any, labels: Any, seeds: Any, rates: Any, stop: Any) -> Any:
+        count = tf.shape(rates)[0]
+        reports = tf.TensorArray(tf.float32, size=count, element_shape=[3])
+        for index in tf.range(count):
+            step = (pixels[index], labels[index], seeds[index], stop)
+            gradients, report = self._strategy.run(self._forward_backward, args=step)
+            self._optimizer.learning_rate.assign(rates[index])
+            self._optimizer.apply_gradients(zip(self._clip(gradients), self._variables, strict=True))
+            reports = reports.write(index, report)
+        return reports.stack()
+
+    def _forward_backward(self, pixels: Any, labels: Any, seed: Any, stop: Any) -> tuple[list[Any], Any]:
+        reseed(self._generators, seed)
+        inputs = tf.cast(pixels, tf.float32)
+        if self._augmentation is not None:
+            inputs = self._augmentation(inputs, training=True)
+        with tf.GradientTape() as tape:
+            logits = self._network(inputs, training=True)
+            loss = tf.reduce_sum(self._losses(labels, logits)) / self._config.batch_size
+        gradients = tape.gradient(loss, self._variables)
+        hits = tf.reduce_sum(tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32))
+        report = tf.stack([loss, hits, stop])
+        *gradients, report = tf.distribute.get_replica_context().all_reduce("SUM", [*gradients, report])
+        return gradients, report
+
+    def _losses(self, labels: Any, logits: Any) -> Any:
+        classes = self._class_weights.shape[0]
+        smoothing = self._config.label_smoothing
+        targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+        losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+        return losses * tf.gather(self._class_weights, labels)
+
+    def _clip(self, gradients: list[Any]) -> list[Any]:
+        if self._config.clip_norm is None:
+            return gradients
+        return list(tf.clip_by_global_norm(gradients, self._config.clip_norm)[0])
+
+
+class Evaluator:
+    """Sums of loss and hits of a network over a split, exact over all workers."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, network: keras.Model) -> None:
+        self._strategy = strategy
+        self._network = network
+        self._call = tf.function(self._step, jit_compile=False, reduce_retracing=True)
+
+    def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float64]:
+        """Sums `float64 [3]` of one batch of this worker: cross-entropy (nats), correct predictions, images."""
+        return np.asarray(self._call(batch.pixels, batch.labels, batch.weights))
+
+    def _step(self, pixels: Any, labels: Any, weights: Any) -> Any:
+        return self._strategy.run(self._sums, args=(pixels, labels, weights))
+
+    def _sums(self, pixels: Any, labels: Any, weights: Any) -> Any:
+        logits = self._network(tf.cast(pixels, tf.float32), training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        hits = tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32)
+        columns = tf.cast(tf.stack([losses, hits, tf.ones_like(losses)]), tf.float64)
+        return tf.reduce_sum(columns * tf.cast(weights, tf.float64), axis=1)
+
+
+def sum_over_workers(strategy: tf.distribute.Strategy, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """`float64 [n]` summed over all workers; every worker must call it, in the same order."""
+
+    def total(mine: Any) -> Any:
+        placed = tf.identity(mine)  # on this replica's device; an argument has none, which the reduction refuses
+        return tf.distribute.get_replica_context().all_reduce("SUM", placed)
+
+    return np.asarray(tf.function(lambda mine: strategy.run(total, args=(mine,)))(tf.constant(values, tf.float64)))
+
+
+def slowest_worker_s(strategy: tf.distribute.Strategy, seconds: float, *, world: World) -> float:
+    """The largest of the workers' figures, in seconds, known to all of them."""
+    mine = np.zeros(world.workers)
+    mine[world.rank] = seconds
+    return float(sum_over_workers(strategy, mine).max())

@@ -1,0 +1,236 @@
+"""storage: local paths and S3 alike."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from mnist_dist import storage
+from mnist_dist.errors import ServiceError, StorageError
+
+
+@pytest.fixture(params=["local", "file", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3"))
+    return str(tmp_path / "a store") if request.param == "local" else f"file://{tmp_path}/a%20store"
+
+
+def names(uri: str) -> list[str]:
+    root = storage.absolute(uri)
+    return [entry.uri.removeprefix(f"{root}/") for entry in storage.list_entries(uri)]
+
+
+def test_what_is_written_is_read_and_replaced(root: str) -> None:
+    uri = storage.join(root, "deep/er", "ä #1?.bin")
+    storage.write_bytes(uri, b"first")
+    storage.write_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"second"
+    assert storage.exists(uri)
+    assert storage.exists(root)
+    assert names(root) == ["deep/er/ä #1?.bin"]
+
+
+def test_a_listing_is_recursive_sorted_and_hides_nothing(root: str) -> None:
+    written = ["a.txt", "a/b", "a/.hidden", "_SUCCESS", "a-b", "z/y/x"]
+    for name in written:
+        storage.write_bytes(storage.join(root, name), name.encode())
+    entries = list(storage.list_entries(root))
+    assert names(root) == sorted(written)
+    assert [entry.uri for entry in entries] == sorted(entry.uri for entry in entries)
+    assert [entry.size_bytes for entry in entries] == [len(name) for name in sorted(written)]
+    assert all(entry.etag for entry in entries)
+    assert [entry.uri for entry in storage.list_entries(entries[0].uri)] == [entries[0].uri]
+    assert list(storage.list_entries(storage.join(root, "nowhere"))) == []
+
+
+def test_an_etag_changes_with_the_content(root: str) -> None:
+    uri = storage.join(root, "x")
+    storage.write_bytes(uri, b"1")
+    before = next(storage.list_entries(root)).etag
+    storage.write_bytes(uri, b"22")
+    assert next(storage.list_entries(root)).etag != before
+
+
+def test_deleting_what_is_missing_is_fine(root: str) -> None:
+    for name in ("a/1", "a/2", "ab"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    storage.delete(storage.join(root, "a/1"))
+    storage.delete(storage.join(root, "a/1"))
+    assert names(root) == ["a/2", "ab"]
+    storage.delete_tree(storage.join(root, "a"))
+    storage.delete_tree(storage.join(root, "a"))
+    assert names(root) == ["ab"]
+    assert not storage.exists(storage.join(root, "a"))
+
+
+def test_reading_what_is_missing_is_file_not_found(root: str) -> None:
+    uri = storage.join(root, "missing")
+    for read in (storage.read_bytes, storage.open_binary):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            read(uri)
+
+
+def test_a_binary_file_is_read_in_ranges(root: str) -> None:
+    uri = storage.join(root, "big")
+    data = os.urandom(3_000_017)
+    storage.write_bytes(uri, data)
+    with storage.open_binary(uri) as file:
+        assert file.seek(-17, os.SEEK_END) == 3_000_000
+        assert file.read() == data[-17:]
+        file.seek(1_234_567)
+        assert file.read(1_500_000) == data[1_234_567:2_734_567]
+        assert file.read(0) == b""
+
+
+def test_a_folder_goes_up_and_comes_down_again(root: str, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "bundle.json").write_text("{}")
+    (folder / "figures" / "a.svg").write_text("<svg/>")
+    target = storage.join(root, "models", "m1")
+    storage.write_bytes(storage.join(target, "keeper" if storage.is_remote(root) else "stale"), b"old")
+    storage.upload_folder(folder, target, last="bundle.json")
+    assert set(names(target)) - {"keeper"} == {"bundle.json", "figures/a.svg"}
+    storage.download_folder(target, tmp_path / "down")
+    assert (tmp_path / "down" / "figures" / "a.svg").read_text() == "<svg/>"
+    assert not [name for name in names(storage.join(root, "models")) if name.startswith(".")]
+
+
+def test_a_folder_without_its_last_file_is_not_uploaded(root: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"w")
+    with pytest.raises(FileNotFoundError, match=r"no file 'bundle\.json' to upload"):
+        storage.upload_folder(tmp_path, storage.join(root, "m"), last="bundle.json")
+    with pytest.raises(FileNotFoundError, match="no files below"):
+        storage.download_folder(storage.join(root, "nowhere"), tmp_path / "down")
+
+
+def test_a_local_path_has_the_bytes_and_the_name(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "w.weights.h5")
+    storage.write_bytes(uri, b"weights")
+    path = storage.local_path(uri, tmp_path / "scratch")
+    assert path.name == "w.weights.h5"
+    assert path.read_bytes() == b"weights"
+    assert path.is_relative_to(tmp_path / "scratch") == storage.is_remote(uri)
+
+
+def test_a_writable_storage_is_left_as_it_was(root: str) -> None:
+    storage.write_bytes(storage.join(root, "x"), b"x")
+    storage.check_writable(root)
+    assert names(root) == ["x"]
+
+
+def test_a_storage_below_a_file_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"the storage cannot be written: .*Not a directory.*Received: .*file/sub"):
+        storage.check_writable(str(tmp_path / "file" / "sub"))
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "hdfs://x"])
+def test_an_unknown_scheme_names_the_known_ones(uri: str) -> None:
+    for function in (storage.read_bytes, storage.exists, storage.is_remote):
+        with pytest.raises(StorageError, match=rf"local path, file:///path or s3://bucket/prefix\. Received: '{uri}'"):
+            function(uri)
+
+
+def test_joining_puts_one_slash_between_parts() -> None:
+    assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
+    assert storage.join("runs", "a") == "runs/a"
+    assert storage.join("file:///x%20y", "a") == "/x y/a"
+    assert storage.absolute("runs/") == f"{Path.cwd()}/runs"
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "1").write_bytes(b"1")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "data" / "pipe")
+    assert names(str(tmp_path / "data")) == ["a/1", "b/1", "dangling"]
+
+
+def test_a_write_that_fails_leaves_neither_file_nor_rest(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half way"), storage.atomic_file(tmp_path / "x") as file:
+        file.write(b"new")
+        raise RuntimeError("half way")
+    assert names(str(tmp_path)) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_a_full_disk_is_a_service_error(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="x: No space left"), storage.atomic_file(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_missing_bucket_is_a_storage_error(s3_server: str) -> None:
+    with pytest.raises(StorageError, match=r"no such bucket.*s3://no-such-bucket/x"):
+        storage.read_bytes("s3://no-such-bucket/x")
+    with pytest.raises(StorageError, match="an S3 URI is"):
+        storage.read_bytes("s3://")
+
+
+@pytest.fixture
+def fresh_client(monkeypatch: pytest.MonkeyPatch, s3: str) -> Iterator[pytest.MonkeyPatch]:
+    storage.forget_clients()
+    yield monkeypatch
+    storage.forget_clients()
+
+
+def test_wrong_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
+    fresh_client.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(ServiceError, match="credentials are not accepted"):
+        storage.read_bytes(f"{s3}/x")
+
+
+def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
+    fresh_client.delenv("AWS_ACCESS_KEY_ID")
+    fresh_client.delenv("AWS_SECRET_ACCESS_KEY")
+    fresh_client.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ServiceError, match="[Cc]redentials"):
+        list(storage.list_entries(s3))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (404, "NoSuchKey", FileNotFoundError),
+        (404, "404", FileNotFoundError),
+        (403, "AccessDenied", PermissionError),
+        (403, "403", PermissionError),
+        (403, "ExpiredToken", ServiceError),
+        (400, "ExpiredToken", ServiceError),
+        (404, "NoSuchBucket", StorageError),
+        (503, "SlowDown", ServiceError),
+        (429, "TooManyRequests", ServiceError),
+        (500, "InternalError", ServiceError),
+    ],
+)
+def test_each_answer_of_s3_has_its_meaning(status: int, code: str, kind: type[Exception]) -> None:
+    answer = {"Error": {"Code": code, "Message": "said so"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(kind, match="s3://bucket/key"), storage._s3_errors("s3://bucket/key"):
+        raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
+
+
+def test_no_connection_is_a_service_error() -> None:
+    client = boto3.client(
+        "s3",
+        endpoint_url="http://127.0.0.1:9",
+        region_name="us-east-1",
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+        config=storage_config(),
+    )
+    with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), storage._s3_errors("s3://b/k"):
+        client.get_object(Bucket="b", Key="k")
+
+
+def storage_config() -> object:
+    from botocore.config import Config
+
+    return Config(retries={"mode": "standard", "total_max_attempts": 1})
