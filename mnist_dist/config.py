@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mnist_dist.errors import ConfigError
 
@@ -19,6 +19,7 @@ Pooling = Literal["avg", "max", "flatten"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Augmentation = Literal["none", "digits", "photos"]
 ResizeRule = Literal["stretch", "crop"]
+Value = TypeVar("Value")
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -90,7 +91,7 @@ class ModelConfig:
     pooling: Pooling | None = None
     """How a feature map becomes a vector. None: the backbone's own way."""
     hidden_units: int = 0
-    """Width of a dense layer between backbone and output; 0: none."""
+    """Width of a dense layer between backbone and output; 0: the backbone's own (none but for `conv_base`)."""
     dropout: float | None = None
     """Dropout before the output, in [0, 1). None: the backbone's own."""
 
@@ -101,7 +102,9 @@ class ModelConfig:
             "image_size_px is at least 1 px",
             image_size_px=self.image_size_px,
         )
-        require(self.hidden_units >= 0, "hidden_units is 0 (none) or a width", hidden_units=self.hidden_units)
+        require(
+            self.hidden_units >= 0, "hidden_units is 0 (the backbone's own) or a width", hidden_units=self.hidden_units
+        )
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout lies in [0, 1)", dropout=self.dropout)
 
 
@@ -144,10 +147,8 @@ class PhasesConfig:
     def phases(self) -> tuple[Phase, ...]:
         """The phases one by one; a phase is called `head`, `train` (all from the start) or `fine-tune`."""
         count = max(len(self.epochs), len(self.learning_rate), len(self.trainable))
-        epochs, rates, trainable = (
-            values * count if len(values) == 1 else values
-            for values in (self.epochs, self.learning_rate, self.trainable)
-        )
+        epochs, rates = _spread(self.epochs, count), _spread(self.learning_rate, count)
+        trainable = _spread(self.trainable, count)
         return tuple(
             Phase(
                 name="head" if trainable[i] == "head" else "train" if i == 0 else "fine-tune",
@@ -157,6 +158,10 @@ class PhasesConfig:
             )
             for i in range(count)
         )
+
+
+def _spread(values: tuple[Value, ...], count: int) -> tuple[Value, ...]:
+    return values * count if len(values) == 1 else values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from mnist_dist.errors import ConfigError, MnistDistError
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Job = TypeVar("Job")
 
 
@@ -101,8 +102,14 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.take_signals()
         return self
+
+    def take_signals(self) -> None:
+        """Takes the signals again, after something else (such as `ray.init`) took them."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -134,9 +141,7 @@ def parse(
         SystemExit: 0 after `--help`, 2 for flags that tyro refuses.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        name = default
-    elif arguments[0].startswith("-"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
         name = default
     else:
         name = arguments.pop(0)

@@ -310,6 +310,8 @@ def _local_errors(uri: str) -> Iterator[None]:
     except OSError as err:
         if err.errno in _SERVICE_ERRNOS:
             raise ServiceError(f"{uri}: {err.strerror}") from err
+        if err.errno == errno.ENOTDIR:  # a file lies where a folder on the way should
+            raise FileNotFoundError(err.errno, err.strerror, uri) from err
         raise
 
 
@@ -470,8 +472,10 @@ class _S3Range(io.RawIOBase):
 def _s3_entries(uri: str, *, page_size: int = 1000) -> Iterator[Entry]:
     address = _s3_address(uri.rstrip("/") + "/")
     with _s3_errors(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(
-            Bucket=address["Bucket"], Prefix=address["Key"], PaginationConfig={"PageSize": page_size}
+        pages = (
+            _client()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=address["Bucket"], Prefix=address["Key"], PaginationConfig={"PageSize": page_size})
         )
         for page in pages:
             for item in page.get("Contents", ()):

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from PIL import Image
 
 from mnist_dist import storage
 
@@ -112,3 +114,17 @@ def _free_port() -> int:
                 _given_ports.add(port)
                 return port
     raise RuntimeError(f"no free port between {_FIRST_PORT} and {_LAST_PORT}")
+
+
+@pytest.fixture
+def folder_of_images(tmp_path: Path) -> Path:
+    """40 PNGs of 12 x 10 px in the class folders `a` and `b`, told apart by their brightness."""
+    random = np.random.default_rng(0)
+    for index in range(40):
+        name = "ab"[index % 2]
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        low = 0 if name == "a" else 128
+        pixels = random.integers(low, low + 100, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return tmp_path / "images"

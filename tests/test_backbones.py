@@ -23,7 +23,7 @@ from mnist_dist.models.backbones import (
 from mnist_dist.models.classifier import build_classifier
 
 DIGITS = ImageSpec(height_px=28, width_px=28, channels=1)
-LARGE = {"vgg16", "resnet50", "densenet121", "efficientnet_v2_b0", "convnext_tiny", "xception"}
+LARGE = {"vgg16", "mobilenet_v3_small", "resnet50", "densenet121", "efficientnet_v2_b0", "convnext_tiny", "xception"}
 # The module of Keras Applications whose preprocess_input the row must repeat. The applications that bring their own
 # preprocessing have an empty one; theirs is compared as a whole network below.
 PREPROCESS_INPUT = {

@@ -49,7 +49,8 @@ def over_white(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return result
 
 
-LOSSLESS_RGB = [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True})]
+LOSSLESS_RGB: list[tuple[str, dict[str, object]]] = [(kind, {}) for kind in ("PNG", "BMP", "TIFF", "PPM")]
+LOSSLESS_RGB += [("WEBP", {"lossless": True})]
 LOSSLESS_RGB += [("TIFF", {"compression": name}) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")]
 
 
@@ -215,7 +216,8 @@ def test_the_exif_rotation_is_applied(kind: str, orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    lossless: dict[str, dict[str, object]] = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options = lossless.get(kind, {})
     data = encoded(Image.fromarray(rgb_pixels()), kind, exif=exif, **options)
     expected = upright(rgb_pixels())
     height, width = expected.shape[:2]
@@ -260,27 +262,29 @@ def noise(height: int = 60, width: int = 80) -> Image.Image:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_a_cut_file_is_truncated(kind: str, share: float) -> None:
     data = encoded(noise(), kind)
-    with pytest.raises(ImageError, match="^truncated: ") as caught:
+    with pytest.raises(ImageError, match=r"^truncated: ") as caught:
         decode_image(data[: max(12, int(len(data) * share))], native(3))
     assert caught.value.status == "truncated"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_damage_is_unreadable(kind: str) -> None:
-    with pytest.raises(ImageError, match="^unreadable: "):
+    with pytest.raises(ImageError, match=r"^unreadable: "):
         decode_image(damaged(encoded(noise(), kind)), native(3))
 
 
 def test_no_bytes_are_empty() -> None:
     for function in (lambda data: decode_image(data, native(3)), probe_image):
-        with pytest.raises(ImageError, match="^empty: "):
+        with pytest.raises(ImageError, match=r"^empty: "):
             function(b"")
 
 
-@pytest.mark.parametrize("data", [b"hello, world", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypheic", bytes(500), b"%!PS-Adobe"])
+@pytest.mark.parametrize(
+    "data", [b"hello, world", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypheic", bytes(500), b"%!PS-Adobe"]
+)
 def test_a_foreign_format_is_unsupported(data: bytes) -> None:
     for function in (lambda data: decode_image(data, native(3)), probe_image):
-        with pytest.raises(ImageError, match="^unsupported: none of .*JPEG.* it starts with 0x"):
+        with pytest.raises(ImageError, match=r"^unsupported: none of .*JPEG.* it starts with 0x"):
             function(data)
 
 
@@ -295,6 +299,14 @@ def test_too_many_pixels_are_not_decoded() -> None:
     assert decode_image(encoded(noise(), "JPEG"), native(3), max_pixels=4800).width_px == 80
 
 
+def outcome(data: bytes) -> str:
+    try:
+        decode_image(data, native(3), max_pixels=10_000)
+    except ImageError as err:
+        return err.status
+    return "ok"
+
+
 def test_random_bytes_are_never_another_error() -> None:
     rng = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
@@ -303,10 +315,7 @@ def test_random_bytes_are_never_another_error() -> None:
             data = bytearray(good)
             for place in rng.integers(2, len(data), rng.integers(1, 6)):
                 data[place] = rng.integers(256)
-            try:
-                assert decode_image(bytes(data), native(3), max_pixels=10_000).pixels.shape == (H, W, 3)
-            except ImageError as err:
-                assert err.status in {"truncated", "unreadable", "unsupported", "too_large"}
+            assert outcome(bytes(data)) in {"ok", "truncated", "unreadable", "unsupported", "too_large"}
 
 
 def test_a_same_size_image_is_untouched() -> None:
@@ -345,7 +354,8 @@ def test_extreme_shapes_are_resized(shape: tuple[int, int]) -> None:
 
 def test_a_photo_scaled_in_the_decoder_is_like_one_scaled_after_it() -> None:
     rows, columns = np.mgrid[:600, :800]
-    photo = np.stack([128 + 90 * np.sin(rows / 40), 128 + 90 * np.cos(columns / 30), rows / 3], axis=-1).astype(np.uint8)
+    colours = [128 + 90 * np.sin(rows / 40), 128 + 90 * np.cos(columns / 30), rows / 3]
+    photo = np.stack(colours, axis=-1).astype(np.uint8)
     small = decode_image(encoded(Image.fromarray(photo), "JPEG", quality=95), native(3, 64, 48)).pixels
     expected = resize_pixels(photo, native(3, 64, 48))
     assert abs(small.astype(int) - expected).mean() < 2

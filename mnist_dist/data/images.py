@@ -118,7 +118,9 @@ def probe_image(data: bytes) -> tuple[int, int, int]:
     _prepare_process()
     try:
         with _open(data) as image:
-            width_px, height_px = _upright_size(image.size, _orientation(image))
+            # Pillow gives a TIFF's size as it will be after the rotation
+            orientation = 1 if image.format == "TIFF" else _orientation(image)
+            width_px, height_px = _upright_size(image.size, orientation)
             return width_px, height_px, 1 if _is_grey(image) else 3
     except ImageError:
         raise
@@ -242,6 +244,8 @@ def _is_cut(data: bytes, message: str) -> bool:
         return b"\xff\xd9" not in tail
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in tail
+    if data.startswith(b"GIF8"):
+        return b";" not in tail
     return data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 

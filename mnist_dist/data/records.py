@@ -235,18 +235,27 @@ def open_records(root: str, *, local_dir: Path) -> Records:
     return Records(pixels, index, tuple(description["class_names"]), spec)
 
 
-def fingerprint(records: Records) -> str:
+def read_index(root: str) -> pa.Table:
+    """The index of finished records alone (`Records.index`): what a driver needs, without their pixels.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    return pq.read_table(pa.BufferReader(read_bytes(join(root, _INDEX))))
+
+
+def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
     """sha256 of the class names and of the readable records' digests and labels, in order; hex."""
-    readable = records.index.filter(pc.equal(records.index["status"], _OK))
-    sha = hashlib.sha256(json.dumps(records.class_names).encode())
+    readable = index.filter(pc.equal(index["status"], _OK))
+    sha = hashlib.sha256(json.dumps(list(class_names)).encode())
     sha.update("".join(readable["digest"].to_pylist()).encode())
     sha.update(readable["label"].to_numpy().astype("<i4").tobytes())
     return sha.hexdigest()
 
 
-def bad_records(records: Records) -> list[tuple[str, str, str]]:
+def bad_records(index: pa.Table) -> list[tuple[str, str, str]]:
     """URI, status and error of each record that is not readable."""
-    bad = records.index.filter(pc.not_equal(records.index["status"], _OK))
+    bad = index.filter(pc.not_equal(index["status"], _OK))
     columns = (bad[name].to_pylist() for name in ("uri", "status", "error"))
     return list(zip(*columns, strict=True))
 

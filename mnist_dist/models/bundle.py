@@ -239,13 +239,14 @@ def load_bundle(uri: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: there is no bundle, it is unfinished or damaged, or of a newer format.
     """
-    path = _download(os.fspath(uri)) if storage.is_remote(os.fspath(uri)) else Path(uri)
-    info = _read_info(path, named=os.fspath(uri))
+    named = os.fspath(uri)
+    path = _download(named) if storage.is_remote(named) else Path(storage.absolute(named))
+    info = _read_info(path, named=named)
     model_file = path / MODEL_FILE
     found = _sha256(model_file) if model_file.is_file() else "no such file"
     if found != info.model_id:
         raise BundleError(
-            f"{MODEL_FILE} in {os.fspath(uri)} is not the file that the bundle was finished with: "
+            f"{MODEL_FILE} in {named} is not the file that the bundle was finished with: "
             f"expected sha256 {info.model_id}. Received: {found}"
         )
     return Bundle(path, info)

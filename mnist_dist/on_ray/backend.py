@@ -13,7 +13,7 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 
 
-class TensorflowBackendConfig(BackendConfig):  # type: ignore[misc]  # Ray is untyped
+class TensorflowBackendConfig(BackendConfig):
     """Tells Ray Train to use `TensorflowBackend`."""
 
     @property
@@ -21,16 +21,13 @@ class TensorflowBackendConfig(BackendConfig):  # type: ignore[misc]  # Ray is un
         return TensorflowBackend
 
 
-class TensorflowBackend(Backend):  # type: ignore[misc]  # Ray is untyped
+class TensorflowBackend(Backend):
     """Gives every worker the addresses of all."""
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         addresses = worker_group.execute(_free_address)
         ray.get(
-            [
-                worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
-                for rank in range(len(addresses))
-            ]
+            [worker_group.execute_single_async(rank, _set_tf_config, addresses, rank) for rank in range(len(addresses))]
         )
 
 
@@ -44,6 +41,4 @@ def _free_address() -> str:
 
 
 def _set_tf_config(addresses: list[str], rank: int) -> None:
-    os.environ["TF_CONFIG"] = json.dumps(
-        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-    )
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

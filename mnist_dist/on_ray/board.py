@@ -14,7 +14,6 @@ from mnist_dist.training.host import Position
 SECONDS_BETWEEN_POSTS = 0.25
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """The newest position, the finished epochs in order, and whether to stop."""
 
@@ -37,6 +36,11 @@ class Board:
     def ask_to_stop(self) -> None:
         """Makes every later `post` return True."""
         self._stop = True
+
+
+def make_board() -> Any:
+    """The handle of a new board's actor."""
+    return ray.remote(num_cpus=0)(Board).remote()
 
 
 class Poster:

@@ -23,12 +23,10 @@ def decode_missing(plan: RecordPlan, source: Source, *, bar: Bar) -> None:
     if blocks:
         uris = source.table["uri"].to_pylist()
         items = [{"block": block, "uris": _uris_of(plan, uris, block)} for block in blocks]
-        # Private: Ray Data shows progress bars of its own in this process unless told not to.
         ray.data.DataContext.get_current().enable_progress_bars = False
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        done = 0
-        for _ in dataset.map(lambda item: _decode(plan, item)).iter_batches(batch_size=1, prefetch_batches=0):
-            done += 1
+        decoded = dataset.map(lambda item: _decode(plan, item)).iter_batches(batch_size=1, prefetch_batches=0)
+        for done, _ in enumerate(decoded, start=1):
             bar.update(done=done, total=len(blocks), note=f"{done} of {len(blocks)} blocks")
     finish(plan, source)
 

@@ -16,10 +16,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -27,16 +27,17 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
 from mnist_dist.console import Bar, Console, Stop
-from mnist_dist.data.records import Records, bad_records, fingerprint, open_records, plan_records
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
 from mnist_dist.errors import Interrupted, MnistDistError, TooManyBadImages, WorkersFailed
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_size, check_trainable, find_backbone
 from mnist_dist.on_ray.backend import TensorflowBackendConfig
-from mnist_dist.on_ray.board import Board
+from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
-from mnist_dist.on_ray.records import decode_missing
 from mnist_dist.on_ray.messages import WorkerTask
+from mnist_dist.on_ray.records import decode_missing
 from mnist_dist.training.host import Position
 from mnist_dist.training.runs import Run
 
@@ -123,18 +124,14 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
 class _Training:
     """One driver's attempt at a run."""
 
-    def __init__(
-        self, job: TrainJob, *, recipe: str, run: Run, console: Console, stop: Stop, began_at: float
-    ) -> None:
+    def __init__(self, job: TrainJob, *, recipe: str, run: Run, console: Console, stop: Stop, began_at: float) -> None:
         self.job, self.recipe, self.run = job, recipe, run
         self.console, self.stop, self.began_at = console, stop, began_at
 
     def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Prepares the data, trains, and gives the result."""
         source = open_source(self.job.data)
-        self.console.line(
-            f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes"
-        )
+        self.console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
         backbone = find_backbone(self.job.model.backbone)
         spec = image_spec(
             source,
@@ -148,20 +145,21 @@ class _Training:
         plan = plan_records(source, spec, storage=root, max_pixels=self.job.data.max_pixels)
         is_new = self.run.begin({**facts, "records": plan.key})
         with connected(verbose=self.job.run.verbose) as have:
+            self.stop.take_signals()
             asked = self.job.run
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
             with self.console.progress("decoding") as bar:
                 decode_missing(plan, source, bar=bar)
-            records = open_records(plan.root, local_dir=_local_records())
-            splits = self._splits(records, source)
-            self._say_what_runs(have, mine, records=records, is_new=is_new)
-            metrics = self._train(records, splits, plan_root=plan.root, mine=mine)
-        return self._result(metrics, mine, records=records, splits=splits)
+            index = read_index(plan.root)
+            splits = self._splits(index, source)
+            self._say_what_runs(have, mine, spec=spec, is_new=is_new)
+            metrics = self._train(plan, splits, fingerprint=fingerprint(index, source.class_names), mine=mine)
+        return self._result(metrics, mine, bad=len(bad_records(index)), splits=splits)
 
-    def _splits(self, records: Records, source: Source) -> Splits:
+    def _splits(self, index: pa.Table, source: Source) -> Splits:
         """Judges the unreadable images and splits the others."""
-        index, bad = records.index, bad_records(records)
+        bad = bad_records(index)
         for uri, status, error in bad[:NAMED_BAD_IMAGES]:
             self.console.line(f"skipped {uri}: {status}: {error}")
         if len(bad) > self.job.data.max_bad_fraction * index.num_rows:
@@ -191,23 +189,23 @@ class _Training:
         )
         return splits
 
-    def _say_what_runs(self, have: Resources, mine: Share, *, records: Records, is_new: bool) -> None:
-        model, spec = self.job.model, records.spec
+    def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
+        model = self.job.model
         self.console.line(
             f"{'training' if is_new else 'going on with'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
             f"on {spec.height_px} x {spec.width_px} x {spec.channels} px, {mine.workers} worker(s) of {mine.cpus:g} CPU"
             f"{' and a GPU' if mine.gpu else ''}, of {have}"
         )
 
-    def _train(self, records: Records, splits: Splits, *, plan_root: str, mine: Share) -> dict[str, Any]:
+    def _train(self, plan: RecordPlan, splits: Splits, *, fingerprint: str, mine: Share) -> dict[str, Any]:
         """Runs Ray Train in a thread; this one shows progress and takes signals."""
-        board = Board.remote()
+        board = make_board()
         attempt = self.run.next_attempt()
         task = WorkerTask(
             job=self.job,
-            records=plan_root,
+            records=plan.root,
             splits=splits,
-            fingerprint=fingerprint(records),
+            fingerprint=fingerprint,
             run=self.run.uri,
             checkpoint=self.run.newest_checkpoint(),
             board=board,
@@ -238,7 +236,7 @@ class _Training:
             raise Interrupted(
                 self.stop.signal_number or 2, f"stopped and saved; the same command goes on: {_command()}"
             )
-        self.run.clear_attempts(but=attempt)
+        self.run.clear_attempts()
         return dict(result.metrics)
 
     def _watch(self, fit: "_Thread", board: Any) -> None:
@@ -262,7 +260,7 @@ class _Training:
         if position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
 
-    def _result(self, metrics: dict[str, Any], mine: Share, *, records: Records, splits: Splits) -> dict[str, Any]:
+    def _result(self, metrics: dict[str, Any], mine: Share, *, bad: int, splits: Splits) -> dict[str, Any]:
         earlier_s = metrics.pop("earlier_s")
         return {
             "run_dir": self.run.uri,
@@ -274,7 +272,7 @@ class _Training:
             "train_images": len(splits.train),
             "validation_images": len(splits.val),
             "test_images": len(splits.test),
-            "bad_images": len(bad_records(records)),
+            "bad_images": bad,
             "duplicates": splits.duplicates,
             "seconds": round(earlier_s + time.time() - self.began_at, 2),
         }
@@ -323,10 +321,6 @@ def _worker_loop(config: dict[str, Any]) -> Any:
 
 def _resources(mine: Share) -> dict[str, float]:
     return {"CPU": mine.cpus, **({"GPU": 1.0} if mine.gpu else {})}
-
-
-def _local_records() -> Path:
-    return Path(tempfile.gettempdir()) / "mnist_dist-records"
 
 
 def _steps_done(position: Position) -> int:

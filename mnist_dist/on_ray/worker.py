@@ -24,7 +24,7 @@ from mnist_dist.models.bundle import write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
 from mnist_dist.on_ray.board import Poster
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
-from mnist_dist.training.callbacks import history_csv
+from mnist_dist.training.callbacks import LogFiles, history_csv
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Images, World
 from mnist_dist.training.host import Position
@@ -132,9 +132,14 @@ def _train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainT
         ),
         precision=precision,
         steps_limit=1 if job.run.dry_run else None,
-        tensorboard_folder=Path(task.run) / "tensorboard" if is_first and job.fit.tensorboard else None,
+        files=_log_files(task) if is_first else None,
         began_at=task.began_at,
     )
+
+
+def _log_files(task: WorkerTask) -> LogFiles:
+    tensorboard = Path(task.run) / "tensorboard" if task.job.fit.tensorboard else None
+    return LogFiles(history=storage.join(task.run, "history.csv"), tensorboard=tensorboard)
 
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
@@ -150,15 +155,11 @@ def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
     return read_checkpoint(folder)
 
 
-def _finish(
-    task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records, scratch: Path
-) -> dict[str, Any]:
+def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records, scratch: Path) -> dict[str, Any]:
     """Evaluates the float32 model with the best weights, as it will be saved, and lets rank 0 write the bundle."""
     job, state = task.job, outcome.state
     with trainer.strategy.scope():
-        final = build_classifier(
-            job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False
-        )
+        final = build_classifier(job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False)
     final.network.set_weights(outcome.best)
     validation = trainer.evaluate(task.splits.val, final.network)
     test = trainer.evaluate(task.splits.test, final.network)
@@ -214,5 +215,3 @@ def _calibration(splits: Splits, records: Records) -> pa.Table:
     chosen = records.index.take(pa.array(rows))
     pixels = [records.pixels[row].tobytes() for row in rows]
     return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})
-
-

@@ -7,11 +7,13 @@ name; a test holds the names against the installed Keras.
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from mnist_dist import storage
 from mnist_dist.config import FitConfig
 
 REMEMBERED = {
@@ -20,8 +22,37 @@ REMEMBERED = {
 }
 
 
-def make_callbacks(config: FitConfig, *, tensorboard_folder: Path | None) -> list[keras.callbacks.Callback]:
-    """The callbacks of one phase, all on validation loss; TensorBoard only where a folder is given (rank 0)."""
+@dataclass(frozen=True, kw_only=True)
+class LogFiles:
+    """Where one worker, of rank 0, logs for people."""
+
+    history: str
+    """URI of the CSV file with a line for each epoch so far."""
+    tensorboard: Path | None = None
+    """Folder of TensorBoard's event files, or None."""
+
+
+class HistoryFile(keras.callbacks.Callback):
+    """Writes the whole history after each epoch, so that a run that goes on has no epoch twice.
+
+    Args:
+        uri: of the CSV file.
+        history: grows by a line before each epoch ends.
+    """
+
+    def __init__(self, uri: str, history: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._uri, self._history = uri, history
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Writes the file in one step."""
+        storage.write_bytes(self._uri, history_csv(self._history).encode())
+
+
+def make_callbacks(
+    config: FitConfig, *, files: LogFiles | None, history: Sequence[Mapping[str, Any]]
+) -> list[keras.callbacks.Callback]:
+    """The callbacks of one phase, all on validation loss; files only where they are given (rank 0)."""
     callbacks: list[keras.callbacks.Callback] = []
     if config.early_stopping_patience is not None:
         callbacks.append(keras.callbacks.EarlyStopping("val_loss", patience=config.early_stopping_patience))
@@ -31,8 +62,10 @@ def make_callbacks(config: FitConfig, *, tensorboard_folder: Path | None) -> lis
                 "val_loss", factor=config.plateau_factor, patience=config.plateau_patience
             )
         )
-    if tensorboard_folder is not None:
-        callbacks.append(keras.callbacks.TensorBoard(str(tensorboard_folder), write_graph=False))
+    if files is not None:
+        callbacks.append(HistoryFile(files.history, history))
+    if files is not None and files.tensorboard is not None:
+        callbacks.append(keras.callbacks.TensorBoard(str(files.tensorboard), write_graph=False))
     return callbacks
 
 

@@ -8,7 +8,7 @@ C = channels.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -125,7 +125,7 @@ def _evaluation_batch(images: Images, rows: npt.NDArray[np.int64], size: int) ->
     return EvaluationBatch(pixels=images.pixels[padded], labels=images.labels[padded], weights=weights)
 
 
-def ahead(calls: Iterable[Callable[[], Item]], *, depth: int = 2) -> Iterator[Item]:
+def ahead(calls: Iterable[Callable[[], Item]], *, depth: int = 2) -> Generator[Item, None, None]:
     """Yields each call's result in order; one thread makes up to `depth` of them ahead. An error is raised here."""
     waiting: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import keras
@@ -28,7 +27,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import TrainingDiverged
 from mnist_dist.models.augmentation import build_augmentation
 from mnist_dist.models.classifier import build_classifier, set_trainable
-from mnist_dist.training.callbacks import callback_states, make_callbacks, restore_callbacks
+from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import EvaluationBatch, Images, TrainChunk, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
@@ -64,7 +63,8 @@ class TrainTask:
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
     """At most so many steps an epoch, and one epoch a phase (dry run). None: all."""
-    tensorboard_folder: Path | None = None
+    files: LogFiles | None = None
+    """Where rank 0 logs; None in all others."""
     began_at: float = field(default_factory=time.time)
     """When the job began, s since the epoch; `State.seconds` counts from there."""
 
@@ -143,6 +143,7 @@ class Trainer:
     def _run_epoch(self, run: "_PhaseRun") -> bool:
         """Takes an epoch's remaining steps; False: stopped by request."""
         run.callbacks.on_epoch_begin(self.state.epochs_done)
+        run.start_clock()
         with closing(ahead(self._chunks(run))) as chunks:
             for chunk in chunks:
                 reports = run.take(chunk)
@@ -197,7 +198,7 @@ class Trainer:
         """Validates, keeps the best, lets the callbacks decide, saves."""
         metrics = self._evaluate(run.evaluator, self.task.images.validation)
         loss, hits, images = self.state.epoch_sums
-        line = {
+        line: dict[str, Any] = {
             "epoch": self.state.epochs_done + 1,
             "phase": run.phase.name,
             "loss": loss / images,
@@ -251,9 +252,7 @@ class Trainer:
     def _save(self, run: "_PhaseRun") -> None:
         self.state.seconds = self.earlier_s + time.time() - self.task.began_at
         self.host.save(
-            Checkpoint(
-                state=self.state, weights=self._weights(), optimizer=run.optimizer_variables(), best=self.best
-            )
+            Checkpoint(state=self.state, weights=self._weights(), optimizer=run.optimizer_variables(), best=self.best)
         )
 
     def _weights(self) -> Arrays:
@@ -270,6 +269,7 @@ class _PhaseRun:
         self.epochs = 1 if task.steps_limit else phase.epochs
         self.steps_per_call = 1
         self.calls = 0
+        self._clock = 0.0
         self.wish_to_stop = False
         if state.phase > 0 and state.epoch == 0 and state.step == 0:
             trainer.network.set_weights(trainer.best)
@@ -307,13 +307,23 @@ class _PhaseRun:
         seconds = time.perf_counter() - began
         self.calls += 1
         self.last_rate = float(rates[-1])
+        self._time(len(chunk))
         if self.calls == 2:
             slowest = slowest_worker_s(trainer.strategy, seconds, world=trainer.world)
             self.steps_per_call = max(1, min(MOST_STEPS_PER_CALL, round(SECONDS_PER_CALL * len(chunk) / slowest)))
-        if self.calls > 2:
-            state.timed_images += len(chunk) * trainer.task.job.fit.batch_size
-            state.timed_s += seconds
         return reports
+
+    def start_clock(self) -> None:
+        """An epoch's calls begin now; what lies between epochs (validation, checkpoints) is not timed."""
+        self._clock = time.perf_counter()
+
+    def _time(self, steps: int) -> None:
+        """Counts the time since the call before: the step, and waiting for its images."""
+        now = time.perf_counter()
+        if self.calls > 2:
+            self.trainer.state.timed_images += steps * self.trainer.task.job.fit.batch_size
+            self.trainer.state.timed_s += now - self._clock
+        self._clock = now
 
     def rate(self) -> float:
         """The phase's rate, or what ReduceLROnPlateau has made of it."""
@@ -342,7 +352,7 @@ class _PhaseRun:
         network = trainer.network
         network.optimizer, network.stop_training = self.optimizer, False
         callbacks = keras.callbacks.CallbackList(
-            make_callbacks(trainer.task.job.fit, tensorboard_folder=trainer.task.tensorboard_folder), model=network
+            make_callbacks(trainer.task.job.fit, files=trainer.task.files, history=state.history), model=network
         )
         callbacks.on_train_begin()
         self.optimizer.learning_rate = self.rate()
@@ -361,4 +371,4 @@ def class_weights(job: TrainJob, task: TrainTask) -> npt.NDArray[np.float32]:
     if job.optimizer.class_weights == "none":
         return np.ones(classes, np.float32)
     counts = np.bincount(task.images.labels[task.images.train], minlength=classes)
-    return (counts.sum() / (classes * np.maximum(counts, 1))).astype(np.float32)
+    return np.asarray(counts.sum() / (classes * np.maximum(counts, 1)), np.float32)

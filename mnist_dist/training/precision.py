@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-
 from mnist_dist.config import Precision
 
 MEASURED_TO_AGREE = ("vgg16",)

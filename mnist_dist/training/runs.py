@@ -3,6 +3,7 @@
 ```
 run.json           recipe, settings and data fingerprint: written first, compared when the run goes on
 attempt-0001/      checkpoints of one driver's life (checkpoint-000000123/..., each complete once it has state.json)
+history.csv        a line for each epoch so far
 bundle/            the model
 result.json        written last
 ```
@@ -78,15 +79,15 @@ class Run:
         ]
         return f"attempt-{max(numbers, default=0) + 1:04d}"
 
-    def clear_attempts(self, *, but: str) -> None:
-        """Deletes the checkpoints of all attempts but the one named."""
-        names = {
-            match[1]
-            for entry in storage.list_entries(self.uri)
-            if (match := re.search(r"/(attempt-\d+)/", entry.uri))
+    def clear_attempts(self) -> None:
+        """Deletes all attempts but the one with the newest checkpoint."""
+        newest = self.newest_checkpoint()
+        kept = CHECKPOINT.search(f"{newest}/{STATE_FILE}") if newest else None
+        numbers = {
+            match[1] for entry in storage.list_entries(self.uri) if (match := re.search(r"/attempt-(\d+)/", entry.uri))
         }
-        for name in sorted(names - {but}):
-            storage.delete_tree(storage.join(self.uri, name))
+        for number in sorted(numbers - ({kept[1]} if kept else set())):
+            storage.delete_tree(storage.join(self.uri, f"attempt-{number}"))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -1,0 +1,235 @@
+"""config: every check, the phases, and what a run's name depends on."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mnist_dist.config import (
+    DataConfig,
+    FitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Phase,
+    PhasesConfig,
+    RunConfig,
+    TrainJob,
+    differences,
+    require,
+)
+from mnist_dist.errors import ConfigError
+
+NAN = float("nan")
+REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
+    (DataConfig, {"data": ""}, r"^data is a name, .*Received: data=''$"),
+    (DataConfig, {"validation_fraction": 0.0}, r"^validation_fraction lies between 0 and 1\. .*=0\.0$"),
+    (DataConfig, {"validation_fraction": 1.0}, r"^validation_fraction lies between 0 and 1\. .*=1\.0$"),
+    (DataConfig, {"test_fraction": -0.1}, r"^test_fraction lies between 0 and 1\. .*=-0\.1$"),
+    (DataConfig, {"test_fraction": NAN}, r"^test_fraction lies between 0 and 1\. .*=nan$"),
+    (
+        DataConfig,
+        {"validation_fraction": 0.6, "test_fraction": 0.4},
+        r"sum below 1\)\. Received: validation_fraction=0\.6, test_fraction=0\.4$",
+    ),
+    (DataConfig, {"max_bad_fraction": 1.01}, r"^max_bad_fraction is 0 to 1\. Received: max_bad_fraction=1\.01$"),
+    (DataConfig, {"max_bad_fraction": -0.01}, r"^max_bad_fraction is 0 to 1"),
+    (DataConfig, {"limit": 0}, r"^limit is at least 1 image\. Received: limit=0$"),
+    (DataConfig, {"max_pixels": 0}, r"^max_pixels is at least 1\. Received: max_pixels=0$"),
+    (ModelConfig, {"alpha": 0.0}, r"^alpha is a positive width multiplier\. Received: alpha=0\.0$"),
+    (ModelConfig, {"image_size_px": 0}, r"^image_size_px is at least 1 px\. Received: image_size_px=0$"),
+    (ModelConfig, {"hidden_units": -1}, r"^hidden_units is 0 .* or a width\. Received: hidden_units=-1$"),
+    (ModelConfig, {"dropout": 1.0}, r"^dropout lies in \[0, 1\)\. Received: dropout=1\.0$"),
+    (ModelConfig, {"dropout": -0.1}, r"^dropout lies in \[0, 1\)"),
+    (PhasesConfig, {"epochs": ()}, r"hold one value for each phase, or one for all\. Received: epochs=\(\)"),
+    (PhasesConfig, {"trainable": ()}, r"hold one value for each phase, or one for all\. .*trainable=\(\)$"),
+    (
+        PhasesConfig,
+        {"epochs": (1, 2), "learning_rate": (0.1, 0.2, 0.3)},
+        r"one value for each phase.*epochs=\(1, 2\), learning_rate=\(0\.1, 0\.2, 0\.3\), trainable=\('all',\)$",
+    ),
+    (PhasesConfig, {"epochs": (3, 0)}, r"^epochs is at least 1 in each phase\. Received: epochs=\(3, 0\)$"),
+    (PhasesConfig, {"learning_rate": (1.0, 0.0)}, r"^learning_rate is positive in each phase\. .*\(1\.0, 0\.0\)$"),
+    (PhasesConfig, {"learning_rate": (float("inf"),)}, r"^learning_rate is positive in each phase"),
+    (PhasesConfig, {"learning_rate": (NAN,)}, r"^learning_rate is positive in each phase"),
+    (OptimizerConfig, {"momentum": 1.0}, r"^momentum lies in \[0, 1\)\. Received: momentum=1\.0$"),
+    (OptimizerConfig, {"momentum": -0.5}, r"^momentum lies in \[0, 1\)"),
+    (OptimizerConfig, {"weight_decay": -1.0, "optimizer": "adamw"}, r"^weight_decay is 0 or above\. .*=-1\.0$"),
+    (
+        OptimizerConfig,
+        {"weight_decay": 0.1},
+        r"^weight_decay needs optimizer adamw\. Received: weight_decay=0\.1, optimizer='adam'$",
+    ),
+    (OptimizerConfig, {"warmup_steps": -1}, r"^warmup_steps is 0 or above\. Received: warmup_steps=-1$"),
+    (OptimizerConfig, {"clip_norm": 0.0}, r"^clip_norm is positive\. Received: clip_norm=0\.0$"),
+    (OptimizerConfig, {"label_smoothing": 1.0}, r"^label_smoothing lies in \[0, 1\)\. Received: label_smoothing=1\.0$"),
+    (OptimizerConfig, {"label_smoothing": -0.1}, r"^label_smoothing lies in \[0, 1\)"),
+    (FitConfig, {"batch_size": 0}, r"^batch_size is at least 1 image\. Received: batch_size=0$"),
+    (FitConfig, {"seed": -1}, r"^seed is 0 or above\. Received: seed=-1$"),
+    (FitConfig, {"plateau_factor": 1.0}, r"^plateau_factor lies in \(0, 1\)\. Received: plateau_factor=1\.0$"),
+    (FitConfig, {"plateau_factor": 0.0}, r"^plateau_factor lies in \(0, 1\)"),
+    (FitConfig, {"early_stopping_patience": 0}, r"^early_stopping_patience is at least 1 epoch\. .*=0$"),
+    (FitConfig, {"plateau_patience": 0}, r"^plateau_patience is at least 1 epoch\. Received: plateau_patience=0$"),
+    (RunConfig, {"workers": 0}, r"^workers is at least 1\. Received: workers=0$"),
+    (RunConfig, {"cpus_per_worker": 0.0}, r"^cpus_per_worker is positive\. Received: cpus_per_worker=0\.0$"),
+    (RunConfig, {"max_failures": -1}, r"^max_failures is 0 or above\. Received: max_failures=-1$"),
+    (RunConfig, {"checkpoint_steps": 0}, r"^checkpoint_steps is at least 1\. Received: checkpoint_steps=0$"),
+    *((RunConfig, {"name": name}, r"^name is a single folder name") for name in ("", ".", "..", "a/b", "a\\b", "a\0")),
+    (
+        TrainJob,
+        {"optimizer": OptimizerConfig(schedule="cosine"), "fit": FitConfig(plateau_patience=2)},
+        r"^plateau_patience goes with schedule constant only\. Received: schedule='cosine', plateau_patience=2$",
+    ),
+]
+
+# For every field but those of `run`: another value that is allowed.
+OTHER: dict[str, dict[str, Any]] = {
+    "data": {
+        "data": "mnist",
+        "data_dir": "idx",
+        "image_column": "picture",
+        "label_column": "class",
+        "channels": "3",
+        "resize": "crop",
+        "validation_fraction": 0.2,
+        "test_fraction": 0.3,
+        "drop_duplicates": True,
+        "max_bad_fraction": 0.5,
+        "max_pixels": 7,
+        "limit": 11,
+    },
+    "model": {
+        "backbone": "mlp",
+        "weights": "imagenet",
+        "alpha": 0.5,
+        "image_size_px": 32,
+        "pooling": "max",
+        "hidden_units": 9,
+        "dropout": 0.0,
+    },
+    "phases": {"epochs": (3,), "learning_rate": (0.5,), "trainable": ("head",)},
+    "optimizer": {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "warmup_steps": 5,
+        "clip_norm": 1.0,
+        "label_smoothing": 0.1,
+        "class_weights": "balanced",
+    },
+    "fit": {
+        "batch_size": 13,
+        "augmentation": "photos",
+        "precision": "bfloat16",
+        "seed": 1,
+        "early_stopping_patience": 2,
+        "plateau_patience": 3,
+        "plateau_factor": 0.1,
+        "best_metric": "val_accuracy",
+        "tensorboard": True,
+    },
+}
+BASE = TrainJob(optimizer=OptimizerConfig(optimizer="adamw"))  # weight_decay is allowed
+
+
+@pytest.mark.parametrize(("config", "fields", "message"), REFUSED)
+def test_a_value_outside_of_its_range_is_refused(
+    config: Callable[..., object], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (DataConfig, {"validation_fraction": 0.5, "test_fraction": 0.49, "max_bad_fraction": 0.0, "limit": 1}),
+        (DataConfig, {"max_bad_fraction": 1.0, "max_pixels": 1}),
+        (ModelConfig, {"alpha": 1e-3, "image_size_px": 1, "hidden_units": 0, "dropout": 0.0}),
+        (PhasesConfig, {"epochs": (1, 2, 3), "learning_rate": (1e-9,), "trainable": ("head", "block4", "0")}),
+        (OptimizerConfig, {"momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1e-9, "label_smoothing": 0.0}),
+        (FitConfig, {"batch_size": 1, "seed": 0, "early_stopping_patience": 1, "plateau_patience": 1}),
+        (RunConfig, {"workers": 1, "cpus_per_worker": 0.1, "max_failures": 0, "checkpoint_steps": 1, "name": "a.b"}),
+    ],
+)
+def test_a_value_at_the_edge_of_its_range_is_taken(config: Callable[..., object], fields: dict[str, Any]) -> None:
+    made = config(**fields)
+    assert {name: getattr(made, name) for name in fields} == fields
+
+
+def test_what_is_required_is_told_with_what_came() -> None:
+    require(True, "anything", value=1)
+    with pytest.raises(ConfigError, match=r"^a is below b\. Received: a='x', b=None$"):
+        require(False, "a is below b", a="x", b=None)
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'seed'"):
+        FitConfig().seed = 1  # type: ignore[misc]
+
+
+def test_one_value_is_spread_over_all_phases() -> None:
+    config = PhasesConfig(epochs=(5,), learning_rate=(1e-3, 1e-4, 1e-5), trainable=("all",))
+    assert config.phases() == (
+        Phase(name="train", trainable="all", epochs=5, learning_rate=1e-3),
+        Phase(name="fine-tune", trainable="all", epochs=5, learning_rate=1e-4),
+        Phase(name="fine-tune", trainable="all", epochs=5, learning_rate=1e-5),
+    )
+
+
+def test_each_phase_takes_its_own_values_and_numbers_become_numbers() -> None:
+    config = PhasesConfig(epochs=(2, 3, 7), learning_rate=(0.1, 0.2, 0.3), trainable=("head", "block4", "17"))
+    assert config.phases() == (
+        Phase(name="head", trainable="head", epochs=2, learning_rate=0.1),
+        Phase(name="fine-tune", trainable="block4", epochs=3, learning_rate=0.2),
+        Phase(name="fine-tune", trainable=17, epochs=7, learning_rate=0.3),
+    )
+
+
+def test_there_is_one_phase_by_default() -> None:
+    assert [phase.name for phase in PhasesConfig().phases()] == ["train"]
+
+
+def test_every_field_that_decides_the_result_has_another_value_here() -> None:
+    sections = {field.name: field.type for field in dataclasses.fields(TrainJob)}
+    assert OTHER.keys() == sections.keys() - {"run"}
+    for section, values in OTHER.items():
+        assert values.keys() == {field.name for field in dataclasses.fields(getattr(BASE, section))}
+
+
+@pytest.mark.parametrize(("section", "name"), [(s, name) for s, values in OTHER.items() for name in values])
+def test_the_settings_hash_changes_with_every_field_that_decides_the_result(section: str, name: str) -> None:
+    changed = replace(getattr(BASE, section), **{name: OTHER[section][name]})
+    job = replace(BASE, **{section: changed})
+    assert job.settings_hash() != BASE.settings_hash()
+    lines = differences(job.settings(), BASE.settings())
+    assert [line.partition(":")[0] for line in lines] == [f"{section}.{name}"]
+
+
+def test_the_settings_hash_ignores_where_and_on_what_the_job_runs() -> None:
+    run = RunConfig(storage="s3://b/p", name="x", workers=3, cpus_per_worker=2, gpu=True, max_failures=7, verbose=True)
+    assert replace(BASE, run=run).settings() == BASE.settings()
+    assert replace(BASE, run=run).settings_hash() == BASE.settings_hash()
+
+
+def test_settings_are_json_and_their_hash_eight_digits() -> None:
+    settings = BASE.settings()
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["phases"]["epochs"] == [10]
+    assert len(BASE.settings_hash()) == 8
+    assert int(BASE.settings_hash(), 16) >= 0
+
+
+def test_differences_name_each_value_with_its_path() -> None:
+    ours = {"recipe": "a", "fit": {"seed": 1, "batch_size": 8, "deep": {"x": 1}}, "same": [1, 2]}
+    theirs = {"recipe": "b", "fit": {"seed": 2, "batch_size": 8, "deep": {"x": None}}, "same": [1, 2], "more": 3}
+    assert differences(ours, theirs) == [
+        "fit.deep.x: 1 now, None in the run",
+        "fit.seed: 1 now, 2 in the run",
+        "more: None now, 3 in the run",
+        "recipe: 'a' now, 'b' in the run",
+    ]
+    assert differences(ours, ours) == []

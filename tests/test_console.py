@@ -1,0 +1,297 @@
+"""console: flags, what a person sees, signals, the JSON line and the exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_dist import console
+from mnist_dist.config import FitConfig, PhasesConfig, TrainJob
+from mnist_dist.console import Console, Stop
+from mnist_dist.errors import ConfigError, ImageError, Interrupted, MnistDistError, ServiceError
+
+ROOT = Path(__file__).parents[1]
+
+# A process that gets a second signal while it saves.
+TWICE = """
+import os, signal
+from mnist_dist.console import Console, Stop
+with Stop(Console()) as stop:
+    os.kill(os.getpid(), signal.{first})
+    print(stop.signal_number, flush=True)
+    os.kill(os.getpid(), signal.{second})
+    print("still here", flush=True)
+"""
+
+# Which of the heavy packages a process has loaded once it has shown its help.
+HELP = """
+import sys
+import jobs.{job}
+sys.argv = ["jobs.{job}", "--help"]
+try:
+    jobs.{job}.main()
+except SystemExit as ended:
+    print("ended with", ended.code)
+print("loaded", sorted({{"ray", "tensorflow", "keras"}} & sys.modules.keys()))
+"""
+
+QUIET = """
+import os
+from mnist_dist.console import quiet
+quiet(verbose={verbose})
+print(os.environ.get("TF_CPP_MIN_LOG_LEVEL"), os.environ.get("RAY_DATA_DISABLE_PROGRESS_BARS"))
+"""
+
+
+def plain() -> TrainJob:
+    """python -m jobs.test plain: the defaults."""
+    return TrainJob()
+
+
+def long_run() -> TrainJob:
+    """python -m jobs.test long-run: more epochs."""
+    return TrainJob(phases=PhasesConfig(epochs=(90,)), fit=FitConfig(batch_size=7))
+
+
+RECIPES: Mapping[str, Callable[[], TrainJob]] = {"plain": plain, "long-run": long_run}
+
+
+def parse(*argv: str) -> tuple[str, TrainJob]:
+    return console.parse(RECIPES, command="python -m jobs.test", default="plain", argv=argv)
+
+
+def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TF_"))}, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_name_the_default_recipe_is_taken() -> None:
+    assert parse() == ("plain", plain())
+    assert parse("--seed", "3") == ("plain", TrainJob(fit=FitConfig(seed=3)))
+
+
+def test_a_recipe_is_taken_by_its_name() -> None:
+    assert parse("long-run") == ("long-run", long_run())
+
+
+def test_flags_override_the_recipe_and_nothing_else() -> None:
+    flags = "--epochs 3 4 --trainable head block4 --dropout 0.25 --no-calibration --drop-duplicates --workers 2"
+    name, job = parse("long-run", *flags.split())
+    assert name == "long-run"
+    assert job.phases == PhasesConfig(epochs=(3, 4), trainable=("head", "block4"))
+    assert (job.model.dropout, job.run.calibration, job.data.drop_duplicates, job.run.workers) == (0.25, False, True, 2)
+    assert job.fit == long_run().fit
+
+
+def test_an_unknown_recipe_is_told_with_the_names_and_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"recipes are plain, long-run \(did you mean long-run\?\)\. .*: 'longrun'$"):
+        parse("longrun", "--seed", "1")
+    with pytest.raises(ConfigError, match=r"recipes are plain, long-run\. Received: 'zzz'$"):
+        parse("zzz")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--batch-size x", "--batch-size"),
+        ("--batch-size 0", "batch_size is at least 1 image. Received: batch_size=0"),
+        ("--optimizer adagrad", "adagrad"),
+        ("--no-such-flag 1", "--no-such-flag"),
+        ("--schedule cosine --plateau-patience 1", "plateau_patience goes with schedule constant only."),
+    ],
+)
+def test_a_wrong_flag_ends_with_2_and_says_what_is_allowed(
+    capsys: pytest.CaptureFixture[str], flags: str, words: str
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse(*flags.split())
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+
+
+def test_the_help_shows_recipes_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse("long-run", "--help")
+    shown = capsys.readouterr().out
+    assert "python -m jobs.test long-run: more epochs." in shown
+    assert "Recipes: plain, long-run (default: plain)" in shown
+    assert "--batch-size" in shown
+    assert "(default: 7)" in shown
+
+
+@pytest.mark.parametrize("job", ["train", "quickstart", "benchmark"])
+def test_help_loads_neither_ray_nor_keras(job: str) -> None:
+    done = python(HELP.format(job=job))
+    assert done.stdout.endswith("ended with 0\nloaded []\n"), done.stderr
+
+
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_shown_as_it_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]not markup[/bold] " + "long " * 50
+    Console(terminal=False).line(text)
+    assert capsys.readouterr() == ("", f"{text}\n")
+
+
+def test_a_terminal_shows_one_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = Console(terminal=True)
+    assert shown.terminal
+    with shown.progress("training") as bar:
+        bar.update(done=3, total=7, note="loss 0.5")
+        shown.line("epoch 1")
+        bar.update(done=7, total=7, note="loss 0.25")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "━" in err
+    assert "training" in err
+    assert "loss 0.25" in err
+    assert "epoch 1\n" in err.replace("\r", "")
+    assert err.endswith("\x1b[2K")  # the bar is gone in the end
+
+
+def test_a_log_shows_no_bar_and_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Console(terminal=False)
+    assert not shown.terminal
+    with shown.progress("training") as bar:
+        for step in range(100):
+            bar.update(done=step, total=100, note="loss 0.5")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_shows_a_line_every_few_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    with Console(terminal=False).progress("training") as bar:
+        bar.update(done=3, total=7, note="loss 0.5")
+        bar.update(done=7, total=7)
+        bar.update(done=0, total=0)
+    assert capsys.readouterr().err == "training: 43 % loss 0.5\ntraining: 100 %\ntraining: 0 %\n"
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_handlers_come_back(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Stop(Console(terminal=False)) as stop:
+        assert stop.signal_number is None
+        os.kill(os.getpid(), number)
+        assert stop.signal_number == number
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert capsys.readouterr().err == f"{number.name}: saving what is there; once more ends at once\n"
+
+
+@pytest.mark.parametrize(("first", "second", "code"), [("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)])
+def test_a_second_signal_ends_the_process(first: str, second: str, code: int) -> None:
+    done = python(TWICE.format(first=first, second=second))
+    assert done.returncode == code
+    assert done.stdout == f"{getattr(signal, first).value}\n"
+
+
+# --- the end of a job ------------------------------------------------------------------------------------------------
+
+
+def end_of(
+    main: Callable[[], Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> tuple[str, dict[str, Any], str]:
+    """Exit code, the JSON of stdout's last line, stderr."""
+    with pytest.raises(SystemExit, match=r"^\d+$") as ended:
+        console.run(main, job="test")
+    out, err = capsys.readouterr()
+    return str(ended.value), json.loads(out.splitlines()[-1]), err
+
+
+def raising(error: BaseException) -> Callable[[], Mapping[str, Any]]:
+    def main() -> Mapping[str, Any]:
+        raise error
+
+    return main
+
+
+def test_a_job_that_is_done_ends_with_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> Mapping[str, Any]:
+        print("a library says something")
+        return {"bundle": "runs/ä/bundle", "epochs": 3}
+
+    assert end_of(main, capsys) == ("0", {"job": "test", "bundle": "runs/ä/bundle", "epochs": 3}, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MnistDistError("no luck"), "1"),
+        (ServiceError("disk full"), "1"),
+        (ImageError("empty", "no bytes"), "1"),
+        (ConfigError("too small. Received: x=0"), "2"),
+        (Interrupted(2, "saved"), "130"),
+        (Interrupted(15, "saved"), "143"),
+    ],
+)
+def test_an_error_of_ours_ends_with_its_code_and_words(
+    capsys: pytest.CaptureFixture[str], error: MnistDistError, code: str
+) -> None:
+    expected = {"job": "test", "error": str(error), "error_type": type(error).__name__}
+    assert end_of(raising(error), capsys) == (code, expected, f"error: {error}\n")
+
+
+def test_another_error_ends_with_1_and_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code, result, err = end_of(raising(KeyError("rank")), capsys)
+    assert code == "1"
+    assert result == {"job": "test", "error": "KeyError: 'rank'", "error_type": "KeyError"}
+    assert err == "unexpected; --verbose shows where\nerror: KeyError: 'rank'\n"
+
+
+def test_verbose_shows_where_an_error_comes_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs.test", "--verbose"])
+    assert "Traceback (most recent call last)" in end_of(raising(KeyError("rank")), capsys)[2]
+
+
+def test_a_keyboard_interrupt_before_the_job_listens_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    code, result, _ = end_of(raising(KeyboardInterrupt()), capsys)
+    assert (code, result["error_type"]) == ("130", "KeyboardInterrupt")
+
+
+def test_wrong_flags_pass_through_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        console.run(lambda: {"never": parse("--batch-size", "x")}, job="test")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("verbose", "environment", "expected"),
+    [
+        (False, {}, "3 1\n"),
+        (False, {"TF_CPP_MIN_LOG_LEVEL": "0"}, "0 1\n"),
+        (True, {}, "None None\n"),
+    ],
+)
+def test_quiet_silences_others_unless_the_environment_says_otherwise(
+    verbose: bool, environment: dict[str, str], expected: str
+) -> None:
+    assert python(QUIET.format(verbose=verbose), **environment).stdout == expected

@@ -1,0 +1,235 @@
+"""feed: who gets which images in which step, and the thread that gets them ready."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mnist_dist.data.batches import epoch_order
+from mnist_dist.training.feed import (
+    EvaluationBatch,
+    Images,
+    TrainChunk,
+    World,
+    ahead,
+    evaluation_batches,
+    step_seeds,
+    train_chunk,
+)
+
+COUNT, HEIGHT, WIDTH, CHANNELS = 61, 5, 4, 3
+BATCH, STEPS = 7, 5
+TRAIN = np.random.default_rng(1).permutation(COUNT)[:41]
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """Images that differ all over, in splits that are not in order."""
+    random = np.random.default_rng(2)
+    rest = np.setdiff1d(np.arange(COUNT), TRAIN)
+    return Images(
+        pixels=random.integers(0, 256, (COUNT, HEIGHT, WIDTH, CHANNELS), dtype=np.uint8),
+        labels=np.arange(COUNT, dtype=np.int32),  # a label names its image
+        train=TRAIN,
+        validation=rest[:13],
+        test=rest[13:],
+    )
+
+
+@pytest.fixture(scope="module")
+def order() -> npt.NDArray[np.int64]:
+    return epoch_order(len(TRAIN), seed=3, epoch=2)
+
+
+def chunk(
+    images: Images, order: npt.NDArray[np.int64], steps: range, *, world: World | None = None, first: int = 100
+) -> TrainChunk:
+    """The steps of an epoch whose first step is number `first` of the run."""
+    return train_chunk(
+        images,
+        order,
+        steps=steps,
+        first_global_step=first + steps.start,
+        batch_size=BATCH,
+        seed=11,
+        world=world or World(),
+    )
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_chunk_holds_the_images_of_its_steps_in_order(images: Images, order: npt.NDArray[np.int64]) -> None:
+    found = chunk(images, order, range(1, 4))
+    rows = TRAIN[order[BATCH : 4 * BATCH]].reshape(3, BATCH)
+    assert len(found) == 3
+    assert found.labels.tolist() == rows.tolist()
+    assert np.array_equal(found.pixels, images.pixels[rows])
+    assert [found.pixels.dtype, found.labels.dtype, found.seeds.dtype] == ["uint8", "int32", "uint32"]
+    assert found.seeds.shape == (3, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
+def test_the_slices_of_all_ranks_are_the_global_batch(
+    images: Images, order: npt.NDArray[np.int64], workers: int
+) -> None:
+    whole = chunk(images, order, range(STEPS))
+    parts = [chunk(images, order, range(STEPS), world=World(rank=r, workers=workers)) for r in range(workers)]
+    assert np.array_equal(np.concatenate([part.labels for part in parts], axis=1), whole.labels)
+    assert np.array_equal(np.concatenate([part.pixels for part in parts], axis=1), whole.pixels)
+
+
+@pytest.mark.parametrize("world", [World(), World(rank=1, workers=3)])
+def test_any_cut_of_the_steps_gives_the_same_batches(
+    images: Images, order: npt.NDArray[np.int64], world: World
+) -> None:
+    whole = chunk(images, order, range(STEPS), world=world)
+    for places in itertools.chain.from_iterable(itertools.combinations(range(1, STEPS), n) for n in range(STEPS)):
+        edges = (0, *places, STEPS)
+        parts = [chunk(images, order, range(a, b), world=world) for a, b in itertools.pairwise(edges)]
+        for name in ("pixels", "labels", "seeds"):
+            together = np.concatenate([getattr(part, name) for part in parts])
+            assert np.array_equal(together, getattr(whole, name)), (edges, name)
+
+
+def test_an_epoch_of_whole_batches_visits_no_image_twice(images: Images, order: npt.NDArray[np.int64]) -> None:
+    seen = chunk(images, order, range(STEPS)).labels.ravel().tolist()
+    assert len(set(seen)) == STEPS * BATCH
+    assert set(seen) <= set(TRAIN.tolist())
+
+
+def test_seeds_are_a_function_of_seed_step_and_rank() -> None:
+    steps = range(40, 60)
+    assert np.array_equal(step_seeds(5, steps=steps, rank=2), step_seeds(5, steps=steps, rank=2))
+    assert np.array_equal(step_seeds(5, steps=range(50, 60), rank=2), step_seeds(5, steps=steps, rank=2)[10:])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_no_two_steps_and_ranks_of_a_run_share_a_seed(seed: int) -> None:
+    seeds = [step_seeds(seed, steps=range(700), rank=rank) for rank in range(5)]
+    assert len(np.unique(np.concatenate(seeds), axis=0)) == 5 * 700
+
+
+def test_neighbouring_runs_share_no_seed() -> None:
+    seeds = [step_seeds(seed, steps=range(700), rank=0) for seed in range(3)]
+    assert len(np.unique(np.concatenate(seeds), axis=0)) == 3 * 700
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(images: Images, indices: npt.NDArray[np.int64], workers: int) -> list[EvaluationBatch]:
+    worlds = [World(rank=rank, workers=workers) for rank in range(workers)]
+    calls = itertools.chain.from_iterable(evaluation_batches(images, indices, batch_size=6, world=w) for w in worlds)
+    return [call() for call in calls]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 13])
+def test_over_all_workers_each_image_counts_once(images: Images, workers: int, count: int) -> None:
+    indices = images.validation[:count]
+    batches = evaluated(images, indices, workers)
+    counted = [label for batch in batches for label in batch.labels[batch.weights == 1]]
+    assert sorted(counted) == sorted(indices.tolist())
+    assert sum(float(batch.weights.sum()) for batch in batches) == count
+    assert {len(batch.labels) for batch in batches} == {6 // workers}
+
+
+def test_what_fills_a_batch_up_has_weight_0(images: Images) -> None:
+    batches = evaluated(images, images.validation, 1)
+    assert [batch.weights.tolist() for batch in batches] == [[1.0] * 6, [1.0] * 6, [1.0] + [0.0] * 5]
+    for batch in batches:
+        assert np.array_equal(batch.pixels, images.pixels[batch.labels])
+        assert [batch.pixels.dtype, batch.labels.dtype, batch.weights.dtype] == ["uint8", "int32", "float32"]
+
+
+def test_a_worker_without_images_has_no_batch(images: Images) -> None:
+    assert list(evaluation_batches(images, images.test[:2], batch_size=6, world=World(rank=2, workers=3))) == []
+
+
+def test_more_workers_than_images_in_a_batch_get_one_each(images: Images) -> None:
+    batches = evaluated(images, images.validation, 4)
+    few = [call() for call in evaluation_batches(images, images.test, batch_size=2, world=World(rank=3, workers=4))]
+    assert {len(batch.labels) for batch in batches + few} == {1}
+
+
+# --- ahead -----------------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Calls that give their number, noted when they begin; one of them may fail."""
+
+    def __init__(self, count: int, *, fails: int | None = None) -> None:
+        self.count, self.fails = count, fails
+        self.begun: list[int] = []
+
+    def __iter__(self) -> Iterator[Callable[[], int]]:
+        return (partial(self._call, number) for number in range(self.count))
+
+    def _call(self, number: int) -> int:
+        self.begun.append(number)
+        if number == self.fails:
+            raise RuntimeError(f"call {number} failed")
+        return number
+
+
+def feed_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("feed")]
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 9])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_results_come_in_order(count: int, depth: int) -> None:
+    assert list(ahead(Calls(count), depth=depth)) == list(range(count))
+    assert feed_threads() == []
+
+
+def test_one_thread_works_ahead_and_no_further_than_asked() -> None:
+    calls = Calls(9)
+    with closing(ahead(calls, depth=2)) as results:
+        assert calls.begun == []
+        assert next(results) == 0
+        assert until(lambda: calls.begun == [0, 1, 2])
+        time.sleep(0.01)
+        assert calls.begun == [0, 1, 2]
+        assert len(feed_threads()) == 1
+
+
+def test_an_error_comes_after_the_results_before_it() -> None:
+    results = ahead(Calls(7, fails=3))
+    assert [next(results), next(results), next(results)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="call 3 failed"):
+        next(results)
+    assert feed_threads() == []
+
+
+def test_an_error_in_making_the_calls_ends_the_thread() -> None:
+    def broken() -> Iterator[Callable[[], int]]:
+        yield lambda: 0
+        raise RuntimeError("no more calls")
+
+    with pytest.raises(RuntimeError, match="no more calls"):
+        list(ahead(broken()))
+    assert feed_threads() == []
+
+
+def test_closing_early_ends_the_thread() -> None:
+    calls = Calls(1000)
+    with closing(ahead(calls, depth=2)) as results:
+        next(results)
+        next(results)
+    assert feed_threads() == []
+    assert len(calls.begun) <= 4

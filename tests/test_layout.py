@@ -1,0 +1,151 @@
+"""The picture of the house, drawn again from the imports: which way they point, and where the heavy ones are."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "mnist_dist"
+# ground floor <- data <- models <- training, scoring, evaluation <- on_ray <- benchmarks, jobs
+FLOORS = {
+    **dict.fromkeys(("errors", "config", "recipes", "console", "storage"), 0),
+    "data": 1,
+    "models": 2,
+    **dict.fromkeys(("training", "scoring", "evaluation"), 3),
+    "on_ray": 4,
+    "benchmarks": 5,
+    "jobs": 6,  # beside the benchmarks in the picture; `jobs/benchmark.py` runs them
+}
+TENSORFLOW = {
+    f"{PACKAGE}.training.step",
+    f"{PACKAGE}.training.precision",
+    f"{PACKAGE}.on_ray.worker",
+    f"{PACKAGE}.benchmarks.train",
+}
+SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module; `lazy`: inside a function, or for types only."""
+
+    name: str
+    lazy: bool
+
+
+def name_of(path: Path) -> str:
+    """`mnist_dist.data.images` of `mnist_dist/data/images.py`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {
+    name_of(path): ast.parse(path.read_text())
+    for folder in (PACKAGE, "jobs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports_of(tree: ast.Module) -> Iterator[Import]:
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        lazy = id(node) not in at_once
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            for alias in node.names:  # `from package import module` imports the module
+                whole = f"{module}.{alias.name}"
+                yield Import(whole if whole in TREES else module, lazy)
+
+
+IMPORTS = {module: list(imports_of(tree)) for module, tree in TREES.items()}
+MODULES = pytest.mark.parametrize("module", list(TREES))
+
+
+def part_of(module: str) -> str:
+    """The part of the house: `data` of `mnist_dist.data.images`, `jobs` of `jobs.train`; empty: the front door."""
+    names = module.split(".")
+    return names[0] if names[0] != PACKAGE else names[1] if len(names) > 1 else ""
+
+
+def own(imports: list[Import]) -> list[Import]:
+    return [found for found in imports if found.name.split(".")[0] in (PACKAGE, "jobs")]
+
+
+def importers(package: str, *, lazy: bool = True) -> set[str]:
+    """The modules that import an outside package or a module of it."""
+    return {
+        module
+        for module, imports in IMPORTS.items()
+        for found in imports
+        if found.name.split(".")[0] == package and (lazy or not found.lazy)
+    }
+
+
+def test_every_part_of_the_house_is_in_the_picture() -> None:
+    assert {part_of(module) for module in TREES} - {""} <= FLOORS.keys()
+    assert len(TREES) > 30
+
+
+@MODULES
+def test_imports_point_one_way(module: str) -> None:
+    floor = FLOORS.get(part_of(module), -1)
+    for found in own(IMPORTS[module]):
+        part = part_of(found.name)
+        if part == "":
+            continue  # the package itself: its version
+        if module == PACKAGE:
+            assert found.lazy, f"{module} imports {found.name} at once"
+        else:
+            beside = FLOORS[part] == floor and (floor == 0 or part == part_of(module))
+            assert FLOORS[part] < floor or beside, f"{module} imports {found.name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module: {found.name for found in own(imports) if found.name != PACKAGE} for module, imports in IMPORTS.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as err:
+        pytest.fail(" -> ".join(err.args[1]))
+
+
+def test_nobody_imports_jobs() -> None:
+    assert importers("jobs") <= {"jobs"}
+
+
+def test_ray_is_imported_on_ray_alone() -> None:
+    assert {part_of(module) for module in importers("ray")} == {"on_ray"}
+
+
+@MODULES
+def test_benchmarks_and_jobs_load_ray_when_they_begin_to_work(module: str) -> None:
+    if FLOORS.get(part_of(module), 0) > FLOORS["on_ray"]:
+        assert all(found.lazy for found in own(IMPORTS[module]) if part_of(found.name) == "on_ray")
+
+
+def test_tensorflow_is_imported_where_the_picture_says() -> None:
+    assert importers("tensorflow") == TENSORFLOW
+
+
+def test_data_and_the_ground_floor_load_neither_tensorflow_nor_keras() -> None:
+    heavy = importers("tensorflow", lazy=False) | importers("keras", lazy=False) | importers("ray", lazy=False)
+    assert {module for module in heavy if FLOORS.get(part_of(module), 0) <= FLOORS["data"]} == set()
+
+
+@MODULES
+def test_a_module_is_named_after_what_it_owns(module: str) -> None:
+    assert not set(module.split(".")) & SAYS_NOTHING
+    assert not module.endswith(("_utils", "_helpers", "_manager"))
+
+
+@MODULES
+def test_a_module_says_what_it_owns(module: str) -> None:
+    assert ast.get_docstring(TREES[module])

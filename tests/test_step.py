@@ -1,0 +1,286 @@
+"""step: the train step against NumPy, the evaluator against scikit-learn; one worker (several: test_train.py)."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.metrics import accuracy_score, log_loss
+
+from mnist_dist.config import Augmentation, ModelConfig, OptimizerConfig
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.models.augmentation import build_augmentation
+from mnist_dist.models.classifier import build_classifier, set_trainable
+from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World, step_seeds
+from mnist_dist.training.step import (
+    HITS,
+    LOSS,
+    STOP,
+    Evaluator,
+    StepConfig,
+    TrainStep,
+    make_optimizer,
+    make_strategy,
+    slowest_worker_s,
+    sum_over_workers,
+)
+
+# S = steps, B = batch, H = height px, W = width px, C = channels, K = classes
+S, B, H, W, C, K = 6, 7, 8, 9, 1, 3
+SPEC = ImageSpec(height_px=H, width_px=W, channels=C)
+EQUAL = np.ones(K, np.float32)
+UNEQUAL = np.array([0.5, 1.0, 2.5], np.float32)
+RATES = np.array([0.5, 0.4, 0.3, 0.2, 0.1, 0.05], np.float32)
+LOW_RATES = np.asarray(RATES / 100, np.float32)
+Weights = list[npt.NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def chunk() -> TrainChunk:
+    random = np.random.default_rng(4)
+    return TrainChunk(
+        pixels=random.integers(0, 256, (S, B, H, W, C), dtype=np.uint8),
+        labels=random.integers(0, K, (S, B), dtype=np.int32),
+        seeds=step_seeds(9, steps=range(S), rank=0),
+    )
+
+
+def part(chunk: TrainChunk, steps: slice = slice(None), images: slice = slice(None)) -> TrainChunk:
+    return TrainChunk(pixels=chunk.pixels[steps, images], labels=chunk.labels[steps, images], seeds=chunk.seeds[steps])
+
+
+def softmax_regression() -> keras.Model:
+    """The smallest network: logits = flatten(pixels) / 255 * kernel + bias."""
+    keras.utils.set_random_seed(2)
+    pixels = keras.Input((H, W, C))
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(pixels))
+    return keras.Model(pixels, keras.layers.Dense(K, bias_initializer="random_normal")(x))
+
+
+def train_step(network: keras.Model, *, augmentation: Augmentation = "none", **options: Any) -> TrainStep:
+    """A train step with SGD, or `optimizer`; other options are of `StepConfig`."""
+    config = options.pop("optimizer", OptimizerConfig(optimizer="sgd", momentum=0.0))
+    return TrainStep(
+        make_strategy(1),
+        network=network,
+        optimizer=make_optimizer(config, network.trainable_variables),
+        augmentation=build_augmentation(augmentation, spec=SPEC),
+        config=StepConfig(**{"batch_size": B, "class_weights": EQUAL, **options}),
+    )
+
+
+class NumpyRegression:
+    """Softmax regression in float64: the loss of the contract, its gradient, and clipping."""
+
+    def __init__(
+        self,
+        network: keras.Model,
+        *,
+        smoothing: float = 0.0,
+        class_weights: npt.NDArray[Any] = EQUAL,
+        clip: float | None = None,
+    ) -> None:
+        self.weights: Weights = [weight.astype(np.float64) for weight in network.get_weights()]
+        self.smoothing, self.class_weights, self.clip = smoothing, class_weights, clip
+
+    def forward(
+        self, pixels: npt.NDArray[Any], labels: npt.NDArray[Any]
+    ) -> tuple[float, int, list[npt.NDArray[Any]], float]:
+        """Loss, hits, gradients as they are applied, and their norm before clipping."""
+        kernel, bias = self.weights
+        x = pixels.reshape(len(pixels), -1) / 255
+        logits = x @ kernel + bias
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        predicted = powers / powers.sum(axis=1, keepdims=True)
+        targets = np.eye(K)[labels] * (1 - self.smoothing) + self.smoothing / K
+        weights = self.class_weights[labels]
+        loss = float(-(weights * (targets * np.log(predicted)).sum(axis=1)).sum() / len(pixels))
+        by_logit = weights[:, None] * (predicted - targets) / len(pixels)
+        gradients = [x.T @ by_logit, by_logit.sum(axis=0)]
+        norm = float(np.sqrt(sum((gradient**2).sum() for gradient in gradients)))
+        if self.clip is not None and norm > self.clip:
+            gradients = [gradient * self.clip / norm for gradient in gradients]
+        return loss, int((logits.argmax(axis=1) == labels).sum()), gradients, norm
+
+
+def relative_difference(ours: Weights, theirs: Weights) -> float:
+    """Over the tensors: norm(a - b) / norm(b)."""
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- the train step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 0.15])
+def test_sgd_steps_are_those_of_numpy(chunk: TrainChunk, clip: float | None) -> None:
+    network, momentum = softmax_regression(), 0.8
+    by_hand = NumpyRegression(network, smoothing=0.2, class_weights=UNEQUAL, clip=clip)
+    optimizer = OptimizerConfig(optimizer="sgd", momentum=momentum)
+    step = train_step(network, optimizer=optimizer, label_smoothing=0.2, class_weights=UNEQUAL, clip_norm=clip)
+    reports = step(chunk, rates=RATES)
+
+    velocity: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
+    norms = []
+    for index in range(S):
+        loss, hits, gradients, norm = by_hand.forward(chunk.pixels[index], chunk.labels[index])
+        assert reports[index, LOSS] == pytest.approx(loss, rel=1e-5)
+        assert reports[index, HITS] == hits
+        velocity = [momentum * v - RATES[index] * g for v, g in zip(velocity, gradients, strict=True)]
+        by_hand.weights = [weight + v for weight, v in zip(by_hand.weights, velocity, strict=True)]
+        norms.append(norm)
+    assert max(norms) > 0.15  # or nothing was clipped
+    assert relative_difference(network.get_weights(), by_hand.weights) < 1e-5
+
+
+def test_adamw_decays_the_kernel_and_not_the_bias(chunk: TrainChunk) -> None:
+    network, decay = softmax_regression(), 0.5
+    by_hand = NumpyRegression(network)
+    step = train_step(network, optimizer=OptimizerConfig(optimizer="adamw", weight_decay=decay))
+    step(chunk, rates=RATES)
+
+    first: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
+    second: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
+    for index in range(S):
+        gradients = by_hand.forward(chunk.pixels[index], chunk.labels[index])[2]
+        first = [0.9 * m + 0.1 * g for m, g in zip(first, gradients, strict=True)]
+        second = [0.999 * v + 0.001 * g**2 for v, g in zip(second, gradients, strict=True)]
+        kernel, bias = by_hand.weights
+        decayed = [kernel * (1 - decay * RATES[index]), bias]
+        scale = RATES[index] * np.sqrt(1 - 0.999 ** (index + 1)) / (1 - 0.9 ** (index + 1))
+        by_hand.weights = [
+            weight - scale * m / (np.sqrt(v) + 1e-7) for weight, m, v in zip(decayed, first, second, strict=True)
+        ]
+    assert relative_difference(network.get_weights(), by_hand.weights) < 1e-4
+
+
+def small_cnn(trainable: str = "all") -> keras.Model:
+    classifier = build_classifier(ModelConfig(backbone="cnn", dropout=0.4), spec=SPEC, num_classes=K, seed=3)
+    set_trainable(classifier, trainable)
+    return classifier.network
+
+
+def test_steps_in_one_call_are_the_same_steps_one_by_one(chunk: TrainChunk) -> None:
+    results = []
+    for edges in ([0, S], [0, 1, 2, 3, 4, 5, S], [0, 1, 5, S]):
+        network = small_cnn()
+        step = train_step(network, augmentation="digits", optimizer=OptimizerConfig(), clip_norm=1.0)
+        slices = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        reports = [step(part(chunk, steps), rates=LOW_RATES[steps]) for steps in slices]
+        results.append((np.concatenate(reports), network.get_weights()))
+    whole, weights = results[0]
+    assert whole.shape == (S, 3)
+    for pieces, weights_of_pieces in results[1:]:
+        assert relative_difference([pieces], [whole]) <= 1e-6
+        assert relative_difference(weights_of_pieces, weights) <= 1e-6
+
+
+def test_the_updates_of_the_slices_add_up_to_that_of_the_batch(chunk: TrainChunk) -> None:
+    def update(images: slice) -> tuple[float, Weights]:
+        network = softmax_regression()
+        before = network.get_weights()
+        report = train_step(network)(part(chunk, slice(0, 1), images), rates=RATES[:1])
+        return float(report[0, LOSS]), [b - a for a, b in zip(before, network.get_weights(), strict=True)]
+
+    loss, whole = update(slice(0, B))
+    parts = [update(images) for images in (slice(0, 2), slice(2, B))]
+    assert sum(part_loss for part_loss, _ in parts) == pytest.approx(loss, rel=1e-5)
+    total = [np.add(*changes) for changes in zip(*(weights for _, weights in parts), strict=True)]
+    assert relative_difference(total, whole) < 1e-4
+
+
+def test_dropout_and_augmentation_are_a_function_of_the_seeds(chunk: TrainChunk) -> None:
+    def weights_after(seeds: npt.NDArray[np.uint32]) -> Weights:
+        network = small_cnn()
+        step = train_step(network, augmentation="digits")
+        step(TrainChunk(pixels=chunk.pixels, labels=chunk.labels, seeds=seeds), rates=LOW_RATES)
+        return list(network.get_weights())
+
+    expected = weights_after(chunk.seeds)
+    assert relative_difference(weights_after(chunk.seeds.copy()), expected) <= 1e-6
+    assert relative_difference(weights_after(step_seeds(9, steps=range(S), rank=1)), expected) > 1e-4
+
+
+def test_what_is_frozen_is_left_alone(chunk: TrainChunk) -> None:
+    network = small_cnn("head")
+    before = network.get_weights()
+    train_step(network)(chunk, rates=RATES)
+    changed = [not np.array_equal(a, b) for a, b in zip(before, network.get_weights(), strict=True)]
+    assert changed == [False] * (len(before) - 2) + [True, True]
+
+
+def test_the_wish_to_stop_is_reported_in_every_step(chunk: TrainChunk) -> None:
+    step = train_step(softmax_regression())
+    assert step(chunk, rates=RATES)[:, STOP].tolist() == [0.0] * S
+    assert step(part(chunk, slice(0, 2)), rates=RATES[:2], stop=True)[:, STOP].tolist() == [1.0, 1.0]
+    assert step(chunk, rates=RATES, stop=False)[:, STOP].tolist() == [0.0] * S
+
+
+def test_a_loss_that_is_no_number_is_reported(chunk: TrainChunk) -> None:
+    reports = train_step(softmax_regression())(chunk, rates=np.full(S, np.inf, np.float32))
+    assert np.isfinite(reports[0, LOSS])
+    assert not np.isfinite(reports[1:, LOSS]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam), ("adamw", keras.optimizers.AdamW)],
+)
+def test_an_optimizer_is_built_for_its_variables(name: str, kind: Callable[..., Any]) -> None:
+    network = softmax_regression()
+    optimizer = make_optimizer(OptimizerConfig(optimizer=name), network.trainable_variables)  # type: ignore[arg-type]
+    assert type(optimizer) is kind
+    shapes = [tuple(variable.shape) for variable in optimizer.variables if len(variable.shape)]
+    kernel_and_bias = [(H * W * C, K), (K,)]
+    assert sorted(shapes) == sorted(kernel_and_bias * (1 if name == "sgd" else 2))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation_batch(count: int, *, padding: int = 0) -> EvaluationBatch:
+    random = np.random.default_rng(8)
+    return EvaluationBatch(
+        pixels=random.integers(0, 256, (count, H, W, C), dtype=np.uint8),
+        labels=random.integers(0, K, count, dtype=np.int32),
+        weights=(np.arange(count) < count - padding).astype(np.float32),
+    )
+
+
+def test_evaluated_sums_are_those_of_scikit_learn() -> None:
+    network, batch = small_cnn(), evaluation_batch(23)
+    loss, hits, images = Evaluator(make_strategy(1), network)(batch)
+    predicted = np.asarray(keras.ops.softmax(network(batch.pixels.astype(np.float32), training=False)))
+    predicted = predicted.astype(np.float64) / predicted.sum(axis=1, keepdims=True, dtype=np.float64)
+    assert images == 23
+    assert loss / images == pytest.approx(log_loss(batch.labels, predicted, labels=range(K)), rel=1e-5)
+    assert hits / images == accuracy_score(batch.labels, predicted.argmax(axis=1))
+    assert 0 < hits < images  # or accuracy would prove little
+
+
+def test_padding_does_not_count() -> None:
+    evaluator = Evaluator(make_strategy(1), small_cnn())
+    padded = evaluation_batch(11, padding=4)
+    real = EvaluationBatch(pixels=padded.pixels[:7], labels=padded.labels[:7], weights=padded.weights[:7])
+    assert evaluator(padded) == pytest.approx(evaluator(real), rel=1e-6)
+    assert evaluator(padded)[2] == 7
+
+
+def test_evaluation_changes_nothing_and_drops_nothing() -> None:
+    network, batch = small_cnn(), evaluation_batch(5)
+    before, evaluator = network.get_weights(), Evaluator(make_strategy(1), network)
+    sums = evaluator(batch)
+    assert sums.dtype == np.float64
+    assert evaluator(batch).tolist() == sums.tolist()
+    assert all(np.array_equal(a, b) for a, b in zip(before, network.get_weights(), strict=True))
+
+
+# --- sums over the workers -------------------------------------------------------------------------------------------
+
+
+def test_the_sum_over_one_worker_is_its_own() -> None:
+    values = np.array([0.1, 1e-17, 3e300])
+    assert sum_over_workers(make_strategy(1), values).tolist() == values.tolist()
+    assert slowest_worker_s(make_strategy(1), 0.75, world=World()) == 0.75

@@ -1,0 +1,295 @@
+"""The training job on Ray: equality over workers, what survives a kill, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+import ray
+
+from mnist_dist import load_bundle
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
+from mnist_dist.console import Console
+from mnist_dist.errors import (
+    ConfigError,
+    ResourceError,
+    ResumeConflict,
+    StorageError,
+    TooManyBadImages,
+    TrainingDiverged,
+)
+from mnist_dist.on_ray.train import train
+from mnist_dist.training.checkpoints import read_checkpoint
+from mnist_dist.training.runs import Run
+
+PLAIN_SGD = OptimizerConfig(optimizer="sgd", momentum=0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """One Ray for the module, with more CPUs than the machine may have, so that three workers fit."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class Recorder(Console):
+    """A console that keeps its lines, and calls back at the first line that starts with some words."""
+
+    def __init__(self, at: str | None = None, then: Callable[[], None] | None = None) -> None:
+        super().__init__(terminal=False)
+        self.lines: list[str] = []
+        self._at, self._then = at, then
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+        if self._at is not None and self._then is not None and text.startswith(self._at):
+            self._at = None
+            self._then()
+
+
+def small_job(storage: Path, *, workers: int = 1, epochs: int = 2, name: str = "run", **fields: Any) -> TrainJob:
+    """A job on the digits that takes seconds: 25 steps of 50 an epoch."""
+    job = TrainJob(
+        data=DataConfig(limit=1_600),
+        model=ModelConfig(backbone="cnn", dropout=0.0),
+        phases=PhasesConfig(epochs=(epochs,), learning_rate=(0.01,)),
+        optimizer=PLAIN_SGD,
+        fit=FitConfig(batch_size=50, precision="float32"),
+        run=RunConfig(storage=str(storage), name=name, workers=workers, cpus_per_worker=1),
+    )
+    return replace(job, **fields)
+
+
+def final_weights(storage: Path, name: str = "run") -> list[npt.NDArray[Any]]:
+    checkpoint = Run(str(storage / name)).newest_checkpoint()
+    assert checkpoint is not None
+    return read_checkpoint(Path(checkpoint)).weights
+
+
+def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[Any]]) -> float:
+    """Over the tensors: norm(a - b) / norm(b)."""
+    return max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
+    results = {}
+    for workers in (1, 2, 3):
+        job = small_job(tmp_path, workers=workers, name=f"w{workers}")
+        results[workers] = train(job, recipe="test", console=Recorder())
+    steps = read_checkpoint(Path(Run(str(tmp_path / "w1")).newest_checkpoint() or "")).state.global_step
+    assert steps == 50
+    for workers in (2, 3):
+        assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-5
+        assert results[workers]["test_accuracy"] == results[1]["test_accuracy"]
+        assert results[workers]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_synchronised_batch_norm_reaches_the_same_weights_on_1_2_and_3_workers(tmp_path: Path) -> None:
+    for workers in (1, 2, 3):
+        job = small_job(tmp_path, workers=workers, name=f"w{workers}", epochs=1)
+        job = replace(
+            job,
+            data=DataConfig(limit=660),
+            model=ModelConfig(backbone="cnn_bn", dropout=0.0),
+            optimizer=OptimizerConfig(optimizer="sgd", momentum=0.0),
+        )
+        train(job, recipe="test", console=Recorder())
+    steps = read_checkpoint(Path(Run(str(tmp_path / "w1")).newest_checkpoint() or "")).state.global_step
+    assert steps == 10
+    for workers in (2, 3):
+        assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-4
+
+
+def shaken_job(storage: Path, name: str) -> TrainJob:
+    """Dropout and augmentation on, two workers, two phases."""
+    return small_job(
+        storage,
+        workers=2,
+        name=name,
+        model=ModelConfig(backbone="cnn", dropout=0.3),
+        phases=PhasesConfig(epochs=(2, 3), learning_rate=(1e-3, 5e-4)),
+        optimizer=OptimizerConfig(schedule="cosine", warmup_steps=7, clip_norm=1.0),
+        fit=FitConfig(batch_size=50, augmentation="digits", precision="float32"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[npt.NDArray[Any]]:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    train(shaken_job(storage, "run"), recipe="test", console=Recorder())
+    return final_weights(storage)
+
+
+def train_workers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: list[npt.NDArray[Any]], rank: int) -> None:
+    def kill() -> None:
+        sorted(train_workers(), key=lambda p: p.pid)[rank].kill()
+
+    console = Recorder("epoch 3", kill)
+    result = train(shaken_job(tmp_path, "run"), recipe="test", console=console)
+    assert result["epochs"] == 5
+    assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+
+
+@pytest.mark.slow
+def test_workers_that_die_too_often_end_the_job(tmp_path: Path) -> None:
+    job = shaken_job(tmp_path, "run")
+    console = Recorder("epoch 1", lambda: train_workers()[0].kill())
+    with pytest.raises(Exception, match="worker") as caught:
+        train(replace(job, run=replace(job.run, max_failures=0)), recipe="test", console=console)
+    assert type(caught.value).__name__ == "WorkersFailed"
+    assert Run(str(tmp_path / "run")).result() is None
+
+
+def start_job(storage: Path, *flags: str) -> subprocess.Popen[str]:
+    """`python -m jobs.train` with the settings of `shaken_job`, on a Ray of its own."""
+    command = [sys.executable, "-m", "jobs.train", "quickstart", "--storage", str(storage), "--name", "run"]
+    settings = (
+        "--limit 1600 --dropout 0.3 --epochs 2 3 --learning-rate 1e-3 5e-4 --schedule cosine --warmup-steps 7 "
+        "--clip-norm 1.0 --batch-size 50 --augmentation digits --precision float32 --optimizer adam"
+    )
+    return subprocess.Popen(
+        [*command, *settings.split(), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_line(job: subprocess.Popen[str], start: str) -> None:
+    assert job.stderr is not None
+    for line in job.stderr:
+        if line.startswith(start):
+            return
+    raise AssertionError(f"the job ended without a line that starts with {start!r}")
+
+
+def ended(job: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+    out, err = job.communicate(timeout=240)
+    return job.returncode, json.loads(out.splitlines()[-1]) if out else {}, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["training", "epoch 1", "epoch 4"])
+def test_a_killed_driver_is_continued_by_the_same_command(
+    tmp_path: Path, undisturbed: list[npt.NDArray[Any]], at: str
+) -> None:
+    job = start_job(tmp_path)
+    wait_for_line(job, at)
+    job.send_signal(signal.SIGKILL)
+    assert ended(job)[0] == -signal.SIGKILL
+    code, result, _ = ended(start_job(tmp_path))
+    assert code == 0
+    assert result["epochs"] == 5
+    assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_goes_on(
+    tmp_path: Path, undisturbed: list[npt.NDArray[Any]], number: signal.Signals
+) -> None:
+    job = start_job(tmp_path)
+    wait_for_line(job, "epoch 2")
+    job.send_signal(number)
+    code, result, err = ended(job)
+    assert code == 128 + number
+    assert "-m jobs.train quickstart" in result["error"]
+    assert "saving what is there" in err
+    code, result, err = ended(start_job(tmp_path))
+    assert code == 0
+    assert "going on with" in err
+    assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+
+
+def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right(tmp_path: Path) -> None:
+    job = small_job(tmp_path, epochs=1)
+    result = train(job, recipe="test", console=Recorder())
+    bundle = load_bundle(result["bundle"])
+    model = keras.saving.load_model(Path(result["bundle"]) / "model.keras")
+    images = np.load(next(tmp_path.glob("_records/*/pixels.npy")))[:7]
+    assert np.allclose(model(images), bundle.model(images))
+    assert bundle.manifest.test["accuracy"] == result["test_accuracy"]
+    assert bundle.manifest.config["fit"]["batch_size"] == 50
+    assert (Path(result["bundle"]) / "history.csv").read_text().startswith("epoch,phase,loss,accuracy,val_loss")
+    assert {"run_dir", "recipe", "backbone", "test_loss", "epochs", "workers", "images_per_s", "seconds"} <= set(result)
+
+
+def test_a_finished_run_is_returned_at_once_and_another_config_is_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path, epochs=1)
+    first = train(job, recipe="test", console=Recorder())
+    began = time.monotonic()
+    assert train(job, recipe="test", console=Recorder()) == first
+    assert time.monotonic() - began < 1
+    other = replace(job, fit=replace(job.fit, seed=9))
+    with pytest.raises(ResumeConflict, match=r"fit.seed: 9 now, 0 in the run"):
+        train(replace(job, fit=other.fit), recipe="test", console=Recorder())
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+    job = small_job(tmp_path / "storage")
+    result = train(replace(job, run=replace(job.run, dry_run=True)), recipe="test", console=Recorder())
+    assert result["dry_run"]
+    assert result["bundle"] is None
+    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_loss_that_is_no_number_names_the_step(tmp_path: Path) -> None:
+    job = small_job(tmp_path, phases=PhasesConfig(learning_rate=(1e9,)))
+    with pytest.raises(TrainingDiverged, match=r"phase 'train', epoch 1, step \d+"):
+        train(job, recipe="test", console=Recorder())
+
+
+def test_more_workers_than_the_cluster_has_are_refused_with_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"1 node\(s\), 4 CPUs, 0 GPUs"):
+        train(small_job(tmp_path, workers=5), recipe="test", console=Recorder())
+
+
+def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        train(small_job(tmp_path / "file"), recipe="test", console=Recorder())
+
+
+def test_a_batch_above_the_data_is_refused(tmp_path: Path) -> None:
+    job = small_job(tmp_path, fit=FitConfig(batch_size=5_000))
+    with pytest.raises(ConfigError, match=r"at most the number of training images .*Received: batch_size=5000"):
+        train(job, recipe="test", console=Recorder())
+
+
+def test_weights_of_another_architecture_are_refused_by_the_workers(tmp_path: Path) -> None:
+    weights = tmp_path / "other.weights.h5"
+    keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]).save_weights(weights)
+    job = small_job(tmp_path, model=ModelConfig(backbone="cnn", weights=str(weights)))
+    with pytest.raises(ConfigError, match=str(weights)):
+        train(job, recipe="test", console=Recorder())
+
+
+def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, folder_of_images: Path) -> None:
+    (folder_of_images / "a" / "broken.png").write_bytes(b"no image")
+    job = small_job(tmp_path, epochs=1, data=DataConfig(data=str(folder_of_images)), fit=FitConfig(batch_size=6))
+    console = Recorder()
+    with pytest.raises(TooManyBadImages, match=r"1 of 41 images are unreadable, such as .*broken.png"):
+        train(job, recipe="test", console=console)
+    allowed = replace(job, data=replace(job.data, max_bad_fraction=0.1))
+    result = train(replace(allowed, run=replace(job.run, name="allowed")), recipe="test", console=console)
+    assert result["bad_images"] == 1
+    assert any("broken.png" in line for line in console.lines)
