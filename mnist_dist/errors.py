@@ -13,6 +13,7 @@ MnistDistError                exit 1: the work was begun and could not be finish
     ├── WeightsError          the weights named cannot be used: missing, foreign, no network
     ├── BundleError           a folder is no bundle, or its file is not the one it was finished with
     ├── ResumeConflict        the name holds a run of another configuration
+    ├── Locked                another driver is at work on the same run or output
     ├── ResourceError         the cluster has less than was asked for
     └── StorageError          the storage cannot be written or read
 ```
@@ -99,6 +100,10 @@ class BundleError(ConfigError):
 
 class ResumeConflict(ConfigError):
     """The name already holds a run with another configuration."""
+
+
+class Locked(ConfigError):
+    """Another driver is at work on the same run or output."""
 
 
 class ResourceError(ConfigError):

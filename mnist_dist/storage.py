@@ -131,6 +131,28 @@ def write_bytes(uri: str, data: bytes) -> None:
         file.write(data)
 
 
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Puts the object in place, complete, unless there is one already; whether it did. One of many callers wins.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if is_remote(uri):
+        return _s3_create(uri, data)
+    path = _local(uri)
+    temporary = path.with_name(_temporary_name(path.name))
+    with _local_errors(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.link(temporary, path)  # fails where there is one, and never shows a part
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears at `path` (local) when the block ends without an error, on disk and complete.
@@ -435,6 +457,19 @@ def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
             with contextlib.suppress(HTTPClientError, IncompleteReadError):
                 return bytes(_client().get_object(**arguments)["Body"].read())
         return bytes(_client().get_object(**arguments)["Body"].read())
+
+
+def _s3_create(uri: str, data: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    with _s3_errors(uri):
+        try:
+            _client().put_object(**_s3_address(uri), Body=data, IfNoneMatch="*")
+        except ClientError as err:
+            if err.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # a rival is at it, or was first
+                return False
+            raise
+    return True
 
 
 class _S3Range(io.RawIOBase):

@@ -146,7 +146,7 @@ def test_help_loads_neither_ray_nor_keras(job: str) -> None:
 
 
 def test_a_line_is_shown_as_it_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "[bold]not markup[/bold] " + "long " * 50
+    text = "[bold]not markup[/bold] a:cat:b.png " + "long " * 50
     Console(terminal=False).line(text)
     assert capsys.readouterr() == ("", f"{text}\n")
 

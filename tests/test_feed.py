@@ -72,7 +72,7 @@ def test_a_chunk_holds_the_images_of_its_steps_in_order(images: Images, order: n
     assert found.labels.tolist() == rows.tolist()
     assert np.array_equal(found.pixels, images.pixels[rows])
     assert [found.pixels.dtype, found.labels.dtype, found.seeds.dtype] == ["uint8", "int32", "uint32"]
-    assert found.seeds.shape == (3, 2)
+    assert np.array_equal(found.seeds, step_seeds(11, steps=range(101, 104), rank=0))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
@@ -106,6 +106,7 @@ def test_an_epoch_of_whole_batches_visits_no_image_twice(images: Images, order: 
 
 def test_seeds_are_a_function_of_seed_step_and_rank() -> None:
     steps = range(40, 60)
+    assert step_seeds(5, steps=steps, rank=2).shape == (20, 2)
     assert np.array_equal(step_seeds(5, steps=steps, rank=2), step_seeds(5, steps=steps, rank=2))
     assert np.array_equal(step_seeds(5, steps=range(50, 60), rank=2), step_seeds(5, steps=steps, rank=2)[10:])
 

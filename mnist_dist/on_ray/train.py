@@ -32,6 +32,7 @@ from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_r
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
 from mnist_dist.errors import Interrupted, MnistDistError, TooManyBadImages, WorkersFailed
+from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_size, check_trainable, find_backbone
 from mnist_dist.on_ray.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.board import make_board
@@ -79,9 +80,11 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
         return finished
     storage.check_writable(job.run.storage)
-    with Stop(console) as stop:
-        result = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at).run_to_end(facts)
-    run.finish(result)
+    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
+        training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at)
+        result = training.run_to_end(facts)
+        lock.check()
+        run.finish(result)
     return result
 
 

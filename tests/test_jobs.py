@@ -1,0 +1,108 @@
+"""The commands as a person types them: exit codes, the JSON line, quietness, the README's words."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from mnist_dist.recipes import TRAINING_RECIPES
+
+ROOT = Path(__file__).parents[1]
+NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
+
+
+def run(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    lines = done.stdout.splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_makes_a_good_bundle_quietly(tmp_path: Path) -> None:
+    code, result, err = run("jobs.quickstart", "--storage", str(tmp_path))
+    assert code == 0
+    assert result["job"] == "quickstart"
+    assert result["workers"] == 2
+    assert result["test_accuracy"] > 0.93
+    assert (Path(result["bundle"]) / "bundle.json").exists()
+    assert "Try next" in err
+    assert not NOISE.search(err), NOISE.findall(err)
+
+
+@pytest.mark.slow
+def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Path) -> None:
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=s3_server)
+    for file in folder_of_images.rglob("*.png"):
+        client.upload_file(str(file), bucket, f"{prefix}/images/{file.relative_to(folder_of_images)}")
+    command = ["jobs.train", "quickstart", "--data", f"{s3}/images", "--storage", f"{s3}/runs", "--name", "run"]
+    code, result, err = run(*command, "--batch-size", "8", "--epochs", "2")
+    assert code == 0, err
+    assert result["bundle"] == f"{s3}/runs/run/bundle"
+    assert result["train_images"] + result["validation_images"] + result["test_images"] == 40
+    assert run(*command, "--batch-size", "8", "--epochs", "2")[1] == result
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("no-such-recipe",), "The recipes are quickstart, mnist-mlp"),
+        (("--backbone", "vgg17"), "Did you mean vgg16"),
+        (("--data", "no_such_data"), "digits, mnist, fashion_mnist"),
+        (("--trainable", "block9"), "trainable is, for cnn, one of head, all"),
+        (("--backbone", "vgg16", "--image-size-px", "9"), "vgg16 needs images of at least 32 px"),
+        (("--storage", "gs://bucket"), "s3://bucket/prefix"),
+        (("--weights", "imagenet"), "weights for cnn are none"),
+    ],
+)
+def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    recipe = () if flags[0] == "no-such-recipe" else ("quickstart",)
+    storage = () if "--storage" in flags else ("--storage", str(tmp_path))
+    code, result, err = run("jobs.train", *recipe, *flags, *storage)
+    assert code == 2
+    assert message in result["error"]
+    assert f"error: {result['error']}" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--learning-rate", "-1"), ("--workers", "0")])
+def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> None:
+    code, _, err = run("jobs.train", "quickstart", flag, value)
+    assert code == 2
+    assert f"Received: {flag.removeprefix('--').replace('-', '_')}=" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("job", ["train", "quickstart", "benchmark"])
+def test_help_names_every_flag_with_its_default(job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    flags = re.findall(r"^│ (--[a-z0-9-]+)", done.stdout, re.MULTILINE)
+    assert len(flags) >= 2
+    assert len(re.findall(r"\(default:", done.stdout.replace("│\n│", " "))) >= len(flags)
+
+
+def test_the_readme_names_the_commands_that_there_are() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -e . && python -m jobs.quickstart" in readme
+    assert "pip install -e '.[dev]' && pytest" in readme
+    assert "pip install -e '.[dev]' && pytest" in (ROOT / ".ci" / "run").read_text()
+    for job in set(re.findall(r"python -m jobs\.([a-z]+)", readme)):
+        assert (ROOT / "jobs" / f"{job}.py").exists(), job
+    for recipe in TRAINING_RECIPES:
+        assert recipe in readme
