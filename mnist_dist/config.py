@@ -145,14 +145,14 @@ class PhasesConfig:
             require(0 < rate < math.inf, "learning_rate is positive in each phase", learning_rate=self.learning_rate)
 
     def phases(self) -> tuple[Phase, ...]:
-        """The phases one by one; a phase is called `head`, `train` (all from the start) or `fine-tune`."""
+        """The phases one by one; a phase is called `head`, `train` (the first, of more than the head) or `fine-tune`."""
         count = max(len(self.epochs), len(self.learning_rate), len(self.trainable))
         epochs, rates = _spread(self.epochs, count), _spread(self.learning_rate, count)
         trainable = _spread(self.trainable, count)
         return tuple(
             Phase(
                 name="head" if trainable[i] == "head" else "train" if i == 0 else "fine-tune",
-                trainable=int(trainable[i]) if trainable[i].isdigit() else trainable[i],
+                trainable=int(trainable[i]) if trainable[i].isdecimal() else trainable[i],
                 epochs=epochs[i],
                 learning_rate=rates[i],
             )

@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ import tyro
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mnist_dist.errors import ConfigError, MnistDistError
+from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Console:
 
     def __init__(self, *, verbose: bool = False, terminal: bool | None = None) -> None:
         self.verbose = verbose
-        self._rich = RichConsole(stderr=True, force_terminal=terminal, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(stderr=True, force_terminal=terminal, highlight=False, emoji=False, soft_wrap=True)
 
     @property
     def terminal(self) -> bool:
@@ -110,6 +111,11 @@ class Stop:
         """Takes the signals again, after something else (such as `ray.init`) took them."""
         for number in SIGNALS:
             signal.signal(number, self._note)
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal has come; for stretches of work that can end anywhere."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number, f"stopped; the same command goes on: {command_line()}")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -190,6 +196,13 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
 def _failure(error: BaseException) -> dict[str, Any]:
     name = type(error).__name__
     return {"error": str(error) if isinstance(error, MnistDistError) else f"{name}: {error}", "error_type": name}
+
+
+def command_line() -> str:
+    """The command line of this process, to be typed again."""
+    main = sys.modules["__main__"].__spec__
+    module = ["-m", main.name] if main is not None else [sys.argv[0]]
+    return shlex.join([os.path.basename(sys.executable), *module, *sys.argv[1:]])
 
 
 def quiet(*, verbose: bool) -> None:

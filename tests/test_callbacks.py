@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import keras
 import pytest
 
 from mnist_dist.config import FitConfig
-from mnist_dist.training.callbacks import REMEMBERED, callback_states, history_csv, make_callbacks, restore_callbacks
+from mnist_dist.training.callbacks import (
+    REMEMBERED,
+    LogFiles,
+    callback_states,
+    history_csv,
+    make_callbacks,
+    restore_callbacks,
+)
 
 CONFIG = FitConfig(early_stopping_patience=4, plateau_patience=2, plateau_factor=0.25)
 # Better, worse, a little better (below ReduceLROnPlateau's least change), and four times worse in the end.
@@ -23,7 +31,7 @@ class Phase:
         self.model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         self.model.optimizer = keras.optimizers.SGD(1.0)
         self.model.stop_training = False
-        self.callbacks = make_callbacks(CONFIG, tensorboard_folder=None)
+        self.callbacks = make_callbacks(CONFIG, files=None, history=[])
         self.all = keras.callbacks.CallbackList(self.callbacks, model=self.model)
         self.all.on_train_begin()
 
@@ -108,17 +116,23 @@ def test_the_states_are_plain_values_by_class_name() -> None:
 
 
 def test_callbacks_are_there_only_where_they_are_asked_for(tmp_path: Path) -> None:
-    def names(config: FitConfig, folder: Path | None = None) -> list[str]:
-        return [type(callback).__name__ for callback in make_callbacks(config, tensorboard_folder=folder)]
+    def names(config: FitConfig, files: LogFiles | None = None) -> list[str]:
+        return [type(callback).__name__ for callback in make_callbacks(config, files=files, history=[])]
 
     assert names(FitConfig()) == []
     assert names(FitConfig(early_stopping_patience=3)) == ["EarlyStopping"]
     assert names(FitConfig(plateau_patience=3)) == ["ReduceLROnPlateau"]
-    assert names(CONFIG, tmp_path) == ["EarlyStopping", "ReduceLROnPlateau", "TensorBoard"]
+    history = LogFiles(history=str(tmp_path / "history.csv"))
+    assert names(FitConfig(), history) == ["HistoryFile"]
+    assert names(CONFIG, replace(history, tensorboard=tmp_path)) == [
+        *("EarlyStopping", "ReduceLROnPlateau"),
+        *("HistoryFile", "TensorBoard"),
+    ]
 
 
 def test_callbacks_without_a_state_are_left_alone(tmp_path: Path) -> None:
-    callbacks = make_callbacks(FitConfig(early_stopping_patience=3), tensorboard_folder=tmp_path)
+    files = LogFiles(history=str(tmp_path / "history.csv"))
+    callbacks = make_callbacks(FitConfig(early_stopping_patience=3), files=files, history=[])
     callbacks[0].on_train_begin()
     before = callback_states(callbacks)
     restore_callbacks(callbacks, {"ReduceLROnPlateau": {"wait": 5}})
@@ -136,3 +150,13 @@ def test_the_history_is_a_line_an_epoch() -> None:
         (2, "all", 1 / 3),
     ]
     assert history_csv([]) == ""
+
+
+def test_the_history_file_holds_every_epoch_so_far(tmp_path: Path) -> None:
+    path, history = tmp_path / "run" / "history.csv", [{"epoch": 1, "loss": 0.5}]
+    (callback,) = make_callbacks(FitConfig(), files=LogFiles(history=str(path)), history=history)
+    callback.on_epoch_end(0, {"loss": 0.5})
+    assert path.read_text() == "epoch,loss\n1,0.5\n"
+    history.append({"epoch": 2, "loss": 0.25})
+    callback.on_epoch_end(1, {"loss": 0.25})
+    assert path.read_text() == history_csv(history)

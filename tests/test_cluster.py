@@ -7,6 +7,7 @@ from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, Resources, Share, che
 
 LAPTOP = Resources(nodes=1, cpus=8, gpus=0)
 GPUS = Resources(nodes=2, cpus=30, gpus=4)
+THREES = Resources(nodes=3, cpus=9, gpus=0, cpus_by_node=(3, 3, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,9 @@ def _not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
         (LAPTOP, {"workers": 16, "cpus_per_worker": 0.5}, Share(workers=16, cpus=0.5, gpu=False)),
         (LAPTOP, {"cpus_per_worker": 3}, Share(workers=1, cpus=3, gpu=False)),
         (LAPTOP, {"gpu": False}, Share(workers=1, cpus=8, gpu=False)),
+        (THREES, {}, Share(workers=1, cpus=3, gpu=False)),  # no worker is larger than a node
+        (THREES, {"workers": 4}, Share(workers=4, cpus=1, gpu=False)),
+        (THREES, {"workers": 12, "cpus_per_worker": 0.75}, Share(workers=12, cpus=0.75, gpu=False)),
         (GPUS, {}, Share(workers=4, cpus=7, gpu=True)),
         (GPUS, {"workers": 3}, Share(workers=3, cpus=10, gpu=True)),
         (GPUS, {"workers": 4, "cpus_per_worker": 1.5}, Share(workers=4, cpus=1.5, gpu=True)),
@@ -49,6 +53,8 @@ def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], 
             {"gpu": True},
             r"^One GPU a worker: the cluster has 1 node\(s\), 8 CPUs, 0 GPUs\. Received: workers=1$",
         ),
+        (THREES, {"workers": 4, "cpus_per_worker": 2}, r"^4 workers of 2 CPU need 8 CPUs; .* 9 CPUs.*workers=4$"),
+        (THREES, {"cpus_per_worker": 3.5}, r"^1 workers of 3\.5 CPU need 3\.5 CPUs; .*Received: workers=1$"),
         (GPUS, {"workers": 5}, r"^One GPU a worker: .* 2 node\(s\), 30 CPUs, 4 GPUs\. Received: workers=5$"),
     ],
 )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mnist_dist"
 # ground floor <- data <- models <- training, scoring, evaluation <- on_ray <- benchmarks, jobs
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "recipes", "console", "storage"), 0),
+    **dict.fromkeys(("errors", "config", "recipes", "console", "storage", "lock"), 0),
     "data": 1,
     "models": 2,
     **dict.fromkeys(("training", "scoring", "evaluation"), 3),

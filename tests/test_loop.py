@@ -7,18 +7,22 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import pytest
+import tensorflow as tf
 from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from mnist_dist.config import FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
+from mnist_dist.data.batches import epoch_order
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, TrainingDiverged
+from mnist_dist.models.classifier import build_classifier
+from mnist_dist.training.callbacks import LogFiles, history_csv
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
-from mnist_dist.training.feed import Images, World
+from mnist_dist.training.feed import Images, World, train_chunk
 from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer, TrainTask, class_weights
+from mnist_dist.training.step import StepConfig, TrainStep, make_optimizer, make_strategy
 
 # H = height px, W = width px
 COUNT, TRAIN, VALIDATION, H, W = 150, 121, 16, 8, 9
@@ -26,6 +30,7 @@ STEPS = 60  # an epoch in batches of 2
 CLASSES = ("a", "b", "c")
 STILL = 1e-12  # a learning rate that changes no weight
 PLAIN_SGD = OptimizerConfig(optimizer="sgd", momentum=0.0)
+MOMENTUM = OptimizerConfig(optimizer="sgd", momentum=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +147,28 @@ def test_there_is_a_checkpoint_an_epoch_and_each_names_what_comes_next(
     assert places == [(0, 1, 0, 1, 11), (1, 0, 0, 2, 22), (1, 1, 0, 3, 33), (1, 2, 0, 4, 44), (2, 0, 0, 5, 55)]
 
 
+def test_the_loop_takes_the_steps_that_the_pure_functions_name(images: Images, tmp_path: Path) -> None:
+    """Each phase is one epoch here: the second one goes on from the first, with an optimizer of its own."""
+    task = small_task(images, phases=PhasesConfig(epochs=(1,), learning_rate=(0.05, 0.02)), optimizer=MOMENTUM)
+    trainer, _, _ = run(task, tmp_path)
+    network = build_classifier(task.job.model, spec=task.spec, num_classes=3, seed=5).network
+    for epoch, rate in enumerate((0.05, 0.02)):
+        step = TrainStep(
+            make_strategy(1),
+            network=network,
+            optimizer=make_optimizer(MOMENTUM, network.trainable_variables),
+            augmentation=None,
+            config=StepConfig(batch_size=11, class_weights=np.ones(3, np.float32)),
+        )
+        order = epoch_order(TRAIN, seed=5, epoch=epoch)
+        first = 11 * epoch
+        chunk = train_chunk(
+            images, order, steps=range(11), first_global_step=first, batch_size=11, seed=5, world=World()
+        )
+        step(chunk, rates=np.full(11, rate, np.float32))
+    assert relative_difference(trainer.network.get_weights(), network.get_weights()) <= 1e-6
+
+
 def test_training_learns_its_images_by_heart(images: Images, tmp_path: Path) -> None:
     phases = PhasesConfig(epochs=(40,), learning_rate=(3e-3,))
     notes = run(small_task(images, phases=phases, optimizer=OptimizerConfig()), tmp_path)[2]
@@ -254,35 +281,38 @@ def test_a_plateau_lowers_the_rate_also_after_a_restore(images: Images, tmp_path
     fit = FitConfig(batch_size=11, plateau_patience=1, plateau_factor=0.25)
     task = small_task(images, phases=phases, fit=fit)
     _, _, notes = run(task, tmp_path / "whole")
-    rates = [STILL, STILL, STILL / 4, STILL / 16, STILL / 64, 2 * STILL, 2 * STILL]
-    assert [line["learning_rate"] for line in notes.lines] == pytest.approx(rates, rel=1e-6)
+    expected = [1, 1, 1 / 4, 1 / 16, 1 / 64, 2, 2]
+    assert [line["learning_rate"] / STILL for line in notes.lines] == pytest.approx(expected, rel=1e-6)
     for epoch in (3, 5):
         restored = notes.checkpoints()[epoch - 1]
         _, outcome, _ = run(task, tmp_path / f"from-{epoch}", restored=restored)
-        assert [line["learning_rate"] for line in outcome.state.history] == pytest.approx(rates, rel=1e-6)
+        rates = [line["learning_rate"] / STILL for line in outcome.state.history]
+        assert rates == pytest.approx(expected, rel=1e-6)
 
 
 def test_tensorboard_reads_what_is_written(images: Images, tmp_path: Path) -> None:
     phases = PhasesConfig(epochs=(2, 1), learning_rate=(0.01, 0.02))
     folder = tmp_path / "tensorboard"
-    notes = run(small_task(images, phases=phases, tensorboard_folder=folder), tmp_path / "run")[2]
+    files = LogFiles(history=str(tmp_path / "history.csv"), tensorboard=folder)
+    notes = run(small_task(images, phases=phases, files=files), tmp_path / "run")[2]
     for part, prefix in (("train", ""), ("validation", "val_")):
         events = EventAccumulator(str(folder / part))
         events.Reload()
         for metric in ("loss", "accuracy"):
-            points = {
-                event.step: float(keras.ops.convert_to_numpy(value_of(event)))
-                for event in events.Tensors(f"epoch_{metric}")
-            }
+            found = events.Tensors(f"epoch_{metric}")
+            points = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in found}
             expected = {line["epoch"] - 1: line[f"{prefix}{metric}"] for line in notes.lines}
             assert points == pytest.approx(expected, rel=1e-6)
 
 
-def value_of(event: Any) -> npt.NDArray[Any]:
-    """The number in a TensorBoard event."""
-    import tensorflow as tf
-
-    return np.asarray(tf.make_ndarray(event.tensor_proto))
+def test_the_history_file_has_no_epoch_twice_after_a_restore(images: Images, tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    task = small_task(images, phases=PhasesConfig(epochs=(2, 1)), files=LogFiles(history=str(path)))
+    first = run(task, tmp_path / "first")[2]
+    assert path.read_text() == history_csv(first.lines)
+    again = run(task, tmp_path / "again", restored=first.checkpoints()[0])[1]
+    assert path.read_text() == history_csv(again.state.history)
+    assert [line["epoch"] for line in again.state.history] == [1, 2, 3]
 
 
 # --- losses that are no numbers --------------------------------------------------------------------------------------
@@ -388,7 +418,7 @@ def test_a_restored_run_reaches_the_same_weights(whole: Whole, tmp_path: Path, s
     whole.check_same(outcome, trainer._weights())
 
 
-@pytest.mark.parametrize("stop_at", [slow(1), slow(30), 60, slow(100), slow(180), 200, slow(250)])
+@pytest.mark.parametrize("stop_at", [slow(1), slow(30), 60, slow(100), slow(180), slow(200), slow(250)])
 def test_a_stopped_run_goes_on_where_it_was(whole: Whole, tmp_path: Path, stop_at: int) -> None:
     _, stopped, notes = run(whole.task, tmp_path / "stopped", stop_at=stop_at)
     assert not stopped.finished

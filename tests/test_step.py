@@ -164,17 +164,16 @@ def small_cnn(trainable: str = "all") -> keras.Model:
 
 def test_steps_in_one_call_are_the_same_steps_one_by_one(chunk: TrainChunk) -> None:
     results = []
-    for edges in ([0, S], [0, 1, 2, 3, 4, 5, S], [0, 1, 5, S]):
+    for edges in ([0, S], [0, 1, 2, 5, S]):
         network = small_cnn()
         step = train_step(network, augmentation="digits", optimizer=OptimizerConfig(), clip_norm=1.0)
         slices = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         reports = [step(part(chunk, steps), rates=LOW_RATES[steps]) for steps in slices]
         results.append((np.concatenate(reports), network.get_weights()))
-    whole, weights = results[0]
+    (whole, weights), (pieces, weights_of_pieces) = results
     assert whole.shape == (S, 3)
-    for pieces, weights_of_pieces in results[1:]:
-        assert relative_difference([pieces], [whole]) <= 1e-6
-        assert relative_difference(weights_of_pieces, weights) <= 1e-6
+    assert relative_difference([pieces], [whole]) <= 1e-6
+    assert relative_difference(weights_of_pieces, weights) <= 1e-6
 
 
 def test_the_updates_of_the_slices_add_up_to_that_of_the_batch(chunk: TrainChunk) -> None:

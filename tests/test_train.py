@@ -20,7 +20,10 @@ import ray
 
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
-from mnist_dist.console import Console
+from mnist_dist.console import Console, Stop
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.data.records import decode_block, plan_records
+from mnist_dist.data.sources import open_source
 from mnist_dist.errors import (
     ConfigError,
     ResourceError,
@@ -29,6 +32,7 @@ from mnist_dist.errors import (
     TooManyBadImages,
     TrainingDiverged,
 )
+from mnist_dist.on_ray.records import decode_missing
 from mnist_dist.on_ray.train import train
 from mnist_dist.training.checkpoints import read_checkpoint
 from mnist_dist.training.runs import Run
@@ -293,3 +297,21 @@ def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, f
     result = train(replace(allowed, run=replace(job.run, name="allowed")), recipe="test", console=console)
     assert result["bad_images"] == 1
     assert any("broken.png" in line for line in console.lines)
+
+
+def test_decoding_with_ray_data_resumes_at_the_missing_blocks_and_tells_of_a_failing_storage(
+    tmp_path: Path, folder_of_images: Path
+) -> None:
+    source = open_source(DataConfig(data=str(folder_of_images)))
+    plan = plan_records(source, ImageSpec(height_px=5, width_px=6, channels=3), storage=str(tmp_path), max_pixels=1_000)
+    plan = replace(plan, block_size=7)
+    uris = source.table["uri"].to_pylist()
+    decode_block(plan, 2, uris[14:21])
+    with Recorder().progress("decoding") as bar, Stop(Recorder()) as stop:
+        decode_missing(plan, source, bar=bar, stop=stop)
+    assert len(np.load(Path(plan.root) / "pixels.npy")) == 40
+
+    broken = replace(plan, root=str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way")
+    with Recorder().progress("decoding") as bar, Stop(Recorder()) as stop, pytest.raises(OSError, match="file"):
+        decode_missing(broken, source, bar=bar, stop=stop)

@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
 from mnist_dist.errors import ConfigError, ResourceError
-from mnist_dist.storage import is_remote
+from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
 POLL_S = "0.2"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
@@ -26,6 +25,12 @@ class Resources:
     nodes: int
     cpus: float
     gpus: float
+    cpus_by_node: tuple[float, ...] = ()
+    """Of each node; a worker fits on one node or on none. Empty: one node with all of them."""
+
+    def room(self, cpus: float) -> int:
+        """How many workers of so many CPUs find a place."""
+        return sum(int(node / cpus + 1e-9) for node in self.cpus_by_node or (self.cpus,))
 
     def __str__(self) -> str:
         return f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
@@ -63,7 +68,8 @@ def resources() -> Resources:
     """What the connected cluster has."""
     total = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return Resources(nodes=len(alive), cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0))
+    by_node = tuple(node["Resources"].get("CPU", 0.0) for node in alive)
+    return Resources(nodes=len(alive), cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), cpus_by_node=by_node)
 
 
 def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None) -> Share:
@@ -82,13 +88,14 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
     count = workers if workers is not None else max(1, int(have.gpus)) if use_gpu else 1
     cpus = cpus_per_worker
     if cpus is None:
-        cpus = float(max(1, int(have.cpus / count)))
+        fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole) >= count)
+        cpus = float(next(fitting, 1))
     if use_gpu and count > have.gpus:
         raise ResourceError(f"One GPU a worker: the cluster has {have}. Received: workers={count}")
-    if count * cpus > have.cpus:
+    if have.room(cpus) < count:
         raise ResourceError(
             f"{count} workers of {cpus:g} CPU need {count * cpus:g} CPUs; the cluster has {have} "
-            f"(fewer --workers, or less than one CPU each by --cpus-per-worker). Received: workers={count}"
+            f"(room for {have.room(cpus)}; fewer --workers, or less than one CPU each by --cpus-per-worker). Received: workers={count}"
         )
     return Share(workers=count, cpus=cpus, gpu=use_gpu)
 
@@ -100,7 +107,11 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1) -> None:
         ConfigError: several nodes, or a submitted job, and a storage of this node alone.
     """
     submitted = SUBMISSION_VARIABLE in os.environ
-    if is_remote(storage) or (is_shared and Path(storage).is_absolute()) or (nodes == 1 and not submitted):
+    if (
+        is_remote(storage)
+        or (is_shared and absolute(storage) == storage.removeprefix("file://").rstrip("/"))
+        or (nodes == 1 and not submitted)
+    ):
         return
     raise ConfigError(
         f"{'A submitted job' if submitted else f'A cluster of {nodes} nodes'} needs a storage that every node sees: "

@@ -7,9 +7,6 @@ checkpoint of an earlier attempt (the driver was killed), else the start. A fini
 """
 
 import logging
-import os
-import shlex
-import sys
 import tempfile
 import threading
 import time
@@ -31,7 +28,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
-from mnist_dist.errors import Interrupted, MnistDistError, TooManyBadImages, WorkersFailed
+from mnist_dist.errors import MnistDistError, TooManyBadImages, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_size, check_trainable, find_backbone
 from mnist_dist.on_ray.backend import TensorflowBackendConfig
@@ -46,6 +43,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 NAMED_BAD_IMAGES = 10
+DRY_RUN_IMAGES = 5_000  # enough for each class to be in each split, few enough to decode in seconds
 
 
 def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -112,7 +110,8 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     remote = storage.is_remote(job.run.storage) or job.run.storage_is_shared
     scratch = storage.join(job.run.storage, f"_dry-run-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp()
     began_at = time.time()
-    job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"))
+    limit = min(job.data.limit or DRY_RUN_IMAGES, max(DRY_RUN_IMAGES, 2 * job.fit.batch_size))
+    job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
     run = Run(storage.join(storage.absolute(scratch), "dry-run"))
     try:
         with Stop(console) as stop:
@@ -153,7 +152,7 @@ class _Training:
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
             with self.console.progress("decoding") as bar:
-                decode_missing(plan, source, bar=bar)
+                decode_missing(plan, source, bar=bar, stop=self.stop)
             index = read_index(plan.root)
             splits = self._splits(index, source)
             self._say_what_runs(have, mine, spec=spec, is_new=is_new)
@@ -236,9 +235,7 @@ class _Training:
         if result.error is not None:
             raise result.error
         if result.stopped:
-            raise Interrupted(
-                self.stop.signal_number or 2, f"stopped and saved; the same command goes on: {_command()}"
-            )
+            self.stop.check()
         self.run.clear_attempts()
         return dict(result.metrics)
 
@@ -335,10 +332,3 @@ def _note(position: Position) -> str:
         f"{position.phase}, epoch {position.epoch} of {position.epochs}, loss {position.loss:.4f}, "
         f"accuracy {position.accuracy:.4f}, {position.images_per_s:,.0f} images/s"
     )
-
-
-def _command() -> str:
-    """The command line of this process, to be typed again."""
-    main = sys.modules["__main__"].__spec__
-    module = ["-m", main.name] if main is not None else [sys.argv[0]]
-    return shlex.join([os.path.basename(sys.executable), *module, *sys.argv[1:]])

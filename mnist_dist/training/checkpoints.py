@@ -53,6 +53,10 @@ class State:
     timed_s: float = 0.0
     seconds: float = 0.0
     """From the start of the job to this checkpoint, over all attempts."""
+    began_at: float = 0.0
+    """When the attempt that wrote this began, s since the epoch."""
+    earlier_s: float = 0.0
+    """Of `seconds`, those of the attempts before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +89,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     state = State(**json.loads((folder / STATE_FILE).read_text()))
     weights = _read_arrays(folder / "weights.npz")
     best = weights if state.best_is_current else None
-    if (folder / "best.npz").exists():
+    if best is None and (folder / "best.npz").exists():
         best = _read_arrays(folder / "best.npz")
     return Checkpoint(state=state, weights=weights, optimizer=_read_arrays(folder / "optimizer.npz"), best=best)
 
 
 def _write_arrays(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
-    np.savez(path, allow_pickle=False, **{f"{index:05d}": array for index, array in enumerate(arrays)})
+    np.savez(path, **{f"{index:05d}": array for index, array in enumerate(arrays)})
 
 
 def _read_arrays(path: Path) -> Arrays:

@@ -62,7 +62,7 @@ class TrainTask:
     images: Images
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
-    """At most so many steps an epoch, and one epoch a phase (dry run). None: all."""
+    """At most so many steps an epoch and batches an evaluation, and one epoch a phase (dry run). None: all."""
     files: LogFiles | None = None
     """Where rank 0 logs; None in all others."""
     began_at: float = field(default_factory=time.time)
@@ -110,7 +110,8 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint; call it before `run`."""
         self.state = checkpoint.state
-        self.earlier_s = checkpoint.state.seconds
+        same_attempt = checkpoint.state.began_at == self.task.began_at
+        self.earlier_s = checkpoint.state.earlier_s if same_attempt else checkpoint.state.seconds
         self.network.set_weights(checkpoint.weights)
         self.best = checkpoint.best if checkpoint.best is not None else checkpoint.weights
         self._restored = checkpoint
@@ -189,10 +190,13 @@ class Trainer:
         self.state.epoch_sums = [float(a + b) for a, b in zip(self.state.epoch_sums, added, strict=True)]
         self.state.step += len(reports)
         self.state.global_step += len(reports)
+        self.state.best_is_current = False
 
     def _is_due(self, steps: int) -> bool:
         every = self.task.job.run.checkpoint_steps
-        return every is not None and self.state.global_step // every > (self.state.global_step - steps) // every
+        if every is None or self.state.step == self.steps_per_epoch:  # the epoch's end saves anyway, under this name
+            return False
+        return self.state.global_step // every > (self.state.global_step - steps) // every
 
     def _end_epoch(self, run: "_PhaseRun") -> None:
         """Validates, keeps the best, lets the callbacks decide, saves."""
@@ -209,7 +213,7 @@ class Trainer:
         }
         if not math.isfinite(line["val_loss"]):
             raise TrainingDiverged(
-                f"The validation loss is {line['val_loss']} after epoch {line['epoch']} (phase {run.phase.name!r})"
+                f"The validation loss is {line['val_loss']} in phase {run.phase.name!r} after epoch {self.state.epoch + 1}"
             )
         self.state.best_is_current = self._is_better(line)
         if self.state.best_is_current:
@@ -228,6 +232,8 @@ class Trainer:
 
     def _evaluate(self, evaluator: Evaluator, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)
+        if self.task.steps_limit is not None:
+            indices = indices[: self.task.steps_limit * self.task.job.fit.batch_size]
         batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
             self.task.images, indices, batch_size=2 * self.task.job.fit.batch_size, world=self.world
         )
@@ -250,6 +256,7 @@ class Trainer:
         )
 
     def _save(self, run: "_PhaseRun") -> None:
+        self.state.began_at, self.state.earlier_s = self.task.began_at, self.earlier_s
         self.state.seconds = self.earlier_s + time.time() - self.task.began_at
         self.host.save(
             Checkpoint(state=self.state, weights=self._weights(), optimizer=run.optimizer_variables(), best=self.best)

@@ -20,6 +20,7 @@ from mnist_dist.config import differences
 from mnist_dist.errors import ResumeConflict
 from mnist_dist.training.checkpoints import STATE_FILE
 
+ATTEMPT = re.compile(r"(attempt-(\d+))/")
 CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FILE) + "$")
 
 
@@ -64,30 +65,26 @@ class Run:
     def newest_checkpoint(self) -> str | None:
         """URI of the complete checkpoint that is furthest, or None."""
         found = [
-            (int(match[2]), int(match[1]), entry.uri)
-            for entry in storage.list_entries(self.uri)
-            if (match := CHECKPOINT.search(entry.uri))
+            (int(match[2]), int(match[1]), name) for name in self._names() if (match := CHECKPOINT.fullmatch(name))
         ]
-        return max(found)[2].removesuffix(f"/{STATE_FILE}") if found else None
+        return storage.join(self.uri, max(found)[2].removesuffix(f"/{STATE_FILE}")) if found else None
 
     def next_attempt(self) -> str:
         """Name of an attempt that is not there yet."""
-        numbers = [
-            int(match[1])
-            for entry in storage.list_entries(self.uri)
-            if (match := re.search(r"/attempt-(\d+)/", entry.uri))
-        ]
+        numbers = [int(match[2]) for name in self._names() if (match := ATTEMPT.match(name))]
         return f"attempt-{max(numbers, default=0) + 1:04d}"
 
     def clear_attempts(self) -> None:
         """Deletes all attempts but the one with the newest checkpoint."""
-        newest = self.newest_checkpoint()
-        kept = CHECKPOINT.search(f"{newest}/{STATE_FILE}") if newest else None
-        numbers = {
-            match[1] for entry in storage.list_entries(self.uri) if (match := re.search(r"/attempt-(\d+)/", entry.uri))
-        }
-        for number in sorted(numbers - ({kept[1]} if kept else set())):
-            storage.delete_tree(storage.join(self.uri, f"attempt-{number}"))
+        kept = f"{self.newest_checkpoint()}/"
+        attempts = {storage.join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
+        for attempt in sorted(attempts):
+            if not kept.startswith(f"{attempt}/"):
+                storage.delete_tree(attempt)
+
+    def _names(self) -> list[str]:
+        """Everything in the folder, relative to it."""
+        return [entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri)]
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
