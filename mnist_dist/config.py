@@ -145,7 +145,7 @@ class PhasesConfig:
             require(0 < rate < math.inf, "learning_rate is positive in each phase", learning_rate=self.learning_rate)
 
     def phases(self) -> tuple[Phase, ...]:
-        """The phases one by one; a phase is called `head`, `train` (the first, of more than the head) or `fine-tune`."""
+        """The phases one by one; a phase is called `head`, `train` (a first one of more) or `fine-tune`."""
         count = max(len(self.epochs), len(self.learning_rate), len(self.trainable))
         epochs, rates = _spread(self.epochs, count), _spread(self.learning_rate, count)
         trainable = _spread(self.trainable, count)

@@ -85,7 +85,9 @@ def final_weights(storage: Path, name: str = "run") -> list[npt.NDArray[Any]]:
 
 def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[Any]]) -> float:
     """Over the tensors: norm(a - b) / norm(b)."""
-    return max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.slow

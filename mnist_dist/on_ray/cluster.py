@@ -95,7 +95,8 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
     if have.room(cpus) < count:
         raise ResourceError(
             f"{count} workers of {cpus:g} CPU need {count * cpus:g} CPUs; the cluster has {have} "
-            f"(room for {have.room(cpus)}; fewer --workers, or less than one CPU each by --cpus-per-worker). Received: workers={count}"
+            f"(room for {have.room(cpus)}; fewer --workers, or less than one CPU each by --cpus-per-worker). "
+            f"Received: workers={count}"
         )
     return Share(workers=count, cpus=cpus, gpu=use_gpu)
 

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,10 +77,11 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         run.begin(facts)
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
         return finished
+    data = _list_data(job, console=console)
     storage.check_writable(job.run.storage)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
         training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at)
-        result = training.run_to_end(facts)
+        result = training.run_to_end(data, facts)
         lock.check()
         run.finish(result)
     return result
@@ -116,11 +117,34 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     try:
         with Stop(console) as stop:
             training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at)
-            result = training.run_to_end({})
+            result = training.run_to_end(_list_data(job, console=console), {})
     finally:
         storage.delete_tree(scratch)
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "dry_run": True}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The job's images as they were listed, and how they will be decoded."""
+
+    source: Source
+    plan: RecordPlan
+
+
+def _list_data(job: TrainJob, *, console: Console) -> _Data:
+    """Lists the images and plans their decoding; writes nothing."""
+    source = open_source(job.data)
+    console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
+    backbone = find_backbone(job.model.backbone)
+    follows_images = backbone.scratch and job.model.image_size_px is None
+    spec = image_spec(
+        source, backbone_size_px=backbone_size_px(job.model), scratch_size=follows_images, config=job.data
+    )
+    if follows_images:
+        check_size(backbone, min(spec.height_px, spec.width_px))
+    root = storage.absolute(job.run.storage)
+    return _Data(source, plan_records(source, spec, storage=root, max_pixels=job.data.max_pixels))
 
 
 class _Training:
@@ -130,33 +154,20 @@ class _Training:
         self.job, self.recipe, self.run = job, recipe, run
         self.console, self.stop, self.began_at = console, stop, began_at
 
-    def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Prepares the data, trains, and gives the result."""
-        source = open_source(self.job.data)
-        self.console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
-        backbone = find_backbone(self.job.model.backbone)
-        spec = image_spec(
-            source,
-            backbone_size_px=backbone_size_px(self.job.model),
-            scratch_size=backbone.scratch and self.job.model.image_size_px is None,
-            config=self.job.data,
-        )
-        if backbone.scratch and self.job.model.image_size_px is None:
-            check_size(backbone, min(spec.height_px, spec.width_px))
-        root = storage.absolute(self.job.run.storage)
-        plan = plan_records(source, spec, storage=root, max_pixels=self.job.data.max_pixels)
-        is_new = self.run.begin({**facts, "records": plan.key})
-        with connected(verbose=self.job.run.verbose) as have:
+    def run_to_end(self, data: "_Data", facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Decodes what is not decoded, trains, and gives the result."""
+        asked, plan = self.job.run, data.plan
+        with connected(verbose=asked.verbose) as have:
             self.stop.take_signals()
-            asked = self.job.run
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
+            is_new = self.run.begin({**facts, "records": plan.key})
             with self.console.progress("decoding") as bar:
-                decode_missing(plan, source, bar=bar, stop=self.stop)
+                decode_missing(plan, data.source, bar=bar, stop=self.stop)
             index = read_index(plan.root)
-            splits = self._splits(index, source)
-            self._say_what_runs(have, mine, spec=spec, is_new=is_new)
-            metrics = self._train(plan, splits, fingerprint=fingerprint(index, source.class_names), mine=mine)
+            splits = self._splits(index, data.source)
+            self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
+            metrics = self._train(plan, splits, fingerprint=fingerprint(index, plan.class_names), mine=mine)
         return self._result(metrics, mine, bad=len(bad_records(index)), splits=splits)
 
     def _splits(self, index: pa.Table, source: Source) -> Splits:

@@ -20,7 +20,7 @@ from mnist_dist import storage
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError, TrainingDiverged
-from mnist_dist.models.bundle import write_bundle
+from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
 from mnist_dist.on_ray.board import Poster
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
@@ -163,7 +163,8 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     final.network.set_weights(outcome.best)
     validation = trainer.evaluate(task.splits.val, final.network)
     test = trainer.evaluate(task.splits.test, final.network)
-    if trainer.world.rank == 0 and not job.run.dry_run:
+    is_written = storage.exists(storage.join(task.run, "bundle", BUNDLE_FILE))  # by an attempt that then was killed
+    if trainer.world.rank == 0 and not is_written and not job.run.dry_run:
         _write_bundle(task, final, records, scratch / "bundle", history=state.history, validation=validation, test=test)
     return {
         "test_accuracy": test["accuracy"],
@@ -203,7 +204,7 @@ def _write_bundle(
         history_csv=history_csv(history),
         calibration=_calibration(task.splits, records) if job.run.calibration else None,
     )
-    storage.upload_folder(folder, storage.join(task.run, "bundle"), last="bundle.json")
+    storage.upload_folder(folder, storage.join(task.run, "bundle"), last=BUNDLE_FILE)
 
 
 def _calibration(splits: Splits, records: Records) -> pa.Table:

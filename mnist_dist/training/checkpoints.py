@@ -95,7 +95,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _write_arrays(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
-    np.savez(path, **{f"{index:05d}": array for index, array in enumerate(arrays)})
+    np.savez(path, allow_pickle=False, **{f"{index:05d}": array for index, array in enumerate(arrays)})
 
 
 def _read_arrays(path: Path) -> Arrays:

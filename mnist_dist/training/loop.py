@@ -213,7 +213,7 @@ class Trainer:
         }
         if not math.isfinite(line["val_loss"]):
             raise TrainingDiverged(
-                f"The validation loss is {line['val_loss']} in phase {run.phase.name!r} after epoch {self.state.epoch + 1}"
+                f"The validation loss is {line['val_loss']} in phase {run.phase.name!r}, epoch {self.state.epoch + 1}"
             )
         self.state.best_is_current = self._is_better(line)
         if self.state.best_is_current:
