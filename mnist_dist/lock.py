@@ -30,6 +30,9 @@ class Lock:
         uri: of the lock object.
         what: what is locked, for messages.
 
+    Attributes:
+        lost: another driver was seen to hold it.
+
     Raises:
         Locked: on entering, another driver holds it; on `check`, it was taken away.
     """
@@ -37,6 +40,7 @@ class Lock:
     def __init__(self, uri: str, *, what: str) -> None:
         self._uri, self._what = uri, what
         self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.lost = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
@@ -70,6 +74,7 @@ class Lock:
         while not self._closed.wait(SECONDS_BETWEEN_BEATS):
             try:
                 if not self._is_ours():
+                    self.lost = True
                     return
                 storage.write_bytes(self._uri, self._content())
             except (OSError, ServiceError) as error:  # the next beat may get through; `check` decides
@@ -81,9 +86,12 @@ class Lock:
 
     def _holder(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(storage.read_bytes(self._uri)))
+            data = storage.read_bytes(self._uri)
         except FileNotFoundError:
             return None
+        if not data:  # where there are no hard links: somebody is just writing it
+            return {"id": "", "host": "", "pid": 0, "time": time.time()}
+        return dict(json.loads(data))
 
     def _content(self) -> bytes:
         return json.dumps({**self._owner, "time": time.time()}).encode()

@@ -145,12 +145,23 @@ def create_bytes(uri: str, data: bytes) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(data)
-            os.link(temporary, path)  # fails where there is one, and never shows a part
+            _link(temporary, path)
         except FileExistsError:
             return False
         finally:
             temporary.unlink(missing_ok=True)
     return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives the file its name unless that is taken; where there are no hard links, a reader may see it empty first."""
+    try:
+        os.link(temporary, path)
+    except OSError as err:
+        if err.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
 
 
 @contextlib.contextmanager
@@ -376,12 +387,21 @@ def _replace_folder(source: Path, target: Path) -> None:
     with _local_errors(str(target)):
         try:
             shutil.copytree(source, temporary)
+            _flush(temporary)
             if target.exists():
                 target.rename(replaced)
             temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files are on disk, so that the rename that follows never shows an empty one after a crash."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _copy_to_local(uri: str, path: Path) -> None:

@@ -5,9 +5,10 @@ import pytest
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, Resources, Share, check_storage, share
 
-LAPTOP = Resources(nodes=1, cpus=8, gpus=0)
-GPUS = Resources(nodes=2, cpus=30, gpus=4)
-THREES = Resources(nodes=3, cpus=9, gpus=0, cpus_by_node=(3, 3, 3))
+LAPTOP = Resources(by_node=((8, 0),))
+GPUS = Resources(by_node=((16, 2), (14, 2)))
+THREES = Resources(by_node=((3, 0), (3, 0), (3, 0)))
+MIXED = Resources(by_node=((16, 0), (4, 1), (5, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +29,10 @@ def _not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
         (THREES, {"workers": 4}, Share(workers=4, cpus=1, gpu=False)),
         (THREES, {"workers": 12, "cpus_per_worker": 0.75}, Share(workers=12, cpus=0.75, gpu=False)),
         (GPUS, {}, Share(workers=4, cpus=7, gpu=True)),
-        (GPUS, {"workers": 3}, Share(workers=3, cpus=10, gpu=True)),
+        (GPUS, {"workers": 3}, Share(workers=3, cpus=8, gpu=True)),
+        (MIXED, {}, Share(workers=2, cpus=4, gpu=True)),  # the large node has no GPU
         (GPUS, {"workers": 4, "cpus_per_worker": 1.5}, Share(workers=4, cpus=1.5, gpu=True)),
-        (GPUS, {"gpu": False, "workers": 5}, Share(workers=5, cpus=6, gpu=False)),
+        (GPUS, {"gpu": False, "workers": 5}, Share(workers=5, cpus=5, gpu=False)),
     ],
 )
 def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], expected: Share) -> None:
@@ -44,17 +46,19 @@ def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], 
         (
             LAPTOP,
             {"workers": 9},
-            r"^9 workers of 1 CPU need 9 CPUs; the cluster has 1 node\(s\), 8 CPUs, 0 GPUs .*--workers.*"
+            r"^9 workers of 1 CPU each do not fit; the cluster has 1 node\(s\), 8 CPUs, 0 GPUs "
+            r"\(room for 8; .*--workers.*"
             r"--cpus-per-worker\)\. Received: workers=9$",
         ),
-        (LAPTOP, {"workers": 3, "cpus_per_worker": 2.75}, r"^3 workers of 2\.75 CPU need 8\.25 CPUs; .*workers=3$"),
+        (LAPTOP, {"workers": 3, "cpus_per_worker": 2.75}, r"^3 workers of 2\.75 CPU each .*room for 2; .*workers=3$"),
         (
             LAPTOP,
             {"gpu": True},
             r"^One GPU a worker: the cluster has 1 node\(s\), 8 CPUs, 0 GPUs\. Received: workers=1$",
         ),
-        (THREES, {"workers": 4, "cpus_per_worker": 2}, r"^4 workers of 2 CPU need 8 CPUs; .* 9 CPUs.*workers=4$"),
-        (THREES, {"cpus_per_worker": 3.5}, r"^1 workers of 3\.5 CPU need 3\.5 CPUs; .*Received: workers=1$"),
+        (THREES, {"workers": 4, "cpus_per_worker": 2}, r"^4 workers of 2 CPU each .* 9 CPUs.*room for 3;.*workers=4$"),
+        (THREES, {"cpus_per_worker": 3.5}, r"^1 workers of 3\.5 CPU each .*room for 0; .*Received: workers=1$"),
+        (MIXED, {"cpus_per_worker": 5}, r"^2 workers of 5 CPU and a GPU each .*room for 1; .*Received: workers=2$"),
         (GPUS, {"workers": 5}, r"^One GPU a worker: .* 2 node\(s\), 30 CPUs, 4 GPUs\. Received: workers=5$"),
     ],
 )

@@ -30,14 +30,29 @@ def names(run: Run) -> list[str]:
     return [entry.uri.removeprefix(f"{run.uri}/") for entry in storage.list_entries(run.uri)]
 
 
+def save_something(run: Run) -> None:
+    storage.write_bytes(storage.join(run.uri, "attempt-0001/checkpoint-000000007/state.json"), b"{}")
+
+
 def test_a_run_begins_once_and_then_goes_on(run: Run) -> None:
     assert run.begin(FACTS) is True
-    assert run.begin(FACTS) is False
     assert names(run) == ["run.json"]
+    save_something(run)
+    assert run.begin(FACTS) is False
+
+
+def test_a_run_that_has_saved_nothing_binds_nobody(run: Run) -> None:
+    run.begin({**FACTS, "recipe": "refused"})
+    assert run.begin(FACTS) is True
+    save_something(run)
+    run.compare(FACTS)
+    with pytest.raises(ResumeConflict, match="'refused' now, 'quickstart' in the run"):
+        run.compare({**FACTS, "recipe": "refused"})
 
 
 def test_a_run_of_other_settings_is_refused_with_each_difference(run: Run) -> None:
     run.begin(FACTS)
+    save_something(run)
     other = {"recipe": "mnist-cnn", "settings": {"fit": {"seed": 2, "batch_size": 64}}, "records": "abc"}
     with pytest.raises(ResumeConflict, match=r"holds another run") as caught:
         run.begin(other)
@@ -51,8 +66,11 @@ def test_a_run_of_other_settings_is_refused_with_each_difference(run: Run) -> No
 
 def test_facts_that_are_not_given_are_not_compared(run: Run) -> None:
     run.begin(FACTS)
+    save_something(run)
     assert run.begin({"recipe": "quickstart"}) is False
-    with pytest.raises(ResumeConflict, match=r"\n  records: 'xyz' now, 'abc' in the run$"):
+    with pytest.raises(
+        ResumeConflict, match=r"\n  data: images were added, removed or touched .* since the run began$"
+    ):
         run.begin({"records": "xyz"})
 
 

@@ -14,6 +14,7 @@ the same. Weights have the same order and shapes in every precision, so that
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), D = features, K = classes
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -35,6 +36,7 @@ from mnist_dist.models.backbones import (
     Preprocessing,
     Shape,
     backbone_shape,
+    backbone_size_px,
     check_model,
     check_size,
     check_trainable,
@@ -237,17 +239,46 @@ def _named(model: keras.Model) -> keras.Model:
     return keras.Model(model.inputs[0], model.outputs[0], name=BACKBONE_LAYER)
 
 
+def fetch_published_weights(config: ModelConfig) -> None:
+    """Downloads the ImageNet weights into Keras' cache, one process of a node after the other.
+
+    Keras writes a download under its final name, so that processes which build at once would read each other's half
+    files. Those that train together build in lockstep and cannot take turns at that; hence before.
+
+    Raises:
+        WeightsError: the weights cannot be downloaded, or there are none.
+    """
+    row = check_model(config)
+    size_px = backbone_size_px(config)
+    url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
+    folder = _keras_models()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "mnist_dist.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            keras.utils.get_file(url.rsplit("/", 1)[-1], url, cache_subdir="models")
+        except Exception as err:  # Keras raises a plain Exception where the download fails
+            raise _not_to_be_had(row, config, size_px=size_px, err=err) from err
+
+
+def _keras_models() -> Path:
+    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+
+
+def _not_to_be_had(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
+    url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
+    return WeightsError(
+        f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
+        f"{url.rsplit('/', 1)[-1]} from {url} into {_keras_models()}, or name a file of weights or a bundle. "
+        f"Received: weights='imagenet'"
+    )
+
+
 def _build_from_imagenet(row: Backbone, config: ModelConfig, *, shape: Shape) -> keras.Model:
     try:
         return row.build(shape, config.alpha, "imagenet")
     except Exception as err:  # Keras raises a plain Exception where the download fails
-        url = published_weights_url(row, alpha=config.alpha, image_size_px=shape[0])
-        cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
-        raise WeightsError(
-            f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
-            f"{url.rsplit('/', 1)[-1]} from {url} into {cache}, or name a file of weights or a bundle. "
-            f"Received: weights='imagenet'"
-        ) from err
+        raise _not_to_be_had(row, config, size_px=shape[0], err=err) from err
 
 
 def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:

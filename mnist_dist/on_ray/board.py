@@ -5,9 +5,11 @@ waits for it.
 """
 
 import threading
+import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist.training.host import Position
 
@@ -21,17 +23,19 @@ class Board:
         self._position: Position | None = None
         self._epochs: list[dict[str, Any]] = []
         self._stop = False
+        self._heard_at = time.monotonic()
 
     def post(self, position: Position | None, epochs: list[dict[str, Any]]) -> bool:
         """Puts up what is new; returns whether to stop."""
         self._position = position
         self._epochs += epochs
+        self._heard_at = time.monotonic()
         return self._stop
 
-    def take(self) -> tuple[Position | None, list[dict[str, Any]]]:
-        """The newest position, and the epochs that finished since the last call."""
+    def take(self) -> tuple[Position | None, list[dict[str, Any]], float]:
+        """The newest position, the epochs that finished since the last call, and for how many s nobody has posted."""
         epochs, self._epochs = self._epochs, []
-        return self._position, epochs
+        return self._position, epochs, time.monotonic() - self._heard_at
 
     def ask_to_stop(self) -> None:
         """Makes every later `post` return True."""
@@ -39,8 +43,9 @@ class Board:
 
 
 def make_board() -> Any:
-    """The handle of a new board's actor."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    """The handle of a new board's actor, on this node: it must not be lost with another one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 class Poster:

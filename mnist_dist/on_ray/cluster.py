@@ -15,22 +15,32 @@ from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
-POLL_S = "0.2"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
+CONTROLLER_POLL_S = "0.2"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What all alive nodes have together."""
 
-    nodes: int
-    cpus: float
-    gpus: float
-    cpus_by_node: tuple[float, ...] = ()
-    """Of each node; a worker fits on one node or on none. Empty: one node with all of them."""
+    by_node: tuple[tuple[float, float], ...]
+    """CPUs and GPUs of each node."""
 
-    def room(self, cpus: float) -> int:
-        """How many workers of so many CPUs find a place."""
-        return sum(int(node / cpus + 1e-9) for node in self.cpus_by_node or (self.cpus,))
+    @property
+    def nodes(self) -> int:
+        return len(self.by_node)
+
+    @property
+    def cpus(self) -> float:
+        return sum(cpus for cpus, _ in self.by_node)
+
+    @property
+    def gpus(self) -> float:
+        return sum(gpus for _, gpus in self.by_node)
+
+    def room(self, cpus: float, *, gpu: bool) -> int:
+        """How many workers of so many CPUs, and a GPU where asked, find a place; a worker fits on one node."""
+        places = (int(c / cpus + 1e-9) if not gpu else min(int(c / cpus + 1e-9), int(g)) for c, g in self.by_node)
+        return sum(places)
 
     def __str__(self) -> str:
         return f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
@@ -51,7 +61,7 @@ def connected(*, verbose: bool) -> Iterator[Resources]:
     if ray.is_initialized():
         yield resources()
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
     ray.init(
         address=os.environ.get("RAY_ADDRESS", "local"),
         log_to_driver=verbose,
@@ -66,10 +76,8 @@ def connected(*, verbose: bool) -> Iterator[Resources]:
 
 def resources() -> Resources:
     """What the connected cluster has."""
-    total = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    by_node = tuple(node["Resources"].get("CPU", 0.0) for node in alive)
-    return Resources(nodes=len(alive), cpus=total.get("CPU", 0.0), gpus=total.get("GPU", 0.0), cpus_by_node=by_node)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Resources(by_node=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive))
 
 
 def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None) -> Share:
@@ -88,14 +96,15 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
     count = workers if workers is not None else max(1, int(have.gpus)) if use_gpu else 1
     cpus = cpus_per_worker
     if cpus is None:
-        fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole) >= count)
+        fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpu=use_gpu) >= count)
         cpus = float(next(fitting, 1))
     if use_gpu and count > have.gpus:
         raise ResourceError(f"One GPU a worker: the cluster has {have}. Received: workers={count}")
-    if have.room(cpus) < count:
+    room = have.room(cpus, gpu=use_gpu)
+    if room < count:
         raise ResourceError(
-            f"{count} workers of {cpus:g} CPU need {count * cpus:g} CPUs; the cluster has {have} "
-            f"(room for {have.room(cpus)}; fewer --workers, or less than one CPU each by --cpus-per-worker). "
+            f"{count} workers of {cpus:g} CPU{' and a GPU' if use_gpu else ''} each do not fit; the cluster has {have} "
+            f"(room for {room}; fewer --workers, or less than one CPU each by --cpus-per-worker). "
             f"Received: workers={count}"
         )
     return Share(workers=count, cpus=cpus, gpu=use_gpu)

@@ -23,6 +23,7 @@ class WorkerTask:
     """URI of the checkpoint of an earlier attempt, or None."""
     board: Any
     cpus: float
+    gpu: bool
     began_at: float
     """s since the epoch."""
 

@@ -38,7 +38,11 @@ def decode_missing(plan: RecordPlan, source: Source, *, bar: Bar, stop: Stop) ->
             if batch["error"][0]:
                 raise pickle.loads(batch["error"][0])
             bar.update(done=done, total=len(blocks), note=f"{done} of {len(blocks)} blocks")
-    finish(plan, source)
+    try:
+        finish(plan, source)
+    except FileNotFoundError:  # another run finished the same images meanwhile, and cleared the blocks away
+        if not finished(plan):
+            raise
 
 
 def _uris_of(plan: RecordPlan, uris: list[str], block: int) -> list[str]:

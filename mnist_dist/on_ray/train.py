@@ -8,7 +8,6 @@ checkpoint of an earlier attempt (the driver was killed), else the start. A fini
 
 import logging
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,31 +16,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
-from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.console import Console, Stop
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
-from mnist_dist.errors import MnistDistError, TooManyBadImages, WorkersFailed
+from mnist_dist.errors import TooManyBadImages, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_size, check_trainable, find_backbone
-from mnist_dist.on_ray.backend import TensorflowBackendConfig
+from mnist_dist.on_ray.attempt import Attempt
 from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
 from mnist_dist.on_ray.messages import WorkerTask
 from mnist_dist.on_ray.records import decode_missing
-from mnist_dist.training.host import Position
 from mnist_dist.training.runs import Run
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.1
+NAMED_WEIGHTS = ("imagenet", "none")
 NAMED_BAD_IMAGES = 10
 DRY_RUN_IMAGES = 5_000  # enough for each class to be in each split, few enough to decode in seconds
 
@@ -72,17 +67,16 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
     facts = {"recipe": recipe, "settings": job.settings()}
+    run.compare(facts)
     finished = run.result()
     if finished is not None:
-        run.begin(facts)
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
         return finished
     data = _list_data(job, console=console)
     storage.check_writable(job.run.storage)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at)
+        training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
         result = training.run_to_end(data, facts)
-        lock.check()
         run.finish(result)
     return result
 
@@ -97,6 +91,12 @@ def check_job(job: TrainJob) -> None:
     backbone = check_model(job.model)
     for phase in job.phases.phases():
         check_trainable(backbone, phase.trainable)
+    weights = job.model.weights
+    require(
+        weights in NAMED_WEIGHTS or storage.exists(weights),
+        "weights are imagenet, none, or the path or URI of a .weights.h5 file or of a bundle that is there",
+        weights=weights,
+    )
     require(
         not (job.fit.tensorboard and storage.is_remote(job.run.storage)),
         "tensorboard needs a local storage",
@@ -111,12 +111,13 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     remote = storage.is_remote(job.run.storage) or job.run.storage_is_shared
     scratch = storage.join(job.run.storage, f"_dry-run-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp()
     began_at = time.time()
-    limit = min(job.data.limit or DRY_RUN_IMAGES, max(DRY_RUN_IMAGES, 2 * job.fit.batch_size))
+    wanted = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
+    limit = min(job.data.limit, wanted) if job.data.limit else wanted
     job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
     run = Run(storage.join(storage.absolute(scratch), "dry-run"))
     try:
-        with Stop(console) as stop:
-            training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, began_at=began_at)
+        with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
+            training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
             result = training.run_to_end(_list_data(job, console=console), {})
     finally:
         storage.delete_tree(scratch)
@@ -150,9 +151,11 @@ def _list_data(job: TrainJob, *, console: Console) -> _Data:
 class _Training:
     """One driver's attempt at a run."""
 
-    def __init__(self, job: TrainJob, *, recipe: str, run: Run, console: Console, stop: Stop, began_at: float) -> None:
+    def __init__(
+        self, job: TrainJob, *, recipe: str, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float
+    ) -> None:
         self.job, self.recipe, self.run = job, recipe, run
-        self.console, self.stop, self.began_at = console, stop, began_at
+        self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
 
     def run_to_end(self, data: "_Data", facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
@@ -161,6 +164,12 @@ class _Training:
             self.stop.take_signals()
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
+            require(
+                mine.workers <= self.job.fit.batch_size,
+                "batch_size is at least the number of workers",
+                batch_size=self.job.fit.batch_size,
+                workers=mine.workers,
+            )
             is_new = self.run.begin({**facts, "records": plan.key})
             with self.console.progress("decoding") as bar:
                 decode_missing(plan, data.source, bar=bar, stop=self.stop)
@@ -211,65 +220,30 @@ class _Training:
         )
 
     def _train(self, plan: RecordPlan, splits: Splits, *, fingerprint: str, mine: Share) -> dict[str, Any]:
-        """Runs Ray Train in a thread; this one shows progress and takes signals."""
-        board = make_board()
-        attempt = self.run.next_attempt()
+        """Lets the workers train; gives their metrics."""
+        self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
         task = WorkerTask(
-            job=self.job,
+            job=_with_absolute_weights(self.job),
             records=plan.root,
             splits=splits,
             fingerprint=fingerprint,
             run=self.run.uri,
             checkpoint=self.run.newest_checkpoint(),
-            board=board,
+            board=make_board(),
             cpus=mine.cpus,
+            gpu=mine.gpu,
             began_at=self.began_at,
         )
-        trainer = DataParallelTrainer(
-            _worker_loop,
-            backend_config=TensorflowBackendConfig(),
-            train_loop_config={"task": task},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=mine.workers, use_gpu=mine.gpu, resources_per_worker=_resources(mine)
-            ),
-            run_config=ray.train.RunConfig(
-                name=attempt,
-                storage_path=self.run.uri,
-                failure_config=ray.train.FailureConfig(max_failures=self.job.run.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            ),
-        )
-        fit = _Thread(trainer.fit)
-        fit.start()
-        self._watch(fit, board)
-        result = fit.result().return_value
+        attempt = Attempt(task, name=self.run.next_attempt(), share=mine)
+        result = attempt.run_to_end(console=self.console, stop=self.stop, lock=self.lock)
         if result.error is not None:
             raise result.error
-        if result.stopped:
+        if result.metrics is None:  # stopped, and saved
             self.stop.check()
+            raise WorkersFailed("the workers stopped without having been asked to")
+        self.lock.check()
         self.run.clear_attempts()
         return dict(result.metrics)
-
-    def _watch(self, fit: "_Thread", board: Any) -> None:
-        asked = False
-        with self.console.progress("training") as bar:
-            while fit.is_alive():
-                fit.join(POLL_S)
-                if self.stop.signal_number is not None and not asked:
-                    ray.get(board.ask_to_stop.remote())
-                    asked = True
-                self._show(bar, board)
-            self._show(bar, board)
-
-    def _show(self, bar: Bar, board: Any) -> None:
-        position, epochs = ray.get(board.take.remote())
-        for line in epochs:
-            self.console.line(
-                f"epoch {line['epoch']} ({line['phase']}): loss {line['loss']:.4f}, accuracy {line['accuracy']:.4f}, "
-                f"validation loss {line['val_loss']:.4f}, validation accuracy {line['val_accuracy']:.4f}"
-            )
-        if position is not None:
-            bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
 
     def _result(self, metrics: dict[str, Any], mine: Share, *, bad: int, splits: Splits) -> dict[str, Any]:
         earlier_s = metrics.pop("earlier_s")
@@ -289,57 +263,8 @@ class _Training:
         }
 
 
-class _Thread(threading.Thread):
-    """Runs Ray Train beside the main thread, which has to stay free for signals."""
-
-    def __init__(self, call: Any) -> None:
-        super().__init__(daemon=True, name="ray-train")
-        self._call = call
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:  # handed to the main thread by `result`
-            self._error = error
-
-    def result(self) -> Any:
-        """What the call returned; what it raised, as the errors that a person can read."""
-        if self._error is None:
-            return self._result
-        raise _readable(self._error) from self._error
-
-
-def _readable(error: BaseException) -> BaseException:
-    """The error of ours that Ray wrapped, or WorkersFailed with the first worker's words."""
-    failures = getattr(error, "worker_failures", None)
-    for rank, cause in sorted(failures.items()) if failures else ():
-        found: BaseException | None = cause
-        while found is not None:
-            if isinstance(found, MnistDistError):
-                return found
-            found = getattr(found, "cause", None) or found.__cause__
-        return WorkersFailed(f"worker {rank} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
-    return WorkersFailed(f"{type(error).__name__}: {error}")
-
-
-def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.worker import work  # loads TensorFlow, which the driver never does
-
-    return work(config["task"])
-
-
-def _resources(mine: Share) -> dict[str, float]:
-    return {"CPU": mine.cpus, **({"GPU": 1.0} if mine.gpu else {})}
-
-
-def _steps_done(position: Position) -> int:
-    return (position.epoch - 1) * position.steps + position.step
-
-
-def _note(position: Position) -> str:
-    return (
-        f"{position.phase}, epoch {position.epoch} of {position.epochs}, loss {position.loss:.4f}, "
-        f"accuracy {position.accuracy:.4f}, {position.images_per_s:,.0f} images/s"
-    )
+def _with_absolute_weights(job: TrainJob) -> TrainJob:
+    """For the workers, which have working directories of their own; what the run notes is what was typed."""
+    if job.model.weights in NAMED_WEIGHTS:
+        return job
+    return replace(job, model=replace(job.model, weights=storage.absolute(job.model.weights)))

@@ -1,7 +1,7 @@
 """A worker's side of the training job: images in, checkpoints and the bundle out.
 
-Ray Train calls `work` in each worker. What all workers find out alike (a configuration that cannot work, a loss that
-is no number) is returned, not raised: raised errors restart the group, which would only find it again.
+Ray Train calls `work` in each worker. What all workers find out alike (a loss that is no number) is returned, not
+raised: raised errors restart the group, which would only find it again.
 """
 
 import os
@@ -21,7 +21,7 @@ from mnist_dist.data.records import Records, open_records
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
-from mnist_dist.models.classifier import Classifier, build_classifier
+from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
 from mnist_dist.on_ray.board import Poster
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
 from mnist_dist.training.callbacks import LogFiles, history_csv
@@ -37,13 +37,19 @@ CALIBRATION_IMAGES = 2_000
 def work(task: WorkerTask) -> WorkerResult:
     """Trains, evaluates and writes the bundle, as one of the workers."""
     tf.config.threading.set_intra_op_parallelism_threads(max(1, int(task.cpus)))
-    for device in tf.config.list_physical_devices("GPU"):
+    if not task.gpu:
+        tf.config.set_visible_devices([], "GPU")  # Ray hides none from a worker that asked for none
+    for device in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
     scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
     try:
         with RayHost(task.board, scratch) as host:
             return _work(task, host, scratch)
-    except (ConfigError, TrainingDiverged) as error:
+    except TrainingDiverged as error:
+        return WorkerResult(error=error)
+    except ConfigError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # perhaps only here (a file that one node lacks): returning would leave the others waiting
         return WorkerResult(error=error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -104,7 +110,10 @@ def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), workers=context.get_world_size())
-    records = open_records(task.records, local_dir=Path(tempfile.gettempdir()) / "mnist_dist-records")
+    shared = Path(tempfile.gettempdir()) / f"mnist_dist-records-{os.getuid()}"
+    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else shared)
+    if task.job.model.weights == "imagenet":
+        fetch_published_weights(task.job.model)
     trainer = Trainer(_train_task(task, records, is_first=world.rank == 0), host=host, world=world)
     checkpoint = _last_checkpoint(task, scratch)
     if checkpoint is not None:

@@ -133,16 +133,16 @@ class Trainer:
         """Trains a phase to its end (True) or until asked to stop (False)."""
         index, run = self.state.phase, _PhaseRun(self, phase)
         log.info("phase %s: %d epochs of %d steps", phase.name, run.epochs, self.steps_per_epoch)
-        while self.state.phase == index:
-            if not self._run_epoch(run):
+        while self.state.phase == index and not run.stops:
+            if self._run_epoch(run):
+                self._end_epoch(run)
+            else:
                 self._save(run)
-                return False
-            self._end_epoch(run)
         run.end()
-        return True
+        return self.state.phase > index
 
     def _run_epoch(self, run: "_PhaseRun") -> bool:
-        """Takes an epoch's remaining steps; False: stopped by request."""
+        """Takes an epoch's remaining steps; False: all workers agreed to stop before its end."""
         run.callbacks.on_epoch_begin(self.state.epochs_done)
         run.start_clock()
         with closing(ahead(self._chunks(run))) as chunks:
@@ -151,7 +151,8 @@ class Trainer:
                 self._count(run.phase, reports)
                 wish = self.host.progress(self._position(run))
                 run.wish_to_stop = run.wish_to_stop or wish
-                if reports[-1, STOP] > 0 and self.state.step < self.steps_per_epoch:
+                run.stops = bool(reports[-1, STOP] > 0)
+                if run.stops and self.state.step < self.steps_per_epoch:
                     return False
                 if self._is_due(len(chunk)):
                     self._save(run)
@@ -278,6 +279,9 @@ class _PhaseRun:
         self.calls = 0
         self._clock = 0.0
         self.wish_to_stop = False
+        """This worker's."""
+        self.stops = False
+        """What all workers agreed on."""
         if state.phase > 0 and state.epoch == 0 and state.step == 0:
             trainer.network.set_weights(trainer.best)
         with trainer.strategy.scope():

@@ -24,6 +24,10 @@ ATTEMPT = re.compile(r"(attempt-(\d+))/")
 CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FILE) + "$")
 
 
+RECORDS = "records"
+"""The fact that names the images: the key of their record cache."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run, by the URI of its folder."""
@@ -41,22 +45,37 @@ class Run:
     def begin(self, facts: Mapping[str, Any]) -> bool:
         """Notes what decides the result; True: the run is new, False: it goes on.
 
-        On going on, only the facts that are given are compared.
+        Raises:
+            ResumeConflict: see `compare`.
+        """
+        self.compare(facts)
+        if self._is_begun():
+            return False
+        self._write("run.json", facts)
+        return True
+
+    def compare(self, facts: Mapping[str, Any]) -> None:
+        """Holds the facts that are given against those of the run, where it has saved something already.
 
         Raises:
             ResumeConflict: the folder holds a run of other facts; the message shows each difference.
         """
-        there = self._read("run.json")
+        there = self._read("run.json") if self._is_begun() else None
         if there is None:
-            self._write("run.json", facts)
-            return True
-        lines = differences(facts, {key: there.get(key) for key in facts})
+            return
+        named = {key: value for key, value in facts.items() if key != RECORDS}
+        lines = differences(named, {key: there.get(key) for key in named})
+        if facts.get(RECORDS, there.get(RECORDS)) != there.get(RECORDS):
+            lines.append("data: images were added, removed or touched (names, sizes, times) since the run began")
         if lines:
             shown = "\n  ".join(lines)
             raise ResumeConflict(
                 f"{self.uri} holds another run (take another --name, or the same settings):\n  {shown}"
             )
-        return False
+
+    def _is_begun(self) -> bool:
+        """A run that has saved nothing binds nobody: its command may have been refused."""
+        return self.result() is not None or self.newest_checkpoint() is not None
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes the result: the run is finished."""

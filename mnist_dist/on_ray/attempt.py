@@ -1,0 +1,162 @@
+"""One attempt at training: Ray Train runs in a thread, while the main thread shows progress and takes signals.
+
+Owns: what Ray Train is told, the progress that the board brings, passing on a signal, and what a failure of Ray Train
+means to a person.
+"""
+
+import threading
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.errors import MnistDistError, WorkersFailed
+from mnist_dist.lock import Lock
+from mnist_dist.on_ray.backend import TensorflowBackendConfig
+from mnist_dist.on_ray.cluster import Share
+from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
+from mnist_dist.training.host import Position
+
+POLL_S = 0.1
+SILENCE_S = 30.0  # without a word from the workers: starting takes less, unless there is no room for them
+
+
+class Attempt:
+    """Ray Train with one task.
+
+    Args:
+        task: what every worker does.
+        name: of the folder in the run that gets the checkpoints.
+        share: how many workers, and what each gets.
+    """
+
+    def __init__(self, task: WorkerTask, *, name: str, share: Share) -> None:
+        self._task, self._share = task, share
+        self._told = False
+        resources = {"CPU": share.cpus, **({"GPU": 1.0} if share.gpu else {})}
+        self._trainer = DataParallelTrainer(
+            _worker_loop,
+            backend_config=TensorflowBackendConfig(),
+            train_loop_config={"task": task},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=share.workers, use_gpu=share.gpu, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=task.run,
+                failure_config=ray.train.FailureConfig(max_failures=task.job.run.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+
+    def run_to_end(self, *, console: Console, stop: Stop, lock: Lock) -> WorkerResult:
+        """Runs the workers until they are done, or have stopped because a signal came.
+
+        Raises:
+            MnistDistError: of a worker, as it raised it.
+            WorkersFailed: a worker failed or died more often than `max_failures`.
+            Locked: another driver has taken the run over.
+            Interrupted: a signal came while no worker was there to save anything.
+        """
+        fit = _Thread(self._trainer.fit)
+        fit.start()
+        asked = False
+        with console.progress("training") as bar:
+            while fit.is_alive():
+                fit.join(POLL_S)
+                if stop.signal_number is not None and not asked:
+                    ray.get(self._task.board.ask_to_stop.remote())
+                    asked = True
+                silent_s = self._show(bar, console)
+                if silent_s > SILENCE_S:
+                    stop.check()
+                    self._tell_of_waiting(console)
+                if lock.lost:
+                    lock.check()
+            self._show(bar, console)
+        result: WorkerResult = fit.result().return_value
+        return result
+
+    def _show(self, bar: Bar, console: Console) -> float:
+        """Shows what is new; returns for how many s nothing was."""
+        position, epochs, silent_s = ray.get(self._task.board.take.remote())
+        for line in epochs:
+            console.line(
+                f"epoch {line['epoch']} ({line['phase']}): loss {line['loss']:.4f}, accuracy {line['accuracy']:.4f}, "
+                f"validation loss {line['val_loss']:.4f}, validation accuracy {line['val_accuracy']:.4f}"
+            )
+        if position is not None:
+            bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
+        return float(silent_s)
+
+    def _tell_of_waiting(self, console: Console) -> None:
+        if self._told:
+            return
+        self._told = True
+        free = ray.available_resources()
+        console.line(
+            f"waiting for {self._share.workers} workers of {self._share.cpus:g} CPU"
+            f"{' and a GPU' if self._share.gpu else ''}; free now: {free.get('CPU', 0):g} CPUs, "
+            f"{free.get('GPU', 0):g} GPUs"
+        )
+
+
+class _Thread(threading.Thread):
+    """Runs a call beside the main thread, which has to stay free for signals."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(daemon=True, name="ray-train")
+        self._call = call
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:  # handed to the main thread by `result`
+            self._error = error
+
+    def result(self) -> Any:
+        """What the call returned; what it raised, as an error that a person can read."""
+        if self._error is None:
+            return self._result
+        raise readable(self._error) from self._error
+
+
+def readable(error: BaseException) -> MnistDistError:
+    """An error of ours that a worker raised, whichever worker it was; else WorkersFailed with the first one's words.
+
+    Args:
+        error: what Ray Train raised. Its `worker_failures` maps ranks to errors; that of a worker that died holds the
+            death in `health_check_failure`.
+    """
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = {rank: getattr(cause, "health_check_failure", cause) for rank, cause in sorted(failures.items())}
+    for cause in causes.values():
+        found: BaseException | None = cause
+        while found is not None:
+            if isinstance(found, MnistDistError):
+                return found
+            found = getattr(found, "cause", None) or found.__cause__
+    rank, first = next(iter(causes.items()), ("?", error))
+    words = (str(first).strip() or "no message").splitlines()[0]
+    return WorkersFailed(f"worker {rank} failed: {type(first).__name__}: {words} (--verbose and Ray's logs show where)")
+
+
+def _worker_loop(config: dict[str, Any]) -> Any:
+    from mnist_dist.on_ray.worker import work  # loads TensorFlow, which the driver never does
+
+    return work(config["task"])
+
+
+def _steps_done(position: Position) -> int:
+    return (position.epoch - 1) * position.steps + position.step
+
+
+def _note(position: Position) -> str:
+    return (
+        f"{position.phase}, epoch {position.epoch} of {position.epochs}, loss {position.loss:.4f}, "
+        f"accuracy {position.accuracy:.4f}, {position.images_per_s:,.0f} images/s"
+    )
