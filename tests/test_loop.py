@@ -477,3 +477,11 @@ def test_time_is_not_counted_twice_when_the_workers_of_an_attempt_are_restarted(
     _, _, notes = run(task, tmp_path / "first")
     _, again, _ = run(task, tmp_path / "again", restored=notes.checkpoints()[0])
     assert again.state.seconds == pytest.approx(1000, abs=60)
+
+
+def test_a_wish_to_stop_is_heeded_also_where_each_call_takes_a_whole_epoch(images: Images, tmp_path: Path) -> None:
+    phases = PhasesConfig(epochs=(200,), learning_rate=(STILL,))
+    task = small_task(images, phases=phases, fit=FitConfig(batch_size=TRAIN))
+    _, outcome, notes = run(task, tmp_path, stop_at=3)
+    assert not outcome.finished
+    assert outcome.state.epochs_done == len(notes.lines) == len(notes.saved) <= 5

@@ -155,6 +155,19 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert names(str(tmp_path / "data")) == ["a/1", "b/1", "dangling"]
 
 
+def test_an_object_is_created_once_also_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)  # no file system without them can be had in a test
+    assert storage.create_bytes(str(tmp_path / "x"), b"first")
+    assert not storage.create_bytes(str(tmp_path / "x"), b"second")
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert names(str(tmp_path)) == ["x"]
+
+
 def test_a_write_that_fails_leaves_neither_file_nor_rest(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(TypeError, match="bytes-like"), storage.atomic_file(tmp_path / "x") as file:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import numpy.typing as npt
 import psutil
 import pytest
 import ray
+from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.data.records import decode_block, plan_records
+from mnist_dist.data.records import decode_block, open_records, plan_records
 from mnist_dist.data.sources import open_source
+from mnist_dist.data.splits import assign_splits
 from mnist_dist.errors import (
     ConfigError,
     ResourceError,
@@ -90,6 +92,24 @@ def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[An
     )
 
 
+def predictions_of_test(storage: Path, bundle: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    """Labels `[N]` and the bundle's probabilities `[N, K]` of the digits' test split."""
+    records = open_records(str(next(storage.glob("_records/*"))), local_dir=storage)
+    index = records.index
+    labels = index["label"].to_numpy().astype(np.int32)
+    splits = assign_splits(
+        labels=labels,
+        given=index["split"].to_pylist(),
+        digests=np.array(index["digest"].to_pylist()).astype(np.bytes_),
+        readable=np.ones(len(labels), np.bool_),
+        uris=index["uri"].to_pylist(),
+        class_names=records.class_names,
+        config=DataConfig(),
+    )
+    probabilities = np.asarray(load_bundle(bundle).model(records.pixels[splits.test]), np.float64)
+    return labels[splits.test], probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
 @pytest.mark.slow
 def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
     results = {}
@@ -102,6 +122,10 @@ def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
         assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-5
         assert results[workers]["test_accuracy"] == results[1]["test_accuracy"]
         assert results[workers]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+    labels, probabilities = predictions_of_test(tmp_path, results[3]["bundle"])
+    assert results[3]["test_images"] == len(labels)
+    assert results[3]["test_loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+    assert results[3]["test_accuracy"] == accuracy_score(labels, probabilities.argmax(axis=1))
 
 
 @pytest.mark.slow
@@ -225,12 +249,27 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
     assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
 
 
-def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right(tmp_path: Path) -> None:
-    job = small_job(tmp_path, epochs=1)
-    result = train(job, recipe="test", console=Recorder())
+@dataclass(frozen=True)
+class Finished:
+    """A run that is finished, and what it came to."""
+
+    storage: Path
+    job: TrainJob
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    storage = tmp_path_factory.mktemp("finished")
+    job = small_job(storage, epochs=1)
+    return Finished(storage, job, train(job, recipe="test", console=Recorder()))
+
+
+def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right(finished: Finished) -> None:
+    result = finished.result
     bundle = load_bundle(result["bundle"])
     model = keras.saving.load_model(Path(result["bundle"]) / "model.keras")
-    images = np.load(next(tmp_path.glob("_records/*/pixels.npy")))[:7]
+    images = np.load(next(finished.storage.glob("_records/*/pixels.npy")))[:7]
     assert np.allclose(model(images), bundle.model(images))
     assert bundle.manifest.test["accuracy"] == result["test_accuracy"]
     assert bundle.manifest.config["fit"]["batch_size"] == 50
@@ -238,17 +277,19 @@ def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right
     assert {"run_dir", "recipe", "backbone", "test_loss", "epochs", "workers", "images_per_s", "seconds"} <= set(result)
 
 
-def test_a_finished_run_is_returned_at_once_and_another_config_is_refused(tmp_path: Path) -> None:
-    job = small_job(tmp_path, epochs=1)
-    first = train(job, recipe="test", console=Recorder())
+def test_a_finished_run_is_returned_at_once(finished: Finished) -> None:
     began = time.monotonic()
-    assert train(job, recipe="test", console=Recorder()) == first
+    assert train(finished.job, recipe="test", console=Recorder()) == finished.result
     assert time.monotonic() - began < 1
-    other = replace(job, fit=replace(job.fit, seed=9))
+
+
+def test_another_configuration_under_the_name_of_a_run_is_refused(finished: Finished) -> None:
+    other = replace(finished.job, fit=replace(finished.job.fit, seed=9))
     with pytest.raises(ResumeConflict, match=r"fit.seed: 9 now, 0 in the run"):
-        train(replace(job, fit=other.fit), recipe="test", console=Recorder())
+        train(other, recipe="test", console=Recorder())
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     job = small_job(tmp_path / "storage")
     result = train(replace(job, run=replace(job.run, dry_run=True)), recipe="test", console=Recorder())
@@ -258,6 +299,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_the_step(tmp_path: Path) -> None:
     job = small_job(tmp_path, phases=PhasesConfig(learning_rate=(1e9,)))
     with pytest.raises(TrainingDiverged, match=r"phase 'train', epoch 1, step \d+"):
@@ -281,12 +323,31 @@ def test_a_batch_above_the_data_is_refused(tmp_path: Path) -> None:
         train(job, recipe="test", console=Recorder())
 
 
+@pytest.mark.slow
 def test_weights_of_another_architecture_are_refused_by_the_workers(tmp_path: Path) -> None:
     weights = tmp_path / "other.weights.h5"
     keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]).save_weights(weights)
     job = small_job(tmp_path, model=ModelConfig(backbone="cnn", weights=str(weights)))
     with pytest.raises(ConfigError, match=str(weights)):
         train(job, recipe="test", console=Recorder())
+
+
+@pytest.mark.slow
+def test_ones_own_bundle_named_by_a_relative_path_is_the_frozen_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = small_job(Path("runs"), epochs=1, name="base", model=ModelConfig(backbone="conv_base"))
+    train(base, recipe="test", console=Recorder())
+    model = ModelConfig(backbone="conv_base", weights="runs/base/bundle", hidden_units=17, dropout=0.1)
+    phases = PhasesConfig(epochs=(1,), learning_rate=(0.01,), trainable=("head",))
+    train(
+        replace(base, model=model, phases=phases, run=replace(base.run, name="on")), recipe="test", console=Recorder()
+    )
+    convolutions = 6  # kernels and biases of three stages
+    ours, theirs = final_weights(tmp_path / "runs", "on"), final_weights(tmp_path / "runs", "base")
+    assert largest_difference(ours[:convolutions], theirs[:convolutions]) == 0
+    assert ours[convolutions].shape[-1] == 17
 
 
 def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, folder_of_images: Path) -> None:
