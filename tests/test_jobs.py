@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 
 from mnist_dist.recipes import TRAINING_RECIPES
@@ -41,6 +42,37 @@ def test_quickstart_makes_a_good_bundle_quietly(tmp_path: Path) -> None:
     assert (Path(result["bundle"]) / "bundle.json").exists()
     assert "Try next" in err
     assert not NOISE.search(err), NOISE.findall(err)
+
+
+def write_idx(folder: Path, *, train: int, test: int) -> Path:
+    """Idx files in MNIST's format, with noise for digits."""
+    random = np.random.default_rng(3)
+    folder.mkdir()
+    for prefix, count in (("train", train), ("t10k", test)):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = np.array([0x0803, count, 28, 28], ">u4").tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            np.array([0x0801, count], ">u4").tobytes() + labels.tobytes()
+        )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", TRAINING_RECIPES)
+def test_each_recipe_fits_together(recipe: str, tmp_path: Path, folder_of_images: Path) -> None:
+    flags = ["--dry-run", "--storage", str(tmp_path / "storage"), "--epochs", "1"]
+    if recipe.startswith("mnist"):
+        flags += ["--data-dir", str(write_idx(tmp_path / "idx", train=700, test=90))]
+    elif recipe.startswith("folder"):
+        flags += ["--data", str(folder_of_images), "--batch-size", "6", "--weights", "none"]
+    code, result, err = run("jobs.train", recipe, *flags)
+    assert code == 0, err
+    assert result["recipe"] == recipe
+    assert result["bundle"] is None
+    assert result["dry_run"]
+    assert 0 <= result["test_accuracy"] <= 1
 
 
 @pytest.mark.slow

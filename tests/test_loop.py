@@ -21,7 +21,8 @@ from mnist_dist.training.callbacks import LogFiles, history_csv
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Images, World, train_chunk
 from mnist_dist.training.host import Position
-from mnist_dist.training.loop import Outcome, Trainer, TrainTask, class_weights
+from mnist_dist.training.loop import Outcome, Trainer
+from mnist_dist.training.phase import TrainTask, class_weights
 from mnist_dist.training.step import StepConfig, TrainStep, make_optimizer, make_strategy
 
 # H = height px, W = width px
@@ -212,7 +213,7 @@ def test_a_dry_run_takes_one_step_of_each_phase(images: Images, tmp_path: Path) 
 
 def test_the_step_computes_in_bfloat16_where_it_is_told_to(images: Images, tmp_path: Path) -> None:
     trainer, outcome, notes = run(small_task(images, precision="bfloat16"), tmp_path)
-    assert trainer.classifier.backbone.layers[-1].compute_dtype == "bfloat16"
+    assert trainer.built.classifier.backbone.layers[-1].compute_dtype == "bfloat16"
     assert np.isfinite(notes.lines[0]["val_loss"])
     assert {array.dtype for array in outcome.best} == {np.dtype(np.float32)}
 
@@ -231,10 +232,10 @@ def test_class_weights_are_those_of_scikit_learn(images: Images) -> None:
     labels = images.labels[images.train]
     balanced = small_task(images, optimizer=replace(PLAIN_SGD, class_weights="balanced"))
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert class_weights(balanced.job, balanced) == pytest.approx(expected, rel=1e-6)
+    assert class_weights(balanced) == pytest.approx(expected, rel=1e-6)
     plain = small_task(images)
-    assert class_weights(plain.job, plain).tolist() == [1.0, 1.0, 1.0]
-    assert class_weights(balanced.job, replace(balanced, class_names=(*CLASSES, "never"))).shape == (4,)
+    assert class_weights(plain).tolist() == [1.0, 1.0, 1.0]
+    assert class_weights(replace(balanced, class_names=(*CLASSES, "never"))).shape == (4,)
 
 
 # --- the best epoch, phases, callbacks -------------------------------------------------------------------------------
@@ -262,10 +263,10 @@ def test_the_head_phase_leaves_the_backbone_as_it_was(images: Images, tmp_path: 
         images, model=ModelConfig(backbone="cnn_bn"), phases=PhasesConfig(trainable=("head",), epochs=(1,))
     )
     trainer = Trainer(task, host=Notes(tmp_path), world=World())
-    backbone, head = trainer.classifier.backbone.get_weights(), trainer.classifier.head.get_weights()
+    backbone, head = trainer.built.classifier.backbone.get_weights(), trainer.built.classifier.head.get_weights()
     trainer.run()
-    assert relative_difference(trainer.classifier.backbone.get_weights(), backbone) == 0
-    assert relative_difference(trainer.classifier.head.get_weights(), head) > 0
+    assert relative_difference(trainer.built.classifier.backbone.get_weights(), backbone) == 0
+    assert relative_difference(trainer.built.classifier.head.get_weights(), head) > 0
 
 
 def test_early_stopping_ends_its_phase_and_the_next_one_begins_afresh(images: Images, tmp_path: Path) -> None:

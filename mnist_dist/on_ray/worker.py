@@ -28,7 +28,8 @@ from mnist_dist.training.callbacks import LogFiles, history_csv
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Images, World
 from mnist_dist.training.host import Position
-from mnist_dist.training.loop import Outcome, Trainer, TrainTask
+from mnist_dist.training.loop import Outcome, Trainer
+from mnist_dist.training.phase import TrainTask
 from mnist_dist.training.precision import resolve_precision
 
 CALIBRATION_IMAGES = 2_000

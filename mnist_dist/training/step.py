@@ -25,6 +25,7 @@ from mnist_dist.config import OptimizerConfig
 from mnist_dist.models.augmentation import reseed, seed_generators
 from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
 
+Strategy = tf.distribute.Strategy
 LOSS, HITS, STOP = range(3)  # columns of what a step reports
 
 
