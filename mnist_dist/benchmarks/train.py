@@ -9,7 +9,9 @@ rounds; figures are medians, and ratios are medians of the rounds' ratios, since
 """
 
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -106,8 +108,14 @@ def _job(case: str, benchmark: TrainBenchmark) -> TrainJob:
 
 def _apart(measurement: Callable[..., float], job: TrainJob, **options: float) -> float:
     """Runs a measurement in a fresh process."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_hush) as pool:
         return pool.submit(measurement, job, **options).result()
+
+
+def _hush() -> None:
+    """Silences what TensorFlow prints while it is imported, which no setting does; errors come back as exceptions."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _classifier(job: TrainJob) -> tuple[Any, Any, Any]:
