@@ -19,7 +19,7 @@ from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
 from mnist_dist.training.host import Position
 
-POLL_S = 0.1
+POLL_S = 0.5
 SILENCE_S = 30.0  # without a word from the workers: starting takes less, unless there is no room for them
 
 

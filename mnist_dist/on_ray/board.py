@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist.training.host import Position
 
-SECONDS_BETWEEN_POSTS = 0.25
+SECONDS_BETWEEN_POSTS = 0.5
 
 
 class Board:
