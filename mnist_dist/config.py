@@ -51,7 +51,7 @@ class DataConfig:
     test_fraction: float = 0.1
     """Share of all images held out for the final test where the data brings no test split, in (0, 1)."""
     drop_duplicates: bool = False
-    """Remove training images whose pixels occur in validation or test."""
+    """Remove training images whose pixels occur in validation or test, and validation images that occur in test."""
     max_bad_fraction: float = 0.01
     """Share of unreadable images above which the job fails, in [0, 1]."""
     max_pixels: int = 100_000_000

@@ -208,6 +208,7 @@ def command_line() -> str:
 def quiet(*, verbose: bool) -> None:
     """Silences Ray, TensorFlow and oneDNN in this process and those it starts; call it before they are imported."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mnist_dist").setLevel(logging.INFO if verbose else logging.WARNING)
     if verbose:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -39,7 +39,7 @@ class Lock:
 
     def __init__(self, uri: str, *, what: str) -> None:
         self._uri, self._what = uri, what
-        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._owner = {"id": uuid.uuid4().hex, "host": _host(), "pid": os.getpid()}
         self.lost = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
@@ -49,6 +49,8 @@ class Lock:
             holder = self._holder()
             if holder is None:
                 continue
+            if holder["id"] == self._owner["id"]:
+                break  # our own put, whose answer was lost and which was tried again
             if _is_alive(holder):
                 raise Locked(
                     f"another driver is at work on {self._what}: process {holder['pid']} on {holder['host']}, last "
@@ -99,9 +101,17 @@ class Lock:
 
 def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether the holder may still be at work; a number of a dead process may belong to another by now."""
-    if holder["host"] == socket.gethostname() and not _is_process(holder["pid"]):
+    if holder["host"] == _host() and not _is_process(holder["pid"]):
         return False
     return bool(time.time() - holder["time"] < SILENCE_S)
+
+
+def _host() -> str:
+    """This host, as far as process numbers mean the same: containers may share a name, but not their processes."""
+    try:
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _is_process(pid: int) -> bool:

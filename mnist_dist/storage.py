@@ -140,7 +140,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
     if is_remote(uri):
         return _s3_create(uri, data)
     path = _local(uri)
-    temporary = path.with_name(_temporary_name(path.name))
+    temporary = path.with_name(temporary_name(path.name))
     with _local_errors(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -171,7 +171,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         PermissionError, ServiceError: see the module.
     """
-    temporary = path.with_name(_temporary_name(path.name))
+    temporary = path.with_name(temporary_name(path.name))
     with _local_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -309,7 +309,7 @@ def check_writable(uri: str) -> None:
     Raises:
         StorageError: that failed; the message names the URI and the cause.
     """
-    probe = join(uri, _temporary_name("probe"))
+    probe = join(uri, temporary_name("probe"))
     try:
         write_bytes(probe, b"probe")
         delete(probe)
@@ -332,7 +332,8 @@ def _local(uri: str) -> Path:
     return Path(uri)
 
 
-def _temporary_name(name: str) -> str:
+def temporary_name(name: str) -> str:
+    """A name beside `name` that nobody else uses, hidden, for what is not finished."""
     return f".{name[:100]}.{uuid.uuid4().hex[:12]}.tmp"
 
 
@@ -363,7 +364,7 @@ def _folder_entries(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iter
         return
     with os.scandir(folder) as children:
         # "a/" after "a.png", as in the order of the whole URIs and of an S3 listing
-        names = sorted(child.path + "/" if child.is_dir() else child.path for child in children)
+        names = sorted(child.path + "/" if _is_folder(child) else child.path for child in children)
     for name in names:
         if name.endswith("/"):
             yield from _folder_entries(name[:-1], (*ancestors, identity))
@@ -371,10 +372,19 @@ def _folder_entries(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iter
             yield from _file_entry(name)
 
 
+def _is_folder(child: "os.DirEntry[str]") -> bool:
+    try:
+        return child.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _file_entry(path: str) -> Iterator[Entry]:
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except OSError as err:
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link to nowhere, or to itself
+            raise
         yield Entry(path, 0, "")
         return
     if stat.S_ISREG(status.st_mode):
@@ -382,8 +392,8 @@ def _file_entry(path: str) -> Iterator[Entry]:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    temporary = target.with_name(_temporary_name(target.name))
-    replaced = target.with_name(_temporary_name(target.name))
+    temporary = target.with_name(temporary_name(target.name))
+    replaced = target.with_name(temporary_name(target.name))
     with _local_errors(str(target)):
         try:
             shutil.copytree(source, temporary)
@@ -443,6 +453,7 @@ def _s3_address(uri: str) -> dict[str, str]:
 @contextlib.contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
     try:
         yield
@@ -450,7 +461,7 @@ def _s3_errors(uri: str) -> Iterator[None]:
         raise StorageError(f"{uri}: {err}") from err
     except ClientError as err:
         raise _meaning(err, uri) from err
-    except BotoCoreError as err:
+    except (BotoCoreError, RetriesExceededError, S3DownloadFailedError) as err:
         raise ServiceError(f"{uri}: {err}") from err
 
 

@@ -57,7 +57,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     info = write(tmp_path / "run" / "bundle")
     bundle = load_bundle(tmp_path / "run" / "bundle")
 
-    assert bundle.manifest == info
+    assert bundle.info == info
     assert (info.class_names, info.spec, info.test["accuracy"]) == (tuple(NAMES), SPEC, 0.25)
     assert set(info.versions) == {"python", "mnist_dist", "keras", "tensorflow", "numpy"}
     assert (bundle.path / "history.csv").read_text() == "epoch,loss\n1,2.5\n"
@@ -206,7 +206,7 @@ def test_a_damaged_or_newer_bundle_is_not_opened(tmp_path: Path) -> None:
             load_bundle(path)
 
     manifest.write_text(json.dumps(values | {"a field of tomorrow": 1}))
-    assert load_bundle(path).manifest.model_id == values["model_id"]
+    assert load_bundle(path).info.model_id == values["model_id"]
     with (path / "model.keras").open("ab") as file:
         file.write(b"!")
     with pytest.raises(BundleError, match=rf"expected sha256 {values['model_id']}. Received: [0-9a-f]{{64}}"):

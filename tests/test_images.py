@@ -382,3 +382,11 @@ def test_threads_decode_alike() -> None:
 def test_a_spec_has_a_size_and_one_or_three_channels(height: int, channels: int) -> None:
     with pytest.raises(ConfigError, match=r"(height_px|channels) is .*Received"):
         ImageSpec(height_px=height, width_px=4, channels=channels)
+
+
+def test_a_probe_refuses_too_many_pixels_before_it_decodes() -> None:
+    encoded = io.BytesIO()
+    Image.new("1", (301, 200)).save(encoded, "PNG")
+    assert probe_image(encoded.getvalue(), max_pixels=60_200) == (301, 200, 1)
+    with pytest.raises(ImageError, match="too_large"):
+        probe_image(encoded.getvalue(), max_pixels=60_199)

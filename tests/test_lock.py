@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from mnist_dist import storage
 from mnist_dist.errors import Locked
-from mnist_dist.lock import Lock
+from mnist_dist.lock import Lock, _host
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -41,7 +40,7 @@ def test_a_held_lock_is_refused_and_a_left_one_is_free(uri: str) -> None:
 
 
 def test_a_dead_process_of_this_host_loses_it_at_once(uri: str) -> None:
-    leave_lock(uri, host=socket.gethostname(), pid=dead_process(), age_s=1)
+    leave_lock(uri, host=_host(), pid=dead_process(), age_s=1)
     with Lock(uri, what="the run") as lock:
         lock.check()
 
@@ -61,6 +60,13 @@ def test_a_holder_that_lost_it_is_told_and_leaves_the_new_one_alone(uri: str) ->
         with pytest.raises(Locked, match="another driver has taken over the run"):
             lock.check()
     assert json.loads(storage.read_bytes(uri))["id"] == "other"
+
+
+def test_a_put_whose_answer_was_lost_is_known_again(uri: str) -> None:
+    lock = Lock(uri, what="the run")
+    storage.write_bytes(uri, lock._content())
+    with lock:
+        lock.check()
 
 
 def test_one_of_many_creates_an_object(uri: str) -> None:

@@ -200,6 +200,13 @@ def test_folders_of_splits_are_kept(root: str) -> None:
     assert uris[0] == "test/b/1.png"
 
 
+def test_splits_may_be_called_training_and_testing(tmp_path: Path) -> None:
+    put_images(str(tmp_path), "training/a/1.png", "training/b/1.png", "testing/a/1.png")
+    source = open_source(DataConfig(data=str(tmp_path)))
+    assert source.class_names == ("a", "b")
+    assert source.table["split"].to_pylist() == ["test", "train", "train"]
+
+
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     put_images(str(tmp_path), "train/1.png", "bus/1.png", "test/2.png")
     assert open_source(DataConfig(data=str(tmp_path))).class_names == ("bus", "test", "train")
@@ -279,19 +286,19 @@ def test_a_parquet_file_is_read_row_by_row(root: str, struct_column: bool) -> No
     assert list(read_encoded([uris[row] for row in (0, 1, 5, 2)], "image")) == [png(row) for row in (0, 1, 5, 2)]
 
 
-def test_each_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_far_apart_in_a_large_row_group_are_found(tmp_path: Path) -> None:
     uri = str(tmp_path / "data.parquet")
-    write_parquet(uri, rows(list("abababab")))
-    groups: list[int] = []
-    read_row_group = pq.ParquetFile.read_row_group
+    table = pa.table({"image": [b"%d" % row for row in range(300)], "label": ["ab"[row % 2] for row in range(300)]})
+    write_parquet(uri, table, row_group_size=170)
+    wanted = [0, 63, 64, 65, 169, 170, 299]
+    assert list(read_encoded([f"{uri}!{row}" for row in wanted], "image")) == [b"%d" % row for row in wanted]
 
-    def counted(file: pq.ParquetFile, group: int, names: list[str]) -> pa.Table:
-        groups.append(group)
-        return read_row_group(file, group, names)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    assert len(list(read_encoded([f"{uri}!{row}" for row in range(2, 8)], "image"))) == 6
-    assert groups == [0, 1, 2]
+def test_parquet_files_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    write_parquet(str(tmp_path / "train-0.parquet"), hugging_face(rows([0, 1]), ["cat", "dog"]))
+    write_parquet(str(tmp_path / "test-0.parquet"), hugging_face(rows([0, 1]), ["dog", "cat"]))
+    with pytest.raises(DataError, match=r"the same classes in the same order\. Received: \['cat', 'dog'\] and"):
+        open_source(DataConfig(data=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -438,6 +445,8 @@ def test_arrays_keep_their_size_where_the_backbone_is_not_smaller() -> None:
     ("size", "options", "expected"),
     [
         ((40, 64), {"backbone": 96}, (40, 64, 3)),
+        ((40, 64), {"backbone": 96, "resize": "crop"}, (96, 96, 3)),  # the device would stretch it
+        ((64, 64), {"backbone": 96, "resize": "crop"}, (64, 64, 3)),
         ((40, 64), {"backbone": 48}, (48, 48, 3)),
         ((40, 64), {"backbone": 48, "scratch": True}, (40, 64, 3)),
         ((40, 65), {"backbone": 96, "scratch": True}, (96, 96, 3)),

@@ -155,6 +155,15 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert names(str(tmp_path / "data")) == ["a/1", "b/1", "dangling"]
 
 
+def test_a_link_to_itself_is_listed_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "loop").symlink_to("loop")
+    assert [(entry.uri, entry.size_bytes) for entry in storage.list_entries(str(tmp_path))] == [
+        (f"{tmp_path}/a", 1),
+        (f"{tmp_path}/loop", 0),
+    ]
+
+
 def test_an_object_is_created_once_also_where_there_are_no_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,8 +272,8 @@ def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right
     model = keras.saving.load_model(Path(result["bundle"]) / "model.keras")
     images = np.load(next(finished.storage.glob("_records/*/pixels.npy")))[:7]
     assert np.allclose(model(images), bundle.model(images))
-    assert bundle.manifest.test["accuracy"] == result["test_accuracy"]
-    assert bundle.manifest.config["fit"]["batch_size"] == 50
+    assert bundle.info.test["accuracy"] == result["test_accuracy"]
+    assert bundle.info.config["fit"]["batch_size"] == 50
     assert (Path(result["bundle"]) / "history.csv").read_text().startswith("epoch,phase,loss,accuracy,val_loss")
     assert {"run_dir", "recipe", "backbone", "test_loss", "epochs", "workers", "images_per_s", "seconds"} <= set(result)
 
@@ -360,6 +361,17 @@ def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, f
     result = train(replace(allowed, run=replace(job.run, name="allowed")), recipe="test", console=console)
     assert result["bad_images"] == 1
     assert any("broken.png" in line for line in console.lines)
+
+
+@pytest.mark.slow
+def test_images_that_could_not_be_read_are_read_anew_by_the_next_run(tmp_path: Path, folder_of_images: Path) -> None:
+    link = folder_of_images / "a" / "elsewhere.png"
+    link.symlink_to(tmp_path / "later.png")
+    job = small_job(tmp_path, epochs=1, data=DataConfig(data=str(folder_of_images)), fit=FitConfig(batch_size=6))
+    with pytest.raises(TooManyBadImages, match=r"elsewhere.png \(missing"):
+        train(job, recipe="test", console=Recorder())
+    shutil.copy(next(folder_of_images.glob("b/*.png")), tmp_path / "later.png")
+    assert train(job, recipe="test", console=Recorder())["bad_images"] == 0
 
 
 def test_decoding_with_ray_data_resumes_at_the_missing_blocks_and_tells_of_a_failing_storage(

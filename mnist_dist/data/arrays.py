@@ -183,8 +183,10 @@ def _read_first(uris: Sequence[str], place: str) -> tuple[bytes, str]:
     for uri in uris:
         try:
             return storage.read_bytes(uri), uri
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             continue
+        except PermissionError as err:
+            raise DataError(f"{place}: {uri} may not be read: {err.strerror}") from err
     names = ", ".join(uri.rpartition("/")[2] for uri in uris)
     raise DataError(f"{place}: there is none of the files {names}")
 

@@ -103,21 +103,23 @@ def decode_image(data: bytes, spec: ImageSpec, *, max_pixels: int = 100_000_000)
         raise _image_error(data, err) from err
 
 
-def probe_image(data: bytes) -> tuple[int, int, int]:
-    """Size and channels of an image, by its header.
+def probe_image(data: bytes, *, max_pixels: int = 100_000_000) -> tuple[int, int, int]:
+    """Size and channels of an image, mostly by its header: Pillow decodes some PNGs to say how they are turned.
 
     Args:
         data: the encoded image.
+        max_pixels: an image of more, by its header, is refused before anything is decoded.
 
     Returns:
         Width and height in px after the EXIF rotation, and channels: 1 where the format says grey, else 3.
 
     Raises:
-        ImageError: with status `empty`, `truncated`, `unreadable` or `unsupported`.
+        ImageError: with status `empty`, `truncated`, `unreadable`, `unsupported` or `too_large`.
     """
     _prepare_process()
     try:
         with _open(data) as image:
+            _check_size(*image.size, max_pixels)
             # Pillow gives a TIFF's size as it will be after the rotation
             orientation = 1 if image.format == "TIFF" else _orientation(image)
             width_px, height_px = _upright_size(image.size, orientation)

@@ -6,6 +6,7 @@ Hugging Face writes them; label columns are strings or integers.
 """
 
 import bisect
+import collections
 import contextlib
 import itertools
 import json
@@ -21,6 +22,8 @@ from mnist_dist.errors import DataError, ImageError
 
 PARQUET_SUFFIX = ".parquet"
 _BYTES_FIELD = "bytes"
+_BATCH_ROWS = 64
+_READ_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ def read_labels(uri: str, *, image_column: str, label_column: str) -> LabelColum
 
 
 def read_rows(uris: Sequence[str], image_column: str) -> Iterator[bytes | ImageError]:
-    """The encoded bytes of rows, in the order of `uris`; each row group is read once where the order is the file's.
+    """The encoded bytes of rows, in the order of `uris`; rows of one file ascend.
 
     Yields:
-        The bytes, or an `ImageError` with status `missing`, `denied`, `empty` or `unreadable`.
+        The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `failed` or `unreadable`.
 
     Raises:
         ServiceError, StorageError: see `storage`.
@@ -77,7 +80,9 @@ def _rows_of_file(uri: str, rows: Sequence[int], image_column: str) -> Iterator[
         yield from itertools.repeat(ImageError("missing", str(err)), len(rows) - done)
     except PermissionError as err:
         yield from itertools.repeat(ImageError("denied", str(err)), len(rows) - done)
-    except (DataError, KeyError, IndexError, OSError, pa.ArrowException) as err:  # changed since it was listed
+    except OSError as err:
+        yield from itertools.repeat(ImageError("failed", f"{uri}: {err}"), len(rows) - done)
+    except (DataError, KeyError, IndexError, pa.ArrowException) as err:  # changed since it was listed
         yield from itertools.repeat(ImageError("unreadable", f"{uri}: {err}"), len(rows) - done)
 
 
@@ -85,19 +90,32 @@ def _image_rows(file: pq.ParquetFile, rows: Sequence[int], image_column: str) ->
     sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     ends = list(itertools.accumulate(sizes))
     for group, members in itertools.groupby(rows, key=lambda row: bisect.bisect_right(ends, row)):
-        column = file.read_row_group(group, [image_column])[image_column]
+        start = ends[group - 1] if group else 0
+        yield from _images_of_group(file, group, [row - start for row in members], image_column)
+
+
+def _images_of_group(
+    file: pq.ParquetFile, group: int, rows: Sequence[int], image_column: str
+) -> Iterator[bytes | ImageError]:
+    """Images at ascending rows of a row group, a few rows in memory at a time: a group may hold gigabytes."""
+    wanted, first = collections.deque(rows), 0
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[image_column]):
+        column = batch.column(0)
         if pa.types.is_struct(column.type):
             column = pc.struct_field(column, _BYTES_FIELD)
-        start = ends[group - 1] if group else 0
-        for row in members:
-            yield column[row - start].as_py() or ImageError("empty", "the row has no image bytes")
+        while wanted and wanted[0] < first + len(column):
+            image = column[wanted.popleft() - first].as_py()
+            yield image or ImageError("empty", "the row has no image bytes")
+        if not wanted:
+            return
+        first += len(column)
 
 
 @contextlib.contextmanager
 def _open(uri: str) -> Iterator[pq.ParquetFile]:
     with storage.open_binary(uri) as stream:
         try:
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
             raise DataError(f"{uri}: not a readable Parquet file: {err}") from err
         with file:

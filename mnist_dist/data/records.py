@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +58,7 @@ _FORMAT_VERSION = 1
 _BLOCK_BYTES = 32 * 2**20
 _MIN_BLOCK, _MAX_BLOCK = 64, 65_536
 _DECODE_THREADS = 2
-_DECODE_AHEAD = 8
+_DECODE_AHEAD = 4
 _PIXELS, _INDEX, _DONE = "pixels.npy", "index.parquet", "records.json"
 _OK = "ok"
 
@@ -377,6 +378,9 @@ def _new_pixels(path: Path, count: int, spec: ImageSpec) -> Iterator[Pixels]:
         offset = file.tell()
         file.truncate(offset + count * spec.image_bytes)
         file.flush()
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            # reserved, not only promised: on a full disk this raises, where a write to the map would kill the process
+            os.posix_fallocate(file.fileno(), 0, offset + count * spec.image_bytes)
         pixels = np.memmap(file, np.uint8, "r+", offset, (count, *_shape(spec)))
         yield pixels
         pixels.flush()
@@ -398,6 +402,8 @@ def _local_copy(root: str, local_dir: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _node_lock(folder / "lock"):
         if not (folder / _DONE).exists():
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
+                leftover.unlink(missing_ok=True)
             _download(root, folder)
     return folder
 
@@ -443,7 +449,8 @@ def _shape(spec: ImageSpec) -> tuple[int, int, int]:
 
 def _check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    held_bytes = sum(file.stat().st_size for file in folder.glob("*")) if folder.exists() else 0
+    held = [file for file in folder.glob("*") if not file.name.endswith(".tmp")] if folder.exists() else []
+    held_bytes = sum(file.stat().st_size for file in held)
     free_bytes = shutil.disk_usage(there).free
     if needed_bytes - held_bytes > free_bytes:
         raise ConfigError(

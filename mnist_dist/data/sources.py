@@ -46,12 +46,15 @@ TABLE_SCHEMA = pa.schema(
         ("etag", pa.string()),
     ]
 )
-_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_SPLIT_PREFIX = re.compile(r"(train|validation|valid|val|test)([-_.].*)?", re.IGNORECASE)
+_SPLIT_NAMES = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
+}
+_SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(_SPLIT_NAMES, reverse=True))})([-_.].*)?", re.IGNORECASE)
 _PROBED_IMAGES = 64
 _SMALL_SIDE_PX = 64
 _READ_THREADS = 8  # waiting for storage, not for a core
-_READ_AHEAD = 32
+_READ_AHEAD = 16  # files in memory, each of any size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +106,13 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
         DataError: none of the probed images can be read.
         ServiceError: see `storage`.
     """
-    probes = _probe_array(source.pixels) if source.pixels is not None else _probe_files(source)
+    array = source.pixels
+    probes = _probe_array(array) if array is not None else _probe_files(source, config.max_pixels)
     width_px, height_px = min(probe[:2] for probe in probes)
     uniform = all(probe[:2] == (width_px, height_px) for probe in probes)
     largest_px = _SMALL_SIDE_PX if scratch_size else min(_SMALL_SIDE_PX, backbone_size_px)
-    if not uniform or max(width_px, height_px) > largest_px:
+    keeps_aspect = width_px == height_px or scratch_size or config.resize == "stretch"  # the device only stretches
+    if not uniform or not keeps_aspect or max(width_px, height_px) > largest_px:
         width_px = height_px = backbone_size_px
     channels = max(probe[2] for probe in probes) if config.channels == "auto" else int(config.channels)
     return ImageSpec(height_px=height_px, width_px=width_px, channels=channels, resize=config.resize)
@@ -116,7 +121,7 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
 def read_encoded(uris: Sequence[str], image_column: str | None) -> Iterator[bytes | ImageError]:
     """The encoded bytes of each image, in order; why not, where one cannot be read.
 
-    Files are read by a few threads, a few ahead of the consumer; rows of one Parquet file by whole row groups.
+    Files are read by a few threads, a few ahead of the consumer; rows of one Parquet file one after the other.
 
     Args:
         uris: of images, or `file.parquet!ROW`.
@@ -248,7 +253,7 @@ def _probe_array(pixels: Pixels) -> list[tuple[int, int, int]]:
     return [(width, height, channels)]
 
 
-def _probe_files(source: Source) -> list[tuple[int, int, int]]:
+def _probe_files(source: Source, max_pixels: int) -> list[tuple[int, int, int]]:
     count = min(_PROBED_IMAGES, len(source.table))
     rows = np.linspace(0, len(source.table) - 1, count).astype(np.int64)
     probes, errors = [], []
@@ -256,7 +261,7 @@ def _probe_files(source: Source) -> list[tuple[int, int, int]]:
         try:
             if isinstance(data, ImageError):
                 raise data
-            probes.append(probe_image(data))
+            probes.append(probe_image(data, max_pixels=max_pixels))
         except ImageError as err:
             errors.append(err)
     if not probes:
@@ -315,7 +320,7 @@ def _is_image(parts: Sequence[str]) -> bool:
 
 def _is_split_layout(root: str, images: Sequence[tuple[storage.Entry, Sequence[str]]]) -> bool:
     """Whether the folders at the top are splits, not classes: `train` is among them and holds folders."""
-    if not any(parts[0].lower() == "train" and len(parts) >= 3 for _, parts in images):
+    if not any(_SPLIT_NAMES.get(parts[0].lower()) == "train" and len(parts) >= 3 for _, parts in images):
         return False
     others = {parts[0] for _, parts in images if len(parts) >= 2 and parts[0].lower() not in _SPLIT_NAMES}
     if others:
@@ -365,7 +370,10 @@ def _encode_labels(
         raise DataError(f"{root}: the labels of all Parquet files are strings, or all integers. Received: both")
     named = {column.names for column in columns}
     names = next(iter(named))
-    if isinstance(values[0], str) or names is None or len(named) > 1:
+    if not isinstance(values[0], str) and len(named) > 1:
+        shown = " and ".join(str(list(found)) if found else "none" for found in sorted(named, key=str)[:2])
+        raise DataError(f"{root}: all Parquet files name the same classes in the same order. Received: {shown}")
+    if isinstance(values[0], str) or names is None:
         classes = _trained_classes(root, values, splits)
         label_of = {value: label for label, value in enumerate(classes)}
         return tuple(map(str, classes)), [label_of[value] for value in values]

@@ -76,8 +76,6 @@ def assign_splits(
 
     repeats = _find_repeats(splits, ids, readable)
     pairs = _pairs(repeats, splits, ids, readable, uris)
-    if len(repeats):
-        _log.warning("%d images occur again in a later split, for example %s", len(repeats), pairs[0])
     kept = readable.copy()
     if config.drop_duplicates:
         kept[repeats] = False

@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,12 +112,12 @@ class Prediction:
 class Bundle:
     """An opened bundle. The model is loaded when it is first used."""
 
-    def __init__(self, path: Path, manifest: BundleInfo) -> None:
+    def __init__(self, path: Path, info: BundleInfo) -> None:
         self.path = path
-        self.manifest = manifest
+        self.info = info
 
     def __repr__(self) -> str:
-        return f"Bundle({str(self.path)!r}, model_id={self.manifest.model_id[:12]!r})"
+        return f"Bundle({str(self.path)!r}, model_id={self.info.model_id[:12]!r})"
 
     @functools.cached_property
     def model(self) -> "keras.Model":
@@ -151,13 +150,13 @@ class Bundle:
     def _predict(self, images: Sequence[Image], *, batch_size: int = 32) -> list[Prediction]:
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
-            pixels = np.stack([_pixels(image, self.manifest.spec) for image in images[start : start + batch_size]])
+            pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + batch_size]])
             predictions.extend(self._prediction(row) for row in np.asarray(self.model(pixels, training=False)))
         return predictions
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         index = int(probabilities.argmax())
-        return Prediction(self.manifest.class_names[index], index, float(probabilities[index]), probabilities)
+        return Prediction(self.info.class_names[index], index, float(probabilities[index]), probabilities)
 
 
 def write_bundle(
@@ -199,7 +198,7 @@ def write_bundle(
     _check_free(path)
     _check_model(model, class_names=class_names, spec=spec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = path.with_name(storage.temporary_name(path.name))
     try:
         temporary.mkdir()
         model.save(temporary / MODEL_FILE)

@@ -255,14 +255,21 @@ def fetch_published_weights(config: ModelConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "mnist_dist.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / url.rsplit("/", 1)[-1]
+        if path.exists():
+            return
+        part = f"{path.name}.part"  # a download that is killed leaves no file of the final name
         try:
-            keras.utils.get_file(url.rsplit("/", 1)[-1], url, cache_subdir="models")
+            Path(keras.utils.get_file(part, url, cache_subdir="models", force_download=True)).replace(path)
         except Exception as err:  # Keras raises a plain Exception where the download fails
             raise _not_to_be_had(row, config, size_px=size_px, err=err) from err
 
 
 def _keras_models() -> Path:
-    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+    """Where `keras.utils.get_file` puts models: below /tmp where the home folder cannot be written."""
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")).expanduser()
+    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
+    return (home if os.access(nearest, os.W_OK) else Path("/tmp/.keras")) / "models"
 
 
 def _not_to_be_had(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
@@ -324,7 +331,7 @@ def _load_weights_of_bundle(backbone: keras.Model, uri: str, *, name: str) -> No
     difference = _first_difference(_layer_shapes(backbone), _layer_shapes(base))
     if difference:
         raise WeightsError(
-            f"the bundle's backbone ({bundle.manifest.backbone}) does not fit {name}: {difference}. "
+            f"the bundle's backbone ({bundle.info.backbone}) does not fit {name}: {difference}. "
             f"Received: weights={uri!r}"
         )
     backbone.set_weights(base.get_weights())

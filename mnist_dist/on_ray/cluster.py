@@ -110,11 +110,17 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
     return Share(workers=count, cpus=cpus, gpu=use_gpu)
 
 
-def check_storage(storage: str, *, is_shared: bool, nodes: int = 1) -> None:
+def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = "storage") -> None:
     """Refuses a folder that other nodes cannot see.
 
+    Args:
+        storage: folder or `s3://` prefix.
+        is_shared: the person says that every node sees it.
+        nodes: of the cluster.
+        name: of the flag, for the message.
+
     Raises:
-        ConfigError: several nodes, or a submitted job, and a storage of this node alone.
+        ConfigError: several nodes, or a submitted job, and a folder of this node alone.
     """
     submitted = SUBMISSION_VARIABLE in os.environ
     if (
@@ -124,7 +130,7 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1) -> None:
     ):
         return
     raise ConfigError(
-        f"{'A submitted job' if submitted else f'A cluster of {nodes} nodes'} needs a storage that every node sees: "
+        f"{'A submitted job' if submitted else f'A cluster of {nodes} nodes'} needs a {name} that every node sees: "
         "an s3:// prefix, or the absolute path of a shared folder with --storage-is-shared. "
-        f"Received: storage={storage!r}"
+        f"Received: {name}={storage!r}"
     )

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 NAMED_WEIGHTS = ("imagenet", "none")
 NAMED_BAD_IMAGES = 10
+NOT_THE_IMAGES_FAULT = ("missing", "denied", "failed")
 DRY_RUN_IMAGES = 5_000  # enough for each class to be in each split, few enough to decode in seconds
 
 
@@ -164,6 +165,9 @@ class _Training:
             self.stop.take_signals()
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
+            if data.source.pixels is None:
+                named = self.job.data.data
+                check_storage(named, is_shared=asked.storage_is_shared, nodes=have.nodes, name="data")
             require(
                 mine.workers <= self.job.fit.batch_size,
                 "batch_size is at least the number of workers",
@@ -174,21 +178,30 @@ class _Training:
             with self.console.progress("decoding") as bar:
                 decode_missing(plan, data.source, bar=bar, stop=self.stop)
             index = read_index(plan.root)
+            self._judge_bad_images(index, plan)
             splits = self._splits(index, data.source)
             self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
             metrics = self._train(plan, splits, fingerprint=fingerprint(index, plan.class_names), mine=mine)
         return self._result(metrics, mine, bad=len(bad_records(index)), splits=splits)
 
-    def _splits(self, index: pa.Table, source: Source) -> Splits:
-        """Judges the unreadable images and splits the others."""
+    def _judge_bad_images(self, index: pa.Table, plan: RecordPlan) -> None:
+        """Names the unreadable images, and fails where they are too many."""
         bad = bad_records(index)
+        if bad:
+            self.console.line(f"{len(bad):,} unreadable images are left out")
         for uri, status, error in bad[:NAMED_BAD_IMAGES]:
-            self.console.line(f"skipped {uri}: {status}: {error}")
-        if len(bad) > self.job.data.max_bad_fraction * index.num_rows:
-            raise TooManyBadImages(
-                f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: "
-                f"{bad[0][2]}); --max-bad-fraction allows {self.job.data.max_bad_fraction:.2%}"
-            )
+            self.console.line(f"  {uri}: {status}: {error}")
+        if len(bad) <= self.job.data.max_bad_fraction * index.num_rows:
+            return
+        if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
+            storage.delete_tree(plan.root)  # the next run reads them anew
+        raise TooManyBadImages(
+            f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: "
+            f"{bad[0][2]}); --max-bad-fraction allows {self.job.data.max_bad_fraction:.2%}"
+        )
+
+    def _splits(self, index: pa.Table, source: Source) -> Splits:
+        """Splits the readable images."""
         splits = assign_splits(
             labels=index["label"].to_numpy().astype(np.int32),
             given=index["split"].to_pylist(),
@@ -202,8 +215,6 @@ class _Training:
             again, first = splits.duplicate_pairs[0]
             removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
             self.console.line(f"{splits.duplicates} images occur in two splits, such as {again} and {first}: {removed}")
-        if len(bad):
-            self.console.line(f"{len(bad)} unreadable images are left out")
         require(
             self.job.fit.batch_size <= len(splits.train),
             f"batch_size is at most the number of training images ({len(splits.train):,})",
