@@ -146,6 +146,9 @@ def test_synchronised_batch_norm_reaches_the_same_weights_on_1_2_and_3_workers(t
         assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-4
 
 
+SHAKEN_EPOCHS = 14  # what a person sees comes up to a second late: enough of them to be killed in the middle
+
+
 def shaken_job(storage: Path, name: str) -> TrainJob:
     """Dropout and augmentation on, two workers, two phases."""
     return small_job(
@@ -153,7 +156,7 @@ def shaken_job(storage: Path, name: str) -> TrainJob:
         workers=2,
         name=name,
         model=ModelConfig(backbone="cnn", dropout=0.3),
-        phases=PhasesConfig(epochs=(2, 3), learning_rate=(1e-3, 5e-4)),
+        phases=PhasesConfig(epochs=(4, 10), learning_rate=(1e-3, 5e-4)),
         optimizer=OptimizerConfig(schedule="cosine", warmup_steps=7, clip_norm=1.0),
         fit=FitConfig(batch_size=50, augmentation="digits", precision="float32"),
     )
@@ -178,7 +181,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: lis
 
     console = Recorder("epoch 3", kill)
     result = train(shaken_job(tmp_path, "run"), recipe="test", console=console)
-    assert result["epochs"] == 5
+    assert result["epochs"] == SHAKEN_EPOCHS
     assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
 
 
@@ -196,7 +199,7 @@ def start_job(storage: Path, *flags: str) -> subprocess.Popen[str]:
     """`python -m jobs.train` with the settings of `shaken_job`, on a Ray of its own."""
     command = [sys.executable, "-m", "jobs.train", "quickstart", "--storage", str(storage), "--name", "run"]
     settings = (
-        "--limit 1600 --dropout 0.3 --epochs 2 3 --learning-rate 1e-3 5e-4 --schedule cosine --warmup-steps 7 "
+        "--limit 1600 --dropout 0.3 --epochs 4 10 --learning-rate 1e-3 5e-4 --schedule cosine --warmup-steps 7 "
         "--clip-norm 1.0 --batch-size 50 --augmentation digits --precision float32 --optimizer adam"
     )
     return subprocess.Popen(
@@ -228,7 +231,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(
     assert ended(job)[0] == -signal.SIGKILL
     code, result, _ = ended(start_job(tmp_path))
     assert code == 0
-    assert result["epochs"] == 5
+    assert result["epochs"] == SHAKEN_EPOCHS
     assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
 
 
