@@ -58,7 +58,7 @@ class Console:
         if not self.terminal:
             yield _LineBar(self, title)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[note]}"))
         with Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True) as progress:
             yield _RichBar(progress, title)
 

@@ -156,7 +156,8 @@ def _steps_done(position: Position) -> int:
 
 
 def _note(position: Position) -> str:
+    """Short enough for a bar on 80 columns."""
     return (
-        f"{position.phase}, epoch {position.epoch} of {position.epochs}, loss {position.loss:.4f}, "
-        f"accuracy {position.accuracy:.4f}, {position.images_per_s:,.0f} images/s"
+        f"{position.phase} {position.epoch}/{position.epochs}, loss {position.loss:.3f}, acc {position.accuracy:.3f}, "
+        f"{position.images_per_s:,.0f} images/s"
     )
