@@ -158,7 +158,7 @@ class _Training:
         self.job, self.recipe, self.run = job, recipe, run
         self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
 
-    def run_to_end(self, data: "_Data", facts: Mapping[str, Any]) -> dict[str, Any]:
+    def run_to_end(self, data: _Data, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
         asked, plan = self.job.run, data.plan
         with connected(verbose=asked.verbose) as have:
@@ -178,21 +178,21 @@ class _Training:
             with self.console.progress("decoding") as bar:
                 decode_missing(plan, data.source, bar=bar, stop=self.stop)
             index = read_index(plan.root)
-            self._judge_bad_images(index, plan)
+            bad = self._judge_bad_images(index, plan)
             splits = self._splits(index, data.source)
             self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
             metrics = self._train(plan, splits, fingerprint=fingerprint(index, plan.class_names), mine=mine)
-        return self._result(metrics, mine, bad=len(bad_records(index)), splits=splits)
+        return self._result(metrics, mine, bad=bad, splits=splits)
 
-    def _judge_bad_images(self, index: pa.Table, plan: RecordPlan) -> None:
-        """Names the unreadable images, and fails where they are too many."""
+    def _judge_bad_images(self, index: pa.Table, plan: RecordPlan) -> int:
+        """Names the unreadable images, and fails where they are too many; how many there are."""
         bad = bad_records(index)
         if bad:
             self.console.line(f"{len(bad):,} unreadable images are left out")
         for uri, status, error in bad[:NAMED_BAD_IMAGES]:
             self.console.line(f"  {uri}: {status}: {error}")
         if len(bad) <= self.job.data.max_bad_fraction * index.num_rows:
-            return
+            return len(bad)
         if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
             storage.delete_tree(plan.root)  # the next run reads them anew
         raise TooManyBadImages(

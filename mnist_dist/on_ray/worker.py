@@ -173,8 +173,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     final.network.set_weights(outcome.best)
     validation = trainer.evaluate(task.splits.val, final.network)
     test = trainer.evaluate(task.splits.test, final.network)
-    is_written = storage.exists(storage.join(task.run, "bundle", BUNDLE_FILE))  # by an attempt that then was killed
-    if trainer.world.rank == 0 and not is_written and not job.run.dry_run:
+    if trainer.world.rank == 0 and not job.run.dry_run:
         _write_bundle(task, final, records, scratch / "bundle", history=state.history, validation=validation, test=test)
     return {
         "test_accuracy": test["accuracy"],
@@ -199,7 +198,9 @@ def _write_bundle(
     validation: dict[str, float],
     test: dict[str, float],
 ) -> None:
-    job = task.job
+    job, bundle = task.job, storage.join(task.run, "bundle")
+    if storage.exists(storage.join(bundle, BUNDLE_FILE)):
+        return  # written by an attempt that then was killed; a finished bundle is never saved again
     write_bundle(
         folder,
         model=final.model,
@@ -214,7 +215,7 @@ def _write_bundle(
         history_csv=history_csv(history),
         calibration=_calibration(task.splits, records) if job.run.calibration else None,
     )
-    storage.upload_folder(folder, storage.join(task.run, "bundle"), last=BUNDLE_FILE)
+    storage.upload_folder(folder, bundle, last=BUNDLE_FILE)
 
 
 def _calibration(splits: Splits, records: Records) -> pa.Table:

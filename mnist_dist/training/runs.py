@@ -48,21 +48,22 @@ class Run:
         Raises:
             ResumeConflict: see `compare`.
         """
-        self.compare(facts)
-        if self._is_begun():
+        if self.compare(facts):
             return False
         self._write("run.json", facts)
         return True
 
-    def compare(self, facts: Mapping[str, Any]) -> None:
-        """Holds the facts that are given against those of the run, where it has saved something already.
+    def compare(self, facts: Mapping[str, Any]) -> bool:
+        """Holds the facts that are given against those of the run, where it has saved something already; whether so.
 
         Raises:
             ResumeConflict: the folder holds a run of other facts; the message shows each difference.
         """
-        there = self._read("run.json") if self._is_begun() else None
+        if not self._is_begun():
+            return False
+        there = self._read("run.json")
         if there is None:
-            return
+            return True
         named = {key: value for key, value in facts.items() if key != RECORDS}
         lines = differences(named, {key: there.get(key) for key in named})
         if facts.get(RECORDS, there.get(RECORDS)) != there.get(RECORDS):
@@ -72,6 +73,7 @@ class Run:
             raise ResumeConflict(
                 f"{self.uri} holds another run (take another --name, or the same settings):\n  {shown}"
             )
+        return True
 
     def _is_begun(self) -> bool:
         """A run that has saved nothing binds nobody: its command may have been refused."""
