@@ -1,4 +1,4 @@
-"""The configuration of a training job: frozen dataclasses, each field with its unit, checked on construction.
+"""The configuration of a job: frozen dataclasses, each field with its unit, checked on construction.
 
 Owns: the fields, their defaults, the checks that need nothing but the values, and the JSON form that is stored
 beside whatever a job writes. Does not own: flags (`jobs/` makes them from these classes with tyro), the named
@@ -308,6 +308,156 @@ class TrainJob:
     def settings_hash(self) -> str:
         """First 8 hexadecimal digits of the sha256 of `settings()`."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """Which images are scored."""
+
+    input: tuple[str, ...]
+    """Files, folders, globs, `s3://` objects or prefixes, archives (tar, compressed tar, zip), or manifests (Parquet or
+    CSV with a `uri` column, a text file with a URI a line; `-`: such lines from stdin), in any mixture."""
+    carry: tuple[str, ...] = ()
+    """Columns of the manifests that are carried into the output, separated by spaces or commas."""
+    all_files: bool = False
+    """Take files of any name; what is no image becomes `unsupported`, which does not count as bad."""
+    include: tuple[str, ...] = ()
+    """Only images whose URI or file name matches one of these patterns (`*.png`, `*/cats/*`). Empty: all."""
+    exclude: tuple[str, ...] = ()
+    """No images whose URI or file name matches one of these patterns."""
+    limit: int | None = None
+    """At most this many images, the first ones. None: all."""
+    sample: int | None = None
+    """A fair sample of so many images, the same each time. None: all."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.input) and all(self.input), "input names at least one place", input=self.input)
+        for name in ("limit", "sample"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is at least 1 image", **{name: value})
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The names of the carried columns one by one."""
+        return _names(self.carry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Which columns the prediction table has."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of the table, separated by spaces or commas; `uri` and `status` are always there. Empty: all."""
+    top_k: int = 0
+    """Also the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
+    embeddings: bool = False
+    """Also the features before the head: `embedding`, a list of float32."""
+
+    def __post_init__(self) -> None:
+        require(self.top_k >= 0, "top_k is 0 (none) or a number of classes", top_k=self.top_k)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the columns one by one."""
+        return _names(self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """What is done for one image at most."""
+
+    max_pixels: int = 100_000_000
+    """Images of more pixels than this (by their header) become `too_large`."""
+    max_bytes: int = 256 * 2**20
+    """Files and archive members of more bytes than this become `too_large`, without being read."""
+    image_timeout_s: float = 60.0
+    """Images that take longer than this to decode, s, become `failed`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_bytes"):
+            require(getattr(self, name) >= 1, f"{name} is at least 1", **{name: getattr(self, name)})
+        require(self.image_timeout_s > 0, "image_timeout_s is positive", image_timeout_s=self.image_timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRunConfig:
+    """What may be spent on the job. Only these fields may differ when it goes on."""
+
+    actors: int | None = None
+    """Processes that hold the model. None: one per GPU, or one per node."""
+    cpus_per_actor: float | None = None
+    """CPUs that each actor reserves and uses. None: an equal share of the cluster."""
+    gpus_per_actor: float | None = None
+    """GPUs of each actor. None: 1 where the cluster has GPUs, else 0."""
+    batch_size: int = 32
+    """Images that the model takes at once, per actor; halved once where the memory does not hold it."""
+    decode: Literal["auto", "actor", "tasks"] = "auto"
+    """Where images are decoded: in the actor's threads, or in CPU tasks anywhere in the cluster. auto: tasks where the
+    actor has a GPU."""
+    max_bad_fraction: float = 0.1
+    """Share of rows that are neither ok nor unsupported above which the job fails; the table is there all the same."""
+    max_failures: int = 3
+    """Deaths of a worker over the same shard after which the job gives up."""
+    storage_is_shared: bool = False
+    """Local folders are the same on every node (NFS and the like)."""
+    dry_run: bool = False
+    """List, check and say what would be done; write nothing."""
+    verbose: bool = False
+    """Show what Ray and TensorFlow print."""
+
+    def __post_init__(self) -> None:
+        for name in ("actors", "cpus_per_actor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is positive", **{name: value})
+        require(
+            self.gpus_per_actor is None or self.gpus_per_actor >= 0,
+            "gpus_per_actor is 0 or above",
+            gpus_per_actor=self.gpus_per_actor,
+        )
+        require(self.batch_size >= 1, "batch_size is at least 1 image", batch_size=self.batch_size)
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction is 0 to 1", max_bad_fraction=self.max_bad_fraction)
+        require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """Scores images with a bundle into a Parquet table, exactly one row per image; the same command goes on."""
+
+    bundle: str
+    """Folder or `s3://` prefix of the trained model."""
+    output: str
+    """Folder or `s3://` prefix of the prediction table; the name by which the job is continued."""
+    mode: Literal["continue", "incremental", "fresh"] = "continue"
+    """continue: go on, or return what is finished. incremental: list again, score what is new or changed. fresh:
+    everything anew; the old table stays until the new one is complete."""
+    retry_failed: bool = False
+    """Score the rows again that are neither ok nor unsupported."""
+    shard_size: int | None = None
+    """Images of each unit of work, which is done again where a worker dies. None: 256 to 4,096, by the number of images
+    and their bytes."""
+    inputs: InputConfig
+    table: TableConfig = TableConfig()
+    decoding: DecodeConfig = DecodeConfig()
+    run: ScoreRunConfig = ScoreRunConfig()
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output is a folder or an s3:// prefix", output=self.output)
+        require(self.shard_size is None or self.shard_size >= 1, "shard_size is at least 1", shard_size=self.shard_size)
+        require(
+            not (self.retry_failed and self.mode != "continue"),
+            "retry_failed goes with mode continue",
+            mode=self.mode,
+            retry_failed=self.retry_failed,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the rows, beside the bundle, as JSON values."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: values[name] for name in ("inputs", "table", "decoding")}
+
+
+def _names(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for value in values for name in value.replace(",", " ").split())
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -8,9 +8,11 @@ import difflib
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -28,6 +30,7 @@ from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
+_NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Job = TypeVar("Job")
 
@@ -129,7 +132,7 @@ class Stop:
 
 
 def parse(
-    recipes: Mapping[str, Callable[[], Job]], *, command: str, default: str, argv: Sequence[str] | None = None
+    recipes: Mapping[str, Callable[..., Job]], *, command: str, default: str, argv: Sequence[str] | None = None
 ) -> tuple[str, Job]:
     """The recipe that a command line names, with its flags applied.
 
@@ -156,6 +159,8 @@ def parse(
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"The recipes are {', '.join(recipes)}{hint}. Received: {name!r}")
     recipe = recipes[name]
+    if isinstance(recipe, type):  # a job without variants; it may have flags without defaults
+        return name, tyro.cli(recipe, args=arguments, prog=command, config=(tyro.conf.OmitArgPrefixes,))
     listing = "Recipes: " + ", ".join(recipes) + f" (default: {default})"
     job = tyro.cli(
         type(recipe()),
@@ -195,7 +200,8 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     name = type(error).__name__
-    return {"error": str(error) if isinstance(error, MnistDistError) else f"{name}: {error}", "error_type": name}
+    message = str(error) if isinstance(error, MnistDistError) else f"{name}: {error}"
+    return {**getattr(error, "result", {}), "error": message, "error_type": name}
 
 
 def command_line() -> str:
@@ -218,3 +224,20 @@ def quiet(*, verbose: bool) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     warnings.filterwarnings("ignore")
+    _filter_native_lines()
+
+
+def _filter_native_lines() -> None:
+    """Drops what Ray's C++ core logs to file descriptor 2 below fatal; no setting does that without its files."""
+    shown, (read_end, write_end) = os.dup(2), os.pipe()
+    sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
+    os.dup2(write_end, 2)
+    os.close(write_end)
+
+    def forward() -> None:
+        with open(read_end, "rb") as lines:
+            for line in lines:
+                if not _NATIVE_LINE.match(line):
+                    os.write(shown, line)
+
+    threading.Thread(target=forward, daemon=True, name="stderr").start()

@@ -6,6 +6,7 @@ MnistDistError                exit 1: the work was begun and could not be finish
 ├── TooManyBadImages          more unreadable images than --max-bad-fraction allows
 ├── TrainingDiverged          the loss is not a number
 ├── WorkersFailed             a worker died more often than --max-failures allows
+│   └── DecoderStuck          an image takes longer than it may, in a thread that nothing can end
 ├── Interrupted               SIGINT or SIGTERM: what was held is saved (exit 130 or 143)
 ├── ServiceError              a service, not one object: expired token, no connection, disk full
 └── ConfigError (ValueError)  exit 2: wrong usage or configuration, found before any work is done
@@ -21,6 +22,9 @@ MnistDistError                exit 1: the work was begun and could not be finish
 Messages name the place, what is allowed, and end in `Received: ...`. Every class is built from its arguments
 alone, so that it crosses process borders by pickle.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class MnistDistError(Exception):
@@ -48,7 +52,19 @@ class ImageError(MnistDistError):
 
 
 class TooManyBadImages(MnistDistError):
-    """More images are unreadable than the job allows."""
+    """More images are unreadable than the job allows.
+
+    Args:
+        message: how many, and which.
+        result: of a job that is done all the same: the keys of its JSON line.
+    """
+
+    def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, result)
+        self.message, self.result = message, dict(result or {})
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class TrainingDiverged(MnistDistError):
@@ -57,6 +73,10 @@ class TrainingDiverged(MnistDistError):
 
 class WorkersFailed(MnistDistError):
     """Workers died, or raised, more often than the job allows."""
+
+
+class DecoderStuck(WorkersFailed):
+    """A thread hangs in a decoder; only the end of its process ends it."""
 
 
 class Interrupted(MnistDistError):

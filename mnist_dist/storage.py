@@ -23,13 +23,14 @@ import io
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from mnist_dist.errors import ServiceError, StorageError
 
@@ -54,6 +55,7 @@ _CREDENTIAL_CODES = frozenset(
     }
 )
 _client_lock = threading.Lock()
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,57 @@ def read_bytes(uri: str) -> bytes:
         with _local_errors(uri):
             return _local(uri).read_bytes()
     return _s3_read(uri)
+
+
+def read_object(uri: str, *, most_bytes: int) -> tuple[Entry, bytes | None]:
+    """The whole object, and what it was when it was read; no bytes where there are more than `most_bytes`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+        OSError: this object cannot be read: no regular file, a bad sector.
+    """
+    if is_remote(uri):
+        return _s3_read_object(uri, most_bytes)
+    with _local_errors(uri):
+        descriptor = os.open(_local(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", uri)
+            data = file.read(most_bytes + 1)
+    entry = Entry(uri, max(len(data), status.st_size), _local_etag(status))
+    return entry, data if len(data) <= most_bytes else None
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start` on; fewer where the object ends before.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if length == 0:
+        return b""
+    if is_remote(uri):
+        return _s3_read(uri, f"bytes={start}-{start + length - 1}")
+    with _local_errors(uri), _local(uri).open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), length, start)
+
+
+def entry_of(uri: str) -> Entry:
+    """Size and etag of one object, as a listing shows them.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if is_remote(uri):
+        with _s3_errors(uri):
+            head = _client().head_object(**_s3_address(uri))
+        return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
+    with _local_errors(uri):
+        status = os.stat(_local(uri))
+    if stat.S_ISDIR(status.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "a folder, not a file", uri)
+    return Entry(uri, status.st_size, _local_etag(status))
 
 
 def open_binary(uri: str) -> BinaryIO:
@@ -184,6 +237,25 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_object(uri: str) -> Iterator[BinaryIO]:
+    """A seekable file whose bytes become the object in one step when the block ends without an error.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(uri):
+        with atomic_file(_local(uri)) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile(prefix="mnist_dist-") as scratch:
+        yield scratch
+        scratch.seek(0)
+        with _s3_errors(uri):
+            address = _s3_address(uri)
+            _client().upload_fileobj(scratch, address["Bucket"], address["Key"])
+
+
 def exists(uri: str) -> bool:
     """Whether there is an object at `uri`, or a folder (on S3: any object below it).
 
@@ -209,10 +281,37 @@ def list_entries(uri: str) -> Iterator[Entry]:
     Raises:
         PermissionError, ServiceError, StorageError: see the module.
     """
-    if not is_remote(uri):
-        return _local_entries(_local(uri))
     # S3 itself lists in this order, its directory buckets and other servers do not
-    return iter(sorted(_s3_entries_or_object(uri), key=lambda entry: entry.uri))
+    return iter(sorted(scan_entries(uri), key=lambda entry: entry.uri)) if is_remote(uri) else scan_entries(uri)
+
+
+def scan_entries(uri: str) -> Iterator[Entry]:
+    """As `list_entries`, but in the order in which the storage lists, and holding no more than a page or a folder.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    return _s3_entries_or_object(uri) if is_remote(uri) else _local_entries(_local(uri))
+
+
+def move(source: str, target: str) -> None:
+    """Gives the object another name, in place of what is there; on S3, copies it and deletes the first.
+
+    Args:
+        source: of the object.
+        target: on the same storage.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not is_remote(source):
+        with _local_errors(source):
+            _local(source).replace(_local(target))
+        return
+    with _s3_errors(source):
+        to = _s3_address(target)
+        _client().copy(_s3_address(source), to["Bucket"], to["Key"])
+    delete(source)
 
 
 def delete(uri: str) -> None:
@@ -388,7 +487,11 @@ def _file_entry(path: str) -> Iterator[Entry]:
         yield Entry(path, 0, "")
         return
     if stat.S_ISREG(status.st_mode):
-        yield Entry(path, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+        yield Entry(path, status.st_size, _local_etag(status))
+
+
+def _local_etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}-{status.st_size}"
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -480,14 +583,31 @@ def _meaning(err: Any, uri: str) -> Exception:
 
 
 def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
+    arguments = _s3_address(uri) | ({"Range": byte_range} if byte_range else {})
+    return _s3_body(uri, lambda: bytes(_client().get_object(**arguments)["Body"].read()))
+
+
+def _s3_read_object(uri: str, most_bytes: int) -> tuple[Entry, bytes | None]:
+    def read() -> tuple[Entry, bytes | None]:
+        answer = _client().get_object(**_s3_address(uri))
+        entry = Entry(uri, answer["ContentLength"], answer["ETag"].strip('"'))
+        if entry.size_bytes > most_bytes:
+            answer["Body"].close()
+            return entry, None
+        return entry, bytes(answer["Body"].read())
+
+    return _s3_body(uri, read)
+
+
+def _s3_body(uri: str, read: Callable[[], Value]) -> Value:
+    """Reads again where a body broke off: botocore retries the request only."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-    arguments = _s3_address(uri) | ({"Range": byte_range} if byte_range else {})
     with _s3_errors(uri):
-        for _ in range(_BODY_ATTEMPTS - 1):  # botocore retries the request, but not a body that breaks off
+        for _ in range(_BODY_ATTEMPTS - 1):
             with contextlib.suppress(HTTPClientError, IncompleteReadError):
-                return bytes(_client().get_object(**arguments)["Body"].read())
-        return bytes(_client().get_object(**arguments)["Body"].read())
+                return read()
+        return read()
 
 
 def _s3_create(uri: str, data: bytes) -> bool:

@@ -4,7 +4,6 @@ Owns: what Ray Train is told, the progress that the board brings, passing on a s
 means to a person.
 """
 
-import threading
 from typing import Any
 
 import ray
@@ -17,6 +16,7 @@ from mnist_dist.lock import Lock
 from mnist_dist.on_ray.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
+from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.training.host import Position
 
 POLL_S = 0.5
@@ -60,7 +60,7 @@ class Attempt:
             Locked: another driver has taken the run over.
             Interrupted: a signal came while no worker was there to save anything.
         """
-        fit = _Thread(self._trainer.fit)
+        fit = SideThread(self._trainer.fit, name="ray-train")
         fit.start()
         asked = False
         with console.progress("training") as bar:
@@ -76,6 +76,8 @@ class Attempt:
                 if lock.lost:
                     lock.check()
             self._show(bar, console)
+        if fit.error is not None:
+            raise readable(fit.error) from fit.error
         result: WorkerResult = fit.result().return_value
         return result
 
@@ -101,28 +103,6 @@ class Attempt:
             f"{' and a GPU' if self._share.gpu else ''}; free now: {free.get('CPU', 0):g} CPUs, "
             f"{free.get('GPU', 0):g} GPUs"
         )
-
-
-class _Thread(threading.Thread):
-    """Runs a call beside the main thread, which has to stay free for signals."""
-
-    def __init__(self, call: Any) -> None:
-        super().__init__(daemon=True, name="ray-train")
-        self._call = call
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:  # handed to the main thread by `result`
-            self._error = error
-
-    def result(self) -> Any:
-        """What the call returned; what it raised, as an error that a person can read."""
-        if self._error is None:
-            return self._result
-        raise readable(self._error) from self._error
 
 
 def readable(error: BaseException) -> MnistDistError:

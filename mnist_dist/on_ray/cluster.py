@@ -4,6 +4,7 @@ A job runs on the cluster of its submission or of `RAY_ADDRESS`, else on a priva
 on a stranger's cluster that happens to run here.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def connected(*, verbose: bool) -> Iterator[Resources]:
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
     )
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines about each dataset are none of a person's
     try:
         yield resources()
     finally:

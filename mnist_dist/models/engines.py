@@ -1,0 +1,132 @@
+"""A bundle's model as something that only predicts, fast.
+
+Owns: how the model is called: compiled once for one batch shape, on uint8 pixels. Does not own: the pixels, or what
+becomes of the outputs.
+"""
+
+# B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist.data.images import Pixels
+from mnist_dist.models.bundle import Bundle
+
+HEAD_LAYERS = ("hidden", "dropout", "logits")
+"""The layers behind the features, in their order (`classifier`); the first one that is there takes them."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of a batch."""
+
+    probabilities: npt.NDArray[np.float32]
+    """`float32 [B, K]`, 0-1, in the order of the bundle's class names."""
+    embeddings: npt.NDArray[np.float32] | None = None
+    """`float32 [B, D]`, the features before the head; None where they were not asked for."""
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are taken at once."""
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+
+    @property
+    def num_features(self) -> int:
+        """D; 0 where embeddings were not asked for."""
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """Outputs of up to `batch_size` images, `uint8 [b, H, W, C]`, 0-255."""
+
+
+class KerasEngine:
+    """The model as Keras loads it, as a `tf.function` of one fixed batch shape.
+
+    Smaller batches are padded with zeros, whose outputs are dropped. Where the memory does not hold a batch, the batch
+    size is halved, once.
+
+    Args:
+        bundle: opened.
+        batch_size: images per call.
+        embeddings: also give the features before the head.
+        cpus: cores that a call may use; None: all.
+    """
+
+    name, precision = "keras", "float32"
+
+    def __init__(self, bundle: Bundle, *, batch_size: int, embeddings: bool = False, cpus: int | None = None) -> None:
+        import tensorflow as tf
+
+        if cpus is not None:
+            tf.config.threading.set_intra_op_parallelism_threads(cpus)
+        for device in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(device, True)
+        self.batch_size, self._halved = batch_size, False
+        self.num_classes = len(bundle.info.class_names)
+        model = _with_features(bundle.model) if embeddings else bundle.model
+        self.num_features = int(model.outputs[1].shape[-1]) if embeddings else 0
+        self._model, self._shape = model, model.input_shape[1:]
+        self._function = self._compile()
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """See `Engine`.
+
+        Raises:
+            tensorflow.errors.ResourceExhaustedError: half a batch is too much, too.
+        """
+        import tensorflow as tf
+
+        try:
+            return self._call(pixels)
+        except tf.errors.ResourceExhaustedError:
+            if self._halved or self.batch_size == 1:
+                raise
+        self._halved, self.batch_size = True, -(-self.batch_size // 2)
+        self._function = self._compile()
+        first, second = self(pixels[: self.batch_size]), pixels[self.batch_size :]
+        return _joined(first, self(second)) if len(second) else first
+
+    def _compile(self) -> Any:
+        import tensorflow as tf
+
+        signature = [tf.TensorSpec([self.batch_size, *self._shape], tf.uint8)]
+        # XLA was several times slower on CPUs, and compiles for minutes
+        function = tf.function(
+            lambda pixels: self._model(pixels, training=False), input_signature=signature, jit_compile=False
+        )
+        return function.get_concrete_function()
+
+    def _call(self, pixels: Pixels) -> Outputs:
+        import tensorflow as tf
+
+        count = len(pixels)
+        if count < self.batch_size:
+            pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *self._shape), np.uint8)])
+        outputs = self._function(tf.constant(pixels))
+        if self.num_features:
+            return Outputs(outputs[0].numpy()[:count], outputs[1].numpy()[:count])
+        return Outputs(outputs.numpy()[:count])
+
+
+def _with_features(model: Any) -> Any:
+    import keras
+
+    names = [layer.name for layer in model.layers]
+    head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
+    return keras.Model(model.inputs, [model.output, keras.ops.cast(head.input, "float32")])
+
+
+def _joined(first: Outputs, second: Outputs) -> Outputs:
+    embeddings = None
+    if first.embeddings is not None and second.embeddings is not None:
+        embeddings = np.concatenate([first.embeddings, second.embeddings])
+    return Outputs(np.concatenate([first.probabilities, second.probabilities]), embeddings)

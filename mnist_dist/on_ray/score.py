@@ -1,0 +1,404 @@
+"""The scoring job, the driver's side: what there is to score, the shards that are not done, the commit.
+
+Loads neither TensorFlow nor Keras. `on_ray/shards.py` runs the shards, `on_ray/scoring_actor.py` is what the workers
+do, `scoring/commit.py` owns what lies in the output.
+
+In what order a job goes on: a commit that was begun is replayed; else an unfinished generation is finished, without
+listing anything; else a finished table is returned, or a new generation is begun.
+"""
+
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import filesize
+
+from mnist_dist import storage
+from mnist_dist.config import ScoreJob, differences
+from mnist_dist.console import Console, Stop
+from mnist_dist.errors import ConfigError, ResourceError, ResumeConflict, TooManyBadImages
+from mnist_dist.lock import Lock
+from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
+from mnist_dist.on_ray.cluster import Resources, check_storage, connected
+from mnist_dist.on_ray.scoring_actor import ScoreTask, ShardReport
+from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, choose_actors
+from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.on_ray.tally import make_tally
+from mnist_dist.scoring.commit import Committed, Generation, Output, commit, rejudge, replay
+from mnist_dist.scoring.inputs import Listing, list_inputs
+from mnist_dist.scoring.manifest import COLUMNS, MAX_SHARD, Manifest, choose_shard_size, write_manifest
+from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
+from mnist_dist.scoring.work import Work, find_work
+
+ENGINE = "keras float32"
+LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
+TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels that travel from a task to an actor
+ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
+PROCESS_BYTES = 2**30  # of an actor, beside its model
+MODEL_COPIES = 4  # of the weights in an actor: file, Keras, constants, scratch
+SHOWN_SUFFIXES = 5
+
+
+def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
+    """Scores images into a prediction table, or goes on with it, or returns what is finished.
+
+    Args:
+        job: what to score.
+        console: what a person sees.
+
+    Returns:
+        The keys of the contract: `output`, `images` (rows of the table), `ok`, `errors` (rows that are neither ok nor
+        unsupported), `skipped` (rows that earlier runs had scored), `images_per_s`, `seconds`, and more.
+
+    Raises:
+        ConfigError: a flag, the input, the bundle or the output does not fit; found before any scoring.
+        TooManyBadImages: more rows are bad than `max_bad_fraction`; the table is there.
+        ServiceError: the storage failed, not an image; what was scored is kept.
+        WorkersFailed: workers died over the same shard more often than `max_failures`.
+        Interrupted: a signal; what was scored is kept.
+    """
+    began_at = time.time()
+    _check_storage(job, nodes=1)
+    _check_output_is_outside(job)
+    bundle = load_bundle(job.bundle)
+    output = Output(storage.absolute(job.output))
+    if job.run.dry_run:
+        return _dry_run(job, output, console=console)
+    storage.check_writable(job.output)
+    with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
+        scoring = _Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
+        return scoring.run_to_end()
+
+
+def _check_storage(job: ScoreJob, *, nodes: int) -> None:
+    named = [("output", job.output), ("bundle", job.bundle), *(("input", uri) for uri in job.inputs.input)]
+    for name, uri in named:
+        check_storage(uri, is_shared=job.run.storage_is_shared, nodes=nodes, name=name)
+
+
+def _check_output_is_outside(job: ScoreJob) -> None:
+    """A table inside of what is listed would be listed the next time."""
+    output = storage.absolute(job.output)
+    for uri in job.inputs.input:
+        if uri != "-" and f"{output}/".startswith(f"{storage.absolute(uri)}/"):
+            raise ConfigError(f"the output lies outside of the input {uri!r}. Received: output={job.output!r}")
+
+
+def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, Any]:
+    """Says what would be done; writes nothing."""
+    listing = list_inputs(job.inputs)
+    prediction_schema(job.table, carried=_carried(listing.table))
+    _say_what_was_found(listing, console)
+    committed = output.committed()
+    if committed is not None:
+        console.line(f"{output.uri} holds {committed.rows:,} rows of the model {committed.model_id[:12]}")
+    console.line("dry run: nothing was written")
+    return {"output": output.uri, "images": len(listing.table), "ok": 0, "errors": 0, "skipped": 0, "dry_run": True}
+
+
+def _say_what_was_found(listing: Listing, console: Console) -> None:
+    by_count = sorted(listing.by_suffix.items(), key=lambda item: -item[1])
+    suffixes = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in by_count[:SHOWN_SUFFIXES])
+    console.line(f"found {len(listing.table):,} images, {filesize.decimal(listing.total_bytes)} ({suffixes})")
+    notes = {
+        "in {:,} archives": listing.archives,
+        "{:,} named twice, scored once": listing.named_twice,
+        "{:,} archive members replaced by later ones of the same name": listing.duplicate_members,
+        "{:,} other files left out": listing.others,
+    }
+    said = [text.format(count) for text, count in notes.items() if count]
+    if said:
+        console.line(f"  {'; '.join(said)}")
+
+
+class _Scoring:
+    """One driver's work on an output."""
+
+    def __init__(
+        self,
+        job: ScoreJob,
+        bundle: Bundle,
+        *,
+        output: Output,
+        console: Console,
+        stop: Stop,
+        lock: Lock,
+        began_at: float,
+    ) -> None:
+        self.job, self.bundle, self.output = job, bundle, output
+        self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
+        self.reports: list[ShardReport] = []
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Does what is left to do, and gives the result."""
+        unfinished = self.output.unfinished()
+        if unfinished is not None and self._is_mine(unfinished):
+            committed = self._go_on(unfinished)
+            if self.job.mode != "incremental":
+                return self._result(committed)
+        before = self.output.committed()
+        if before is not None and self.job.mode != "fresh":
+            self._check_same(before.summary, but=("inputs",) if self.job.mode == "incremental" else ())
+        if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
+            return self._finished_before(before)
+        return self._result(self._run_new(before))
+
+    # --- what there is to do -----------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {"model_id": self.bundle.info.model_id, **self.job.settings()}
+
+    def _check_same(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> None:
+        """Raises ResumeConflict where the job is not the one that made what is there."""
+        ours = {name: value for name, value in self._settings().items() if name not in but}
+        lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
+        if lines:
+            shown = "\n  ".join(lines)
+            raise ResumeConflict(
+                f"{self.output.uri} was made by another job (take another --output, --mode incremental for other "
+                f"input, or --mode fresh for everything anew):\n  {shown}"
+            )
+
+    def _is_mine(self, unfinished: Generation) -> bool:
+        """Whether an unfinished generation is this job's; one of another job is thrown away in mode fresh."""
+        if unfinished.is_committing:
+            return True
+        try:
+            self._check_same(unfinished.plan)
+        except ResumeConflict:
+            if self.job.mode != "fresh":
+                raise
+            self.output.discard(unfinished)
+            return False
+        return True
+
+    def _go_on(self, unfinished: Generation) -> Committed:
+        if unfinished.is_committing:
+            self.console.line(f"finishing the commit of {self.output.uri}")
+            return replay(self.output, unfinished, check=self.lock.check)
+        manifest, done = Manifest(unfinished.manifest_uri), unfinished.done_shards()
+        if len(done) < manifest.shards:
+            with connected(verbose=self.job.run.verbose) as have:
+                self._score(unfinished, choose_actors(have, self.job.run), have)
+        return self._commit(unfinished)
+
+    def _finished_before(self, before: Committed) -> dict[str, Any]:
+        ok = self._judge(before.summary["statuses"], before.rows)
+        if ok == before.failed:
+            before = rejudge(self.output, before, ok=ok)
+        self.console.line(f"{self.output.uri} is finished; --mode incremental scores what is new, --mode fresh all")
+        return self._result(before)
+
+    def _run_new(self, before: Committed | None) -> Committed:
+        """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
+        listing = SideThread(lambda: find_work(self.job, self.output, before=before), name="listing")
+        listing.start()
+        listing.join(LIST_BEFORE_RAY_S)
+        if not listing.is_alive() and not len(listing.result().table):
+            return self._nothing_new(before)
+        with connected(verbose=self.job.run.verbose) as have:
+            self.stop.take_signals()
+            while listing.is_alive():
+                listing.join(POLL_S)
+                self.stop.check()
+            if not len(listing.result().table):
+                return self._nothing_new(before)
+            actors = choose_actors(have, self.job.run)
+            generation = self._begin(listing.result(), before, actors)
+            self._score(generation, actors, have)
+        return self._commit(generation)
+
+    def _nothing_new(self, before: Committed | None) -> Committed:
+        assert before is not None, "without a table, a listing that finds nothing raises"
+        self.console.line(f"{self.output.uri}: there is nothing to score")
+        return before
+
+    def _begin(self, work: Work, before: Committed | None, actors: Actors) -> Generation:
+        """Checks what can be checked with the list at hand, and writes down what is to be done."""
+        if work.listing is not None:
+            _say_what_was_found(work.listing, self.console)
+        if before is not None and not work.replaces_all:
+            self.console.line(f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows")
+        prediction_schema(self.job.table, carried=_carried(work.table))
+        check_room(self.job, self.bundle, rows=len(work.table), output=self.output.uri, actors=actors.count)
+        size = self.job.shard_size or choose_shard_size(
+            len(work.table),
+            total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
+            most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
+        )
+        plan = {
+            "model_id": self.bundle.info.model_id,
+            "settings": self._settings(),
+            "replaces_all": work.replaces_all,
+            "engine": ENGINE,
+            "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
+        }
+        return self.output.begin(plan, manifest=lambda uri: write_manifest(uri, work.table, shard_size=size))
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def _score(self, generation: Generation, actors: Actors, have: Resources) -> None:
+        """Scores the shards that are not done."""
+        _check_storage(self.job, nodes=have.nodes)
+        self.stop.take_signals()
+        manifest, done = Manifest(generation.manifest_uri), generation.done_shards()
+        rows_done = sum(manifest.shard_rows(shard) for shard in done)
+        self.console.line(
+            f"scoring {manifest.rows - rows_done:,} images in {manifest.shards - len(done):,} shards"
+            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {ENGINE}, "
+            f"{actors}, of {have}"
+        )
+        task = ScoreTask(
+            bundle=storage.absolute(self.job.bundle),
+            model_id=self.bundle.info.model_id,
+            generation=generation,
+            spec=self.bundle.info.spec,
+            table=self.job.table,
+            decoding=self.job.decoding,
+            batch_size=self.job.run.batch_size,
+            cpus=None if have.nodes == 1 and actors.cpus == have.cpus else max(1, int(actors.cpus)),
+            remote=any(storage.is_remote(uri) for uri in self.job.inputs.input),
+            max_failures=self.job.run.max_failures,
+            run_id=uuid.uuid4().hex,
+            tally=make_tally(),
+        )
+        left = [shard for shard in range(manifest.shards) if shard not in done]
+        run = ShardRun(task, left, actors=actors)
+        with self.console.progress("scoring") as bar:
+            self.reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=manifest.rows)
+        self._say_how_it_went(actors)
+
+    def _say_how_it_went(self, actors: Actors) -> None:
+        images, seconds = self._images_scored(), self._seconds_scoring()
+        if images and seconds:
+            self.console.line(
+                f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s; slowest stage: "
+                f"{slowest_stage(self.reports, actors, seconds=seconds)}"
+            )
+
+    def _images_scored(self) -> int:
+        return sum(report.statuses.total() for report in self.reports)
+
+    def _seconds_scoring(self) -> float:
+        """From the first shard's begin to the last one's end."""
+        if not self.reports:
+            return 0.0
+        return max(report.ended_at for report in self.reports) - min(report.began_at for report in self.reports)
+
+    # --- the table ---------------------------------------------------------------------------------------------------
+
+    def _commit(self, generation: Generation) -> Committed:
+        manifest = Manifest(generation.manifest_uri)
+        summary = {
+            "settings": self._settings(),
+            "bundle": storage.absolute(self.job.bundle),
+            "engine": ENGINE,
+            "images_per_s": self._images_per_s(),
+        }
+        with self.console.progress("committing") as bar:
+            return commit(
+                self.output,
+                generation,
+                shards=manifest.shards,
+                schema=prediction_schema(self.job.table, carried=manifest.carried),
+                superseded=not generation.plan["replaces_all"],
+                replace_all=generation.plan["replaces_all"],
+                judge=self._judge,
+                summary=summary,
+                check=self._check,
+                progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
+            )
+
+    def _check(self) -> None:
+        self.stop.check()
+        self.lock.check()
+
+    def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
+        """Whether a table is good enough."""
+        return _bad(statuses) <= self.job.run.max_bad_fraction * rows
+
+    def _images_per_s(self) -> float | None:
+        seconds = self._seconds_scoring()
+        return round(self._images_scored() / seconds, 2) if seconds else None
+
+    def _result(self, committed: Committed) -> dict[str, Any]:
+        """The JSON line's keys, once they were shown to a person.
+
+        Raises:
+            TooManyBadImages: the table was judged bad.
+        """
+        statuses = committed.summary["statuses"]
+        scored = self._images_scored()
+        result = {
+            "output": self.output.uri,
+            "images": committed.rows,
+            "ok": statuses.get("ok", 0),
+            "errors": _bad(statuses),
+            "skipped": committed.rows - scored,
+            "images_per_s": self._images_per_s(),
+            "seconds": round(time.time() - self.began_at, 2),
+            "statuses": statuses,
+            "generation": committed.generation,
+            "model_id": committed.model_id,
+        }
+        self.console.line(f"{committed.rows:,} rows: " + ", ".join(f"{v:,} {k}" for k, v in statuses.items() if v))
+        for status, examples in committed.summary["examples"].items():
+            for example in examples:
+                self.console.line(f"  {status}: {example['uri']}: {example['error']}")
+        if committed.failed:
+            raise TooManyBadImages(
+                f"{_bad(statuses):,} of {committed.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
+                f"allows {self.job.run.max_bad_fraction:.2%}. The table is complete, marked _FAILED: {self.output.uri}",
+                result,
+            )
+        return result
+
+
+def _bad(statuses: Mapping[str, int]) -> int:
+    return sum(count for status, count in statuses.items() if status not in NOT_BAD)
+
+
+def _carried(table: pa.Table) -> pa.Schema:
+    return pa.schema([field for field in table.schema if field.name not in COLUMNS.names])
+
+
+def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors: int) -> None:
+    """Looks at free disk and memory of this node before the work.
+
+    Raises:
+        ResourceError: there is less than the job will take, by an estimate that is rather low.
+    """
+    weights = (bundle.path / MODEL_FILE).stat().st_size
+    needed = actors * (PROCESS_BYTES + MODEL_COPIES * weights)
+    free = psutil.virtual_memory().available
+    if free < needed:
+        raise ResourceError(
+            f"{actors} actor(s) take about {needed / 1e9:.1f} GB of memory. Received: {free / 1e9:.1f} GB free"
+        )
+    if storage.is_remote(output):
+        return
+    row_bytes = ROW_BYTES + 4 * len(bundle.info.class_names)
+    needed, free = 2 * rows * row_bytes, shutil.disk_usage(output).free  # shards, and the parts made of them
+    if free < needed:
+        raise ResourceError(
+            f"{rows:,} rows take about {needed / 1e9:.1f} GB of disk while they are written. "
+            f"Received: {free / 1e9:.1f} GB free below {output!r}"
+        )
+
+
+def slowest_stage(reports: list[ShardReport], actors: Actors, *, seconds: float) -> str:
+    """Which stage was busy most of the time, over all actors."""
+    newest = {report.process: report.times for report in reports}  # a process' times count from its start
+    shares = {
+        "the model": sum(times.model_s for times in newest.values()) / actors.count,
+        "decoding": sum(times.decode_s for times in newest.values()) / actors.count / max(1.0, actors.cpus),
+        "reading": sum(times.read_s for times in newest.values()) / actors.count / max(1.0, actors.cpus),
+    }
+    stage = max(shares, key=lambda name: shares[name])
+    return f"{stage} (busy {min(1.0, shares[stage] / seconds):.0%} of the time)"

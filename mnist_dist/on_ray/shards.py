@@ -1,0 +1,145 @@
+"""Ray Data over the shards of a generation: actors that hold the model, and CPU tasks that decode for them.
+
+Owns: what Ray is asked for, showing progress while it works, and what a failure of Ray means to a person. Does not
+own: what is done with a shard (`scoring_actor`), or which shards there are.
+"""
+
+import pickle
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+import ray.data
+
+from mnist_dist.config import ScoreRunConfig
+from mnist_dist.console import Bar, Stop
+from mnist_dist.errors import WorkersFailed
+from mnist_dist.lock import Lock
+from mnist_dist.on_ray.cluster import Resources, share
+from mnist_dist.on_ray.scoring_actor import DecodeTask, ScoreTask, ScoringActor, ShardReport
+from mnist_dist.on_ray.side_thread import SideThread
+
+POLL_S = 0.2
+SHARDS_AT_ONCE = 2  # in an actor: the next one is decoded while the model ends the last
+SHARDS_IN_FLIGHT = 3  # with the one that waits, so that no actor waits for the driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """What the job takes of the cluster."""
+
+    count: int
+    cpus: float
+    """Of each."""
+    gpus: float
+    """Of each."""
+    decode_in_tasks: bool
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
+        decoding = "images decoded in CPU tasks" if self.decode_in_tasks else "images decoded in its threads"
+        return f"{self.count} actor(s) of {self.cpus:g} CPU{gpus}, {decoding}"
+
+
+def choose_actors(have: Resources, run: ScoreRunConfig) -> Actors:
+    """What a job takes: one actor per GPU, or per node, unless it says otherwise.
+
+    Raises:
+        ResourceError: the cluster has less than was asked for.
+    """
+    gpus = run.gpus_per_actor if run.gpus_per_actor is not None else float(have.gpus > 0)
+    in_tasks = run.decode == "tasks" or (run.decode == "auto" and gpus > 0)
+    count = run.actors or (max(1, int(have.gpus / gpus)) if gpus else have.nodes)
+    cpus = run.cpus_per_actor
+    if cpus is None and in_tasks:
+        cpus = min(1.0, have.cpus / count / 2)  # the others decode
+    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus > 0)
+    return Actors(count=count, cpus=mine.cpus, gpus=gpus, decode_in_tasks=in_tasks)
+
+
+class ShardRun:
+    """The shards that are left, on their way through the cluster.
+
+    Args:
+        task: what every worker is told.
+        shards: their numbers.
+        actors: what the job takes.
+    """
+
+    def __init__(self, task: ScoreTask, shards: Sequence[int], *, actors: Actors) -> None:
+        self._task, self._shards, self._actors = task, shards, actors
+        self._answers: queue.SimpleQueue[ShardReport | BaseException] = queue.SimpleQueue()
+
+    def run_to_end(self, *, bar: Bar, stop: Stop, lock: Lock, done: int, total: int) -> list[ShardReport]:
+        """Scores the shards; shows progress, and ends where a signal comes: what is done stays done.
+
+        Args:
+            bar: to show progress on.
+            stop: looked at all the time.
+            lock: looked at all the time.
+            done: images that were scored before.
+            total: images of the generation.
+
+        Raises:
+            MnistDistError, OSError: what a worker came upon.
+            WorkersFailed: Ray Data gave up.
+            Interrupted: a signal came.
+            Locked: another driver has taken over.
+        """
+        reports: list[ShardReport] = []
+        work = SideThread(self._drain, name="ray-data")
+        work.start()
+        alive = True
+        while alive:
+            work.join(POLL_S)
+            alive = work.is_alive()  # before the queue is emptied, so that nothing is left in it at the end
+            while not self._answers.empty():
+                answer = self._answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                reports.append(answer)
+            stop.check()
+            if lock.lost:
+                lock.check()
+            self._show(bar, done=done, total=total)
+        if work.error is not None:
+            raise WorkersFailed(_words(work.error)) from work.error
+        return reports
+
+    def _drain(self) -> None:
+        """Lets Ray Data run, in a side thread."""
+        for batch in self._dataset().iter_batches(batch_size=None, prefetch_batches=0):
+            for answer in batch["answer"]:
+                self._answers.put(pickle.loads(answer))
+
+    def _dataset(self) -> "ray.data.Dataset":
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        items = [{"shard": shard} for shard in self._shards]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        if self._actors.decode_in_tasks:
+            dataset = dataset.map_batches(DecodeTask(self._task), batch_size=None, num_cpus=1)
+        return dataset.map_batches(
+            ScoringActor,
+            fn_constructor_args=(self._task,),
+            batch_size=None,
+            num_cpus=self._actors.cpus,
+            num_gpus=self._actors.gpus,
+            compute=ray.data.ActorPoolStrategy(
+                size=self._actors.count,
+                max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+                max_concurrent_calls_per_actor=SHARDS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+        )
+
+    def _show(self, bar: Bar, *, done: int, total: int) -> None:
+        ok, other = ray.get(self._task.tally.total.remote())
+        note = f"{done + ok + other:,} of {total:,} images, {other:,} not ok"
+        bar.update(done=done + ok + other, total=total, note=note)
+
+
+def _words(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error.__cause__ or error
+    words = (str(cause).strip() or "no message").splitlines()[0]
+    return f"the workers failed: {type(cause).__name__}: {words} (--verbose and Ray's logs show where)"

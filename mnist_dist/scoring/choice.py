@@ -1,0 +1,257 @@
+"""Which files are scored, and the row that each becomes: a listed file, a line of a list, a member of an archive.
+
+Owns: include, exclude and name endings, and what is known of a row before it is read. Does not own: where files are
+looked for (`inputs`), or what an archive holds (`data/archives`).
+
+Contract: a file whose name is no image's is left out and counted, unless a person named it. Whatever was named gets
+its row: what cannot be read is a row that says so.
+"""
+
+import collections
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from mnist_dist import storage
+from mnist_dist.config import InputConfig
+from mnist_dist.data.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
+from mnist_dist.data.images import IMAGE_SUFFIXES
+from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.scoring import listed
+from mnist_dist.scoring.listed import Row
+
+_IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_MOST_SUFFIXES = 1_000  # counted one by one; names that end in numbers would fill the memory
+_REST = "..."
+
+
+@dataclass
+class LeftOut:
+    """Counts of the files that are not scored."""
+
+    by_suffix: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Files whose name is no image's, by its lower-case ending."""
+    by_pattern: int = 0
+    """Files left out by include and exclude."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.by_suffix.total() + self.by_pattern
+
+    def add(self, suffix: str, files: int = 1) -> None:
+        """Counts files whose name ends so."""
+        known = suffix in self.by_suffix or len(self.by_suffix) < _MOST_SUFFIXES
+        self.by_suffix[suffix if known else _REST] += files
+
+    def update(self, other: "LeftOut") -> None:
+        """Counts what another one counted, too."""
+        for suffix, files in other.by_suffix.items():
+            self.add(suffix, files)
+        self.by_pattern += other.by_pattern
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which names are taken."""
+
+    all_files: bool
+    include: re.Pattern[str] | None
+    exclude: re.Pattern[str] | None
+
+    @classmethod
+    def of(cls, config: InputConfig) -> "Choice":
+        """What the configuration says."""
+        return cls(config.all_files, _any_of(config.include), _any_of(config.exclude))
+
+    def matches(self, uri: str, name: str) -> bool:
+        """Whether include and exclude take the image with this URI or path."""
+        if self.include is None and self.exclude is None:
+            return True
+        texts = (uri, name.rpartition("/")[2])
+        included = self.include is None or any(map(self.include.match, texts))
+        return included and not self.excludes(uri, name)
+
+    def excludes(self, uri: str, name: str) -> bool:
+        """Whether exclude names it."""
+        return self.exclude is not None and any(map(self.exclude.match, (uri, name.rpartition("/")[2])))
+
+    def takes(self, uri: str, name: str, left_out: LeftOut, *, named: bool = False) -> bool:
+        """Whether the file is scored; if not, it is counted.
+
+        Args:
+            uri: of the file, or of the member of an archive.
+            name: its path; a member's: within its archive.
+            left_out: where it is counted.
+            named: a person named it, so that its name may end in anything.
+        """
+        suffix = _suffix(name)
+        if suffix not in _IMAGE_SUFFIXES and not named and (not self.all_files or is_archive(name)):
+            left_out.add(suffix)
+            return False
+        if not self.matches(uri, name):
+            left_out.by_pattern += 1
+            return False
+        return True
+
+    def keeps(self, row: Row, left_out: LeftOut) -> bool:
+        """Whether a row that a person named stays: by include and exclude; if not, it is counted."""
+        name = _member_name(row.uri, row.archive) if row.archive else row.uri
+        # include is for the members of an archive, not for itself
+        kept = not self.excludes(row.uri, name) if row.uri == row.archive else self.matches(row.uri, name)
+        left_out.by_pattern += not kept
+        return kept
+
+
+def row_of_entry(entry: storage.Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> Row | None:
+    """The row of a listed file, or of an archive that is still to be opened; None: it is left out, and counted."""
+    uri = entry.uri
+    if _suffix(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
+        row = Row(uri, archive=uri)
+        return row if choice.keeps(row, left_out) else None
+    if not choice.takes(uri, uri, left_out, named=named):
+        return None
+    # without an etag it is a link to nowhere
+    return Row(uri, entry.size_bytes, entry.etag) if entry.etag else Row(uri)
+
+
+def row_of_line(line: str) -> Row:
+    """The row of a URI in a list, whatever it is; an archive, or a member of one, is still to be opened.
+
+    Raises:
+        ServiceError: see `storage`.
+    """
+    scheme, _, rest = line.partition("://")
+    try:
+        remote = storage.is_remote(line)
+    except StorageError:
+        return Row(line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://")
+    if remote and not all(rest.partition("/")[::2]):
+        return Row(line, status="unsupported", error="an image on S3 is s3://bucket/key")
+    member = split_member(line)
+    if member is not None:
+        archive = storage.absolute(member[0])
+        return Row(f"{archive}{SEPARATOR}{member[1]}", archive=archive)
+    uri = storage.absolute(line)
+    if is_archive(uri):
+        return Row(uri, archive=uri)
+    return Row(uri) if remote else _row_of_path(uri)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The rows of one archive."""
+
+    table: pa.Table
+    duplicates: int
+    """Members that a later one of the same name replaces."""
+    left_out: LeftOut
+
+
+def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
+    """The rows of an archive, in place of the rows that ask for it.
+
+    Args:
+        archive: its URI.
+        asked: rows that name the archive (all members that are taken) or one member (it, whatever it is).
+        choice: which members are taken.
+
+    Returns:
+        The members in the order of the archive, with the carried columns of the rows that ask for them.
+
+    Raises:
+        ServiceError, StorageError: see `storage`.
+    """
+    index = index_archive(archive)
+    left_out = LeftOut()
+    wanted: dict[str, list[int]] = {}
+    whole = []
+    for number, uri in enumerate(asked["uri"].to_pylist()):
+        if uri == archive:
+            whole.append(number)
+        else:
+            wanted.setdefault(_member_name(uri, archive), []).append(number)
+    all_rows = ((number, row) for number in whole for row in _all_rows(index, choice, left_out))
+    origins: list[int] = []
+    table = listed.table_of(_noted(itertools.chain(all_rows, _wanted_rows(index, wanted)), origins))
+    for name in asked.column_names[len(table.column_names) :]:
+        column = listed.taken(asked[name], pa.array(origins, pa.int64()))
+        table = table.append_column(asked.schema.field(name), column)
+    return Opened(table, index.duplicates, left_out)
+
+
+def _row_of_path(path: str) -> Row:
+    try:
+        entry = storage.entry_of(path)
+    except OSError:  # whoever reads it finds out why
+        return Row(path)
+    except ValueError as err:  # a path with a zero byte cannot even be read
+        return Row(path, status="unsupported", error=str(err))
+    return Row(path, entry.size_bytes, entry.etag)
+
+
+def _noted(numbered: Iterable[tuple[int, Row]], numbers: list[int]) -> Iterator[Row]:
+    for number, row in numbered:
+        numbers.append(number)
+        yield row
+
+
+def _all_rows(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterator[Row]:
+    archive = index.entry.uri
+    if index.problem is not None:
+        error = f"{index.problem.message}; {len(index.members):,} members were readable"
+        yield Row(archive, etag=index.entry.etag or None, status=index.problem.status, error=error)
+    for member in index.members:
+        if choice.takes(f"{archive}{SEPARATOR}{member.name}", member.name, left_out):
+            yield _row_of_member(index, member)
+
+
+def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[tuple[int, Row]]:
+    """Members by name, with the numbers of the rows that ask for them."""
+    names = {member.name for member in index.members if member.name in wanted}
+    for member in index.members:
+        for number in wanted.get(member.name, ()):
+            yield number, _row_of_member(index, member)
+    lost = index.problem or ImageError("missing", "no such member")
+    for name, numbers in wanted.items():
+        if name not in names:
+            # no archive: there is nothing to be read
+            row = Row(
+                f"{index.entry.uri}{SEPARATOR}{name}",
+                etag=index.entry.etag or None,
+                status=lost.status,
+                error=lost.message,
+            )
+            yield from ((number, row) for number in numbers)
+
+
+def _row_of_member(index: ArchiveIndex, member: Member) -> Row:
+    return Row(
+        uri=f"{index.entry.uri}{SEPARATOR}{member.name}",
+        size_bytes=member.size_bytes,
+        etag=index.entry.etag,
+        archive=index.entry.uri,
+        packing=member.packing,
+        offset=member.offset,
+        stored_bytes=member.stored_bytes,
+        crc32=member.crc32,
+        status=None if member.problem is None else member.problem.status,
+        error=None if member.problem is None else member.problem.message,
+    )
+
+
+def _member_name(uri: str, archive: str) -> str:
+    return uri.removeprefix(f"{archive}{SEPARATOR}")
+
+
+def _suffix(name: str) -> str:
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") else ""
+
+
+def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(fnmatch.translate, patterns))) if patterns else None

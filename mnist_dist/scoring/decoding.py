@@ -1,0 +1,169 @@
+"""The rows of shards to decoded images, in a pool of threads that knows no end of a shard.
+
+Owns: in which threads images are read and decoded, how many at once, how long one may take, and where the time went.
+Does not own: what a request reads (`reading`), the pixels (`data/images.py`), or what becomes of them (a `Sink`).
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from mnist_dist.config import DecodeConfig
+from mnist_dist.data.images import Decoded, ImageSpec, decode_image
+from mnist_dist.data.isolation import IsolatedDecoder
+from mnist_dist.errors import DecoderStuck, ImageError
+from mnist_dist.scoring.reading import Encoded, Read, plan_reads
+
+LOOK_S = 1.0  # between looks at how long decoding takes
+
+
+@dataclass
+class Times:
+    """Where the time went, s, summed over threads."""
+
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    model_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads a process has for its images.
+
+    Args:
+        decoding: that decode at the same time: one per core.
+        reading: beside those, that wait for storage.
+    """
+
+    decoding: int
+    reading: int
+
+
+class Sink(Protocol):
+    """What takes the images of one shard, from several threads."""
+
+    failure: BaseException | None
+
+    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
+        """Takes the image of a row; may wait, which holds reading back."""
+
+    def abort(self, failure: BaseException) -> None:
+        """The rest of the shard does not come."""
+
+
+class DecodePool:
+    """Threads that read and decode.
+
+    Args:
+        spec: of the decoded images.
+        config: what is done for one image at most.
+        threads: see `Threads`.
+
+    Attributes:
+        times: of reading and decoding so far.
+    """
+
+    def __init__(self, spec: ImageSpec, *, config: DecodeConfig, threads: Threads) -> None:
+        self._spec, self._config = spec, config
+        self._pool = ThreadPoolExecutor(threads.decoding + threads.reading, thread_name_prefix="decode")
+        self._slots = threading.Semaphore(threads.decoding)
+        self._begun: dict[int, float] = {}  # by thread: since when it has been decoding
+        self._child = IsolatedDecoder(spec, max_pixels=config.max_pixels, timeout_s=config.image_timeout_s)
+        self.times, self._times_lock = Times(), threading.Lock()
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._child.close()
+
+    def begin(self, rows: pa.Table, sink: Sink, *, isolated: bool) -> None:
+        """Has the rows of a shard (`manifest.COLUMNS`) read and decoded, and returns.
+
+        Args:
+            rows: of the shard.
+            sink: gets one image for each row, or is told why the rest does not come.
+            isolated: decode in a child process, image by image, which is slow and survives any image.
+        """
+        decode = self._child.decode if isolated else self._decode_here
+        for read in plan_reads(rows, most_bytes=self._config.max_bytes):
+            self._pool.submit(self._run, read, sink, decode)
+
+    def check_times(self) -> None:
+        """Raises DecoderStuck where an image takes longer than it may."""
+        limit_s = self._config.image_timeout_s
+        if any(time.monotonic() - since > limit_s for since in list(self._begun.values())):
+            raise DecoderStuck(f"decoding an image takes longer than {limit_s:g} s")
+
+    def _run(self, read: Read, sink: Sink, decode: Callable[[bytes], Decoded]) -> None:
+        try:
+            began = time.perf_counter()
+            for row, encoded in zip(read.rows, read.run(), strict=True):
+                if sink.failure is not None:
+                    return
+                self._count(read_s=time.perf_counter() - began)
+                sink.take(row, encoded, self._image(encoded, decode))
+                began = time.perf_counter()
+        except BaseException as failure:  # of the service, or a fault of ours: whoever waits for the shard raises it
+            sink.abort(failure)
+
+    def _image(self, encoded: Encoded, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
+        if isinstance(encoded.data, ImageError):
+            return encoded.data
+        with self._slots:
+            began = time.perf_counter()
+            try:
+                return decode(encoded.data)
+            except ImageError as error:
+                return error
+            finally:
+                self._count(decode_s=time.perf_counter() - began)
+
+    def _decode_here(self, data: bytes) -> Decoded:
+        """Decodes in this thread, under the eyes of `check_times`."""
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            return decode_image(data, self._spec, max_pixels=self._config.max_pixels)
+        finally:
+            del self._begun[thread]
+
+    def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0) -> None:
+        with self._times_lock:
+            self.times.read_s += read_s
+            self.times.decode_s += decode_s
+
+
+class Collector:
+    """A sink that keeps everything, for images that are classified elsewhere."""
+
+    def __init__(self, rows: int) -> None:
+        self.images: list[Decoded | ImageError] = [ImageError("failed", "not decoded")] * rows
+        self.size_bytes: list[int | None] = [None] * rows
+        self.etags: list[str | None] = [None] * rows
+        self.failure: BaseException | None = None
+        self._left, self._lock, self._done = rows, threading.Lock(), threading.Event()
+
+    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
+        self.images[row], self.size_bytes[row], self.etags[row] = image, encoded.size_bytes, encoded.etag
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def abort(self, failure: BaseException) -> None:
+        self.failure = self.failure or failure
+        self._done.set()
+
+    def wait(self, pool: DecodePool) -> None:
+        """Returns when all rows are there; raises what kept them from coming."""
+        while not self._done.wait(LOOK_S):
+            pool.check_times()
+        if self.failure is not None:
+            raise self.failure

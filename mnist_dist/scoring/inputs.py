@@ -1,0 +1,374 @@
+"""From what a person named to a table of what there is to score.
+
+Owns: what a name stands for (a file, a folder, a prefix, a glob, an archive, a list), and the way from there to rows.
+Does not own: which files are taken and what is in an archive (`choice`), the table's order and doubles (`listed`),
+the formats of lists (`uri_lists`).
+
+Contract: nothing is read but lists and the indexes of archives, and no row is lost: what is known to be unusable has
+its status from here on, and what a list names on S3 is not looked for, so that it shows when it is read. A name that
+exists is itself before it is a glob.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import glob
+import itertools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TextIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist import storage
+from mnist_dist.config import InputConfig, require
+from mnist_dist.data.archives import split_member
+from mnist_dist.data.images import IMAGE_SUFFIXES
+from mnist_dist.data.sources import map_in_threads
+from mnist_dist.errors import DataError
+from mnist_dist.scoring import listed, uri_lists
+from mnist_dist.scoring.choice import Choice, LeftOut, Opened, open_archive, row_of_entry, row_of_line
+from mnist_dist.scoring.listed import Row, Run
+from mnist_dist.scoring.manifest import COLUMNS, SHARD
+from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, TOP_K
+from mnist_dist.scoring.uri_lists import Lines
+
+_log = logging.getLogger(__name__)
+_STDIN = "-"
+_OWN_COLUMNS = frozenset({*COLUMNS.names, SHARD.name, *CONTRACT.names, *TOP_K.names, *EMBEDDING.names})
+_THREADS = 8  # waiting for storage, not for a core
+_AHEAD = 16  # archives, or pieces of a list
+_PIECE_LINES = 1_000
+_PROGRESS_ENTRIES = 1_000
+_MOST_SHOWN = 10  # inputs, or endings of names, in a message
+_MAGIC = re.compile(r"[*?\[]")
+_ESCAPED = re.compile(r"\[([*?\[])\]")
+_GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
+
+Scan = Callable[[str], Iterator[storage.Entry]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is to score."""
+
+    table: pa.Table
+    """`manifest.COLUMNS`, then the carried columns: each URI once; the inputs in the order given, each of them sorted
+    by URI, members in the order of their archive."""
+    by_suffix: Mapping[str, int]
+    """Images by the lower-case ending of their name (`.jpg`), the most frequent first."""
+    archives: int
+    """Archives that were opened."""
+    named_twice: int
+    """Rows left out as their URI had come before: the first one counts."""
+    duplicate_members: int
+    """Members of archives that a later one of the same name replaces."""
+    others: int
+    """Files left out as their name is no image's, or by include and exclude."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the images whose size is known."""
+        return int(pc.sum(self.table["size_bytes"]).as_py() or 0)
+
+
+def list_inputs(
+    config: InputConfig, *, stdin: TextIO | None = None, progress: Callable[[int], None] | None = None
+) -> Listing:
+    """Finds everything that `config.input` names.
+
+    Args:
+        config: what is named, and which of it is taken.
+        stdin: where the input `-` is read. None: the process's own.
+        progress: called now and then with the number of images found so far.
+
+    Raises:
+        ConfigError: a carried column has the name of one that the predictions have.
+        DataError: an input is not there, may not be listed or is no readable list; nothing was found.
+        ServiceError, StorageError: see `storage`.
+    """
+    return _Search(config, stdin=stdin, progress=progress, scan=storage.scan_entries).listing()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What one input stands for, and what was left out there."""
+
+    name: str
+    """As it was given."""
+    kind: Literal["stdin", "line", "list", "glob", "tree"]
+    uri: str
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether it names images one by one."""
+        return self.kind in ("stdin", "line", "list")
+
+
+class _Search:
+    """One listing under way.
+
+    Args:
+        config, stdin, progress: of `list_inputs`.
+        scan: gives what is at or below a URI, as `storage.scan_entries`.
+    """
+
+    def __init__(
+        self, config: InputConfig, *, stdin: TextIO | None, progress: Callable[[int], None] | None, scan: Scan
+    ) -> None:
+        self._config = config
+        self._choice = Choice.of(config)
+        self._carried = tuple(dict.fromkeys(config.carried))
+        self._stdin = stdin
+        self._progress = progress or (lambda images: None)
+        self._scan = scan
+        self._images = 0
+        self._archives: dict[str, int] = {}
+        """The archives that were opened, and how many members of each are replaced by later ones."""
+
+    def listing(self) -> Listing:
+        """Finds everything."""
+        taken = sorted(_OWN_COLUMNS.intersection(self._carried))
+        require(not taken, "carry names columns that the predictions do not have themselves", carry=taken)
+        places = [_place_of(name) for name in self._config.input]
+        columns = {place.uri: _columns_of(place) for place in places if place.kind == "list"}
+        _check_carried(self._carried, columns)
+        tables = [self._table_of(place, columns.get(place.uri, ())) for place in places]
+        found = listed.joined(tables, self._carried)
+        if not len(found):
+            raise DataError(_nothing(self._config, places))
+        # a tree, or the files that match a glob, name nothing twice
+        once = found if len(places) == 1 and not places[0].is_listed else listed.first_of_each(found)
+        table = once if self._config.sample is None else listed.sample_of(once, self._config.sample)
+        table = listed.compact(table.slice(0, self._config.limit))
+        return Listing(
+            table=table,
+            by_suffix=listed.count_suffixes(table),
+            archives=len(self._archives),
+            named_twice=len(found) - len(once),
+            duplicate_members=sum(self._archives.values()),
+            others=sum(place.left_out.total for place in places),
+        )
+
+    def _table_of(self, place: _Place, columns: Sequence[str]) -> pa.Table:
+        _log.info("listing %s", place.name)
+        with _errors_of(place.name):
+            table = self._named(place, columns) if place.is_listed else self._scanned(place)
+            table = self._with_members(listed.sorted_by_uri(table), place)
+        self._progress(self._images)
+        return table
+
+    def _scanned(self, place: _Place) -> pa.Table:
+        entries = _matching(place.uri, self._scan) if place.kind == "glob" else self._scan(place.uri)
+        first = next(entries, None)
+        if first is None and not os.path.isdir(place.uri):
+            raise _not_there(place.name, place.uri)
+        return listed.table_of(self._rows(itertools.chain([first] if first else [], entries), place))
+
+    def _rows(self, entries: Iterable[storage.Entry], place: _Place) -> Iterator[Row]:
+        for count, entry in enumerate(entries, start=1):
+            row = row_of_entry(entry, self._choice, place.left_out, named=entry.uri == place.uri)
+            if row is not None:
+                self._images += not row.waits
+                yield row
+            if count % _PROGRESS_ENTRIES == 0:
+                self._progress(self._images)
+
+    def _named(self, place: _Place, columns: Sequence[str]) -> pa.Table:
+        carried = [name for name in self._carried if name in columns]
+        batches = [self._batch(lines, place) for lines in self._lines(place, carried)]
+        return pa.Table.from_batches(batches) if batches else COLUMNS.empty_table()
+
+    def _lines(self, place: _Place, carried: Sequence[str]) -> Iterator[Lines]:
+        if place.kind == "line":
+            return iter([Lines([place.uri])])
+        if place.kind == "list":
+            return uri_lists.read_list(place.uri, carried=carried)
+        return uri_lists.read_text(self._stdin or _own_stdin())
+
+    def _batch(self, lines: Lines, place: _Place) -> pa.RecordBatch:
+        pieces = (lines.uris[start : start + _PIECE_LINES] for start in range(0, len(lines.uris), _PIECE_LINES))
+        rows: list[Row] = []
+        kept: list[bool] = []
+        for piece in map_in_threads(_rows_of_lines, pieces, threads=_THREADS, ahead=_AHEAD):
+            rows += piece
+            kept += [self._choice.keeps(row, place.left_out) for row in piece]
+            self._images += sum(not row.waits for row in piece)
+            self._progress(self._images)
+        batch = listed.batch_of(rows)
+        for name, values in lines.carried.items():
+            batch = batch.append_column(name, values)
+        return batch.filter(pa.array(kept, pa.bool_()))
+
+    def _with_members(self, table: pa.Table, place: _Place) -> pa.Table:
+        """The table with the rows of each archive in the place of the rows that ask for them."""
+        pieces, done = [], 0
+        work = functools.partial(_open_run, table=table, choice=self._choice)
+        for run, opened in map_in_threads(work, listed.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
+            pieces += [table.slice(done, run.start - done), opened.table]
+            done = run.stop
+            self._archives[run.archive] = opened.duplicates
+            place.left_out.update(opened.left_out)
+            self._images += len(opened.table)
+            self._progress(self._images)
+        pieces.append(table.slice(done))
+        return pa.concat_tables([piece for piece in pieces if len(piece)] or [table])
+
+
+def _open_run(run: Run, *, table: pa.Table, choice: Choice) -> tuple[Run, Opened]:
+    return run, open_archive(run.archive, table.slice(run.start, run.stop - run.start), choice)
+
+
+def _rows_of_lines(lines: Sequence[str]) -> list[Row]:
+    return [row_of_line(line) for line in lines]
+
+
+def _own_stdin() -> TextIO:
+    # a name may be any bytes, and they come back when it is opened
+    return open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False)
+
+
+def _columns_of(place: _Place) -> tuple[str, ...]:
+    with _errors_of(place.name):
+        return uri_lists.column_names(place.uri)
+
+
+def _check_carried(carried: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
+    there = sorted(set(itertools.chain.from_iterable(columns.values())))
+    missing = [name for name in carried if name not in there]
+    if missing:
+        raise DataError(
+            f"carry names columns of the manifests among the inputs: {', '.join(there) or 'there are none'}."
+            f" Received: carry={', '.join(missing)}"
+        )
+
+
+@contextlib.contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as err:
+        raise DataError(f"it may not be listed: {err}. Received: input={name!r}") from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"it cannot be listed: {err}. Received: input={name!r}") from err
+
+
+# --- what a name stands for ------------------------------------------------------------------------------------------
+
+
+def _place_of(name: str) -> _Place:
+    """What exists is itself; then a member of an archive, then a glob."""
+    if name == _STDIN:
+        return _Place(name, "stdin", name)
+    with _errors_of(name):
+        return _remote_place(name) if storage.is_remote(name) else _local_place(name)
+
+
+def _remote_place(name: str) -> _Place:
+    uri = storage.absolute(name)
+    if uri_lists.is_list(uri) and _is_object(uri):
+        return _Place(name, "list", uri)
+    is_plain = split_member(uri) is None and not _MAGIC.search(uri)
+    if is_plain or storage.exists(uri):  # whether there is anything shows when it is listed
+        return _Place(name, "tree", uri)
+    return _Place(name, "glob" if split_member(uri) is None else "line", uri)
+
+
+def _local_place(name: str) -> _Place:
+    path = storage.absolute(name)
+    if os.path.isfile(path) and uri_lists.is_list(path):
+        return _Place(name, "list", path)
+    if os.path.lexists(path):
+        return _Place(name, "tree", path)
+    if split_member(path) is not None:
+        return _Place(name, "line", path)
+    if _MAGIC.search(name):
+        return _Place(name, "glob", _absolute_pattern(name))
+    raise _not_there(name, path)
+
+
+def _is_object(uri: str) -> bool:
+    try:
+        storage.entry_of(uri)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _absolute_pattern(name: str) -> str:
+    """The working directory may have characters in its name that mean something in a glob."""
+    pattern = storage.absolute(name) if name.startswith("file://") else name
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
+
+
+def _not_there(name: str, uri: str) -> DataError:
+    return DataError(
+        f"{uri}: there is no such file, folder or prefix, and nothing that matches. Received: input={name!r}"
+    )
+
+
+# --- globs -----------------------------------------------------------------------------------------------------------
+
+
+def _matching(pattern: str, scan: Scan) -> Iterator[storage.Entry]:
+    """The files that match, and those in folders that do; of S3, which has no folders, the keys that match."""
+    remote = storage.is_remote(pattern)
+    if not remote and "**" not in pattern.split("/"):
+        for path in sorted(glob.glob(pattern, include_hidden=True)):
+            yield from scan(path)
+        return
+    # not by `glob`: it walks a loop of links forty times over, and several loops for ever
+    regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
+    for entry in scan(_literal_folder(pattern) or "/"):
+        if regex.fullmatch(entry.uri):
+            yield entry
+
+
+def _literal_folder(pattern: str) -> str:
+    """The folder above the first part of the path in which a character means something."""
+    literal = itertools.takewhile(lambda part: not _MAGIC.search(_ESCAPED.sub("", part)), pattern.split("/")[:-1])
+    return _ESCAPED.sub(r"\1", "/".join(literal))
+
+
+def _translated(pattern: str) -> str:
+    """A glob as a regular expression: `*` and `?` within one part of the path, `**` over any number of them."""
+    return "".join(map(_translated_token, _GLOB_TOKEN.findall(pattern)))
+
+
+def _translated_token(token: str) -> str:
+    if token == "**/":
+        return "(?:.*/)?"
+    if token[0] in "*?":
+        return {"*": "[^/]*", "?": "[^/]"}.get(token, ".*")
+    if len(token) > 1:
+        return "(?!/)" + fnmatch.translate(token)[:-2]  # without its end of the string
+    return re.escape(token)
+
+
+# --- nothing ---------------------------------------------------------------------------------------------------------
+
+
+def _nothing(config: InputConfig, places: Sequence[_Place]) -> str:
+    found = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MOST_SHOWN]]
+    found += [f"and {len(places) - _MOST_SHOWN} more inputs"] if len(places) > _MOST_SHOWN else []
+    return (
+        f"no images were found; their names end in {', '.join(IMAGE_SUFFIXES)}, unless all_files takes any."
+        f" {'; '.join(found)}. Received: input={config.input[:_MOST_SHOWN]}"
+    )
+
+
+def _described(left_out: LeftOut) -> str:
+    parts = []
+    if left_out.by_suffix:
+        common = left_out.by_suffix.most_common(_MOST_SHOWN)
+        shown = ", ".join(f"{suffix or 'without ending'} {files:,}" for suffix, files in common)
+        parts.append(f"{left_out.by_suffix.total():,} other files ({shown})")
+    if left_out.by_pattern:
+        parts.append(f"{left_out.by_pattern:,} left out by include and exclude")
+    return ", ".join(parts) or "nothing"

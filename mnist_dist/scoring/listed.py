@@ -1,0 +1,210 @@
+"""Rows of the manifest as a table: collected in batches, put in order, each URI once.
+
+Owns: how rows become Arrow, order, doubles and samples. Does not own: which rows there are (`inputs`).
+
+Contract: no row stays a Python object for longer than its batch, and no array grows with the table, so that ten
+million rows fit into memory and a column may hold more than the 2 GiB that one Arrow string array can. What is as it
+should be already (sorted, without doubles) is passed on, not copied.
+"""
+
+import collections
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist.errors import DataError
+from mnist_dist.scoring.manifest import COLUMNS
+
+# N = rows of a table
+
+BATCH_ROWS = 50_000
+_NO_SUFFIX = ""
+_SUFFIX = r"(?P<suffix>\.[^./!]*)$"
+_WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+
+
+class Row(NamedTuple):
+    """One row of `COLUMNS`, in their order; see `waits`."""
+
+    uri: str
+    size_bytes: int | None = None
+    etag: str | None = None
+    archive: str | None = None
+    packing: str | None = None
+    offset: int | None = None
+    stored_bytes: int | None = None
+    crc32: int | None = None
+    status: str | None = None
+    error: str | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its archive is still to be opened: for this member, or for all where it names the archive itself."""
+        return self.archive is not None and self.packing is None and self.status is None
+
+
+class Run(NamedTuple):
+    """Rows side by side that wait for the same archive."""
+
+    archive: str
+    start: int
+    stop: int
+
+
+def table_of(rows: Iterable[Row]) -> pa.Table:
+    """The rows as a table of `COLUMNS`."""
+    return pa.Table.from_batches([batch_of(batch) for batch in in_batches(rows, BATCH_ROWS)], COLUMNS)
+
+
+def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+    """At most `BATCH_ROWS` rows; one whose name is no Unicode is shown with escapes, and is `unsupported`."""
+    try:
+        return _batch_of(rows)
+    except UnicodeEncodeError:
+        return _batch_of([_valid(row) for row in rows])
+
+
+def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows in lists of `size`; the last one may be shorter."""
+    left = iter(rows)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+def sorted_by_uri(table: pa.Table) -> pa.Table:
+    """The rows in the order of their URIs, by code points; equal ones stay in the order in which they came."""
+    if _is_sorted(table["uri"]):
+        return table
+    order = pc.sort_indices(table["uri"])
+    return pa.table([taken(table[name], order) for name in table.column_names], schema=table.schema)
+
+
+def taken(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
+    """The values of those rows, in that order."""
+    # through 64-bit offsets: one array of all strings may be larger than 2 GiB
+    whole = column.cast(_WIDE.get(column.type, column.type)).combine_chunks()
+    slices = (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
+    return pa.chunked_array([whole.take(some).cast(column.type) for some in slices], column.type)
+
+
+def first_of_each(table: pa.Table) -> pa.Table:
+    """Without the rows whose URI has come before."""
+    high, low = _digests(table["uri"])
+    order = np.lexsort((low, high))  # stable: the first row comes first among equals
+    high, low = high[order], low[order]
+    again = np.zeros(len(table), np.bool_)
+    again[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    return table.filter(pa.array(~again)) if again.any() else table
+
+
+def sample_of(table: pa.Table, rows: int) -> pa.Table:
+    """The `rows` rows with the smallest sha256 of their URI, in the order of the table."""
+    if rows >= len(table):
+        return table
+    high, low = _digests(table["uri"])
+    chosen = np.zeros(len(table), np.bool_)
+    chosen[np.lexsort((low, high))[:rows]] = True
+    return table.filter(pa.array(chosen))
+
+
+def count_suffixes(table: pa.Table) -> Mapping[str, int]:
+    """Rows by the lower-case ending of their name (`.jpg`; empty: it has none), the most frequent first."""
+    counts: collections.Counter[str] = collections.Counter()
+    for chunk in table["uri"].chunks:
+        endings = pc.struct_field(pc.extract_regex(chunk, _SUFFIX), "suffix")
+        for item in pc.value_counts(pc.utf8_lower(pc.fill_null(endings, _NO_SUFFIX))).to_pylist():
+            counts[item["values"]] += item["counts"]
+    return dict(counts.most_common())
+
+
+def joined(tables: Sequence[pa.Table], carried: Sequence[str]) -> pa.Table:
+    """The tables one after the other: `COLUMNS`, then the carried columns, null where a table lacks them.
+
+    Raises:
+        DataError: a carried column has types that do not go together.
+    """
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as err:
+        types = (
+            f"{name}: {' and '.join(sorted({str(table[name].type) for table in tables if name in table.column_names}))}"
+            for name in carried
+        )
+        raise DataError(f"a carried column is of one type in all manifests. Received: {'; '.join(types)}") from err
+    for name in carried:
+        if name not in table.column_names:  # a manifest without rows
+            table = table.append_column(name, pa.nulls(len(table)))
+    return table.select([*COLUMNS.names, *carried])
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """The table in batches of a common size, where it came in many small ones."""
+    batches = -(-len(table) // BATCH_ROWS)
+    if table["uri"].num_chunks <= 2 * batches:
+        return table
+    starts = range(0, max(len(table), 1), BATCH_ROWS)
+    return pa.concat_tables([table.slice(start, BATCH_ROWS).combine_chunks() for start in starts])
+
+
+def waiting_runs(table: pa.Table) -> Iterator[Run]:
+    """The rows that wait for archives, in order."""
+    unknown = pc.and_(pc.is_null(table["packing"]), pc.is_null(table["status"]))
+    waiting = pc.and_(pc.is_valid(table["archive"]), unknown)
+    places = np.flatnonzero(waiting.to_numpy()).tolist()
+    archives = (uri for chunk in table["archive"].filter(waiting).chunks for uri in chunk.to_pylist())
+    # in a run of neighbours place and count differ by the same number
+    numbered = enumerate(zip(places, archives, strict=True))
+    for (archive, _), run in itertools.groupby(numbered, key=lambda item: (item[1][1], item[1][0] - item[0])):
+        rows = [place for _, (place, _) in run]
+        yield Run(archive, rows[0], rows[-1] + 1)
+
+
+def _batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
+    arrays = [_array(field, values) for field, values in zip(COLUMNS, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=COLUMNS)
+
+
+def _array(field: pa.Field, values: Sequence[object]) -> pa.Array:
+    if len(values) <= BATCH_ROWS and values.count(None) == len(values):
+        return _nulls(field.type)[: len(values)]
+    return pa.array(values, field.type)
+
+
+@functools.cache
+def _nulls(kind: pa.DataType) -> pa.Array:
+    return pa.nulls(BATCH_ROWS, kind)  # one for all batches: most columns of most tables are empty
+
+
+def _valid(row: Row) -> Row:
+    valid = Row._make(_escaped(value) if isinstance(value, str) else value for value in row)
+    if valid == row:
+        return row
+    return valid._replace(archive=None, packing=None, status="unsupported", error="the file's name is no valid Unicode")
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _is_sorted(uris: pa.ChunkedArray) -> bool:
+    chunks = [chunk for chunk in uris.chunks if len(chunk)]
+    inside = (pc.all(pc.less_equal(chunk[:-1], chunk[1:])).as_py() is not False for chunk in chunks)
+    return all(inside) and all(left[-1].as_py() <= right[0].as_py() for left, right in itertools.pairwise(chunks))
+
+
+def _digests(uris: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """The first and second eight bytes of each URI's sha256, `uint64 [N]`: no two URIs have been seen to share them."""
+    halves = [
+        np.frombuffer(b"".join([hashlib.sha256(uri).digest()[:16] for uri in chunk.to_pylist()]), ">u8")
+        for chunk in (chunk.cast(pa.binary()) for chunk in uris.chunks)
+    ]
+    both = np.concatenate([np.empty(0, np.uint64), *halves]).astype(np.uint64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]

@@ -1,0 +1,132 @@
+"""What is to be scored: one row per image, in a fixed order, cut into shards.
+
+Owns: the manifest's columns, how many images a shard has, and the file. Does not own: where the rows come from
+(`inputs`), or which shards are done (`commit`).
+
+The file has one Parquet row group per shard, so that a worker reads its own shard and nothing else. It is written once
+and never listed again: what is not in it does not exist for the generation that it belongs to.
+"""
+
+import itertools
+import threading
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mnist_dist import storage
+
+COLUMNS = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
+        ("size_bytes", pa.int64()),  # null: unknown until it is read
+        ("etag", pa.string()),  # null: unknown until it is read; a member's: its archive's
+        # null but for members of archives: how the bytes are found (`data/archives.py`)
+        ("archive", pa.string()),
+        ("packing", pa.string()),
+        ("offset", pa.int64()),
+        ("stored_bytes", pa.int64()),
+        ("crc32", pa.int64()),
+        # null but for what is known to be unusable without reading it: the row's status and error
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Of the manifest; the columns carried along from a person's own manifest follow, then `shard`."""
+SHARD = pa.field("shard", pa.int32(), nullable=False)
+
+MIN_SHARD, MAX_SHARD, MOST_SHARDS = 256, 4_096, 10_000
+TARGET_SHARDS = 64  # of a small job: enough to spread and to lose little by
+SHARD_BYTES = 256 * 2**20  # of encoded images: a kill costs the reading of so many, and their decoding
+
+
+class Manifest:
+    """A written manifest, read shard by shard; may be used by several threads."""
+
+    def __init__(self, uri: str) -> None:
+        self._file = pq.ParquetFile(storage.open_binary(uri))
+        self._lock = threading.Lock()
+
+    @property
+    def shards(self) -> int:
+        return int(self._file.num_row_groups)
+
+    @property
+    def rows(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def carried(self) -> pa.Schema:
+        """Of the columns carried along."""
+        own = {*COLUMNS.names, SHARD.name}
+        return pa.schema([field for field in self._file.schema_arrow if field.name not in own])
+
+    def shard_rows(self, shard: int) -> int:
+        """Number of images of a shard."""
+        return int(self._file.metadata.row_group(shard).num_rows)
+
+    def read(self, shard: int) -> pa.Table:
+        """The rows of a shard."""
+        with self._lock:
+            return self._file.read_row_group(shard)
+
+
+def write_manifest(uri: str, table: pa.Table, *, shard_size: int) -> None:
+    """Writes the manifest, cut into shards of nearly equal size.
+
+    Args:
+        uri: of the file.
+        table: `COLUMNS`, then the carried columns.
+        shard_size: images of a shard at most; a compressed archive, which can only be read in one go, is one shard
+            whatever its size.
+    """
+    bounds = shard_bounds(table, shard_size=shard_size)
+    with storage.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
+        for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
+            rows = table.slice(start, end - start)
+            writer.write_table(
+                rows.append_column(SHARD, pa.repeat(pa.scalar(shard, SHARD.type), len(rows))), row_group_size=len(rows)
+            )
+
+
+def shard_bounds(table: pa.Table, *, shard_size: int) -> list[int]:
+    """Where the shards begin, and after them the number of rows; see `write_manifest`."""
+    bounds = [0]
+    edges = _stream_edges(table)
+    for start, end in itertools.pairwise(edges):
+        is_stream = table["packing"][start].as_py() == "stream"
+        shards = 1 if is_stream else -(-(end - start) // shard_size)
+        bounds += [start + (end - start) * (k + 1) // shards for k in range(shards)]
+    return bounds
+
+
+def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> int:
+    """Images of a shard: 256 to 4,096, by the number of images and their bytes; more only above 10,000 shards.
+
+    Args:
+        rows: of the manifest.
+        total_bytes: of the encoded images, as far as they are known.
+        most: an upper bound below 4,096, for shards whose decoded pixels travel.
+    """
+    by_bytes = SHARD_BYTES * rows // max(total_bytes, 1)
+    wanted = max(MIN_SHARD, min(rows // TARGET_SHARDS, by_bytes, MAX_SHARD))
+    return max(min(wanted, most), -(-rows // MOST_SHARDS))
+
+
+def _stream_edges(table: pa.Table) -> list[int]:
+    """The rows at which a compressed archive begins or ends, with 0 and the number of rows."""
+    rows = len(table)
+    if rows == 0:
+        return [0]
+    is_stream = pc.fill_null(pc.equal(table["packing"], "stream"), False)
+    if not pc.any(is_stream).as_py():
+        return [0, rows]
+    mask: npt.NDArray[np.bool_] = is_stream.to_numpy()
+    streams = np.flatnonzero(mask)
+    names = table["archive"].combine_chunks().take(pa.array(streams)).to_numpy(zero_copy_only=False)
+    owner = np.full(rows, "", dtype=object)
+    owner[streams] = names
+    changes = np.flatnonzero(owner[1:] != owner[:-1]) + 1
+    return [0, *changes.tolist(), rows]

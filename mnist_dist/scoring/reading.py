@@ -1,0 +1,160 @@
+"""From the rows of a shard to encoded bytes, or why there are none.
+
+Owns: which rows are read with one request (a file; neighbours in an archive; a whole compressed archive), and the
+status that a failed read becomes. Does not own: decoding, or in how many threads (`scorer`).
+
+Contract: an error of one object is an `ImageError` in the place of its bytes; an error of the service is raised.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mnist_dist import storage
+from mnist_dist.data.archives import Member, Packing, member_groups, read_members
+from mnist_dist.errors import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One image as it was read."""
+
+    data: bytes | ImageError
+    size_bytes: int | None
+    """None where nothing was read."""
+    etag: str | None
+    """Of what was read; a member's: its archive's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One request: the rows of the shard that it gives, and how to make it."""
+
+    rows: Sequence[int]
+    run: Callable[[], Iterator[Encoded]]
+    """Gives one item for each of the rows, in their order."""
+
+
+def plan_reads(shard: pa.Table, *, most_bytes: int) -> list[Read]:
+    """The requests that give all rows of a shard (`manifest.COLUMNS`).
+
+    Args:
+        shard: rows of the manifest.
+        most_bytes: larger files and members become `too_large`, unread.
+
+    Raises, when a request is run:
+        ServiceError, StorageError: not one object but the storage failed.
+    """
+    columns = shard.select(["uri", "size_bytes", "etag", "archive", "status", "error"]).to_pydict()
+    reads: list[Read] = []
+    for archive, group in itertools.groupby(range(len(shard)), key=columns["archive"].__getitem__):
+        rows = list(group)
+        if archive is None:
+            reads += [Read([row], _one(columns, row, most_bytes)) for row in rows]
+        else:
+            members = shard.slice(rows[0], len(rows))
+            reads += _archive_reads(archive, members, first=rows[0], most_bytes=most_bytes)
+    return reads
+
+
+def _one(columns: dict[str, list[Any]], row: int, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
+    status = columns["status"][row]
+    if status is None:
+        return _file(columns["uri"][row], most_bytes)
+    known = ImageError(status, columns["error"][row] or status)
+    return _known(known, columns["size_bytes"][row], columns["etag"][row])
+
+
+def _known(problem: ImageError, size_bytes: int | None, etag: str | None) -> Callable[[], Iterator[Encoded]]:
+    def run() -> Iterator[Encoded]:
+        yield Encoded(problem, size_bytes, etag)
+
+    return run
+
+
+def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
+    def run() -> Iterator[Encoded]:
+        try:
+            entry, data = storage.read_object(uri, most_bytes=most_bytes)
+        except OSError as error:
+            yield Encoded(_status_of(error), None, None)
+            return
+        if data is None:
+            problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {most_bytes:,}")
+            yield Encoded(problem, entry.size_bytes, entry.etag)
+        else:
+            yield Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
+
+    return run
+
+
+def _status_of(error: OSError) -> ImageError:
+    if isinstance(error, FileNotFoundError):
+        return ImageError("missing", "no such file")
+    if isinstance(error, PermissionError):
+        return ImageError("denied", error.strerror or str(error))
+    if isinstance(error, IsADirectoryError):
+        return ImageError("unsupported", "a folder, not a file")
+    return ImageError("failed", error.strerror or str(error))  # a bad sector, a pipe
+
+
+def _archive_reads(archive: str, rows: pa.Table, *, first: int, most_bytes: int) -> list[Read]:
+    members = _members(rows, archive)
+    etag = rows["etag"][0].as_py()
+    return [
+        Read(
+            range(first + group.start, first + group.stop),
+            _group(archive, members[group.start : group.stop], etag, most_bytes),
+        )
+        for group in member_groups(members)
+    ]
+
+
+def _group(
+    archive: str, members: Sequence[Member], etag: str | None, most_bytes: int
+) -> Callable[[], Iterator[Encoded]]:
+    def run() -> Iterator[Encoded]:
+        changed = _changed(archive, etag)
+        if changed is not None:
+            yield from (Encoded(changed, member.size_bytes, etag) for member in members)
+            return
+        for member, data in zip(members, read_members(archive, members, most_bytes=most_bytes), strict=True):
+            yield Encoded(data, member.size_bytes, etag)
+
+    return run
+
+
+def _changed(archive: str, etag: str | None) -> ImageError | None:
+    """Offsets of an archive that was written again since would give parts of other images."""
+    try:
+        entry = storage.entry_of(archive)
+    except OSError as error:
+        return _status_of(error)
+    if etag is not None and entry.etag != etag:
+        return ImageError("failed", "the archive changed since it was listed (--mode incremental lists it again)")
+    return None
+
+
+def _members(rows: pa.Table, archive: str) -> list[Member]:
+    names = ("uri", "size_bytes", "packing", "offset", "stored_bytes", "crc32", "status", "error")
+    return [
+        Member(
+            name=uri.removeprefix(f"{archive}!"),
+            size_bytes=size_bytes,
+            packing=_packing(packing),
+            offset=offset,
+            stored_bytes=stored_bytes,
+            crc32=crc32,
+            problem=None if status is None else ImageError(status, error or status),
+        )
+        for uri, size_bytes, packing, offset, stored_bytes, crc32, status, error in zip(
+            *(rows[name].to_pylist() for name in names), strict=True
+        )
+    ]
+
+
+def _packing(text: str) -> Packing:
+    return text  # type: ignore[return-value] # the manifest was written from members

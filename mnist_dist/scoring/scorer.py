@@ -1,0 +1,247 @@
+"""One process that scores: images of several shards are decoded at once, and the model takes them in full batches.
+
+Owns: keeping the model busy across the ends of shards (a batch is filled with whatever is decoded next, of whichever
+shard), and putting what it says in the right places. Does not own: reading and decoding (`decoding`), what a model is
+(`models/engines.py`), the table (`predictions`), or who calls it (`on_ray/scoring_actor.py`).
+
+Contract: every row of a shard gets an outcome; an image that cannot be used is a status, never an exception. Not more
+than a few batches of decoded images wait, so that memory does not grow with the job.
+"""
+
+# B = batch, K = classes, D = features
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mnist_dist.config import DecodeConfig
+from mnist_dist.data.images import Decoded, ImageSpec, Pixels
+from mnist_dist.errors import ImageError
+from mnist_dist.models.engines import Engine, Outputs
+from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
+from mnist_dist.scoring.predictions import Outcomes
+from mnist_dist.scoring.reading import Encoded
+
+BATCHES_WAITING = 2  # decoded, beside the one that is being filled and the one that the model has
+IDLE_S = 0.02  # the longest that the last images of all shards wait for others to fill their batch
+
+Progress = Callable[[int, int], None]
+"""Is told how many more images turned out ok, and otherwise; called by several threads."""
+
+
+def no_progress(ok: int, other: int) -> None:
+    """Tells nobody."""
+
+
+class Scorer:
+    """Scores shards; called by several threads, it keeps the model busy from shard to shard.
+
+    Args:
+        engine: the model.
+        spec: what it takes.
+        decoding: what is done for one image at most.
+        threads: see `Threads`.
+    """
+
+    def __init__(self, engine: Engine, *, spec: ImageSpec, decoding: DecodeConfig, threads: Threads) -> None:
+        self._engine = engine
+        self._pool = DecodePool(spec, config=decoding, threads=threads)
+        self._images: queue.Queue[_Image] = queue.Queue(BATCHES_WAITING * engine.batch_size)
+        self._under_way: set[_Shard] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run_model, daemon=True, name="model")
+        self._thread.start()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._thread.join()
+        self._pool.__exit__()
+
+    @property
+    def times(self) -> Times:
+        """Where the time went so far."""
+        return self._pool.times
+
+    def score(self, rows: pa.Table, *, isolated: bool = False, progress: Progress = no_progress) -> Outcomes:
+        """Reads, decodes and classifies the rows of a shard (`manifest.COLUMNS`).
+
+        Args:
+            rows: at least one.
+            isolated: decode in a child process, image by image, which is slow and survives any image.
+            progress: see `Progress`.
+
+        Returns:
+            The outcomes, one for each row.
+
+        Raises:
+            ServiceError, StorageError: not an image but the storage failed.
+            DecoderStuck: an image takes longer than it may.
+        """
+        with self._shard(len(rows), progress) as shard:
+            self._pool.begin(rows, shard, isolated=isolated)
+        return shard.outcomes(self._engine)
+
+    def classify(
+        self,
+        images: Sequence[Decoded | ImageError],
+        *,
+        size_bytes: Sequence[int | None],
+        etags: Sequence[str | None],
+        progress: Progress = no_progress,
+    ) -> Outcomes:
+        """As `score`, of images that were read and decoded elsewhere."""
+        with self._shard(len(images), progress) as shard:
+            for row, image in enumerate(images):
+                shard.take(row, Encoded(b"", size_bytes[row], etags[row]), image)
+        return shard.outcomes(self._engine)
+
+    @contextlib.contextmanager
+    def _shard(self, rows: int, progress: Progress) -> "Iterator[_Shard]":
+        """A shard that is under way until all its rows are there."""
+        shard = _Shard(rows, put=self._put, progress=progress)
+        self._under_way.add(shard)
+        try:
+            yield shard
+            while not shard.done.wait(LOOK_S):
+                self._pool.check_times()
+        finally:
+            self._under_way.discard(shard)
+
+    def _put(self, image: "_Image") -> None:
+        while not self._closed:
+            with contextlib.suppress(queue.Full):
+                self._images.put(image, timeout=LOOK_S)
+                return
+
+    # --- in the thread that has the model ----------------------------------------------------------------------------
+
+    def _run_model(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            try:
+                self._classify(batch)
+            except BaseException as failure:  # raised by every call that waits for this batch
+                for image in batch:
+                    image.shard.abort(failure)
+
+    def _next_batch(self) -> "list[_Image] | None":
+        """The next images, a full batch of them unless no more are on their way; None at the end."""
+        batch: list[_Image] = []
+        while len(batch) < self._engine.batch_size:
+            try:
+                batch.append(self._images.get(timeout=IDLE_S))
+            except queue.Empty:
+                if self._closed:
+                    return None
+                if batch and self._holds_all_that_is_left(batch):
+                    break
+        return batch
+
+    def _holds_all_that_is_left(self, batch: "Sequence[_Image]") -> bool:
+        """Whether no shard under way has an image that is not in the batch."""
+        under_way = set(self._under_way)
+        return sum(shard.left for shard in under_way) == sum(image.shard in under_way for image in batch)
+
+    def _classify(self, batch: "Sequence[_Image]") -> None:
+        began = time.perf_counter()
+        outputs = self._engine(np.stack([image.pixels for image in batch]))
+        self.times.model_s += time.perf_counter() - began
+        places: dict[_Shard, list[int]] = {}
+        for place, image in enumerate(batch):
+            places.setdefault(image.shard, []).append(place)
+        for shard, mine in places.items():
+            shard.classified([batch[place].row for place in mine], outputs, mine)
+
+
+class _Shard:
+    """The outcomes of one shard, as they come in; a `Sink`."""
+
+    def __init__(self, rows: int, *, put: "Callable[[_Image], None]", progress: Progress) -> None:
+        self._put, self._progress = put, progress
+        self._statuses: list[str] = ["failed"] * rows
+        self._errors: list[str | None] = [None] * rows
+        self._width, self._height = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._size_bytes: list[int | None] = [None] * rows
+        self._etags: list[str | None] = [None] * rows
+        self._probabilities: npt.NDArray[np.float32] | None = None
+        self._embeddings: npt.NDArray[np.float32] | None = None
+        self.failure: BaseException | None = None
+        self.done = threading.Event()
+        self.left, self._lock = rows, threading.Lock()
+
+    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
+        self._size_bytes[row], self._etags[row] = encoded.size_bytes, encoded.etag
+        if isinstance(image, ImageError):
+            self._statuses[row], self._errors[row] = image.status, image.message
+            self._finish(0, 1)
+        else:
+            self._width[row], self._height[row] = image.width_px, image.height_px
+            self._put(_Image(self, row, image.pixels))
+
+    def abort(self, failure: BaseException) -> None:
+        self.failure = self.failure or failure
+        self.done.set()
+
+    def classified(self, rows: Sequence[int], outputs: Outputs, places: Sequence[int]) -> None:
+        """Takes the model's outputs at `places` as those of `rows`."""
+        self._probabilities = _filled(self._probabilities, len(self._statuses), rows, outputs.probabilities[places])
+        if outputs.embeddings is not None:
+            self._embeddings = _filled(self._embeddings, len(self._statuses), rows, outputs.embeddings[places])
+        for row in rows:
+            self._statuses[row] = "ok"
+        self._finish(len(rows), 0)
+
+    def outcomes(self, engine: Engine) -> Outcomes:
+        """All of them; raises what kept some from coming."""
+        if self.failure is not None:
+            raise self.failure
+        rows, probabilities, embeddings = len(self._statuses), self._probabilities, self._embeddings
+        if probabilities is None:  # not one image is ok
+            probabilities = np.zeros((rows, engine.num_classes), np.float32)
+        if embeddings is None and engine.num_features:
+            embeddings = np.zeros((rows, engine.num_features), np.float32)
+        return Outcomes(
+            status=self._statuses,
+            error=self._errors,
+            width=self._width,
+            height=self._height,
+            size_bytes=self._size_bytes,
+            etag=self._etags,
+            probabilities=probabilities,
+            embeddings=embeddings,
+        )
+
+    def _finish(self, ok: int, other: int) -> None:
+        self._progress(ok, other)
+        with self._lock:
+            self.left -= ok + other
+            if self.left == 0:
+                self.done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """A decoded image on its way to the model."""
+
+    shard: _Shard
+    row: int
+    pixels: Pixels
+
+
+def _filled(
+    values: npt.NDArray[np.float32] | None, total: int, rows: Sequence[int], found: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """`values`, made where there are none yet, with what was found for some rows."""
+    if values is None:
+        values = np.zeros((total, found.shape[1]), np.float32)
+    values[rows] = found
+    return values

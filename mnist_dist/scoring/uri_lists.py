@@ -1,0 +1,154 @@
+"""A person's own list of what to score, read a few lines at a time.
+
+Owns: the formats (Parquet and CSV with a column `uri`, text with a URI a line), and which list is refused. Does not
+own: what a URI means (`inputs`).
+"""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pc_csv
+import pyarrow.parquet as pq
+
+from mnist_dist import storage
+from mnist_dist.errors import DataError
+from mnist_dist.scoring.listed import BATCH_ROWS
+
+URI_COLUMN = "uri"
+_PARQUET_SUFFIX = ".parquet"
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_TEXT_SUFFIXES = (".txt", ".lst")
+LIST_SUFFIXES = (_PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
+"""Lower-case name endings of lists."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """At most `BATCH_ROWS` lines of a list, as they are written there."""
+
+    uris: Sequence[str]
+    carried: Mapping[str, pa.Array] = field(default_factory=dict)
+    """One value per line."""
+
+
+def is_list(uri: str) -> bool:
+    """Whether the name is one of a list."""
+    return uri.lower().endswith(LIST_SUFFIXES)
+
+
+def column_names(uri: str) -> tuple[str, ...]:
+    """The columns of a list beside its `uri`; a text has none.
+
+    Raises:
+        DataError: the file is not what its name says, or has no column `uri`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    if uri.lower().endswith(_TEXT_SUFFIXES):
+        return ()
+    with _readable(uri), storage.open_binary(uri) as stream:
+        if uri.lower().endswith(_PARQUET_SUFFIX):
+            schema = pq.read_schema(stream)
+        else:
+            with pc_csv.open_csv(stream, parse_options=_parse_options(uri)) as reader:
+                schema = reader.schema
+    names = [name for name in schema.names if name != URI_COLUMN]
+    if len(names) != len(schema.names) - 1:
+        raise DataError(
+            f"{uri}: a manifest has one column {URI_COLUMN!r}. Received: columns {', '.join(schema.names) or 'none'}"
+        )
+    return tuple(names)
+
+
+def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
+    """The lines of a list in their order; of a text, but the blank ones and those that begin with #.
+
+    Args:
+        uri: of the list.
+        carried: columns that it has, to be read along.
+
+    Raises:
+        DataError: the file is not what its name says, or a row has no URI.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    with storage.open_binary(uri) as stream:
+        if uri.lower().endswith(_TEXT_SUFFIXES):
+            # a name may be any bytes, and they come back when it is opened
+            with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n") as lines:
+                yield from read_text(lines)
+            return
+        names = [URI_COLUMN, *carried]
+        with _readable(uri):
+            is_parquet = uri.lower().endswith(_PARQUET_SUFFIX)
+            batches = _parquet_batches(stream, names) if is_parquet else _csv_batches(stream, uri, names)
+            yield from _lines_of(uri, batches)
+
+
+def read_text(lines: Iterable[str]) -> Iterator[Lines]:
+    """The lines of a text, but the blank ones and those that begin with #."""
+    stripped = (line.removesuffix("\n").rstrip("\r") for line in lines)
+    marked = (line.removeprefix("\ufeff") if first else line for first, line in zip(_once(), stripped, strict=False))
+    uris = (line for line in marked if line.strip() and not line.startswith("#"))
+    while batch := list(itertools.islice(uris, BATCH_ROWS)):
+        yield Lines(batch)
+
+
+def _once() -> Iterator[bool]:
+    return itertools.chain([True], itertools.repeat(False))
+
+
+def _parquet_batches(stream: BinaryIO, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(stream) as file:
+        yield from file.iter_batches(batch_size=BATCH_ROWS, columns=list(names))
+
+
+def _csv_batches(stream: BinaryIO, uri: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    # not as a stream: then the first block alone would decide the types
+    options = pc_csv.ConvertOptions(include_columns=list(names), column_types={URI_COLUMN: pa.string()})
+    table = pc_csv.read_csv(stream, parse_options=_parse_options(uri), convert_options=options)
+    yield from table.to_batches(max_chunksize=BATCH_ROWS)
+
+
+def _parse_options(uri: str) -> pc_csv.ParseOptions:
+    separator = next(separator for suffix, separator in _SEPARATORS.items() if uri.lower().endswith(suffix))
+    return pc_csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+
+
+def _lines_of(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
+    before = 0
+    for batch in batches:
+        columns = {name: _plain(batch[name]) for name in batch.schema.names}
+        uris = columns.pop(URI_COLUMN)
+        _check_uris(uri, uris, before)
+        yield Lines(uris.to_pylist(), columns)
+        before += len(batch)
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Without a dictionary: each batch could have its own."""
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def _check_uris(uri: str, uris: pa.Array, before: int) -> None:
+    if not (pa.types.is_string(uris.type) or pa.types.is_large_string(uris.type)):
+        raise DataError(f"{uri}: the column {URI_COLUMN!r} holds strings. Received: {uris.type}")
+    missing = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(uris), ""), True)
+    row = pc.index(missing, True).as_py()
+    if row >= 0:
+        raise DataError(
+            f"{uri}: each row has a {URI_COLUMN}. Received: {uris[row].as_py()!r} in row {before + row + 1}, the first"
+            " being 1"
+        )
+
+
+@contextlib.contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowException as err:
+        raise DataError(f"{uri}: not a readable {uri.rpartition('.')[2]} file: {err}") from err

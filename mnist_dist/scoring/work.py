@@ -1,0 +1,121 @@
+"""What a new generation scores: everything, what is new or changed, or what failed.
+
+Owns: the comparison of what there is with what the table knows. Does not own: listing (`inputs`), the manifest's file.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mnist_dist import storage
+from mnist_dist.config import InputConfig, ScoreJob
+from mnist_dist.data.archives import is_archive
+from mnist_dist.data.sources import map_in_threads
+from mnist_dist.scoring.commit import MANIFEST, Committed, Output
+from mnist_dist.scoring.inputs import Listing, list_inputs
+from mnist_dist.scoring.manifest import COLUMNS
+from mnist_dist.scoring.predictions import NOT_BAD, iter_predictions
+
+LOOK_UP_THREADS = 32  # of requests for the size and etag of one object each
+LOOK_UP_AHEAD = 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a generation is made of."""
+
+    listing: Listing | None
+    """What was found; None where nothing is bad that could be scored again."""
+    table: pa.Table
+    """What of it is scored: rows of the manifest, perhaps none."""
+    replaces_all: bool
+    """The rows of earlier generations go, whichever images they are of."""
+
+
+def find_work(
+    job: ScoreJob, output: Output, *, before: Committed | None, progress: Callable[[int], None] | None = None
+) -> Work:
+    """Lists, and compares with the table that is there.
+
+    Args:
+        job: says what is listed, and in which mode.
+        output: where the table is.
+        before: the table, or None.
+        progress: is told how many images were found so far.
+
+    Raises:
+        DataError, ConfigError, ServiceError, StorageError: see `list_inputs`.
+    """
+    if before is not None and job.retry_failed:
+        return _bad_rows(job, output)
+    listing = list_inputs(job.inputs, progress=progress)
+    if before is None or job.mode == "fresh":
+        return Work(listing, listing.table, replaces_all=True)
+    with storage.open_binary(storage.join(output.uri, MANIFEST)) as file:
+        known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
+    found = _looked_up(listing.table)
+    return Work(listing, found.filter(_is_new(found, known)), replaces_all=False)
+
+
+def _is_new(found: pa.Table, known: pa.Table) -> pa.ChunkedArray:
+    """Which rows are not in the table, or are of other bytes there."""
+    places = pc.index_in(found["uri"], value_set=known["uri"])
+    same = [_equal(found[name], known[name].take(places)) for name in ("size_bytes", "etag")]
+    return pc.invert(pc.and_(pc.is_valid(places), pc.and_(*same)))
+
+
+def _equal(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Equal, or both unknown."""
+    both_null = pc.and_(pc.is_null(ours), pc.is_null(theirs))
+    return pc.or_(both_null, pc.fill_null(pc.equal(ours, theirs), False))
+
+
+def _looked_up(table: pa.Table) -> pa.Table:
+    """The table with size and etag of the objects that a list named, which no listing has told."""
+    unknown = pc.and_(pc.is_null(table["etag"]), pc.starts_with(table["uri"], pattern="s3://")).to_numpy()
+    if not unknown.any():
+        return table
+    columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}
+    rows = unknown.nonzero()[0].tolist()
+    uris = table["uri"].filter(pa.array(unknown)).to_pylist()
+    entries = map_in_threads(_entry_of, uris, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
+    for row, entry in zip(rows, entries, strict=True):
+        if entry is not None:
+            columns["size_bytes"][row], columns["etag"][row] = entry.size_bytes, entry.etag
+    for name, values in columns.items():
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def _entry_of(uri: str) -> storage.Entry | None:
+    try:
+        return storage.entry_of(uri)
+    except (FileNotFoundError, PermissionError):
+        return None  # it will be read, and become a row that says so
+
+
+def _bad_rows(job: ScoreJob, output: Output) -> Work:
+    """The rows that are neither ok nor unsupported, with what they carry, looked for again.
+
+    Not those of whole archives: what they hold is not known by their own name.
+    """
+    names = ["uri", "status", *job.inputs.carried]
+    batches = [
+        batch.filter(pc.invert(pc.is_in(batch["status"], value_set=pa.array(NOT_BAD))))
+        for batch in iter_predictions(output.uri, columns=names)
+    ]
+    bad = pa.Table.from_batches(batches).drop_columns(["status"])
+    bad = bad.filter(pa.array([not is_archive(uri) for uri in bad["uri"].to_pylist()], pa.bool_()))
+    if not len(bad):
+        return Work(None, COLUMNS.empty_table(), replaces_all=False)
+    with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:
+        path = Path(folder) / "failed.parquet"
+        pq.write_table(bad, path)
+        listing = list_inputs(InputConfig(input=(str(path),), carry=job.inputs.carry, all_files=True))
+    return Work(listing, listing.table, replaces_all=False)
