@@ -1,15 +1,20 @@
-"""python -m jobs.quickstart: trains the small CNN on scikit-learn's digits with two Ray Train workers."""
+"""python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, and scores."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mnist_dist import console
+from mnist_dist import console, storage
+from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
+from mnist_dist.data.arrays import write_digits
 from mnist_dist.recipes import quickstart
+
+SCORED_IMAGES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """Trains the small CNN on scikit-learn's embedded digits with two Ray Train workers, in about half a minute."""
+    """Trains the small CNN on scikit-learn's embedded digits with two Ray Train workers, then scores an archive of
+    images with it; in about a minute."""
 
     storage: str = "runs"
     """Folder or `s3://` prefix under which the run is kept."""
@@ -18,30 +23,46 @@ class Quickstart:
 
 
 def main() -> dict[str, Any]:
-    """Parses, trains, says what was made and what to try next; returns the job's JSON keys."""
+    """Parses, trains, scores, says what was made and what to try next; returns the job's JSON keys."""
     _, asked = console.parse({"quickstart": Quickstart}, command="python -m jobs.quickstart", default="quickstart")
     shown = console.Console(verbose=asked.verbose)
     console.quiet(verbose=asked.verbose)
-    from mnist_dist.on_ray.train import train  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.cluster import connected  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.score import score
+    from mnist_dist.on_ray.train import train
 
     job = quickstart()
     job = replace(job, run=replace(job.run, storage=asked.storage, name="quickstart", verbose=asked.verbose))
-    result = train(job, recipe="quickstart", console=shown)
-    shown.line(
-        f"""
-Made in {result["seconds"]:.0f} s: a classifier of handwritten digits, {result["test_accuracy"]:.1%} right on \
-{result["test_images"]} digits it never saw.
-  {result["bundle"]}/model.keras       loads with plain keras.saving.load_model
-  {result["bundle"]}/bundle.json       classes, metrics, versions, configuration
-  {result["bundle"]}/history.csv       a line an epoch
+    with connected(verbose=asked.verbose):
+        trained = train(job, recipe="quickstart", console=shown)
+        images = storage.join(trained["run_dir"], "digits.tar")
+        write_digits(images, count=SCORED_IMAGES)
+        scoring = ScoreJob(
+            bundle=trained["bundle"],
+            inputs=InputConfig(input=(images,)),
+            output=storage.join(trained["run_dir"], "predictions"),
+            run=ScoreRunConfig(verbose=asked.verbose),
+        )
+        scored = score(scoring, console=shown)
+    shown.line(_what_was_made(trained, scored))
+    return {**trained, "predictions": scored["output"], "images_scored": scored["images"]}
+
+
+def _what_was_made(trained: dict[str, Any], scored: dict[str, Any]) -> str:
+    bundle, table = trained["bundle"], scored["output"]
+    return f"""
+Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} right on {trained["test_images"]} digits it \
+never saw, and a table with its prediction for each of {scored["images"]} images.
+  {bundle}/model.keras       loads with plain keras.saving.load_model
+  {bundle}/bundle.json       classes, metrics, versions, configuration
+  {table}/part-*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
 Try next:
-  python -c "import mnist_dist; print(mnist_dist.load_bundle('{result["bundle"]}').predict('digit.png'))"
+  python -c "import mnist_dist; print(mnist_dist.read_predictions('{table}').to_pandas())"
+  python -m jobs.score --bundle {bundle} --input YOUR_IMAGES --output runs/mine
   python -m jobs.train mnist-cnn --data-dir FOLDER      MNIST from its idx files
   python -m jobs.train folder-mobilenet-v2 --data FOLDER      your own images, one subfolder per class
-  python -m jobs.train --help"""
-    )
-    return result
+  python -m jobs.score --help"""
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ def read_range(uri: str, start: int, length: int) -> bytes:
         return b""
     if is_remote(uri):
         return _s3_read(uri, f"bytes={start}-{start + length - 1}")
-    with _local_errors(uri), _local(uri).open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), length, start)
+    with _local_errors(uri), _local(uri).open("rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def entry_of(uri: str) -> Entry:
@@ -583,8 +584,19 @@ def _meaning(err: Any, uri: str) -> Exception:
 
 
 def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
+    from botocore.exceptions import ClientError
+
     arguments = _s3_address(uri) | ({"Range": byte_range} if byte_range else {})
-    return _s3_body(uri, lambda: bytes(_client().get_object(**arguments)["Body"].read()))
+
+    def read() -> bytes:
+        try:
+            return bytes(_client().get_object(**arguments)["Body"].read())
+        except ClientError as err:
+            if err.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # the object ends before the range begins
+                return b""
+            raise
+
+    return _s3_body(uri, read)
 
 
 def _s3_read_object(uri: str, most_bytes: int) -> tuple[Entry, bytes | None]:

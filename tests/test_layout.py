@@ -21,6 +21,7 @@ FLOORS = {
     "jobs": 6,  # beside the benchmarks in the picture; `jobs/benchmark.py` runs them
 }
 TENSORFLOW = {
+    f"{PACKAGE}.models.engines",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     f"{PACKAGE}.on_ray.worker",

@@ -329,7 +329,8 @@ class _TarSource:
         if not 0 <= size <= _MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.block_start = self.file.tell()
-        self.block = self.file.read(size)
+        with _image_errors():  # tarfile would make a zlib.error one of its own
+            self.block = self.file.read(size)
         return self.block
 
     def tell(self) -> int:
@@ -531,8 +532,9 @@ def _images_of_pass(uri: str, members: Sequence[Member]) -> Iterator[bytes | Ima
             file.seek(0)
             with _decompressed(file, magic) or contextlib.nullcontext(file) as stream:
                 images = _images_of_stream(_TarSource(stream), members)
-                for done in range(len(members)):
+                while done < len(members):
                     yield next(images)  # no variable: it would hold this image while the next is read
+                    done += 1
     except ImageError as err:
         yield from itertools.repeat(_bare(err), len(members) - done)
 

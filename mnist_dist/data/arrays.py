@@ -9,6 +9,7 @@ becomes of the arrays.
 import gzip
 import io
 import math
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from mnist_dist import storage
 from mnist_dist.data.images import Pixels
@@ -74,6 +76,27 @@ def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[
     if len(shapes) > 1:
         raise DataError(f"{name}: the images of all splits have one size. Received: {shapes}")
     return data.class_names, parts
+
+
+def write_digits(uri: str, *, count: int) -> None:
+    """Puts the first scikit-learn digits into a tar of PNG files, `CLASS/NUMBER.png`, for trying out.
+
+    Args:
+        uri: of the archive.
+        count: images, at most 1,797.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    _, (digits,) = read_arrays("digits", None)
+    with storage.new_object(uri) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for number, (pixels, label) in enumerate(zip(digits.images[:count], digits.labels, strict=False)):
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            member = tarfile.TarInfo(f"{label}/{number:04d}.png")
+            member.size = png.tell()
+            png.seek(0)
+            archive.addfile(member, png)
 
 
 def parse_idx(data: bytes, *, dimensions: int, place: str) -> Pixels:

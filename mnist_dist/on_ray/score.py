@@ -30,7 +30,8 @@ from mnist_dist.on_ray.scoring_actor import ScoreTask, ShardReport
 from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, choose_actors
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tally import make_tally
-from mnist_dist.scoring.commit import Committed, Generation, Output, commit, rejudge, replay
+from mnist_dist.scoring.commit import commit, rejudge, replay
+from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import COLUMNS, MAX_SHARD, Manifest, choose_shard_size, write_manifest
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
@@ -137,6 +138,7 @@ class _Scoring:
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
+        self.output.sweep()
         unfinished = self.output.unfinished()
         if unfinished is not None and self._is_mine(unfinished):
             committed = self._go_on(unfinished)
@@ -182,8 +184,9 @@ class _Scoring:
         if unfinished.is_committing:
             self.console.line(f"finishing the commit of {self.output.uri}")
             return replay(self.output, unfinished, check=self.lock.check)
-        manifest, done = Manifest(unfinished.manifest_uri), unfinished.done_shards()
-        if len(done) < manifest.shards:
+        with Manifest(unfinished.manifest_uri) as manifest:
+            shards = manifest.shards
+        if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose) as have:
                 self._score(unfinished, choose_actors(have, self.job.run), have)
         return self._commit(unfinished)
@@ -247,10 +250,12 @@ class _Scoring:
         """Scores the shards that are not done."""
         _check_storage(self.job, nodes=have.nodes)
         self.stop.take_signals()
-        manifest, done = Manifest(generation.manifest_uri), generation.done_shards()
-        rows_done = sum(manifest.shard_rows(shard) for shard in done)
+        done = generation.done_shards()
+        with Manifest(generation.manifest_uri) as manifest:
+            rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
+            rows_done = sum(manifest.shard_rows(shard) for shard in done)
         self.console.line(
-            f"scoring {manifest.rows - rows_done:,} images in {manifest.shards - len(done):,} shards"
+            f"scoring {rows - rows_done:,} images in {len(left):,} shards"
             f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {ENGINE}, "
             f"{actors}, of {have}"
         )
@@ -268,10 +273,9 @@ class _Scoring:
             run_id=uuid.uuid4().hex,
             tally=make_tally(),
         )
-        left = [shard for shard in range(manifest.shards) if shard not in done]
         run = ShardRun(task, left, actors=actors)
         with self.console.progress("scoring") as bar:
-            self.reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=manifest.rows)
+            self.reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
         self._say_how_it_went(actors)
 
     def _say_how_it_went(self, actors: Actors) -> None:
@@ -294,7 +298,8 @@ class _Scoring:
     # --- the table ---------------------------------------------------------------------------------------------------
 
     def _commit(self, generation: Generation) -> Committed:
-        manifest = Manifest(generation.manifest_uri)
+        with Manifest(generation.manifest_uri) as manifest:
+            shards, carried = manifest.shards, manifest.carried
         summary = {
             "settings": self._settings(),
             "bundle": storage.absolute(self.job.bundle),
@@ -305,8 +310,8 @@ class _Scoring:
             return commit(
                 self.output,
                 generation,
-                shards=manifest.shards,
-                schema=prediction_schema(self.job.table, carried=manifest.carried),
+                shards=shards,
+                schema=prediction_schema(self.job.table, carried=carried),
                 superseded=not generation.plan["replaces_all"],
                 replace_all=generation.plan["replaces_all"],
                 judge=self._judge,

@@ -26,7 +26,7 @@ from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.errors import DecoderStuck, ImageError, MnistDistError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.on_ray.tally import TallyPoster
-from mnist_dist.scoring.commit import Generation
+from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
@@ -172,7 +172,8 @@ class DecodeTask:
     def _decode(self, shard: int) -> DecodedShard:
         task = self._task
         attempt = begin_attempt(task, shard, stage="decoding")
-        rows = Manifest(task.generation.manifest_uri).read(shard)
+        with Manifest(task.generation.manifest_uri) as manifest:
+            rows = manifest.read(shard)
         with DecodePool(task.spec, config=task.decoding, threads=threads_of(task)) as pool:
             found = Collector(len(rows))
             pool.begin(rows, found, isolated=attempt > 1)
@@ -186,7 +187,7 @@ def begin_attempt(task: ScoreTask, shard: int, *, stage: str) -> int:
     Raises:
         WorkersFailed: it ended more than `max_failures` processes of this driver.
     """
-    uri = storage.join(task.generation.uri, f"shard-{shard:06d}.{stage}")
+    uri = task.generation.begun_uri(shard, stage=stage)
     try:
         before = json.loads(storage.read_bytes(uri))
     except FileNotFoundError:

@@ -43,11 +43,19 @@ SHARD_BYTES = 256 * 2**20  # of encoded images: a kill costs the reading of so m
 
 
 class Manifest:
-    """A written manifest, read shard by shard; may be used by several threads."""
+    """A written manifest, read shard by shard; may be used by several threads. Leaving it closes its file."""
 
     def __init__(self, uri: str) -> None:
-        self._file = pq.ParquetFile(storage.open_binary(uri))
+        self._bytes = storage.open_binary(uri)
+        self._file = pq.ParquetFile(self._bytes)
         self._lock = threading.Lock()
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._bytes.close()
 
     @property
     def shards(self) -> int:

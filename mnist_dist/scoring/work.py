@@ -16,7 +16,7 @@ from mnist_dist import storage
 from mnist_dist.config import InputConfig, ScoreJob
 from mnist_dist.data.archives import is_archive
 from mnist_dist.data.sources import map_in_threads
-from mnist_dist.scoring.commit import MANIFEST, Committed, Output
+from mnist_dist.scoring.generations import MANIFEST, Committed, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import COLUMNS
 from mnist_dist.scoring.predictions import NOT_BAD, iter_predictions

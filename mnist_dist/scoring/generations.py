@@ -1,0 +1,215 @@
+"""The folder of a prediction table: what is published there, and the generations of work that are not yet.
+
+Owns: the names in the folder, which generation is unfinished, and beginning and sweeping them. Does not own: what is in
+a row (`predictions`), what is scored (`manifest`), how the table changes (`commit`), or the lock, which whoever changes
+anything here holds.
+
+```
+<output>/
+  part-g0002-00000.parquet ...   the table: rows of generation 2, or left of older ones (part-g0002-kept-00000.parquet)
+  _manifest.parquet              uri, size_bytes, etag, status, error of every row; a row group for each file, in order
+  _summary.json  _SUCCESS        (or _FAILED)
+  _work/lock
+  _work/g0003/                   a generation: one first run, increment, retry or fresh start
+    manifest.parquet  plan.json  what is to be scored, and how; plan.json last: it completes the generation
+    shard-000007.scoring         the shard was begun; `.decoding` by a task that only decodes
+    shard-000007.parquet         the shard is done
+    out/  commit.json            what is to be published; from commit.json on the commit happens, whoever dies
+```
+
+A generation whose number is not above that of the mark is published: what is left of it is debris.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mnist_dist import storage
+from mnist_dist.errors import MnistDistError
+from mnist_dist.scoring.predictions import (
+    FAILED,
+    LOCK,
+    WORK,
+    read_mark,
+)
+
+MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
+_GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
+_SHARD = re.compile(r"shard-(\d+)\.parquet")
+PART = re.compile(r"part-g(\d+)-(?:kept-)?\d+\.parquet")
+
+Step = Callable[[str], None]
+"""Called with the name of each single change of the storage before it is made; a test's way to die there."""
+
+
+def no_step(name: str) -> None:
+    """The step that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A complete table."""
+
+    generation: int
+    files: tuple[str, ...]
+    """Names in the output, in the order of the rows."""
+    rows: int
+    model_id: str
+    failed: bool
+    """It was judged to hold too many bad rows."""
+    summary: dict[str, Any]
+    """What `_summary.json` says."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One stretch of work, by the URI of its folder."""
+
+    number: int
+    uri: str
+    plan: dict[str, Any]
+    """Written once, when it began; `model_id` is in it."""
+
+    @property
+    def manifest_uri(self) -> str:
+        return storage.join(self.uri, "manifest.parquet")
+
+    @property
+    def out_uri(self) -> str:
+        return storage.join(self.uri, "out")
+
+    @property
+    def commit_uri(self) -> str:
+        return storage.join(self.uri, "commit.json")
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether its commit was begun, which then must be brought to its end (`replay`)."""
+        return storage.exists(self.commit_uri)
+
+    def shard_uri(self, shard: int) -> str:
+        return storage.join(self.uri, f"shard-{shard:06d}.parquet")
+
+    def begun_uri(self, shard: int, *, stage: str) -> str:
+        """Of the JSON object that says how often the shard was begun, and by whom."""
+        return storage.join(self.uri, f"shard-{shard:06d}.{stage}")
+
+    def done_shards(self) -> set[int]:
+        """The shards that are there, by one listing."""
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in storage.scan_entries(self.uri))
+        return {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
+
+
+class Output:
+    """The folder of a prediction table. Whoever calls what writes holds the lock.
+
+    Args:
+        uri: a folder or an `s3://` prefix.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+
+    @property
+    def lock_uri(self) -> str:
+        return storage.join(self.uri, LOCK)
+
+    def committed(self) -> Committed | None:
+        """The table, where there is a complete one.
+
+        Raises:
+            DataError: the folder holds the mark of something else.
+        """
+        mark = read_mark(self.uri)
+        if mark is None:
+            return None
+        try:
+            summary = dict(json.loads(storage.read_bytes(storage.join(self.uri, SUMMARY))))
+        except FileNotFoundError:  # somebody deleted it; the table does not need it
+            summary = {}
+        return Committed(**asdict(mark), summary=summary)
+
+    def unfinished(self) -> Generation | None:
+        """The newest generation that was completely begun and is not published."""
+        published = self._published()
+        numbers = [number for number, names in self._generations().items() if "plan.json" in names]
+        number = max(numbers, default=0)
+        if number <= published:
+            return None
+        uri = self._generation_uri(number)
+        return Generation(number, uri, dict(json.loads(storage.read_bytes(storage.join(uri, "plan.json")))))
+
+    def begin(self, plan: Mapping[str, Any], *, manifest: Callable[[str], None]) -> Generation:
+        """A new generation, after all that was ever here.
+
+        Args:
+            plan: what must be the same when the work goes on; JSON values, `model_id` among them.
+            manifest: writes the manifest to the URI that it is given.
+
+        Raises:
+            ValueError: the plan names no model.
+        """
+        if "model_id" not in plan:  # or the commit would find out, after all the work
+            raise ValueError(f"a plan has a model_id. Received: {', '.join(plan)}")
+        self.sweep()
+        parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
+        number = max([0, self._published(), *self._generations(), *parts]) + 1
+        generation = Generation(number, self._generation_uri(number), dict(plan))
+        manifest(generation.manifest_uri)
+        storage.write_bytes(storage.join(generation.uri, "plan.json"), json.dumps(plan, indent=2).encode())
+        return generation
+
+    def discard(self, generation: Generation) -> None:
+        """Deletes a generation and the work in it.
+
+        Raises:
+            MnistDistError: its commit was begun; the table that was is not whole any more.
+        """
+        if generation.is_committing:
+            raise MnistDistError(f"a commit that was begun is brought to its end first. Received: {generation.uri!r}")
+        self._delete(generation.number)
+
+    def sweep(self) -> None:
+        """Deletes what killed drivers left: generations published or never completely begun, a second mark."""
+        self.sweep_published()
+        mark = read_mark(self.uri)
+        if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
+            storage.delete(storage.join(self.uri, FAILED))
+        for number, names in self._generations().items():
+            if "plan.json" not in names:
+                self._delete(number)
+
+    def sweep_published(self, *, step: Step = no_step) -> None:
+        """Deletes generations that were published; of a driver that just lost the lock, that hurts nobody."""
+        published = self._published()
+        for number in sorted(self._generations()):
+            if number <= published:
+                step(f"delete g{number:04d}")
+                self._delete(number)
+
+    def _delete(self, number: int) -> None:
+        uri = self._generation_uri(number)
+        storage.delete(storage.join(uri, "plan.json"))  # first: killed midway, what is left is debris
+        storage.delete_tree(uri)
+
+    def _published(self) -> int:
+        mark = read_mark(self.uri)
+        return mark.generation if mark else 0
+
+    def _generation_uri(self, number: int) -> str:
+        return storage.join(self.uri, WORK, f"g{number:04d}")
+
+    def _generations(self) -> dict[int, set[str]]:
+        """The names in each generation's folder."""
+        found: dict[int, set[str]] = {}
+        for name in self.names(WORK):
+            if match := _GENERATION.fullmatch(name):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return found
+
+    def names(self, below: str = "") -> Iterator[str]:
+        """Everything in the folder, relative to it."""
+        for entry in storage.scan_entries(storage.join(self.uri, below) if below else self.uri):
+            yield entry.uri.removeprefix(f"{self.uri}/")

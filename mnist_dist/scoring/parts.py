@@ -1,0 +1,257 @@
+"""The files of the table that is to be, built beside the one that is.
+
+Owns: the table's files and `_manifest.parquet` in a generation's `out`: which old files stay, which are written again
+without the rows that are replaced, and which are new. Does not own: publishing them (`commit`).
+"""
+
+import contextlib
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mnist_dist import storage
+from mnist_dist.data.sources import map_in_threads
+from mnist_dist.errors import ConfigError, DataError, MnistDistError
+from mnist_dist.scoring.generations import MANIFEST, Committed, Generation, Output, Step
+from mnist_dist.scoring.predictions import (
+    STATUSES,
+    read_row_groups,
+    table_schema,
+)
+
+PART_BYTES = 128 * 2**20  # few enough files of 10 million rows, and small enough to be read in parallel
+PART_ROWS = 1_000_000  # of a file: what `_manifest.parquet` says of it is in memory at once
+ROW_GROUP_BYTES = 32 * 2**20  # in memory: about as many narrow rows as the readers' units of work
+EXAMPLES = 3  # of each status, in the summary
+_READ_THREADS = 8  # on object stores a request waits far longer than it works
+LISTED = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        ("error", pa.string()),
+    ]
+)
+"""The columns of `_manifest.parquet`; size and etag are those of the listing where reading has not told them."""
+
+_SOURCE_COLUMNS = ("uri", "size_bytes", "etag")
+
+
+class _Rows(NamedTuple):
+    """Rows of the table, and the same rows as `_manifest.parquet` has them."""
+
+    rows: pa.Table
+    listed: pa.Table
+
+
+@dataclass
+class NewTable:
+    """The table that is to be, file by file."""
+
+    listing: pq.ParquetWriter
+    files: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    rows: int = 0
+    examples: dict[str, list[dict[str, str | None]]] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    def note(self, name: str, listed: pa.Table) -> None:
+        """The next file, and what is in it."""
+        self.files.append(name)
+        self.rows += len(listed)
+        self.listing.write_table(listed, row_group_size=max(len(listed), 1))
+        for item in pc.value_counts(listed["status"]).to_pylist():
+            self._counts[item["values"]] += item["counts"]
+            if item["values"] != "ok":
+                self._note_examples(item["values"], listed)
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each status."""
+        return {status: self._counts[status] for status in STATUSES}
+
+    def _note_examples(self, status: str, listed: pa.Table) -> None:
+        examples = self.examples.setdefault(status, [])
+        if len(examples) < EXAMPLES:
+            rows = listed.select(["uri", "error"]).filter(pc.equal(listed["status"], status))
+            examples += rows.slice(0, EXAMPLES - len(examples)).to_pylist()
+
+
+@dataclass(frozen=True)
+class Building:
+    """Writes the files of a generation's table into its `out`; what was there of an earlier try goes first."""
+
+    output: Output
+    generation: Generation
+    schema: pa.Schema = field(kw_only=True)
+    part_bytes: int = field(kw_only=True)
+    step: Step = field(kw_only=True)
+
+    def build(
+        self, *, shards: int, superseded: bool, replace_all: bool, progress: Callable[[int, int], None]
+    ) -> NewTable:
+        self.step("clear out")
+        storage.delete_tree(self.generation.out_uri)
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            file = stack.enter_context(self._new_file(MANIFEST))
+            table = NewTable(stack.enter_context(pq.ParquetWriter(file, LISTED, compression="zstd")))
+            manifest = stack.enter_context(_parquet(self.generation.manifest_uri, scratch / "new"))
+            committed = self.output.committed()
+            if committed and replace_all:
+                table.removed += committed.files
+            elif committed:
+                old = stack.enter_context(_parquet(storage.join(self.output.uri, MANIFEST), scratch / "old"))
+                gone = manifest.read(["uri"])["uri"] if superseded else None
+                self._keep(committed, table, old=old, gone=gone)
+            self._write(table, "", self._new_rows(manifest, shards, progress))
+            if not table.files:
+                self._write_part(table, self._name("", 0), iter(()))  # readers find the columns in it
+        return table
+
+    def _keep(
+        self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, gone: pa.ChunkedArray | None
+    ) -> None:
+        """Takes over the old files, or what is left of them without the rows of the images in `gone`."""
+        if not table_schema(self.output.uri).equals(self.schema):
+            raise ConfigError(
+                f"the table has the same columns as before, or is made afresh (mode fresh). Received: "
+                f"{', '.join(self.schema.names)}"
+            )
+        if old.num_row_groups != len(committed.files):
+            raise DataError(f"{self.output.uri}/{MANIFEST} is not that of the table there; make it afresh (mode fresh)")
+        touched = []
+        for index, name in enumerate(committed.files):
+            listed = old.read_row_group(index)
+            if gone is not None and pc.any(pc.is_in(listed["uri"], value_set=gone)).as_py():
+                touched.append(index)
+            else:
+                table.note(name, listed)
+        table.removed += [committed.files[index] for index in touched]
+        if gone is not None:
+            left = itertools.chain.from_iterable(
+                self._left_rows(committed.files[index], old.read_row_group(index), gone) for index in touched
+            )
+            self._write(table, "kept-", left)
+
+    def _left_rows(self, name: str, listed: pa.Table, gone: pa.ChunkedArray) -> Iterator[_Rows]:
+        for rows in read_row_groups(storage.join(self.output.uri, name)):
+            its, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
+            if not rows["uri"].equals(its["uri"]):
+                raise DataError(f"{self.output.uri}: {name} does not hold what {MANIFEST} says; make it afresh")
+            left = pc.invert(pc.is_in(rows["uri"], value_set=gone))
+            yield _Rows(rows.filter(left), its.filter(left))
+
+    def _new_rows(self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]) -> Iterator[_Rows]:
+        if manifest.num_row_groups != shards:
+            raise MnistDistError(f"{self.generation.manifest_uri} has {manifest.num_row_groups} shards, not {shards}")
+        uris = [self.generation.shard_uri(shard) for shard in range(shards)]
+        for shard, data in enumerate(map_in_threads(_read_shard, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
+            listed = manifest.read_row_group(shard, columns=list(_SOURCE_COLUMNS))
+            rows = _rows_of_shard(uris[shard], data, schema=self.schema, expected=listed["uri"])
+            yield _Rows(rows, _listed(rows, listed))
+            progress(shard + 1, shards)
+
+    def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
+        """Writes pieces into as many files as they need: `part-g0001-00000.parquet`, ..."""
+        groups = _grouped(pieces, least_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
+        for number in itertools.count():
+            first = next(groups, None)
+            if first is None:
+                return
+            self._write_part(table, self._name(kind, number), itertools.chain([first], groups))
+
+    def _name(self, kind: str, number: int) -> str:
+        return f"part-g{self.generation.number:04d}-{kind}{number:05d}.parquet"
+
+    def _write_part(self, table: NewTable, name: str, groups: Iterator[_Rows]) -> None:
+        listed = [LISTED.empty_table()]
+        with self._new_file(name) as file, pq.ParquetWriter(file, self.schema, compression="zstd") as writer:
+            for group in groups:
+                writer.write_table(group.rows, row_group_size=len(group.rows))
+                listed.append(group.listed)
+                if file.tell() >= self.part_bytes or sum(map(len, listed)) >= PART_ROWS:
+                    break
+        table.added.append(name)
+        table.note(name, pa.concat_tables(listed))
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str) -> Iterator[BinaryIO]:
+        """A file that is in `out` when the block ends without an error."""
+        self.step(f"write {name}")
+        with storage.new_object(storage.join(self.generation.out_uri, name)) as file:
+            yield file
+            self.step(f"put {name}")
+
+
+def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.ChunkedArray) -> pa.Table:
+    try:
+        rows = pq.ParquetFile(pa.BufferReader(data)).read()
+    except (pa.ArrowException, OSError) as err:
+        raise MnistDistError(f"{uri} is not readable; delete it and run the same command again: {err}") from err
+    if not rows.schema.equals(schema) or not rows["uri"].equals(expected):
+        raise MnistDistError(
+            f"a shard holds the rows of its manifest in their order; delete {uri} and run the same command again. "
+            f"Received: {len(rows)} rows of {', '.join(rows.schema.names)}, expected {len(expected)} of "
+            f"{', '.join(schema.names)}"
+        )
+    return rows
+
+
+def _listed(rows: pa.Table, source: pa.Table) -> pa.Table:
+    def known(name: str) -> pa.ChunkedArray:
+        return pc.coalesce(rows[name], source[name]) if name in rows.column_names else source[name]
+
+    error = rows["error"] if "error" in rows.column_names else pa.nulls(len(rows), pa.string())
+    return pa.table([rows["uri"], known("size_bytes"), known("etag"), rows["status"], error], schema=LISTED)
+
+
+def _grouped(pieces: Iterator[_Rows], *, least_bytes: int) -> Iterator[_Rows]:
+    """Joins pieces, and cuts those of large shards, up to about the size of a row group; none is empty."""
+    held, size_bytes = list[_Rows](), 0
+    for piece in itertools.chain.from_iterable(map(_cut, pieces)):
+        held.append(piece)
+        size_bytes += piece.rows.nbytes
+        if size_bytes >= least_bytes:
+            yield _joined(held)
+            held, size_bytes = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _cut(piece: _Rows) -> Iterator[_Rows]:
+    count = len(piece.rows)
+    length = -(-count // max(1, piece.rows.nbytes // ROW_GROUP_BYTES))
+    for start in range(0, count, max(1, length)):
+        yield _Rows(piece.rows.slice(start, length), piece.listed.slice(start, length))
+
+
+def _joined(held: Sequence[_Rows]) -> _Rows:
+    return _Rows(pa.concat_tables([item.rows for item in held]), pa.concat_tables([item.listed for item in held]))
+
+
+def _read_shard(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError as err:
+        raise MnistDistError(f"a shard that is to be published is not there. Received: {uri!r}") from err
+
+
+@contextlib.contextmanager
+def _parquet(uri: str, scratch: Path) -> Iterator[pq.ParquetFile]:
+    """A file that is read here and there."""
+    try:
+        file = pq.ParquetFile(storage.local_path(uri, scratch))
+    except (pa.ArrowInvalid, FileNotFoundError) as err:
+        raise DataError(f"{uri} cannot be read: {err}") from err
+    with file:
+        yield file

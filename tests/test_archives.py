@@ -1,0 +1,719 @@
+"""archives: what an archive holds and the bytes of its members, whole or damaged, on disk and on S3."""
+
+import bz2
+import errno
+import gzip
+import io
+import lzma
+import pickle
+import random
+import stat
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mnist_dist import storage
+from mnist_dist.data.archives import (
+    ARCHIVE_SUFFIXES,
+    ArchiveIndex,
+    Member,
+    index_archive,
+    is_archive,
+    member_groups,
+    read_members,
+    split_member,
+)
+from mnist_dist.errors import ImageError, ServiceError
+
+MOST_BYTES = 2**20
+BLOCK_BYTES = 512
+FILES = {  # around the block size of tar
+    "a/one.png": b"1",
+    "b/block.png": random.Random(0).randbytes(512),
+    "b/more.png": random.Random(1).randbytes(513),
+    "c/many.png": random.Random(2).randbytes(20_000),
+    "d/even.png": bytes(7000),
+}
+
+
+def tar_header(name: str, size_bytes: int, *, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size_bytes, kind, link
+    return info
+
+
+def tar_bytes(files: Iterable[tuple[str, bytes]], *others: tarfile.TarInfo, format: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format, errors="surrogateescape") as tar:
+        for name, data in files:
+            tar.addfile(tar_header(name, len(data)), io.BytesIO(data))
+        for other in others:
+            tar.addfile(other)
+    return buffer.getvalue()
+
+
+def zip_bytes(files: Iterable[tuple[str | zipfile.ZipInfo, bytes]], packing: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files:
+            archive.writestr(name, data, None if isinstance(name, zipfile.ZipInfo) else packing)
+    return buffer.getvalue()
+
+
+def put(folder: Path, data: bytes, name: str = "shard.tar") -> str:
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+def names(index: ArchiveIndex) -> list[str]:
+    return [member.name for member in index.members]
+
+
+def status(value: bytes | ImageError | None) -> str:
+    return value.status if isinstance(value, ImageError) else "ok"
+
+
+def read(uri: str, index: ArchiveIndex, *, most_bytes: int = MOST_BYTES) -> dict[str, bytes | str]:
+    """What each member yields: bytes, or the word of its error."""
+    images = list(read_members(uri, index.members, most_bytes=most_bytes))
+    assert len(images) == len(index.members)
+    return {
+        member.name: image.status if isinstance(image, ImageError) else image
+        for member, image in zip(index.members, images, strict=True)
+    }
+
+
+def statuses(uri: str) -> tuple[str, list[str]]:
+    """The word for the archive, and those for its members when they are read."""
+    index = index_archive(uri)
+    return status(index.problem), [status(image) for image in read_members(uri, index.members, most_bytes=MOST_BYTES)]
+
+
+def patched(data: bytes, position: int, *values: bytes) -> bytes:
+    new = b"".join(values)
+    return data[:position] + new + data[position + len(new) :]
+
+
+def with_checksum(header: bytes) -> bytes:
+    """A tar header whose checksum fits whatever was done to it."""
+    blank = patched(header, 148, b" " * 8)
+    return patched(header, 148, b"%06o\0 " % sum(blank))
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path)
+
+
+# --- names
+
+
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
+def test_archives_are_told_by_their_ending_in_any_case(suffix: str) -> None:
+    assert is_archive(f"s3://b/x{suffix}")
+    assert is_archive(f"/data/X{suffix.upper()}")
+    assert not is_archive(f"/data{suffix}/x.png")
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("a.tar!x/y.png", ("a.tar", "x/y.png")),
+        ("s3://b/wow!/a.TGZ!x!y.png", ("s3://b/wow!/a.TGZ", "x!y.png")),
+        ("a.zip!b.zip!c.png", ("a.zip", "b.zip!c.png")),
+        ("a.zip!", ("a.zip", "")),
+        ("wow!.png", None),
+        ("a.parquet!17", None),
+        ("a.tar", None),
+    ],
+)
+def test_a_member_is_split_from_its_archive_at_the_first_archive(uri: str, parts: tuple[str, str] | None) -> None:
+    assert split_member(uri) == parts
+
+
+# --- whole archives of every kind
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".tar": bytes,
+    ".tar.gz": gzip.compress,
+    ".tgz": gzip.compress,
+    ".tar.bz2": bz2.compress,
+    ".tar.xz": lzma.compress,
+}
+ZIP_PACKINGS = {
+    "stored": zipfile.ZIP_STORED,
+    "deflated": zipfile.ZIP_DEFLATED,
+    "bzip2": zipfile.ZIP_BZIP2,
+    "lzma": zipfile.ZIP_LZMA,
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_tar_gives_its_files(tmp_path: Path, suffix: str, format: int) -> None:
+    uri = put(tmp_path, COMPRESSIONS[suffix](tar_bytes(FILES.items(), format=format)), f"shard{suffix}")
+    index = index_archive(uri)
+    assert (index.problem, index.duplicates) == (None, 0)
+    assert index.entry == storage.entry_of(uri)
+    assert {member.packing for member in index.members} == {"tar" if suffix == ".tar" else "stream"}
+    assert [member.size_bytes for member in index.members] == [len(data) for data in FILES.values()]
+    assert read(uri, index) == FILES
+
+
+@pytest.mark.parametrize("packing", ZIP_PACKINGS)
+def test_a_zip_gives_its_files(tmp_path: Path, packing: str) -> None:
+    uri = put(tmp_path, zip_bytes(FILES.items(), ZIP_PACKINGS[packing]), "shard.zip")
+    index = index_archive(uri)
+    assert (index.problem, index.duplicates) == (None, 0)
+    assert {member.packing for member in index.members} == {packing}
+    assert all(member.crc32 is not None for member in index.members)
+    assert read(uri, index) == FILES
+
+
+def test_an_index_crosses_processes(tmp_path: Path) -> None:
+    index = index_archive(put(tmp_path, tar_bytes(FILES.items())))
+    assert pickle.loads(pickle.dumps(index)) == index
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("gzip.tar", gzip.compress(tar_bytes(FILES.items()))),
+        ("plain.tar.gz", tar_bytes(FILES.items())),
+        ("xz.tar.bz2", lzma.compress(tar_bytes(FILES.items()))),
+        ("tar.zip", tar_bytes(FILES.items())),
+        ("gzip.zip", gzip.compress(tar_bytes(FILES.items()))),
+        ("zip.tgz", zip_bytes(FILES.items())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_first_bytes_decide_not_the_name(tmp_path: Path, name: str, data: bytes) -> None:
+    uri = put(tmp_path, data, name)
+    assert read(uri, index_archive(uri)) == FILES
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_compressed_in_several_streams_is_read_to_its_end(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    data = tar_bytes(FILES.items())
+    uri = put(tmp_path, b"".join(compress(data[at : at + 6000]) for at in range(0, len(data), 6000)))
+    assert read(uri, index_archive(uri)) == FILES
+
+
+@pytest.mark.parametrize("data", [bytes(10240), zip_bytes([]), gzip.compress(bytes(10240))])
+def test_an_archive_may_hold_nothing(tmp_path: Path, data: bytes) -> None:
+    index = index_archive(put(tmp_path, data))
+    assert (index.members, index.problem) == ((), None)
+
+
+def test_a_zip_behind_something_else_is_read(tmp_path: Path) -> None:
+    uri = put(tmp_path, b"#!/bin/sh\n" * 70 + zip_bytes(FILES.items()), "shard.zip")
+    assert read(uri, index_archive(uri)) == FILES
+
+
+def test_a_zip64_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # real ones begin at 2 GiB
+    data = zip_bytes(FILES.items(), zipfile.ZIP_DEFLATED)
+    assert b"PK\6\6" in data
+    uri = put(tmp_path, data, "shard.zip")
+    assert read(uri, index_archive(uri)) == FILES
+
+
+# --- names and kinds of members
+
+ODD_NAMES = [
+    "../../etc/up.png",
+    "/etc/absolute.png",
+    "./here.png",
+    "kätzchen/猫🐈.png",
+    "a b!c\\d.png",
+    "x" * 300 + ".png",
+]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_name_is_kept_as_text(tmp_path: Path, format: int) -> None:
+    index = index_archive(put(tmp_path, tar_bytes([(name, b"x") for name in ODD_NAMES], format=format)))
+    assert names(index) == ODD_NAMES
+
+
+def test_a_zip_name_is_kept_as_text(tmp_path: Path) -> None:
+    index = index_archive(put(tmp_path, zip_bytes([(name, b"x") for name in ODD_NAMES]), "shard.zip"))
+    assert names(index) == ODD_NAMES
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_bytes_that_are_no_unicode_become_text(tmp_path: Path, format: int) -> None:
+    name = b"caf\xe9.png".decode(errors="surrogateescape")
+    index = index_archive(put(tmp_path, tar_bytes([(name, b"x")], format=format)))
+    assert names(index) == ["caf\\xe9.png"]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_of_members_of_one_name_the_last_counts(tmp_path: Path, suffix: str) -> None:
+    files = [("a.png", b"old"), ("b.png", b"other"), ("a.png", b"newer"), ("a.png", b"newest")]
+    data = zip_bytes(files) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files))
+    uri = put(tmp_path, data, f"shard{suffix}")
+    index = index_archive(uri)
+    assert index.duplicates == 2
+    assert list(read(uri, index).items()) == [("b.png", b"other"), ("a.png", b"newest")]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_of_a_tar_only_files_and_hard_links_are_listed(tmp_path: Path, suffix: str) -> None:
+    others = [
+        tar_header("folder.png", 0, kind=tarfile.DIRTYPE),
+        tar_header("symbolic.png", 0, kind=tarfile.SYMTYPE, link="a/one.png"),
+        tar_header("device.png", 0, kind=tarfile.CHRTYPE),
+        tar_header("pipe.png", 0, kind=tarfile.FIFOTYPE),
+        tar_header("hard.png", 0, kind=tarfile.LNKTYPE, link="b/more.png"),
+        tar_header("again.png", 0, kind=tarfile.LNKTYPE, link="hard.png"),
+    ]
+    uri = put(tmp_path, COMPRESSIONS[suffix](tar_bytes(FILES.items(), *others)), f"shard{suffix}")
+    more = FILES["b/more.png"]
+    assert read(uri, index_archive(uri)) == FILES | {"hard.png": more, "again.png": more}
+
+
+def test_a_hard_link_to_nothing_is_missing(tmp_path: Path) -> None:
+    link = tar_header("hard.png", 0, kind=tarfile.LNKTYPE, link="gone.png")
+    uri = put(tmp_path, tar_bytes([("a.png", b"x")], link))
+    assert statuses(uri) == ("ok", ["ok", "missing"])
+
+
+def test_a_file_with_holes_is_unsupported_and_does_not_disturb_the_next(tmp_path: Path) -> None:
+    holes = tar_header("holes.png", 1024)
+    holes.pax_headers = {"GNU.sparse.map": "0,512,90000,512", "GNU.sparse.size": "90512"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(holes, io.BytesIO(bytes(1024)))
+        tar.addfile(tar_header("next.png", 3), io.BytesIO(b"abc"))
+    uri = put(tmp_path, buffer.getvalue())
+    index = index_archive(uri)
+    assert [(member.size_bytes, member.stored_bytes) for member in index.members] == [(90512, 1024), (3, 3)]
+    assert read(uri, index) == {"holes.png": "unsupported", "next.png": b"abc"}
+
+
+def test_of_a_zip_only_files_are_listed(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    index = index_archive(put(tmp_path, zip_bytes([("folder.png/", b""), (link, b"a.png"), ("a.png", b"x")]), "s.zip"))
+    assert names(index) == ["a.png"]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_a_member_without_bytes_is_empty(tmp_path: Path, suffix: str) -> None:
+    files = [("none.png", b""), ("some.png", b"x")]
+    data = zip_bytes(files) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files))
+    uri = put(tmp_path, data, f"shard{suffix}")
+    assert read(uri, index_archive(uri)) == {"none.png": "empty", "some.png": b"x"}
+
+
+# --- archives that are not there, or none
+
+
+def test_an_archive_that_is_not_there_is_missing(tmp_path: Path) -> None:
+    index = index_archive(str(tmp_path / "no.tar"))
+    assert (index.members, status(index.problem)) == ((), "missing")
+    (tmp_path / "folder.tar").mkdir()
+    assert status(index_archive(str(tmp_path / "folder.tar")).problem) == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("a.tar", b"", "empty"),
+        ("a.zip", b"", "empty"),
+        ("a.tar.gz", gzip.compress(b""), "empty"),
+        ("a.tar", b"no tar, but long enough to be a header" * 100, "unreadable"),
+        ("a.zip", b"no zip" * 100, "unreadable"),
+        ("a.zip", b"no", "unreadable"),
+        ("a.tar.gz", gzip.compress(b"no tar" * 1000), "unreadable"),
+        ("a.tar.gz", gzip.compress(b"")[:10] + b"no gzip" * 100, "unreadable"),
+        ("a.tar.xz", b"\xfd7zXZ\0" + b"no xz" * 100, "unreadable"),
+        ("a.tar.bz2", b"BZh91AY&SY" + b"no bzip2" * 100, "unreadable"),
+    ],
+)
+def test_what_is_no_archive_has_a_problem_and_no_members(tmp_path: Path, name: str, data: bytes, word: str) -> None:
+    index = index_archive(put(tmp_path, data, name))
+    assert (index.members, status(index.problem)) == ((), word)
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (FileNotFoundError(errno.ENOENT, "gone"), "missing"),
+        (PermissionError(errno.EACCES, "access denied"), "denied"),
+        (OSError(errno.EIO, "bad sector"), "failed"),
+    ],
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_the_storage_says_of_the_archive_is_said_of_each_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, word: str, compress: Callable[[bytes], bytes]
+) -> None:
+    uri = put(tmp_path, compress(tar_bytes(FILES.items())))
+    index = index_archive(uri)
+
+    def fail(*_: object) -> bytes:
+        raise error
+
+    for name in ("entry_of", "open_binary", "read_range"):
+        monkeypatch.setattr(storage, name, fail)  # not by a file's mode: root may read everything
+    assert set(read(uri, index).values()) == {word}
+    assert status(index_archive(uri).problem) == word
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_failing_service_is_no_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    uri = put(tmp_path, compress(tar_bytes(FILES.items())))
+    index = index_archive(uri)
+
+    def fail(*_: object) -> bytes:
+        raise ServiceError("no connection")
+
+    for name in ("open_binary", "read_range"):
+        monkeypatch.setattr(storage, name, fail)
+    with pytest.raises(ServiceError, match="no connection"):
+        read(uri, index)
+    with pytest.raises(ServiceError, match="no connection"):
+        index_archive(uri)
+
+
+# --- damaged tars
+
+THREE = [("a.png", b"a" * 700), ("b.png", b"b" * 300), ("c.png", b"c" * 1500)]
+USTAR = tar_bytes(THREE, format=tarfile.USTAR_FORMAT)  # headers at 0, 1536 and 2560, data of c.png at 3072 to 4572
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "word", "members"),
+    [
+        (100, "truncated", []),
+        (512, "truncated", ["truncated"]),
+        (1000, "truncated", ["truncated"]),
+        (512 + 700, "truncated", ["ok"]),  # the data are whole, their padding is not
+        (1536, "ok", ["ok"]),  # nobody can know
+        (1536 + 200, "truncated", ["ok"]),
+        (2560 + 511, "truncated", ["ok", "ok"]),
+        (4571, "truncated", ["ok", "ok", "truncated"]),
+        (4608, "ok", ["ok", "ok", "ok"]),  # only the end mark is missing
+        (4608 + 512, "ok", ["ok", "ok", "ok"]),
+        (4608 + 100, "ok", ["ok", "ok", "ok"]),
+    ],
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_tar_that_is_cut_gives_what_comes_before(
+    tmp_path: Path, size_bytes: int, word: str, members: list[str], compress: Callable[[bytes], bytes]
+) -> None:
+    assert statuses(put(tmp_path, compress(USTAR[:size_bytes]))) == (word, members)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_tar_that_is_cut_between_a_long_name_and_its_file_is_truncated(tmp_path: Path, format: int, cut: int) -> None:
+    first = tar_bytes([("a.png", b"x")], format=format)[:1024]
+    second = tar_bytes([("d" * 200 + "/b.png", b"y")], format=format)
+    assert statuses(put(tmp_path, first + second[: cut * BLOCK_BYTES])) == (
+        "truncated",
+        ["ok"] + ["truncated"] * (cut == 3),  # its header is there, its data are not
+    )
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    index = index_archive(put(tmp_path, compress(patched(USTAR, 1536, b"?"))))
+    assert names(index) == ["a.png"]
+    assert index.problem is not None
+    assert str(index.problem) == "unreadable: the header at byte 1536 is damaged: bad checksum"
+
+
+@pytest.mark.parametrize("size_bytes", [-1, -512, -1024, -4096, 2**70])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_an_impossible_size_ends_the_list(tmp_path: Path, size_bytes: int, compress: Callable[[bytes], bytes]) -> None:
+    field = (b"\x80" if size_bytes > 0 else b"\xff") + (size_bytes % 2**88).to_bytes(11, "big")
+    header = with_checksum(patched(USTAR[1536:2048], 124, field))
+    index = index_archive(put(tmp_path, compress(patched(USTAR, 1536, header))))
+    assert (names(index), status(index.problem)) == (["a.png"], "unreadable")
+
+
+def test_a_header_that_claims_gigabytes_of_attributes_is_not_read(tmp_path: Path) -> None:
+    header = tar_header("x", 8 * 2**30, kind=tarfile.XHDTYPE).tobuf(tarfile.GNU_FORMAT)
+    index = index_archive(put(tmp_path, USTAR[:1536] + header + USTAR[1536:]))
+    assert (names(index), status(index.problem)) == (["a.png"], "unreadable")
+
+
+def test_a_tar_of_nothing_but_long_names_is_unreadable(tmp_path: Path) -> None:
+    header = tar_header("x", 0, kind=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT)
+    assert statuses(put(tmp_path, header * 5000)) == ("unreadable", [])
+
+
+# of small blocks, and fast
+FAST: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": lambda data: bz2.compress(data, 1),
+    "xz": lambda data: lzma.compress(data, preset=0),
+}
+
+
+@pytest.mark.parametrize("compression", FAST)
+def test_a_compressed_tar_that_is_cut_is_truncated(tmp_path: Path, compression: str) -> None:
+    files = [(f"{n}.png", random.Random(n).randbytes(60_000 + n)) for n in range(10)]
+    data = FAST[compression](tar_bytes(files))
+    uri = put(tmp_path, data[: len(data) * 2 // 3])
+    index = index_archive(uri)
+    assert status(index.problem) == "truncated"
+    assert 1 <= len(index.members) < len(files)
+    assert [status(member.problem) for member in index.members] == ["ok"] * (len(index.members) - 1) + ["truncated"]
+
+
+def test_a_compressed_tar_that_lacks_its_last_bytes_is_truncated_and_whole_inside(tmp_path: Path) -> None:
+    assert statuses(put(tmp_path, gzip.compress(USTAR)[:-3])) == ("truncated", ["ok", "ok", "ok"])
+
+
+def test_a_wrong_checksum_of_a_compressed_tar_is_found(tmp_path: Path) -> None:
+    data = gzip.compress(USTAR)
+    index = index_archive(put(tmp_path, patched(data, len(data) - 8, b"crc!")))
+    assert status(index.problem) == "unreadable"
+    assert "CRC" in str(index.problem)
+
+
+@pytest.mark.parametrize("compression", FAST)
+def test_where_a_stream_breaks_off_the_rest_is_truncated(tmp_path: Path, compression: str) -> None:
+    files = [(f"{n}.png", random.Random(n).randbytes(60_000 + n)) for n in range(10)]
+    data = FAST[compression](tar_bytes(files))
+    uri = put(tmp_path, data)
+    index = index_archive(uri)
+    put(tmp_path, data[: len(data) * 2 // 3])
+    found = [status(image) for image in read_members(uri, index.members, most_bytes=MOST_BYTES)]
+    whole = found.count("ok")
+    assert 4 <= whole <= 6  # of bzip2 the whole blocks, 100 kB each
+    assert found == ["ok"] * whole + ["truncated"] * (10 - whole)
+
+
+def test_where_a_stream_is_damaged_the_rest_is_unreadable(tmp_path: Path) -> None:
+    data = gzip.compress(tar_bytes(FILES.items()))
+    uri = put(tmp_path, data)
+    index = index_archive(uri)
+    put(tmp_path, patched(data, 700, bytes(300)))
+    found = list(read(uri, index).values())
+    assert found[:2] == list(FILES.values())[:2]
+    assert found[3:] == ["unreadable", "unreadable"]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_members_of_an_archive_that_became_shorter_are_truncated(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    uri = put(tmp_path, compress(USTAR))
+    index = index_archive(uri)
+    put(tmp_path, compress(USTAR[:2560]))
+    assert read(uri, index) == {"a.png": b"a" * 700, "b.png": b"b" * 300, "c.png": "truncated"}
+
+
+def test_a_stream_that_became_another_is_unreadable(tmp_path: Path) -> None:
+    uri = put(tmp_path, gzip.compress(tar_bytes(FILES.items())))
+    index = index_archive(uri)
+    put(tmp_path, gzip.compress(tar_bytes((name, data + b"+") for name, data in FILES.items())))
+    assert set(read(uri, index).values()) == {"unreadable"}
+
+
+# --- damaged zips
+
+
+def zip_directory(data: bytes) -> int:
+    """Where the only entry of the directory begins."""
+    return data.index(b"PK\1\2")
+
+
+@pytest.mark.parametrize("kept", [20, 1000, -1, -30])
+def test_a_zip_without_its_directory_is_truncated(tmp_path: Path, kept: int) -> None:
+    index = index_archive(put(tmp_path, zip_bytes(FILES.items())[:kept], "shard.zip"))
+    assert (index.members, status(index.problem)) == ((), "truncated")
+
+
+def test_a_zip_with_a_damaged_directory_is_unreadable(tmp_path: Path) -> None:
+    data = zip_bytes(FILES.items())
+    assert statuses(put(tmp_path, patched(data, zip_directory(data), b"??"), "shard.zip")) == ("unreadable", [])
+
+
+@pytest.mark.parametrize("flags", [0x1, 0x41])
+def test_an_encrypted_member_is_unreadable_without_being_read(tmp_path: Path, flags: int) -> None:
+    data = zip_bytes([("a.png", b"secret")])
+    uri = put(tmp_path, patched(data, zip_directory(data) + 8, struct.pack("<H", flags)), "shard.zip")
+    (member,) = index_archive(uri).members
+    assert str(member.problem) == "unreadable: the member is encrypted"
+    assert statuses(uri) == ("ok", ["unreadable"])
+
+
+@pytest.mark.parametrize("packing", [9, 93])  # deflate64, zstandard
+def test_an_unknown_compression_is_unsupported(tmp_path: Path, packing: int) -> None:
+    data = zip_bytes([("a.png", b"abc")])
+    uri = put(tmp_path, patched(data, zip_directory(data) + 10, struct.pack("<H", packing)), "shard.zip")
+    (member,) = index_archive(uri).members
+    assert member.packing == "other"
+    assert f"type {packing}" in str(member.problem)
+    assert statuses(uri) == ("ok", ["unsupported"])
+
+
+@pytest.mark.parametrize("packing", ZIP_PACKINGS)
+def test_damaged_bytes_are_unreadable_and_do_not_disturb_the_others(tmp_path: Path, packing: str) -> None:
+    files = {"a.png": b"a" * 10, "b.png": random.Random(0).randbytes(3000), "c.png": b"c" * 20}
+    data = zip_bytes(files.items(), ZIP_PACKINGS[packing])
+    middle = data.index(b"b.png") + 1500
+    uri = put(tmp_path, patched(data, middle, bytes([data[middle] ^ 1])), "shard.zip")
+    assert read(uri, index_archive(uri)) == files | {"b.png": "unreadable"}
+
+
+def test_a_damaged_local_header_is_unreadable(tmp_path: Path) -> None:
+    data = zip_bytes([("a.png", b"abc"), ("b.png", b"de")])
+    second = data.rindex(b"PK\3\4")
+    assert statuses(put(tmp_path, patched(data, second, b"??"), "shard.zip")) == ("ok", ["ok", "unreadable"])
+
+
+def test_a_local_header_that_leads_beyond_the_archive_is_truncated(root: str) -> None:
+    data = zip_bytes([("a.png", b"abc"), ("b.png", b"de")])
+    second = data.rindex(b"PK\3\4")
+    storage.write_bytes(f"{root}/shard.zip", patched(data, second + 28, b"\xff\xff"))
+    assert statuses(f"{root}/shard.zip") == ("ok", ["ok", "truncated"])
+
+
+def test_a_member_outside_of_the_archive_is_unreadable_without_being_read(tmp_path: Path) -> None:
+    data = zip_bytes([("a.png", b"abc")])
+    uri = put(tmp_path, patched(data, zip_directory(data) + 42, struct.pack("<I", 10**9)), "shard.zip")
+    (member,) = index_archive(uri).members
+    assert status(member.problem) == "unreadable"
+
+
+def test_a_long_extra_field_is_read_over(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("a.png")
+    info.extra = struct.pack("<HH", 0xCAFE, 60_000) + bytes(60_000)
+    uri = put(tmp_path, zip_bytes([(info, b"abc")]), "shard.zip")
+    assert read(uri, index_archive(uri)) == {"a.png": b"abc"}
+
+
+def claim_size(data: bytes, size_bytes: int) -> bytes:
+    """A zip of one member whose directory says another unpacked size."""
+    return patched(data, zip_directory(data) + 24, struct.pack("<I", size_bytes))
+
+
+def test_a_member_that_claims_gigabytes_costs_nothing(tmp_path: Path) -> None:
+    data = zip_bytes([("a.png", b"abc")], zipfile.ZIP_DEFLATED)
+    directory = zip_directory(data)
+    extra = struct.pack("<HHQ", 1, 8, 10 * 2**30)  # zip64: the size stands in the extra field
+    entry = patched(data[directory : directory + 46], 30, struct.pack("<H", len(extra))) + b"a.png" + extra
+    end = patched(data[directory + 51 :], 12, struct.pack("<I", len(entry)))
+    uri = put(tmp_path, claim_size(data[:directory] + entry, 2**32 - 1) + end, "shard.zip")
+    index = index_archive(uri)
+    assert [member.size_bytes for member in index.members] == [10 * 2**30]
+    Path(uri).unlink()
+    assert read(uri, index) == {"a.png": "too_large"}
+
+
+@pytest.mark.parametrize("packing", ["deflated", "bzip2", "lzma"])
+@pytest.mark.parametrize("claimed_bytes", [1, 50_000])
+def test_a_bomb_that_claims_to_be_small_is_unreadable(tmp_path: Path, packing: str, claimed_bytes: int) -> None:
+    data = claim_size(zip_bytes([("a.png", bytes(5 * 2**20))], ZIP_PACKINGS[packing]), claimed_bytes)
+    uri = put(tmp_path, data, "shard.zip")
+    (image,) = read_members(uri, index_archive(uri).members, most_bytes=MOST_BYTES)
+    assert status(image) == "unreadable"
+
+
+@pytest.mark.parametrize("packing", ZIP_PACKINGS)
+def test_a_member_that_claims_to_be_larger_than_it_is_is_unreadable(tmp_path: Path, packing: str) -> None:
+    uri = put(tmp_path, claim_size(zip_bytes([("a.png", b"abc" * 9)], ZIP_PACKINGS[packing]), 28), "shard.zip")
+    assert statuses(uri) == ("ok", ["unreadable"])
+
+
+# --- groups and what a read costs
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_larger_members_are_not_read(tmp_path: Path, suffix: str) -> None:
+    data = zip_bytes(FILES.items()) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(FILES.items()))
+    uri = put(tmp_path, data, f"shard{suffix}")
+    index = index_archive(uri)
+    assert read(uri, index, most_bytes=7000) == FILES | {"c/many.png": "too_large"}
+    Path(uri).unlink()
+    assert set(read(uri, index, most_bytes=0).values()) == {"too_large"}
+    assert read(uri, index, most_bytes=7000) == dict.fromkeys(FILES, "missing") | {"c/many.png": "too_large"}
+
+
+def member(offset: int, size_bytes: int, problem: str | None = None) -> Member:
+    error = None if problem is None else ImageError(problem, "")
+    return Member(f"{offset}.png", size_bytes, "tar", offset, size_bytes, None, error)
+
+
+@pytest.mark.parametrize(
+    ("members", "groups"),
+    [
+        ([], []),
+        ([member(0, 10), member(20, 10), member(40, 10)], [(0, 3)]),
+        ([member(0, 60), member(70, 30), member(110, 10)], [(0, 2), (2, 3)]),  # 100 bytes are the most
+        ([member(0, 10), member(60, 10), member(121, 10)], [(0, 2), (2, 3)]),  # 50 bytes between are the most
+        ([member(0, 10), member(10, 500), member(510, 10)], [(0, 1), (1, 2), (2, 3)]),
+        ([member(50, 10), member(20, 10), member(40, 10)], [(0, 1), (1, 3)]),
+        ([member(0, 10), member(0, 10), member(4, 2)], [(0, 3)]),
+        ([member(0, 10), member(900, 10, "truncated"), member(20, 10)], [(0, 3)]),
+        ([member(0, 10, "unsupported"), member(900, 10), member(910, 9, "truncated")], [(0, 3)]),
+        ([member(0, 10, "unsupported"), member(900, 10, "unsupported")], [(0, 2)]),
+    ],
+)
+def test_neighbours_are_fetched_together(members: list[Member], groups: list[tuple[int, int]]) -> None:
+    assert member_groups(members, most_bytes=100, most_gap=50) == [range(*group) for group in groups]
+
+
+def test_a_compressed_tar_is_one_group() -> None:
+    members = [replace(member(number, 10**7), packing="stream") for number in range(9)]
+    assert member_groups(members) == [range(9)]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_members_come_in_the_order_in_which_they_are_asked_for(tmp_path: Path, suffix: str) -> None:
+    files = {f"{n}.png": bytes([n]) * (n + 1) for n in range(40)}
+    data = zip_bytes(files.items()) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files.items()))
+    uri = put(tmp_path, data, f"shard{suffix}")
+    members = list(index_archive(uri).members) * 2
+    random.Random(0).shuffle(members)
+    images = read_members(uri, members, most_bytes=MOST_BYTES)
+    assert list(images) == [files[member.name] for member in members]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tgz", ".tar.bz2", ".tar.xz", ".zip"])
+def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_bytes = random.Random(0).randbytes
+    files = {f"{n // 2:06d}.{'jpg' if n % 2 else 'cls'}": random_bytes(5000 + n) for n in range(300)}
+    data = zip_bytes(files.items()) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files.items()))
+    uri = f"{root}/shard{suffix}"
+    storage.write_bytes(uri, data)
+    index = index_archive(uri)
+    groups = member_groups(index.members, most_bytes=2**19)
+    ranges: list[tuple[int, int]] = []
+    read_range = storage.read_range
+
+    def counted(uri: str, start: int, length: int) -> bytes:
+        ranges.append((start, length))
+        return read_range(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    members = [index.members[group.start : group.stop] for group in groups]
+    images = [image for group in members for image in read_members(uri, group, most_bytes=MOST_BYTES)]
+    assert images == list(files.values())
+    if index.members[0].packing == "stream":
+        assert (len(groups), len(ranges)) == (1, 0)
+    else:
+        assert len(groups) == len(ranges) == len(data) // 2**19 + (suffix == ".tar")
+
+
+def test_an_archive_on_s3_that_is_not_there_is_missing(s3: str) -> None:
+    index = index_archive(f"{s3}/no.tar")
+    assert (index.members, status(index.problem)) == ((), "missing")
+    images = list(read_members(f"{s3}/no.tar", [member(0, 10), member(512, 20)], most_bytes=MOST_BYTES))
+    assert [status(image) for image in images] == ["missing", "missing"]

@@ -1,0 +1,732 @@
+"""commit: exactly one row for each image, whichever steps a driver dies between."""
+
+import datetime
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnist_dist import storage
+from mnist_dist.config import TableConfig
+from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
+from mnist_dist.scoring.commit import commit, rejudge, replay
+from mnist_dist.scoring.generations import Committed, Generation, Output
+from mnist_dist.scoring.manifest import COLUMNS, write_manifest
+from mnist_dist.scoring.parts import LISTED
+from mnist_dist.scoring.predictions import STATUSES, Outcomes, prediction_rows, prediction_schema, read_predictions
+
+NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)
+CLASSES = ("ant", "bee", "cat")
+CARRIED = pa.schema([("label", pa.int8())])
+ALL = TableConfig(top_k=2)
+OLD = tuple(f"a{index:02d}" for index in range(12))
+SHARD_SIZE = 4
+TINY = 1  # bytes of a part: each shard becomes one
+
+
+class Died(Exception):
+    """A driver is gone."""
+
+
+# --- what a scoring job leaves to be committed -----------------------------------------------------------------------
+
+
+def manifest_of(uris: tuple[str, ...]) -> pa.Table:
+    values = {"uri": uris, "size_bytes": [len(uri) for uri in uris], "etag": [f"listed {uri}" for uri in uris]}
+    columns = [pa.array(values[field.name], field.type) if field.name in values else None for field in COLUMNS]
+    table = pa.table(
+        [
+            pa.nulls(len(uris), field.type) if column is None else column
+            for field, column in zip(COLUMNS, columns, strict=True)
+        ],
+        schema=COLUMNS,
+    )
+    return table.append_column(CARRIED.field(0), pa.array(range(len(uris)), pa.int8()))
+
+
+def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
+    """The rows of a shard; each third image is missing, what the model said depends on its id."""
+    count, uris = len(planned), planned["uri"].to_pylist()
+    missing = [int(uri[1:]) % 3 == 2 for uri in uris]
+    generator = np.random.default_rng(sum(map(ord, model_id)))
+    outcomes = Outcomes(
+        status=["missing" if gone else "ok" for gone in missing],
+        error=["it is gone" if gone else None for gone in missing],
+        width=np.full(count, 12, np.int32),
+        height=np.full(count, 10, np.int32),
+        size_bytes=[None if gone else 100 for gone in missing],
+        etag=[None if gone else f"read {uri}" for gone, uri in zip(missing, uris, strict=True)],
+        probabilities=generator.random((count, len(CLASSES)), np.float32),
+    )
+    return prediction_rows(
+        prediction_schema(table, carried=CARRIED),
+        uris=planned["uri"],
+        outcomes=outcomes,
+        class_names=CLASSES,
+        top_k=table.top_k,
+        model_id=model_id,
+        scored_at=NOW,
+        carried=planned.select(CARRIED.names),
+    )
+
+
+def put_shard(generation: Generation, shard: int, rows: pa.Table) -> None:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer)
+    storage.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
+
+
+def put_generation(
+    output: Output,
+    uris: tuple[str, ...],
+    *,
+    model_id: str = "m",
+    table: TableConfig = ALL,
+    shard_size: int = SHARD_SIZE,
+) -> Generation:
+    """A generation all of whose shards are done."""
+    generation = output.begin(
+        {"model_id": model_id}, manifest=lambda uri: write_manifest(uri, manifest_of(uris), shard_size=shard_size)
+    )
+    for shard, planned in enumerate(shards_of(generation)):
+        put_shard(generation, shard, scored(planned, table=table, model_id=model_id))
+    return generation
+
+
+def shards_of(generation: Generation) -> list[pa.Table]:
+    """The manifest, shard by shard."""
+    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(generation.manifest_uri))) as file:
+        return [file.read_row_group(shard) for shard in range(file.num_row_groups)]
+
+
+def nothing(*_: object) -> None:
+    """No check fails, no progress is shown, nobody dies."""
+
+
+def commit_it(output: Output, generation: Generation, **other: Any) -> Committed:
+    arguments: dict[str, Any] = {
+        "shards": len(shards_of(generation)),
+        "schema": prediction_schema(ALL, carried=CARRIED),
+        "superseded": True,
+        "replace_all": False,
+        "judge": lambda counts, rows: True,
+        "summary": {"seconds": 1.5},
+        "check": nothing,
+        "progress": nothing,
+        "part_bytes": TINY,
+    }
+    return commit(output, generation, **arguments | other)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A table that is there, and a generation that is to be published over it."""
+
+    before: tuple[str, ...]
+    uris: tuple[str, ...]
+    superseded: bool = True
+    replace_all: bool = False
+    ok: bool = True
+    was_ok: bool = True
+
+    def put(self, uri: str) -> None:
+        output = Output(uri)
+        if self.before:
+            judge = self.judge_by(self.was_ok)
+            commit_it(output, put_generation(output, self.before, model_id="old"), judge=judge)
+        put_generation(output, self.uris, model_id="new", shard_size=2)
+
+    def go_on(self, uri: str, step: Callable[[str], None] = nothing) -> Committed:
+        """What a driver does that finds the output as it is."""
+        output = Output(uri)
+        output.sweep()
+        generation = output.unfinished()
+        if generation is None:
+            committed = output.committed()
+            assert committed is not None
+            return committed
+        if generation.is_committing:
+            return replay(output, generation, check=nothing, step=step)
+        return commit_it(
+            output,
+            generation,
+            superseded=self.superseded,
+            replace_all=self.replace_all,
+            judge=self.judge_by(self.ok),
+            step=step,
+        )
+
+    @staticmethod
+    def judge_by(ok: bool) -> Callable[[Mapping[str, int], int], bool]:
+        return lambda counts, rows: ok
+
+
+CASES = {
+    "first": Case((), ("b00", "b01", "b02")),
+    # of the three old files the first stays, of the second two rows do, and nothing of the third
+    "retry": Case(OLD, ("a05", "a06", *OLD[8:], "b00"), was_ok=False),
+    "increment": Case(OLD, ("b00", "b01", "b02"), superseded=False, ok=False),
+    "fresh": Case(OLD, (*OLD[3:7], "b00"), replace_all=True),
+}
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The output of each case, before the commit that is watched."""
+    root = tmp_path_factory.mktemp("templates")
+    for name, case in CASES.items():
+        case.put(str(root / name))
+    return {name: root / name for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def finished(templates: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Seen"]:
+    """What each case comes to when nobody dies."""
+    root = tmp_path_factory.mktemp("finished")
+    for name, case in CASES.items():
+        shutil.copytree(templates[name], root / name)
+        case.go_on(str(root / name))
+    return {name: Seen.of(str(root / name)) for name in CASES}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Everything that there is to be seen of an output."""
+
+    names: tuple[str, ...]
+    mark: bytes
+    summary: bytes
+    rows: pa.Table
+    listed: pa.Table
+
+    @staticmethod
+    def of(uri: str) -> "Seen":
+        names = tuple(names_in(uri))
+        mark = "_SUCCESS" if "_SUCCESS" in names else "_FAILED"
+        return Seen(
+            names=names,
+            mark=storage.read_bytes(storage.join(uri, mark)),
+            summary=storage.read_bytes(storage.join(uri, "_summary.json")),
+            rows=read_predictions(uri),
+            listed=listed_in(uri),
+        )
+
+
+def names_in(uri: str) -> list[str]:
+    return [entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri)]
+
+
+def listed_in(uri: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "_manifest.parquet"))))
+
+
+def dying_at(count: int, die: Callable[[], object]) -> Callable[[str], None]:
+    left = itertools.count(count, -1)
+
+    def step(name: str) -> None:
+        if next(left) == 0:
+            die()
+
+    return step
+
+
+def raise_died() -> None:
+    raise Died
+
+
+def steps_of(case: Case, uri: str) -> list[str]:
+    steps: list[str] = []
+    case.go_on(uri, steps.append)
+    return steps
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_is_exactly_one_row_for_each_image(finished: dict[str, Seen], name: str) -> None:
+    case, seen = CASES[name], finished[name]
+    kept = () if case.replace_all else tuple(uri for uri in case.before if uri not in case.uris)
+    assert seen.rows["uri"].to_pylist() == seen.listed["uri"].to_pylist()
+    models = dict(zip(seen.rows["uri"].to_pylist(), seen.rows["model_id"].to_pylist(), strict=True))
+    assert models == dict.fromkeys(kept, "old") | dict.fromkeys(case.uris, "new")
+    assert len(seen.rows) == len(models)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "mark"),
+    [
+        ("first", ["part-g0001-00000.parquet", "part-g0001-00001.parquet"], "_SUCCESS"),
+        (
+            "retry",
+            [
+                "part-g0001-00000.parquet",
+                "part-g0002-kept-00000.parquet",
+                *(f"part-g0002-0000{index}.parquet" for index in range(4)),
+            ],
+            "_SUCCESS",
+        ),
+        (
+            "increment",
+            [
+                *(f"part-g0001-0000{index}.parquet" for index in range(3)),
+                *(f"part-g0002-0000{index}.parquet" for index in range(2)),
+            ],
+            "_FAILED",
+        ),
+        ("fresh", [f"part-g0002-0000{index}.parquet" for index in range(3)], "_SUCCESS"),
+    ],
+)
+def test_only_files_with_rows_that_changed_are_written(
+    finished: dict[str, Seen], name: str, files: list[str], mark: str
+) -> None:
+    values = json.loads(finished[name].mark)
+    assert values.pop("files") == files
+    generation = 1 if name == "first" else 2
+    assert values == {"generation": generation, "rows": len(finished[name].rows), "model_id": "new"}
+    assert sorted(finished[name].names) == sorted([*files, "_manifest.parquet", "_summary.json", mark])
+
+
+def test_the_summary_counts_the_whole_table_and_shows_examples(finished: dict[str, Seen]) -> None:
+    summary = json.loads(finished["increment"].summary)
+    assert summary["statuses"] == dict.fromkeys(STATUSES, 0) | {"ok": 10, "missing": 5}
+    assert summary["examples"] == {"missing": [{"uri": uri, "error": "it is gone"} for uri in ("a02", "a05", "a08")]}
+    named = {name: summary[name] for name in ("generation", "rows", "model_id", "seconds")}
+    assert named == {"generation": 2, "rows": 15, "model_id": "new", "seconds": 1.5}
+    assert summary["files"] == json.loads(finished["increment"].mark)["files"]
+
+
+def test_the_manifest_of_the_table_says_what_was_read_or_else_listed(finished: dict[str, Seen]) -> None:
+    listed = finished["first"].listed
+    assert listed.schema.equals(LISTED)
+    assert listed.to_pylist() == [
+        {"uri": "b00", "size_bytes": 100, "etag": "read b00", "status": "ok", "error": None},
+        {"uri": "b01", "size_bytes": 100, "etag": "read b01", "status": "ok", "error": None},
+        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": "it is gone"},
+    ]
+
+
+def test_columns_that_the_table_leaves_out_are_those_of_the_listing(tmp_path: Path) -> None:
+    table = TableConfig(columns=("confidence",))
+    output = Output(str(tmp_path))
+    generation = put_generation(output, ("b00", "b02"), table=table)
+    commit_it(output, generation, schema=prediction_schema(table, carried=CARRIED))
+    assert read_predictions(tmp_path).column_names == ["uri", "status", "confidence", "label"]
+    assert listed_in(output.uri).to_pylist() == [
+        {"uri": "b00", "size_bytes": 3, "etag": "listed b00", "status": "ok", "error": None},
+        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None},
+    ]
+    again = put_generation(output, ("b00",), table=table)
+    assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).rows == 2
+
+
+def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    shown: list[tuple[int, int]] = []
+    committed = commit_it(
+        output,
+        put_generation(output, OLD),
+        part_bytes=2**20,
+        progress=lambda done, total: shown.append((done, total)),
+    )
+    assert committed.files == ("part-g0001-00000.parquet",)
+    assert pq.read_metadata(tmp_path / committed.files[0]).num_row_groups == 1
+    assert shown == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
+    """A compressed archive is one shard, whatever its size."""
+    output, rows, width = Output(str(tmp_path)), 100, 200_000  # 80 MB
+    generation = put_generation(output, tuple(f"a{index:02d}" for index in range(rows)), shard_size=rows)
+    planned = shards_of(generation)[0]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * width, np.float32)), width)
+    schema = prediction_schema(TableConfig(columns=("uri",), embeddings=True), carried=pa.schema([]))
+    columns = [planned["uri"], pa.repeat("ok", rows), vectors.cast(schema.field("embedding").type)]
+    put_shard(generation, 0, pa.table(columns, schema=schema))
+    committed = commit_it(output, generation, schema=schema, part_bytes=2**30)
+    metadata = pq.read_metadata(tmp_path / committed.files[0])
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [50, 50]
+    assert read_predictions(tmp_path, columns=["uri"])["uri"].to_pylist() == planned["uri"].to_pylist()
+
+
+def test_a_table_may_have_no_rows(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, ()))
+    assert (committed.rows, len(committed.files)) == (0, 1)
+    assert read_predictions(tmp_path).schema.equals(prediction_schema(ALL, carried=CARRIED))
+    assert commit_it(output, put_generation(output, ("b00",))).rows == 1
+    assert read_predictions(tmp_path)["uri"].to_pylist() == ["b00"]
+
+
+# --- drivers that die ------------------------------------------------------------------------------------------------
+
+
+def test_the_steps_are_in_the_order_in_which_they_can_be_repeated(templates: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(templates["retry"], tmp_path / "output")
+    steps = steps_of(CASES["retry"], str(tmp_path / "output"))
+    parts = ["part-g0002-kept-00000.parquet", *(f"part-g0002-0000{index}.parquet" for index in range(4))]
+    assert steps == [
+        "clear out",
+        "write _manifest.parquet",
+        *itertools.chain.from_iterable((f"write {part}", f"put {part}") for part in parts),
+        "put _manifest.parquet",
+        "write commit.json",
+        "delete _SUCCESS",
+        "delete _FAILED",
+        *(f"move {part}" for part in parts),
+        "move _manifest.parquet",
+        "delete part-g0001-00001.parquet",
+        "delete part-g0001-00002.parquet",
+        "write _summary.json",
+        "write _SUCCESS",
+        "delete g0002",
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_driver_that_dies_between_any_two_steps_is_followed_by_one_that_finishes(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(templates[name], tmp_path / "counted")
+    for count in range(len(steps_of(CASES[name], str(tmp_path / "counted")))):
+        uri = str(tmp_path / str(count))
+        shutil.copytree(templates[name], uri)
+        with pytest.raises(Died):
+            CASES[name].go_on(uri, dying_at(count, raise_died))
+        CASES[name].go_on(uri)
+        assert Seen.of(uri) == finished[name], count
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_drivers_that_die_again_and_again_come_to_an_end(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(templates[name], tmp_path / "output")
+    uri, lives = str(tmp_path / "output"), random.Random(5)
+    for _ in range(100):
+        try:
+            CASES[name].go_on(uri, dying_at(lives.randrange(25), raise_died))
+            break
+        except Died:
+            pass
+    assert Seen.of(uri) == finished[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_reader_sees_the_old_table_or_none_or_the_new_one(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(templates[name], tmp_path / "output")
+    uri, seen = str(tmp_path / "output"), []
+    old = read_predictions(uri) if CASES[name].before else None
+
+    def look(step: str) -> None:
+        if not {"_SUCCESS", "_FAILED"}.intersection(os.listdir(uri)):
+            with pytest.raises(DataError, match="is not finished"):
+                read_predictions(uri)
+            seen.append("none")
+            return
+        table = read_predictions(uri)
+        assert table.equals(old) or table.equals(finished[name].rows)
+        seen.append("new" if table.equals(finished[name].rows) else "old")
+        if step == "delete _SUCCESS" or seen[-1] == "new":  # who globs is right while there is a mark
+            assert len(pq.read_table(tmp_path / "output", columns=["uri"])) == len(table)
+
+    CASES[name].go_on(uri, look)
+    assert [kind for kind, _ in itertools.groupby(seen)] == (["old", "none", "new"] if old else ["none", "new"])
+
+
+def kill_in(name: str, uri: str, count: int) -> None:
+    """Run by a process of its own."""
+    CASES[name].go_on(uri, dying_at(count, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+
+@pytest.mark.parametrize("count", sorted(random.Random(15).sample(range(27), 4)))
+def test_a_driver_that_is_killed_is_followed_by_one_that_finishes(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, count: int
+) -> None:
+    shutil.copytree(templates["retry"], tmp_path / "output")
+    uri = str(tmp_path / "output")
+    script = f"import test_commit; test_commit.kill_in('retry', {uri!r}, {count})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert done.returncode == -signal.SIGKILL
+    CASES["retry"].go_on(uri)
+    assert Seen.of(uri) == finished["retry"]
+
+
+@pytest.mark.parametrize("count", [1, 5, 13, 15, 17, 20, 22, 23, 24, 26])
+def test_the_same_on_s3(templates: dict[str, Path], finished: dict[str, Seen], s3: str, count: int) -> None:
+    storage.upload_folder(templates["retry"], s3)
+    with pytest.raises(Died):
+        CASES["retry"].go_on(s3, dying_at(count, raise_died))
+    CASES["retry"].go_on(s3)
+    assert Seen.of(s3) == finished["retry"]
+
+
+def test_a_move_on_s3_that_died_between_copy_and_delete_is_made_again(
+    templates: dict[str, Path], finished: dict[str, Seen], s3: str
+) -> None:
+    storage.upload_folder(templates["retry"], s3)
+    with pytest.raises(Died):
+        CASES["retry"].go_on(s3, dying_at(20, raise_died))
+    name = "part-g0002-00003.parquet"
+    storage.write_bytes(f"{s3}/{name}", storage.read_bytes(f"{s3}/_work/g0002/out/{name}"))
+    CASES["retry"].go_on(s3)
+    assert Seen.of(s3) == finished["retry"]
+
+
+def test_what_killed_writers_and_lost_work_left_goes_with_the_next_commit(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path
+) -> None:
+    shutil.copytree(templates["retry"], tmp_path / "output")
+    for name in ("part-g0001-00009.parquet", "part-g0002-kept-00007.parquet", "._SUCCESS.0123abcd.tmp"):
+        (tmp_path / "output" / name).write_bytes(b"left")
+    (tmp_path / "output" / "_work" / "g0002" / "out").mkdir()
+    (tmp_path / "output" / "_work" / "g0002" / "out" / "part-g0002-00009.parquet").write_bytes(b"left")
+    (tmp_path / "output" / "notes.txt").write_bytes(b"mine")
+    CASES["retry"].go_on(str(tmp_path / "output"))
+    (tmp_path / "output" / "notes.txt").unlink()
+    assert Seen.of(str(tmp_path / "output")) == finished["retry"]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_driver_that_lost_the_lock_stops(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, calls: int
+) -> None:
+    shutil.copytree(templates["fresh"], tmp_path / "output")
+    output, left = Output(str(tmp_path / "output")), itertools.count(calls, -1)
+    before = read_predictions(output.uri)
+
+    def check() -> None:
+        if next(left) == 0:
+            raise Locked("another driver has taken over")
+
+    generation = output.unfinished()
+    assert generation is not None
+    with pytest.raises(Locked, match="another driver has taken over"):
+        commit_it(output, generation, replace_all=True, check=check)
+    assert generation.is_committing is (calls > 0)
+    if calls < 2:  # the third one is asked when only the mark is missing
+        assert read_predictions(output.uri).equals(before)
+    CASES["fresh"].go_on(output.uri)
+    assert Seen.of(output.uri) == finished["fresh"]
+
+
+def test_a_file_that_somebody_took_away_is_named(templates: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(templates["first"], tmp_path / "output")
+    uri = str(tmp_path / "output")
+    with pytest.raises(Died):
+        CASES["first"].go_on(uri, lambda name: raise_died() if name == "delete _SUCCESS" else None)
+    (tmp_path / "output/_work/g0001/out/part-g0001-00001.parquet").unlink()
+    with pytest.raises(MnistDistError, match=r"is neither at .*/out/part-g0001-00001.parquet nor at"):
+        CASES["first"].go_on(uri)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Output]:
+    """A table of the images `OLD`, which must stay as it is."""
+    output = Output(str(tmp_path / "output"))
+    commit_it(output, put_generation(output, OLD))
+    before = read_predictions(output.uri)
+    yield output
+    assert read_predictions(output.uri).equals(before)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rows: rows.slice(1),
+        lambda rows: rows.take([1, 0]),
+        lambda rows: pa.concat_tables([rows, rows]),
+        lambda rows: rows.drop_columns(["width"]),
+    ],
+)
+def test_a_shard_that_is_not_that_of_the_manifest_is_refused(
+    output: Output, spoil: Callable[[pa.Table], pa.Table]
+) -> None:
+    generation = put_generation(output, ("a01", "b01", "b02", "b03"), shard_size=2)
+    put_shard(generation, 1, spoil(pq.read_table(generation.shard_uri(1))))
+    with pytest.raises(MnistDistError, match=r"in their order; delete .*shard-000001.parquet and run .*expected 2 of"):
+        commit_it(output, generation)
+
+
+def test_a_shard_that_is_damaged_or_missing_is_refused(output: Output) -> None:
+    generation = put_generation(output, ("a01", "b01"))
+    storage.write_bytes(generation.shard_uri(0), b"no table")
+    with pytest.raises(MnistDistError, match=r"shard-000000.parquet is not readable; delete it and run"):
+        commit_it(output, generation)
+    storage.delete(generation.shard_uri(0))
+    with pytest.raises(MnistDistError, match=r"a shard that is to be published is not there. Received: .*-000000"):
+        commit_it(output, generation)
+    with pytest.raises(MnistDistError, match=r"manifest.parquet has 1 shards, not 2"):
+        commit_it(output, generation, shards=2)
+
+
+def test_rows_of_other_columns_do_not_join_a_table(output: Output) -> None:
+    table = TableConfig(columns=("width",))
+    generation = put_generation(output, ("b00",), table=table)
+    with pytest.raises(
+        ConfigError, match=r"the same columns as before, or is made afresh .*: uri, status, width, label"
+    ):
+        commit_it(output, generation, schema=prediction_schema(table, carried=CARRIED))
+
+
+def test_a_table_whose_own_manifest_is_of_another_is_not_added_to(output: Output, tmp_path: Path) -> None:
+    path = tmp_path / "output" / "_manifest.parquet"
+    data, generation = path.read_bytes(), put_generation(output, ("a01",))
+    pq.write_table(pq.read_table(path), path)  # one row group
+    with pytest.raises(DataError, match=r"_manifest.parquet is not that of the table there; make it afresh"):
+        commit_it(output, generation)
+    listed = pq.read_table(path)
+    with pq.ParquetWriter(path, listed.schema) as writer:
+        for start in (8, 4, 0):
+            writer.write_table(listed.slice(start, 4))
+    with pytest.raises(DataError, match=r"part-g0001-00002.parquet does not hold what _manifest.parquet says"):
+        commit_it(output, generation)
+    path.unlink()
+    with pytest.raises(DataError, match=r"_manifest.parquet cannot be read"):
+        commit_it(output, generation)
+    path.write_bytes(data)
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_judged_by_what_is_in_all_of_it(tmp_path: Path) -> None:
+    output, asked = Output(str(tmp_path)), []
+
+    def judge(counts: Mapping[str, int], rows: int) -> bool:
+        asked.append((counts["ok"], counts["missing"], counts["denied"], rows))
+        return counts["missing"] <= 2
+
+    assert not commit_it(output, put_generation(output, ("b01", "b02")), judge=judge).failed
+    committed = commit_it(output, put_generation(output, ("b02", "b05", "b08")), judge=judge)
+    assert committed.failed
+    assert asked == [(1, 1, 0, 2), (1, 3, 0, 4)]
+    assert output.committed() == committed
+    assert len(read_predictions(output.uri)) == 4
+
+
+@pytest.mark.parametrize("root", ["local", "s3"])
+def test_a_table_is_judged_anew_without_scoring(request: pytest.FixtureRequest, tmp_path: Path, root: str) -> None:
+    output = Output(str(tmp_path) if root == "local" else request.getfixturevalue("s3"))
+    good = commit_it(output, put_generation(output, ("b01", "b02")))
+    bad = rejudge(output, good, ok=False)
+    assert bad.failed
+    assert output.committed() == bad
+    assert {"_FAILED", "_SUCCESS"}.intersection(names_in(output.uri)) == {"_FAILED"}
+    assert rejudge(output, bad, ok=True) == output.committed() == good
+    assert {"_FAILED", "_SUCCESS"}.intersection(names_in(output.uri)) == {"_SUCCESS"}
+
+
+def test_judging_that_was_killed_midway_leaves_a_table_and_is_swept(output: Output) -> None:
+    committed = output.committed()
+    storage.write_bytes(f"{output.uri}/_FAILED", storage.read_bytes(f"{output.uri}/_SUCCESS"))
+    assert output.committed() == committed
+    output.sweep()
+    assert "_FAILED" not in names_in(output.uri)
+
+
+# --- generations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "s3"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    return Output(str(tmp_path / "new") if request.param == "local" else request.getfixturevalue("s3"))
+
+
+def write_nothing(uri: str) -> None:
+    storage.write_bytes(uri, b"manifest")
+
+
+def test_an_output_begins_with_nothing(empty: Output) -> None:
+    assert empty.committed() is None
+    assert empty.unfinished() is None
+    assert empty.lock_uri == f"{empty.uri}/_work/lock"
+
+
+def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Output) -> None:
+    begun = empty.begin({"model_id": "m", "nested": {"a": [1]}}, manifest=write_nothing)
+    assert begun == Generation(1, f"{empty.uri}/_work/g0001", {"model_id": "m", "nested": {"a": [1]}})
+    assert empty.unfinished() == begun
+    for shard in (0, 7, 1_234_567):
+        storage.write_bytes(begun.shard_uri(shard), b"rows")
+    storage.write_bytes(begun.begun_uri(8, stage="scoring"), b"{}")
+    assert begun.done_shards() == {0, 7, 1_234_567}
+    assert begun.shard_uri(7).endswith("/g0001/shard-000007.parquet")
+    assert begun.begun_uri(8, stage="scoring").endswith("/g0001/shard-000008.begun")
+    assert not begun.is_committing
+
+
+def test_a_plan_names_the_model(empty: Output) -> None:
+    with pytest.raises(ValueError, match=r"a plan has a model_id. Received: engine"):
+        empty.begin({"engine": "keras"}, manifest=write_nothing)
+
+
+def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
+    def die(uri: str) -> None:
+        write_nothing(uri)
+        raise Died
+
+    storage.write_bytes(empty.lock_uri, b"{}")
+    with pytest.raises(Died):
+        empty.begin({"model_id": "m"}, manifest=die)
+    assert empty.unfinished() is None
+    assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/lock"]
+    empty.begin({"model_id": "m"}, manifest=write_nothing)
+    assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/g0001/plan.json", "_work/lock"]
+
+
+def test_a_generation_that_is_discarded_leaves_the_table(output: Output) -> None:
+    generation = put_generation(output, ("b00",))
+    assert output.unfinished() == generation
+    output.discard(generation)
+    assert output.unfinished() is None
+    assert not any(name.startswith("_work/g") for name in names_in(output.uri))
+
+
+def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
+    generation = empty.begin({"model_id": "m"}, manifest=write_nothing)
+    storage.write_bytes(generation.commit_uri, b"{}")
+    with pytest.raises(MnistDistError, match="is brought to its end first"):
+        empty.discard(generation)
+
+
+def test_a_number_is_never_used_again(empty: Output) -> None:
+    storage.write_bytes(f"{empty.uri}/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
+    assert empty.begin({"model_id": "m"}, manifest=write_nothing).number == 5
+    assert empty.begin({"model_id": "m"}, manifest=write_nothing).number == 6
+    newest = empty.unfinished()
+    assert newest is not None
+    assert newest.number == 6
+
+
+def test_what_is_left_of_a_published_generation_is_debris(output: Output) -> None:
+    left = Generation(1, f"{output.uri}/_work/g0001", {})
+    storage.write_bytes(f"{left.uri}/plan.json", b"{}")
+    storage.write_bytes(left.commit_uri, b"{}")
+    assert output.unfinished() is None
+    output.sweep()
+    assert not any(name.startswith("_work/g") for name in names_in(output.uri))
+
+
+def test_the_mark_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "_SUCCESS").touch()
+    with pytest.raises(DataError, match="is not the mark of a prediction table"):
+        Output(str(tmp_path)).committed()

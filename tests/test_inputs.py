@@ -1,0 +1,825 @@
+"""inputs: what each name stands for, on disk and on S3, and what becomes of everything that is found there."""
+
+import dataclasses
+import errno
+import glob
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnist_dist import storage
+from mnist_dist.config import InputConfig
+from mnist_dist.data.images import IMAGE_SUFFIXES
+from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
+from mnist_dist.scoring import listed
+from mnist_dist.scoring.inputs import Listing, _Search, list_inputs
+from mnist_dist.scoring.listed import BATCH_ROWS, Row
+from mnist_dist.scoring.manifest import COLUMNS
+
+MANY = 1_000_000
+MOST_GROWTH_MIB = 700
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "images")
+
+
+def put(root: str, *names: str) -> None:
+    """Files of 3, 4, 5, ... bytes."""
+    for size, name in enumerate(names, start=3):
+        storage.write_bytes(storage.join(root, name), bytes(size))
+
+
+def tar_of(*names: str) -> bytes:
+    """Members of 30, 31, 32, ... bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for size, name in enumerate(names, start=30):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.addfile(info, io.BytesIO(bytes([size]) * size))
+    return buffer.getvalue()
+
+
+def zip_of(*names: str) -> bytes:
+    """Members of 40, 41, 42, ... bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for size, name in enumerate(names, start=40):
+            file.writestr(name, bytes(size))
+    return buffer.getvalue()
+
+
+def found(*names: str, **settings: Any) -> Listing:
+    return list_inputs(InputConfig(input=names, **settings))
+
+
+def names_in(listing: Listing, root: str) -> list[str]:
+    return [uri.removeprefix(f"{root}/") for uri in listing.table["uri"].to_pylist()]
+
+
+def rows_of(listing: Listing) -> dict[str, dict[str, Any]]:
+    return {row["uri"]: row for row in listing.table.to_pylist()}
+
+
+def write_parquet(path: str, /, **columns: Any) -> str:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    storage.write_bytes(path, buffer.getvalue())
+    return path
+
+
+def write_text(uri: str, text: str) -> str:
+    storage.write_bytes(uri, text.encode())
+    return uri
+
+
+# --- folders and prefixes
+
+
+def test_a_folder_gives_its_images_at_any_depth_sorted_hidden_ones_too(root: str) -> None:
+    put(
+        root,
+        "b.png",
+        "a/2.JPG",
+        "a/.hidden.png",
+        "_x/1.tiff",
+        ".dot/c.webp",
+        "a-b.bmp",
+        "a.txt",
+        "noending",
+        "a/n.json",
+    )
+    listing = found(root)
+    expected = [".dot/c.webp", "_x/1.tiff", "a-b.bmp", "a/.hidden.png", "a/2.JPG", "b.png"]
+    assert names_in(listing, root) == sorted(expected)
+    assert listing.table.schema == COLUMNS
+    assert (listing.others, listing.archives, listing.named_twice, listing.duplicate_members) == (3, 0, 0, 0)
+    assert listing.by_suffix == {".png": 2, ".jpg": 1, ".tiff": 1, ".webp": 1, ".bmp": 1}
+
+
+def test_size_and_etag_are_those_of_the_listing(root: str) -> None:
+    put(root, "a.png", "b/c.png")
+    entries = {entry.uri: entry for entry in storage.scan_entries(root)}
+    listing = found(root)
+    assert listing.total_bytes == 3 + 4
+    for uri, row in rows_of(listing).items():
+        assert row == dict.fromkeys(COLUMNS.names) | dataclasses.asdict(entries[uri])
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_ending_of_an_image_is_taken_in_any_case(tmp_path: Path, suffix: str) -> None:
+    put(str(tmp_path), f"a{suffix}", f"B{suffix.upper()}", f"{suffix[1:]}", f"x{suffix}.bak")
+    assert names_in(found(str(tmp_path)), str(tmp_path)) == [f"B{suffix.upper()}", f"a{suffix}"]
+
+
+def test_a_trailing_slash_and_a_file_uri_name_the_same(tmp_path: Path) -> None:
+    put(str(tmp_path / "a folder"), "x.png")
+    expected = ["a folder/x.png"]
+    for name in (f"{tmp_path}/a folder/", f"file://{tmp_path}/a%20folder", f"file://{tmp_path}/a%20fold*/*.png"):
+        assert names_in(found(name), str(tmp_path)) == expected
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(str(tmp_path), "a/x.png", "a/y.png", "b/z.png")
+    write_text(str(tmp_path / "list.txt"), "b/z.png\n")
+    monkeypatch.chdir(tmp_path / "a")
+    assert names_in(found(".", "../list.txt"), str(tmp_path)) == ["a/x.png", "a/y.png", "a/b/z.png"]
+    assert names_in(found("*.png"), str(tmp_path)) == ["a/x.png", "a/y.png"]
+    assert names_in(found("../b/z.png"), str(tmp_path)) == ["b/z.png"]
+
+
+def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+    put(str(tmp_path), "a/x.png")
+    for name in ("loop", "again"):
+        (tmp_path / "a" / name).symlink_to(tmp_path, target_is_directory=True)
+    for name in (str(tmp_path), f"{tmp_path}/**/*.png", f"{tmp_path}/**"):
+        assert names_in(found(name), str(tmp_path)) == ["a/x.png"]
+
+
+def test_a_link_to_nowhere_is_a_row_of_unknown_size(tmp_path: Path) -> None:
+    (tmp_path / "x.png").symlink_to(tmp_path / "nowhere")
+    (row,) = rows_of(found(str(tmp_path))).values()
+    assert row == dict.fromkeys(COLUMNS.names) | {"uri": f"{tmp_path}/x.png"}
+
+
+@pytest.mark.filterwarnings("ignore")  # whatever the file system thinks of such names
+def test_a_name_that_is_no_unicode_is_a_row_that_says_so(tmp_path: Path) -> None:
+    for name in (b"\xff.png", b"sub/\xfe/y.png", b"ok.png", b"\xfd.tar"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(os.fsdecode(path)).write_bytes(tar_of("m.png") if name.endswith(b"tar") else bytes(7))
+    listing = found(str(tmp_path))
+    assert names_in(listing, str(tmp_path)) == ["\\xfd.tar", "\\xff.png", "ok.png", "sub/\\xfe/y.png"]
+    statuses = listing.table["status"].to_pylist()
+    assert statuses == ["unsupported", "unsupported", None, "unsupported"]
+    assert set(listing.table["error"].to_pylist()) == {None, "the file's name is no valid Unicode"}
+    assert listing.archives == 0
+    (tmp_path / "list.txt").write_bytes(bytes(tmp_path) + b"/\xff.png\n")
+    assert names_in(found(f"{tmp_path}/list.txt"), str(tmp_path)) == ["\\xff.png"]
+
+
+def test_what_is_listed_out_of_order_is_sorted(s3: str) -> None:
+    entries = [storage.Entry(f"{s3}/{name}.png", size, name) for size, name in enumerate("cab", start=5)]
+    assert rows_of(search(s3, scan=entries)) == {
+        entry.uri: dict.fromkeys(COLUMNS.names) | dataclasses.asdict(entry) for entry in sorted(entries, key=str)
+    }
+
+
+def test_a_prefix_is_whole_parts_of_the_key(s3: str) -> None:
+    put(s3, "a/x.png", "ab/y.png", "a.png")
+    assert names_in(found(f"{s3}/a"), s3) == ["a/x.png"]
+    assert names_in(found(f"{s3}/a/"), s3) == ["a/x.png"]
+
+
+def test_the_keys_of_s3_come_in_the_order_of_their_uris(s3: str) -> None:
+    names = ["a/x.png", "a.png", "a-b.png", "a/ä.png", "a/z/1.png", "B.png", "a/\U0001f600.png", "a/\uffee.png"]
+    put(s3, *names)
+    assert names_in(found(s3), s3) == sorted(names)
+
+
+# --- names that are not there
+
+
+def test_an_input_that_is_not_there_is_named(root: str) -> None:
+    put(root, "a.png")
+    for name in ("nowhere", "nowhere.csv", "nowhere.tar", "b*.png", "**/c.png"):
+        with pytest.raises(
+            DataError, match=r"there is no such file, folder or prefix.*Received: input='.*/(nowh|b\*|\*\*/c)"
+        ):
+            found(root, f"{root}/{name}")
+
+
+def test_no_such_bucket_is_an_error_of_the_storage(s3: str) -> None:
+    with pytest.raises(StorageError, match=r"no such bucket.*nobody-has-this"):
+        found("s3://nobody-has-this/a")
+
+
+def test_an_unknown_scheme_is_an_error_of_the_storage() -> None:
+    with pytest.raises(StorageError, match="http://example"):
+        found("http://example.org/a.png")
+
+
+def search(*names: str, scan: Sequence[storage.Entry] | Exception, **settings: Any) -> Listing:
+    """With a storage that gives these entries, or fails."""
+
+    def entries(uri: str) -> Iterator[storage.Entry]:
+        if isinstance(scan, Exception):
+            raise scan
+        yield from scan
+
+    return _Search(InputConfig(input=names, **settings), stdin=None, progress=None, scan=entries).listing()
+
+
+def test_a_bucket_that_may_not_be_listed_is_named() -> None:
+    denied = PermissionError(errno.EACCES, "access denied (AccessDenied)", "s3://closed/a")
+    with pytest.raises(DataError, match=r"may not be listed: .*access denied.*Received: input='s3://closed/a'"):
+        search("s3://closed/a", scan=denied)
+
+
+def test_no_connection_stays_an_error_of_the_service() -> None:
+    with pytest.raises(ServiceError, match="no connection"):
+        search("s3://b/a", scan=ServiceError("no connection"))
+
+
+def test_nothing_found_says_what_was_there_instead(root: str) -> None:
+    put(root, *(f"{number}.txt" for number in range(10)), "a.json", "b.json", "c", "x/y.png")
+    with pytest.raises(DataError) as raised:
+        found(root, f"{root}/x", exclude=("*.png",))
+    message = str(raised.value)
+    assert f"{root}: 13 other files (.txt 10, .json 2, without ending 1), 1 left out by include and exclude;" in message
+    assert f"{root}/x: 1 left out by include and exclude. Received: input=" in message
+    assert ".jpg, .jpeg," in message
+
+
+def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no images were found.*: nothing\. Received: input="):
+        found(str(tmp_path))
+    put(str(tmp_path), "full/x.png")
+    (tmp_path / "empty").mkdir()
+    assert names_in(found(str(tmp_path / "empty"), str(tmp_path / "full")), str(tmp_path)) == ["full/x.png"]
+
+
+def test_thousands_of_endings_do_not_fill_the_memory(s3: str) -> None:
+    entries = [storage.Entry(f"{s3}/x.{number}", 1, "e") for number in range(3_000)]
+    entries.append(storage.Entry(f"{s3}/y.png", 2, "f"))
+    listing = search(s3, scan=entries)
+    assert (len(listing.table), listing.others) == (1, 3_000)
+
+
+# --- single files and globs
+
+
+def test_a_file_that_is_named_is_taken_whatever_its_name(root: str) -> None:
+    put(root, "photo", "photo.json", "b.png")
+    listing = found(f"{root}/photo", f"{root}/photo.json", f"{root}/b.png")
+    assert names_in(listing, root) == ["photo", "photo.json", "b.png"]
+    assert listing.table["size_bytes"].to_pylist() == [3, 4, 5]
+    assert listing.by_suffix == {"": 1, ".json": 1, ".png": 1}
+
+
+def test_a_name_that_exists_is_no_glob(root: str) -> None:
+    put(root, "a[1].png", "a1.png", "b*/x.png", "bc/y.png", "q?.png", "qq.png")
+    assert names_in(found(f"{root}/a[1].png"), root) == ["a[1].png"]
+    assert names_in(found(f"{root}/b*"), root) == ["b*/x.png"]
+    assert names_in(found(f"{root}/q?.png"), root) == ["q?.png"]
+    storage.delete(f"{root}/a[1].png")
+    assert names_in(found(f"{root}/a[1].png"), root) == ["a1.png"]
+
+
+GLOBBED = ("a/1.png", "a/12.png", "a/b/3.png", "a/b/c/4.png", "a/.h/5.png", "a/.6.png", "x/7.png", "a/1.txt", "ab.png")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/*.png", {"a/1.png", "a/12.png", "a/.6.png"}),
+        ("a/?.png", {"a/1.png"}),
+        ("a/[0-9]*.png", {"a/1.png", "a/12.png"}),
+        ("a/[!0-9]*.png", {"a/.6.png"}),
+        ("*/*.png", {"a/1.png", "a/12.png", "a/.6.png", "x/7.png"}),
+        ("a?.png", {"ab.png"}),
+        ("**/*.png", {*GLOBBED} - {"a/1.txt"}),
+        ("a/**/*.png", {name for name in GLOBBED if name.startswith("a/") and name.endswith("png")}),
+        ("a/**/[34].png", {"a/b/3.png", "a/b/c/4.png"}),
+        ("**/b/**/*.png", {"a/b/3.png", "a/b/c/4.png"}),
+        ("a/**", {name for name in GLOBBED if name.startswith("a/") and name.endswith("png")}),
+    ],
+)
+def test_a_star_stays_within_its_folder_and_two_stars_do_not(root: str, pattern: str, expected: set[str]) -> None:
+    put(root, *GLOBBED)
+    assert names_in(found(f"{root}/{pattern}"), root) == sorted(expected)
+    if not root.startswith("s3://"):
+        files = glob.glob(f"{root}/{pattern}", recursive=True, include_hidden=True)
+        assert {*files} >= {f"{root}/{name}" for name in expected}
+
+
+def test_a_glob_on_disk_takes_the_folders_that_match_whole(tmp_path: Path) -> None:
+    put(str(tmp_path), *GLOBBED)
+    inside = [name for name in GLOBBED if name.endswith("png")]
+    assert names_in(found(f"{tmp_path}/*"), str(tmp_path)) == sorted(inside)
+    assert names_in(found(f"{tmp_path}/**/b"), str(tmp_path)) == ["a/b/3.png", "a/b/c/4.png"]
+    assert names_in(found(f"{tmp_path}/a/[.b]*"), str(tmp_path)) == sorted(
+        ["a/.6.png", "a/.h/5.png", "a/b/3.png", "a/b/c/4.png"]
+    )
+
+
+def test_a_glob_on_s3_matches_keys(s3: str) -> None:
+    put(s3, *GLOBBED)
+    assert names_in(found(f"{s3}/a/*"), s3) == ["a/.6.png", "a/1.png", "a/12.png"]
+    assert names_in(found(f"{s3}/*b.png"), s3) == ["ab.png"]
+
+
+def test_a_glob_leaves_out_what_is_no_image_by_its_name(root: str) -> None:
+    put(root, "a/1.png", "a/2.txt", "a/3.csv")
+    listing = found(f"{root}/a/*")
+    assert (names_in(listing, root), listing.others) == (["a/1.png"], 2)
+
+
+def test_the_working_directory_is_no_part_of_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run[1]*"
+    put(str(folder), "x.png", "y/z.png")
+    monkeypatch.chdir(folder)
+    assert names_in(found("*.png"), str(folder)) == ["x.png"]
+    assert names_in(found("**/z.png"), str(folder)) == ["y/z.png"]
+
+
+# --- stdin and lists
+
+
+def test_stdin_gives_a_uri_a_line(root: str) -> None:
+    put(root, "a.png", "b", "c.png")
+    lines = f"\ufeff# a comment\n\n{root}/c.png\r\n   \n{root}/b\n{root}/a.png"
+    listing = list_inputs(InputConfig(input=("-",)), stdin=io.StringIO(lines, newline=""))
+    assert names_in(listing, root) == ["a.png", "b", "c.png"]
+    assert listing.total_bytes == (0 if root.startswith("s3://") else 3 + 4 + 5)
+
+
+def test_stdin_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be listed: .*utf-8.*Received: input='-'"):
+        list_inputs(InputConfig(input=("-",)), stdin=io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+
+
+def test_the_own_stdin_may_name_files_by_any_bytes(tmp_path: Path) -> None:
+    code = """if True:
+        from mnist_dist.scoring.inputs import InputConfig, list_inputs
+        print(list_inputs(InputConfig(input=("-",))).table["uri"].to_pylist())"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=b"/a/\xff.png\n/a/b.png\n", capture_output=True, check=True
+    )
+    assert ran.stdout.decode().split() == ["['/a/\\\\xff.png',", "'/a/b.png']"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".txt", ".lst", ".CSV"])
+def test_a_list_names_images_whatever_their_name(root: str, suffix: str) -> None:
+    put(root, "a.png", "b", "c.json")
+    uris = [f"{root}/{name}" for name in ("c.json", "a.png", "b")]
+    manifest = f"{root}/lists/own{suffix}"
+    if suffix == ".parquet":
+        write_parquet(manifest, uri=uris, more=[1, 2, 3])
+    elif suffix in (".txt", ".lst"):
+        write_text(manifest, "# all of them\n\n" + "\r\n".join(uris))
+    else:
+        separator = "\t" if suffix == ".tsv" else ","
+        write_text(
+            manifest, "".join(f"{uri}{separator}{more}\n" for uri, more in zip(["uri", *uris], "mxyz", strict=True))
+        )
+    assert names_in(found(manifest), root) == ["a.png", "b", "c.json"]
+
+
+def test_a_list_asks_disks_but_not_s3_for_sizes(s3: str, tmp_path: Path) -> None:
+    put(s3, "a.png")
+    put(str(tmp_path), "b.png")
+    (tmp_path / "folder").mkdir()
+    uris = [f"{s3}/a.png", f"{s3}/nowhere", f"{tmp_path}/b.png", f"{tmp_path}/nowhere", f"{tmp_path}/folder"]
+    rows = rows_of(found(write_parquet(f"{tmp_path}/list.parquet", uri=uris)))
+    assert sorted(rows) == sorted(uris)
+    entry = storage.entry_of(f"{tmp_path}/b.png")
+    for uri, row in rows.items():
+        known = dataclasses.asdict(entry) if uri == entry.uri else {"uri": uri}
+        assert row == dict.fromkeys(COLUMNS.names) | known
+
+
+def test_a_uri_that_no_storage_has_is_a_row_that_says_so(tmp_path: Path) -> None:
+    uris = ["http://example.org/a.png", "s3://bucket", "s3:///key", "S3://b/k", "/a\0b.png", "/a/b.png"]
+    rows = rows_of(found(write_parquet(f"{tmp_path}/list.parquet", uri=uris)))
+    assert {uri: row["status"] for uri, row in rows.items()} == dict.fromkeys(uris, "unsupported") | {"/a/b.png": None}
+    assert "no storage has the scheme 'http'" in rows["http://example.org/a.png"]["error"]
+    assert "s3://bucket/key" in rows["s3://bucket"]["error"]
+    assert "null byte" in rows["/a\0b.png"]["error"]
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_a_row_without_a_uri_is_named(tmp_path: Path, empty: str | None) -> None:
+    uris = [f"/a/{number}.png" for number in range(BATCH_ROWS + 7)]
+    uris[BATCH_ROWS + 3] = empty  # type: ignore[call-overload]
+    manifest = write_parquet(f"{tmp_path}/list.parquet", uri=uris)
+    with pytest.raises(DataError, match=rf"list\.parquet: each row has a uri.*Received: .* in row {BATCH_ROWS + 4}"):
+        found(manifest)
+
+
+def test_a_csv_row_without_a_uri_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"list\.csv: each row has a uri\. Received: '' in row 2"):
+        found(write_text(f"{tmp_path}/list.csv", "uri,label\n/a.png,1\n,2\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("l.csv", b"path,label\n/a,1\n", "one column 'uri'. Received: columns path, label"),
+        ("l.csv", b"uri,uri\n/a,/b\n", "one column 'uri'. Received: columns uri, uri"),
+        ("l.csv", b"", "not a readable csv file"),
+        ("l.csv", b"uri,a\n/x\n", "not a readable csv file"),
+        ("l.parquet", b"no parquet", "not a readable parquet file"),
+        ("l.parquet", b"", "not a readable parquet file"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        found(str(tmp_path / name))
+
+
+def test_a_parquet_list_has_a_column_of_strings(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.parquet: a manifest has one column 'uri'\. Received: columns path, label"):
+        found(write_parquet(f"{tmp_path}/a.parquet", path=["/a"], label=[1]))
+    with pytest.raises(DataError, match=r"b\.parquet: the column 'uri' holds strings\. Received: int64"):
+        found(write_parquet(f"{tmp_path}/b.parquet", uri=[1, 2]))
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        manifest = write_parquet(f"{tmp_path}/c.parquet", uri=pa.array(["/x.png", "/w.png"]).cast(kind))
+        assert names_in(found(manifest), "") == ["w.png", "x.png"]
+
+
+def test_a_folder_with_the_name_of_a_list_is_a_folder(root: str) -> None:
+    put(root, "set.csv/a.png", "set.tar/b.png")
+    assert names_in(found(f"{root}/set.csv", f"{root}/set.tar"), root) == ["set.csv/a.png", "set.tar/b.png"]
+
+
+# --- carried columns
+
+
+def test_carried_columns_go_along_and_others_get_null(root: str) -> None:
+    put(root, "a.png", "b.png", "c.png")
+    first = write_parquet(f"{root}/1.parquet", uri=[f"{root}/b.png", f"{root}/a.png"], label=[7, 8], note=["x", "y"])
+    second = write_text(f"{root}/2.csv", f"label,uri\n2.5,{root}/c.png\n")
+    listing = found(second, root, first, carry=("label,note",))
+    assert listing.table.schema.names == [*COLUMNS.names, "label", "note"]
+    assert listing.table.schema.field("label").type == pa.float64()
+    assert names_in(listing, root) == ["c.png", "a.png", "b.png"]
+    assert listing.table["label"].to_pylist() == [2.5, None, None]  # a.png and b.png were named by the folder before
+    listing = found(second, first, root, carry=("label,note",))
+    assert listing.table["label"].to_pylist() == [2.5, 8.0, 7.0]
+    assert listing.table["note"].to_pylist() == [None, "y", "x"]
+
+
+def test_a_carried_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
+    manifest = write_text(f"{tmp_path}/a.csv", "uri,label,day\n/a.png,1,2\n")
+    with pytest.raises(
+        DataError, match=r"columns of the manifests among the inputs: day, label\. Received: carry=lable"
+    ):
+        found(manifest, carry=("lable", "day"))
+    put(str(tmp_path), "x.png")
+    with pytest.raises(DataError, match=r"there are none\. Received: carry=label"):
+        found(str(tmp_path), carry=("label",))
+
+
+def test_carried_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    first = write_parquet(f"{tmp_path}/a.parquet", uri=["/a"], label=["cat"])
+    second = write_parquet(f"{tmp_path}/b.parquet", uri=["/b"], label=[3])
+    with pytest.raises(DataError, match=r"one type in all manifests\. Received: label: int64 and string"):
+        found(first, second, carry=("label",))
+
+
+def test_carried_columns_may_be_of_any_type(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {
+        "uri": [f"/{name}.png" for name in "cab"],
+        "box": [{"x": 1, "y": 2}, None, {"x": 5, "y": 6}],
+        "tags": [["u"], [], ["v", "w"]],
+        "raw": [b"\xff", b"", None],
+    }
+    kinds = pa.array(["k", "l", "k"]).dictionary_encode()
+    listing = found(write_parquet(f"{tmp_path}/a.parquet", **rows, kind=kinds), carry=("box", "tags", "raw", "kind"))
+    assert listing.table["box"].to_pylist() == [None, {"x": 5, "y": 6}, {"x": 1, "y": 2}]
+    assert listing.table["tags"].to_pylist() == [[], ["v", "w"], ["u"]]
+    assert listing.table["raw"].to_pylist() == [b"", None, b"\xff"]
+    assert listing.table["kind"].to_pylist() == ["l", "k", "k"]
+
+
+def test_a_csv_column_is_of_one_type_however_late_it_shows(tmp_path: Path) -> None:
+    lines = [f"/{number:07d}.png,{number}" for number in range(200_000)]
+    manifest = write_text(f"{tmp_path}/a.csv", "\n".join(["uri,label", *lines, '/x.png,"a\nb"']))
+    listing = found(manifest, carry=("label",))
+    assert listing.table["label"][0].as_py() == "0"
+    assert listing.table["label"][-1].as_py() == "a\nb"
+
+
+def test_a_manifest_without_rows_still_has_its_columns(tmp_path: Path) -> None:
+    put(str(tmp_path), "x.png")
+    for manifest in (
+        write_text(f"{tmp_path}/a.csv", "uri,label\n"),
+        write_parquet(f"{tmp_path}/b.parquet", uri=pa.array([], pa.string()), label=pa.array([], pa.int32())),
+    ):
+        listing = found(manifest, str(tmp_path), carry=("label",))
+        assert listing.table.select(["uri", "label"]).to_pylist() == [{"uri": f"{tmp_path}/x.png", "label": None}]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("uri", "status", "error", "predicted_index", "predicted_class", "confidence", "probabilities", "width"),
+        *("height", "size_bytes", "etag", "model_id", "scored_at", "top_k_classes", "top_k_confidences", "embedding"),
+        *("shard", *COLUMNS.names),
+    ],
+)
+def test_a_carried_column_may_not_hide_one_of_ours(tmp_path: Path, name: str) -> None:
+    manifest = write_text(f"{tmp_path}/a.csv", f"uri,{name}x\n/a.png,1\n")
+    with pytest.raises(ConfigError, match=rf"Received: carry=\['{name}'\]"):
+        found(manifest, carry=(name,))
+
+
+# --- archives
+
+
+def test_an_archive_gives_its_members_in_its_own_order(root: str) -> None:
+    storage.write_bytes(f"{root}/s/a.tar", tar_of("z.png", "d/y.JPG", "d/note.txt", "inner.zip", "noending", "b.png"))
+    storage.write_bytes(f"{root}/s/b.zip", zip_of("q.png", "p.png"))
+    put(f"{root}/s", "a-b.png", "a.tar.png", "c.png")
+    inside = ["a.tar!z.png", "a.tar!d/y.JPG", "a.tar!b.png"]
+    expected = [f"s/{name}" for name in ["a-b.png", *inside, "a.tar.png", "b.zip!q.png", "b.zip!p.png", "c.png"]]
+    listing = found(f"{root}/s")
+    assert names_in(listing, root) == expected
+    assert (listing.archives, listing.others) == (2, 3)
+    assert names_in(found(f"{root}/s/a.tar"), f"{root}/s") == inside
+    assert names_in(found(f"{root}/s/*.tar"), f"{root}/s") == inside
+    assert names_in(found(f"{root}/**/*.tar"), f"{root}/s") == inside
+
+
+def test_a_member_has_all_that_is_needed_to_read_it(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a.tar"
+    data = tar_of("x.png", "y.png")
+    storage.write_bytes(uri, data)
+    storage.write_bytes(f"{tmp_path}/b.zip", zip_of("z.png"))
+    rows = rows_of(found(str(tmp_path)))
+    row = rows[f"{uri}!y.png"]
+    assert (row["size_bytes"], row["archive"], row["packing"]) == (31, uri, "tar")
+    assert data[row["offset"] :][: row["stored_bytes"]] == bytes([31]) * 31
+    assert row["etag"] == storage.entry_of(uri).etag
+    assert (row["status"], row["error"], row["crc32"]) == (None, None, None)
+    row = rows[f"{tmp_path}/b.zip!z.png"]
+    assert (row["size_bytes"], row["packing"]) == (40, "deflated")
+    assert row["crc32"] is not None
+
+
+def test_a_later_member_of_the_same_name_counts(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/a.tar", tar_of("x.png", "y.png", "x.png"))
+    listing = found(str(tmp_path))
+    assert names_in(listing, str(tmp_path)) == ["a.tar!y.png", "a.tar!x.png"]
+    assert listing.table["size_bytes"].to_pylist() == [31, 32]
+    assert (listing.duplicate_members, listing.named_twice) == (1, 0)
+
+
+def test_a_damaged_archive_is_a_row_beside_its_readable_members(root: str) -> None:
+    data = tar_of("x.png", "y.png", "z.png")
+    storage.write_bytes(f"{root}/a.tar", data[: 2 * 1024 + 5])
+    storage.write_bytes(f"{root}/b.zip", b"no zip at all")
+    rows = rows_of(found(root, include=("*.png",)))
+    assert [uri.removeprefix(f"{root}/") for uri in rows] == ["a.tar", "a.tar!x.png", "a.tar!y.png", "b.zip"]
+    row = rows[f"{root}/a.tar"]
+    assert row["status"] == "truncated"
+    assert row["error"].endswith("; 2 members were readable")
+    assert row["etag"] == rows[f"{root}/a.tar!x.png"]["etag"]
+    assert (row["archive"], row["size_bytes"]) == (None, None)  # read as a file it would be no image
+    assert rows[f"{root}/b.zip"]["error"].endswith("; 0 members were readable")
+
+
+def test_a_member_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    data = bytearray(zip_of("x.png", "y.png"))
+    data[data.index(b"PK\1\2") + 8] |= 1  # the flag of an encrypted member
+    storage.write_bytes(f"{tmp_path}/a.zip", bytes(data))
+    rows = rows_of(found(str(tmp_path)))
+    assert [row["status"] for row in rows.values()] == ["unreadable", None]
+    assert [row["error"] is None for row in rows.values()] == [False, True]
+
+
+def test_an_archive_that_is_gone_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").symlink_to(tmp_path / "nowhere.tar")
+    put(str(tmp_path), "x.png")
+    row = rows_of(found(str(tmp_path)))[f"{tmp_path}/a.tar"]
+    assert (row["status"], row["etag"]) == ("missing", None)
+
+
+def test_a_list_picks_members_and_opens_archives(root: str) -> None:
+    storage.write_bytes(f"{root}/a.tar", tar_of("1.png", "2.txt", "3.png", "4.png"))
+    storage.write_bytes(f"{root}/b.zip", zip_of("x.png", "note.txt", "y.png"))
+    picked = ["b.zip", "a.tar!4.png", "a.tar!lost.png", "a.tar!2.txt", "no.tar!x.png"]
+    uris = [f"{root}/{name}" for name in picked]
+    listing = found(write_parquet(f"{root}/list.parquet", uri=uris, n=[10, 11, 12, 13, 14]), carry=("n",))
+    expected = ["a.tar!2.txt", "a.tar!4.png", "a.tar!lost.png", "b.zip!x.png", "b.zip!y.png", "no.tar!x.png"]
+    assert names_in(listing, root) == expected
+    assert listing.table["n"].to_pylist() == [13, 11, 12, 10, 10, 14]
+    assert listing.table["status"].to_pylist() == [None, None, "missing", None, None, "missing"]
+    assert listing.table["error"].to_pylist()[2] == "no such member"
+    assert listing.table["archive"].to_pylist()[2] is None
+    assert listing.archives == 3
+    assert names_in(found(f"{root}/a.tar!3.png"), root) == ["a.tar!3.png"]
+
+
+def test_an_archive_is_opened_once_for_all_members_that_are_picked(tmp_path: Path) -> None:
+    uris = [f"/{letter}.tar!{number}.png" for number in range(30_000) for letter in "ab"]
+    table = listed.sorted_by_uri(listed.table_of(Row(uri, archive=uri.partition("!")[0]) for uri in uris))
+    assert list(listed.waiting_runs(table)) == [("/a.tar", 0, 30_000), ("/b.tar", 30_000, 60_000)]
+
+
+def test_more_archives_than_threads_stay_in_order(root: str) -> None:
+    for number in range(20):
+        storage.write_bytes(f"{root}/{number:02d}.tar", tar_of(*(f"{name}.png" for name in "cab"[: 1 + number % 3])))
+    put(root, "07.png")
+    uris = names_in(found(root), root)
+    assert [uri.partition("!")[0] for uri in uris] == sorted(uri.partition("!")[0] for uri in uris)
+    assert "07.png 07.tar!c.png 07.tar!a.png 08.tar!c.png" in " ".join(uris)
+    assert len(uris) == 1 + sum(1 + number % 3 for number in range(20))
+
+
+# --- which are taken
+
+
+def test_all_files_takes_everything_but_archives(root: str) -> None:
+    put(root, "a.png", "b.txt", "c", "list.csv")
+    storage.write_bytes(f"{root}/d.tar", tar_of("x.png", "y.txt", "inner.tar"))
+    listing = found(root, all_files=True)
+    assert names_in(listing, root) == ["a.png", "b.txt", "c", "d.tar!x.png", "d.tar!y.txt", "list.csv"]
+    assert listing.others == 1
+
+
+def test_include_and_exclude_look_at_the_uri_and_at_its_last_part(root: str) -> None:
+    put(root, "cats/1.png", "cats/2.jpg", "dogs/1.png", "dogs/1.PNG", "old/cats.png")
+    storage.write_bytes(f"{root}/t.tar", tar_of("cats/1.png", "2.png"))
+
+    def chosen(*, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
+        return names_in(found(root, include=include, exclude=exclude), root)
+
+    assert chosen(include=("*/cats/*",)) == ["cats/1.png", "cats/2.jpg"]
+    assert chosen(include=("1.png", "2.*")) == [
+        "cats/1.png",
+        "cats/2.jpg",
+        "dogs/1.png",
+        "t.tar!cats/1.png",
+        "t.tar!2.png",
+    ]
+    assert chosen(include=("*.png",), exclude=("*cats*",)) == ["dogs/1.png", "t.tar!2.png"]
+    assert chosen(exclude=("*.tar", "*/old/*", "?.png")) == ["cats/2.jpg", "dogs/1.PNG"]
+    listing = found(root, include=("*/cats/*",))
+    assert (listing.others, listing.archives) == (5, 1)
+
+
+def test_include_and_exclude_hold_for_what_is_named_as_well(root: str) -> None:
+    put(root, "a.png", "b.png", "c.dat")
+    manifest = write_parquet(f"{root}/l.parquet", uri=[f"{root}/b.png", f"{root}/a.png"], n=[2, 1])
+    listing = found(f"{root}/c.dat", manifest, exclude=("b.*",), carry=("n",))
+    assert names_in(listing, root) == ["c.dat", "a.png"]
+    assert listing.table["n"].to_pylist() == [None, 1]
+    assert listing.others == 1
+
+
+def test_a_limit_takes_the_first(root: str) -> None:
+    put(root, *(f"{number}.png" for number in range(9)))
+    listing = found(root, limit=4)
+    assert names_in(listing, root) == ["0.png", "1.png", "2.png", "3.png"]
+    assert (listing.by_suffix, listing.total_bytes) == ({".png": 4}, 3 + 4 + 5 + 6)
+    assert len(found(root, limit=90).table) == 9
+
+
+def test_a_sample_is_the_smallest_by_sha256_in_the_order_of_the_table(tmp_path: Path) -> None:
+    put(str(tmp_path), *(f"{number:02d}.png" for number in range(40)))
+    uris = names_in(found(str(tmp_path)), "")
+    digest = {uri: hashlib.sha256(f"/{uri}".encode()).hexdigest() for uri in uris}
+    assert names_in(found(str(tmp_path), sample=11), "") == sorted(sorted(uris, key=digest.__getitem__)[:11])
+    assert names_in(found(str(tmp_path), sample=400), "") == uris
+    assert names_in(found(str(tmp_path), sample=11, limit=5), "") == names_in(found(str(tmp_path), sample=11), "")[:5]
+
+
+def test_a_sample_stays_the_same_however_images_are_named(tmp_path: Path) -> None:
+    put(str(tmp_path), *(f"{number % 3}/{number:02d}.png" for number in range(40)))
+    whole = names_in(found(str(tmp_path), sample=9), "")
+    parts = names_in(found(f"{tmp_path}/2", f"{tmp_path}/0", f"{tmp_path}/1", sample=9), "")
+    assert sorted(parts) == sorted(whole)
+    (tmp_path / "0" / "new.png").write_bytes(b"x")
+    assert len({*names_in(found(str(tmp_path), sample=9), "")} & {*whole}) >= 8
+
+
+# --- mixtures
+
+
+def test_inputs_of_all_kinds_come_in_the_order_given(root: str, tmp_path: Path) -> None:
+    put(root, "f/b.png", "f/a.png", "g/1.png", "g/2.png", "x.dat")
+    storage.write_bytes(f"{root}/t.zip", zip_of("n.png", "m.png"))
+    manifest = write_text(f"{tmp_path}/own.txt", f"{root}/l2.png\n{root}/l1.png\n")
+    listing = list_inputs(
+        InputConfig(input=(f"{root}/x.dat", manifest, f"{root}/g/*.png", f"{root}/t.zip", "-", f"{root}/f")),
+        stdin=io.StringIO(f"{root}/s.png\n"),
+    )
+    expected = [
+        "x.dat",
+        "l1.png",
+        "l2.png",
+        "g/1.png",
+        "g/2.png",
+        "t.zip!n.png",
+        "t.zip!m.png",
+        "s.png",
+        "f/a.png",
+        "f/b.png",
+    ]
+    assert names_in(listing, root) == expected
+
+
+def test_what_is_named_twice_counts_once_where_it_came_first(root: str) -> None:
+    put(root, "a.png", "b.png", "c.png")
+    storage.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png", "x.png"))
+    listing = found(f"{root}/c.png", root, f"{root}/t.tar", root, f"{root}/", f"{root}/a*")
+    assert names_in(listing, root) == ["c.png", "a.png", "b.png", "t.tar!y.png", "t.tar!x.png"]
+    assert listing.named_twice == 1 + 2 + 5 + 5 + 1
+    assert (listing.archives, listing.duplicate_members) == (1, 1)
+    manifest = write_parquet(f"{root}/l.parquet", uri=[f"{root}/t.tar!x.png", f"{root}/a.png"] * 2, n=[5, 6, 7, 8])
+    listing = found(manifest, carry=("n",))
+    assert listing.table["n"].to_pylist() == [6, 5]
+    assert listing.named_twice == 2
+
+
+def test_the_same_inputs_give_the_same_table(root: str) -> None:
+    put(root, "a.png", "b/c.png", "d.png")
+    storage.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png"))
+    assert found(root, f"{root}/b").table.equals(found(root, f"{root}/b").table)
+
+
+def test_progress_tells_how_many_images_there_are_so_far(s3: str) -> None:
+    told: list[int] = []
+    entries = (storage.Entry(f"{s3}/{number:05d}.{'png' if number % 2 else 'txt'}", 1, "e") for number in range(4_500))
+    config = InputConfig(input=(s3,))
+    _Search(config, stdin=None, progress=told.append, scan=lambda uri: entries).listing()
+    assert told[:4] == [500, 1_000, 1_500, 2_000]
+    assert told[-1] == 2_250
+    lines = io.StringIO("".join(f"{s3}/{number}.png\n" for number in range(2_500)))
+    told.clear()
+    list_inputs(InputConfig(input=("-",)), stdin=lines, progress=told.append)
+    assert told[:3] == [1_000, 2_000, 2_500]
+
+
+def test_a_listing_travels(tmp_path: Path) -> None:
+    put(str(tmp_path), "a.png")
+    listing = found(str(tmp_path))
+    assert pickle.loads(pickle.dumps(listing)).table.equals(listing.table)
+
+
+# --- size
+
+
+def test_rows_are_sorted_and_told_apart_over_many_batches() -> None:
+    numbers = [(number * 7919) % 60_001 for number in range(120_002)]  # each number twice, far apart
+    table = listed.table_of(Row(f"/{number:06d}", size) for size, number in enumerate(numbers))
+    assert table["uri"].num_chunks == 3
+    in_order = listed.sorted_by_uri(table)
+    assert in_order["uri"].to_pylist() == sorted(table["uri"].to_pylist())
+    once = listed.first_of_each(in_order)
+    assert once["uri"].to_pylist() == [f"/{number:06d}" for number in range(60_001)]
+    assert max(once["size_bytes"].to_pylist()) == 60_000  # the first of each two
+    assert listed.first_of_each(table).num_rows == 60_001
+    assert listed.sorted_by_uri(once) is once
+    assert listed.first_of_each(once) is once
+
+
+def test_many_small_batches_become_few() -> None:
+    small = pa.concat_tables([listed.table_of([Row(f"/{number}", number)]) for number in range(900)])
+    few = listed.compact(small)
+    assert (small["uri"].num_chunks, few["uri"].num_chunks) == (900, 1)
+    assert few.equals(small)
+    assert listed.compact(small.slice(0, 0)).num_rows == 0
+
+
+LISTS_MANY = """
+import resource, sys, time
+from mnist_dist import storage
+from mnist_dist.config import InputConfig
+from mnist_dist.scoring.inputs import _Search
+
+def scan(uri):
+    for number in range(images):
+        folder, name = divmod(number, 1000)
+        yield storage.Entry(
+            f"{uri}/2024/camera-{folder:06d}/frame_{name:09d}.jpg", 100_000 + number, f"{number * 2654435761:032x}")
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+images, inputs = int(sys.argv[1]), tuple(sys.argv[2:])
+before, start = peak_mib(), time.monotonic()
+listing = _Search(InputConfig(input=inputs), stdin=None, progress=None, scan=scan).listing()
+assert len(listing.table) == images * len(set(inputs)), len(listing.table)
+assert listing.by_suffix == {".jpg": len(listing.table)}
+print(peak_mib() - before, peak_mib(), round(time.monotonic() - start, 1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [("s3://b/p",), ("s3://b/p", "s3://b/p"), ("s3://b/q", "s3://b/p")])
+def test_a_million_images_need_little_memory(inputs: tuple[str, ...]) -> None:
+    images = str(MANY // len(set(inputs)))
+    ran = subprocess.run(
+        [sys.executable, "-c", LISTS_MANY, images, *inputs], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    growth_mib = int(ran.stdout.split()[0])
+    assert growth_mib < MOST_GROWTH_MIB, ran.stdout

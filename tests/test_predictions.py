@@ -1,0 +1,409 @@
+"""predictions: the table's columns, the rows of a shard, and reading them."""
+
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import mnist_dist
+from mnist_dist import storage
+from mnist_dist.config import TableConfig
+from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.scoring import predictions
+from mnist_dist.scoring.predictions import (
+    Outcomes,
+    iter_predictions,
+    prediction_rows,
+    prediction_schema,
+    read_predictions,
+)
+
+NOW = datetime.datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
+NOTHING = pa.schema([])
+ALL = TableConfig()
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+def some_outcomes(probabilities: list[list[float]], status: list[str], **other: Any) -> Outcomes:
+    count = len(status)
+    values: dict[str, Any] = {
+        "error": [None if word == "ok" else f"it is {word}" for word in status],
+        "width": np.full(count, 12, np.int32),
+        "height": np.full(count, 10, np.int32),
+        "size_bytes": [345] * count,
+        "etag": ["e"] * count,
+    }
+    return Outcomes(
+        status=status,
+        probabilities=np.array(probabilities, np.float32).reshape(count, len(CLASSES)),
+        **values | other,
+    )
+
+
+def rows_of(outcomes: Outcomes, *, table: TableConfig = ALL, carried: pa.Table | None = None) -> pa.Table:
+    """Of images named 0, 1, ..."""
+    schema = prediction_schema(table, carried=NOTHING if carried is None else carried.schema)
+    return prediction_rows(
+        schema,
+        uris=pa.array([str(index) for index in range(len(outcomes.status))]),
+        outcomes=outcomes,
+        class_names=CLASSES,
+        top_k=table.top_k,
+        model_id="m",
+        scored_at=NOW,
+        carried=carried,
+    )
+
+
+# --- the columns -----------------------------------------------------------------------------------------------------
+
+
+def test_the_contract_is_written_down_here_once_more() -> None:
+    schema = prediction_schema(TableConfig(), carried=NOTHING)
+    assert str(schema.remove_metadata()).replace("element", "item").splitlines() == [
+        "uri: string not null",
+        "status: string not null",
+        "error: string",
+        "predicted_index: int32",
+        "predicted_class: string",
+        "confidence: float",
+        "probabilities: list<item: float>",
+        "  child 0, item: float",
+        "width: int32",
+        "height: int32",
+        "size_bytes: int64",
+        "etag: string",
+        "model_id: string",
+        "scored_at: timestamp[us, tz=UTC]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        (TableConfig(columns=("confidence,predicted_class",)), "uri status predicted_class confidence"),
+        (TableConfig(columns=("uri width",)), "uri status width"),
+        (TableConfig(columns=("etag",), top_k=2), "uri status etag top_k_classes top_k_confidences"),
+        (TableConfig(columns=("etag",), embeddings=True), "uri status etag embedding"),
+        (TableConfig(columns=("etag,top_k_classes",), top_k=2), "uri status etag top_k_classes top_k_confidences"),
+    ],
+)
+def test_chosen_columns_stand_in_the_order_of_the_contract(table: TableConfig, names: str) -> None:
+    carried = pa.schema([("label", pa.int8())])
+    assert prediction_schema(table, carried=carried).names == [*names.split(), "label"]
+
+
+def test_flags_add_columns_to_all_of_them() -> None:
+    names = prediction_schema(TableConfig(top_k=3, embeddings=True), carried=NOTHING).names
+    assert names[-4:] == ["scored_at", "top_k_classes", "top_k_confidences", "embedding"]
+
+
+def test_an_unknown_column_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"columns are of uri, status, .*, scored_at, label \(.*Received: score, top"):
+        prediction_schema(
+            TableConfig(columns=("uri score", "top_k_classes")), carried=pa.schema([("label", pa.int8())])
+        )
+
+
+@pytest.mark.parametrize("names", [("width",), ("embedding",), ("label", "label")])
+def test_a_carried_column_has_a_name_of_its_own(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"Received: carry='{names[-1]}'"):
+        prediction_schema(TableConfig(), carried=pa.schema([(name, pa.int8()) for name in names]))
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_the_most_probable_class() -> None:
+    row = rows_of(some_outcomes([[0.125, 0.25, 0.5, 0.125]], ["ok"])).to_pylist()[0]
+    assert row == {
+        "uri": "0",
+        "status": "ok",
+        "error": None,
+        "predicted_index": 2,
+        "predicted_class": "cat",
+        "confidence": 0.5,
+        "probabilities": [0.125, 0.25, 0.5, 0.125],
+        "width": 12,
+        "height": 10,
+        "size_bytes": 345,
+        "etag": "e",
+        "model_id": "m",
+        "scored_at": NOW,
+    }
+
+
+def test_a_row_that_is_not_ok_has_no_prediction_and_keeps_the_rest() -> None:
+    anything = [float("nan")] * 4
+    outcomes = some_outcomes(
+        [anything, [0, 0, 0, 1], anything],
+        ["missing", "ok", "truncated"],
+        width=np.array([0, 12, 9], np.int32),
+        height=np.array([0, 11, 8], np.int32),
+        size_bytes=[None, 5, 7],
+        etag=[None, "a", "b"],
+    )
+    rows = rows_of(outcomes, table=TableConfig(top_k=1))
+    for name in ("predicted_index", "predicted_class", "confidence", "probabilities", "top_k_classes"):
+        assert [value is None for value in rows[name].to_pylist()] == [True, False, True]
+    assert rows["probabilities"].to_pylist()[1] == [0, 0, 0, 1]
+    assert rows["error"].to_pylist() == ["it is missing", None, "it is truncated"]
+    assert rows["width"].to_pylist() == [None, 12, 9]
+    assert rows["height"].to_pylist() == [None, 11, 8]
+    assert rows["size_bytes"].to_pylist() == [None, 5, 7]
+    assert rows["model_id"].to_pylist() == ["m"] * 3
+
+
+@pytest.mark.parametrize("status", [["failed", "failed"], []])
+def test_a_shard_may_have_nothing_that_is_ok(status: list[str]) -> None:
+    table = TableConfig(top_k=2, embeddings=True)
+    embeddings = np.zeros((len(status), 3), np.float32)
+    rows = rows_of(some_outcomes([[0] * 4] * len(status), status, embeddings=embeddings), table=table)
+    rows.validate(full=True)
+    assert rows["probabilities"].null_count == rows["embedding"].null_count == rows.num_rows == len(status)
+
+
+def test_the_first_of_equal_classes_wins() -> None:
+    outcomes = some_outcomes([[0.1, 0.4, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]], ["ok", "ok"])
+    rows = rows_of(outcomes, table=TableConfig(top_k=3))
+    assert rows["predicted_index"].to_pylist() == [1, 0]
+    assert rows["top_k_classes"].to_pylist() == [["bee", "dog", "ant"], ["ant", "bee", "cat"]]
+    assert rows["top_k_confidences"].to_pylist()[0] == pytest.approx([0.4, 0.4, 0.1])
+
+
+def test_more_than_all_classes_are_all_of_them() -> None:
+    rows = rows_of(some_outcomes([[0.1, 0.4, 0.2, 0.3]], ["ok"]), table=TableConfig(top_k=9))
+    assert rows["top_k_classes"].to_pylist() == [["bee", "dog", "cat", "ant"]]
+
+
+def test_top_k_is_a_stable_sort() -> None:
+    random = np.random.default_rng(3)
+    probabilities = random.integers(0, 5, (50, 4)).astype(np.float32)  # full of ties
+    rows = rows_of(some_outcomes(probabilities.tolist(), ["ok"] * 50), table=TableConfig(top_k=3))
+    expected = np.argsort(-probabilities, axis=1, kind="stable")[:, :3]
+    assert rows["top_k_classes"].to_pylist() == [[CLASSES[index] for index in row] for row in expected]
+
+
+def test_embeddings_and_carried_columns_go_along() -> None:
+    embeddings: npt.NDArray[np.float32] = np.arange(6, dtype=np.float32).reshape(2, 3)
+    carried = pa.table({"label": pa.array([7, None], pa.int8()), "note": ["x", "y"]})
+    outcomes = some_outcomes([[1, 0, 0, 0]] * 2, ["empty", "ok"], embeddings=embeddings)
+    rows = rows_of(outcomes, table=TableConfig(columns=("uri",), embeddings=True), carried=carried)
+    assert rows.to_pylist() == [
+        {"uri": "0", "status": "empty", "embedding": None, "label": 7, "note": "x"},
+        {"uri": "1", "status": "ok", "embedding": [3, 4, 5], "label": None, "note": "y"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"error": []}, "outcomes have 1 error, one for each image. Received: 0"),
+        ({"probabilities": np.zeros((1, 3), np.float32)}, r"probabilities are \[1, 4\]. Received: \[1, 3\]"),
+        ({"status": ["broken"]}, "a status is one of ok, .*, failed. Received: broken"),
+    ],
+)
+def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: str) -> None:
+    outcomes = some_outcomes([[1, 0, 0, 0]], ["ok"])
+    for name, value in wrong.items():
+        setattr(outcomes, name, value)
+    with pytest.raises(ValueError, match=message):
+        rows_of(outcomes)
+
+
+def test_embeddings_that_were_asked_for_are_given() -> None:
+    with pytest.raises(ValueError, match=r"Received none: \['embedding'\]"):
+        rows_of(some_outcomes([[1, 0, 0, 0]], ["ok"]), table=TableConfig(embeddings=True))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def put_mark(root: str, files: list[str], *, name: str = "_SUCCESS", generation: int = 1) -> None:
+    mark = {"generation": generation, "files": files, "rows": 0, "model_id": "m"}
+    storage.write_bytes(storage.join(root, name), json.dumps(mark).encode())
+
+
+def put_part(root: str, name: str, rows: pa.Table) -> None:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer, row_group_size=2)
+    storage.write_bytes(storage.join(root, name), buffer.getvalue().to_pybytes())
+
+
+@pytest.fixture
+def rows() -> pa.Table:
+    outcomes = some_outcomes([[0.1, 0.7, 0.1, 0.1], [0] * 4, [0.5, 0.2, 0.2, 0.1]], ["ok", "denied", "ok"])
+    return rows_of(outcomes, table=TableConfig(top_k=2))
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, rows: pa.Table) -> str:
+    """A table of 3 + 2 rows, beside files that are not its own."""
+    root = str(tmp_path / "a table") if request.param == "local" else str(request.getfixturevalue("s3"))
+    put_part(root, "part-g0001-00000.parquet", rows)
+    put_part(root, "part-g0001-00001.parquet", rows.slice(1))
+    put_part(root, "part-g0009-00000.parquet", rows)
+    put_mark(root, ["part-g0001-00000.parquet", "part-g0001-00001.parquet"])
+    return root
+
+
+def test_the_files_that_the_mark_names_are_the_table(root: str, rows: pa.Table) -> None:
+    table = read_predictions(root)
+    assert table.equals(pa.concat_tables([rows, rows.slice(1)]))
+    assert table.schema.equals(rows.schema)
+
+
+def test_columns_come_in_the_order_asked_for(root: str) -> None:
+    table = read_predictions(root, columns=["probabilities", "uri"])
+    assert table.column_names == ["probabilities", "uri"]
+    assert table["uri"].to_pylist() == ["0", "1", "2", "1", "2"]
+
+
+def test_an_unknown_column_to_read_is_refused(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"has the columns uri, status, .*Received: 'score'"):
+        read_predictions(root, columns=["uri", "score"])
+
+
+def test_batches_are_no_larger_than_a_row_group(root: str) -> None:
+    batches = list(iter_predictions(root, columns=["uri"]))
+    assert [batch.num_rows for batch in batches] == [2, 1, 2]
+    assert pa.Table.from_batches(batches).equals(read_predictions(root, columns=["uri"]))
+
+
+def test_a_table_that_was_judged_bad_is_read_like_any_other(root: str, rows: pa.Table) -> None:
+    storage.delete(storage.join(root, "_SUCCESS"))
+    put_mark(root, ["part-g0001-00001.parquet"], name="_FAILED")
+    assert read_predictions(root).equals(rows.slice(1))
+
+
+def test_without_a_mark_there_is_no_table(root: str) -> None:
+    storage.delete(storage.join(root, "_SUCCESS"))
+    with pytest.raises(DataError, match=r"there is no prediction table.*Received: '.*'"):
+        read_predictions(root)
+    storage.write_bytes(storage.join(root, "_work/lock"), b"{}")
+    with pytest.raises(DataError, match="there is no prediction table"):
+        next(iter_predictions(root))
+    storage.write_bytes(storage.join(root, "_work/g0001/plan.json"), b"{}")
+    with pytest.raises(DataError, match="is not finished: a scoring job is at work on it, or was stopped"):
+        read_predictions(root)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"files": []}'])
+def test_the_mark_of_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "_SUCCESS").write_bytes(data)
+    with pytest.raises(DataError, match="_SUCCESS is not the mark of a prediction table"):
+        read_predictions(tmp_path)
+
+
+def test_a_file_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
+    put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
+    with pytest.raises(DataError, match=r"_SUCCESS names a file that is not there: .*part-g0001-00000"):
+        read_predictions(tmp_path)
+    (tmp_path / "part-g0001-00000.parquet").write_bytes(b"PAR1 but not for long")
+    with pytest.raises(DataError, match=r"part-g0001-00000.parquet: not a readable Parquet file"):
+        read_predictions(tmp_path)
+
+
+def test_pages_that_are_damaged_are_named(tmp_path: Path, rows: pa.Table) -> None:
+    put_mark(str(tmp_path), ["part"])
+    put_part(str(tmp_path), "part", rows)
+    data = bytearray((tmp_path / "part").read_bytes())
+    data[4:200] = b"\xff" * 196
+    (tmp_path / "part").write_bytes(data)
+    with pytest.raises(DataError, match="part: not a readable Parquet file"):
+        read_predictions(tmp_path)
+
+
+def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows: pa.Table) -> None:
+    def replace() -> None:
+        put_part(root, "part-g0002-00000.parquet", rows)
+        put_mark(root, ["part-g0002-00000.parquet"], generation=2)
+        storage.delete(storage.join(root, "part-g0001-00001.parquet"))
+
+    batches = iter_predictions(root)
+    next(batches)
+    replace()
+    with pytest.raises(DataError, match="the table was replaced while it was read; read it again"):
+        list(batches)
+    put_mark(root, ["part-g0001-00001.parquet"])
+
+    class Late(list[str]):
+        """The columns to read; looked at by the reader between the mark and the files."""
+
+        def __iter__(self) -> Iterator[str]:
+            replace()
+            return super().__iter__()
+
+    storage.write_bytes(storage.join(root, "part-g0001-00001.parquet"), b"soon gone")
+    put_part(root, "part-g0001-00001.parquet", rows.slice(1))
+    assert read_predictions(root, columns=Late(["uri"])).equals(rows.select(["uri"]))
+
+
+def test_a_table_judged_anew_has_a_mark_all_the_time(root: str) -> None:
+    storage.delete(storage.join(root, "_SUCCESS"))
+    assert predictions.read_mark(root) is None
+    put_mark(root, ["x"], name="_FAILED")
+    found = predictions.read_mark(root)
+    assert found is not None
+    assert (found.failed, found.name, found.files) == (True, "_FAILED", ("x",))
+
+
+# --- readers of others -----------------------------------------------------------------------------------------------
+
+EXPECTED = [
+    ("0", "ok", "bee", ["bee", "ant"], 12),
+    ("1", "denied", None, None, 12),
+    ("2", "ok", "ant", ["ant", "bee"], 12),
+]
+COLUMNS = ["uri", "status", "predicted_class", "top_k_classes", "width"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, rows: pa.Table) -> Path:
+    """A table of one file, beside names that begin with an underscore."""
+    put_part(str(tmp_path), "part-g0001-00000.parquet", rows)
+    put_part(str(tmp_path), "_manifest.parquet", rows.select(["uri"]))
+    put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
+    return tmp_path
+
+
+def test_duckdb_reads_it(folder: Path) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="needs DuckDB; runs where the extra `dev` is installed")
+    query = f"select {', '.join(COLUMNS)} from '{folder}/part-*.parquet' order by uri"
+    assert duckdb.sql(query).fetchall() == EXPECTED
+    times = duckdb.sql(f"select distinct epoch_us(scored_at), typeof(scored_at) from '{folder}/part-*.parquet'")
+    assert times.fetchall() == [(round(NOW.timestamp() * 1e6), "TIMESTAMP WITH TIME ZONE")]
+
+
+def test_polars_reads_it(folder: Path) -> None:
+    polars = pytest.importorskip("polars", reason="needs Polars; runs where the extra `dev` is installed")
+    table = polars.read_parquet(folder / "part-*.parquet")
+    assert table.select(COLUMNS).rows() == EXPECTED
+    assert table["scored_at"].to_list() == [NOW] * 3
+
+
+def test_pandas_reads_it(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="needs pandas; runs where Ray Data is installed with it")
+    table = pandas.read_parquet(folder, columns=[*COLUMNS, "confidence"])  # pyarrow leaves out the underscore names
+    assert table["uri"].tolist() == ["0", "1", "2"]
+    assert table["predicted_class"].isna().tolist() == [False, True, False]
+    assert table["confidence"].tolist()[2] == 0.5
+
+
+def test_reading_loads_neither_ray_nor_a_framework(folder: Path) -> None:
+    script = (
+        "import sys, mnist_dist; assert 'pyarrow' not in sys.modules; table = mnist_dist.read_predictions(sys.argv[1]);"
+        "print(table.num_rows, sorted({'ray', 'tensorflow', 'keras', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "3 []"
+    assert mnist_dist.read_predictions is read_predictions
