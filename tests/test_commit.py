@@ -670,7 +670,7 @@ def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Outpu
     storage.write_bytes(begun.begun_uri(8, stage="scoring"), b"{}")
     assert begun.done_shards() == {0, 7, 1_234_567}
     assert begun.shard_uri(7).endswith("/g0001/shard-000007.parquet")
-    assert begun.begun_uri(8, stage="scoring").endswith("/g0001/shard-000008.begun")
+    assert begun.begun_uri(8, stage="scoring").endswith("/g0001/shard-000008.scoring")
     assert not begun.is_committing
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import mnist_dist
 from mnist_dist.data.images import Decoded, ImageSpec, decode_image
-from mnist_dist.errors import ImageError
+from mnist_dist.errors import ImageError, WorkersFailed
 
 MOST_MEMORY_BYTES = 8 * 2**30  # of the child's address space: several times what 100 million pixels take
 _START_TIMEOUT_S = 120.0
@@ -48,10 +48,13 @@ class IsolatedDecoder:
 
         Raises:
             ImageError: also with status `failed`, where the decoder crashed or took too long.
+            WorkersFailed: the child does not start.
         """
         with self._lock:
+            if self._child is not None and self._child.is_dead:  # killed while it was idle, by no image
+                self._end()
             if self._child is None:
-                self._child = _Child(self._spec, self._max_pixels)
+                self._child = _Child(self._spec, self._max_pixels, self._timeout_s)
             try:
                 answer = self._child.ask(data, timeout_s=self._timeout_s)
             except TimeoutError:
@@ -77,7 +80,7 @@ class IsolatedDecoder:
 class _Child:
     """One child process; ready when it is built."""
 
-    def __init__(self, spec: ImageSpec, max_pixels: int) -> None:
+    def __init__(self, spec: ImageSpec, max_pixels: int, timeout_s: float) -> None:
         ours, theirs = socket.socketpair()
         package = Path(mnist_dist.__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(package), *_python_path()]))}
@@ -90,10 +93,17 @@ class _Child:
                 stdout=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
-        self._connection.send_bytes(pickle.dumps((spec, max_pixels)))
-        if not self._connection.poll(_START_TIMEOUT_S):
-            raise RuntimeError("the process that decodes did not start")
-        self._connection.recv_bytes()
+        try:
+            self._connection.send_bytes(pickle.dumps((spec, max_pixels, timeout_s)))
+            is_ready = self._connection.poll(_START_TIMEOUT_S) and bool(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            is_ready = False
+        if not is_ready:
+            raise WorkersFailed(f"the process that decodes did not start ({_cause(self.end())})")
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process.poll() is not None
 
     def ask(self, data: bytes, *, timeout_s: float) -> Decoded | ImageError:
         self._connection.send_bytes(data)
@@ -121,7 +131,7 @@ def _cause(code: int) -> str:
 
 def _serve(connection: Connection) -> None:
     """Answers until the parent is gone."""
-    spec, max_pixels = pickle.loads(connection.recv_bytes())
+    spec, max_pixels, timeout_s = pickle.loads(connection.recv_bytes())
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -129,10 +139,13 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         answer: Decoded | ImageError
+        # a parent that lives has ended this process long before; one that is gone cannot
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
         try:
             answer = decode_image(data, spec, max_pixels=max_pixels)
         except ImageError as error:
-            answer = error
+            answer = ImageError(error.status, error.message)  # without the traceback, which holds the memory
+        signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send_bytes(pickle.dumps(answer, protocol=5))
 
 
@@ -140,6 +153,7 @@ def _be_the_first_to_go() -> None:
     """Where memory runs out, this process dies and not its parent, which holds the model."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 

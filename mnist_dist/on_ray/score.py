@@ -27,9 +27,8 @@ from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
 from mnist_dist.on_ray.scoring_actor import ScoreTask, ShardReport
-from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, choose_actors
+from mnist_dist.on_ray.shards import POLL_S, TASK_SHARD_BYTES, Actors, ShardRun, choose_actors
 from mnist_dist.on_ray.side_thread import SideThread
-from mnist_dist.on_ray.tally import make_tally
 from mnist_dist.scoring.commit import commit, rejudge, replay
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
@@ -39,7 +38,6 @@ from mnist_dist.scoring.work import Work, find_work
 
 ENGINE = "keras float32"
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
-TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels that travel from a task to an actor
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
 PROCESS_BYTES = 2**30  # of an actor, beside its model
 MODEL_COPIES = 4  # of the weights in an actor: file, Keras, constants, scratch
@@ -271,7 +269,6 @@ class _Scoring:
             remote=any(storage.is_remote(uri) for uri in self.job.inputs.input),
             max_failures=self.job.run.max_failures,
             run_id=uuid.uuid4().hex,
-            tally=make_tally(),
         )
         run = ShardRun(task, left, actors=actors)
         with self.console.progress("scoring") as bar:

@@ -1,7 +1,8 @@
 """A worker's side of the scoring job: shards in, one file of rows for each out.
 
-Ray Data calls `ScoringActor` with one shard at a time, two at once, and `DecodeTask` where images are decoded in CPU
-tasks. Ray Data loses the type of what is raised in them, so what was foreseen is returned, pickled.
+Ray Data calls `ScoringActor` with a shard, two at once, and `DecodeTask` where images are decoded in CPU tasks. An
+actor answers with how far it is, a few times a second, and at last with a report. Ray Data loses the type of what is
+raised in it, so what was foreseen is returned, pickled.
 
 What happens when a process dies: Ray starts another and gives it the same shard. A marker that was put before the
 shard was begun tells it to decode in a child process, image by image; more than `max_failures` of them end the job.
@@ -10,9 +11,10 @@ shard was begun tells it to decode in a child process, image by image; more than
 import json
 import os
 import pickle
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -25,14 +27,15 @@ from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.errors import DecoderStuck, ImageError, MnistDistError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.on_ray.tally import TallyPoster
-from mnist_dist.scoring.generations import Generation
+from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
+from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
-from mnist_dist.scoring.scorer import Scorer
+from mnist_dist.scoring.scorer import Progress, Scorer
 
 FORESEEN = (MnistDistError, OSError)
+SECONDS_BETWEEN_ANSWERS = 0.5
 READING_THREADS, READING_THREADS_REMOTE = 1, 16  # beside those that decode; remote storage answers after milliseconds
 
 
@@ -55,8 +58,15 @@ class ScoreTask:
     max_failures: int
     run_id: str
     """Of the driver: attempts of earlier ones do not count as failures."""
-    tally: Any
-    """Handle of a `Tally` actor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far a shard is; begun again, since its actor died, it is counted again from zero."""
+
+    shard: int
+    ok: int
+    other: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +95,22 @@ class ScoringActor:
         except FORESEEN as error:
             self._failure = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Scores the shard of a block of one row: `shard`, and `decoded` where that was done before."""
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Scores the shard of a block of one row: `shard`, and `decoded` where that was done before.
+
+        Yields blocks of one row, `answer`: a pickled `ShardProgress`, at last a pickled `ShardReport` or error.
+        """
         shard = int(batch["shard"][0])
-        return _answer(shard, lambda: self._report(shard, batch.get("decoded")))
+        counted = _Counted(shard)
+        work = SideThread(lambda: self._report(shard, batch.get("decoded"), counted), name=f"shard-{shard}")
+        work.start()
+        told = ShardProgress(shard, 0, 0)
+        while work.is_alive():
+            work.join(SECONDS_BETWEEN_ANSWERS)
+            if (now := counted.progress()) != told:
+                told = now
+                yield _block(told)
+        yield _block(_answer_of(work))
 
     def _open(self) -> None:
         from mnist_dist.models.engines import KerasEngine  # not needed where images are decoded
@@ -102,15 +124,14 @@ class ScoringActor:
         self._class_names = bundle.info.class_names
         engine = KerasEngine(bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus)
         self._scorer = Scorer(engine, spec=task.spec, decoding=task.decoding, threads=threads_of(task))
-        self._tally = TallyPoster(task.tally)
 
-    def _report(self, shard: int, decoded: Any) -> ShardReport:
+    def _report(self, shard: int, decoded: Any, counted: "_Counted") -> ShardReport:
         if self._failure is not None:
             raise self._failure
         began_at = time.time()
         attempt = begin_attempt(self._task, shard, stage="scoring")
         rows = self._manifest.read(shard)
-        outcomes = self._outcomes(shard, rows, decoded, isolated=attempt > 1)
+        outcomes = self._outcomes(rows, decoded, isolated=attempt > 1, progress=counted.add)
         self._write(shard, rows, outcomes)
         return ShardReport(
             shard=shard,
@@ -121,8 +142,7 @@ class ScoringActor:
             process=f"{os.uname().nodename}-{os.getpid()}",
         )
 
-    def _outcomes(self, shard: int, rows: pa.Table, decoded: Any, *, isolated: bool) -> Outcomes:
-        progress = self._tally.begin(shard)
+    def _outcomes(self, rows: pa.Table, decoded: Any, *, isolated: bool, progress: Progress) -> Outcomes:
         if decoded is None:
             return self._scorer.score(rows, isolated=isolated, progress=progress)
         given: DecodedShard | BaseException = pickle.loads(decoded[0])
@@ -165,6 +185,8 @@ class DecodeTask:
         shard = int(batch["shard"][0])
         try:
             content: Any = self._decode(shard)
+        except DecoderStuck:
+            os._exit(1)  # as in an actor; told to the actor, it would end that one again and again
         except FORESEEN as error:
             content = error
         return {"shard": [shard], "decoded": [pickle.dumps(content, protocol=5)]}
@@ -206,12 +228,29 @@ def threads_of(task: ScoreTask) -> Threads:
     return Threads(decoding=cores, reading=READING_THREADS_REMOTE if task.remote else READING_THREADS)
 
 
-def _answer(shard: int, work: Callable[[], ShardReport]) -> dict[str, Any]:
-    answer: ShardReport | BaseException
-    try:
-        answer = work()
-    except DecoderStuck:
+def _answer_of(work: SideThread) -> ShardReport | BaseException:
+    if isinstance(work.error, DecoderStuck):
         os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
-    except FORESEEN as error:
-        answer = error
-    return {"shard": [shard], "answer": [pickle.dumps(answer)]}
+    if isinstance(work.error, FORESEEN):
+        return work.error
+    report: ShardReport = work.result()
+    return report
+
+
+def _block(answer: ShardProgress | ShardReport | BaseException) -> dict[str, Any]:
+    return {"answer": [pickle.dumps(answer)]}
+
+
+class _Counted:
+    """Counts the images of a shard, told by several threads."""
+
+    def __init__(self, shard: int) -> None:
+        self._shard, self._lock = shard, threading.Lock()
+        self._ok = self._other = 0
+
+    def add(self, ok: int, other: int) -> None:
+        with self._lock:
+            self._ok, self._other = self._ok + ok, self._other + other
+
+    def progress(self) -> ShardProgress:
+        return ShardProgress(self._shard, self._ok, self._other)

@@ -9,7 +9,6 @@ import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
 import ray.data
 
 from mnist_dist.config import ScoreRunConfig
@@ -17,10 +16,12 @@ from mnist_dist.console import Bar, Stop
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import Resources, share
-from mnist_dist.on_ray.scoring_actor import DecodeTask, ScoreTask, ScoringActor, ShardReport
+from mnist_dist.on_ray.scoring_actor import DecodeTask, ScoreTask, ScoringActor, ShardProgress, ShardReport
 from mnist_dist.on_ray.side_thread import SideThread
 
 POLL_S = 0.2
+TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
+TASK_BYTES = 2 * TASK_SHARD_BYTES  # of a task that decodes: the pixels, and their block
 SHARDS_AT_ONCE = 2  # in an actor: the next one is decoded while the model ends the last
 SHARDS_IN_FLIGHT = 3  # with the one that waits, so that no actor waits for the driver
 
@@ -69,7 +70,8 @@ class ShardRun:
 
     def __init__(self, task: ScoreTask, shards: Sequence[int], *, actors: Actors) -> None:
         self._task, self._shards, self._actors = task, shards, actors
-        self._answers: queue.SimpleQueue[ShardReport | BaseException] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[ShardProgress | ShardReport | BaseException] = queue.SimpleQueue()
+        self._progress: dict[int, ShardProgress] = {}
 
     def run_to_end(self, *, bar: Bar, stop: Stop, lock: Lock, done: int, total: int) -> list[ShardReport]:
         """Scores the shards; shows progress, and ends where a signal comes: what is done stays done.
@@ -98,7 +100,10 @@ class ShardRun:
                 answer = self._answers.get()
                 if isinstance(answer, BaseException):
                     raise answer
-                reports.append(answer)
+                if isinstance(answer, ShardReport):
+                    reports.append(answer)
+                else:
+                    self._progress[answer.shard] = answer
             stop.check()
             if lock.lost:
                 lock.check()
@@ -118,7 +123,8 @@ class ShardRun:
         items = [{"shard": shard} for shard in self._shards]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         if self._actors.decode_in_tasks:
-            dataset = dataset.map_batches(DecodeTask(self._task), batch_size=None, num_cpus=1)
+            # max_retries is Ray Data's own for tasks; said aloud, it keeps Ray Data from fusing them into the actors
+            dataset = dataset.map_batches(DecodeTask(self._task), batch_size=None, num_cpus=1, max_retries=-1)
         return dataset.map_batches(
             ScoringActor,
             fn_constructor_args=(self._task,),
@@ -134,7 +140,8 @@ class ShardRun:
         )
 
     def _show(self, bar: Bar, *, done: int, total: int) -> None:
-        ok, other = ray.get(self._task.tally.total.remote())
+        ok = sum(shard.ok for shard in self._progress.values())
+        other = sum(shard.other for shard in self._progress.values())
         note = f"{done + ok + other:,} of {total:,} images, {other:,} not ok"
         bar.update(done=done + ok + other, total=total, note=note)
 

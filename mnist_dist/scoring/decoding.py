@@ -79,8 +79,9 @@ class DecodePool:
     def __enter__(self) -> "DecodePool":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        is_stuck = kind is not None and issubclass(kind, DecoderStuck)  # then its thread would be waited for for ever
+        self._pool.shutdown(wait=not is_stuck, cancel_futures=True)
         self._child.close()
 
     def begin(self, rows: pa.Table, sink: Sink, *, isolated: bool) -> None:
@@ -102,6 +103,8 @@ class DecodePool:
             raise DecoderStuck(f"decoding an image takes longer than {limit_s:g} s")
 
     def _run(self, read: Read, sink: Sink, decode: Callable[[bytes], Decoded]) -> None:
+        if sink.failure is not None:
+            return
         try:
             began = time.perf_counter()
             for row, encoded in zip(read.rows, read.run(), strict=True):
@@ -121,7 +124,7 @@ class DecodePool:
             try:
                 return decode(encoded.data)
             except ImageError as error:
-                return error
+                return ImageError(error.status, error.message)  # without the traceback, which holds the image
             finally:
                 self._count(decode_s=time.perf_counter() - began)
 

@@ -63,7 +63,7 @@ class Listing:
     by_suffix: Mapping[str, int]
     """Images by the lower-case ending of their name (`.jpg`), the most frequent first."""
     archives: int
-    """Archives that were opened."""
+    """Archives that were looked into."""
     named_twice: int
     """Rows left out as their URI had come before: the first one counts."""
     duplicate_members: int
@@ -130,7 +130,7 @@ class _Search:
         self._scan = scan
         self._images = 0
         self._archives: dict[str, int] = {}
-        """The archives that were opened, and how many members of each are replaced by later ones."""
+        """The archives that were looked into, and how many members of each are replaced by later ones."""
 
     def listing(self) -> Listing:
         """Finds everything."""

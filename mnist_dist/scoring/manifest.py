@@ -132,9 +132,7 @@ def _stream_edges(table: pa.Table) -> list[int]:
     if not pc.any(is_stream).as_py():
         return [0, rows]
     mask: npt.NDArray[np.bool_] = is_stream.to_numpy()
-    streams = np.flatnonzero(mask)
-    names = table["archive"].combine_chunks().take(pa.array(streams)).to_numpy(zero_copy_only=False)
     owner = np.full(rows, "", dtype=object)
-    owner[streams] = names
+    owner[mask] = table["archive"].filter(is_stream).to_numpy()  # one array of all could not hold 2 GiB of names
     changes = np.flatnonzero(owner[1:] != owner[:-1]) + 1
     return [0, *changes.tolist(), rows]

@@ -62,10 +62,10 @@ class Scorer:
     def __enter__(self) -> "Scorer":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self._closed = True
         self._thread.join()
-        self._pool.__exit__()
+        self._pool.__exit__(kind)
 
     @property
     def times(self) -> Times:

@@ -1,0 +1,53 @@
+"""Daft as its guides have it: list, download, decode, resize, a class with the model, write_parquet.
+
+As in docs.daft.ai, "Working with images" and "Stateful UDFs" (`daft.cls`), on Daft's own runner.
+"""
+
+from typing import Any
+
+import daft
+from daft import DataType
+
+from mnist_dist.benchmarks.peers.task import Stamps, Task
+
+
+def classifier(task: Task) -> Any:
+    """Pixels -> a struct of class and confidence, in batches."""
+    info = task.info()
+    height_px, width_px = info["height_px"], info["width_px"]
+    answer = DataType.struct({"predicted_class": DataType.string(), "confidence": DataType.float32()})
+
+    @daft.cls(max_concurrency=1)
+    class Classifier:
+        """Holds the model."""
+
+        def __init__(self, task: Task) -> None:
+            from mnist_dist.benchmarks.peers.model import Model
+
+            self._model, self._stamps = Model(task), Stamps(task)
+
+        @daft.method.batch(return_dtype=answer, unnest=True, batch_size=task.batch_size)  # type: ignore[untyped-decorator]
+        def classify(self, images: Any) -> Any:
+            pixels = images.to_arrow().storage.flatten().to_numpy()  # to_pylist and np.stack would copy it twice
+            answers = self._model(pixels.reshape(len(images), height_px, width_px, 3))
+            self._stamps.add(len(images))
+            return [
+                {"predicted_class": name, "confidence": confidence}
+                for name, confidence in zip(answers.predicted_class, answers.confidence.tolist(), strict=True)
+            ]
+
+    return Classifier(task)
+
+
+def main() -> None:
+    """Classifies all images."""
+    task = Task.from_command_line()
+    info = task.info()
+    files = daft.from_glob_path(f"{task.images}/*.jpg")
+    pixels = files["path"].download().decode_image(mode="RGB").resize(info["width_px"], info["height_px"])
+    images = files.select(files["path"].alias("uri"), pixels.alias("image"))
+    images.select("uri", classifier(task).classify(images["image"])).write_parquet(task.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""A bundle's model as all peers use it: loaded by plain Keras, called as a `tf.function`."""
+
+# B = batch, H = height px, W = width px, C = channels, K = classes
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mnist_dist.benchmarks.peers.task import Task
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model says of a batch."""
+
+    predicted_class: list[str]
+    confidence: Any
+    """`float32 [B]`."""
+
+
+class Model:
+    """The loaded model."""
+
+    def __init__(self, task: Task) -> None:
+        model = keras.saving.load_model(task.model_file, compile=False)
+        self._class_names = task.info()["class_names"]
+        self._shape = model.input_shape[1:]
+        # of any batch size, since peers give smaller ones in between; as fast as one of a fixed shape
+        signature = [tf.TensorSpec([None, *self._shape], tf.uint8)]
+        self._step = tf.function(
+            lambda pixels: model(pixels, training=False), input_signature=signature, jit_compile=False
+        )
+
+    def zeros(self, images: int) -> Any:
+        """A ready batch, `uint8 [B, H, W, C]`."""
+        return tf.zeros([images, *self._shape], tf.uint8)
+
+    def probabilities(self, pixels: Any) -> Any:
+        """`float32 [B, K]`, once they are there, of a tensor or an array `uint8 [B, H, W, C]`."""
+        return self._step(tf.convert_to_tensor(pixels)).numpy()
+
+    def __call__(self, pixels: Any) -> Answers:
+        """Classes and confidences of a tensor or an array `uint8 [B, H, W, C]`."""
+        probabilities = self.probabilities(pixels)
+        indices = np.argmax(probabilities, axis=1)
+        return Answers([self._class_names[index] for index in indices], probabilities.max(axis=1))

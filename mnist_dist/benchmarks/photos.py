@@ -1,0 +1,71 @@
+"""Photographs to measure with, made of the few that come with scikit-learn and scikit-image: nothing is downloaded.
+
+Owns: the JPEGs, the tar of them, and more names for them. Does not own what is measured.
+
+Contract: photograph i is a function of the seed and i alone (and of Pillow's version): so many of them are the first
+ones of more. Each is a crop of a real photograph, enlarged or shrunk to 500 x 375 px, a JPEG of about 68 KB on average,
+which is what web archives and ImageNet hold.
+"""
+
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WIDTH_PX, HEIGHT_PX = 500, 375
+QUALITY = 95  # gives about 68 KB: enlarged crops hold less detail than a camera's picture of that size
+LEAST_SCALE = 0.8  # of the largest crop of that shape
+
+
+def write_photos(folder: Path, *, count: int, seed: int = 0) -> list[Path]:
+    """Writes photographs into a new folder.
+
+    Args:
+        folder: must not be there yet.
+        count: how many.
+        seed: of the crops.
+
+    Returns:
+        Their paths, in the order of their names.
+    """
+    folder.mkdir(parents=True)
+    sources = _sources()
+    paths = [folder / f"photo-{number:06d}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        _crop(sources, np.random.default_rng([seed, number])).save(path, "JPEG", quality=QUALITY)
+    return paths
+
+
+def write_tar(paths: Sequence[Path], tar: Path) -> None:
+    """Writes files into one plain tar, under their names."""
+    with tarfile.open(tar, "w") as archive:
+        for path in paths:
+            archive.add(path, arcname=path.name)
+
+
+def link_photos(paths: Sequence[Path], folder: Path, *, count: int) -> None:
+    """Fills a new folder with `count` hard links to files, to each in turn, each under a name of its own."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        os.link(paths[number % len(paths)], folder / f"link-{number:06d}.jpg")
+
+
+def _sources() -> list[Image.Image]:
+    """The colour photographs that lie in the two packages (scikit-image downloads its other ones)."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    arrays = [*load_sample_images().images, data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    return [Image.fromarray(array) for array in arrays]
+
+
+def _crop(sources: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
+    source = sources[random.integers(len(sources))]
+    width = min(source.width, source.height * WIDTH_PX / HEIGHT_PX) * random.uniform(LEAST_SCALE, 1)
+    height = width * HEIGHT_PX / WIDTH_PX
+    left, top = random.uniform(0, source.width - width), random.uniform(0, source.height - height)
+    box = (left, top, left + width, top + height)
+    return source.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.LANCZOS, box=box)
