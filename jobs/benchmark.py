@@ -1,18 +1,30 @@
-"""python -m jobs.benchmark train [--flags]: measures what the README states, with its peers, in one run."""
+"""python -m jobs.benchmark train|score [--flags]: measures what the README states, with its peers, in one run."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mnist_dist import console
-from mnist_dist.benchmarks.train import TrainBenchmark, measure, table
+from mnist_dist.benchmarks import score, train
+from mnist_dist.benchmarks.score import ScoreBenchmark
+from mnist_dist.benchmarks.train import TrainBenchmark
+
+BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark]] = {
+    "train": TrainBenchmark,
+    "score": ScoreBenchmark,
+}
 
 
 def main() -> dict[str, Any]:
     """Parses, measures, prints the table; returns the job's JSON keys."""
-    _, benchmark = console.parse({"train": TrainBenchmark}, command="python -m jobs.benchmark", default="train")
+    _, benchmark = console.parse(BENCHMARKS, command="python -m jobs.benchmark", default="train")
     shown = console.Console(verbose=benchmark.verbose)
     console.quiet(verbose=benchmark.verbose)
-    result = measure(benchmark, console=shown)
-    shown.line(table(result))
+    if isinstance(benchmark, ScoreBenchmark):
+        result = score.measure(benchmark, console=shown)
+        shown.line(score.table(result))
+    else:
+        result = train.measure(benchmark, console=shown)
+        shown.line(train.table(result))
     return result
 
 

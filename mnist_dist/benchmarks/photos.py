@@ -63,7 +63,7 @@ def _sources() -> list[Image.Image]:
 
 
 def _crop(sources: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
-    source = sources[random.integers(len(sources))]
+    source = sources[int(random.integers(len(sources)))]
     width = min(source.width, source.height * WIDTH_PX / HEIGHT_PX) * random.uniform(LEAST_SCALE, 1)
     height = width * HEIGHT_PX / WIDTH_PX
     left, top = random.uniform(0, source.width - width), random.uniform(0, source.height - height)

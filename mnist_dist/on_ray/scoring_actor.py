@@ -90,6 +90,7 @@ class ScoringActor:
     def __init__(self, task: ScoreTask) -> None:
         self._task = task
         self._failure: BaseException | None = None
+        self._isolated: set[int] = set()
         try:
             self._open()
         except FORESEEN as error:
@@ -130,9 +131,13 @@ class ScoringActor:
             raise self._failure
         began_at = time.time()
         attempt = begin_attempt(self._task, shard, stage="scoring")
+        if attempt > 1:
+            self._isolated.add(shard)
         rows = self._manifest.read(shard)
-        outcomes = self._outcomes(rows, decoded, isolated=attempt > 1, progress=counted.add)
+        # beside a shard that had to be begun again, so that no image of another one ends it once more
+        outcomes = self._outcomes(rows, decoded, isolated=bool(self._isolated), progress=counted.add)
         self._write(shard, rows, outcomes)
+        self._isolated.discard(shard)
         return ShardReport(
             shard=shard,
             statuses=Counter(outcomes.status),

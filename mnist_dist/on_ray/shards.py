@@ -6,6 +6,7 @@ own: what is done with a shard (`scoring_actor`), or which shards there are.
 
 import pickle
 import queue
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,14 @@ import ray.data
 
 from mnist_dist.config import ScoreRunConfig
 from mnist_dist.console import Bar, Stop
-from mnist_dist.errors import WorkersFailed
+from mnist_dist.errors import ResourceError, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import Resources, share
 from mnist_dist.on_ray.scoring_actor import DecodeTask, ScoreTask, ScoringActor, ShardProgress, ShardReport
 from mnist_dist.on_ray.side_thread import SideThread
 
 POLL_S = 0.2
+GIVE_UP_S = 3.0  # for the next answer, with which Ray Data ends its actors; a Ray that ended first is started again
 TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
 TASK_BYTES = 2 * TASK_SHARD_BYTES  # of a task that decodes: the pixels, and their block
 SHARDS_AT_ONCE = 2  # in an actor: the next one is decoded while the model ends the last
@@ -51,11 +53,23 @@ def choose_actors(have: Resources, run: ScoreRunConfig) -> Actors:
     """
     gpus = run.gpus_per_actor if run.gpus_per_actor is not None else float(have.gpus > 0)
     in_tasks = run.decode == "tasks" or (run.decode == "auto" and gpus > 0)
-    count = run.actors or (max(1, int(have.gpus / gpus)) if gpus else have.nodes)
+    places = sum(int(of_node / gpus + 1e-9) for _, of_node in have.by_node) if gpus else have.nodes
+    count = run.actors or max(1, places)
+    if gpus and count > places:
+        raise ResourceError(
+            f"{count} actor(s) of {gpus:g} GPU each do not fit; the cluster has {have}. Received: gpus_per_actor={gpus:g}"
+        )
     cpus = run.cpus_per_actor
     if cpus is None and in_tasks:
         cpus = min(1.0, have.cpus / count / 2)  # the others decode
-    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus > 0)
+    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus >= 1)
+    if in_tasks and have.cpus - count * mine.cpus < 1:
+        if run.decode == "tasks":
+            raise ResourceError(
+                f"tasks that decode take a CPU each, beside {count} actor(s) of {mine.cpus:g} CPU; the cluster has "
+                f"{have}. Received: decode='tasks'"
+            )
+        in_tasks = False
     return Actors(count=count, cpus=mine.cpus, gpus=gpus, decode_in_tasks=in_tasks)
 
 
@@ -72,6 +86,7 @@ class ShardRun:
         self._task, self._shards, self._actors = task, shards, actors
         self._answers: queue.SimpleQueue[ShardProgress | ShardReport | BaseException] = queue.SimpleQueue()
         self._progress: dict[int, ShardProgress] = {}
+        self._given_up = threading.Event()
 
     def run_to_end(self, *, bar: Bar, stop: Stop, lock: Lock, done: int, total: int) -> list[ShardReport]:
         """Scores the shards; shows progress, and ends where a signal comes: what is done stays done.
@@ -93,21 +108,25 @@ class ShardRun:
         work = SideThread(self._drain, name="ray-data")
         work.start()
         alive = True
-        while alive:
-            work.join(POLL_S)
-            alive = work.is_alive()  # before the queue is emptied, so that nothing is left in it at the end
-            while not self._answers.empty():
-                answer = self._answers.get()
-                if isinstance(answer, BaseException):
-                    raise answer
-                if isinstance(answer, ShardReport):
-                    reports.append(answer)
-                else:
-                    self._progress[answer.shard] = answer
-            stop.check()
-            if lock.lost:
-                lock.check()
-            self._show(bar, done=done, total=total)
+        try:
+            while alive:
+                work.join(POLL_S)
+                alive = work.is_alive()  # before the queue is emptied, so that nothing is left in it at the end
+                while not self._answers.empty():
+                    answer = self._answers.get()
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    if isinstance(answer, ShardReport):
+                        reports.append(answer)
+                    else:
+                        self._progress[answer.shard] = answer
+                stop.check()
+                if lock.lost:
+                    lock.check()
+                self._show(bar, done=done, total=total)
+        finally:
+            self._given_up.set()
+            work.join(GIVE_UP_S)
         if work.error is not None:
             raise WorkersFailed(_words(work.error)) from work.error
         return reports
@@ -117,14 +136,17 @@ class ShardRun:
         for batch in self._dataset().iter_batches(batch_size=None, prefetch_batches=0):
             for answer in batch["answer"]:
                 self._answers.put(pickle.loads(answer))
+            if self._given_up.is_set():
+                return
 
     def _dataset(self) -> "ray.data.Dataset":
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = [{"shard": shard} for shard in self._shards]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        dataset.context.target_max_block_size = 1  # an answer is a block of its own, and travels at once
         if self._actors.decode_in_tasks:
-            # max_retries is Ray Data's own for tasks; said aloud, it keeps Ray Data from fusing them into the actors
-            dataset = dataset.map_batches(DecodeTask(self._task), batch_size=None, num_cpus=1, max_retries=-1)
+            # other resources than the actors', or Ray Data would fuse them and decode in the actors
+            dataset = dataset.map_batches(DecodeTask(self._task), batch_size=None, num_cpus=1, memory=TASK_BYTES)
         return dataset.map_batches(
             ScoringActor,
             fn_constructor_args=(self._task,),

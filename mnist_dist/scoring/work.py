@@ -77,7 +77,8 @@ def _equal(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _looked_up(table: pa.Table) -> pa.Table:
     """The table with size and etag of the objects that a list named, which no listing has told."""
-    unknown = pc.and_(pc.is_null(table["etag"]), pc.starts_with(table["uri"], pattern="s3://")).to_numpy()
+    is_to_be_read = pc.and_(pc.is_null(table["etag"]), pc.is_null(table["status"]))
+    unknown = pc.and_(is_to_be_read, pc.starts_with(table["uri"], pattern="s3://")).to_numpy()
     if not unknown.any():
         return table
     columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}

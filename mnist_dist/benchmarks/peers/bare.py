@@ -12,7 +12,7 @@ def main() -> None:
     """Calls the model for as long as the task says."""
     task = Task.from_command_line()
     model, stamps = Model(task), Stamps(task)
-    pixels = model.zeros(task.batch_size)
+    pixels = model.noise(task.batch_size)
     for _ in range(WARM_UP_STEPS):
         model.probabilities(pixels)
     stamps.add(0)

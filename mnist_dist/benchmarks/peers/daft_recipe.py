@@ -1,6 +1,6 @@
-"""Daft as its guides have it: list, download, decode, resize, a class with the model, write_parquet.
+"""Daft as its docstrings have it: list, download, decode, resize, a class with the model, write_parquet.
 
-As in docs.daft.ai, "Working with images" and "Stateful UDFs" (`daft.cls`), on Daft's own runner.
+`daft.cls` loads the model once, and `daft.method.batch` takes batches (Daft 0.7); on Daft's own runner.
 """
 
 from typing import Any

@@ -34,9 +34,10 @@ class Model:
             lambda pixels: model(pixels, training=False), input_signature=signature, jit_compile=False
         )
 
-    def zeros(self, images: int) -> Any:
+    def noise(self, images: int) -> Any:
         """A ready batch, `uint8 [B, H, W, C]`."""
-        return tf.zeros([images, *self._shape], tf.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (images, *self._shape), dtype=np.uint8)
+        return tf.convert_to_tensor(pixels)
 
     def probabilities(self, pixels: Any) -> Any:
         """`float32 [B, K]`, once they are there, of a tensor or an array `uint8 [B, H, W, C]`."""

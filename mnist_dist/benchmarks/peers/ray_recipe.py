@@ -1,7 +1,7 @@
-"""Ray Data as its guide to images and to batch inference has it: read_images, an actor with the model, write_parquet.
+"""Ray Data as its guide to images has it: read_images, an actor class with the model, write_parquet.
 
-As in docs.ray.io/en/latest/data/working-with-images.html and batch_inference.html. Quicker to start than they are: only the
-actor loads TensorFlow, and there is no dashboard.
+As in docs.ray.io/en/latest/data/working-with-images.html and the docstring of `Dataset.map_batches`. Quicker to start
+than they are: only the actor loads TensorFlow, and there is no dashboard.
 """
 
 from typing import Any

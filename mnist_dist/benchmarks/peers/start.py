@@ -11,7 +11,7 @@ def main() -> None:
     task = Task.from_command_line()
     ray.init(address="local", include_dashboard=False)
     model = Model(task)
-    model.probabilities(model.zeros(task.batch_size))
+    model.probabilities(model.noise(task.batch_size))
 
 
 if __name__ == "__main__":

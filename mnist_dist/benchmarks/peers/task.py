@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("uri", "predicted_class", "confidence")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -22,25 +20,33 @@ class Task:
     """Folder of the model."""
     images: str
     """Folder of JPEGs."""
-    output: str
-    """Folder of the table, which is not there yet."""
-    stamps: str
-    """File of the time stamps, which is not there yet."""
+    scratch: str
+    """Empty folder, for all that is written."""
     batch_size: int
     seconds: float = 10.0
-    """How long the bare model is measured."""
+    """How long the bare model is called."""
 
     @classmethod
     def from_command_line(cls) -> "Task":
-        """The task that `to_argument` put there."""
+        """The task of this process, see `to_argument`."""
         return cls(**json.loads(sys.argv[1]))
 
     def to_argument(self) -> str:
+        """The task as the one argument of a peer."""
         return json.dumps(asdict(self))
 
     @property
     def model_file(self) -> Path:
         return Path(self.bundle) / "model.keras"
+
+    @property
+    def output(self) -> str:
+        """Folder of the table; the peer makes it."""
+        return str(Path(self.scratch) / "table")
+
+    @property
+    def stamps_file(self) -> Path:
+        return Path(self.scratch) / "stamps"
 
     def info(self) -> dict[str, Any]:
         """What `bundle.json` says."""
@@ -51,14 +57,15 @@ class Stamps:
     """Notes when a batch is done, and of how many images it was."""
 
     def __init__(self, task: Task) -> None:
-        self._path = Path(task.stamps)
+        self._path = task.stamps_file
 
     def add(self, images: int) -> None:
+        """Notes a batch that is done now."""
         with self._path.open("a") as file:
             file.write(f"{time.monotonic()} {images}\n")
 
 
-def read_stamps(path: Path) -> list[tuple[float, int]]:
+def read_stamps(task: Task) -> list[tuple[float, int]]:
     """Seconds and images of each batch, in the order in which they were done."""
-    lines = (line.split() for line in path.read_text().splitlines())
+    lines = (line.split() for line in task.stamps_file.read_text().splitlines())
     return sorted((float(seconds), int(images)) for seconds, images in lines)

@@ -1,6 +1,6 @@
 """tf.data: files are read and decoded in TensorFlow's own threads, in front of the model in the same process.
 
-As in tensorflow.org/guide/data_performance: parallel `map` and `prefetch` with AUTOTUNE.
+As in tensorflow.org/guide/data_performance: parallel `map` and `prefetch`, both with AUTOTUNE.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 
 from mnist_dist.benchmarks.peers.model import Model
-from mnist_dist.benchmarks.peers.task import COLUMNS, Stamps, Task
+from mnist_dist.benchmarks.peers.task import Stamps, Task
 
 
 def images_of(task: Task) -> Any:
-    """Batches of URIs and pixels, `uint8 [b, H, W, 3]`."""
+    """Batches of paths and pixels, `uint8 [B, H, W, 3]`."""
     info = task.info()
     size = (info["height_px"], info["width_px"])
 
@@ -29,19 +29,19 @@ def images_of(task: Task) -> Any:
 
 
 def main() -> None:
-    """Classifies all images and writes the table at the end."""
+    """Classifies all images, and writes the table at the end."""
     task = Task.from_command_line()
     model, stamps = Model(task), Stamps(task)
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    batches = []
     for paths, pixels in images_of(task):
         answers = model(pixels)
-        columns["uri"] += [path.decode() for path in paths.numpy()]
-        columns["predicted_class"] += answers.predicted_class
-        columns["confidence"] += answers.confidence.tolist()
-        stamps.add(len(paths))
-    output = Path(task.output)
-    output.mkdir()
-    pq.write_table(pa.table(columns), output / "part-0.parquet")
+        uris = [path.decode() for path in paths.numpy()]
+        batches.append(
+            pa.table({"uri": uris, "predicted_class": answers.predicted_class, "confidence": answers.confidence})
+        )
+        stamps.add(len(uris))
+    Path(task.output).mkdir()
+    pq.write_table(pa.concat_tables(batches), Path(task.output) / "part-0.parquet")
 
 
 if __name__ == "__main__":
