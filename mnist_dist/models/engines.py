@@ -76,7 +76,6 @@ class KerasEngine:
         self.num_features = int(model.outputs[1].shape[-1]) if embeddings else 0
         self._model, self._shape = model, model.input_shape[1:]
         self._function = self._compile()
-        self(np.zeros((1, *self._shape), np.uint8))  # the first call plans its kernels and takes long
 
     def __call__(self, pixels: Pixels) -> Outputs:
         """See `Engine`.

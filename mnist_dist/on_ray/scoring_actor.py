@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -124,6 +125,8 @@ class ScoringActor:
         self._schema = prediction_schema(task.table, carried=self._manifest.carried)
         self._class_names = bundle.info.class_names
         engine = KerasEngine(bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus)
+        spec = task.spec
+        engine(np.zeros((1, spec.height_px, spec.width_px, spec.channels), np.uint8))  # the first call takes long
         self._scorer = Scorer(engine, spec=task.spec, decoding=task.decoding, threads=threads_of(task))
 
     def _report(self, shard: int, decoded: Any, counted: "_Counted") -> ShardReport:
