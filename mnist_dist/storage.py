@@ -116,11 +116,16 @@ def read_object(uri: str, *, most_bytes: int) -> tuple[Entry, bytes | None]:
         return _s3_read_object(uri, most_bytes)
     with _local_errors(uri):
         descriptor = os.open(_local(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "a folder, not a file", uri)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", uri)
-            data = file.read(most_bytes + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(most_bytes + 1)
+        finally:
+            os.close(descriptor)
     entry = Entry(uri, max(len(data), status.st_size), _local_etag(status))
     return entry, data if len(data) <= most_bytes else None
 

@@ -250,3 +250,60 @@ def test_no_connection_is_a_service_error() -> None:
     )
     with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), storage._s3_errors("s3://b/k"):
         client.get_object(Bucket="b", Key="k")
+
+
+def test_an_object_is_read_with_what_it_was_then(root: str) -> None:
+    uri = storage.join(root, "a.bin")
+    storage.write_bytes(uri, b"seven..")
+    entry, data = storage.read_object(uri, most_bytes=7)
+    assert (entry, data) == (storage.entry_of(uri), b"seven..")
+    assert [entry] == list(storage.scan_entries(root))
+    entry, data = storage.read_object(uri, most_bytes=6)
+    assert (entry.size_bytes, data) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "found"), [(0, 3, b"abc"), (4, 9, b"ef"), (2, 0, b""), (6, 1, b""), (9, 2, b"")]
+)
+def test_a_range_ends_where_the_object_ends(root: str, start: int, length: int, found: bytes) -> None:
+    uri = storage.join(root, "a.bin")
+    storage.write_bytes(uri, b"abcdef")
+    assert storage.read_range(uri, start, length) == found
+
+
+def test_a_new_object_is_there_when_its_block_ends_well(root: str) -> None:
+    uri = storage.join(root, "sub/a.bin")
+    with storage.new_object(uri) as file:
+        file.write(b"12345")
+        file.seek(1)
+        file.write(b"_")
+        assert not storage.exists(uri)
+    assert storage.read_bytes(uri) == b"1_345"
+    with pytest.raises(RuntimeError, match="midway"), storage.new_object(uri) as file:
+        file.write(b"half")
+        raise RuntimeError("midway")
+    assert storage.read_bytes(uri) == b"1_345"
+    assert names(root) == ["sub/a.bin"]
+
+
+def test_a_moved_object_takes_the_place_of_another(root: str) -> None:
+    source, target = storage.join(root, "a"), storage.join(root, "b")
+    storage.write_bytes(source, b"new")
+    storage.write_bytes(target, b"old")
+    storage.move(source, target)
+    assert names(root) == ["b"]
+    assert storage.read_bytes(target) == b"new"
+    with pytest.raises(FileNotFoundError, match="a"):
+        storage.move(source, target)
+
+
+def test_what_is_no_regular_file_is_refused_and_closed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="not a regular file"):
+        storage.read_object(str(tmp_path / "pipe"), most_bytes=10)
+    with pytest.raises(IsADirectoryError, match="a folder"):
+        storage.read_object(str(tmp_path), most_bytes=10)
+    with pytest.raises(FileNotFoundError, match="a folder"):
+        storage.entry_of(str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before

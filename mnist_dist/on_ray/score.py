@@ -22,7 +22,7 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import ScoreJob, differences
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError, ResourceError, ResumeConflict, TooManyBadImages
+from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
@@ -91,6 +91,7 @@ def _check_output_is_outside(job: ScoreJob) -> None:
 
 def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, Any]:
     """Says what would be done; writes nothing."""
+    began = time.monotonic()
     listing = list_inputs(job.inputs)
     prediction_schema(job.table, carried=_carried(listing.table))
     _say_what_was_found(listing, console)
@@ -98,7 +99,16 @@ def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, An
     if committed is not None:
         console.line(f"{output.uri} holds {committed.rows:,} rows of the model {committed.model_id[:12]}")
     console.line("dry run: nothing was written")
-    return {"output": output.uri, "images": len(listing.table), "ok": 0, "errors": 0, "skipped": 0, "dry_run": True}
+    return {
+        "output": output.uri,
+        "images": len(listing.table),
+        "ok": 0,
+        "errors": 0,
+        "skipped": 0,
+        "images_per_s": None,
+        "seconds": round(time.monotonic() - began, 2),
+        "dry_run": True,
+    }
 
 
 def _say_what_was_found(listing: Listing, console: Console) -> None:
@@ -132,18 +142,22 @@ class _Scoring:
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
         self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
-        self.reports: list[ShardReport] = []
+        self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
         self.output.sweep()
         unfinished = self.output.unfinished()
-        if unfinished is not None and self._is_mine(unfinished):
-            committed = self._go_on(unfinished)
-            if self.job.mode != "incremental":
-                return self._result(committed)
+        committed = self._go_on(unfinished) if unfinished is not None else None
+        if committed is not None and self.job.mode != "incremental":
+            return self._result(committed)
         before = self.output.committed()
         if before is not None and self.job.mode != "fresh":
+            if not before.summary:
+                raise DataError(
+                    f"_summary.json, which says what made the table, is gone; --mode fresh makes another. "
+                    f"Received: {self.output.uri!r}"
+                )
             self._check_same(before.summary, but=("inputs",) if self.job.mode == "incremental" else ())
         if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
             return self._finished_before(before)
@@ -156,8 +170,7 @@ class _Scoring:
 
     def _check_same(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> None:
         """Raises ResumeConflict where the job is not the one that made what is there."""
-        ours = {name: value for name, value in self._settings().items() if name not in but}
-        lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
+        lines = self._differences(theirs, but=but)
         if lines:
             shown = "\n  ".join(lines)
             raise ResumeConflict(
@@ -165,23 +178,23 @@ class _Scoring:
                 f"input, or --mode fresh for everything anew):\n  {shown}"
             )
 
-    def _is_mine(self, unfinished: Generation) -> bool:
-        """Whether an unfinished generation is this job's; one of another job is thrown away in mode fresh."""
-        if unfinished.is_committing:
-            return True
-        try:
-            self._check_same(unfinished.plan)
-        except ResumeConflict:
-            if self.job.mode != "fresh":
-                raise
-            self.output.discard(unfinished)
-            return False
-        return True
+    def _differences(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
+        ours = {name: value for name, value in self._settings().items() if name not in but}
+        return differences(ours, {name: theirs["settings"].get(name) for name in ours})
 
-    def _go_on(self, unfinished: Generation) -> Committed:
-        if unfinished.is_committing:
+    def _go_on(self, unfinished: Generation) -> Committed | None:
+        """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
+        fresh = self.job.mode == "fresh"
+        is_mine = not self._differences(unfinished.plan) and (unfinished.plan["replaces_all"] or not fresh)
+        if unfinished.is_committing:  # whoever's it is: the table before it is gone
             self.console.line(f"finishing the commit of {self.output.uri}")
-            return replay(self.output, unfinished, check=self.lock.check)
+            committed = replay(self.output, unfinished, check=self.lock.check)
+            return committed if is_mine else None
+        if not is_mine:
+            if not fresh:
+                self._check_same(unfinished.plan)
+            self.output.discard(unfinished)
+            return None
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
@@ -190,11 +203,13 @@ class _Scoring:
         return self._commit(unfinished)
 
     def _finished_before(self, before: Committed) -> dict[str, Any]:
-        ok = self._judge(before.summary["statuses"], before.rows)
-        if ok == before.failed:
-            before = rejudge(self.output, before, ok=ok)
         self.console.line(f"{self.output.uri} is finished; --mode incremental scores what is new, --mode fresh all")
-        return self._result(before)
+        return self._result(self._judged(before))
+
+    def _judged(self, before: Committed) -> Committed:
+        """A table of an earlier run, by the share of bad rows that is allowed now."""
+        ok = self._judge(before.summary["statuses"], before.rows)
+        return rejudge(self.output, before, ok=ok) if ok == before.failed else before
 
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
@@ -218,7 +233,7 @@ class _Scoring:
     def _nothing_new(self, before: Committed | None) -> Committed:
         assert before is not None, "without a table, a listing that finds nothing raises"
         self.console.line(f"{self.output.uri}: there is nothing to score")
-        return before
+        return self._judged(before)
 
     def _begin(self, work: Work, before: Committed | None, actors: Actors) -> Generation:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
@@ -272,25 +287,19 @@ class _Scoring:
         )
         run = ShardRun(task, left, actors=actors)
         with self.console.progress("scoring") as bar:
-            self.reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
-        self._say_how_it_went(actors)
+            reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
+        self._note_how_it_went(reports, actors, images=rows - rows_done)
 
-    def _say_how_it_went(self, actors: Actors) -> None:
-        images, seconds = self._images_scored(), self._seconds_scoring()
-        if images and seconds:
-            self.console.line(
-                f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s; slowest stage: "
-                f"{slowest_stage(self.reports, actors, seconds=seconds)}"
-            )
-
-    def _images_scored(self) -> int:
-        return sum(report.statuses.total() for report in self.reports)
-
-    def _seconds_scoring(self) -> float:
-        """From the first shard's begin to the last one's end."""
-        if not self.reports:
-            return 0.0
-        return max(report.ended_at for report in self.reports) - min(report.began_at for report in self.reports)
+    def _note_how_it_went(self, reports: list[ShardReport], actors: Actors, *, images: int) -> None:
+        if not reports:
+            return
+        # from the first shard's begin to the last one's end
+        seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
+        self.scored, self.scoring_s = self.scored + images, self.scoring_s + seconds
+        self.console.line(
+            f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s; slowest stage: "
+            f"{slowest_stage(reports, actors, seconds=seconds)}"
+        )
 
     # --- the table ---------------------------------------------------------------------------------------------------
 
@@ -313,21 +322,21 @@ class _Scoring:
                 replace_all=generation.plan["replaces_all"],
                 judge=self._judge,
                 summary=summary,
-                check=self._check,
+                check=lambda: self._check(generation),
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
             )
 
-    def _check(self) -> None:
-        self.stop.check()
+    def _check(self, generation: Generation) -> None:
+        if not generation.is_committing:  # from then on there is no table until the commit is through
+            self.stop.check()
         self.lock.check()
 
     def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
         """Whether a table is good enough."""
-        return _bad(statuses) <= self.job.run.max_bad_fraction * rows
+        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # 0.29 * 100 is less than 29
 
     def _images_per_s(self) -> float | None:
-        seconds = self._seconds_scoring()
-        return round(self._images_scored() / seconds, 2) if seconds else None
+        return round(self.scored / self.scoring_s, 2) if self.scoring_s else None
 
     def _result(self, committed: Committed) -> dict[str, Any]:
         """The JSON line's keys, once they were shown to a person.
@@ -336,13 +345,12 @@ class _Scoring:
             TooManyBadImages: the table was judged bad.
         """
         statuses = committed.summary["statuses"]
-        scored = self._images_scored()
         result = {
             "output": self.output.uri,
             "images": committed.rows,
             "ok": statuses.get("ok", 0),
             "errors": _bad(statuses),
-            "skipped": committed.rows - scored,
+            "skipped": committed.rows - self.scored,
             "images_per_s": self._images_per_s(),
             "seconds": round(time.time() - self.began_at, 2),
             "statuses": statuses,

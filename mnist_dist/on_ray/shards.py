@@ -21,7 +21,7 @@ from mnist_dist.on_ray.scoring_actor import DecodeTask, ScoreTask, ScoringActor,
 from mnist_dist.on_ray.side_thread import SideThread
 
 POLL_S = 0.2
-GIVE_UP_S = 3.0  # for the next answer, with which Ray Data ends its actors; a Ray that ended first is started again
+GIVE_UP_S = 30.0  # for the next answer, with which Ray Data ends: left alone, its thread starts another Ray
 TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
 TASK_BYTES = 2 * TASK_SHARD_BYTES  # of a task that decodes: the pixels, and their block
 SHARDS_AT_ONCE = 2  # in an actor: the next one is decoded while the model ends the last
@@ -57,7 +57,8 @@ def choose_actors(have: Resources, run: ScoreRunConfig) -> Actors:
     count = run.actors or max(1, places)
     if gpus and count > places:
         raise ResourceError(
-            f"{count} actor(s) of {gpus:g} GPU each do not fit; the cluster has {have}. Received: gpus_per_actor={gpus:g}"
+            f"{count} actor(s) of {gpus:g} GPU each do not fit; the cluster has {have}. "
+            f"Received: gpus_per_actor={gpus:g}"
         )
     cpus = run.cpus_per_actor
     if cpus is None and in_tasks:
@@ -169,6 +170,8 @@ class ShardRun:
 
 
 def _words(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error.__cause__ or error
-    words = (str(cause).strip() or "no message").splitlines()[0]
+    cause = getattr(error, "cause", None)
+    # the text of an actor that could not start is a traceback, whose last line says why
+    lines = str(cause or error).strip().splitlines() or ["no message"]
+    words, cause = (lines[0], cause) if cause else (lines[-1], error)
     return f"the workers failed: {type(cause).__name__}: {words} (--verbose and Ray's logs show where)"
