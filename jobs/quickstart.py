@@ -36,7 +36,8 @@ def main() -> dict[str, Any]:
     with connected(verbose=asked.verbose):
         trained = train(job, recipe="quickstart", console=shown)
         images = storage.join(trained["run_dir"], "digits.tar")
-        write_digits(images, count=SCORED_IMAGES)
+        if not storage.exists(images):  # written again, it would be another archive to a job that goes on
+            write_digits(images, count=SCORED_IMAGES)
         scoring = ScoreJob(
             bundle=trained["bundle"],
             inputs=InputConfig(input=(images,)),

@@ -9,6 +9,7 @@ What a failure becomes, so that callers need to know neither errno nor botocore:
 ```
 FileNotFoundError    this object is not there
 PermissionError      this object may not be read or written
+OSError              this object cannot be read: a bad sector, no regular file, encrypted with a key of its own
 ServiceError         not this object but the service: no or expired credentials, no connection, 5xx or throttling
                      after all retries, disk full
 StorageError         a URI that can never work: unknown scheme, no such bucket
@@ -54,6 +55,7 @@ _CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
+_OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})  # such as a key of one's own encryption
 _client_lock = threading.Lock()
 Value = TypeVar("Value")
 
@@ -123,7 +125,7 @@ def read_object(uri: str, *, most_bytes: int) -> tuple[Entry, bytes | None]:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", uri)
             with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(most_bytes + 1)
+                data = file.read(min(status.st_size, most_bytes) + 1)  # so much is allocated
         finally:
             os.close(descriptor)
     entry = Entry(uri, max(len(data), status.st_size), _local_etag(status))
@@ -152,8 +154,12 @@ def entry_of(uri: str) -> Entry:
         FileNotFoundError, PermissionError, ServiceError, StorageError: see the module.
     """
     if is_remote(uri):
-        with _s3_errors(uri):
-            head = _client().head_object(**_s3_address(uri))
+        try:
+            with _s3_errors(uri):
+                head = _client().head_object(**_s3_address(uri))
+        except PermissionError:
+            _s3_read(uri, "bytes=0-0")  # the answer to HEAD has no body: it does not say whether the object is denied
+            raise
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
     with _local_errors(uri):
         status = os.stat(_local(uri))
@@ -422,6 +428,11 @@ def check_writable(uri: str) -> None:
         raise StorageError(f"the storage cannot be written: {err}. Received: {uri!r}") from err
 
 
+def is_service_error(error: OSError) -> bool:
+    """Whether an error of an opened local file is not one of this file: no space, no connection to its server."""
+    return error.errno in _SERVICE_ERRNOS
+
+
 def forget_clients() -> None:
     """Drops the cached S3 client, so that the next call reads the AWS settings again."""
     _client_of.cache_clear()
@@ -585,6 +596,8 @@ def _meaning(err: Any, uri: str) -> Exception:
         return FileNotFoundError(errno.ENOENT, "no such object", uri)
     if status == 403:
         return PermissionError(errno.EACCES, f"access denied ({code})", uri)
+    if code in _OBJECT_CODES:
+        return OSError(errno.EINVAL, f"refused ({code})", uri)
     return ServiceError(f"{uri}: {err}")
 
 

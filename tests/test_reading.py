@@ -311,7 +311,13 @@ def test_an_error_of_the_service_is_raised(tmp_path: Path) -> None:
             list(asked.run())
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x.png", "s3://nobody-has-this/x.png"])
-def test_an_error_of_the_storage_is_raised(s3: str, uri: str) -> None:
-    with pytest.raises(StorageError, match=r"storage is a local path|no such bucket"):
-        read_one(uri)
+def test_an_error_of_the_storage_is_raised() -> None:
+    with pytest.raises(StorageError, match=r"storage is a local path"):
+        read_one("gs://bucket/x.png")
+
+
+@pytest.mark.parametrize("uri", ["s3://nobody-has-this/x.png", "s3://No Such Name/x.png"])
+def test_a_bucket_that_a_list_names_and_that_is_not_there_costs_one_row(s3: str, uri: str) -> None:
+    found = read_one(uri)
+    assert isinstance(found.data, ImageError)
+    assert found.data.status == "missing"

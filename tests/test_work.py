@@ -58,9 +58,8 @@ class Place:
     def score(self, work: Work, bad: Mapping[str, str] | None = None) -> None:
         """Makes rows of the work, ok but for the statuses in `bad`, and commits them."""
         assert len(work.table)
-        generation = self.output.begin(
-            {"model_id": "m"}, manifest=lambda uri: write_manifest(uri, work.table, shard_size=SHARD_SIZE)
-        )
+        generation = self.output.reserve({"model_id": "m"})
+        generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=SHARD_SIZE))
         with Manifest(generation.manifest_uri) as manifest:
             schema = prediction_schema(self.table, carried=manifest.carried)
             for shard in range(manifest.shards):

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal, cast
 
 from mnist_dist import storage
-from mnist_dist.errors import ImageError, MnistDistError
+from mnist_dist.errors import ImageError, MnistDistError, ServiceError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 """Lower-case name endings of the archives that are read."""
@@ -218,6 +218,8 @@ def _image_errors() -> Iterator[None]:
     except MemoryError as err:
         raise ImageError("too_large", "the memory does not hold it") from err
     except Exception as err:  # the border: damaged bytes raise whatever the decoders happen to raise
+        if isinstance(err, OSError) and storage.is_service_error(err):
+            raise ServiceError(f"an archive cannot be read further: {err}") from err
         # a decompressor's OSError is its own word on the bytes and has no number
         status = "failed" if isinstance(err, OSError) and err.errno is not None else "unreadable"
         raise ImageError(status, " ".join(str(err).split()) or type(err).__name__) from err

@@ -101,7 +101,10 @@ class KerasEngine:
         signature = [tf.TensorSpec([self.batch_size, *self._shape], tf.uint8)]
         # XLA was several times slower on CPUs, and compiles for minutes
         function = tf.function(
-            lambda pixels: self._model(pixels, training=False), input_signature=signature, jit_compile=False
+            lambda pixels: self._model(pixels, training=False),
+            input_signature=signature,
+            jit_compile=False,
+            autograph=False,  # which writes files, and finds nothing to convert
         )
         return function.get_concrete_function()
 

@@ -26,14 +26,15 @@ from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConfl
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
-from mnist_dist.on_ray.scoring_actor import ScoreTask, ShardReport
-from mnist_dist.on_ray.shards import POLL_S, TASK_SHARD_BYTES, Actors, ShardRun, choose_actors
+from mnist_dist.on_ray.scoring_actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
+from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, choose_actors
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.commit import commit, rejudge, replay
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
-from mnist_dist.scoring.manifest import COLUMNS, MAX_SHARD, Manifest, choose_shard_size, write_manifest
-from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
+from mnist_dist.scoring.manifest import COLUMNS, MAX_SHARD, MIN_SHARD, Manifest, choose_shard_size, write_manifest
+from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
 
 ENGINE = "keras float32"
@@ -76,8 +77,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
 
 
 def _check_storage(job: ScoreJob, *, nodes: int) -> None:
-    named = [("output", job.output), ("bundle", job.bundle), *(("input", uri) for uri in job.inputs.input)]
-    for name, uri in named:
+    for name, uri in (("output", job.output), ("bundle", job.bundle)):
         check_storage(uri, is_shared=job.run.storage_is_shared, nodes=nodes, name=name)
 
 
@@ -85,7 +85,7 @@ def _check_output_is_outside(job: ScoreJob) -> None:
     """A table inside of what is listed would be listed the next time."""
     output = storage.absolute(job.output)
     for uri in job.inputs.input:
-        if uri != "-" and f"{output}/".startswith(f"{storage.absolute(uri)}/"):
+        if uri != "-" and f"{output}/".startswith(f"{storage.absolute(uri).rstrip('/')}/"):
             raise ConfigError(f"the output lies outside of the input {uri!r}. Received: output={job.output!r}")
 
 
@@ -142,6 +142,8 @@ class _Scoring:
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
         self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
+        self.found = 0  # images, by a listing under way
+        self.discarded = 0  # number of a generation of another job that was thrown away
         self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
 
     def run_to_end(self) -> dict[str, Any]:
@@ -185,21 +187,25 @@ class _Scoring:
     def _go_on(self, unfinished: Generation) -> Committed | None:
         """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
         fresh = self.job.mode == "fresh"
-        is_mine = not self._differences(unfinished.plan) and (unfinished.plan["replaces_all"] or not fresh)
+        is_mine = not self._differences(unfinished.plan) and (unfinished.plan["mode"] == "fresh" or not fresh)
         if unfinished.is_committing:  # whoever's it is: the table before it is gone
             self.console.line(f"finishing the commit of {self.output.uri}")
             committed = replay(self.output, unfinished, check=self.lock.check)
-            return committed if is_mine else None
+            return self._judged(committed) if is_mine else None
         if not is_mine:
             if not fresh:
                 self._check_same(unfinished.plan)
             self.output.discard(unfinished)
+            self.discarded = unfinished.number
             return None
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose) as have:
-                self._score(unfinished, choose_actors(have, self.job.run), have)
+                self.stop.take_signals()
+                actors = choose_actors(have, self.job.run)
+                with self._shard_run(unfinished, actors, have) as run:
+                    self._score(run, unfinished, actors, have)
         return self._commit(unfinished)
 
     def _finished_before(self, before: Committed) -> dict[str, Any]:
@@ -213,56 +219,113 @@ class _Scoring:
 
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
-        listing = SideThread(lambda: find_work(self.job, self.output, before=before), name="listing")
+        listing = SideThread(
+            lambda: find_work(self.job, self.output, before=before, progress=self._note_found), name="listing"
+        )
         listing.start()
         listing.join(LIST_BEFORE_RAY_S)
-        if not listing.is_alive() and not len(listing.result().table):
+        rows = None if listing.is_alive() else len(listing.result().table)
+        if rows == 0:
             return self._nothing_new(before)
         with connected(verbose=self.job.run.verbose) as have:
             self.stop.take_signals()
+            actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
+            generation = self.output.reserve(self._plan(before), above=self.discarded)
+            with self._shard_run(generation, actors, have) as run:
+                self._wait_for(listing)
+                if not len(listing.result().table):
+                    return self._nothing_new(before)
+                self._begin(generation, listing.result(), before, actors=actors, have=have)
+                self._score(run, generation, actors, have)
+        return self._commit(generation)
+
+    def _note_found(self, images: int) -> None:
+        self.found = images
+
+    def _wait_for(self, listing: SideThread) -> None:
+        with self.console.progress("listing") as bar:
             while listing.is_alive():
                 listing.join(POLL_S)
                 self.stop.check()
-            if not len(listing.result().table):
-                return self._nothing_new(before)
-            actors = choose_actors(have, self.job.run)
-            generation = self._begin(listing.result(), before, actors)
-            self._score(generation, actors, have)
-        return self._commit(generation)
+                bar.update(done=0, total=1, note=f"{self.found:,} images so far")
 
     def _nothing_new(self, before: Committed | None) -> Committed:
         assert before is not None, "without a table, a listing that finds nothing raises"
         self.console.line(f"{self.output.uri}: there is nothing to score")
         return self._judged(before)
 
-    def _begin(self, work: Work, before: Committed | None, actors: Actors) -> Generation:
+    def _plan(self, before: Committed | None) -> dict[str, Any]:
+        return {
+            "model_id": self.bundle.info.model_id,
+            "settings": self._settings(),
+            "mode": self.job.mode,
+            "replaces_all": before is None or self.job.mode == "fresh",
+            "engine": ENGINE,
+            "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
+        }
+
+    def _begin(
+        self, generation: Generation, work: Work, before: Committed | None, *, actors: Actors, have: Resources
+    ) -> None:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
         if work.listing is not None:
             _say_what_was_found(work.listing, self.console)
-        if before is not None and not work.replaces_all:
+        if before is not None and not generation.plan["replaces_all"]:
             self.console.line(f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows")
-        prediction_schema(self.job.table, carried=_carried(work.table))
-        check_room(self.job, self.bundle, rows=len(work.table), output=self.output.uri, actors=actors.count)
+        self._check_what_was_found(work, generation, nodes=have.nodes)
+        check_room(
+            self.job,
+            self.bundle,
+            rows=len(work.table),
+            output=self.output.uri,
+            actors=-(-actors.count // have.nodes),
+        )
         size = self.job.shard_size or choose_shard_size(
             len(work.table),
             total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
             most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
-        plan = {
-            "model_id": self.bundle.info.model_id,
-            "settings": self._settings(),
-            "replaces_all": work.replaces_all,
-            "engine": ENGINE,
-            "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
-        }
-        return self.output.begin(plan, manifest=lambda uri: write_manifest(uri, work.table, shard_size=size))
+        generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=size))
+
+    def _check_what_was_found(self, work: Work, generation: Generation, *, nodes: int) -> None:
+        """Raises ConfigError where the images cannot be seen by all nodes, hold the output, or do not fit the table."""
+        schema = prediction_schema(self.job.table, carried=_carried(work.table))
+        if not generation.plan["replaces_all"] and not schema.equals(table_schema(self.output.uri)):
+            raise ConfigError(
+                f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
+                f"Received: {', '.join(schema.names)}"
+            )
+        uris = work.table["uri"]
+        inside = uris.filter(pc.starts_with(uris, pattern=f"{self.output.uri}/"))
+        if len(inside):
+            raise ConfigError(
+                f"the output lies outside of the input, which names {inside[0].as_py()!r}. "
+                f"Received: output={self.job.output!r}"
+            )
+        local = uris.filter(pc.invert(pc.starts_with(uris, pattern="s3://")))
+        if len(local):
+            check_storage(local[0].as_py(), is_shared=self.job.run.storage_is_shared, nodes=nodes, name="input")
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _score(self, generation: Generation, actors: Actors, have: Resources) -> None:
-        """Scores the shards that are not done."""
+    def _shard_run(self, generation: Generation, actors: Actors, have: Resources) -> ShardRun:
+        """The workers of a generation."""
         _check_storage(self.job, nodes=have.nodes)
-        self.stop.take_signals()
+        task = ScoreTask(
+            bundle=storage.absolute(self.job.bundle),
+            model_id=self.bundle.info.model_id,
+            generation=generation,
+            spec=self.bundle.info.spec,
+            table=self.job.table,
+            decoding=self.job.decoding,
+            batch_size=self.job.run.batch_size,
+            cpus=max(1, int(actors.cpus)),
+            attempts=Attempts(generation, run_id=uuid.uuid4().hex, most=self.job.run.max_failures),
+        )
+        return ShardRun(task, actors=actors)
+
+    def _score(self, run: ShardRun, generation: Generation, actors: Actors, have: Resources) -> None:
+        """Scores the shards that are not done."""
         done = generation.done_shards()
         with Manifest(generation.manifest_uri) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
@@ -272,22 +335,7 @@ class _Scoring:
             f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {ENGINE}, "
             f"{actors}, of {have}"
         )
-        task = ScoreTask(
-            bundle=storage.absolute(self.job.bundle),
-            model_id=self.bundle.info.model_id,
-            generation=generation,
-            spec=self.bundle.info.spec,
-            table=self.job.table,
-            decoding=self.job.decoding,
-            batch_size=self.job.run.batch_size,
-            cpus=None if have.nodes == 1 and actors.cpus == have.cpus else max(1, int(actors.cpus)),
-            remote=any(storage.is_remote(uri) for uri in self.job.inputs.input),
-            max_failures=self.job.run.max_failures,
-            run_id=uuid.uuid4().hex,
-        )
-        run = ShardRun(task, left, actors=actors)
-        with self.console.progress("scoring") as bar:
-            reports = run.run_to_end(bar=bar, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
+        reports = run.run_to_end(left, console=self.console, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
         self._note_how_it_went(reports, actors, images=rows - rows_done)
 
     def _note_how_it_went(self, reports: list[ShardReport], actors: Actors, *, images: int) -> None:

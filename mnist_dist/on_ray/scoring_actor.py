@@ -8,9 +8,9 @@ What happens when a process dies: Ray starts another and gives it the same shard
 shard was begun tells it to decode in a child process, image by image; more than `max_failures` of them end the job.
 """
 
-import json
 import os
 import pickle
+import shutil
 import threading
 import time
 from collections import Counter
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, TableConfig
@@ -29,6 +30,7 @@ from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.errors import DecoderStuck, ImageError, MnistDistError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
@@ -37,7 +39,7 @@ from mnist_dist.scoring.scorer import Progress, Scorer
 
 FORESEEN = (MnistDistError, OSError)
 SECONDS_BETWEEN_ANSWERS = 0.5
-READING_THREADS, READING_THREADS_REMOTE = 1, 16  # beside those that decode; remote storage answers after milliseconds
+TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,9 @@ class ScoreTask:
     table: TableConfig
     decoding: DecodeConfig
     batch_size: int
-    cpus: int | None
-    """Cores of the actor; None: all of the machine's."""
-    remote: bool
-    """Images are read from an object store."""
-    max_failures: int
-    run_id: str
-    """Of the driver: attempts of earlier ones do not count as failures."""
+    cpus: int
+    """Cores that an actor uses."""
+    attempts: Attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +87,16 @@ class ScoringActor:
     """Holds the model; scores shards."""
 
     def __init__(self, task: ScoreTask) -> None:
-        self._task = task
+        self._task, self._attempts = task, task.attempts
         self._failure: BaseException | None = None
         self._isolated: set[int] = set()
+        self._manifest_lock = threading.Lock()
+        self._manifest: Manifest | None = None
+        own = f"actor-{ray.get_runtime_context().get_actor_id()}"  # the same when Ray starts it again
         try:
+            self._attempts.begin(own)
             self._open()
+            self._attempts.take_back(own)
         except FORESEEN as error:
             self._failure = error
 
@@ -112,34 +115,44 @@ class ScoringActor:
             if (now := counted.progress()) != told:
                 told = now
                 yield _block(told)
-        yield _block(_answer_of(work))
+        yield _block(self._answer(shard, work))
 
     def _open(self) -> None:
         from mnist_dist.models.engines import KerasEngine  # not needed where images are decoded
 
-        task = self._task
+        task, spec = self._task, self._task.spec
         bundle = load_bundle(task.bundle)
         if bundle.info.model_id != task.model_id:
             raise WorkersFailed(f"the bundle was replaced while the job ran. Received: {task.bundle!r}")
-        self._manifest = Manifest(task.generation.manifest_uri)
-        self._schema = prediction_schema(task.table, carried=self._manifest.carried)
         self._class_names = bundle.info.class_names
         engine = KerasEngine(bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus)
-        spec = task.spec
         engine(np.zeros((1, spec.height_px, spec.width_px, spec.channels), np.uint8))  # the first call takes long
-        self._scorer = Scorer(engine, spec=task.spec, decoding=task.decoding, threads=threads_of(task))
+        if storage.is_remote(task.bundle):
+            shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
+        self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
+
+    def _shards(self) -> Manifest:
+        """The manifest, which is there when the first shard is."""
+        with self._manifest_lock:
+            if self._manifest is None:
+                self._manifest = Manifest(self._task.generation.manifest_uri)
+            return self._manifest
 
     def _report(self, shard: int, decoded: Any, counted: "_Counted") -> ShardReport:
         if self._failure is not None:
             raise self._failure
-        began_at = time.time()
-        attempt = begin_attempt(self._task, shard, stage="scoring")
-        if attempt > 1:
+        began_at, own = time.time(), marker(shard, "scoring")
+        if self._attempts.begin(own).is_suspect:
             self._isolated.add(shard)
-        rows = self._manifest.read(shard)
-        # beside a shard that had to be begun again, so that no image of another one ends it once more
-        outcomes = self._outcomes(rows, decoded, isolated=bool(self._isolated), progress=counted.add)
-        self._write(shard, rows, outcomes)
+        try:
+            rows = self._shards().read(shard)
+            # beside a shard that had to be begun again, so that no image of another one ends it once more
+            outcomes = self._outcomes(rows, decoded, isolated=bool(self._isolated), progress=counted.add)
+            self._write(shard, rows, outcomes)
+        except FORESEEN as error:
+            if not isinstance(error, DecoderStuck):
+                self._attempts.take_back(own)
+            raise
         self._isolated.discard(shard)
         return ShardReport(
             shard=shard,
@@ -151,26 +164,36 @@ class ScoringActor:
         )
 
     def _outcomes(self, rows: pa.Table, decoded: Any, *, isolated: bool, progress: Progress) -> Outcomes:
-        if decoded is None:
+        given: DecodedShard | BaseException | None = pickle.loads(decoded[0]) if decoded is not None else None
+        if given is None:
             return self._scorer.score(rows, isolated=isolated, progress=progress)
-        given: DecodedShard | BaseException = pickle.loads(decoded[0])
         if isinstance(given, BaseException):
             raise given
         return self._scorer.classify(given.images, size_bytes=given.size_bytes, etags=given.etags, progress=progress)
 
     def _write(self, shard: int, rows: pa.Table, outcomes: Outcomes) -> None:
+        carried = self._shards().carried
         table = prediction_rows(
-            self._schema,
+            prediction_schema(self._task.table, carried=carried),
             uris=rows["uri"],
             outcomes=outcomes,
             class_names=self._class_names,
             top_k=self._task.table.top_k,
             model_id=self._task.model_id,
             scored_at=datetime.now(UTC),
-            carried=rows.select(self._manifest.carried.names),
+            carried=rows.select(carried.names),
         )
         with storage.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")
+
+    def _answer(self, shard: int, work: SideThread) -> ShardReport | BaseException:
+        if isinstance(work.error, DecoderStuck):
+            os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
+        if isinstance(work.error, FORESEEN):
+            self._attempts.note_failure(shard, work.error)
+            return work.error
+        report: ShardReport = work.result()
+        return report
 
 
 @dataclass(frozen=True)
@@ -189,7 +212,7 @@ class DecodeTask:
         self._task = task
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The shard's block with `decoded`: a pickled `DecodedShard`, or a pickled error."""
+        """The shard's block with `decoded`: a pickled `DecodedShard` or error; None where the actor has to decode."""
         shard = int(batch["shard"][0])
         try:
             content: Any = self._decode(shard)
@@ -199,50 +222,28 @@ class DecodeTask:
             content = error
         return {"shard": [shard], "decoded": [pickle.dumps(content, protocol=5)]}
 
-    def _decode(self, shard: int) -> DecodedShard:
-        task = self._task
-        attempt = begin_attempt(task, shard, stage="decoding")
+    def _decode(self, shard: int) -> DecodedShard | None:
+        task, own = self._task, marker(shard, "decoding")
         with Manifest(task.generation.manifest_uri) as manifest:
+            if manifest.shard_rows(shard) * task.spec.image_bytes > TASK_SHARD_BYTES:
+                return None  # a compressed archive: it streams through the actor, not through its memory
             rows = manifest.read(shard)
-        with DecodePool(task.spec, config=task.decoding, threads=threads_of(task)) as pool:
-            found = Collector(len(rows))
-            pool.begin(rows, found, isolated=attempt > 1)
-            found.wait(pool)
+        isolated = task.attempts.begin(own).is_suspect
+        found = Collector(len(rows))
+        try:
+            with DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool:
+                pool.begin(rows, found, isolated=isolated)
+                found.wait(pool)
+        except FORESEEN as error:
+            if not isinstance(error, DecoderStuck):
+                task.attempts.take_back(own)
+            raise
         return DecodedShard(found.images, found.size_bytes, found.etags)
 
 
-def begin_attempt(task: ScoreTask, shard: int, *, stage: str) -> int:
-    """Puts the marker of a shard that is begun; how often it was begun, over all drivers.
-
-    Raises:
-        WorkersFailed: it ended more than `max_failures` processes of this driver.
-    """
-    uri = task.generation.begun_uri(shard, stage=stage)
-    try:
-        before = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
-        before = {"attempts": 0, "run_id": task.run_id, "of_run": 0}
-    of_run = before["of_run"] + 1 if before["run_id"] == task.run_id else 1
-    if of_run > task.max_failures + 1:
-        raise WorkersFailed(f"shard {shard} ended {of_run - 1} processes that worked on it ({stage}); see Ray's logs")
-    marker = {"attempts": before["attempts"] + 1, "run_id": task.run_id, "of_run": of_run}
-    storage.write_bytes(uri, json.dumps(marker).encode())
-    return int(marker["attempts"])
-
-
-def threads_of(task: ScoreTask) -> Threads:
-    """One thread a core decodes; more wait for remote storage."""
-    cores = task.cpus or os.cpu_count() or 1
-    return Threads(decoding=cores, reading=READING_THREADS_REMOTE if task.remote else READING_THREADS)
-
-
-def _answer_of(work: SideThread) -> ShardReport | BaseException:
-    if isinstance(work.error, DecoderStuck):
-        os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
-    if isinstance(work.error, FORESEEN):
-        return work.error
-    report: ShardReport = work.result()
-    return report
+def marker(shard: int, stage: str) -> str:
+    """The name of a shard's marker."""
+    return f"shard-{shard:06d}.{stage}"
 
 
 def _block(answer: ShardProgress | ShardReport | BaseException) -> dict[str, Any]:

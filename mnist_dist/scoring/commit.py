@@ -91,6 +91,7 @@ def commit(
         DataError, PermissionError, ServiceError, StorageError: the storage, or the old table, cannot be used.
     """
     if not generation.is_committing:
+        check()  # what an earlier try has built is cleared away, and must not be another driver's
         building = Building(output, generation, schema=schema, part_bytes=part_bytes, step=step)
         table = building.build(shards=shards, superseded=superseded, replace_all=replace_all, progress=progress)
         counts = table.counts()

@@ -37,11 +37,11 @@ class Threads:
 
     Args:
         decoding: that decode at the same time: one per core.
-        reading: beside those, that wait for storage.
+        reading: beside those, that wait for storage; S3 answers after milliseconds.
     """
 
     decoding: int
-    reading: int
+    reading: int = 16
 
 
 class Sink(Protocol):

@@ -12,7 +12,8 @@ anything here holds.
   _work/lock
   _work/g0003/                   a generation: one first run, increment, retry or fresh start
     manifest.parquet  plan.json  what is to be scored, and how; plan.json last: it completes the generation
-    shard-000007.scoring         the shard was begun; `.decoding` by a task that only decodes
+    to-do-RUN.json               the shards that one driver has left to do
+    *.begun  *.error             what workers leave for each other (`attempts`)
     shard-000007.parquet         the shard is done
     out/  commit.json            what is to be published; from commit.json on the commit happens, whoever dies
 ```
@@ -89,12 +90,25 @@ class Generation:
         """Whether its commit was begun, which then must be brought to its end (`replay`)."""
         return storage.exists(self.commit_uri)
 
+    @property
+    def plan_uri(self) -> str:
+        return storage.join(self.uri, "plan.json")
+
+    def begin(self, manifest: Callable[[str], None]) -> None:
+        """Writes down what is to be done: from here on it is there.
+
+        Args:
+            manifest: writes the manifest to the URI that it is given.
+        """
+        manifest(self.manifest_uri)
+        storage.write_bytes(self.plan_uri, json.dumps(self.plan, indent=2).encode())
+
+    def to_do_uri(self, run_id: str) -> str:
+        """Of the JSON list of the shards that one driver has left to do, which sets its workers to work."""
+        return storage.join(self.uri, f"to-do-{run_id}.json")
+
     def shard_uri(self, shard: int) -> str:
         return storage.join(self.uri, f"shard-{shard:06d}.parquet")
-
-    def begun_uri(self, shard: int, *, stage: str) -> str:
-        """Of the JSON object that says how often the shard was begun, and by whom."""
-        return storage.join(self.uri, f"shard-{shard:06d}.{stage}")
 
     def done_shards(self) -> set[int]:
         """The shards that are there, by one listing."""
@@ -141,12 +155,12 @@ class Output:
         uri = self._generation_uri(number)
         return Generation(number, uri, dict(json.loads(storage.read_bytes(storage.join(uri, "plan.json")))))
 
-    def begin(self, plan: Mapping[str, Any], *, manifest: Callable[[str], None]) -> Generation:
-        """A new generation, after all that was ever here.
+    def reserve(self, plan: Mapping[str, Any], *, above: int = 0) -> Generation:
+        """A new generation, after all that was ever here; it counts from its `begin` on.
 
         Args:
             plan: what must be the same when the work goes on; JSON values, `model_id` among them.
-            manifest: writes the manifest to the URI that it is given.
+            above: a number that is not used again: of a generation whose workers may still write.
 
         Raises:
             ValueError: the plan names no model.
@@ -155,11 +169,8 @@ class Output:
             raise ValueError(f"a plan has a model_id. Received: {', '.join(plan)}")
         self.sweep()
         parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
-        number = max([0, self._published(), *self._generations(), *parts]) + 1
-        generation = Generation(number, self._generation_uri(number), dict(plan))
-        manifest(generation.manifest_uri)
-        storage.write_bytes(storage.join(generation.uri, "plan.json"), json.dumps(plan, indent=2).encode())
-        return generation
+        number = max([above, self._published(), *self._generations(), *parts]) + 1
+        return Generation(number, self._generation_uri(number), dict(plan))
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and the work in it.

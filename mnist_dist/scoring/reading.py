@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mnist_dist import storage
 from mnist_dist.data.archives import Member, Packing, member_groups, read_members
-from mnist_dist.errors import ImageError
+from mnist_dist.errors import ImageError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,12 @@ def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
             entry, data = storage.read_object(uri, most_bytes=most_bytes)
         except OSError as error:
             yield Encoded(_status_of(error), None, None)
+            return
+        except StorageError as error:
+            if not uri.startswith("s3://"):
+                raise
+            # a bucket that a list names and that is not there
+            yield Encoded(ImageError("missing", str(error)), None, None)
             return
         if data is None:
             problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {most_bytes:,}")

@@ -1,0 +1,92 @@
+"""How often a piece of work was begun, and what ended it: small objects in the generation's folder.
+
+Owns: the markers that tell the next process that the one before died over the same work, and the errors that a worker
+could not deliver. Does not own: what is done about it.
+
+A marker is put before the work is begun. Whoever ends without dying takes it back or finishes the work; so a marker
+that is found means a death: of the process, or of the whole job.
+"""
+
+import contextlib
+import json
+import pickle
+from dataclasses import dataclass
+
+from mnist_dist import storage
+from mnist_dist.errors import ServiceError, WorkersFailed
+from mnist_dist.scoring.generations import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a piece of work."""
+
+    of_run: int
+    """How often this driver's workers have begun it, 1 the first time."""
+    of_all: int
+    """How often it was begun by workers of any driver."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Something in the work seems to end processes: not just one killed driver, which takes all workers along."""
+        return self.of_run > 1 or self.of_all > 2
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """The markers of one driver's workers.
+
+    Args:
+        generation: in whose folder they lie.
+        run_id: of the driver.
+        most: deaths over the same work after which it is given up.
+    """
+
+    generation: Generation
+    run_id: str
+    most: int
+
+    def begin(self, work: str) -> Attempt:
+        """Puts the marker.
+
+        Args:
+            work: a file name, such as `shard-000007.scoring`.
+
+        Raises:
+            WorkersFailed: the work ended more than `most` processes of this driver.
+        """
+        uri = self._marker_uri(work)
+        try:
+            before = json.loads(storage.read_bytes(uri))
+        except FileNotFoundError:
+            before = {"of_all": 0, "run_id": self.run_id, "of_run": 0}
+        attempt = Attempt(before["of_run"] + 1 if before["run_id"] == self.run_id else 1, before["of_all"] + 1)
+        if attempt.of_run > self.most + 1:
+            raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
+        marker = {"of_all": attempt.of_all, "run_id": self.run_id, "of_run": attempt.of_run}
+        storage.write_bytes(uri, json.dumps(marker).encode())
+        return attempt
+
+    def take_back(self, work: str) -> None:
+        """Removes the marker of work that ended without a death; where the storage fails it stays: no harm."""
+        with contextlib.suppress(OSError, ServiceError):
+            storage.delete(self._marker_uri(work))
+
+    def note_failure(self, shard: int, error: BaseException) -> None:
+        """Leaves the error of a shard where the driver finds it: Ray drops answers of a task that was begun again."""
+        with contextlib.suppress(OSError, ServiceError):
+            storage.write_bytes(self._failure_uri(shard), pickle.dumps(error))
+
+    def failure_of(self, shard: int) -> BaseException:
+        """What a worker left of a shard that is not done."""
+        try:
+            error: BaseException = pickle.loads(storage.read_bytes(self._failure_uri(shard)))
+        except FileNotFoundError:
+            return WorkersFailed(f"shard {shard} was not done, and nobody said why; the same command goes on")
+        return error
+
+    def _marker_uri(self, work: str) -> str:
+        return storage.join(self.generation.uri, f"{work}.begun")
+
+    def _failure_uri(self, shard: int) -> str:
+        return storage.join(self.generation.uri, f"shard-{shard:06d}.{self.run_id}.error")
