@@ -1,0 +1,893 @@
+"""The scoring job on Ray: the contract's table, going on, and what is refused before anything is written."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from mnist_dist import load_bundle, storage
+from mnist_dist.config import InputConfig, ModelConfig, ScoreJob, ScoreRunConfig, TableConfig
+from mnist_dist.console import Console
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    Locked,
+    ResourceError,
+    ResumeConflict,
+    ServiceError,
+    StorageError,
+    TooManyBadImages,
+)
+from mnist_dist.lock import Lock
+from mnist_dist.models.bundle import Bundle, write_bundle
+from mnist_dist.models.classifier import build_classifier
+from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.score import score
+from mnist_dist.on_ray.shards import choose_actors
+from mnist_dist.scoring.generations import Output
+from mnist_dist.scoring.predictions import CONTRACT, read_predictions
+
+ROOT = Path(__file__).parents[1]
+NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
+SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before an S3 server, and answers in its place when it is told to.
+
+    Attributes:
+        answer: gives status and error code instead of the server's answer, or None; asked at each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind = endpoint.removeprefix("http://")
+        self.answer: Callable[[], tuple[int, str] | None] = lambda: None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def _handle(self) -> None:
+        assert isinstance(self.server, Proxy)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        instead = self.server.answer()
+        if instead is not None:
+            status, code = instead
+            self._reply(status, {}, f"<Error><Code>{code}</Code><Message>by the test</Message></Error>".encode())
+            return
+        with contextlib.closing(HTTPConnection(self.server.behind)) as behind:
+            behind.request(self.command, self.path, body, dict(self.headers.items()))
+            reply = behind.getresponse()
+            self._reply(reply.status, dict(reply.headers.items()), reply.read())
+
+    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 (the names that http.server calls)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def s3_of_workers(s3_server: str) -> Iterator[Proxy]:
+    """The S3 server as the workers see it, which can fail."""
+    with Proxy(s3_server) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy
+        proxy.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One Ray for the module; where there is an S3 server, its workers inherit the way to it."""
+    with pytest.MonkeyPatch.context() as environment:
+        with contextlib.suppress(pytest.skip.Exception):
+            port = request.getfixturevalue("s3_of_workers").server_address[1]
+            environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class Recorder(Console):
+    """A console that keeps its lines, and calls back at the first line that starts with some words."""
+
+    def __init__(self, at: str | None = None, then: Callable[[], Any] | None = None) -> None:
+        super().__init__(terminal=False)
+        self.lines: list[str] = []
+        self._at, self._then = at, then
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+        if self._at is not None and self._then is not None and text.startswith(self._at):
+            self._at = None
+            self._then()
+
+
+def make_bundle(path: Path, *, seed: int) -> Path:
+    """Random weights, but such that the images of `noise` are spread over the classes."""
+    model = build_classifier(ModelConfig(backbone="cnn"), spec=SPEC, num_classes=len(CLASSES), seed=seed).model
+    logits = model.get_layer("logits")
+    kernel, bias = logits.get_weights()
+    pixels = np.stack([np.asarray(noise(number, width=14, height=12)) for number in range(100)])
+    mean = np.log(np.asarray(model(pixels))).mean(axis=0)
+    logits.set_weights([kernel * 50, (bias - mean) * 50])
+    write_bundle(
+        path,
+        model=model,
+        class_names=CLASSES,
+        spec=SPEC,
+        backbone="cnn",
+        weights="none",
+        config={},
+        data_fingerprint="none",
+        validation={},
+        test={},
+        history_csv="",
+        calibration=None,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle", seed=1)
+
+
+@pytest.fixture(scope="module")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("other_bundle") / "bundle", seed=2)
+
+
+def noise(seed: int, *, width: int = 20, height: int = 16) -> Image.Image:
+    """A few squares of random colours, which no resizing averages out."""
+    squares = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((width, height), Image.Resampling.NEAREST)
+
+
+def encoded(seed: int, kind: str = "png") -> bytes:
+    data = io.BytesIO()
+    noise(seed).save(data, kind)
+    return data.getvalue()
+
+
+BROKEN = {"empty.png": "empty", "cut.jpg": "truncated", "text.jpg": "unsupported", "gone.png": "missing"}
+
+
+def write_images(folder: Path, *, good: int = 12) -> Path:
+    """Good images of several sizes, and the broken ones."""
+    (folder / "deep").mkdir(parents=True)
+    for number in range(good):
+        image = noise(number, width=20 + number, height=16 + 2 * number)
+        image.save(folder / ("deep" if number % 3 else "") / f"{number:02d}.{('png', 'jpg')[number % 2]}")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    noise(good, width=31, height=17).save(folder / "turned.jpg", exif=turned)
+    (folder / "empty.png").touch()
+    (folder / "cut.jpg").write_bytes(encoded(98, "jpeg")[:-200])
+    (folder / "text.jpg").write_text("no image at all, whatever its name says")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("photos") / "photos")
+
+
+def job_of(
+    bundle: Path | str, output: Path | str, *inputs: Path | str, run: dict[str, Any] | None = None, **fields: Any
+) -> ScoreJob:
+    """A job with shards of 5 images that allows any number of bad ones, unless it is told otherwise."""
+    names = ("carry", "all_files", "include", "exclude", "limit", "sample")
+    of_input = {name: fields.pop(name) for name in names if name in fields}
+    return ScoreJob(
+        bundle=str(bundle),
+        output=str(output),
+        inputs=InputConfig(input=tuple(map(str, inputs)), **of_input),
+        run=ScoreRunConfig(**{"max_bad_fraction": 1.0, **(run or {})}),
+        **{"shard_size": 5, **fields},
+    )
+
+
+def rows_of(output: Path | str) -> dict[str, dict[str, Any]]:
+    """The rows by uri; there are no two of one."""
+    rows = read_predictions(str(output)).to_pylist()
+    by_uri = {row["uri"]: row for row in rows}
+    assert len(by_uri) == len(rows)
+    return by_uri
+
+
+def without_time(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows but for what may differ: the time, and the last digits of numbers."""
+    return {
+        uri: {name: rounded(value) for name, value in row.items() if name != "scored_at"} for uri, row in rows.items()
+    }
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def assert_predicted(row: dict[str, Any], image: Any, bundle: Bundle) -> None:
+    """The row says what the bundle says of the single image."""
+    expected = bundle.predict(image)
+    assert row["status"] == "ok"
+    assert row["error"] is None
+    assert row["predicted_class"] == expected.predicted_class == CLASSES[row["predicted_index"]]
+    assert row["predicted_index"] == expected.predicted_index
+    assert row["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+    assert row["probabilities"] == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A finished job."""
+
+    job: ScoreJob
+    result: dict[str, Any]
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, bundle: Path, photos: Path) -> Scored:
+    job, console = job_of(bundle, tmp_path_factory.mktemp("scored") / "table", photos), Recorder()
+    return Scored(job, score(job, console=console), console.lines)
+
+
+@pytest.fixture
+def table(scored: Scored, tmp_path: Path) -> ScoreJob:
+    """The finished job, with a copy of its table that a test may spoil."""
+    shutil.copytree(scored.job.output, tmp_path / "table")
+    return replace(scored.job, output=str(tmp_path / "table"))
+
+
+def test_the_table_has_the_columns_of_the_contract_and_one_row_for_each_image(scored: Scored, photos: Path) -> None:
+    assert read_predictions(scored.job.output).schema.equals(CONTRACT)
+    rows = rows_of(scored.job.output)
+    assert set(rows) == {str(path) for path in photos.rglob("*.*")}
+    assert len(rows) == scored.result["images"] == 17
+    assert {row["model_id"] for row in rows.values()} == {load_bundle(scored.job.bundle).info.model_id}
+    assert all(datetime.now(UTC) - row["scored_at"] < timedelta(hours=1) for row in rows.values())
+
+
+def test_the_predictions_are_those_of_single_images(scored: Scored, photos: Path) -> None:
+    bundle, rows = load_bundle(scored.job.bundle), rows_of(scored.job.output)
+    good = [path for path in photos.rglob("*.*") if path.name not in BROKEN]
+    for path in good:
+        assert_predicted(rows[str(path)], path, bundle)
+    assert len({rows[str(path)]["predicted_class"] for path in good}) > 1
+
+
+def test_size_etag_width_and_height_are_of_the_original(scored: Scored, photos: Path) -> None:
+    rows = rows_of(scored.job.output)
+    for path in photos.rglob("*.*"):
+        row = rows[str(path)]
+        if path.name in BROKEN:
+            assert (row["width"], row["height"]) == (None, None)
+        else:
+            with Image.open(path) as image:
+                size = image.size[::-1] if path.name == "turned.jpg" else image.size
+            assert (row["width"], row["height"]) == size
+        if path.exists():
+            assert row["size_bytes"] == path.stat().st_size
+            assert row["etag"] == f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
+        else:
+            assert (row["size_bytes"], row["etag"]) == (None, None)
+
+
+@pytest.mark.parametrize(("name", "status"), BROKEN.items())
+def test_a_broken_image_is_a_row_that_says_why(scored: Scored, photos: Path, name: str, status: str) -> None:
+    row = rows_of(scored.job.output)[str(photos / name)]
+    assert row["status"] == status
+    assert row["error"]
+    assert "\n" not in row["error"]
+    empty = ("predicted_index", "predicted_class", "confidence", "probabilities")
+    assert {row[name] for name in empty} == {None}
+    assert any(name in line and line.startswith(f"  {status}: ") for line in scored.lines)
+
+
+def test_the_result_and_the_summary_count_the_rows(scored: Scored) -> None:
+    result = scored.result
+    assert {name: result[name] for name in ("images", "ok", "errors", "skipped")} == {
+        "images": 17,
+        "ok": 13,
+        "errors": 3,  # a text that calls itself .jpg is `unsupported`, which is no damage
+        "skipped": 0,
+    }
+    assert result["output"] == scored.job.output
+    assert result["images_per_s"] > 0
+    summary = json.loads((Path(scored.job.output) / "_summary.json").read_text())
+    assert summary["statuses"] == result["statuses"]
+    assert sum(result["statuses"].values()) == 17
+    assert summary["settings"]["inputs"]["input"] == list(scored.job.inputs.input)
+
+
+def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:
+    assert names_in(Path(scored.job.output)) == [
+        "_SUCCESS",
+        "_manifest.parquet",
+        "_summary.json",
+        "part-g0001-00000.parquet",
+    ]
+    assert pq.read_table(scored.job.output).num_rows == 17
+    assert json.loads((Path(scored.job.output) / "_SUCCESS").read_text())["rows"] == 17
+    listed = pq.read_table(f"{scored.job.output}/_manifest.parquet")
+    assert listed.column_names == ["uri", "size_bytes", "etag", "status", "error"]
+    assert len(listed) == 17
+
+
+def test_top_k_embeddings_columns_and_carried_columns(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    paths = [photos / "00.png", photos / "empty.png", photos / "deep" / "01.jpg"]
+    manifest = pa.table({"label": ["x", "y", "z"], "uri": [str(path) for path in paths], "fold": [3, 1, 2]})
+    pq.write_table(manifest, tmp_path / "list.parquet")
+    wanted = TableConfig(columns=("confidence,width", "label"), top_k=3, embeddings=True)
+    score(
+        job_of(bundle, tmp_path / "table", tmp_path / "list.parquet", carry=("label,fold",), table=wanted),
+        console=Recorder(),
+    )
+    assert read_predictions(tmp_path / "table").column_names == [
+        *("uri", "status", "confidence", "width"),
+        *("top_k_classes", "top_k_confidences", "embedding", "label", "fold"),
+    ]
+    rows = rows_of(tmp_path / "table")
+    assert [(rows[str(path)]["label"], rows[str(path)]["fold"]) for path in paths] == [("x", 3), ("y", 1), ("z", 2)]
+    row, expected = rows[str(paths[0])], load_bundle(bundle).predict(paths[0])
+    order = np.argsort(-expected.probabilities)[:3]
+    assert row["top_k_classes"] == [CLASSES[index] for index in order]
+    assert row["top_k_confidences"] == pytest.approx(expected.probabilities[order].tolist(), abs=1e-5)
+    assert row["confidence"] == row["top_k_confidences"][0]
+    assert len(row["embedding"]) == len(rows[str(paths[2])]["embedding"]) > 1
+    assert rows[str(paths[1])]["embedding"] is rows[str(paths[1])]["top_k_classes"] is None
+
+
+def write_archives(folder: Path) -> dict[str, dict[str, bytes]]:
+    """A tar, a compressed tar and a zip, each with two good images and a broken one."""
+    folder.mkdir()
+    content = {
+        archive: {f"in/{first}.png": encoded(first), f"{first + 1}.jpg": encoded(first + 1, "jpeg"), "bad.png": b"no"}
+        for archive, first in (("a.tar", 40), ("b.tgz", 50), ("c.zip", 60))
+    }
+    for archive, members in content.items():
+        if archive.endswith(".zip"):
+            with zipfile.ZipFile(folder / archive, "w", zipfile.ZIP_DEFLATED) as out:
+                for name, data in members.items():
+                    out.writestr(name, data)
+            continue
+        with tarfile.open(folder / archive, "w:gz" if archive.endswith("gz") else "w") as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return content
+
+
+@pytest.mark.slow
+def test_s3_archives_and_files_in_any_mixture_into_a_table_on_s3(
+    tmp_path: Path, bundle: Path, s3: str, s3_server: str
+) -> None:
+    content = write_archives(tmp_path / "archives")
+    bucket, _, prefix = s3.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=s3_server)
+    for number in range(3):
+        client.put_object(Bucket=bucket, Key=f"{prefix}/in/{number}.png", Body=encoded(number))
+    client.put_object(Bucket=bucket, Key=f"{prefix}/in/empty.png", Body=b"")
+    client.upload_file(str(tmp_path / "archives" / "c.zip"), bucket, f"{prefix}/in/c.zip")
+    (tmp_path / "list.txt").write_text(f"{s3}/in/0.png\n{s3}/absent.png\n{tmp_path}/archives/a.tar!in/40.png\n")
+    storage.upload_folder(bundle, f"{s3}/bundle", last="bundle.json")
+    inputs = (f"{s3}/in", f"{tmp_path}/archives/*.t*", tmp_path / "list.txt")
+    job = replace(job_of(bundle, f"{s3}/table", *inputs), bundle=f"{s3}/bundle")
+
+    result = score(job, console=Recorder())
+
+    rows, opened = rows_of(f"{s3}/table"), load_bundle(bundle)
+    assert result["images"] == len(rows) == 4 + 3 + 6 + 1
+    for number in range(3):
+        assert_predicted(rows[f"{s3}/in/{number}.png"], np.asarray(noise(number)), opened)
+    assert rows[f"{s3}/in/empty.png"]["status"] == "empty"
+    assert rows[f"{s3}/absent.png"]["status"] == "missing"
+    for archive, members in content.items():
+        place = f"{s3}/in/{archive}" if archive == "c.zip" else f"{tmp_path}/archives/{archive}"
+        for name, data in members.items():
+            row = rows[f"{place}!{name}"]
+            assert row["size_bytes"] == len(data)
+            assert row["etag"] == storage.entry_of(place).etag
+            if data == b"no":
+                assert row["status"] == "unsupported"
+            else:
+                (tmp_path / "member").write_bytes(data)
+                assert_predicted(row, tmp_path / "member", opened)
+    assert storage.exists(f"{s3}/table/_SUCCESS")
+    assert not storage.exists(f"{s3}/table/_work")
+    again = score(job, console=Recorder())
+    assert (again["images"], again["skipped"]) == (14, 14)
+
+
+@pytest.mark.slow
+def test_images_decoded_in_tasks_give_the_same_rows(tmp_path: Path, scored: Scored) -> None:
+    job = replace(scored.job, output=str(tmp_path / "table"), shard_size=4)
+    console = Recorder()
+    result = score(replace(job, run=replace(job.run, decode="tasks")), console=console)
+    assert any("decoded in CPU tasks" in line and "in 5 shards" in line for line in console.lines)
+    assert without_time(rows_of(tmp_path / "table")) == without_time(rows_of(scored.job.output))
+    assert result["statuses"] == scored.result["statuses"]
+
+
+# --- less than everything --------------------------------------------------------------------------------------------
+
+
+def test_a_limit_takes_the_first_images(tmp_path: Path, bundle: Path, photos: Path, scored: Scored) -> None:
+    assert score(job_of(bundle, tmp_path / "table", photos, limit=3), console=Recorder())["images"] == 3
+    uris = read_predictions(scored.job.output, columns=["uri"])["uri"].to_pylist()
+    assert read_predictions(tmp_path / "table", columns=["uri"])["uri"].to_pylist() == uris[:3]
+
+
+def test_a_sample_is_some_of_the_images(tmp_path: Path, bundle: Path, photos: Path, scored: Scored) -> None:
+    assert score(job_of(bundle, tmp_path / "table", photos, sample=4), console=Recorder())["images"] == 4
+    everything = without_time(rows_of(scored.job.output))
+    sample = without_time(rows_of(tmp_path / "table"))
+    assert sample == {uri: everything[uri] for uri in sample}
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    console = Recorder()
+    job = job_of(bundle, tmp_path / "table", photos, sample=5, run={"dry_run": True})
+    result = score(job, console=console)
+    assert result["images"] == 5
+    assert {"output", "ok", "errors", "skipped", "images_per_s", "seconds"} < set(result)
+    assert any(line.startswith("found 5 images") for line in console.lines)
+    assert not list(tmp_path.iterdir())
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_table_is_returned_at_once(table: ScoreJob, scored: Scored) -> None:
+    before = names_in(Path(table.output))
+    result = score(table, console=Recorder())
+    assert result["seconds"] < 3
+    assert (result["images"], result["skipped"], result["images_per_s"]) == (17, 17, None)
+    assert result["statuses"] == scored.result["statuses"]
+    assert names_in(Path(table.output)) == before
+
+
+def test_a_table_is_judged_anew_without_scoring(table: ScoreJob) -> None:
+    strict = replace(table, run=replace(table.run, max_bad_fraction=0.0))
+    with pytest.raises(
+        TooManyBadImages, match=r"3 of 17 rows are neither ok .* allows 0.00%.*marked _FAILED"
+    ) as caught:
+        score(strict, console=Recorder())
+    assert caught.value.result["errors"] == 3
+    assert "_SUCCESS" not in names_in(Path(table.output))
+    assert len(rows_of(table.output)) == 17
+    for again in (table, replace(table, mode="incremental")):
+        with pytest.raises(TooManyBadImages, match=r"allows 0\.00%"):
+            score(strict, console=Recorder())
+        assert score(again, console=Recorder())["skipped"] == 17
+        assert "_SUCCESS" in names_in(Path(table.output))
+        assert "_FAILED" not in names_in(Path(table.output))
+
+
+def test_as_many_bad_images_as_are_allowed_are_not_too_many(table: ScoreJob) -> None:
+    assert score(replace(table, run=replace(table.run, max_bad_fraction=3 / 17)), console=Recorder())["errors"] == 3
+
+
+def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_bundle: Path, photos: Path) -> None:
+    before = without_time(rows_of(table.output))
+    with pytest.raises(ResumeConflict, match=r"model_id: '\w+' now, '\w+' in the run"):
+        score(replace(table, bundle=str(other_bundle)), console=Recorder())
+    with pytest.raises(ResumeConflict, match=r"table.top_k: 2 now, 0 in the run"):
+        score(replace(table, table=TableConfig(top_k=2), mode="incremental"), console=Recorder())
+    narrower = replace(table, inputs=InputConfig(input=(str(photos / "deep"),)))
+    with pytest.raises(ResumeConflict, match=r"inputs.input: \['.*deep'\] now"):
+        score(narrower, console=Recorder())
+    assert without_time(rows_of(table.output)) == before
+
+
+def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
+    run = replace(table.run, actors=2, cpus_per_actor=1.0, batch_size=3, decode="tasks", max_failures=0, verbose=True)
+    assert score(replace(table, run=run, shard_size=2), console=Recorder())["skipped"] == 17
+
+
+def test_without_its_summary_a_table_is_read_but_not_gone_on_with(table: ScoreJob) -> None:
+    (Path(table.output) / "_summary.json").unlink()
+    with pytest.raises(DataError, match=r"_summary.json, .* is gone; --mode fresh .*Received: '.*table'"):
+        score(table, console=Recorder())
+    assert len(rows_of(table.output)) == 17
+
+
+@pytest.mark.slow
+def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(tmp_path: Path, bundle: Path) -> None:
+    images = write_images(tmp_path / "images", good=6)
+    job = replace(job_of(bundle, tmp_path / "table", images), mode="incremental")
+    score(job, console=Recorder())
+    before = rows_of(tmp_path / "table")
+
+    noise(70).save(images / "new.png")
+    noise(71).save(images / "00.png")  # another image under the old name
+    (images / "deep" / "01.jpg").unlink()
+    (images / "nowhere").write_bytes(encoded(72))  # where a link to nowhere led
+    result = score(job, console=Recorder())
+
+    after, opened = rows_of(tmp_path / "table"), load_bundle(bundle)
+    changed = {str(images / name) for name in ("new.png", "00.png", "gone.png")}
+    assert result["skipped"] == len(after) - len(changed) == 9
+    assert set(after) == {*before, str(images / "new.png")}
+    for uri in changed:
+        assert_predicted(after[uri], uri, opened)
+    assert {uri: row for uri, row in after.items() if uri not in changed} == {
+        uri: row for uri, row in before.items() if uri not in changed
+    }
+    console = Recorder()
+    assert score(job, console=console)["generation"] == 2
+    assert any("there is nothing to score" in line for line in console.lines)
+
+
+@pytest.mark.slow
+def test_other_inputs_are_added_in_mode_incremental(table: ScoreJob, tmp_path: Path) -> None:
+    before = rows_of(table.output)
+    noise(80).save(tmp_path / "one.png")
+    more = replace(table, mode="incremental", inputs=InputConfig(input=(str(tmp_path / "one.png"),)))
+    assert score(more, console=Recorder())["images"] == 18
+    after = rows_of(table.output)
+    assert after.pop(str(tmp_path / "one.png"))["status"] == "ok"
+    assert after == before
+
+
+@pytest.mark.slow
+def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, other_bundle: Path) -> None:
+    before, during = without_time(rows_of(table.output)), {}
+    fresh = replace(table, mode="fresh", bundle=str(other_bundle))
+    result = score(fresh, console=Recorder("scoring", lambda: during.update(rows_of(table.output))))
+    assert without_time(during) == before
+    after, opened = rows_of(table.output), load_bundle(other_bundle)
+    assert set(after) == set(before)
+    assert {row["model_id"] for row in after.values()} == {result["model_id"]} == {opened.info.model_id}
+    for uri, row in after.items():
+        if row["status"] == "ok":
+            assert_predicted(row, uri, opened)
+    assert (result["skipped"], result["generation"]) == (0, 2)
+    assert [name for name in names_in(Path(table.output)) if name.startswith("part")] == ["part-g0002-00000.parquet"]
+
+
+@pytest.mark.slow
+def test_retry_failed_scores_what_was_repaired_and_clears_the_mark(tmp_path: Path, bundle: Path) -> None:
+    images = write_images(tmp_path / "images", good=6)
+    job = job_of(bundle, tmp_path / "table", images, run={"max_bad_fraction": 0.1})
+    with pytest.raises(TooManyBadImages, match="3 of 11 rows"):
+        score(job, console=Recorder())
+    assert (tmp_path / "table" / "_FAILED").exists()
+    before = rows_of(tmp_path / "table")
+
+    (images / "cut.jpg").write_bytes(encoded(90, "jpeg"))
+    (images / "nowhere").write_bytes(encoded(91))
+    result = score(replace(job, retry_failed=True), console=Recorder())
+
+    assert (result["ok"], result["errors"], result["skipped"]) == (9, 1, 8)
+    assert not (tmp_path / "table" / "_FAILED").exists()
+    after, opened = rows_of(tmp_path / "table"), load_bundle(bundle)
+    for name in ("cut.jpg", "gone.png"):
+        assert_predicted(after.pop(str(images / name)), images / name, opened)
+    assert after.pop(str(images / "empty.png"))["status"] == "empty"
+    assert after == {uri: row for uri, row in before.items() if uri in after}
+
+
+@pytest.mark.slow
+def test_a_commit_that_was_begun_is_finished_by_whoever_comes_but_is_theirs_only(
+    tmp_path: Path, bundle: Path, other_bundle: Path, photos: Path
+) -> None:
+    job = job_of(bundle, tmp_path / "table", photos)
+    in_the_way = tmp_path / "table" / "part-g0001-00000.parquet"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        score(job, console=Recorder())
+    in_the_way.rmdir()
+    with pytest.raises(DataError, match="is not finished: a scoring job is at work on it, or was stopped"):
+        read_predictions(tmp_path / "table")
+
+    with pytest.raises(ResumeConflict, match="model_id"):
+        score(replace(job, bundle=str(other_bundle)), console=Recorder())
+
+    result = score(job, console=Recorder())
+    assert (result["images"], result["skipped"]) == (17, 17)
+    assert {row["model_id"] for row in rows_of(tmp_path / "table").values()} == {load_bundle(bundle).info.model_id}
+
+
+@pytest.mark.slow
+def test_fresh_does_not_go_on_with_an_increment(table: ScoreJob, tmp_path: Path) -> None:
+    noise(85).save(tmp_path / "one.png")
+    inputs = InputConfig(input=(*table.inputs.input, str(tmp_path / "one.png")))
+    shard = Path(table.output) / "_work" / "g0002" / "shard-000000.parquet"
+    increment = replace(table, mode="incremental", inputs=inputs)
+    with pytest.raises(IsADirectoryError):
+        score(increment, console=Recorder("scoring", lambda: shard.mkdir()))
+    assert score(replace(increment, mode="fresh"), console=Recorder())["skipped"] == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_commits_nothing_and_the_same_command_goes_on(
+    tmp_path: Path, scored: Scored, small_disk: Path
+) -> None:
+    job = replace(scored.job, output=str(small_disk / "table"))
+    generation = small_disk / "table" / "_work" / "g0001"
+    with pytest.raises(ServiceError, match="No space left on device"):
+        score(job, console=Recorder("scoring", lambda: fill(small_disk / "filler")))
+    assert all(pq.read_metadata(shard).num_rows for shard in generation.glob("shard-*.parquet"))
+    assert not list(generation.glob(".*"))
+    with pytest.raises(DataError, match="is not finished"):
+        read_predictions(small_disk / "table")
+    (small_disk / "filler").unlink()
+    assert score(job, console=Recorder())["images"] == 17
+    assert without_time(rows_of(small_disk / "table")) == without_time(rows_of(scored.job.output))
+
+
+def put_images(prefix: str, endpoint: str, *, count: int) -> None:
+    bucket, _, key = prefix.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=endpoint)
+    for number in range(count):
+        client.put_object(Bucket=bucket, Key=f"{key}/{number:02d}.png", Body=encoded(number))
+
+
+@pytest.mark.slow
+def test_a_token_that_expires_is_no_row_and_the_same_command_goes_on(
+    tmp_path: Path, bundle: Path, s3: str, s3_server: str, s3_of_workers: Proxy
+) -> None:
+    put_images(f"{s3}/images", s3_server, count=30)
+    job = job_of(bundle, tmp_path / "table", f"{s3}/images")
+    asked = itertools.count()
+    s3_of_workers.answer = lambda: (400, "ExpiredToken") if next(asked) >= 12 else None
+    try:
+        with pytest.raises(ServiceError, match=r"credentials are not accepted: .*ExpiredToken"):
+            score(job, console=Recorder())
+    finally:
+        s3_of_workers.answer = lambda: None
+    done = [pq.read_table(shard) for shard in (tmp_path / "table" / "_work" / "g0001").glob("shard-*.parquet")]
+    assert {status for rows in done for status in rows["status"].to_pylist()} <= {"ok"}
+    result = score(job, console=Recorder())
+    assert (result["ok"], result["skipped"]) == (30, sum(map(len, done)))
+    assert {row["status"] for row in rows_of(tmp_path / "table").values()} == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_service_that_stumbles_is_asked_again(bundle: Path, s3: str, s3_server: str, s3_of_workers: Proxy) -> None:
+    put_images(f"{s3}/images", s3_server, count=20)
+    asked = itertools.count(1)
+    s3_of_workers.answer = lambda: (503, "SlowDown") if next(asked) % 4 == 0 else None
+    try:
+        result = score(job_of(bundle, f"{s3}/table", f"{s3}/images"), console=Recorder())
+    finally:
+        s3_of_workers.answer = lambda: None
+    assert next(asked) > 25
+    assert result["ok"] == 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small disk; runs as root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
+    output = Output(table.output)
+    with (
+        Lock(output.lock_uri, what="it"),
+        pytest.raises(Locked, match=rf"at work on {table.output}: process {os.getpid()}"),
+    ):
+        score(table, console=Recorder())
+    assert score(table, console=Recorder())["images"] == 17
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"output": "{photos}/table"}, ConfigError, r"outside of the input .*photos'\. Received: output="),
+        ({"output": "{photos}"}, ConfigError, r"outside of the input"),
+        ({"output": "{photos}/00.png"}, ConfigError, r"outside of the input"),
+        ({"output": "{tmp}/file/table"}, StorageError, r"cannot be written: .*Received: '.*file/table'"),
+        ({"output": "{tmp}/file"}, StorageError, "cannot be written"),
+        ({"output": "gs://bucket/table"}, StorageError, r"s3://bucket/prefix. Received: 'gs://bucket/table'"),
+        ({"input": "gs://bucket/images"}, StorageError, r"Received: 'gs://bucket/images'"),
+        ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: input='.*absent'"),
+        ({"input": "{tmp}/empty"}, DataError, r"empty"),
+        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a manifest has one column 'uri'.*columns name, label"),
+        ({"carry": ("fold",)}, DataError, r"carry names columns of the manifests .*Received: carry=fold"),
+        ({"bundle": "{tmp}/absent"}, BundleError, r"is not a bundle: it has no bundle.json. Received: '.*absent'"),
+        ({"bundle": "{tmp}/damaged"}, BundleError, r"not the file that the bundle was finished with: expected sha256"),
+        ({"table": TableConfig(columns=("score",))}, ConfigError, r"columns are of uri, status, .*Received: score"),
+        ({"run": {"gpus_per_actor": 1.0}}, ResourceError, r"1 node\(s\), 4 CPUs, 0 GPUs. Received: gpus_per_actor=1"),
+        ({"run": {"actors": 5, "cpus_per_actor": 1.0}}, ResourceError, r"1 node\(s\), 4 CPUs, 0 GPUs"),
+        (
+            {"run": {"decode": "tasks", "cpus_per_actor": 4.0}},
+            ResourceError,
+            r"take a CPU each, .* 4 CPUs.*decode='tasks'",
+        ),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_written(
+    tmp_path: Path, bundle: Path, photos: Path, fields: dict[str, Any], error: type[ConfigError], message: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "names.csv").write_text("name,label\nx,y\n")
+    shutil.copytree(bundle, tmp_path / "damaged")
+    with (tmp_path / "damaged" / "model.keras").open("r+b") as file:
+        file.write(b"\0")
+    before = names_in(tmp_path)
+    named = {"bundle": str(bundle), "output": str(tmp_path / "table"), "input": str(photos)}
+    named |= {name: value.format(tmp=tmp_path, photos=photos) for name, value in fields.items() if name in named}
+    others = {name: value for name, value in fields.items() if name not in named}
+    job = job_of(named["bundle"], named["output"], named["input"], **others)
+    with pytest.raises(error, match=message):
+        score(job, console=Recorder())
+    assert names_in(tmp_path) == before
+    assert not (photos / "table").exists()
+
+
+@pytest.mark.parametrize("place", ["bundle", "input"])  # that of an output SeaweedFS makes, unlike S3 itself
+def test_a_bucket_that_is_not_there_is_refused(tmp_path: Path, bundle: Path, photos: Path, s3: str, place: str) -> None:
+    places = {"bundle": str(bundle), "input": str(photos), place: "s3://no-such-bucket/there"}
+    with pytest.raises(ConfigError, match=r"no such bucket.*Received: 's3://no-such-bucket/there"):
+        score(job_of(places["bundle"], tmp_path / "table", places["input"]), console=Recorder())
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "expected"),
+    [
+        (((8, 0),), {}, (1, 8, 0, False)),
+        (((8, 0), (6, 0)), {}, (2, 6, 0, False)),
+        (((8, 1),), {}, (1, 1, 1, True)),
+        (((8, 2), (8, 2)), {}, (4, 1, 1, True)),
+        (((8, 1),), {"gpus_per_actor": 0.5}, (2, 1, 0.5, True)),
+        (((8, 2),), {"gpus_per_actor": 2.0}, (1, 1, 2, True)),
+        (((8, 1),), {"decode": "actor"}, (1, 8, 1, False)),
+        (((8, 1),), {"gpus_per_actor": 0.0}, (1, 8, 0, False)),
+        (((8, 1),), {"cpus_per_actor": 8.0}, (1, 8, 1, False)),  # auto: no CPU is left for tasks
+        (((8, 0),), {"decode": "tasks", "actors": 2}, (2, 1, 0, True)),
+    ],
+)
+def test_actors_take_what_is_there(
+    have: tuple[tuple[float, float], ...], asked: dict[str, Any], expected: tuple[float, float, float, bool]
+) -> None:
+    actors = choose_actors(Resources(by_node=have), ScoreRunConfig(**asked))
+    assert (actors.count, actors.cpus, actors.gpus, actors.decode_in_tasks) == expected
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "message"),
+    [
+        (((8, 1),), {"gpus_per_actor": 2.0}, r"1 actor\(s\) of 2 GPU each .*1 GPUs. Received: gpus_per_actor=2"),
+        (((8, 1), (8, 1)), {"gpus_per_actor": 2.0}, r"2 node\(s\), 16 CPUs, 2 GPUs"),  # an actor is on one node
+        (((8, 1),), {"gpus_per_actor": 0.5, "actors": 3}, r"3 actor\(s\) of 0.5 GPU each"),
+        (((1, 0),), {"decode": "tasks"}, r"tasks that decode take a CPU each"),
+    ],
+)
+def test_actors_that_do_not_fit_are_refused(
+    have: tuple[tuple[float, float], ...], asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ResourceError, match=message):
+        choose_actors(Resources(by_node=have), ScoreRunConfig(**asked))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*flags: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """`python -m jobs.score`: exit code, JSON of stdout's last line, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.score", *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    lines = done.stdout.splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line_of_json_and_the_exit_code(
+    tmp_path: Path, bundle: Path, photos: Path, scored: Scored
+) -> None:
+    flags = ["--bundle", str(bundle), "--input", str(photos), "--output", str(tmp_path / "table")]
+    code, result, err = run(*flags, "--max-bad-fraction", "0.5")
+    assert code == 0, err
+    assert {"job", "output", "images", "ok", "errors", "skipped", "images_per_s", "seconds"} <= set(result)
+    assert (result["job"], result["images"], result["errors"], result["skipped"]) == ("score", 17, 3, 0)
+    assert "FROM" in err
+    assert not NOISE.search(err), NOISE.findall(err)
+    assert without_time(rows_of(tmp_path / "table")) == without_time(rows_of(scored.job.output))
+
+    nowhere = {"RAY_ADDRESS": "127.0.0.1:1"}  # whoever asks for a Ray fails
+    code, again, err = run(*flags, "--max-bad-fraction", "0.5", **nowhere)
+    assert code == 0, err
+    assert again == {**result, "skipped": 17, "images_per_s": None, "seconds": again["seconds"]}
+
+    code, failed, err = run(*flags, **nowhere)
+    assert code == 1
+    assert (failed["job"], failed["images"], failed["errors"]) == ("score", 17, 3)
+    assert failed["error_type"] == "TooManyBadImages"
+    assert f"error: {failed['error']}" in err
+
+    code, refused, err = run(*flags, "--top-k", "2", **nowhere)
+    assert code == 2
+    assert refused["job"] == "score"
+    assert "table.top_k: 2 now, 0 in the run" in refused["error"]
+
+
+def test_flags_that_are_missing_are_wrong_usage() -> None:
+    code, _, err = run("--output", "x")
+    assert code == 2
+    assert "--bundle" in err
+
+
+def test_help_names_every_flag_with_its_default() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.score", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
+    for name in [*fields, "bundle", "output", "mode", "retry_failed", "shard_size", "max_pixels", "image_timeout_s"]:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert done.stdout.count("(required)") == 3
