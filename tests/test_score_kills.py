@@ -118,7 +118,8 @@ class Job:
         self._work = output / "_work"
         self._known: dict[int, psutil.Process] = {}
         command = [sys.executable, "-m", "jobs.score", "--bundle", str(bundle), "--input", str(images)]
-        command += ["--output", str(output), "--shard-size", str(SHARD), "--cpus-per-actor", "1"]
+        command += ["--output", str(output), "--shard-size", str(SHARD)]
+        command += ["--actors", "1", "--cpus-per-actor", "1"]
         self.process = subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,

@@ -4,6 +4,7 @@ Owns: what Ray is asked for, showing progress while it works, and what a failure
 own: what is done with a shard (`scoring_actor`), or which shards there are.
 """
 
+import contextlib
 import json
 import pickle
 import queue
@@ -23,7 +24,7 @@ from ray.data.datasource import ReadTask
 from mnist_dist import storage
 from mnist_dist.config import ScoreRunConfig
 from mnist_dist.console import Bar, Console, Stop
-from mnist_dist.errors import ResourceError, WorkersFailed
+from mnist_dist.errors import ResourceError, ServiceError, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import Resources, share
 from mnist_dist.on_ray.scoring_actor import (
@@ -135,6 +136,7 @@ class ShardRun:
         self._reports: list[ShardReport] = []
         self._began_at, self._told = time.monotonic(), False
         self._first_answer_at: float | None = None
+        self._to_do, self._waits_for_shards = task.generation.to_do_uri(task.attempts.run_id), True
         self._given_up = threading.Event()
         self._work = SideThread(self._drain, name="ray-data")
 
@@ -144,7 +146,11 @@ class ShardRun:
 
     def __exit__(self, *_: object) -> None:
         self._given_up.set()
-        self._work.join(GIVE_UP_S)
+        with contextlib.suppress(OSError, ServiceError):  # what ended the job is on its way already
+            if self._waits_for_shards:
+                self._write_shards([])
+            self._work.join(GIVE_UP_S)
+            storage.delete(self._to_do)
 
     def run_to_end(
         self, shards: Sequence[int], *, console: Console, stop: Stop, lock: Lock, done: int, total: int
@@ -165,9 +171,7 @@ class ShardRun:
             Interrupted: a signal came.
             Locked: another driver has taken over.
         """
-        storage.write_bytes(
-            self._task.generation.to_do_uri(self._task.attempts.run_id), json.dumps(list(shards)).encode()
-        )
+        self._write_shards(shards)
         self._began_at = time.monotonic()
         with console.progress("scoring") as bar:
             alive = True
@@ -186,6 +190,10 @@ class ShardRun:
         if not_done:
             raise self._task.attempts.failure_of(not_done[0])
         return self._reports
+
+    def _write_shards(self, shards: Sequence[int]) -> None:
+        self._waits_for_shards = False
+        storage.write_bytes(self._to_do, json.dumps(list(shards)).encode())
 
     def _take_answers(self) -> None:
         while not self._answers.empty():
