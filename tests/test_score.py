@@ -46,9 +46,7 @@ from mnist_dist.errors import (
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
-from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.score import score
-from mnist_dist.on_ray.shards import choose_actors
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 
@@ -759,7 +757,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         (
             {"run": {"decode": "tasks", "cpus_per_actor": 4.0}},
             ResourceError,
-            r"take a CPU each, .* 4 CPUs.*decode='tasks'",
+            r"take a whole CPU each, .* 4 CPUs.*decode='tasks'",
         ),
     ],
 )
@@ -789,44 +787,6 @@ def test_a_bucket_that_is_not_there_is_refused(tmp_path: Path, bundle: Path, pho
     with pytest.raises(ConfigError, match=r"no such bucket.*Received: 's3://no-such-bucket/there"):
         score(job_of(places["bundle"], tmp_path / "table", places["input"]), console=Recorder())
     assert names_in(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("have", "asked", "expected"),
-    [
-        (((8, 0),), {}, (1, 8, 0, False)),
-        (((8, 0), (6, 0)), {}, (2, 6, 0, False)),
-        (((8, 1),), {}, (1, 1, 1, True)),
-        (((8, 2), (8, 2)), {}, (4, 1, 1, True)),
-        (((8, 1),), {"gpus_per_actor": 0.5}, (2, 1, 0.5, True)),
-        (((8, 2),), {"gpus_per_actor": 2.0}, (1, 1, 2, True)),
-        (((8, 1),), {"decode": "actor"}, (1, 8, 1, False)),
-        (((8, 1),), {"gpus_per_actor": 0.0}, (1, 8, 0, False)),
-        (((8, 1),), {"cpus_per_actor": 8.0}, (1, 8, 1, False)),  # auto: no CPU is left for tasks
-        (((8, 0),), {"decode": "tasks", "actors": 2}, (2, 1, 0, True)),
-    ],
-)
-def test_actors_take_what_is_there(
-    have: tuple[tuple[float, float], ...], asked: dict[str, Any], expected: tuple[float, float, float, bool]
-) -> None:
-    actors = choose_actors(Resources(by_node=have), ScoreRunConfig(**asked))
-    assert (actors.count, actors.cpus, actors.gpus, actors.decode_in_tasks) == expected
-
-
-@pytest.mark.parametrize(
-    ("have", "asked", "message"),
-    [
-        (((8, 1),), {"gpus_per_actor": 2.0}, r"1 actor\(s\) of 2 GPU each .*1 GPUs. Received: gpus_per_actor=2"),
-        (((8, 1), (8, 1)), {"gpus_per_actor": 2.0}, r"2 node\(s\), 16 CPUs, 2 GPUs"),  # an actor is on one node
-        (((8, 1),), {"gpus_per_actor": 0.5, "actors": 3}, r"3 actor\(s\) of 0.5 GPU each"),
-        (((1, 0),), {"decode": "tasks"}, r"tasks that decode take a CPU each"),
-    ],
-)
-def test_actors_that_do_not_fit_are_refused(
-    have: tuple[tuple[float, float], ...], asked: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ResourceError, match=message):
-        choose_actors(Resources(by_node=have), ScoreRunConfig(**asked))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -136,21 +136,21 @@ class ShardRun:
         self._reports: list[ShardReport] = []
         self._began_at, self._told = time.monotonic(), False
         self._first_answer_at: float | None = None
-        self._to_do, self._waits_for_shards = task.generation.to_do_uri(task.attempts.run_id), True
+        self._to_do = task.generation.to_do_uri(task.attempts.run_id)
         self._given_up = threading.Event()
         self._work = SideThread(self._drain, name="ray-data")
 
     def __enter__(self) -> "ShardRun":
+        storage.write_bytes(_waiting(self._to_do), b"")
         self._work.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._given_up.set()
-        with contextlib.suppress(OSError, ServiceError):  # what ended the job is on its way already
-            if self._waits_for_shards:
-                self._write_shards([])
-            self._work.join(GIVE_UP_S)
-            storage.delete(self._to_do)
+        for uri in (_waiting(self._to_do), self._to_do):  # nothing is written: the disk may be full
+            with contextlib.suppress(OSError, ServiceError):  # what ended the job is on its way already
+                storage.delete(uri)
+        self._work.join(GIVE_UP_S)
 
     def run_to_end(
         self, shards: Sequence[int], *, console: Console, stop: Stop, lock: Lock, done: int, total: int
@@ -171,7 +171,7 @@ class ShardRun:
             Interrupted: a signal came.
             Locked: another driver has taken over.
         """
-        self._write_shards(shards)
+        storage.write_bytes(self._to_do, json.dumps(list(shards)).encode())
         self._began_at = time.monotonic()
         with console.progress("scoring") as bar:
             alive = True
@@ -190,10 +190,6 @@ class ShardRun:
         if not_done:
             raise self._task.attempts.failure_of(not_done[0])
         return self._reports
-
-    def _write_shards(self, shards: Sequence[int]) -> None:
-        self._waits_for_shards = False
-        storage.write_bytes(self._to_do, json.dumps(list(shards)).encode())
 
     def _take_answers(self) -> None:
         while not self._answers.empty():
@@ -273,9 +269,16 @@ class _ShardsToDo(Datasource):
     def _blocks(self) -> Iterator[pa.Table]:
         """The same blocks each time it is called: Ray calls it again where its process dies."""
         while not storage.exists(self._uri):
+            if not storage.exists(_waiting(self._uri)):  # the driver has given up
+                return
             time.sleep(POLL_S)
         for shard in json.loads(storage.read_bytes(self._uri)):
             yield pa.table({"shard": [shard]})
+
+
+def _waiting(to_do_uri: str) -> str:
+    """Of an object that is there as long as the shards are waited for, or worked on."""
+    return f"{to_do_uri}.waiting"
 
 
 def _words(error: BaseException) -> str:
