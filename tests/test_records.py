@@ -293,5 +293,5 @@ def test_records_of_another_version_or_shape_are_refused(images: Path, tmp_path:
     with pytest.raises(DataError, match=r"pixels are uint8 \[151, 5, 7, 3\]\. Received: uint8 \[150, 5, 7, 3\]"):
         open_records(work.plan.root, local_dir=tmp_path)
     mark.write_text(json.dumps(description | {"version": 0}))
-    with pytest.raises(DataError, match=r"records of version 1\. Received: 0"):
+    with pytest.raises(DataError, match=r"records of version 2\. Received: 0"):
         open_records(work.plan.root, local_dir=tmp_path)

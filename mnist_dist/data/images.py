@@ -44,6 +44,7 @@ _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 _TAIL_BYTES = 64
+LINEAR_SHRINK = 2.0  # up to which linear interpolation leaves no pixel out; several times as fast as an average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def probe_image(data: bytes, *, max_pixels: int = 100_000_000) -> tuple[int, int
 def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
     """Brings pixels to the height and width of `spec`; pixels of that size are returned untouched.
 
-    A side that shrinks is averaged by area, one that grows is interpolated linearly.
+    Sides that shrink to less than half are averaged by area, all others are interpolated linearly.
 
     Args:
         pixels: `uint8 [h, w, C]`, 0-255.
@@ -146,11 +147,10 @@ def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
         pixels = _crop_to_aspect(pixels, spec)
     height, width, channels = pixels.shape
     smaller = (min(height, spec.height_px), min(width, spec.width_px))
-    # INTER_AREA is an average only where both sides shrink, so each side gets its own step
-    for (target_height, target_width), filter_code in (
-        (smaller, cv2.INTER_AREA),
-        ((spec.height_px, spec.width_px), cv2.INTER_LINEAR),
-    ):
+    steps = [((spec.height_px, spec.width_px), cv2.INTER_LINEAR)]
+    if max(height / smaller[0], width / smaller[1]) > LINEAR_SHRINK:
+        steps.insert(0, (smaller, cv2.INTER_AREA))  # an average only where both sides shrink, so a step of its own
+    for (target_height, target_width), filter_code in steps:
         if pixels.shape[:2] != (target_height, target_width):
             resized = cv2.resize(pixels, (target_width, target_height), interpolation=filter_code)
             pixels = cast(Pixels, resized).reshape(target_height, target_width, channels)
@@ -206,7 +206,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded | Non
         "GRAY" if spec.channels == 1 else "RGB",
         min_height=min_height,
         min_width=min_width,
-        min_factor=2,  # half, quarter, eighth: scaled inside the decoder, several times faster for photos
+        min_factor=1,  # the decoder scales by eighths, to the next size that is not smaller: less to resize
     )
     upright = _rotate(pixels, orientation)
     width, height = _upright_size((width, height), orientation)

@@ -54,7 +54,7 @@ from mnist_dist.storage import (
 )
 
 _log = logging.getLogger(__name__)
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _BLOCK_BYTES = 32 * 2**20
 _MIN_BLOCK, _MAX_BLOCK = 64, 65_536
 _DECODE_THREADS = 2

@@ -6,6 +6,7 @@ becomes of the outputs.
 
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from mnist_dist.data.images import Pixels
 from mnist_dist.models.bundle import Bundle
 
+MOST_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
 HEAD_LAYERS = ("hidden", "dropout", "logits")
 """The layers behind the features, in their order (`classifier`); the first one that is there takes them."""
 
@@ -101,12 +103,12 @@ class KerasEngine:
         signature = [tf.TensorSpec([self.batch_size, *self._shape], tf.uint8)]
         # XLA was several times slower on CPUs, and compiles for minutes
         function = tf.function(
-            lambda pixels: self._model(pixels, training=False),
+            lambda pixels: tf.nest.flatten(self._model(pixels, training=False)),
             input_signature=signature,
             jit_compile=False,
             autograph=False,  # which writes files, and finds nothing to convert
         )
-        return function.get_concrete_function()
+        return _frozen(function.get_concrete_function(), self._model)
 
     def _call(self, pixels: Pixels) -> Outputs:
         import tensorflow as tf
@@ -114,10 +116,18 @@ class KerasEngine:
         count = len(pixels)
         if count < self.batch_size:
             pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *self._shape), np.uint8)])
-        outputs = self._function(tf.constant(pixels))
-        if self.num_features:
-            return Outputs(outputs[0].numpy()[:count], outputs[1].numpy()[:count])
-        return Outputs(outputs.numpy()[:count])
+        outputs = [output.numpy()[:count] for output in self._function(tf.constant(pixels))]
+        return Outputs(*outputs)
+
+
+def _frozen(function: Any, model: Any) -> Any:
+    """The function with the weights as constants: TensorFlow then folds and fuses more (MobileNetV2 on 2 cores: 1.35
+    times as fast, bit for bit the same)."""
+    # the only spelling there is, also in TensorFlow's own guides
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    weights_bytes = sum(math.prod(weight.shape) for weight in model.weights) * 4
+    return convert_variables_to_constants_v2(function) if weights_bytes <= MOST_FROZEN_BYTES else function
 
 
 def _with_features(model: Any) -> Any:
