@@ -46,7 +46,7 @@ def test_actors_take_most_of_the_cluster(
     [
         ([(4, 0)], {"gpus_per_actor": 1.0}, r"1 actor\(s\) of 1 GPU each do not fit.*0 GPUs"),
         ([(4, 2)], {"actors": 3}, r"3 actor\(s\) of 1 GPU each do not fit.*2 GPUs"),
-        ([(4, 0)], {"actors": 5}, r"5 workers of 1 CPU each do not fit.*4 CPUs"),
+        ([(4, 0)], {"actors": 5}, r"5 actors of 1 CPU each do not fit.*4 CPUs.*fewer --actors.*Received: actors=5"),
         ([(1, 0)], {"decode": "tasks"}, r"tasks that decode take a whole CPU each.*Received: decode='tasks'"),
     ],
 )

@@ -116,7 +116,7 @@ class KerasEngine:
         count = len(pixels)
         if count < self.batch_size:
             pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *self._shape), np.uint8)])
-        outputs = [output.numpy()[:count] for output in self._function(tf.constant(pixels))]
+        outputs = [output.numpy()[:count].astype(np.float32) for output in self._function(tf.constant(pixels))]
         return Outputs(*outputs)
 
 
@@ -135,7 +135,7 @@ def _with_features(model: Any) -> Any:
 
     names = [layer.name for layer in model.layers]
     head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
-    return keras.Model(model.inputs, [model.output, keras.ops.cast(head.input, "float32")])
+    return keras.Model(model.inputs, [model.output, head.input])
 
 
 def _joined(first: Outputs, second: Outputs) -> Outputs:

@@ -83,7 +83,9 @@ def resources() -> Resources:
     return Resources(by_node=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive))
 
 
-def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None) -> Share:
+def share(
+    have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None, what: str = "worker"
+) -> Share:
     """What each worker gets of a cluster.
 
     Args:
@@ -91,6 +93,7 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
         workers: how many; None: one per GPU, or one.
         cpus_per_worker: CPUs of each; None: an equal share.
         gpu: a GPU for each; None: where there are GPUs.
+        what: a worker is called in messages and flags.
 
     Raises:
         ResourceError: the cluster has less than that.
@@ -106,9 +109,9 @@ def share(have: Resources, *, workers: int | None, cpus_per_worker: float | None
     room = have.room(cpus, gpu=use_gpu)
     if room < count:
         raise ResourceError(
-            f"{count} workers of {cpus:g} CPU{' and a GPU' if use_gpu else ''} each do not fit; the cluster has {have} "
-            f"(room for {room}; fewer --workers, or less than one CPU each by --cpus-per-worker). "
-            f"Received: workers={count}"
+            f"{count} {what}s of {cpus:g} CPU{' and a GPU' if use_gpu else ''} each do not fit; the cluster has {have} "
+            f"(room for {room}; fewer --{what}s, or less than one CPU each by --cpus-per-{what}). "
+            f"Received: {what}s={count}"
         )
     return Share(workers=count, cpus=cpus, gpu=use_gpu)
 

@@ -90,7 +90,7 @@ def choose_actors(have: Resources, run: ScoreRunConfig, *, most: int | None = No
         cpus = cpus or _best_size(have)
         count = max(1, min(have.room(cpus, gpu=False), most or 2**30))
         cpus = max(1.0, cpus // 2) if in_tasks and run.cpus_per_actor is None else cpus
-    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus >= 1)
+    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus >= 1, what="actor")
     if in_tasks and max(_left_cpus(have, count, cpus=mine.cpus, gpus=gpus)) < 1:
         if run.decode == "tasks":
             raise ResourceError(
