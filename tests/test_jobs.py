@@ -1,7 +1,5 @@
 """The commands as a person types them: exit codes, the JSON line, quietness, the README's words."""
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -11,25 +9,16 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+from harness import ROOT, run_command
 
 from mnist_dist.recipes import TRAINING_RECIPES
 
-ROOT = Path(__file__).parents[1]
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+    return run_command(*arguments, timeout_s=280, **environment)
 
 
 @pytest.mark.slow

@@ -26,12 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from harness import CLASSES, ROOT, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import load_bundle, storage
-from mnist_dist.config import InputConfig, ModelConfig, ScoreJob, ScoreRunConfig, TableConfig
-from mnist_dist.console import Console
-from mnist_dist.data.images import ImageSpec
+from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
 from mnist_dist.errors import (
     BundleError,
     ConfigError,
@@ -44,16 +43,12 @@ from mnist_dist.errors import (
     TooManyBadImages,
 )
 from mnist_dist.lock import Lock
-from mnist_dist.models.bundle import Bundle, write_bundle
-from mnist_dist.models.classifier import build_classifier
+from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.score import score
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 
-ROOT = Path(__file__).parents[1]
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
-SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
-CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 
 class Proxy(ThreadingHTTPServer):
@@ -123,44 +118,9 @@ def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
     ray.shutdown()
 
 
-class Recorder(Console):
-    """A console that keeps its lines, and calls back at the first line that starts with some words."""
-
-    def __init__(self, at: str | None = None, then: Callable[[], Any] | None = None) -> None:
-        super().__init__(terminal=False)
-        self.lines: list[str] = []
-        self._at, self._then = at, then
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        if self._at is not None and self._then is not None and text.startswith(self._at):
-            self._at = None
-            self._then()
-
-
 def make_bundle(path: Path, *, seed: int) -> Path:
-    """Random weights, but such that the images of `noise` are spread over the classes."""
-    model = build_classifier(ModelConfig(backbone="cnn"), spec=SPEC, num_classes=len(CLASSES), seed=seed).model
-    logits = model.get_layer("logits")
-    kernel, bias = logits.get_weights()
-    pixels = np.stack([np.asarray(noise(number, width=14, height=12)) for number in range(100)])
-    mean = np.log(np.asarray(model(pixels))).mean(axis=0)
-    logits.set_weights([kernel * 50, (bias - mean) * 50])
-    write_bundle(
-        path,
-        model=model,
-        class_names=CLASSES,
-        spec=SPEC,
-        backbone="cnn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
-    return path
+    images = [noise(number, width=14, height=12) for number in range(100)]
+    return write_spread_bundle(path, images=images, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -793,17 +753,7 @@ def test_a_bucket_that_is_not_there_is_refused(tmp_path: Path, bundle: Path, pho
 
 
 def run(*flags: str, **environment: str) -> tuple[int, dict[str, Any], str]:
-    """`python -m jobs.score`: exit code, JSON of stdout's last line, stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.score", *flags],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+    return run_command("jobs.score", *flags, timeout_s=110, **environment)
 
 
 @pytest.mark.slow

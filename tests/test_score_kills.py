@@ -16,20 +16,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from harness import ROOT, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import load_bundle
-from mnist_dist.config import ModelConfig
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import DataError
-from mnist_dist.models.bundle import write_bundle
-from mnist_dist.models.classifier import build_classifier
 from mnist_dist.scoring.predictions import read_predictions
 
-ROOT = Path(__file__).parents[1]
 CRASHING = Path(__file__).parent / "crashing"
-SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
-CLASSES = ("ant", "bee", "cat", "dog", "eel")
 GOOD, SHARD = 396, 20
 BROKEN = {"empty.png": "empty", "cut.png": "truncated", "text.png": "unsupported", "gone.png": "missing"}
 WIDTH, HEIGHT = 1400, 1200  # decoding 400 of these takes long enough to be killed in the middle, on any machine
@@ -47,29 +41,8 @@ def squares(seed: int, *, width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, but such that the images of `squares` are spread over the classes."""
-    path = tmp_path_factory.mktemp("bundle") / "bundle"
-    model = build_classifier(ModelConfig(backbone="cnn"), spec=SPEC, num_classes=len(CLASSES), seed=1).model
-    pixels = np.stack([np.asarray(squares(number, width=14, height=12)) for number in range(100)])
-    logits = model.get_layer("logits")
-    kernel, bias = logits.get_weights()
-    mean = np.log(np.asarray(model(pixels))).mean(axis=0)
-    logits.set_weights([kernel * 50, (bias - mean) * 50])
-    write_bundle(
-        path,
-        model=model,
-        class_names=CLASSES,
-        spec=SPEC,
-        backbone="cnn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
-    return path
+    images = [squares(number, width=14, height=12) for number in range(100)]
+    return write_spread_bundle(tmp_path_factory.mktemp("bundle") / "bundle", images=images, seed=1)
 
 
 @pytest.fixture(scope="module")

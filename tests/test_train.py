@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import numpy.typing as npt
 import psutil
 import pytest
 import ray
+from harness import Recorder
 from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import decode_block, open_records, plan_records
 from mnist_dist.data.sources import open_source
@@ -50,21 +51,6 @@ def _ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
-
-
-class Recorder(Console):
-    """A console that keeps its lines, and calls back at the first line that starts with some words."""
-
-    def __init__(self, at: str | None = None, then: Callable[[], None] | None = None) -> None:
-        super().__init__(terminal=False)
-        self.lines: list[str] = []
-        self._at, self._then = at, then
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        if self._at is not None and self._then is not None and text.startswith(self._at):
-            self._at = None
-            self._then()
 
 
 def small_job(storage: Path, *, workers: int = 1, epochs: int = 2, name: str = "run", **fields: Any) -> TrainJob:

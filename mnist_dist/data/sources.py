@@ -138,6 +138,15 @@ def read_encoded(uris: Sequence[str], image_column: str | None) -> Iterator[byte
     return read_rows(uris, image_column)
 
 
+def image_error(error: OSError) -> ImageError:
+    """What an image becomes that storage could not read; what concerns more than one file is a ServiceError."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError("missing", "no such file")
+    if isinstance(error, PermissionError):
+        return ImageError("denied", error.strerror or str(error))
+    return ImageError("failed", error.strerror or str(error))  # a bad sector, a folder or a pipe in place of the file
+
+
 def map_in_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
 ) -> Iterator[_Result]:
@@ -240,12 +249,8 @@ def _class_order(value: object) -> tuple[int, str]:
 def _read_file(uri: str) -> bytes | ImageError:
     try:
         return storage.read_bytes(uri) or ImageError("empty", "the file has no bytes")
-    except FileNotFoundError:
-        return ImageError("missing", "no such file")
-    except PermissionError as err:
-        return ImageError("denied", err.strerror or str(err))
-    except OSError as err:  # a bad sector, a folder in place of the file; what concerns more is a ServiceError
-        return ImageError("failed", err.strerror or str(err))
+    except OSError as err:
+        return image_error(err)
 
 
 def _probe_array(pixels: Pixels) -> list[tuple[int, int, int]]:

@@ -13,7 +13,6 @@ import pickle
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,17 +26,16 @@ import ray
 from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
-from mnist_dist.errors import DecoderStuck, ImageError, MnistDistError, WorkersFailed
+from mnist_dist.errors import DecoderStuck, ImageError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.on_ray.side_thread import SideThread
-from mnist_dist.scoring.attempts import Attempts
+from mnist_dist.scoring.attempts import FORESEEN, Attempts
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.scorer import Progress, Scorer
 
-FORESEEN = (MnistDistError, OSError)
 SECONDS_BETWEEN_ANSWERS = 0.5
 TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
 
@@ -70,10 +68,8 @@ class ShardProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What came of a shard."""
+    """How a shard was done."""
 
-    shard: int
-    statuses: Counter[str]
     began_at: float
     """Seconds since the epoch."""
     ended_at: float
@@ -141,22 +137,16 @@ class ScoringActor:
     def _report(self, shard: int, decoded: Any, counted: "_Counted") -> ShardReport:
         if self._failure is not None:
             raise self._failure
-        began_at, own = time.time(), marker(shard, "scoring")
-        if self._attempts.begin(own).is_suspect:
-            self._isolated.add(shard)
-        try:
+        began_at = time.time()
+        with self._attempts.trying(marker(shard, "scoring")) as attempt:
+            if attempt.is_suspect:
+                self._isolated.add(shard)
             rows = self._shards().read(shard)
             # beside a shard that had to be begun again, so that no image of another one ends it once more
             outcomes = self._outcomes(rows, decoded, isolated=bool(self._isolated), progress=counted.add)
             self._write(shard, rows, outcomes)
-        except FORESEEN as error:
-            if not isinstance(error, DecoderStuck):
-                self._attempts.take_back(own)
-            raise
         self._isolated.discard(shard)
         return ShardReport(
-            shard=shard,
-            statuses=Counter(outcomes.status),
             began_at=began_at,
             ended_at=time.time(),
             times=replace(self._scorer.times),
@@ -223,21 +213,18 @@ class DecodeTask:
         return {"shard": [shard], "decoded": [pickle.dumps(content, protocol=5)]}
 
     def _decode(self, shard: int) -> DecodedShard | None:
-        task, own = self._task, marker(shard, "decoding")
+        task = self._task
         with Manifest(task.generation.manifest_uri) as manifest:
             if manifest.shard_rows(shard) * task.spec.image_bytes > TASK_SHARD_BYTES:
                 return None  # a compressed archive: it streams through the actor, not through its memory
             rows = manifest.read(shard)
-        isolated = task.attempts.begin(own).is_suspect
         found = Collector(len(rows))
-        try:
-            with DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool:
-                pool.begin(rows, found, isolated=isolated)
-                found.wait(pool)
-        except FORESEEN as error:
-            if not isinstance(error, DecoderStuck):
-                task.attempts.take_back(own)
-            raise
+        with (
+            task.attempts.trying(marker(shard, "decoding")) as attempt,
+            DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool,
+        ):
+            pool.begin(rows, found, isolated=attempt.is_suspect)
+            found.wait(pool)
         return DecodedShard(found.images, found.size_bytes, found.etags)
 
 

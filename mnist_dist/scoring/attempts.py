@@ -10,11 +10,15 @@ that is found means a death: of the process, or of the whole job.
 import contextlib
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mnist_dist import storage
-from mnist_dist.errors import ServiceError, WorkersFailed
+from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed
 from mnist_dist.scoring.generations import Generation
+
+FORESEEN = (MnistDistError, OSError)
+"""What ends work without ending its process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,22 @@ class Attempts:
         marker = {"of_all": attempt.of_all, "run_id": self.run_id, "of_run": attempt.of_run}
         storage.write_bytes(uri, json.dumps(marker).encode())
         return attempt
+
+    @contextlib.contextmanager
+    def trying(self, work: str) -> Iterator[Attempt]:
+        """Puts the marker for a block of work, and takes it back where a foreseen error ends the block.
+
+        Raises:
+            WorkersFailed: see `begin`.
+        """
+        attempt = self.begin(work)
+        try:
+            yield attempt
+        except DecoderStuck:
+            raise  # the process is about to end
+        except FORESEEN:
+            self.take_back(work)
+            raise
 
     def take_back(self, work: str) -> None:
         """Removes the marker of work that ended without a death; where the storage fails it stays: no harm."""

@@ -37,6 +37,7 @@ from mnist_dist.scoring.predictions import (
 )
 
 MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
+_PLAN = "plan.json"
 _GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
 PART = re.compile(r"part-g(\d+)-(?:kept-)?\d+\.parquet")
@@ -90,10 +91,6 @@ class Generation:
         """Whether its commit was begun, which then must be brought to its end (`replay`)."""
         return storage.exists(self.commit_uri)
 
-    @property
-    def plan_uri(self) -> str:
-        return storage.join(self.uri, "plan.json")
-
     def begin(self, manifest: Callable[[str], None]) -> None:
         """Writes down what is to be done: from here on it is there.
 
@@ -101,7 +98,7 @@ class Generation:
             manifest: writes the manifest to the URI that it is given.
         """
         manifest(self.manifest_uri)
-        storage.write_bytes(self.plan_uri, json.dumps(self.plan, indent=2).encode())
+        storage.write_bytes(storage.join(self.uri, _PLAN), json.dumps(self.plan, indent=2).encode())
 
     def to_do_uri(self, run_id: str) -> str:
         """Of the JSON list of the shards that one driver has left to do, which sets its workers to work."""
@@ -148,12 +145,12 @@ class Output:
     def unfinished(self) -> Generation | None:
         """The newest generation that was completely begun and is not published."""
         published = self._published()
-        numbers = [number for number, names in self._generations().items() if "plan.json" in names]
+        numbers = [number for number, names in self._generations().items() if _PLAN in names]
         number = max(numbers, default=0)
         if number <= published:
             return None
         uri = self._generation_uri(number)
-        return Generation(number, uri, dict(json.loads(storage.read_bytes(storage.join(uri, "plan.json")))))
+        return Generation(number, uri, dict(json.loads(storage.read_bytes(storage.join(uri, _PLAN)))))
 
     def reserve(self, plan: Mapping[str, Any], *, above: int = 0) -> Generation:
         """A new generation, after all that was ever here; it counts from its `begin` on.
@@ -189,7 +186,7 @@ class Output:
         if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
             storage.delete(storage.join(self.uri, FAILED))
         for number, names in self._generations().items():
-            if "plan.json" not in names:
+            if _PLAN not in names:
                 self._delete(number)
 
     def sweep_published(self, *, step: Step = no_step) -> None:
@@ -202,7 +199,7 @@ class Output:
 
     def _delete(self, number: int) -> None:
         uri = self._generation_uri(number)
-        storage.delete(storage.join(uri, "plan.json"))  # first: killed midway, what is left is debris
+        storage.delete(storage.join(uri, _PLAN))  # first: killed midway, what is left is debris
         storage.delete_tree(uri)
 
     def _published(self) -> int:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from mnist_dist import storage
 from mnist_dist.data.archives import Member, Packing, member_groups, read_members
+from mnist_dist.data.sources import image_error
 from mnist_dist.errors import ImageError, StorageError
 
 
@@ -98,13 +99,9 @@ def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
 
 
 def _status_of(error: OSError) -> ImageError:
-    if isinstance(error, FileNotFoundError):
-        return ImageError("missing", "no such file")
-    if isinstance(error, PermissionError):
-        return ImageError("denied", error.strerror or str(error))
     if isinstance(error, IsADirectoryError):
         return ImageError("unsupported", "a folder, not a file")
-    return ImageError("failed", error.strerror or str(error))  # a bad sector, a pipe
+    return image_error(error)
 
 
 def _archive_reads(archive: str, rows: pa.Table, *, first: int, most_bytes: int) -> list[Read]:
