@@ -332,7 +332,7 @@ def _check_model(model: "keras.Model", *, class_names: Sequence[str], spec: Imag
             f"the model takes and gives {expected} for this spec and {len(class_names)} distinct class names. "
             f"Received: {found}, class_names={list(class_names)[:20]}"
         )
-    policies = sorted({layer.dtype_policy.name for layer in _all_layers(model)} - {"float32", "uint8"})
+    policies = sorted({layer.dtype_policy.name for layer in all_layers(model)} - {"float32", "uint8"})
     if policies:
         raise BundleError(
             f"a bundle's model is saved with the float32 policy: build it in float32 and set the trained weights. "
@@ -340,8 +340,9 @@ def _check_model(model: "keras.Model", *, class_names: Sequence[str], spec: Imag
         )
 
 
-def _all_layers(model: "keras.Model") -> "list[keras.layers.Layer]":
-    nested = [_all_layers(layer) if hasattr(layer, "layers") else [layer] for layer in model.layers]
+def all_layers(model: "keras.Model") -> "list[keras.layers.Layer]":
+    """The layers of a model, those of the models inside it too."""
+    nested = [all_layers(layer) if hasattr(layer, "layers") else [layer] for layer in model.layers]
     return [layer for layers in nested for layer in layers]
 
 
