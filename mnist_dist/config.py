@@ -18,6 +18,7 @@ from mnist_dist.errors import ConfigError
 Pooling = Literal["avg", "max", "flatten"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Augmentation = Literal["none", "digits", "photos"]
+FeatureType = Literal["float16", "float32"]
 ResizeRule = Literal["stretch", "crop"]
 Value = TypeVar("Value")
 
@@ -255,6 +256,11 @@ class RunConfig:
     """Also checkpoint every so many steps within an epoch. None: at epoch ends only."""
     calibration: bool = True
     """Put up to 2,000 held-out images into the bundle (for engine checks and int8)."""
+    feature_cache: bool = True
+    """Compute a frozen backbone's outputs once and keep them in the storage, for phases that train the head alone
+    without augmentation."""
+    feature_type: FeatureType = "float16"
+    """Of the values in that cache."""
     dry_run: bool = False
     """Check everything, train one step of each phase, leave nothing."""
     verbose: bool = False
@@ -304,6 +310,12 @@ class TrainJob:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         del values["run"]
         return dict(values)
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether a phase trains the head alone, on images that are the same each time."""
+        heads = any(phase.trainable == "head" for phase in self.phases.phases())
+        return heads and self.fit.augmentation == "none" and self.run.feature_cache and not self.run.dry_run
 
     def settings_hash(self) -> str:
         """First 8 hexadecimal digits of the sha256 of `settings()`."""

@@ -377,7 +377,7 @@ def whole(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         model=ModelConfig(backbone="mlp", dropout=0.3),
         phases=PhasesConfig(epochs=(3, 2), learning_rate=(2e-3, 1e-3), trainable=("all", "dense2")),
         optimizer=OptimizerConfig(warmup_steps=70, clip_norm=1.0),
-        fit=FitConfig(batch_size=2, seed=5, augmentation="digits", plateau_patience=1, early_stopping_patience=3),
+        fit=FitConfig(batch_size=2, seed=6, augmentation="digits", plateau_patience=1, early_stopping_patience=3),
         run=RunConfig(checkpoint_steps=20),
     )
     return whole_run(task, tmp_path_factory.mktemp("whole"))

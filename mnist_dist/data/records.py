@@ -145,7 +145,7 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: i
         in_memory=source.pixels is not None,
     )
     if not is_remote(plan.root) and not finished(plan):
-        _check_free_space(Path(plan.root), plan.pixel_bytes * (1 if plan.in_memory else 2), "the decoded images")
+        check_free_space(Path(plan.root), plan.pixel_bytes * (1 if plan.in_memory else 2), "the decoded images")
     return plan
 
 
@@ -400,7 +400,7 @@ def _local_copy(root: str, local_dir: Path) -> Path:
     """Records of S3 in a folder of this node."""
     folder = local_dir / root.rpartition("/")[2]
     folder.mkdir(parents=True, exist_ok=True)
-    with _node_lock(folder / "lock"):
+    with node_lock(folder / "lock"):
         if not (folder / _DONE).exists():
             for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
                 leftover.unlink(missing_ok=True)
@@ -411,7 +411,7 @@ def _local_copy(root: str, local_dir: Path) -> Path:
 def _download(root: str, folder: Path) -> None:
     description = _read_description(root)
     spec, count, block_size = ImageSpec(**description["spec"]), description["count"], description["block_size"]
-    _check_free_space(folder, count * spec.image_bytes, "the decoded images")
+    check_free_space(folder, count * spec.image_bytes, "the decoded images")
     _log.info("downloading %d decoded images (%s)", count, _gigabytes(count * spec.image_bytes))
     with _new_pixels(folder / _PIXELS, count, spec) as pixels:
         for block, start in enumerate(range(0, count, block_size)):
@@ -421,7 +421,8 @@ def _download(root: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _node_lock(path: Path) -> Iterator[None]:
+def node_lock(path: Path) -> Iterator[None]:
+    """Lets one process of this node in at a time."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, also by a killed process
         yield
@@ -447,7 +448,8 @@ def _shape(spec: ImageSpec) -> tuple[int, int, int]:
     return spec.height_px, spec.width_px, spec.channels
 
 
-def _check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises ConfigError, with both sizes, where the folder's disk has too little room beside what the folder holds."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     held = [file for file in folder.glob("*") if not file.name.endswith(".tmp")] if folder.exists() else []
     held_bytes = sum(file.stat().st_size for file in held)

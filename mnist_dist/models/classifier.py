@@ -53,6 +53,9 @@ BACKBONE_LAYER = "backbone"
 class Classifier:
     """One set of layers and weights, seen as several models.
 
+    Of a classifier without a backbone (`build_head_alone`), `network` is `head`; `model`, `features` and `backbone` are
+    None.
+
     Args:
         model: `uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities; what is saved.
         network: `float32 [B, H, W, C]`, 0-255 -> `float32 [B, K]` logits; what is trained.
@@ -105,7 +108,26 @@ def build_classifier(
     keras.utils.set_random_seed(seed)
     with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
         backbone = _build_backbone(row, config, shape=shape, load_weights=load_weights)
-        return _assemble(config, row, backbone=backbone, spec=spec, num_classes=num_classes)
+        head_layers = _head_layers(config, row, num_classes=num_classes, seed=seed)
+        return _assemble(config, row, backbone=backbone, head_layers=head_layers, spec=spec)
+
+
+def build_head_alone(config: ModelConfig, *, num_features: int, num_classes: int, seed: int = 0) -> Classifier:
+    """Builds the head that `build_classifier` would build, with the same initial weights, without its backbone.
+
+    Args:
+        config: the backbone and its head.
+        num_features: D, of the backbone's pooled output.
+        num_classes: K.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: the backbone has no such width or pooling.
+    """
+    row = check_model(config)
+    with _dtype_policy("float32"):
+        head = _head_model(_head_layers(config, row, num_classes=num_classes, seed=seed), (num_features,))
+    return Classifier(model=None, network=head, features=None, head=head, backbone=None, row=row)
 
 
 def set_trainable(classifier: Classifier, trainable: str | int) -> None:
@@ -123,6 +145,8 @@ def set_trainable(classifier: Classifier, trainable: str | int) -> None:
         ConfigError: unknown; the message lists the names.
     """
     check_trainable(classifier.row, trainable)
+    if classifier.backbone is None:
+        return
     layers = classifier.backbone.layers
     frozen = _count_frozen(classifier, trainable)
     if frozen > len(layers):
@@ -154,13 +178,17 @@ def _dtype_policy(name: str) -> Iterator[None]:
 
 
 def _assemble(
-    config: ModelConfig, row: Backbone, *, backbone: keras.Model, spec: ImageSpec, num_classes: int
+    config: ModelConfig,
+    row: Backbone,
+    *,
+    backbone: keras.Model,
+    head_layers: list[keras.layers.Layer],
+    spec: ImageSpec,
 ) -> Classifier:
     """Puts the shared layers together; each model is another path through the same ones."""
     image_shape = (spec.height_px, spec.width_px, spec.channels)
     preprocess = _rescaling(row.preprocessing)
     pool = _pooling_layers(config.pooling or row.pooling)
-    head_layers = _head_layers(config, row, num_classes=num_classes)
     probabilities = keras.layers.Activation("softmax", dtype="float32", name="probabilities")
 
     def pooled(pixels: keras.KerasTensor) -> keras.KerasTensor:
@@ -169,14 +197,13 @@ def _assemble(
 
     pixels = keras.Input(image_shape, dtype="float32", name="pixels")
     vector = pooled(pixels)
-    vector_in = keras.Input(vector.shape[1:], dtype="float32", name="features")
     image = keras.Input(image_shape, dtype="uint8", name="image")
     image_probabilities = probabilities(_chain(head_layers, pooled(keras.ops.cast(image, "float32"))))
     return Classifier(
         model=keras.Model(image, image_probabilities, name="classifier"),
         network=keras.Model(pixels, _chain(head_layers, vector), name="network"),
         features=keras.Model(pixels, vector, name="features"),
-        head=keras.Model(vector_in, _chain(head_layers, vector_in), name="head"),
+        head=_head_model(head_layers, vector.shape[1:]),
         backbone=backbone,
         row=row,
     )
@@ -216,12 +243,24 @@ def _pooling_layers(pooling: Pooling | None) -> list[keras.layers.Layer]:
     return [kind(name="pool")]
 
 
-def _head_layers(config: ModelConfig, row: Backbone, *, num_classes: int) -> list[keras.layers.Layer]:
+def _head_model(layers: list[keras.layers.Layer], shape: tuple[int, ...]) -> keras.Model:
+    vector = keras.Input(shape, dtype="float32", name="features")
+    return keras.Model(vector, _chain(layers, vector), name="head")
+
+
+def _head_layers(config: ModelConfig, row: Backbone, *, num_classes: int, seed: int) -> list[keras.layers.Layer]:
+    """Initial weights follow from the seed alone, whatever was drawn for the backbone."""
+    from_seed = [keras.initializers.GlorotUniform(seed=2 * seed + place) for place in (0, 1)]
     hidden_units = config.hidden_units or row.hidden_units
     dropout = row.dropout if config.dropout is None else config.dropout
-    hidden = [keras.layers.Dense(hidden_units, activation="relu", name="hidden")] if hidden_units else []
+    hidden = (
+        [keras.layers.Dense(hidden_units, activation="relu", kernel_initializer=from_seed[0], name="hidden")]
+        if hidden_units
+        else []
+    )
     drop = [keras.layers.Dropout(dropout, name="dropout")] if dropout else []
-    return [*hidden, *drop, keras.layers.Dense(num_classes, dtype="float32", name="logits")]
+    logits = keras.layers.Dense(num_classes, kernel_initializer=from_seed[1], dtype="float32", name="logits")
+    return [*hidden, *drop, logits]
 
 
 def _build_backbone(row: Backbone, config: ModelConfig, *, shape: Shape, load_weights: bool) -> keras.Model:

@@ -66,12 +66,7 @@ class KerasEngine:
     name, precision = "keras", "float32"
 
     def __init__(self, bundle: Bundle, *, batch_size: int, embeddings: bool = False, cpus: int | None = None) -> None:
-        import tensorflow as tf
-
-        if cpus is not None:
-            tf.config.threading.set_intra_op_parallelism_threads(cpus)
-        for device in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(device, True)
+        use_cpus(cpus)
         self.batch_size, self._halved = batch_size, False
         self.num_classes = len(bundle.info.class_names)
         model = _with_features(bundle.model) if embeddings else bundle.model
@@ -98,26 +93,41 @@ class KerasEngine:
         return _joined(first, self(second)) if len(second) else first
 
     def _compile(self) -> Any:
-        import tensorflow as tf
-
-        signature = [tf.TensorSpec([self.batch_size, *self._shape], tf.uint8)]
-        # XLA was several times slower on CPUs, and compiles for minutes
-        function = tf.function(
-            lambda pixels: tf.nest.flatten(self._model(pixels, training=False)),
-            input_signature=signature,
-            jit_compile=False,
-            autograph=False,  # which writes files, and finds nothing to convert
-        )
-        return _frozen(function.get_concrete_function(), self._model)
+        return compile_model(self._model, batch_size=self.batch_size)
 
     def _call(self, pixels: Pixels) -> Outputs:
-        import tensorflow as tf
 
         count = len(pixels)
         if count < self.batch_size:
             pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *self._shape), np.uint8)])
-        outputs = [output.numpy()[:count].astype(np.float32) for output in self._function(tf.constant(pixels))]
+        outputs = [output.numpy()[:count].astype(np.float32) for output in self._function(pixels)]
         return Outputs(*outputs)
+
+
+def use_cpus(cpus: int | None) -> None:
+    """Has TensorFlow, just loaded, use so many cores (None: all) and no more GPU memory than it needs."""
+    import tensorflow as tf
+
+    if cpus is not None:
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, cpus))
+    for device in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(device, True)
+
+
+def compile_model(model: Any, *, batch_size: int) -> Any:
+    """The model for one batch shape as a function of `uint8 [b, H, W, C]` that gives the list of its outputs."""
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec([batch_size, *model.input_shape[1:]], tf.uint8)]
+    # XLA was several times slower on CPUs, and compiles for minutes
+    function = tf.function(
+        lambda pixels: tf.nest.flatten(model(tf.cast(pixels, model.inputs[0].dtype), training=False)),
+        input_signature=signature,
+        jit_compile=False,
+        autograph=False,  # which writes files, and finds nothing to convert
+    )
+    fixed = _frozen(function.get_concrete_function(), model)
+    return lambda pixels: fixed(tf.constant(pixels))
 
 
 def _frozen(function: Any, model: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from mnist_dist.config import TrainJob
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError
+from mnist_dist.training.features import FeaturePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class WorkerTask:
     records: str
     """URI of the record cache."""
     splits: Splits
+    features: FeaturePlan | None
+    """Of the finished features of training and validation images, for phases that train the head alone."""
     fingerprint: str
     run: str
     """URI of the run's folder."""
@@ -26,6 +29,8 @@ class WorkerTask:
     gpu: bool
     began_at: float
     """s since the epoch."""
+    validated_only: bool = False
+    """Train and validate; leave the test and the bundle to a later run of the same job."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ class ShardRun:
                 self._tell_of_waiting(console)
                 self._show(bar, done=done, total=total)
         if self._work.error is not None:
-            raise WorkersFailed(_words(self._work.error)) from self._work.error
+            raise WorkersFailed(words_of(self._work.error)) from self._work.error
         not_done = sorted(set(shards) - self._task.generation.done_shards())
         if not_done:
             raise self._task.attempts.failure_of(not_done[0])
@@ -281,7 +281,8 @@ def _waiting(to_do_uri: str) -> str:
     return f"{to_do_uri}.waiting"
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """What a failure of Ray Data means to a person."""
     cause = getattr(error, "cause", None)
     # the text of an actor that could not start is a traceback, whose last line says why
     lines = str(cause or error).strip().splitlines() or ["no message"]

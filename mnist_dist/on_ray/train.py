@@ -30,8 +30,10 @@ from mnist_dist.models.backbones import backbone_size_px, check_model, check_siz
 from mnist_dist.on_ray.attempt import Attempt
 from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
+from mnist_dist.on_ray.features import compute_missing, feature_actors, resolve_on_workers
 from mnist_dist.on_ray.messages import WorkerTask
 from mnist_dist.on_ray.records import decode_missing
+from mnist_dist.training.features import FeaturePlan, plan_features
 from mnist_dist.training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -181,7 +183,8 @@ class _Training:
             bad = self._judge_bad_images(index, plan)
             splits = self._splits(index, data.source)
             self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
-            metrics = self._train(plan, splits, fingerprint=fingerprint(index, plan.class_names), mine=mine)
+            features = self._features(plan, index, splits, have=have)
+            metrics = self._train(plan, splits, features, fingerprint=fingerprint(index, plan.class_names), mine=mine)
         return self._result(metrics, mine, bad=bad, splits=splits)
 
     def _judge_bad_images(self, index: pa.Table, plan: RecordPlan) -> int:
@@ -230,13 +233,38 @@ class _Training:
             f"{' and a GPU' if mine.gpu else ''}, of {have}"
         )
 
-    def _train(self, plan: RecordPlan, splits: Splits, *, fingerprint: str, mine: Share) -> dict[str, Any]:
+    def _features(self, plan: RecordPlan, index: pa.Table, splits: Splits, *, have: Resources) -> FeaturePlan | None:
+        """Computes the frozen backbone's features where phases can be trained on them."""
+        job = self.job
+        if not job.uses_features:
+            return None
+        actors = feature_actors(have)
+        features = plan_features(
+            with_absolute_weights(job).model,
+            records=plan.root,
+            index=index,
+            spec=plan.spec,
+            rows=np.concatenate([splits.train, splits.val]),
+            num_classes=len(plan.class_names),
+            precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=actors),
+            stored_as=job.run.feature_type,
+            seed=job.fit.seed,
+            root=job.run.storage,
+        )
+        with self.console.progress("features") as bar:
+            compute_missing(features, actors=actors, bar=bar, stop=self.stop)
+        return features
+
+    def _train(
+        self, plan: RecordPlan, splits: Splits, features: FeaturePlan | None, *, fingerprint: str, mine: Share
+    ) -> dict[str, Any]:
         """Lets the workers train; gives their metrics."""
         self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
         task = WorkerTask(
-            job=_with_absolute_weights(self.job),
+            job=with_absolute_weights(self.job),
             records=plan.root,
             splits=splits,
+            features=features,
             fingerprint=fingerprint,
             run=self.run.uri,
             checkpoint=self.run.newest_checkpoint(),
@@ -274,7 +302,7 @@ class _Training:
         }
 
 
-def _with_absolute_weights(job: TrainJob) -> TrainJob:
+def with_absolute_weights(job: TrainJob) -> TrainJob:
     """For the workers, which have working directories of their own; what the run notes is what was typed."""
     if job.model.weights in NAMED_WEIGHTS:
         return job

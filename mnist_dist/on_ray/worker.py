@@ -7,6 +7,7 @@ raised: raised errors restart the group, which would only find it again.
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
 from mnist_dist.on_ray.board import Poster
+from mnist_dist.on_ray.features import node_folder
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
 from mnist_dist.training.callbacks import LogFiles, history_csv
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
+from mnist_dist.training.features import open_features
 from mnist_dist.training.feed import Images, World
 from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer
@@ -111,8 +114,7 @@ def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), workers=context.get_world_size())
-    shared = Path(tempfile.gettempdir()) / f"mnist_dist-records-{os.getuid()}"
-    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else shared)
+    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else node_folder("records"))
     if task.job.model.weights == "imagenet":
         fetch_published_weights(task.job.model)
     trainer = Trainer(_train_task(task, records, is_first=world.rank == 0), host=host, world=world)
@@ -128,19 +130,24 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
 
 def _train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTask:
     job = task.job
-    precision = broadcast_from_rank_zero(resolve_precision(job.fit.precision, backbone=job.model.backbone))
+    mine = resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=task.gpu)
+    images = Images(
+        pixels=records.pixels,
+        labels=records.index["label"].to_numpy().astype(np.int32),
+        train=task.splits.train,
+        validation=task.splits.val,
+        test=task.splits.test,
+    )
+    features = None
+    if task.features is not None:
+        features = replace(images, pixels=open_features(task.features, local_dir=node_folder("features")))
     return TrainTask(
         job=job,
         spec=records.spec,
         class_names=records.class_names,
-        images=Images(
-            pixels=records.pixels,
-            labels=records.index["label"].to_numpy().astype(np.int32),
-            train=task.splits.train,
-            validation=task.splits.val,
-            test=task.splits.test,
-        ),
-        precision=precision,
+        images=images,
+        features=features,
+        precision=broadcast_from_rank_zero(mine),
         steps_limit=1 if job.run.dry_run else None,
         files=_log_files(task) if is_first else None,
         began_at=task.began_at,
@@ -172,12 +179,15 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
         final = build_classifier(job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False)
     final.network.set_weights(outcome.best)
     validation = trainer.evaluate(task.splits.val, final.network)
-    test = trainer.evaluate(task.splits.test, final.network)
-    if trainer.world.rank == 0 and not job.run.dry_run:
-        _write_bundle(task, final, records, scratch / "bundle", history=state.history, validation=validation, test=test)
+    tested: dict[str, float] = {}
+    if not task.validated_only:
+        test = trainer.evaluate(task.splits.test, final.network)
+        tested = {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+        if trainer.world.rank == 0 and not job.run.dry_run:
+            history = state.history
+            _write_bundle(task, final, records, scratch / "bundle", history=history, validation=validation, test=test)
     return {
-        "test_accuracy": test["accuracy"],
-        "test_loss": test["loss"],
+        **tested,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
         "best_epoch": state.best["epoch"] if state.best else None,

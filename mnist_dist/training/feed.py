@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,17 @@ import numpy.typing as npt
 from mnist_dist.data.batches import rank_slice
 
 Item = TypeVar("Item")
+
+
+class Rows(Protocol):
+    """What is trained on, one row an image: an array of pixels or of features, perhaps larger than the memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[N, ...]`."""
+
+    def __getitem__(self, rows: npt.NDArray[np.integer[Any]], /) -> npt.NDArray[Any]:
+        """The rows of these numbers, `[*rows.shape, ...]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +45,11 @@ class World:
 class Images:
     """The decoded images of all splits.
 
-    `pixels` is `uint8 [N, H, W, C]`, usually memory-mapped; `labels` is `int32 [N]`; `train`, `validation` and `test`
-    are `int64` indices into both.
+    `pixels` is `uint8 [N, H, W, C]`, usually memory-mapped, or a frozen backbone's features `[N, D]` in their place;
+    `labels` is `int32 [N]`; `train`, `validation` and `test` are `int64` indices into both.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Rows
     labels: npt.NDArray[np.int32]
     train: npt.NDArray[np.int64]
     validation: npt.NDArray[np.int64]
@@ -49,11 +60,11 @@ class Images:
 class TrainChunk:
     """The input of one call: S steps of this worker.
 
-    `pixels` is `uint8 [S, b, H, W, C]`, `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]` (no two alike over all
-    steps and workers of a run).
+    `pixels` is `uint8 [S, b, H, W, C]` (or features, `[S, b, D]`), `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]`
+    (no two alike over all steps and workers of a run).
     """
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[Any]
     labels: npt.NDArray[np.int32]
     seeds: npt.NDArray[np.uint32]
 
@@ -63,9 +74,10 @@ class TrainChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBatch:
-    """One batch of this worker; padding has weight 0: `uint8 [b, H, W, C]`, `int32 [b]`, `float32 [b]`."""
+    """One batch of this worker; padding has weight 0: `uint8 [b, H, W, C]` (or features), `int32 [b]`,
+    `float32 [b]`."""
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[Any]
     labels: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
 

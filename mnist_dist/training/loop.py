@@ -25,9 +25,9 @@ from mnist_dist.config import Phase, require
 from mnist_dist.data.batches import epoch_order
 from mnist_dist.errors import TrainingDiverged
 from mnist_dist.models.augmentation import build_augmentation
-from mnist_dist.models.classifier import build_classifier
+from mnist_dist.models.classifier import Classifier, build_classifier, build_head_alone
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World, ahead, evaluation_batches, train_chunk
+from mnist_dist.training.feed import EvaluationBatch, Images, TrainChunk, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
 from mnist_dist.training.phase import Built, PhaseRun, TrainTask
 from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, make_strategy, sum_over_workers
@@ -60,13 +60,7 @@ class Trainer:
         self.task, self.host, self.world = task, host, world
         self.strategy = make_strategy(world.workers)
         with self.strategy.scope():
-            classifier = build_classifier(
-                job.model,
-                spec=task.spec,
-                num_classes=len(task.class_names),
-                precision=task.precision,
-                seed=job.fit.seed,
-            )
+            classifier = _build(task)
             augmentation = build_augmentation(job.fit.augmentation, spec=task.spec)
         self.network = classifier.network
         self.built = Built(strategy=self.strategy, classifier=classifier, augmentation=augmentation, world=world)
@@ -85,20 +79,28 @@ class Trainer:
         self._restored = checkpoint
 
     def run(self) -> Outcome:
-        """Trains the phases that are left."""
+        """Trains the phases that are left, or until asked to stop."""
+        for _ in self.epochs():
+            pass
+        finished = self.state.phase == len(self.task.job.phases.phases())
+        return Outcome(finished=finished, state=self.state, best=self.best)
+
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Trains as `run` does, an epoch each time; yields its line of the history."""
         phases = self.task.job.phases.phases()
         while self.state.phase < len(phases):
-            if not self._run_phase(phases[self.state.phase]):
-                return Outcome(finished=False, state=self.state, best=self.best)
-        return Outcome(finished=True, state=self.state, best=self.best)
+            index = self.state.phase
+            yield from self._run_phase(phases[index])
+            if self.state.phase == index:
+                return
 
     def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
         """Loss (mean cross-entropy, nats) and accuracy of a network over a split, each image once over all workers."""
         evaluator = Evaluator(self.strategy, network)
-        return self._evaluate(evaluator, indices)
+        return self._evaluate(evaluator, self.task.images, indices)
 
-    def _run_phase(self, phase: Phase) -> bool:
-        """Trains a phase to its end (True) or until asked to stop (False)."""
+    def _run_phase(self, phase: Phase) -> Iterator[dict[str, Any]]:
+        """Trains a phase to its end or until asked to stop."""
         index, state, restored = self.state.phase, self.state, self._restored
         self._restored = None
         if index > 0 and state.epoch == 0 and state.step == 0:
@@ -107,11 +109,10 @@ class Trainer:
         log.info("phase %s: %d epochs of %d steps", phase.name, run.epochs, self.task.steps_per_epoch)
         while self.state.phase == index and not run.stops:
             if self._run_epoch(run):
-                self._end_epoch(run)
+                yield self._end_epoch(run)
             else:
                 self._save(run)
         run.end()
-        return self.state.phase > index
 
     def _run_epoch(self, run: PhaseRun) -> bool:
         """Takes an epoch's remaining steps; False: all workers agreed to stop before its end."""
@@ -133,12 +134,12 @@ class Trainer:
     def _chunks(self, run: PhaseRun) -> Iterator[Callable[[], TrainChunk]]:
         fit, start = self.task.job.fit, self.state.step
         first = self.state.global_step - start
-        order = epoch_order(len(self.task.images.train), seed=fit.seed, epoch=self.state.epochs_done)
+        order = epoch_order(len(run.images.train), seed=fit.seed, epoch=self.state.epochs_done)
         while start < self.task.steps_per_epoch:
             steps = range(start, min(start + run.steps_per_call, self.task.steps_per_epoch))
             yield partial(
                 train_chunk,
-                self.task.images,
+                run.images,
                 order,
                 steps=steps,
                 first_global_step=first + start,
@@ -173,9 +174,9 @@ class Trainer:
             return False
         return self.state.global_step // every > (self.state.global_step - steps) // every
 
-    def _end_epoch(self, run: PhaseRun) -> None:
-        """Validates, keeps the best, lets the callbacks decide, saves."""
-        metrics = self._evaluate(run.evaluator, self.task.images.validation)
+    def _end_epoch(self, run: PhaseRun) -> dict[str, Any]:
+        """Validates, keeps the best, lets the callbacks decide, saves; the epoch's line of the history."""
+        metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
         loss, hits, images = self.state.epoch_sums
         line: dict[str, Any] = {
             "epoch": self.state.epochs_done + 1,
@@ -199,18 +200,19 @@ class Trainer:
         run.end_epoch(line)
         self.host.epoch_ended(line)
         self._save(run)
+        return line
 
     def _is_better(self, line: dict[str, Any]) -> bool:
         metric = self.task.job.fit.best_metric
         sign = -1.0 if metric == "val_loss" else 1.0
         return self.state.best is None or sign * line[metric] > sign * self.state.best[metric]
 
-    def _evaluate(self, evaluator: Evaluator, indices: npt.NDArray[np.int64]) -> Metrics:
+    def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)
         if self.task.steps_limit is not None:
             indices = indices[: self.task.steps_limit * self.task.job.fit.batch_size]
         batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
-            self.task.images, indices, batch_size=2 * self.task.job.fit.batch_size, world=self.world
+            images, indices, batch_size=2 * self.task.job.fit.batch_size, world=self.world
         )
         for batch in ahead(batches):
             sums += evaluator(batch)
@@ -239,3 +241,10 @@ class Trainer:
 
     def _weights(self) -> Arrays:
         return [np.array(weight) for weight in self.network.get_weights()]
+
+
+def _build(task: TrainTask) -> Classifier:
+    model, classes, seed = task.job.model, len(task.class_names), task.job.fit.seed
+    if task.head_alone:
+        return build_head_alone(model, num_features=task.images.pixels.shape[1], num_classes=classes, seed=seed)
+    return build_classifier(model, spec=task.spec, num_classes=classes, precision=task.precision, seed=seed)

@@ -33,6 +33,11 @@ class TrainTask:
     spec: ImageSpec
     class_names: tuple[str, ...]
     images: Images
+    features: Images | None = None
+    """The same images with the frozen backbone's features for pixels, for phases that train the head alone; None: they
+    are computed anew in each step."""
+    head_alone: bool = False
+    """There is no backbone at all: every phase is one of the head, on `features`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
     """At most so many steps an epoch and batches an evaluation, and one epoch a phase (dry run). None: all."""
@@ -80,15 +85,21 @@ class PhaseRun:
         self.stops = False
         """What all workers agreed on."""
         self._calls, self._clock = 0, 0.0
-        fit, network = task.job.fit, built.classifier.network
+        classifier, fit = built.classifier, task.job.fit
+        of_head = phase.trainable == "head"
+        features = task.features if of_head else None
+        self.images = task.images if features is None else features
+        self.network = classifier.head if of_head else classifier.network
+        frozen = classifier.features if of_head and features is None else None
         with built.strategy.scope():
-            set_trainable(built.classifier, phase.trainable)
-            self.optimizer = make_optimizer(task.job.optimizer, network.trainable_variables)
+            set_trainable(classifier, phase.trainable)
+            self.optimizer = make_optimizer(task.job.optimizer, self.network.trainable_variables)
             self._step = TrainStep(
                 built.strategy,
-                network=network,
+                network=self.network,
                 optimizer=self.optimizer,
-                augmentation=built.augmentation,
+                augmentation=built.augmentation if features is None else None,
+                frozen=frozen,
                 config=StepConfig(
                     batch_size=fit.batch_size,
                     class_weights=class_weights(task),
@@ -96,7 +107,7 @@ class PhaseRun:
                     clip_norm=task.job.optimizer.clip_norm,
                 ),
             )
-            self.evaluator = Evaluator(built.strategy, network)
+            self.evaluator = Evaluator(built.strategy, self.network, frozen=frozen)
         self.last_rate = self.rate()
         self.callbacks = self._start_callbacks(restored)
 
@@ -145,7 +156,7 @@ class PhaseRun:
         if after != before:
             state.learning_rate = self.rate() * after / before
         state.callbacks = callback_states(self.callbacks.callbacks)
-        if state.epoch >= self.epochs or self._built.classifier.network.stop_training:
+        if state.epoch >= self.epochs or self.network.stop_training:
             state.phase, state.epoch, state.learning_rate, state.callbacks = state.phase + 1, 0, None, {}
 
     def optimizer_variables(self) -> Arrays:
@@ -157,7 +168,7 @@ class PhaseRun:
         self.callbacks.on_train_end()
 
     def _start_callbacks(self, restored: Checkpoint | None) -> keras.callbacks.CallbackList:
-        state, network = self.state, self._built.classifier.network
+        state, network = self.state, self.network
         network.optimizer, network.stop_training = self.optimizer, False
         callbacks = keras.callbacks.CallbackList(
             make_callbacks(self.task.job.fit, files=self.task.files, history=state.history), model=network

@@ -10,18 +10,19 @@ MEASURED_TO_AGREE = ("vgg16",)
 AVX512-BF16. MobileNetV2 agreed in 96.2 % only, and was slower."""
 
 
-def resolve_precision(precision: Precision, *, backbone: str) -> Literal["float32", "bfloat16"]:
-    """What `auto` means on this machine, for this backbone; anything else is taken as it is."""
+def resolve_precision(precision: Precision, *, backbone: str, gpu: bool) -> Literal["float32", "bfloat16"]:
+    """What `auto` means on this machine, for this backbone, on its GPU or its CPU; anything else is taken as it is."""
     if precision != "auto":
         return precision
-    return "bfloat16" if backbone in MEASURED_TO_AGREE and _is_fast() else "float32"
+    return "bfloat16" if backbone in MEASURED_TO_AGREE and _is_fast(gpu=gpu) else "float32"
 
 
-def _is_fast() -> bool:
+def _is_fast(*, gpu: bool) -> bool:
     """bfloat16 units: CUDA compute capability 8.0 and above, AVX512-BF16, AMX."""
-    import tensorflow as tf
+    if gpu:
+        import tensorflow as tf
 
-    for device in tf.config.list_physical_devices("GPU"):
+        device = tf.config.list_physical_devices("GPU")[0]
         capability = tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
         return bool(capability >= (8, 0))
     try:

@@ -63,9 +63,11 @@ class TrainStep:
 
     Args:
         strategy: of `make_strategy`; the network and the optimizer were built in its scope.
-        network: `float32 [b, H, W, C]` in 0-255 -> logits `float32 [b, K]`.
+        network: `float32 [b, H, W, C]` in 0-255, or `float32 [b, D]` features -> logits `float32 [b, K]`.
         optimizer: built for `network.trainable_variables`.
         augmentation: `float32 [b, H, W, C]` -> the same, or None.
+        frozen: `float32 [b, H, W, C]` -> the features `[b, D]` that the network takes, always in inference mode; None:
+            the network takes what the chunks hold.
         config: batch size and loss.
     """
 
@@ -77,9 +79,11 @@ class TrainStep:
         optimizer: keras.optimizers.Optimizer,
         augmentation: keras.Model | None,
         config: StepConfig,
+        frozen: keras.Model | None = None,
     ) -> None:
         self._strategy = strategy
         self._network = network
+        self._frozen = frozen
         self._optimizer = optimizer
         self._augmentation = augmentation
         self._config = config
@@ -123,6 +127,7 @@ class TrainStep:
         inputs = tf.cast(pixels, tf.float32)
         if self._augmentation is not None:
             inputs = self._augmentation(inputs, training=True)
+        inputs = _features(inputs, self._frozen)
         with tf.GradientTape() as tape:
             logits = self._network(inputs, training=True)
             loss = tf.reduce_sum(self._losses(labels, logits)) / self._config.batch_size
@@ -146,11 +151,14 @@ class TrainStep:
 
 
 class Evaluator:
-    """Sums of loss and hits of a network over a split, exact over all workers."""
+    """Sums of loss and hits of a network over a split, exact over all workers; arguments as of `TrainStep`."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, network: keras.Model) -> None:
+    def __init__(
+        self, strategy: tf.distribute.Strategy, network: keras.Model, *, frozen: keras.Model | None = None
+    ) -> None:
         self._strategy = strategy
         self._network = network
+        self._frozen = frozen
         self._call = tf.function(self._step, jit_compile=False, reduce_retracing=True)
 
     def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float64]:
@@ -161,11 +169,16 @@ class Evaluator:
         return self._strategy.run(self._sums, args=(pixels, labels, weights))
 
     def _sums(self, pixels: Any, labels: Any, weights: Any) -> Any:
-        logits = self._network(tf.cast(pixels, tf.float32), training=False)
+        inputs = _features(tf.cast(pixels, tf.float32), self._frozen)
+        logits = self._network(inputs, training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         hits = tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32)
         columns = tf.cast(tf.stack([losses, hits, tf.ones_like(losses)]), tf.float64)
         return tf.reduce_sum(columns * tf.cast(weights, tf.float64), axis=1)
+
+
+def _features(inputs: Any, frozen: keras.Model | None) -> Any:
+    return inputs if frozen is None else tf.cast(frozen(inputs, training=False), tf.float32)
 
 
 def sum_over_workers(strategy: tf.distribute.Strategy, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
