@@ -57,6 +57,9 @@ class DataConfig:
     """Share of unreadable images above which the job fails, in [0, 1]."""
     max_pixels: int = 100_000_000
     """Images of more pixels than this (by their header) are not decoded."""
+    skip: int = 0
+    """Leave out this many training images (of all where the data is not split): those that a `limit` of as many takes,
+    so that two runs can train on disjoint images."""
     limit: int | None = None
     """At most this many images: of each split where the data is split already, else of all. None: all."""
 
@@ -73,6 +76,7 @@ class DataConfig:
         )
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction is 0 to 1", max_bad_fraction=self.max_bad_fraction)
         require(self.limit is None or self.limit >= 1, "limit is at least 1 image", limit=self.limit)
+        require(self.skip >= 0, "skip is 0 or a number of images", skip=self.skip)
         require(self.max_pixels >= 1, "max_pixels is at least 1", max_pixels=self.max_pixels)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnist_dist import storage
-from mnist_dist.config import DataConfig
+from mnist_dist.config import DataConfig, require
 from mnist_dist.data.arrays import NAMED_ARRAYS, read_arrays
 from mnist_dist.data.images import IMAGE_SUFFIXES, ImageSpec, Pixels, probe_image
 from mnist_dist.data.parquet import PARQUET_SUFFIX, LabelColumn, read_labels, read_rows
@@ -82,7 +82,7 @@ def open_source(config: DataConfig) -> Source:
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     _log.info("listing %s", config.data)
-    source = _limited(_open(config), config.limit)
+    source = _limited(_open(config), config)
     if len(source.class_names) < 2:
         raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
     counts = dict(collections.Counter(source.table["split"].to_pylist()))
@@ -190,9 +190,10 @@ def _check_there_is_something(data: str, root: str) -> None:
     )
 
 
-def _limited(source: Source, limit: int | None) -> Source:
-    """The first `limit` records of each split in the order of sha256(uri), so that a limit is a fair sample."""
-    if limit is None:
+def _limited(source: Source, config: DataConfig) -> Source:
+    """The first `limit` records of each split behind the first `skip` of those to train on, in the order of
+    sha256(uri), so that either is a fair sample."""
+    if config.limit is None and not config.skip:
         return source
     ranked = sorted(
         (str(split), hashlib.sha256(uri.encode()).digest(), row)
@@ -200,8 +201,13 @@ def _limited(source: Source, limit: int | None) -> Source:
             zip(source.table["uri"].to_pylist(), source.table["split"].to_pylist(), strict=True)
         )
     )
-    by_split = itertools.groupby(ranked, key=lambda rank: rank[0])
-    rows = sorted(rank[2] for _, ranks in by_split for rank in itertools.islice(ranks, limit))
+    rows = []
+    for split, ranks in itertools.groupby(ranked, key=lambda rank: rank[0]):
+        first = 0 if split in ("val", "test") else config.skip
+        last = None if config.limit is None else first + config.limit
+        rows += [rank[2] for rank in itertools.islice(ranks, first, last)]
+    require(bool(rows), f"skip leaves some of the {len(ranked):,} images", skip=config.skip)
+    rows.sort()
     pixels = None if source.pixels is None else source.pixels[rows]
     return replace(source, table=source.table.take(rows), pixels=pixels)
 
