@@ -23,13 +23,17 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
+LOG_COLUMNS = 160  # of a table in a log file
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Job = TypeVar("Job")
@@ -65,6 +69,20 @@ class Console:
         with Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True) as progress:
             yield _RichBar(progress, title)
 
+    @contextmanager
+    def view(self, title: str) -> "Iterator[View]":
+        """One table on a terminal, refreshed in place; in a log, a line every few seconds."""
+        if not self.terminal:
+            yield View(self, None, title)
+            return
+        with Live(console=self._rich, transient=True, auto_refresh=False) as live:
+            yield View(self, live, title)
+
+    def table(self, rows: "Sequence[Sequence[str]]") -> None:
+        """Prints rows of cells, the first one column titles."""
+        wide = RichConsole(stderr=True, width=None if self.terminal else LOG_COLUMNS, highlight=False, emoji=False)
+        wide.print(make_table(rows))
+
 
 class Bar:
     """A progress that can be moved."""
@@ -91,6 +109,32 @@ class _LineBar(Bar):
         if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             self._console.line(f"{self._title}: {100 * done / max(total, 1):.0f} % {note}".rstrip())
+
+
+class View:
+    """A table that is drawn again and again on a terminal; in a log, its summary every few seconds."""
+
+    def __init__(self, console: Console, live: Live | None, title: str) -> None:
+        self._console, self._live, self._title, self._last = console, live, title, time.monotonic()
+
+    def update(self, *, summary: str, rows: Sequence[Sequence[str]]) -> None:
+        """Shows a summary, and below it rows of cells, the first one column titles."""
+        if self._live is None:
+            if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+                self._last = time.monotonic()
+                self._console.line(f"{self._title}: {summary}")
+            return
+        self._live.update(make_table(rows, title=f"{self._title}: {summary}"), refresh=True)
+
+
+def make_table(rows: Sequence[Sequence[str]], *, title: str | None = None) -> Table:
+    """A table without frames, the first row its titles."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold")
+    for name in rows[0] if rows else ():
+        table.add_column(name, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
 
 
 class Stop:
@@ -223,6 +267,8 @@ def quiet(*, verbose: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Ray Tune, which then says nothing at verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by the search
     warnings.filterwarnings("ignore")
     _filter_native_lines()
 

@@ -99,6 +99,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_bad_fraction": 0.5,
         "max_pixels": 7,
         "limit": 11,
+        "skip": 7,
     },
     "model": {
         "backbone": "mlp",

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mnist_dist"
 # ground floor <- data <- models <- training, scoring, evaluation <- on_ray <- benchmarks, jobs
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "recipes", "console", "storage", "lock"), 0),
+    **dict.fromkeys(("errors", "config", "search_config", "recipes", "console", "storage", "lock"), 0),
     "data": 1,
     "models": 2,
-    **dict.fromkeys(("training", "scoring", "evaluation"), 3),
+    **dict.fromkeys(("training", "search", "scoring", "evaluation"), 3),
     "on_ray": 4,
     "benchmarks": 5,
     "jobs": 6,  # beside the benchmarks in the picture; `jobs/benchmark.py` runs them

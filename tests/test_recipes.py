@@ -13,7 +13,7 @@ from mnist_dist.config import TrainJob
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_trainable, find_backbone
 from mnist_dist.models.classifier import build_classifier, set_trainable
-from mnist_dist.recipes import TRAINING_RECIPES
+from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
 
 NAMED = pytest.mark.parametrize("name", list(TRAINING_RECIPES))
 
@@ -56,7 +56,7 @@ def test_every_public_function_is_a_recipe_under_its_own_name() -> None:
         for function in vars(recipes).values()
         if getattr(function, "__module__", None) == recipes.__name__
     }
-    assert functions == TRAINING_RECIPES
+    assert functions == {**TRAINING_RECIPES, **SEARCH_RECIPES}
 
 
 @NAMED

@@ -11,36 +11,29 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
-from mnist_dist.data.sources import Source, image_spec, open_source
-from mnist_dist.data.splits import Splits, assign_splits
-from mnist_dist.errors import TooManyBadImages, WorkersFailed
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
-from mnist_dist.models.backbones import backbone_size_px, check_model, check_size, check_trainable, find_backbone
+from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.on_ray.attempt import Attempt
 from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
-from mnist_dist.on_ray.features import compute_missing, feature_actors, resolve_on_workers
+from mnist_dist.on_ray.features import compute_missing, feature_actors
 from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.records import decode_missing
-from mnist_dist.training.features import FeaturePlan, plan_features
+from mnist_dist.on_ray.prepare import DecodedData, Listed, check_places, decode, list_data, plan_job_features, split
+from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
 log = logging.getLogger(__name__)
 
 NAMED_WEIGHTS = ("imagenet", "none")
-NAMED_BAD_IMAGES = 10
-NOT_THE_IMAGES_FAULT = ("missing", "denied", "failed")
 DRY_RUN_IMAGES = 5_000  # enough for each class to be in each split, few enough to decode in seconds
 
 
@@ -75,11 +68,11 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     if finished is not None:
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
         return finished
-    data = _list_data(job, console=console)
+    listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     storage.check_writable(job.run.storage)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
-        result = training.run_to_end(data, facts)
+        training = Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
+        result = training.run_to_end(listed, facts)
         run.finish(result)
     return result
 
@@ -120,38 +113,15 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     run = Run(storage.join(storage.absolute(scratch), "dry-run"))
     try:
         with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-            training = _Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
-            result = training.run_to_end(_list_data(job, console=console), {})
+            training = Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
+            result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console), {})
     finally:
         storage.delete_tree(scratch)
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "dry_run": True}
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The job's images as they were listed, and how they will be decoded."""
-
-    source: Source
-    plan: RecordPlan
-
-
-def _list_data(job: TrainJob, *, console: Console) -> _Data:
-    """Lists the images and plans their decoding; writes nothing."""
-    source = open_source(job.data)
-    console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
-    backbone = find_backbone(job.model.backbone)
-    follows_images = backbone.scratch and job.model.image_size_px is None
-    spec = image_spec(
-        source, backbone_size_px=backbone_size_px(job.model), scratch_size=follows_images, config=job.data
-    )
-    if follows_images:
-        check_size(backbone, min(spec.height_px, spec.width_px))
-    root = storage.absolute(job.run.storage)
-    return _Data(source, plan_records(source, spec, storage=root, max_pixels=job.data.max_pixels))
-
-
-class _Training:
+class Training:
     """One driver's attempt at a run."""
 
     def __init__(
@@ -160,16 +130,13 @@ class _Training:
         self.job, self.recipe, self.run = job, recipe, run
         self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
 
-    def run_to_end(self, data: _Data, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def run_to_end(self, listed: Listed, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
-        asked, plan = self.job.run, data.plan
+        asked, plan = self.job.run, listed.plan
         with connected(verbose=asked.verbose) as have:
             self.stop.take_signals()
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
-            check_storage(asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
-            if data.source.pixels is None:
-                named = self.job.data.data
-                check_storage(named, is_shared=asked.storage_is_shared, nodes=have.nodes, name="data")
+            check_places(listed, self.job.data, root=asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
             require(
                 mine.workers <= self.job.fit.batch_size,
                 "batch_size is at least the number of workers",
@@ -177,53 +144,25 @@ class _Training:
                 workers=mine.workers,
             )
             is_new = self.run.begin({**facts, "records": plan.key})
-            with self.console.progress("decoding") as bar:
-                decode_missing(plan, data.source, bar=bar, stop=self.stop)
-            index = read_index(plan.root)
-            bad = self._judge_bad_images(index, plan)
-            splits = self._splits(index, data.source)
+            decoded = decode(listed, self.job.data, console=self.console, stop=self.stop)
+            splits = split(decoded, self.job.data, console=self.console)
+            require(
+                self.job.fit.batch_size <= len(splits.train),
+                f"batch_size is at most the number of training images ({len(splits.train):,})",
+                batch_size=self.job.fit.batch_size,
+            )
             self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
-            features = self._features(plan, index, splits, have=have)
-            metrics = self._train(plan, splits, features, fingerprint=fingerprint(index, plan.class_names), mine=mine)
-        return self._result(metrics, mine, bad=bad, splits=splits)
+            features = None
+            if self.job.uses_features:
+                job = with_absolute_weights(self.job)
+                features = self._compute(plan_job_features(job, decoded, splits, have=have), have=have)
+            metrics = self.train_on(decoded, splits, features, mine=mine)
+        return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
-    def _judge_bad_images(self, index: pa.Table, plan: RecordPlan) -> int:
-        """Names the unreadable images, and fails where they are too many; how many there are."""
-        bad = bad_records(index)
-        if bad:
-            self.console.line(f"{len(bad):,} unreadable images are left out")
-        for uri, status, error in bad[:NAMED_BAD_IMAGES]:
-            self.console.line(f"  {uri}: {status}: {error}")
-        if len(bad) <= self.job.data.max_bad_fraction * index.num_rows:
-            return len(bad)
-        if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
-            storage.delete_tree(plan.root)  # the next run reads them anew
-        raise TooManyBadImages(
-            f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: "
-            f"{bad[0][2]}); --max-bad-fraction allows {self.job.data.max_bad_fraction:.2%}"
-        )
-
-    def _splits(self, index: pa.Table, source: Source) -> Splits:
-        """Splits the readable images."""
-        splits = assign_splits(
-            labels=index["label"].to_numpy().astype(np.int32),
-            given=index["split"].to_pylist(),
-            digests=np.array(index["digest"].to_pylist()).astype(np.bytes_),
-            readable=np.array([status == "ok" for status in index["status"].to_pylist()]),
-            uris=index["uri"].to_pylist(),
-            class_names=source.class_names,
-            config=self.job.data,
-        )
-        if splits.duplicates:
-            again, first = splits.duplicate_pairs[0]
-            removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
-            self.console.line(f"{splits.duplicates} images occur in two splits, such as {again} and {first}: {removed}")
-        require(
-            self.job.fit.batch_size <= len(splits.train),
-            f"batch_size is at most the number of training images ({len(splits.train):,})",
-            batch_size=self.job.fit.batch_size,
-        )
-        return splits
+    def _compute(self, features: FeaturePlan, *, have: Resources) -> FeaturePlan:
+        with self.console.progress("features") as bar:
+            compute_missing(features, actors=feature_actors(have), bar=bar, stop=self.stop)
+        return features
 
     def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model = self.job.model
@@ -233,45 +172,40 @@ class _Training:
             f"{' and a GPU' if mine.gpu else ''}, of {have}"
         )
 
-    def _features(self, plan: RecordPlan, index: pa.Table, splits: Splits, *, have: Resources) -> FeaturePlan | None:
-        """Computes the frozen backbone's features where phases can be trained on them."""
-        job = self.job
-        if not job.uses_features:
-            return None
-        actors = feature_actors(have)
-        features = plan_features(
-            with_absolute_weights(job).model,
-            records=plan.root,
-            index=index,
-            spec=plan.spec,
-            rows=np.concatenate([splits.train, splits.val]),
-            num_classes=len(plan.class_names),
-            precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=actors),
-            stored_as=job.run.feature_type,
-            seed=job.fit.seed,
-            root=job.run.storage,
-        )
-        with self.console.progress("features") as bar:
-            compute_missing(features, actors=actors, bar=bar, stop=self.stop)
-        return features
-
-    def _train(
-        self, plan: RecordPlan, splits: Splits, features: FeaturePlan | None, *, fingerprint: str, mine: Share
+    def train_on(
+        self,
+        decoded: DecodedData,
+        splits: Splits,
+        features: FeaturePlan | None,
+        *,
+        mine: Share,
+        board: Any = None,
+        validated_only: bool = False,
     ) -> dict[str, Any]:
-        """Lets the workers train; gives their metrics."""
+        """Lets the workers train; gives their metrics.
+
+        Args:
+            decoded: the images.
+            splits: of them.
+            features: finished ones, or None.
+            mine: how many workers, and what each gets.
+            board: a board that somebody else looks at, too; None: a new one.
+            validated_only: leave the test and the bundle to another call.
+        """
         self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
         task = WorkerTask(
             job=with_absolute_weights(self.job),
-            records=plan.root,
+            records=decoded.plan.root,
             splits=splits,
             features=features,
-            fingerprint=fingerprint,
+            fingerprint=decoded.fingerprint,
             run=self.run.uri,
             checkpoint=self.run.newest_checkpoint(),
-            board=make_board(),
+            board=board or make_board(),
             cpus=mine.cpus,
             gpu=mine.gpu,
             began_at=self.began_at,
+            validated_only=validated_only,
         )
         attempt = Attempt(task, name=self.run.next_attempt(), share=mine)
         result = attempt.run_to_end(console=self.console, stop=self.stop, lock=self.lock)

@@ -33,6 +33,8 @@ class Run:
     """One run, by the URI of its folder."""
 
     uri: str
+    begun_by: re.Pattern[str] = CHECKPOINT
+    """A run that has saved no object of such a name binds nobody: its command may have been refused."""
 
     @property
     def bundle(self) -> str:
@@ -40,7 +42,7 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         """The result where the run is finished, else None."""
-        return self._read("result.json")
+        return self.read("result.json")
 
     def begin(self, facts: Mapping[str, Any]) -> bool:
         """Notes what decides the result; True: the run is new, False: it goes on.
@@ -50,7 +52,7 @@ class Run:
         """
         if self.compare(facts):
             return False
-        self._write("run.json", facts)
+        self.write("run.json", facts)
         return True
 
     def compare(self, facts: Mapping[str, Any]) -> bool:
@@ -61,7 +63,7 @@ class Run:
         """
         if not self._is_begun():
             return False
-        there = self._read("run.json")
+        there = self.read("run.json")
         if there is None:
             return True
         named = {key: value for key, value in facts.items() if key != RECORDS}
@@ -76,12 +78,11 @@ class Run:
         return True
 
     def _is_begun(self) -> bool:
-        """A run that has saved nothing binds nobody: its command may have been refused."""
-        return self.result() is not None or self.newest_checkpoint() is not None
+        return self.result() is not None or any(self.begun_by.fullmatch(name) for name in self._names())
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes the result: the run is finished."""
-        self._write("result.json", result)
+        self.write("result.json", result)
 
     def newest_checkpoint(self) -> str | None:
         """URI of the complete checkpoint that is furthest, or None."""
@@ -107,11 +108,13 @@ class Run:
         """Everything in the folder, relative to it."""
         return [entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri)]
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the folder, or None."""
         try:
             return dict(json.loads(storage.read_bytes(storage.join(self.uri, name))))
         except FileNotFoundError:
             return None
 
-    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Puts a JSON object into the folder."""
         storage.write_bytes(storage.join(self.uri, name), json.dumps(values, indent=2).encode())

@@ -1,0 +1,163 @@
+"""From the images that a job names to what is trained on: listed, decoded, split, and a frozen backbone's features.
+
+The driver's side; training and search share it. Loads neither TensorFlow nor Keras.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mnist_dist import storage
+from mnist_dist.config import DataConfig, ModelConfig, TrainJob
+from mnist_dist.console import Console, Stop
+from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
+from mnist_dist.data.sources import Source, image_spec, open_source
+from mnist_dist.data.splits import Splits, assign_splits
+from mnist_dist.errors import TooManyBadImages
+from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
+from mnist_dist.on_ray.cluster import Resources, check_storage
+from mnist_dist.on_ray.features import feature_actors, resolve_on_workers
+from mnist_dist.on_ray.records import decode_missing
+from mnist_dist.training.features import FeaturePlan, plan_features
+
+NAMED_BAD_IMAGES = 10
+NOT_THE_IMAGES_FAULT = ("missing", "denied", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """The images as they were listed, and how they will be decoded."""
+
+    source: Source
+    plan: RecordPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedData:
+    """The images as they were decoded."""
+
+    source: Source
+    plan: RecordPlan
+    index: pa.Table
+    """A row per image (`Records.index`)."""
+    fingerprint: str
+    bad: int
+    """Unreadable images."""
+
+
+def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Console) -> Listed:
+    """Lists the images and plans their decoding for a backbone; writes nothing.
+
+    Raises:
+        ConfigError: the data cannot be used, or not by this backbone.
+    """
+    source = open_source(data)
+    console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
+    return plan_data(source, data, model, root=root)
+
+
+def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str) -> Listed:
+    """Plans the decoding of listed images for a backbone.
+
+    Raises:
+        ConfigError: the images are too small for the backbone, or the disk for them.
+    """
+    backbone = find_backbone(model.backbone)
+    follows_images = backbone.scratch and model.image_size_px is None
+    spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
+    if follows_images:
+        check_size(backbone, min(spec.height_px, spec.width_px))
+    plan = plan_records(source, spec, storage=storage.absolute(root), max_pixels=data.max_pixels)
+    return Listed(source=source, plan=plan)
+
+
+def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:
+    """Raises ConfigError where nodes of the cluster would not see the storage or the images."""
+    check_storage(root, is_shared=is_shared, nodes=nodes)
+    if listed.source.pixels is None:
+        check_storage(data.data, is_shared=is_shared, nodes=nodes, name="data")
+
+
+def decode(listed: Listed, data: DataConfig, *, console: Console, stop: Stop) -> DecodedData:
+    """Decodes what is not decoded yet, and judges what is unreadable.
+
+    Raises:
+        TooManyBadImages: more than `data.max_bad_fraction`.
+        Interrupted: a signal came; what is decoded stays.
+        ServiceError: the storage failed, not an image.
+    """
+    plan = listed.plan
+    with console.progress("decoding") as bar:
+        decode_missing(plan, listed.source, bar=bar, stop=stop)
+    index = read_index(plan.root)
+    return DecodedData(
+        source=listed.source,
+        plan=plan,
+        index=index,
+        fingerprint=fingerprint(index, plan.class_names),
+        bad=_judge_bad_images(index, plan, data, console=console),
+    )
+
+
+def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, *, console: Console) -> int:
+    """Names the unreadable images, and fails where they are too many; how many there are."""
+    bad = bad_records(index)
+    if bad:
+        console.line(f"{len(bad):,} unreadable images are left out")
+    for uri, status, error in bad[:NAMED_BAD_IMAGES]:
+        console.line(f"  {uri}: {status}: {error}")
+    if len(bad) <= data.max_bad_fraction * index.num_rows:
+        return len(bad)
+    if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
+        storage.delete_tree(plan.root)  # the next run reads them anew
+    raise TooManyBadImages(
+        f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: {bad[0][2]}); "
+        f"--max-bad-fraction allows {data.max_bad_fraction:.2%}: delete them, or allow more"
+    )
+
+
+def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits:
+    """Splits the readable images.
+
+    Raises:
+        ConfigError: a split or a class would be empty.
+    """
+    index = decoded.index
+    splits = assign_splits(
+        labels=index["label"].to_numpy().astype(np.int32),
+        given=index["split"].to_pylist(),
+        digests=np.array(index["digest"].to_pylist()).astype(np.bytes_),
+        readable=np.array([status == "ok" for status in index["status"].to_pylist()]),
+        uris=index["uri"].to_pylist(),
+        class_names=decoded.source.class_names,
+        config=data,
+    )
+    if splits.duplicates:
+        again, first = splits.duplicate_pairs[0]
+        removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
+        console.line(f"{splits.duplicates} images occur in two splits, such as {again} and {first}: {removed}")
+    return splits
+
+
+def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, have: Resources) -> FeaturePlan:
+    """Plans the frozen backbone's features of a job's training and validation images.
+
+    Args:
+        job: with absolute weights.
+        decoded: its images.
+        splits: of them.
+        have: what the cluster has; there decides what precision `auto` means.
+    """
+    return plan_features(
+        job.model,
+        records=decoded.plan.root,
+        index=decoded.index,
+        spec=decoded.plan.spec,
+        rows=np.concatenate([splits.train, splits.val]),
+        num_classes=len(decoded.plan.class_names),
+        precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=feature_actors(have)),
+        stored_as=job.run.feature_type,
+        seed=job.fit.seed,
+        root=job.run.storage,
+    )

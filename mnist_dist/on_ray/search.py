@@ -1,0 +1,496 @@
+"""The search job, the driver's side: data and features, trials, speeds, finalists, the winner, the leaderboard.
+
+Each step leaves what it found in the search's folder (`search/trials.py`), so the same command goes on behind the last
+one that is complete. Loads neither TensorFlow nor Keras.
+
+Validation images alone decide, among trials and among finalists; the winner alone meets the test images, once.
+"""
+
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from mnist_dist import storage
+from mnist_dist.config import ModelConfig, TrainJob, require
+from mnist_dist.console import Console, Stop
+from mnist_dist.data.sources import open_source
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import MnistDistError, ResourceError, WorkersFailed
+from mnist_dist.lock import Lock
+from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.on_ray.board import make_board
+from mnist_dist.on_ray.cluster import Resources, Share, connected, share
+from mnist_dist.on_ray.features import compute_missing, feature_actors
+from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, plan_data, plan_job_features, split
+from mnist_dist.on_ray.train import Training, check_job, with_absolute_weights
+from mnist_dist.on_ray.trial import Prepared, TrialTask
+from mnist_dist.on_ray.tuning import Trials, run_trials
+from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
+from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
+from mnist_dist.search.trials import Trial, TrialRecords, distinct_errors, usable
+from mnist_dist.search_config import SearchJob
+from mnist_dist.training.features import FeaturePlan
+from mnist_dist.training.runs import Run
+
+POLL_S = 0.5
+NAMED_ERRORS = 5
+TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
+SPEED_BATCH_SIZE = 32
+SPEED_S = 1.0
+
+
+def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
+    """Searches, or goes on with a search, or returns what is finished.
+
+    Args:
+        job: what to search.
+        recipe: the recipe's name; with the settings it names the search where `job.run.name` is None.
+        console: what a person sees.
+
+    Returns:
+        The result as in the contract: `run_dir`, `bundle`, `trials`, `failed`, `best` (its trial, config and metrics),
+        `leaderboard` (URI), `seconds`.
+
+    Raises:
+        ConfigError: the space, the data, the weights or the cluster do not fit; found before any trial.
+        WorkersFailed: all trials failed, or all finalists.
+        Interrupted: a signal; what is finished is kept.
+    """
+    began_at = time.time()
+    check_space(job)
+    for space in job.backbones:
+        for architecture in architectures_of(space):
+            check_job(backbone_job(architecture, job))
+    name = job.run.name or f"{recipe}-{job.settings_hash()}"
+    run = Run(storage.join(storage.absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
+    facts = {"recipe": recipe, "settings": job.settings()}
+    run.compare(facts)
+    finished = run.result()
+    if finished is not None:
+        console.line(f"{run.uri} is finished; another --name or --seed searches anew")
+        return finished
+    storage.check_writable(job.run.storage)
+    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
+        result = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=began_at).run_to_end(facts)
+        run.finish(result)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What all trials and finalists are trained on."""
+
+    decoded: Mapping[str, DecodedData]
+    """By the architecture's name."""
+    features: Mapping[str, FeaturePlan]
+    """Finished ones, by the architecture's name."""
+    splits: Splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalistTask:
+    """What the process of a finalist is told."""
+
+    job: TrainJob
+    run: str
+    """URI of its run."""
+    decoded: DecodedData
+    features: FeaturePlan | None
+    splits: Splits
+    share: Share
+    board: Any
+    validated_only: bool
+
+
+class _Search:
+    """One driver's attempt at a search."""
+
+    def __init__(self, job: SearchJob, *, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float) -> None:
+        self.job, self.run, self.console, self.stop, self.lock = job, run, console, stop, lock
+        self.began_at = began_at
+        hours = job.search.hours
+        self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
+        self.architectures = [one for space in job.backbones for one in architectures_of(space)]
+        self.finalist_records = TrialRecords(storage.join(run.uri, "finalists"))
+
+    def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """All steps that are left, and the result."""
+        asked = self.job.run
+        with connected(verbose=asked.verbose) as have:
+            self.stop.take_signals()
+            self.job = replace(self.job, run=replace(asked, gpus_per_trial=_gpus_per_trial(self.job, have)))
+            concurrent = _concurrent_trials(self.job, have)
+            mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
+            data = self._prepare(facts, have=have)
+            trials = self._try(data, concurrent=concurrent)
+            speeds = self._measure(data, trials, have=have)
+            finalists = self._train_finalists(data, trials, mine=mine, have=have)
+            winner = min(usable(finalists.values()), key=lambda trial: trial.rank)
+            tested = self._finish_winner(data, winner, mine=mine)
+        self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
+        return self._result(trials, winner, tested, speeds)
+
+    # --- data ---
+
+    def _prepare(self, facts: Mapping[str, Any], *, have: Resources) -> _Data:
+        """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
+        job, root = self.job, self.job.run.storage
+        source = open_source(job.data)
+        self.console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
+        listed = {one.name: plan_data(source, job.data, one.model(), root=root) for one in self.architectures}
+        for some in listed.values():
+            check_places(some, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=have.nodes)
+        keys = sorted({some.plan.key for some in listed.values()})
+        is_new = self.run.begin({**facts, "records": "-".join(key[:16] for key in keys)})
+        self.console.line(f"{'searching' if is_new else 'going on with'} {self.run.uri}, on {have}")
+        by_key = {some.plan.key: some for some in listed.values()}
+        decoded = {key: decode(some, job.data, console=self.console, stop=self.stop) for key, some in by_key.items()}
+        of_each = {name: decoded[some.plan.key] for name, some in listed.items()}
+        splits = _common_splits(
+            list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
+        )
+        largest = max(job.space.batch_size)
+        require(
+            largest <= len(splits.train),
+            f"batch_size is at most the number of training images ({len(splits.train):,})",
+            batch_size=largest,
+        )
+        return _Data(decoded=of_each, features=self._features(of_each, splits, have=have), splits=splits)
+
+    def _features(
+        self, decoded: Mapping[str, DecodedData], splits: Splits, *, have: Resources
+    ) -> dict[str, FeaturePlan]:
+        plans = {}
+        for space in self.job.backbones:
+            if not self.job.run.feature_cache or space.trained == ("all",):
+                continue
+            for one in architectures_of(space):
+                job = with_absolute_weights(backbone_job(one, self.job))
+                plans[one.name] = plan_job_features(job, decoded[one.name], splits, have=have)
+        for name, plan in plans.items():
+            with self.console.progress(f"features of {name}") as bar:
+                compute_missing(plan, actors=feature_actors(have), bar=bar, stop=self.stop)
+        return plans
+
+    # --- trials ---
+
+    def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
+        """The first stage; all trials by number.
+
+        Raises:
+            WorkersFailed: none of them came to anything.
+        """
+        records = TrialRecords(storage.join(self.run.uri, "trials"))
+        if self.run.read("trials.json") is None:
+            trials = Trials(self.job, records, ends_at=self.ends_at)
+            task = TrialTask(
+                prepared={
+                    name: Prepared(records=some.plan.root, features=data.features.get(name))
+                    for name, some in data.decoded.items()
+                },
+                splits=data.splits,
+                cpus=self.job.run.cpus_per_trial,
+                gpu=bool(self.job.run.gpus_per_trial),
+            )
+            self.console.line(f"trials: {trials.count}, {concurrent} at a time")
+            run_trials(
+                self.job,
+                trials,
+                task,
+                uri=self.run.uri,
+                concurrent=concurrent,
+                console=self.console,
+                stop=self.stop,
+                lock=self.lock,
+            )
+            known = trials.known
+            if usable(known.values()):
+                self.run.write("trials.json", {"trials": len(known)})
+        else:
+            known = records.read()
+        errors = distinct_errors(known.values())
+        for words, count in errors[:NAMED_ERRORS]:
+            self.console.line(f"{count} trial(s) failed: {words}")
+        if not usable(known.values()):
+            shown = "; ".join(f"{count} x {words}" for words, count in errors[:NAMED_ERRORS])
+            raise WorkersFailed(
+                f"none of {len(known)} trials came to anything: {shown}"
+                if known
+                else f"the time (--hours {self.job.search.hours:g}) was over before the first trial; what was decoded "
+                "and computed is kept"
+            )
+        return known
+
+    def _measure(self, data: _Data, trials: Mapping[int, Trial], *, have: Resources) -> dict[str, Speed]:
+        """How fast each architecture scores, one after the other while nothing else runs."""
+        known = {name: Speed(**values) for name, values in (self.run.read("speeds.json") or {}).items()}
+        tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
+        missing = [one for one in self.architectures if one.name in tried - known.keys()]
+        if missing:
+            node_cpus = max(cpus for cpus, _ in have.by_node)
+            measure = ray.remote(num_cpus=node_cpus, num_gpus=min(1.0, have.gpus))(measure_speeds)
+            asked = measure.remote(
+                {one.name: with_absolute_weights(backbone_job(one, self.job)).model for one in missing},
+                {one.name: data.decoded[one.name].plan.spec for one in missing},
+                num_classes=len(next(iter(data.decoded.values())).plan.class_names),
+                cpus=int(node_cpus),
+            )
+            with self.console.progress("speed of scoring") as bar:
+                while not ray.wait([asked], timeout=POLL_S)[0]:
+                    self.stop.check()
+                    bar.update(done=0, total=1, note=f"{len(missing)} architectures")
+            known |= ray.get(asked)
+            self.run.write("speeds.json", {name: asdict(speed) for name, speed in known.items()})
+        return known
+
+    # --- finalists ---
+
+    def _train_finalists(
+        self, data: _Data, trials: Mapping[int, Trial], *, mine: Share, have: Resources
+    ) -> dict[int, Trial]:
+        """The second stage; all finalists by number.
+
+        Raises:
+            WorkersFailed: all of them failed.
+        """
+        done = self.finalist_records.read()
+        chosen = usable(trials.values())[: self.job.search.finalists]
+        left = [trial for trial in chosen if trial.number not in done]
+        room = max(1, have.room(mine.cpus, gpu=mine.gpu) // mine.workers)
+        waiting, running = list(left), dict[Any, tuple[Trial, Any]]()
+        with self.console.view("finalists") as view:
+            while waiting or running:
+                while waiting and len(running) < room and self.stop.signal_number is None:
+                    trial, board = waiting.pop(0), make_board()
+                    self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
+                    running[_start(self._finalist_task(data, trial, mine=mine, board=board, validated_only=True))] = (
+                        trial,
+                        board,
+                    )
+                ready, _ = ray.wait(list(running), timeout=POLL_S)
+                for asked in ready:
+                    trial, _board = running.pop(asked)
+                    self._record_finalist(trial, asked)
+                self._look_after(running, waiting)
+                view.update(summary=f"{len(running)} running, {len(waiting)} waiting", rows=_positions(running))
+        self.stop.check()
+        done = self.finalist_records.read()
+        if not usable(done.values()):
+            errors = "; ".join(f"{count} x {words}" for words, count in distinct_errors(done.values()))
+            raise WorkersFailed(f"none of {len(done)} finalists could be trained: {errors}")
+        return done
+
+    def _look_after(self, running: Mapping[Any, tuple[Trial, Any]], waiting: list[Trial]) -> None:
+        """Passes a signal on: finalists save what they have and end."""
+        if self.lock.lost:
+            self.lock.check()
+        if self.stop.signal_number is not None:
+            waiting.clear()
+            for _, board in running.values():
+                board.ask_to_stop.remote()
+
+    def _record_finalist(self, trial: Trial, asked: Any) -> None:
+        """Writes down what came of a finalist, unless a signal ended it."""
+        try:
+            metrics = ray.get(asked)
+        except ray.exceptions.RayError as error:
+            if self.stop.signal_number is not None:
+                return
+            words = _words(error)
+            self.console.line(f"finalist {trial.number} failed: {words}")
+            found = replace(trial, status="failed", error=words, val_accuracy=None, val_loss=None)
+        else:
+            found = replace(
+                trial,
+                status="done",
+                val_accuracy=metrics["validation_accuracy"],
+                val_loss=metrics["validation_loss"],
+                epochs=metrics["epochs"],
+                seconds=metrics["seconds"],
+                history=(),
+            )
+            self.console.line(
+                f"finalist {trial.number}: validation accuracy {found.val_accuracy:.4f} ({trial.val_accuracy:.4f} as a "
+                f"trial), loss {found.val_loss:.4f}"
+            )
+        self.finalist_records.write(found)
+
+    def _finalist_task(
+        self, data: _Data, trial: Trial, *, mine: Share, board: Any, validated_only: bool
+    ) -> FinalistTask:
+        job = train_job(trial.params, self.job, stage="finalist")
+        name = architecture_of(trial.params, self.job).name
+        return FinalistTask(
+            job=job,
+            run=self._finalist_uri(trial),
+            decoded=data.decoded[name],
+            features=data.features.get(name) if job.uses_features else None,
+            splits=data.splits,
+            share=mine,
+            board=board,
+            validated_only=validated_only,
+        )
+
+    def _finalist_uri(self, trial: Trial) -> str:
+        return storage.join(self.run.uri, "finalists", f"{trial.number:06d}")
+
+    def _finish_winner(self, data: _Data, winner: Trial, *, mine: Share) -> dict[str, Any]:
+        """Tests the winner, and puts its bundle into the search's folder."""
+        self.console.line(f"winner: trial {winner.number}, {describe(winner.params)}")
+        bundle = storage.join(self.run.uri, "bundle")
+        board = make_board()
+        asked = _start(self._finalist_task(data, winner, mine=mine, board=board, validated_only=False))
+        with self.console.progress("testing the winner") as bar:
+            while not ray.wait([asked], timeout=POLL_S)[0]:
+                self.stop.check()
+                bar.update(done=0, total=1)
+        try:
+            metrics: dict[str, Any] = ray.get(asked)
+        except ray.exceptions.RayError as error:
+            raise WorkersFailed(f"testing the winner failed: {_words(error)}") from error
+        self.lock.check()
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.download_folder(storage.join(self._finalist_uri(winner), "bundle"), Path(scratch))
+            storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
+        return metrics
+
+    # --- results ---
+
+    def _write_leaderboard(
+        self, trials: Mapping[int, Trial], speeds: Mapping[str, Speed], finalists: Mapping[int, Trial], *, winner: int
+    ) -> None:
+        table = make_leaderboard(
+            trials.values(),
+            architectures={number: architecture_of(trial.params, self.job) for number, trial in trials.items()},
+            speeds=speeds,
+            finalists=finalists,
+            winner=winner,
+        )
+        storage.write_bytes(self._leaderboard, parquet_bytes(table))
+        storage.write_bytes(storage.join(self.run.uri, "pareto.png"), pareto_figure(table))
+        self.console.table(shown_rows(table))
+
+    @property
+    def _leaderboard(self) -> str:
+        return storage.join(self.run.uri, "leaderboard.parquet")
+
+    def _result(
+        self, trials: Mapping[int, Trial], winner: Trial, tested: Mapping[str, Any], speeds: Mapping[str, Speed]
+    ) -> dict[str, Any]:
+        speed = speeds.get(architecture_of(winner.params, self.job).name)
+        return {
+            "run_dir": self.run.uri,
+            "bundle": storage.join(self.run.uri, "bundle"),
+            "trials": len(trials),
+            "failed": sum(trial.status == "failed" for trial in trials.values()),
+            "best": {
+                "trial": winner.number,
+                "config": winner.params,
+                "val_accuracy": winner.val_accuracy,
+                "val_loss": winner.val_loss,
+                "test_accuracy": tested["test_accuracy"],
+                "test_loss": tested["test_loss"],
+                "ms_per_image": speed.ms_per_image if speed else None,
+            },
+            "leaderboard": self._leaderboard,
+            "seconds": round(time.time() - self.began_at, 2),
+        }
+
+
+def _gpus_per_trial(job: SearchJob, have: Resources) -> float:
+    asked = job.run.gpus_per_trial
+    return asked if asked is not None else 0.25 if have.gpus else 0.0
+
+
+def _concurrent_trials(job: SearchJob, have: Resources) -> int:
+    """How many trials find room at once; more of them would starve each other (ray-project/ray#54305).
+
+    Raises:
+        ResourceError: not even one.
+    """
+    cpus, gpus = job.run.cpus_per_trial, job.run.gpus_per_trial or 0.0
+    room = sum(min(int(c / cpus + 1e-9), int(g / gpus + 1e-9) if gpus else 2**30) for c, g in have.by_node)
+    if room == 0:
+        raise ResourceError(
+            f"a trial of {cpus:g} CPUs and {gpus:g} GPUs fits on no node; the cluster has {have}. "
+            f"Received: cpus_per_trial={cpus:g}, gpus_per_trial={gpus:g}"
+        )
+    return min(room, job.run.concurrent_trials or room, job.search.trials)
+
+
+def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
+    """The splits without images that cannot be read at one of the sizes."""
+    if not any(some.bad for some in decoded):
+        return splits
+    columns = [np.array([status == "ok" for status in some.index["status"].to_pylist()]) for some in decoded]
+    readable = np.logical_and.reduce(columns)
+    return replace(
+        splits, **{name: getattr(splits, name)[readable[getattr(splits, name)]] for name in ("train", "val", "test")}
+    )
+
+
+def _start(task: FinalistTask) -> Any:
+    """Starts a finalist in a process of its own, on this node: its workers are placed by Ray Train."""
+    return ray.remote(num_cpus=0, max_retries=0)(train_finalist).remote(task)
+
+
+def train_finalist(task: FinalistTask) -> dict[str, Any]:
+    """Trains a finalist with Ray Train, or goes on with it; gives its metrics."""
+    began_at = time.time()
+    console = Console(verbose=task.job.run.verbose, terminal=False)
+    with Stop(console) as stop, Lock(storage.join(task.run, "lock"), what=task.run) as lock:
+        training = Training(
+            task.job, recipe="finalist", run=Run(task.run), console=console, stop=stop, lock=lock, began_at=began_at
+        )
+        metrics = training.train_on(
+            task.decoded,
+            task.splits,
+            task.features,
+            mine=task.share,
+            board=task.board,
+            validated_only=task.validated_only,
+        )
+    return {**metrics, "seconds": round(metrics["earlier_s"] + time.time() - began_at, 2)}
+
+
+def measure_speeds(
+    models: Mapping[str, ModelConfig], specs: Mapping[str, Any], *, num_classes: int, cpus: int
+) -> dict[str, Speed]:
+    """Measures the scoring path of some architectures, in a process that does nothing else."""
+    from mnist_dist.models.classifier import build_classifier
+    from mnist_dist.models.engines import images_per_s, use_cpus
+
+    use_cpus(cpus)
+    found = {}
+    for name, model in models.items():
+        classifier = build_classifier(
+            replace(model, weights="none"), spec=specs[name], num_classes=num_classes, load_weights=False
+        )
+        rate = images_per_s(classifier.model, batch_size=SPEED_BATCH_SIZE, seconds=SPEED_S)
+        found[name] = Speed(ms_per_image=1000 / rate, backbone_parameters=classifier.backbone.count_params())
+    return found
+
+
+def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
+    rows = [["finalist", "phase", "epoch", "accuracy"]]
+    boards = [(trial, ray.get(board.take.remote())[0]) for trial, board in running.values()]
+    for trial, position in boards:
+        if position is not None:
+            rows.append(
+                [str(trial.number), position.phase, f"{position.epoch}/{position.epochs}", f"{position.accuracy:.4f}"]
+            )
+    return rows
+
+
+def _words(error: BaseException) -> str:
+    """What an error of a finalist's process means to a person."""
+    cause = getattr(error, "cause", None) or error
+    words = (str(cause).strip() or "no message").splitlines()[0]
+    return words if isinstance(cause, MnistDistError) else f"{type(cause).__name__}: {words}"

@@ -1,0 +1,198 @@
+"""A worker's side of the search: one process that runs trial after trial, an epoch at a time, as Ray Tune asks.
+
+What is foreseen or not, an error of a trial is its result: raised, it would cost the process, which has TensorFlow
+loaded. Only a process that dies is told by Ray itself.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from ray import tune
+
+from mnist_dist.config import TrainJob
+from mnist_dist.data.records import Records, open_records
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import MnistDistError
+from mnist_dist.on_ray.features import node_folder
+from mnist_dist.training.checkpoints import Checkpoint
+from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
+from mnist_dist.training.host import Position
+
+ACCURACY, EPOCHS = "accuracy", "training_iteration"
+"""What a report calls the best epoch's validation accuracy; what Ray Tune calls the number of reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the trials of one architecture train on."""
+
+    records: str
+    """URI of the record cache."""
+    features: FeaturePlan | None
+    """Of finished features; None: the backbone runs in each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """What all trials are told."""
+
+    prepared: Mapping[str, Prepared]
+    """By the architecture's name."""
+    splits: Splits
+    cpus: float
+    gpu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a trial says after each epoch."""
+
+    accuracy: float
+    """Of the best epoch so far, validation, 0-1."""
+    loss: float
+    epochs: int
+    parameters: int
+    """Of what is trained."""
+    seconds: float
+    finished: bool
+    history: str
+    """JSON."""
+    error: str | None = None
+
+
+class TrialProcess(tune.Trainable):
+    """Runs one trial after the other. A trial's config: `architecture` (a name of the task) and `job`."""
+
+    def setup(self, config: dict[str, Any], task: TrialTask) -> None:
+        from mnist_dist.models.engines import use_cpus
+
+        self._task = task
+        self._records: dict[str, Records] = {}
+        self._features: dict[str, FeatureRows] = {}
+        use_cpus(int(task.cpus))
+        self.reset_config(config)
+
+    def reset_config(self, config: dict[str, Any]) -> bool:
+        """Begins another trial in the same process."""
+        self._config, self._seconds = config, 0.0
+        self._trainer: Any = None
+        self._epochs: Iterator[dict[str, Any]] = iter(())
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Trains an epoch."""
+        began = time.monotonic()
+        try:
+            if self._trainer is None:
+                self._begin()
+            next(self._epochs)
+            report = self._report(self._seconds + time.monotonic() - began)
+        except Exception as error:  # the one border of a trial: its error is recorded, the search goes on
+            report = self._failure(error)
+        self._seconds += time.monotonic() - began
+        return {**dataclasses.asdict(report), "done": report.finished}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing is kept: an unfinished trial is run again from its start."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See `save_checkpoint`."""
+
+    def cleanup(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._epochs = iter(())
+
+    def _begin(self) -> None:
+        import keras
+
+        from mnist_dist.training.feed import World
+        from mnist_dist.training.loop import Trainer
+
+        keras.backend.clear_session()  # what the trial before has left
+        self._trainer = Trainer(self._train_task(), host=_Nobody(), world=World())
+        self._epochs = self._trainer.epochs()
+
+    def _train_task(self) -> Any:
+        from mnist_dist.training.feed import Images
+        from mnist_dist.training.phase import TrainTask
+        from mnist_dist.training.precision import resolve_precision
+
+        job: TrainJob = self._config["job"]
+        prepared = self._task.prepared[self._config["architecture"]]
+        records, splits = self._open_records(prepared.records), self._task.splits
+        images = Images(
+            pixels=records.pixels,
+            labels=records.index["label"].to_numpy().astype(np.int32),
+            train=splits.train,
+            validation=splits.val,
+            test=splits.test[:0],
+        )
+        heads_only = all(phase.trainable == "head" for phase in job.phases.phases())
+        features = None
+        if prepared.features is not None and heads_only:
+            images = features = replace(images, pixels=self._open_features(prepared.features))
+        return TrainTask(
+            job=job,
+            spec=records.spec,
+            class_names=records.class_names,
+            images=images,
+            features=features,
+            head_alone=features is not None,
+            precision=resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=self._task.gpu),
+        )
+
+    def _open_records(self, root: str) -> Records:
+        if root not in self._records:
+            self._records[root] = open_records(root, local_dir=node_folder("records"))
+        return self._records[root]
+
+    def _open_features(self, plan: FeaturePlan) -> FeatureRows:
+        if plan.key not in self._features:
+            self._features[plan.key] = open_features(plan, local_dir=node_folder("features"))
+        return self._features[plan.key]
+
+    def _report(self, seconds: float) -> Report:
+        state = self._trainer.state
+        best = state.best or {}
+        return Report(
+            accuracy=best["val_accuracy"],
+            loss=best["val_loss"],
+            epochs=state.epochs_done,
+            parameters=self._trainer.network.count_params(),
+            seconds=seconds,
+            finished=state.phase == len(self._config["job"].phases.phases()),
+            history=json.dumps(state.history),
+        )
+
+    def _failure(self, error: BaseException) -> Report:
+        words = (str(error).strip() or "no message").splitlines()[0]
+        shown = words if isinstance(error, MnistDistError) else f"{type(error).__name__}: {words}"
+        history = [] if self._trainer is None else self._trainer.state.history
+        return Report(
+            accuracy=0.0,
+            loss=float("inf"),
+            epochs=len(history),
+            parameters=0,
+            seconds=self._seconds,
+            finished=True,
+            history=json.dumps(history),
+            error=shown,
+        )
+
+
+class _Nobody:
+    """A `Host` that neither watches nor keeps anything."""
+
+    def progress(self, position: Position) -> bool:
+        return False
+
+    def epoch_ended(self, line: dict[str, Any]) -> None:
+        pass
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        pass

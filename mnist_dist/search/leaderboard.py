@@ -1,0 +1,206 @@
+"""The leaderboard of a search: a row per trial, the best first, and which of them nothing else beats.
+
+Accuracy and loss are of the validation images; the speed is that of the scoring path, measured once per architecture.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnist_dist.search.space import Architecture
+from mnist_dist.search.trials import Trial
+
+PARAMETERS = {
+    "trained": pa.string(),
+    "hidden_units": pa.int32(),
+    "dropout": pa.float64(),
+    "optimizer": pa.string(),
+    "learning_rate": pa.float64(),
+    "weight_decay": pa.float64(),
+    "label_smoothing": pa.float64(),
+    "augmentation": pa.string(),
+    "batch_size": pa.int32(),
+    "cut_point": pa.string(),
+    "fine_tune_learning_rate": pa.float64(),
+}
+SCHEMA = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("trial", pa.int32()),
+        ("status", pa.string()),
+        ("val_accuracy", pa.float64()),
+        ("val_loss", pa.float64()),
+        ("finalist_val_accuracy", pa.float64()),
+        ("finalist_val_loss", pa.float64()),
+        ("winner", pa.bool_()),
+        ("pareto", pa.bool_()),
+        ("ms_per_image", pa.float64()),
+        ("parameters", pa.int64()),
+        ("epochs", pa.int32()),
+        ("train_s", pa.float64()),
+        ("error", pa.string()),
+        ("architecture", pa.string()),
+        ("backbone", pa.string()),
+        ("alpha", pa.float64()),
+        ("image_size_px", pa.int32()),
+        ("pooling", pa.string()),
+        *PARAMETERS.items(),
+    ]
+)
+"""Columns of the Parquet file. `parameters`: of the whole network. `train_s`: seconds. `pareto`: no other trial is as
+accurate and as fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of an architecture in the scoring path."""
+
+    ms_per_image: float
+    backbone_parameters: int
+
+
+def make_leaderboard(
+    trials: Iterable[Trial],
+    *,
+    architectures: Mapping[int, Architecture],
+    speeds: Mapping[str, Speed],
+    finalists: Mapping[int, Trial],
+    winner: int | None,
+) -> pa.Table:
+    """The leaderboard as a table of `SCHEMA`.
+
+    Args:
+        trials: all of them.
+        architectures: of each trial, by number.
+        speeds: by the architecture's name; those that were measured.
+        finalists: by number; those that were trained.
+        winner: its number, or None.
+    """
+    ordered = sorted(trials, key=lambda trial: (trial.status == "failed", *trial.rank))
+    front = pareto_front(
+        {
+            trial.number: (trial.val_accuracy, 1 / speeds[name].ms_per_image)
+            for trial in ordered
+            if trial.val_accuracy and (name := architectures[trial.number].name) in speeds
+        }
+    )
+    rows = []
+    for rank, trial in enumerate(ordered, start=1):
+        architecture, finalist = architectures[trial.number], finalists.get(trial.number)
+        rows.append(
+            {
+                **_of_trial(trial, architecture, speeds.get(architecture.name)),
+                "rank": rank,
+                "finalist_val_accuracy": finalist.val_accuracy if finalist else None,
+                "finalist_val_loss": finalist.val_loss if finalist else None,
+                "winner": trial.number == winner,
+                "pareto": trial.number in front,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _of_trial(trial: Trial, architecture: Architecture, speed: Speed | None) -> dict[str, Any]:
+    own = {name.removeprefix(f"{architecture.backbone}."): value for name, value in trial.params.items()}
+    parameters = trial.parameters
+    if parameters is not None and own.get("trained") != "all":
+        parameters = parameters + speed.backbone_parameters if speed else None
+    return {
+        **{name: own.get(name) for name in PARAMETERS},
+        **{name: value for name, value in asdict(architecture).items() if name != "weights"},
+        "architecture": architecture.name,
+        "trial": trial.number,
+        "status": trial.status,
+        "val_accuracy": trial.val_accuracy,
+        "val_loss": trial.val_loss,
+        "ms_per_image": speed.ms_per_image if speed else None,
+        "parameters": parameters,
+        "epochs": trial.epochs,
+        "train_s": trial.seconds,
+        "error": trial.error,
+    }
+
+
+def pareto_front(points: Mapping[int, tuple[float, float]]) -> set[int]:
+    """The keys of points `(accuracy, speed)` that no other point equals or beats in both and beats in one."""
+    return {
+        key
+        for key, (accuracy, speed) in points.items()
+        if not any(a >= accuracy and s >= speed and (a > accuracy or s > speed) for a, s in points.values())
+    }
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The leaderboard as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def shown_rows(table: pa.Table, *, most: int = 10) -> list[list[str]]:
+    """The best rows for a terminal, a line of column titles first."""
+    lines = [["#", "trial", "accuracy", "loss", "ms/image", "parameters", "s", "status", "network", "configuration"]]
+    for row in table.slice(0, most).to_pylist():
+        finalist = row["finalist_val_accuracy"]
+        lines.append(
+            [
+                f"{row['rank']}{'*' if row['pareto'] else ''}",
+                f"{row['trial']}",
+                f"{_number(row['val_accuracy'], '.4f')}{f' -> {finalist:.4f}' if finalist is not None else ''}",
+                _number(row["val_loss"], ".4f"),
+                _number(row["ms_per_image"], ".3g"),
+                _number(row["parameters"], ",d"),
+                _number(row["train_s"], ".1f"),
+                "winner" if row["winner"] else row["status"],
+                row["architecture"],
+                _settings(row),
+            ]
+        )
+    return lines
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    decay = f" decay {row['weight_decay']:.2g}" if row["weight_decay"] is not None else ""
+    hidden = f", {row['hidden_units']} hidden" if row["hidden_units"] else ""
+    dropout = f", dropout {row['dropout']:g}" if row["dropout"] else ""
+    smoothing = f", smoothing {row['label_smoothing']:g}" if row["label_smoothing"] else ""
+    rate = f"{row['optimizer']} {row['learning_rate']:.2g}{decay}"
+    return f"{row['trained']}, {rate}, batch {row['batch_size']}{hidden}{dropout}{smoothing}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def pareto_figure(table: pa.Table) -> bytes:
+    """Accuracy against speed of all trials, the front in front: a PNG file."""
+    from matplotlib.figure import Figure
+
+    rows: Sequence[dict[str, Any]] = [
+        row for row in table.to_pylist() if row["val_accuracy"] is not None and row["ms_per_image"]
+    ]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for architecture in sorted({row["architecture"] for row in rows}):
+        mine = [row for row in rows if row["architecture"] == architecture]
+        speeds, accuracies = [1000 / row["ms_per_image"] for row in mine], [row["val_accuracy"] for row in mine]
+        axes.scatter(speeds, accuracies, s=18, alpha=0.6, label=architecture)
+    front = sorted((1000 / row["ms_per_image"], row["val_accuracy"]) for row in rows if row["pareto"])
+    axes.step(
+        *zip(*front, strict=True), where="pre", color="black", linewidth=1, label="Pareto front"
+    ) if front else None
+    axes.set(
+        xscale="log",
+        xlabel="speed of scoring, images/s",
+        ylabel="validation accuracy",
+        title="Accuracy against speed of all trials",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

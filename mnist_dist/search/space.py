@@ -1,0 +1,354 @@
+"""From a search space to proposals, and from a proposal to training jobs.
+
+A proposal is a flat mapping of parameter names to values. What belongs to a backbone carries its name
+(`vgg16.pooling`), so that it is never drawn for another; what would mean nothing (the decay of an optimizer without
+one) is not drawn at all.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import optuna
+
+from mnist_dist.config import (
+    FitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhasesConfig,
+    RunConfig,
+    TrainJob,
+)
+from mnist_dist.models.backbones import check_model, check_trainable
+from mnist_dist.search_config import BackboneSpace, SearchJob
+
+_MOST_VALUES = 20
+"""More values of one choice than these are not all checked before the search begins."""
+
+Params = dict[str, Any]
+Stage = Literal["trial", "finalist"]
+
+
+class Draw(Protocol):
+    """Gives a value for each parameter that it is asked for, by name."""
+
+    def choice(self, name: str, values: Sequence[Any]) -> Any:
+        """One of the values."""
+
+    def log_uniform(self, name: str, low: float, high: float) -> float:
+        """A number between the two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a frozen backbone's features and the speed of scoring depend on."""
+
+    backbone: str
+    weights: str
+    alpha: float
+    image_size_px: int | None
+    pooling: Any
+
+    def model(self) -> ModelConfig:
+        """The network with the smallest head."""
+        return ModelConfig(
+            backbone=self.backbone,
+            weights=self.weights,
+            alpha=self.alpha,
+            image_size_px=self.image_size_px,
+            pooling=self.pooling,
+        )
+
+    @property
+    def name(self) -> str:
+        """Short, for people: `mobilenet_v2 96 px avg`."""
+        width = f" x{self.alpha:g}" if self.alpha != 1 else ""
+        size = f" {self.image_size_px} px" if self.image_size_px else ""
+        return f"{self.backbone}{width}{size}{f' {self.pooling}' if self.pooling else ''}"
+
+
+def check_space(job: SearchJob) -> None:
+    """Checks every combination that can be drawn against the table of backbones.
+
+    Raises:
+        ConfigError: of the first one that does not fit, such as a pooling or a cut point that a backbone has not got.
+    """
+    for space in job.backbones:
+        for architecture in architectures_of(space):
+            row = check_model(architecture.model())
+            for cut_point in space.cut_points if "fine-tune" in space.trained else ():
+                check_trainable(row, int(cut_point) if cut_point.isdecimal() else cut_point)
+        for place in range(_MOST_VALUES):  # every value passes the checks of training's own classes
+            train_job(propose(job, _NthDraw(space.backbone, place)), job, stage="finalist")
+
+
+def architectures_of(space: BackboneSpace) -> list[Architecture]:
+    """All architectures of one backbone."""
+    return [
+        Architecture(backbone=space.backbone, weights=space.weights, alpha=alpha, image_size_px=size, pooling=pooling)
+        for alpha, size, pooling in itertools.product(space.alpha, space.image_size_px, space.pooling)
+    ]
+
+
+def propose(job: SearchJob, draw: Draw) -> Params:
+    """Draws one configuration."""
+    space, params = job.space, Params()
+
+    def choice(name: str, values: Sequence[Any]) -> Any:
+        params[name] = draw.choice(name, values) if len(values) > 1 else values[0]
+        return params[name]
+
+    def log_uniform(name: str, ends: tuple[float, float]) -> None:
+        params[name] = draw.log_uniform(name, *ends) if ends[0] < ends[1] else ends[0]
+
+    by_name = {of.backbone: of for of in job.backbones}
+    backbone = by_name[choice("backbone", list(by_name))]
+    for name in ("alpha", "image_size_px", "pooling"):
+        choice(f"{backbone.backbone}.{name}", getattr(backbone, name))
+    trained = choice(f"{backbone.backbone}.trained", backbone.trained)
+    if trained == "fine-tune":
+        choice(f"{backbone.backbone}.cut_point", backbone.cut_points)
+        log_uniform("fine_tune_learning_rate", space.fine_tune_learning_rate)
+    if trained == "all":
+        choice("augmentation", space.augmentation)
+    for name in ("hidden_units", "dropout", "label_smoothing", "batch_size"):
+        choice(name, getattr(space, name))
+    log_uniform("learning_rate", space.learning_rate)
+    if choice("optimizer", space.optimizer) == "adamw":
+        log_uniform("weight_decay", space.weight_decay)
+    return params
+
+
+def architecture_of(params: Mapping[str, Any], job: SearchJob) -> Architecture:
+    """The architecture of a proposal."""
+    name = params["backbone"]
+    space = next(space for space in job.backbones if space.backbone == name)
+    return Architecture(
+        backbone=name,
+        weights=space.weights,
+        alpha=params[f"{name}.alpha"],
+        image_size_px=params[f"{name}.image_size_px"],
+        pooling=params[f"{name}.pooling"],
+    )
+
+
+def train_job(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> TrainJob:
+    """The training job of a proposal.
+
+    Args:
+        params: of `propose`.
+        job: the search.
+        stage: a `trial` trains the head on the frozen backbone, or the whole network; a `finalist` also fine-tunes.
+    """
+    search, model = job.search, architecture_of(params, job).model()
+    optimizer = OptimizerConfig(
+        optimizer=params["optimizer"],
+        weight_decay=params.get("weight_decay", 0.0),
+        label_smoothing=params["label_smoothing"],
+    )
+    return TrainJob(
+        data=job.data,
+        model=ModelConfig(
+            backbone=model.backbone,
+            weights=model.weights,
+            alpha=model.alpha,
+            image_size_px=model.image_size_px,
+            pooling=model.pooling,
+            hidden_units=params["hidden_units"],
+            dropout=params["dropout"],
+        ),
+        phases=_phases(params, job, stage=stage),
+        optimizer=optimizer,
+        fit=FitConfig(
+            batch_size=params["batch_size"],
+            augmentation=params.get("augmentation", "none"),
+            precision=search.precision,
+            seed=search.seed,
+            best_metric="val_accuracy",
+        ),
+        run=_run_config(job),
+    )
+
+
+def backbone_job(architecture: Architecture, job: SearchJob) -> TrainJob:
+    """A job whose frozen backbone is that of an architecture: what features and speed need to know."""
+    fit = FitConfig(batch_size=min(job.space.batch_size), precision=job.search.precision, seed=job.search.seed)
+    phases = PhasesConfig(trainable=("head",))
+    return TrainJob(data=job.data, model=architecture.model(), phases=phases, fit=fit, run=_run_config(job))
+
+
+def _run_config(job: SearchJob) -> RunConfig:
+    run = job.run
+    return RunConfig(
+        storage=run.storage,
+        storage_is_shared=run.storage_is_shared,
+        workers=run.workers,
+        cpus_per_worker=run.cpus_per_worker,
+        gpu=run.gpu,
+        max_failures=run.max_failures,
+        feature_cache=run.feature_cache,
+        feature_type=run.feature_type,
+        verbose=run.verbose,
+    )
+
+
+def describe(params: Mapping[str, Any]) -> str:
+    """A proposal in a line, for people."""
+    return ", ".join(
+        f"{name.rpartition('.')[2].replace('_', ' ')} {value:.3g}"
+        if isinstance(value, float)
+        else f"{name.replace('_', ' ')} {value}"
+        if isinstance(value, int)
+        else f"{value}"
+        for name, value in params.items()
+        if value is not None and not (name.endswith(".alpha") and value == 1)
+    )
+
+
+def _phases(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> PhasesConfig:
+    search, trained = job.search, params[f"{params['backbone']}.trained"]
+    rate = params["learning_rate"]
+    if trained == "all":
+        epochs = search.trial_epochs if stage == "trial" else search.finalist_epochs
+        return PhasesConfig(epochs=(epochs,), learning_rate=(rate,), trainable=("all",))
+    if trained == "head" or stage == "trial":
+        return PhasesConfig(epochs=(search.trial_epochs,), learning_rate=(rate,), trainable=("head",))
+    return PhasesConfig(
+        epochs=(search.trial_epochs, search.fine_tune_epochs),
+        learning_rate=(rate, params["fine_tune_learning_rate"]),
+        trainable=("head", params[f"{params['backbone']}.cut_point"]),
+    )
+
+
+class _NthDraw:
+    """Draws a backbone, and the n-th value of everything else, round and round."""
+
+    def __init__(self, backbone: str, place: int) -> None:
+        self._backbone, self._place = backbone, place
+
+    def choice(self, name: str, values: Sequence[Any]) -> Any:
+        return self._backbone if name == "backbone" else values[self._place % len(values)]
+
+    def log_uniform(self, name: str, low: float, high: float) -> float:
+        return (low, high)[self._place % 2]
+
+
+class OptunaDraw:
+    """Draws from a trial of an Optuna study."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+
+    def choice(self, name: str, values: Sequence[Any]) -> Any:
+        return self._trial.suggest_categorical(name, list(values))
+
+    def log_uniform(self, name: str, low: float, high: float) -> float:
+        return self._trial.suggest_float(name, low, high, log=True)
+
+
+class GridDraw:
+    """Walks through all combinations: the values of choices, both ends and the geometric middle of ranges.
+
+    Which parameters there are depends on those before, so a combination is a path through a tree of them.
+    """
+
+    def __init__(self) -> None:
+        self._path: list[tuple[int, int]] = []
+        """Which value of how many, of each parameter in the order in which they are drawn."""
+        self._depth = 0
+
+    def proposals(self, job: SearchJob) -> Iterator[Params]:
+        """All proposals of a job, each checked."""
+        while True:
+            self._depth = 0
+            params = propose(job, self)
+            train_job(params, job, stage="finalist")
+            yield params
+            while self._path and self._path[-1][0] + 1 == self._path[-1][1]:
+                self._path.pop()
+            if not self._path:
+                return
+            index, count = self._path.pop()
+            self._path.append((index + 1, count))
+
+    def choice(self, name: str, values: Sequence[Any]) -> Any:
+        if self._depth == len(self._path):
+            self._path.append((0, len(values)))
+        index = self._path[self._depth][0]
+        self._depth += 1
+        return values[index]
+
+    def log_uniform(self, name: str, low: float, high: float) -> float:
+        return float(self.choice(name, (low, math.sqrt(low * high), high)))
+
+
+class Proposer:
+    """Proposes configurations by number: a function of the seed, the number and what is known of the trials before.
+
+    Args:
+        job: the search.
+
+    Raises:
+        ConfigError: the space does not fit.
+    """
+
+    def __init__(self, job: SearchJob) -> None:
+        self._job = job
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
+        self._grid = list(itertools.islice(GridDraw().proposals(job), job.search.trials)) if self._is_grid else []
+        self._asked: dict[int, optuna.Trial] = {}
+
+    @property
+    def _is_grid(self) -> bool:
+        return self._job.search.algorithm == "grid"
+
+    @property
+    def count(self) -> int:
+        """How many configurations there are to propose."""
+        return len(self._grid) if self._is_grid else self._job.search.trials
+
+    def propose(self, number: int, known: Params | None = None) -> Params:
+        """The configuration of a number; numbers are asked for in order, from 0.
+
+        Args:
+            number: of the trial.
+            known: what an earlier driver proposed under this number, or None.
+        """
+        if self._is_grid:
+            return self._grid[number]
+        if known is not None:
+            self._study.enqueue_trial(known)
+        self._study.sampler = self._sampler(number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self._study.ask()
+            params = propose(self._job, OptunaDraw(trial))
+        self._asked[number] = trial
+        return params
+
+    def tell(self, number: int, value: float | None) -> None:
+        """Takes note of what came of a trial.
+
+        Args:
+            number: of the trial.
+            value: what is maximised, or None where it failed.
+        """
+        if self._is_grid:
+            return
+        state = optuna.trial.TrialState.COMPLETE if value is not None else optuna.trial.TrialState.FAIL
+        self._study.tell(self._asked.pop(number), value, state=state)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """A fresh one for each number, so that it depends on no state that a killed driver would have lost."""
+        seed = (self._job.search.seed * 1_000_003 + number) % 2**32
+        if self._job.search.algorithm == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
+            )

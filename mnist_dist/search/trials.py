@@ -1,0 +1,87 @@
+"""The trials of a search on disk: one JSON object each, written by the driver alone.
+
+```
+<storage>/<name>/
+search.json              recipe, settings and data: written first, compared when the search goes on
+trials/000012.json       a trial, from the moment it is proposed
+finalists/000012.json    a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
+speeds.json              ms per image and parameters of each architecture
+leaderboard.parquet      a row per trial, the best first; pareto.png: accuracy against speed
+bundle/                  the winner
+result.json              written last
+```
+
+A trial whose record says `running` was under way when its driver died: it is run again from its start.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mnist_dist import storage
+
+Status = Literal["running", "done", "stopped", "failed"]
+"""stopped: by the scheduler, or by the end of the budget; its best epoch counts all the same."""
+_RECORD = re.compile(r"(\d{6})\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One configuration, and what came of it."""
+
+    number: int
+    params: dict[str, Any]
+    status: Status = "running"
+    val_accuracy: float | None = None
+    """Of the best epoch, 0-1."""
+    val_loss: float | None = None
+    """Mean cross-entropy of the same epoch, nats."""
+    epochs: int = 0
+    parameters: int | None = None
+    """Of what was trained: the head, or the whole network."""
+    seconds: float = 0.0
+    """Of training."""
+    error: str | None = None
+    history: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """The best first: by accuracy, then loss, then number. Of validation only."""
+        accuracy = self.val_accuracy if self.val_accuracy is not None else -1.0
+        return (-accuracy, self.val_loss if self.val_loss is not None else float("inf"), self.number)
+
+
+def usable(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials that came to something, the best first."""
+    return sorted((t for t in trials if t.status in ("done", "stopped") and t.val_accuracy), key=lambda t: t.rank)
+
+
+def distinct_errors(trials: Iterable[Trial]) -> list[tuple[str, int]]:
+    """Errors of failed trials and how often each occurred, the most frequent first."""
+    return Counter(trial.error or "no message" for trial in trials if trial.status == "failed").most_common()
+
+
+@dataclass(frozen=True)
+class TrialRecords:
+    """The records below one folder (`trials` or `finalists`)."""
+
+    uri: str
+
+    def write(self, trial: Trial) -> None:
+        """Puts a trial's record in place of what was there."""
+        values = json.dumps(dataclasses.asdict(trial), indent=1).encode()
+        storage.write_bytes(storage.join(self.uri, f"{trial.number:06d}.json"), values)
+
+    def read(self) -> dict[int, Trial]:
+        """All trials by number, in order."""
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri))
+        numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
+        return {number: self._trial(number) for number in numbers}
+
+    def _trial(self, number: int) -> Trial:
+        values: Mapping[str, Any] = json.loads(storage.read_bytes(storage.join(self.uri, f"{number:06d}.json")))
+        return Trial(**{**values, "history": tuple(values["history"])})

@@ -1,0 +1,861 @@
+"""features: a frozen backbone's outputs, computed once, are what the phase of the head would compute itself."""
+
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import ray
+from harness import Recorder, run_command
+
+from mnist_dist import storage
+from mnist_dist.config import (
+    DataConfig,
+    FeatureType,
+    FitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhasesConfig,
+    RunConfig,
+    TrainJob,
+)
+from mnist_dist.console import Stop
+from mnist_dist.data.images import ImageSpec, Pixels
+from mnist_dist.data.records import Records, open_records, plan_records
+from mnist_dist.data.records import finish as finish_records
+from mnist_dist.data.sources import image_spec, open_source
+from mnist_dist.errors import ConfigError, DataError, Interrupted, ServiceError, WeightsError
+from mnist_dist.models.classifier import build_classifier, build_head_alone
+from mnist_dist.on_ray.features import compute_missing
+from mnist_dist.on_ray.shards import Actors
+from mnist_dist.on_ray.train import train
+from mnist_dist.training.checkpoints import Checkpoint
+from mnist_dist.training.features import (
+    Extractor,
+    FeaturePlan,
+    FeatureRows,
+    finish,
+    finished,
+    missing_shards,
+    open_features,
+    plan_features,
+    write_shard,
+)
+from mnist_dist.training.feed import Images, World
+from mnist_dist.training.host import Position
+from mnist_dist.training.loop import Trainer
+from mnist_dist.training.phase import TrainTask
+
+# D = features of an image
+COUNT, TRAIN, VALIDATION, CLASSES = 661, 503, 97, ("a", "b", "c")
+SHARD_SIZES = (256, 256, 88)  # of the 600 images of training and validation
+SPEC = ImageSpec(height_px=8, width_px=9, channels=1)
+MLP = ModelConfig(backbone="mlp")
+MLP_WIDTH = 64
+HEADED = ModelConfig(backbone="mlp", hidden_units=17, dropout=0.3)
+MOBILENET = ModelConfig(backbone="mobilenet", alpha=0.25, image_size_px=32, hidden_units=19, dropout=0.2)
+SENTINEL = 7.5  # what no backbone here computes for every value of a shard
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """Noise, brighter from class to class."""
+    random = np.random.default_rng(2)
+    order = random.permutation(COUNT)
+    labels = random.integers(0, 3, COUNT).astype(np.int32)
+    noise = random.integers(0, 156, (COUNT, 8, 9, 1), dtype=np.uint8)
+    return Images(
+        pixels=noise + (50 * labels).astype(np.uint8).reshape(-1, 1, 1, 1),
+        labels=labels,
+        train=order[:TRAIN],
+        validation=order[TRAIN : TRAIN + VALIDATION],
+        test=order[TRAIN + VALIDATION :],
+    )
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "runs")
+
+
+def index_of(pixels: Any, *, uris: str = "image") -> pa.Table:
+    """The columns of the records' index that may matter."""
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    return pa.table({"uri": [f"{uris}-{row}.png" for row in range(len(digests))], "digest": digests})
+
+
+def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
+    """Features of the images that are trained on and validated with; fields are those of `plan_features`."""
+    options: dict[str, Any] = {
+        "model": MLP,
+        "records": "runs/_records/some",
+        "index": index_of(images.pixels),
+        "spec": SPEC,
+        "rows": np.concatenate([images.train, images.validation]),
+        "num_classes": 3,
+        "precision": "float32",
+        "stored_as": "float16",
+        "seed": 5,
+        "root": str(root),
+    }
+    options |= fields
+    return plan_features(options.pop("model"), **options)
+
+
+def extractor(plan: FeaturePlan, images: Images) -> Extractor:
+    return Extractor(plan, pixels=np.asarray(images.pixels), spec=SPEC)
+
+
+def computed(plan: FeaturePlan, images: Images) -> FeaturePlan:
+    """The plan, after all that it plans was done."""
+    extracting = extractor(plan, images)
+    for shard in missing_shards(plan):
+        extracting.store(shard)
+    finish(plan)
+    return plan
+
+
+def features_of(images: Images, folder: Path, **fields: Any) -> Images:
+    """The same images with their features for pixels."""
+    plan = computed(planned(images, folder, **fields), images)
+    return replace(images, pixels=open_features(plan, local_dir=folder))
+
+
+def filled(plan: FeaturePlan, *, width: int = 3) -> FeaturePlan:
+    """The plan with features that need no backbone: each row of them holds the number of its record."""
+    for shard in missing_shards(plan):
+        rows = plan.rows_of(shard).astype(np.float32)
+        write_shard(plan.root, shard, np.repeat(rows[:, None], width, axis=1).astype(plan.stored_as))
+    finish(plan)
+    return plan
+
+
+def names(uri: str) -> list[str]:
+    return sorted(entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri))
+
+
+def write_weights(
+    path: Path, *, model: ModelConfig = MLP, seed: int = 0, change: Callable[[Any], Any] | None = None
+) -> str:
+    """A `.weights.h5` file of a backbone's initial weights, its last bias changed; gives its path."""
+    backbone = build_classifier(model, spec=SPEC, num_classes=3, seed=seed).backbone
+    if change is not None:
+        *others, bias = backbone.get_weights()
+        backbone.set_weights([*others, change(bias)])
+    backbone.save_weights(path)
+    return str(path)
+
+
+# --- with the cache as without it ------------------------------------------------------------------------------------
+
+
+class Quiet:
+    """A host that keeps nothing and never wishes to stop."""
+
+    def progress(self, _: Position) -> bool:
+        return False
+
+    def epoch_ended(self, line: dict[str, Any]) -> None:
+        pass
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        pass
+
+
+class Counted:
+    """Rows that count how often they are asked for."""
+
+    def __init__(self, pixels: Any) -> None:
+        self._pixels, self.asked = pixels, 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._pixels.shape)
+
+    def __getitem__(self, rows: npt.NDArray[np.integer[Any]], /) -> npt.NDArray[Any]:
+        self.asked += 1
+        return np.asarray(self._pixels[rows])
+
+
+def head_task(
+    images: Images, *, features: Images | None = None, model: ModelConfig = HEADED, **fields: Any
+) -> TrainTask:
+    """Two epochs of the head in batches that divide neither split; fields are those of `TrainTask` and `TrainJob`."""
+    job = TrainJob(
+        model=model,
+        phases=PhasesConfig(epochs=(2,), learning_rate=(0.01,), trainable=("head",)),
+        optimizer=OptimizerConfig(optimizer="sgd", momentum=0.9),
+        fit=FitConfig(batch_size=31, seed=5),
+    )
+    of_job = {name: fields.pop(name) for name in list(fields) if name in asdict(job)}
+    job = replace(job, **of_job)
+    return TrainTask(job=job, spec=SPEC, class_names=CLASSES, images=images, features=features, **fields)
+
+
+def history(task: TrainTask) -> list[dict[str, Any]]:
+    outcome = Trainer(task, host=Quiet(), world=World()).run()
+    assert outcome.finished
+    return outcome.state.history
+
+
+def check_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, tolerance: float) -> None:
+    """Losses within the relative tolerance; accuracies within two images, which may lie on a border of classes."""
+    assert [line["phase"] for line in ours] == [line["phase"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
+        assert mine["val_loss"] == pytest.approx(other["val_loss"], rel=tolerance)
+        assert mine["accuracy"] == pytest.approx(other["accuracy"], abs=2.1 / TRAIN)
+        assert mine["val_accuracy"] == pytest.approx(other["val_accuracy"], abs=2.1 / VALIDATION)
+
+
+STORED = [("float16", 1e-3), ("float32", 1e-5)]
+
+
+@pytest.mark.parametrize(("stored_as", "tolerance"), STORED)
+@pytest.mark.parametrize("model", [HEADED, pytest.param(MOBILENET, marks=pytest.mark.slow)], ids=["mlp", "mobilenet"])
+def test_the_head_learns_from_features_what_it_learns_from_pixels(
+    images: Images, tmp_path: Path, model: ModelConfig, stored_as: FeatureType, tolerance: float
+) -> None:
+    features = features_of(images, tmp_path, model=model, stored_as=stored_as)
+    ours = history(head_task(images, model=model, features=features))
+    theirs = history(head_task(images, model=model))
+    assert theirs[1]["loss"] != theirs[0]["loss"]
+    check_same(ours, theirs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(("stored_as", "tolerance"), STORED)
+def test_a_fine_tune_after_the_head_goes_on_as_it_would_have(
+    images: Images, tmp_path: Path, stored_as: FeatureType, tolerance: float
+) -> None:
+    phases = PhasesConfig(epochs=(1, 2), learning_rate=(0.01, 0.002), trainable=("head", "dense2"))
+    features = features_of(images, tmp_path, model=HEADED, stored_as=stored_as)
+    ours = history(head_task(images, phases=phases, features=features))
+    assert [line["phase"] for line in ours] == ["head", "fine-tune", "fine-tune"]
+    check_same(ours, history(head_task(images, phases=phases)), tolerance=tolerance)
+
+
+@pytest.mark.xfail(strict=True, reason="the features stay those of the backbone's first weights")
+def test_a_head_after_a_phase_that_changed_the_backbone_learns_from_the_changed_one(
+    images: Images, tmp_path: Path
+) -> None:
+    phases = PhasesConfig(epochs=(1,), learning_rate=(0.01,), trainable=("all", "head"))
+    features = features_of(images, tmp_path, model=HEADED, stored_as="float32")
+    ours = history(head_task(images, phases=phases, features=features))
+    check_same(ours, history(head_task(images, phases=phases)), tolerance=1e-5)
+
+
+def test_pixels_are_read_only_where_the_backbone_is_trained(images: Images, tmp_path: Path) -> None:
+    features = features_of(images, tmp_path)
+    counted = Counted(images.pixels)
+    task = head_task(replace(images, pixels=counted), features=features)
+    history(task)
+    assert counted.asked == 0
+    tuned = replace(task.job, phases=PhasesConfig(epochs=(1,), trainable=("head", "dense2")))
+    history(replace(task, job=tuned))
+    assert counted.asked > 0
+
+
+def test_a_head_alone_learns_what_it_learns_under_its_backbone(images: Images, tmp_path: Path) -> None:
+    features = features_of(images, tmp_path, model=HEADED, stored_as="float32")
+    alone = history(head_task(features, features=features, head_alone=True))
+    check_same(alone, history(head_task(images)), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("uses", "fields"),
+    [
+        (True, {}),
+        (True, {"phases": PhasesConfig(trainable=("head", "block5"))}),
+        (False, {"phases": PhasesConfig(trainable=("all",))}),
+        (False, {"fit": FitConfig(augmentation="photos")}),
+        (False, {"run": RunConfig(feature_cache=False)}),
+        (False, {"run": RunConfig(dry_run=True)}),
+    ],
+)
+def test_a_job_uses_features_for_a_head_on_images_that_never_change(uses: bool, fields: dict[str, Any]) -> None:
+    job = TrainJob(phases=PhasesConfig(trainable=("head",)))
+    assert replace(job, **fields).uses_features is uses
+
+
+# --- the head without its backbone -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [(MLP, 1), (HEADED, 2), (ModelConfig(backbone="conv_base"), 2)],
+    ids=["mlp", "mlp with a hidden layer", "conv_base"],
+)
+def test_a_head_alone_has_the_weights_of_the_head_under_its_backbone(model: ModelConfig, layers: int) -> None:
+    def weights(head: keras.Model) -> list[npt.NDArray[Any]]:
+        return [np.array(weight) for weight in head.get_weights()]
+
+    whole = build_classifier(model, spec=SPEC, num_classes=3, seed=4)
+    width = whole.features.output.shape[-1]
+    alone = build_head_alone(model, num_features=width, num_classes=3, seed=4)
+    other = build_head_alone(model, num_features=width, num_classes=3, seed=6)
+    ours, theirs, others = weights(alone.head), weights(whole.head), weights(other.head)
+    assert len(ours) == 2 * layers
+    for mine, same, different in zip(ours[::2], theirs[::2], others[::2], strict=True):
+        np.testing.assert_array_equal(mine, same)
+        assert np.abs(mine - different).max() > 0.01
+    assert [weight.shape for weight in ours] == [weight.shape for weight in theirs]
+    assert not any(bias.any() for bias in ours[1::2] + theirs[1::2])
+
+
+def test_a_head_alone_has_no_backbone() -> None:
+    alone = build_head_alone(HEADED, num_features=23, num_classes=3)
+    assert alone.network is alone.head
+    assert (alone.model, alone.features, alone.backbone) == (None, None, None)
+    assert alone.head(np.zeros((5, 23), np.float32)).shape == (5, 3)
+
+
+# --- the key ---------------------------------------------------------------------------------------------------------
+
+
+def with_other_pixel(images: Images, row: int) -> Pixels:
+    pixels = np.array(images.pixels)
+    pixels[row, 3, 4] ^= 1
+    return pixels
+
+
+def test_the_key_depends_on_all_that_the_features_depend_on(images: Images, tmp_path: Path) -> None:
+    def key(**fields: Any) -> str:
+        return planned(images, tmp_path, **fields).key
+
+    swapped = np.array(images.pixels)
+    swapped[images.train[:2]] = swapped[images.train[1::-1]]
+    first, second = (write_weights(tmp_path / f"{seed}.weights.h5", seed=seed) for seed in (1, 2))
+    mobilenet = {"model": MOBILENET}
+    keys = [
+        key(),
+        key(index=index_of(with_other_pixel(images, int(images.train[0])))),
+        key(index=index_of(with_other_pixel(images, int(images.validation[0])))),
+        key(index=index_of(swapped)),
+        key(rows=images.train),
+        key(rows=images.train[1:]),
+        key(spec=replace(SPEC, height_px=9)),
+        key(spec=replace(SPEC, channels=3)),
+        key(spec=replace(SPEC, resize="crop")),
+        key(precision="bfloat16"),
+        key(stored_as="float32"),
+        key(seed=6),
+        key(model=replace(MLP, backbone="cnn")),
+        key(model=replace(MLP, image_size_px=14)),
+        key(model=replace(MLP, weights=first)),
+        key(model=replace(MLP, weights=second)),
+        key(**mobilenet),
+        key(model=replace(MOBILENET, alpha=0.5)),
+        key(model=replace(MOBILENET, image_size_px=64)),
+        key(model=replace(MOBILENET, pooling="max")),
+        key(model=replace(MOBILENET, weights="imagenet")),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+    assert key(**mobilenet) == keys[-5]
+
+
+def test_the_key_depends_on_nothing_else(images: Images, tmp_path: Path) -> None:
+    first = planned(images, tmp_path)
+    same = [
+        planned(images, tmp_path / "elsewhere"),
+        planned(images, tmp_path, model=HEADED),
+        planned(images, tmp_path, num_classes=7),
+        planned(images, tmp_path, records="runs/_records/other"),
+        planned(images, tmp_path, index=index_of(images.pixels, uris="s3://bucket/other")),
+        planned(images, tmp_path, index=index_of(with_other_pixel(images, int(images.test[0])))),
+        planned(images, tmp_path, rows=np.concatenate([images.validation, images.train])),
+    ]
+    assert {plan.key for plan in same} == {first.key}
+
+
+def test_weights_are_known_by_what_the_file_holds(images: Images, tmp_path: Path) -> None:
+    path = Path(write_weights(tmp_path / "base.weights.h5"))
+    copy = tmp_path / "copy.weights.h5"
+    copy.write_bytes(path.read_bytes())
+
+    def key(weights: Path | str, **fields: Any) -> str:
+        return planned(images, tmp_path, model=replace(MLP, weights=str(weights)), **fields).key
+
+    assert key(copy) == key(path)
+    assert key(path, seed=9) == key(path), "the seed decides nothing where the weights are given"
+    assert key("imagenet", seed=9) == key("imagenet")
+
+
+def test_a_bundle_is_known_by_the_file_that_completes_it(images: Images, tmp_path: Path) -> None:
+    bundles = [tmp_path / name for name in ("first", "copy", "other")]
+    for bundle, model_id in zip(bundles, "112", strict=True):
+        bundle.mkdir()
+        (bundle / "bundle.json").write_text(f'{{"model_id": "{model_id}"}}')
+    first, copy, other = (planned(images, tmp_path, model=replace(MLP, weights=str(path))).key for path in bundles)
+    assert first == copy != other
+
+
+@pytest.mark.xfail(strict=True, reason="the file is read once in a process")
+def test_weights_that_were_written_anew_have_another_key(images: Images, tmp_path: Path) -> None:
+    path = tmp_path / "base.weights.h5"
+    model = replace(MLP, weights=write_weights(path, seed=1))
+    before = planned(images, tmp_path, model=model).key
+    write_weights(path, seed=2)
+    assert planned(images, tmp_path, model=model).key != before
+
+
+def test_weights_that_are_not_there_cannot_be_planned_with(images: Images, tmp_path: Path) -> None:
+    missing = str(tmp_path / "no.weights.h5")
+    with pytest.raises(FileNotFoundError, match=re.escape(missing)):
+        planned(images, tmp_path, model=replace(MLP, weights=missing))
+
+
+def test_a_plan_is_plain_and_crosses_processes(images: Images, tmp_path: Path) -> None:
+    plan = planned(images, tmp_path)
+    again = pickle.loads(pickle.dumps(plan))
+    np.testing.assert_array_equal(again.rows, plan.rows)
+    assert replace(again, rows=plan.rows) == plan
+    assert plan.root == f"{tmp_path}/_features/{plan.key[:16]}"
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_covered_rows_in_order(images: Images, tmp_path: Path) -> None:
+    plan = planned(images, tmp_path)
+    covered = np.sort(np.concatenate([images.train, images.validation]))
+    assert plan.shards == 3
+    assert tuple(len(plan.rows_of(shard)) for shard in range(3)) == SHARD_SIZES
+    np.testing.assert_array_equal(np.concatenate([plan.rows_of(shard) for shard in range(3)]), covered)
+
+
+def test_no_more_than_4096_shards_are_made(images: Images, tmp_path: Path) -> None:
+    plan = replace(planned(images, tmp_path), rows=np.arange(5_000_000))
+    assert plan.shards <= 4096
+    assert sum(len(plan.rows_of(shard)) for shard in range(plan.shards)) == 5_000_000
+
+
+def test_features_are_written_in_shards_and_opened_by_row(images: Images, root: str, tmp_path: Path) -> None:
+    plan = planned(images, root)
+    assert not finished(plan)
+    assert missing_shards(plan) == [0, 1, 2]
+    extracting = extractor(plan, images)
+    extracting.store(1)
+    assert missing_shards(plan) == [0, 2]
+    computed(plan, images)
+    assert finished(plan)
+    assert missing_shards(plan) == []
+    assert names(plan.root) == ["features.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
+
+    rows = open_features(plan, local_dir=tmp_path / "node")
+    expected = build_classifier(MLP, spec=SPEC, num_classes=3, seed=5).features(
+        np.asarray(images.pixels, np.float32)[images.validation]
+    )
+    found = rows[images.validation]
+    assert found.dtype == np.float16
+    assert found.shape == (VALIDATION, MLP_WIDTH)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_is_filled_up_without_a_trace(images: Images, tmp_path: Path) -> None:
+    some = planned(images, tmp_path, rows=images.train[:45], stored_as="float32")
+    one = planned(images, tmp_path, rows=images.train[44:45], stored_as="float32")
+    rows, row = (open_features(computed(plan, images), local_dir=tmp_path) for plan in (some, one))
+    np.testing.assert_allclose(rows[images.train[44]], row[images.train[44]], rtol=1e-5)
+
+
+def test_an_interrupted_run_is_continued_and_what_was_done_stays(images: Images, root: str, tmp_path: Path) -> None:
+    plan = planned(images, root)
+    write_shard(plan.root, 1, np.full((256, MLP_WIDTH), SENTINEL, np.float16))
+    computed(plan, images)
+    rows = open_features(plan, local_dir=tmp_path / "node")
+    assert (rows[plan.rows_of(1)] == SENTINEL).all()
+    assert not (rows[plan.rows_of(0)] == SENTINEL).any()
+    assert not (rows[plan.rows_of(2)] == SENTINEL).any()
+
+
+def test_storing_twice_is_harmless(images: Images, tmp_path: Path) -> None:
+    plan = planned(images, tmp_path)
+    extracting = extractor(plan, images)
+    extracting.store(2)
+    shard = Path(plan.root) / "shard-000002.arrow"
+    before = shard.read_bytes()
+    extracting.store(2)
+    assert shard.read_bytes() == before
+
+
+def test_finishing_twice_is_harmless(images: Images, tmp_path: Path) -> None:
+    plan = filled(planned(images, tmp_path))
+    mark = Path(plan.root) / "features.json"
+    before = mark.stat().st_mtime_ns
+    finish(plan)
+    assert mark.stat().st_mtime_ns == before
+
+
+def test_missing_shards_cannot_be_finished(images: Images, root: str) -> None:
+    plan = planned(images, root)
+    write_shard(plan.root, 1, np.ones((256, 3), np.float16))
+    with pytest.raises(ServiceError, match=rf"{re.escape(plan.root)}: 2 of 3 shards are missing: \[0, 2\]"):
+        finish(plan)
+    assert not finished(plan)
+
+
+def test_unfinished_features_cannot_be_opened(images: Images, tmp_path: Path) -> None:
+    plan = planned(images, tmp_path)
+    write_shard(plan.root, 0, np.ones((256, 3), np.float16))
+    with pytest.raises(DataError, match=rf"no finished features\. Received: .*{re.escape(plan.root)}"):
+        open_features(plan, local_dir=tmp_path)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_last_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def write_other_column(path: Path) -> None:
+    table = pa.table({"other": [1.0]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def leave_out_a_row(path: Path) -> None:
+    write_shard(str(path.parent), 1, np.ones((255, 3), np.float16))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def fill_with_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES = [halve, cut_last_byte, empty, fill_with_zeros, Path.unlink, write_other_column, leave_out_a_row]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_refused_with_the_folder_to_delete(
+    images: Images, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    plan = filled(planned(images, tmp_path))
+    damage(Path(plan.root) / "shard-000001.arrow")
+    with pytest.raises(DataError, match=rf"^{re.escape(plan.root)}: .*delete the folder"):
+        open_features(plan, local_dir=tmp_path)
+
+
+def test_a_row_too_many_is_refused(images: Images, tmp_path: Path) -> None:
+    plan = filled(planned(images, tmp_path))
+    write_shard(plan.root, 2, np.ones((89, 3), np.float16))
+    with pytest.raises(DataError, match=rf"{re.escape(plan.root)}: features of 600 images\. Received: 601"):
+        open_features(plan, local_dir=tmp_path)
+
+
+def test_the_features_of_another_key_are_refused(images: Images, tmp_path: Path) -> None:
+    other = filled(planned(images, tmp_path, seed=6))
+    plan = replace(planned(images, tmp_path), root=other.root)
+    with pytest.raises(DataError, match=rf"features of {plan.key}\. Received: '?{other.key}'?; delete the folder"):
+        open_features(plan, local_dir=tmp_path)
+
+
+@pytest.mark.slow
+def test_features_on_s3_are_downloaded_once_for_a_node(images: Images, s3: str, tmp_path: Path) -> None:
+    plan = filled(planned(images, s3))
+    node = tmp_path / "node"
+    copies = [node / plan.root.rpartition("/")[2] / name for name in names(plan.root)]
+    first = open_features(plan, local_dir=node)[images.train]
+    written = [copy.stat().st_mtime_ns for copy in copies]
+    np.testing.assert_array_equal(open_features(plan, local_dir=node)[images.train], first)
+    assert [copy.stat().st_mtime_ns for copy in copies] == written
+
+
+@pytest.mark.slow
+def test_a_download_that_was_killed_is_made_again(images: Images, s3: str, tmp_path: Path) -> None:
+    plan = filled(planned(images, s3))
+    copy = tmp_path / "node" / plan.root.rpartition("/")[2]
+    copy.mkdir(parents=True)
+    (copy / "shard-000000.arrow").write_bytes(b"half")
+    rows = open_features(plan, local_dir=tmp_path / "node")
+    np.testing.assert_array_equal(rows[images.train][:, 0], images.train.astype(np.float16))
+
+
+@pytest.mark.slow
+def test_unfinished_features_on_s3_cannot_be_opened(images: Images, s3: str, tmp_path: Path) -> None:
+    plan = planned(images, s3)
+    write_shard(plan.root, 0, np.ones((256, 3), np.float16))
+    with pytest.raises(DataError, match=rf"no finished features\. Received: .*{re.escape(plan.root)}"):
+        open_features(plan, local_dir=tmp_path / "node")
+    filled(plan)
+    assert len(open_features(plan, local_dir=tmp_path / "node")[images.train]) == TRAIN
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def numbered() -> FeatureRows:
+    """Features of the records 3, 6, ..., 30 in shards of 4, 4 and 2; each is [record, -record]."""
+    records = np.arange(3, 31, 3)
+    features = np.stack([records, -records], axis=1).astype(np.float32)
+    return FeatureRows(records, [features[:4], features[4:8], features[8:]])
+
+
+INDICES: dict[str, Any] = {
+    "a number": np.int64(15),
+    "one": np.array([30]),
+    "in order over all shards": np.arange(3, 31, 3),
+    "backwards, some of them twice": np.array([30, 27, 3, 15, 12, 15, 3]),
+    "steps x batch": np.array([[3, 12, 15], [27, 24, 6]]),
+    "three axes": np.array([[[9], [18]], [[21], [30]]]),
+    "int32": np.array([6, 24], np.int32),
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_rows_are_those_of_the_records_in_the_shape_of_the_index(numbered: FeatureRows, index: Any) -> None:
+    found = numbered[index]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.stack([index, -index.astype(np.float32)], axis=-1))
+
+
+@pytest.mark.xfail(strict=True, reason="NumPy cannot guess the last axis of an array without elements")
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_records_have_no_rows(numbered: FeatureRows, shape: tuple[int, ...]) -> None:
+    assert numbered[np.zeros(shape, np.int64)].shape == (*shape, 2)
+
+
+def test_rows_reach_to_the_last_record_that_is_covered(numbered: FeatureRows) -> None:
+    assert numbered.shape == (31, 2)
+
+
+def test_a_record_behind_the_last_one_is_refused(numbered: FeatureRows) -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        numbered[np.array([3, 31])]
+
+
+@pytest.mark.xfail(strict=True, reason="the features of the next covered record are given")
+@pytest.mark.parametrize("record", [-1, 0, 4, 29])
+def test_a_record_that_is_not_covered_is_refused(numbered: FeatureRows, record: int) -> None:
+    with pytest.raises((LookupError, DataError), match=str(record)):
+        numbered[np.array([3, record])]
+
+
+# --- values that cannot be stored ------------------------------------------------------------------------------------
+
+
+def with_value(
+    images: Images, folder: Path, value: float, *, stored_as: FeatureType, model: ModelConfig = MLP
+) -> FeaturePlan:
+    """Features of a backbone whose last weights hold `value` in one place."""
+
+    def change(last: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.where(np.arange(len(last)) == 5, np.float32(value), last)
+
+    weights = write_weights(folder / "base.weights.h5", model=model, change=change)
+    return planned(images, folder, model=replace(model, weights=weights), stored_as=stored_as)
+
+
+def test_values_beyond_float16_are_refused_with_what_to_do(images: Images, tmp_path: Path) -> None:
+    plan = with_value(images, tmp_path, 1e5, stored_as="float16")
+    expected = r"mlp reach 1e\+05, more than float16 holds: --feature-type float32, or --no-feature-cache$"
+    with pytest.raises(ConfigError, match=expected):
+        extractor(plan, images).store(0)
+    assert missing_shards(plan) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stored_as", ["float16", "float32"])
+def test_infinity_is_refused(images: Images, tmp_path: Path, stored_as: FeatureType) -> None:
+    plan = with_value(images, tmp_path, np.inf, stored_as=stored_as)
+    with pytest.raises(ConfigError, match=r"the features of mlp .*inf"):
+        extractor(plan, images).store(0)
+    assert missing_shards(plan) == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored_as", ["float16", "float32"])
+def test_what_is_no_number_is_refused(images: Images, tmp_path: Path, stored_as: FeatureType) -> None:
+    # not a backbone that ends in a ReLU: TensorFlow's makes 0 of what is no number
+    model = ModelConfig(backbone="mobilenet_v3_small", image_size_px=32)
+    plan = with_value(images, tmp_path, np.nan, stored_as=stored_as, model=model)
+    with pytest.raises(ConfigError, match=r"the features of mobilenet_v3_small .*nan"):
+        extractor(plan, images).store(0)
+    assert missing_shards(plan) == [0, 1, 2]
+
+
+def test_float32_holds_what_float16_does_not(images: Images, tmp_path: Path) -> None:
+    plan = computed(with_value(images, tmp_path, 1e5, stored_as="float32"), images)
+    found = open_features(plan, local_dir=tmp_path)[images.train]
+    np.testing.assert_allclose(found[:, 5], 1e5, rtol=1e-3)
+    assert np.isfinite(found).all()
+
+
+# --- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class Digits(NamedTuple):
+    plan: FeaturePlan
+    records: Records
+
+
+def digits(folder: Path) -> Digits:
+    """Finished records of 600 digits, and a plan for the features of all of them."""
+    source = open_source(DataConfig(limit=600))
+    spec = image_spec(source, backbone_size_px=28, scratch_size=True, config=DataConfig())
+    plan = plan_records(source, spec, storage=str(folder), max_pixels=1_000)
+    finish_records(plan, source)
+    records = open_records(plan.root, local_dir=folder)
+    features = plan_features(
+        ModelConfig(backbone="cnn"),
+        records=plan.root,
+        index=records.index,
+        spec=spec,
+        rows=np.arange(600),
+        num_classes=10,
+        precision="float32",
+        stored_as="float16",
+        seed=3,
+        root=str(folder),
+    )
+    return Digits(features, records)
+
+
+ONE_ACTOR = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)
+
+
+def compute(plan: FeaturePlan, *, signal_number: int | None = None) -> None:
+    with Recorder().progress("features") as bar, Stop(Recorder()) as stop:
+        stop.signal_number = signal_number
+        compute_missing(plan, actors=ONE_ACTOR, bar=bar, stop=stop)
+
+
+@pytest.mark.slow
+def test_ray_data_computes_the_missing_shards_as_one_process_does(cluster: None, tmp_path: Path) -> None:
+    there, here = digits(tmp_path / "there"), digits(tmp_path / "here")
+    assert there.plan.key == here.plan.key
+    write_shard(there.plan.root, 1, np.full((256, 128), SENTINEL, np.float16))
+    compute(there.plan)
+    extracting = Extractor(here.plan, pixels=here.records.pixels, spec=here.records.spec)
+    for shard in missing_shards(here.plan):
+        extracting.store(shard)
+    finish(here.plan)
+    ours, theirs = (open_features(plan, local_dir=tmp_path) for plan in (there.plan, here.plan))
+    for shard in (0, 2):
+        rows = here.plan.rows_of(shard)
+        np.testing.assert_allclose(ours[rows], theirs[rows], rtol=2e-3, atol=1e-5)
+    assert (ours[here.plan.rows_of(1)] == SENTINEL).all()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_work_between_shards_and_what_is_done_stays(cluster: None, tmp_path: Path) -> None:
+    plan = digits(tmp_path).plan
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        compute(plan, signal_number=2)
+    assert len(missing_shards(plan)) < 3
+    assert not finished(plan)
+    compute(plan)
+    assert finished(plan)
+
+
+@pytest.mark.slow
+def test_a_failing_storage_ends_the_work_with_its_words(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    plan = digits(tmp_path / "runs").plan
+    with pytest.raises((OSError, ConfigError), match="file"):
+        compute(replace(plan, root=str(tmp_path / "file" / "features")))
+
+
+def small_job(folder: Path, *, name: str, head: dict[str, Any] | None = None, **run: Any) -> TrainJob:
+    """Two epochs of a head on the digits."""
+    return TrainJob(
+        data=DataConfig(limit=400),
+        model=ModelConfig(backbone="cnn", **(head or {})),
+        phases=PhasesConfig(epochs=(2,), learning_rate=(0.01,), trainable=("head",)),
+        fit=FitConfig(batch_size=30, precision="float32"),
+        run=RunConfig(storage=str(folder), name=name, workers=run.pop("workers", 1), cpus_per_worker=1, **run),
+    )
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file of the features was written, ns."""
+    files = folder.glob("_features/*/*")
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
+
+
+def read_history(folder: Path, name: str) -> npt.NDArray[np.float64]:
+    """Loss, accuracy and those of validation, `[epochs, 4]`."""
+    text = (folder / name / "history.csv").read_text()
+    assert text.startswith("epoch,phase,loss,accuracy,val_loss,val_accuracy")
+    return np.loadtxt(text.splitlines(), delimiter=",", skiprows=1, usecols=(2, 3, 4, 5), ndmin=2)
+
+
+@pytest.mark.slow
+def test_a_second_run_computes_nothing_and_its_workers_learn_what_one_learns_without_the_cache(
+    cluster: None, tmp_path: Path
+) -> None:
+    train(small_job(tmp_path, name="first"), recipe="test", console=Recorder())
+    before = written(tmp_path)
+    assert sorted(Path(file).name for file in before) == [
+        "features.json",
+        *(f"shard-00000{shard}.arrow" for shard in range(2)),
+    ]
+    head = {"hidden_units": 23, "dropout": 0.0}
+    train(small_job(tmp_path, name="second", head=head, workers=2), recipe="test", console=Recorder())
+    assert written(tmp_path) == before
+    train(small_job(tmp_path, name="without", head=head, feature_cache=False), recipe="test", console=Recorder())
+    assert written(tmp_path) == before
+    ours, theirs = read_history(tmp_path, "second"), read_history(tmp_path, "without")
+    assert ours.shape == (2, 4)
+    np.testing.assert_allclose(ours[:, ::2], theirs[:, ::2], rtol=1e-3)
+    np.testing.assert_allclose(ours[:, 1::2], theirs[:, 1::2], atol=0.03)
+
+
+@pytest.mark.slow
+def test_weights_of_another_architecture_are_refused_before_the_training(cluster: None, tmp_path: Path) -> None:
+    weights = tmp_path / "other.weights.h5"
+    keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]).save_weights(weights)
+    job = small_job(tmp_path, name="run", head={"weights": str(weights)})
+    with pytest.raises(WeightsError, match=rf"do not fit cnn: .*{re.escape(str(weights))}"):
+        train(job, recipe="test", console=Recorder())
+    assert written(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_features_too_large_for_float16_name_the_flag(cluster: None, tmp_path: Path) -> None:
+    digits_spec = ImageSpec(height_px=8, width_px=8, channels=1)
+    backbone = build_classifier(ModelConfig(backbone="cnn"), spec=digits_spec, num_classes=10).backbone
+    backbone.set_weights([100 * weight for weight in backbone.get_weights()])
+    backbone.save_weights(tmp_path / "large.weights.h5")
+    job = small_job(tmp_path, name="run", head={"weights": str(tmp_path / "large.weights.h5")})
+    with pytest.raises(ConfigError, match="--feature-type float32"):
+        train(job, recipe="test", console=Recorder())
+    assert not list(tmp_path.glob("_features/*/features.json"))
+
+
+@pytest.mark.slow
+def test_a_job_keeps_its_features_on_s3_and_finds_them_there(s3: str) -> None:
+    flags = ["--limit=400", "--trainable=head", "--epochs=1", "--batch-size=30", "--workers=1"]
+    before: list[storage.Entry] = []
+    for name in ("first", "second"):
+        arguments = ["jobs.train", "quickstart", "--storage", s3, "--name", name, *flags]
+        code, result, err = run_command(*arguments, timeout_s=140)
+        assert code == 0, err
+        assert result["epochs"] == 1
+        entries = sorted(storage.list_entries(f"{s3}/_features"), key=lambda entry: entry.uri)
+        assert entries[0].uri.endswith("/features.json")
+        assert len(entries) == 3
+        assert entries == (before or entries)
+        before = entries
