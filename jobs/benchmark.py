@@ -1,16 +1,18 @@
-"""python -m jobs.benchmark train|score [--flags]: measures what the README states, with its peers, in one run."""
+"""python -m jobs.benchmark train|score|search [--flags]: measures the README's figures and its peers, in one run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mnist_dist import console
-from mnist_dist.benchmarks import score, train
+from mnist_dist.benchmarks import score, search, train
 from mnist_dist.benchmarks.score import ScoreBenchmark
+from mnist_dist.benchmarks.search import SearchBenchmark
 from mnist_dist.benchmarks.train import TrainBenchmark
 
-BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark]] = {
+BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark | SearchBenchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
+    "search": SearchBenchmark,
 }
 
 
@@ -22,6 +24,9 @@ def main() -> dict[str, Any]:
     if isinstance(benchmark, ScoreBenchmark):
         result = score.measure(benchmark, console=shown)
         shown.line(score.table(result))
+    elif isinstance(benchmark, SearchBenchmark):
+        result = search.measure(benchmark, console=shown)
+        shown.line(search.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

@@ -9,7 +9,8 @@ Validation images alone decide, among trials and among finalists; the winner alo
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class _Search:
 
     def __init__(self, job: SearchJob, *, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float) -> None:
         self.job, self.run, self.console, self.stop, self.lock = job, run, console, stop, lock
-        self.began_at = began_at
+        self.began_at, self.timing = began_at, dict[str, float]()
         hours = job.search.hours
         self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         self.architectures = [one for space in job.backbones for one in architectures_of(space)]
@@ -129,13 +130,22 @@ class _Search:
             concurrent = _concurrent_trials(self.job, have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             data = self._prepare(facts, have=have)
-            trials = self._try(data, concurrent=concurrent)
+            with self._timed("trials_s"):
+                trials = self._try(data, concurrent=concurrent)
             speeds = self._measure(data, trials, have=have)
-            finalists = self._train_finalists(data, trials, mine=mine, have=have)
+            with self._timed("finalists_s"):
+                finalists = self._train_finalists(data, trials, mine=mine, have=have)
             winner = min(usable(finalists.values()), key=lambda trial: trial.rank)
             tested = self._finish_winner(data, winner, mine=mine)
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
         return self._result(trials, winner, tested, speeds)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Notes how long this driver spent on a step, s."""
+        began = time.monotonic()
+        yield
+        self.timing[name] = round(time.monotonic() - began, 2)
 
     # --- data ---
 
@@ -162,7 +172,9 @@ class _Search:
             f"batch_size is at most the number of training images ({len(splits.train):,})",
             batch_size=largest,
         )
-        return _Data(decoded=of_each, features=self._features(of_each, splits, have=have), splits=splits)
+        with self._timed("features_s"):
+            features = self._features(of_each, splits, have=have)
+        return _Data(decoded=of_each, features=features, splits=splits)
 
     def _features(
         self, decoded: Mapping[str, DecodedData], splits: Splits, *, have: Resources
@@ -400,6 +412,7 @@ class _Search:
                 "ms_per_image": speed.ms_per_image if speed else None,
             },
             "leaderboard": self._leaderboard,
+            **self.timing,
             "seconds": round(time.time() - self.began_at, 2),
         }
 
