@@ -84,14 +84,12 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {row['seconds']:.1f} | {row['per_trial_s']:.2f} | {row['best']:.4f} |")
     if "vgg16" in result:
         found = result["vgg16"]
-        one_pass, trials = (
-            f"one pass of the backbone {found['features_s']:.1f} s",
-            f"the trials {found['trials_s']:.1f} s",
-        )
-        lines.append(
-            f"\n{found['trials']} heads on VGG16's features of {found['images']:,} images: {one_pass}, {trials}; together "
-            f"{found['of_pass']:.2f} of the pass"
-        )
+        lines += [
+            "",
+            f"{found['trials']} heads on VGG16's features of {found['images']:,} images: one pass of the backbone "
+            f"{found['features_s']:.1f} s,",
+            f"the trials {found['trials_s']:.1f} s; together {found['of_pass']:.2f} of the pass",
+        ]
     return "\n".join([*lines, f"\n{result['machine']}, {result['date']}"])
 
 
