@@ -686,7 +686,10 @@ def test_members_come_in_the_order_in_which_they_are_asked_for(tmp_path: Path, s
     assert list(images) == [files[member.name] for member in members]
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tgz", ".tar.bz2", ".tar.xz", ".zip"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".tar", ".tgz", ".zip", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".tar.bz2", ".tar.xz"))],
+)
 def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random_bytes = random.Random(0).randbytes
     files = {f"{n // 2:06d}.{'jpg' if n % 2 else 'cls'}": random_bytes(5000 + n) for n in range(300)}

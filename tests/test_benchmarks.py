@@ -156,6 +156,7 @@ def test_memory_is_that_of_a_process_and_its_children(tmp_path: Path) -> None:
     assert tree_memory_bytes(process.pid) == 0
 
 
+@pytest.mark.slow
 def test_peak_memory_is_sampled_while_a_program_runs(tmp_path: Path) -> None:
     assert peak_memory_bytes(["timeit", "-n1", "-r1", "import time; time.sleep(1)"], tmp_path) > 2**20
 

@@ -62,7 +62,7 @@ def test_all_models_of_a_classifier_are_the_same_function(config: ModelConfig) -
     assert classifier.model.get_layer("backbone") is classifier.backbone
 
 
-@pytest.mark.parametrize("config", [ModelConfig(backbone="cnn_bn"), SMALL])
+@pytest.mark.parametrize("config", [ModelConfig(backbone="cnn_bn"), pytest.param(SMALL, marks=pytest.mark.slow)])
 def test_bfloat16_takes_and_gives_float32_and_shares_the_weights(config: ModelConfig) -> None:
     keras.config.set_dtype_policy("float32")
     full = build_classifier(config, spec=SPEC, num_classes=3, seed=1)

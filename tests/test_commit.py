@@ -353,6 +353,7 @@ def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     """A compressed archive is one shard, whatever its size."""
     output, rows, width = Output(str(tmp_path)), 100, 200_000  # 80 MB
@@ -402,7 +403,9 @@ def test_the_steps_are_in_the_order_in_which_they_can_be_repeated(templates: dic
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "retry" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_driver_that_dies_between_any_two_steps_is_followed_by_one_that_finishes(
     templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, name: str
 ) -> None:
@@ -460,7 +463,11 @@ def kill_in(name: str, uri: str, count: int) -> None:
     CASES[name].go_on(uri, dying_at(count, lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
-@pytest.mark.parametrize("count", sorted(random.Random(15).sample(range(27), 4)))
+def some_are_slow(counts: list[int], *, quick: set[int]) -> list[Any]:
+    return [count if count in quick else pytest.param(count, marks=pytest.mark.slow) for count in counts]
+
+
+@pytest.mark.parametrize("count", some_are_slow(sorted(random.Random(15).sample(range(27), 4)), quick={16}))
 def test_a_driver_that_is_killed_is_followed_by_one_that_finishes(
     templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, count: int
 ) -> None:
@@ -473,7 +480,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_finishes(
     assert Seen.of(uri) == finished["retry"]
 
 
-@pytest.mark.parametrize("count", [1, 5, 13, 15, 17, 20, 22, 23, 24, 26])
+@pytest.mark.parametrize("count", some_are_slow([1, 5, 13, 15, 17, 20, 22, 23, 24, 26], quick={13, 20}))
 def test_the_same_on_s3(templates: dict[str, Path], finished: dict[str, Seen], s3: str, count: int) -> None:
     storage.upload_folder(templates["retry"], s3)
     with pytest.raises(Died):

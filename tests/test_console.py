@@ -136,7 +136,9 @@ def test_the_help_shows_recipes_units_and_defaults(capsys: pytest.CaptureFixture
     assert "(default: 7)" in shown
 
 
-@pytest.mark.parametrize("job", ["train", "quickstart", "benchmark"])
+@pytest.mark.parametrize(
+    "job", ["train", *(pytest.param(job, marks=pytest.mark.slow) for job in ("quickstart", "benchmark"))]
+)
 def test_help_loads_neither_ray_nor_keras(job: str) -> None:
     done = python(HELP.format(job=job))
     assert done.stdout.endswith("ended with 0\nloaded []\n"), done.stderr

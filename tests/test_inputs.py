@@ -402,7 +402,7 @@ def test_a_uri_that_no_storage_has_is_a_row_that_says_so(tmp_path: Path) -> None
     assert "null byte" in rows["/a\0b.png"]["error"]
 
 
-@pytest.mark.parametrize("empty", [None, "", "  "])
+@pytest.mark.parametrize("empty", [None, *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "  "))])
 def test_a_row_without_a_uri_is_named(tmp_path: Path, empty: str | None) -> None:
     uris = [f"/a/{number}.png" if number != BATCH_ROWS + 3 else empty for number in range(BATCH_ROWS + 7)]
     manifest = write_parquet(f"{tmp_path}/list.parquet", uri=uris)
@@ -497,8 +497,9 @@ def test_carried_columns_may_be_of_any_type(tmp_path: Path) -> None:
     assert listing.table["kind"].to_pylist() == ["l", "k", "k"]
 
 
+@pytest.mark.slow
 def test_a_csv_column_is_of_one_type_however_late_it_shows(tmp_path: Path) -> None:
-    lines = [f"/{number:07d}.png,{number}" for number in range(200_000)]
+    lines = [f"/{number:07d}.png,{number}" for number in range(100_000)]  # more than the block of a reader
     manifest = write_text(f"{tmp_path}/a.csv", "\n".join(["uri,label", *lines, '/x.png,"a\nb"']))
     listing = found(manifest, carry=("label",))
     assert listing.table["label"][0].as_py() == "0"

@@ -109,11 +109,11 @@ def test_what_is_wrong_with_an_image_comes_through() -> None:
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("killed", r"^failed: the decoder crashed \(SIGKILL\)$"),
+        pytest.param("killed", r"^failed: the decoder crashed \(SIGKILL\)$", marks=pytest.mark.slow),
         ("segfault", r"^failed: the decoder crashed \(SIGSEGV\)$"),
-        ("abort", r"^failed: the decoder crashed \(SIGABRT\)$"),
-        ("exit", r"^failed: the decoder crashed \(exit status 7\)$"),
-        ("hang", r"^failed: decoding took longer than 1\.5 s$"),
+        pytest.param("abort", r"^failed: the decoder crashed \(SIGABRT\)$", marks=pytest.mark.slow),
+        pytest.param("exit", r"^failed: the decoder crashed \(exit status 7\)$", marks=pytest.mark.slow),
+        pytest.param("hang", r"^failed: decoding took longer than 1\.5 s$", marks=pytest.mark.slow),
         ("eat", r"^too_large: the memory does not hold it$"),
     ],
 )
@@ -202,6 +202,7 @@ def test_no_child_is_left_by_a_parent_that_dies(tmp_path: Path) -> None:
         assert wait_until(lambda: has_ended(child))
 
 
+@pytest.mark.slow
 def test_no_child_is_left_by_a_parent_that_dies_while_it_hangs(dangers: Path) -> None:
     (dangers / "hang.jpg").write_bytes(danger("hang"))
     with parent(dangers / "hang.jpg") as process:

@@ -49,7 +49,13 @@ def write_idx(folder: Path, *, train: int, test: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", TRAINING_RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [  # one of each kind of data in every run; what the others differ in is tested in test_recipes, too
+        name if name in ("mnist-cnn-bn", "folder-mobilenet-v2") else pytest.param(name, marks=pytest.mark.chaos)
+        for name in TRAINING_RECIPES
+    ],
+)
 def test_each_recipe_fits_together(recipe: str, tmp_path: Path, folder_of_images: Path) -> None:
     flags = ["--dry-run", "--storage", str(tmp_path / "storage"), "--epochs", "1"]
     if recipe.startswith("mnist"):
@@ -82,12 +88,16 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
     ("flags", "message"),
     [
         (("no-such-recipe",), "The recipes are quickstart, mnist-mlp"),
-        (("--backbone", "vgg17"), "Did you mean vgg16"),
+        pytest.param(("--backbone", "vgg17"), "Did you mean vgg16", marks=pytest.mark.slow),
         (("--data", "no_such_data"), "digits, mnist, fashion_mnist"),
-        (("--trainable", "block9"), "trainable is, for cnn, one of head, all"),
-        (("--backbone", "vgg16", "--image-size-px", "9"), "vgg16 needs images of at least 32 px"),
-        (("--storage", "gs://bucket"), "s3://bucket/prefix"),
-        (("--weights", "imagenet"), "weights for cnn are none"),
+        pytest.param(("--trainable", "block9"), "trainable is, for cnn, one of head, all", marks=pytest.mark.slow),
+        pytest.param(
+            ("--backbone", "vgg16", "--image-size-px", "9"),
+            "vgg16 needs images of at least 32 px",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("--storage", "gs://bucket"), "s3://bucket/prefix", marks=pytest.mark.slow),
+        pytest.param(("--weights", "imagenet"), "weights for cnn are none", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
@@ -107,7 +117,9 @@ def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> No
     assert f"Received: {flag.removeprefix('--').replace('-', '_')}=" in " ".join(err.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("job", ["train", "quickstart", "benchmark"])
+@pytest.mark.parametrize(
+    "job", ["train", *(pytest.param(job, marks=pytest.mark.slow) for job in ("quickstart", "benchmark"))]
+)
 def test_help_names_every_flag_with_its_default(job: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60

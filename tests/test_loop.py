@@ -48,6 +48,10 @@ def images() -> Images:
     )
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 class Notes:
     """A host that writes every checkpoint down, and wishes to stop from some global step on."""
 
@@ -241,7 +245,7 @@ def test_class_weights_are_those_of_scikit_learn(images: Images) -> None:
 # --- the best epoch, phases, callbacks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["val_loss", "val_accuracy"])
+@pytest.mark.parametrize("metric", ["val_loss", slow("val_accuracy")])
 def test_the_best_epoch_is_chosen_on_validation_and_the_next_phase_starts_from_it(
     images: Images, tmp_path: Path, metric: Any
 ) -> None:
@@ -277,6 +281,7 @@ def test_early_stopping_ends_its_phase_and_the_next_one_begins_afresh(images: Im
     assert [line["phase"] for line in notes.lines] == ["train"] * 3 + ["fine-tune"] * 2
 
 
+@pytest.mark.slow
 def test_a_plateau_lowers_the_rate_also_after_a_restore(images: Images, tmp_path: Path) -> None:
     phases = PhasesConfig(epochs=(5, 2), learning_rate=(STILL, 2 * STILL))
     fit = FitConfig(batch_size=11, plateau_patience=1, plateau_factor=0.25)
@@ -407,12 +412,8 @@ def test_every_checkpoint_holds_the_weights_of_the_best_epoch_so_far(whole: Whol
             assert relative_difference(checkpoint.best, ends[checkpoint.state.best["epoch"]]) == 0
 
 
-def slow(step: int) -> Any:
-    return pytest.param(step, marks=pytest.mark.slow)
-
-
 # Within the first epoch, at its end, within the second; at the first phase's end, within the second phase.
-@pytest.mark.parametrize("step", [slow(1), slow(60), 61, slow(121), 180, slow(181), 241])
+@pytest.mark.parametrize("step", [slow(1), slow(60), slow(61), slow(121), 180, slow(181), slow(241)])
 def test_a_restored_run_reaches_the_same_weights(whole: Whole, tmp_path: Path, step: int) -> None:
     checkpoint = next(c for c in whole.notes.checkpoints() if c.state.global_step >= step)
     trainer, outcome, _ = run(whole.task, tmp_path, restored=checkpoint)
@@ -435,6 +436,7 @@ def test_a_finished_run_is_left_as_it_is(whole: Whole, tmp_path: Path) -> None:
     assert (notes.positions, notes.saved) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_run_with_momentum_and_a_cosine_goes_on_where_it_was(images: Images, tmp_path: Path) -> None:
     task = small_task(
         images,

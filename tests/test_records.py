@@ -250,6 +250,7 @@ def open_and_sum(root: str, local_dir: Path, sums: Any) -> None:
     sums.put(int(open_records(root, local_dir=local_dir).pixels.sum()))
 
 
+@pytest.mark.slow
 def test_processes_of_a_node_download_once(images: Path, s3: str, tmp_path: Path) -> None:
     work = planned(images, s3)
     work.decode()

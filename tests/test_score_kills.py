@@ -240,8 +240,8 @@ def kill_at(moment: str, job: Job, choose: random.Random) -> None:
     ("seed", "moments"),
     [
         (0, ("beginning", "scoring")),
-        (1, ("scoring", "committing")),
-        (2, ("scoring", "beginning")),
+        pytest.param(1, ("scoring", "committing"), marks=pytest.mark.chaos),
+        pytest.param(2, ("scoring", "beginning"), marks=pytest.mark.chaos),
     ],
 )
 def test_a_driver_killed_at_any_moment_is_continued_by_the_same_command(
@@ -289,11 +289,12 @@ def assert_commits_after_a_kill(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.chaos)])
 def test_a_driver_killed_in_the_commit_is_continued_by_the_same_command(
-    tmp_path: Path, all_scored: Path, bundle: Path, images: Path, undisturbed: Rows
+    tmp_path: Path, all_scored: Path, bundle: Path, images: Path, undisturbed: Rows, kills: int
 ) -> None:
     choose = random.Random(3)
-    for number in range(8):
+    for number in range(kills):
         assert_commits_after_a_kill(tmp_path / f"{number}", all_scored, bundle, images, undisturbed, choose)
 
 
@@ -308,7 +309,7 @@ def test_drivers_are_killed_in_the_commit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["scoring", "committing"])
+@pytest.mark.parametrize("moment", ["scoring", pytest.param("committing", marks=pytest.mark.chaos)])
 def test_an_old_table_survives_the_kill_of_a_fresh_run(
     tmp_path: Path, bundle: Path, images: Path, undisturbed_table: Path, undisturbed: Rows, moment: str
 ) -> None:
@@ -324,7 +325,7 @@ def test_an_old_table_survives_the_kill_of_a_fresh_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)])
 def test_a_signal_keeps_what_is_done_and_prints_the_command_that_goes_on(
     tmp_path: Path, bundle: Path, images: Path, undisturbed: Rows, number: signal.Signals
 ) -> None:
@@ -416,7 +417,7 @@ def dangerous(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decode", ["actor", "tasks"])
+@pytest.mark.parametrize("decode", ["actor", pytest.param("tasks", marks=pytest.mark.chaos)])
 def test_a_decoder_that_crashes_or_hangs_costs_the_one_image(
     tmp_path: Path, bundle: Path, dangerous: Path, decode: str
 ) -> None:

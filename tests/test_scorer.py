@@ -264,6 +264,7 @@ def test_a_model_that_takes_less_than_it_said_gets_less(archive: pa.Table) -> No
     assert engine.sizes == [8, 8, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_few_decoded_images_wait_for_a_slow_model(archive: pa.Table) -> None:
     engine = ColourEngine(pause_s=0.01)
     threads = 2
@@ -337,6 +338,7 @@ def test_a_shard_may_hold_no_image_at_all(broken: str, spec: ImageSpec | None) -
     assert engine.sizes == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_broken_images_in_a_row_are_nothing(files: pa.Table, broken: str) -> None:
     rows = pa.concat_tables([manifest_rows([broken] * 10_000), files.slice(0, 5)])
     began = time.monotonic()
@@ -399,6 +401,7 @@ except DecoderStuck:
 """
 
 
+@pytest.mark.slow
 def test_a_decoder_that_hangs_is_raised_by_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(DANGERS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *CODE]))
@@ -430,6 +433,7 @@ def test_progress_counts_every_image_once(files: pa.Table, broken: str) -> None:
     assert counts == {"ok": IMAGES, "other": 8}
 
 
+@pytest.mark.slow
 def test_times_add_up(archive: pa.Table) -> None:
     engine = ColourEngine(pause_s=0.01)
     began = time.perf_counter()
