@@ -183,8 +183,14 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str,
 
 
 def test_a_folder_without_bundle_json_is_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"is not a bundle: it has no bundle.json. Received: '.*absent'"):
+    with pytest.raises(BundleError, match=r"there is no such folder of a bundle. Received: '.*absent'"):
         load_bundle(tmp_path / "absent")
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no bundle.json. Received: '.*'"):
+        load_bundle(tmp_path)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").touch()
+    with pytest.raises(BundleError, match=r"did you mean .*/bundle\?"):
+        load_bundle(tmp_path)
     (tmp_path / "model.keras").touch()
     with pytest.raises(BundleError, match=r"is unfinished: it has no bundle.json"):
         load_bundle(tmp_path)

@@ -264,8 +264,11 @@ def _download(uri: str) -> Path:
 def _read_info(path: Path, *, named: str) -> BundleInfo:
     file = path / BUNDLE_FILE
     if not file.is_file():
+        if not path.is_dir():
+            raise BundleError(f"there is no such folder of a bundle. Received: {named!r}")
         why = "is unfinished" if (path / MODEL_FILE).exists() else "is not a bundle"
-        raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}. Received: {named!r}")
+        hint = f" (did you mean {named.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
+        raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {named!r}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version = values["format_version"]

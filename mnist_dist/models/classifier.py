@@ -315,7 +315,7 @@ def _not_to_be_had(row: Backbone, config: ModelConfig, *, size_px: int, err: Exc
     url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
     return WeightsError(
         f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
-        f"{url.rsplit('/', 1)[-1]} from {url} into {_keras_models()}, or name a file of weights or a bundle. "
+        f"{url.rsplit('/', 1)[-1]} from {url} into {_keras_models()}, or name a file of weights, a bundle, or none. "
         f"Received: weights='imagenet'"
     )
 

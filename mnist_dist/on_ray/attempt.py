@@ -137,7 +137,6 @@ def _steps_done(position: Position) -> int:
 
 def _note(position: Position) -> str:
     """Short enough for a bar on 80 columns."""
-    return (
-        f"{position.phase} {position.epoch}/{position.epochs}, loss {position.loss:.3f}, acc {position.accuracy:.3f}, "
-        f"{position.images_per_s:,.0f} images/s"
-    )
+    speed = f", {position.images_per_s:,.0f} images/s" if position.images_per_s else ""
+    epoch = f"{position.phase} {position.epoch}/{position.epochs}"
+    return f"{epoch}, loss {position.loss:.3f}, acc {position.accuracy:.3f}{speed}"

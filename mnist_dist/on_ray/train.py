@@ -165,10 +165,10 @@ class Training:
         return features
 
     def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
-        model = self.job.model
+        model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
         self.console.line(
             f"{'training' if is_new else 'going on with'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
-            f"on {spec.height_px} x {spec.width_px} x {spec.channels} px, {mine.workers} worker(s) of {mine.cpus:g} CPU"
+            f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
             f"{' and a GPU' if mine.gpu else ''}, of {have}"
         )
 

@@ -12,7 +12,7 @@ S = steps in one call, b = this worker's slice of the batch, H, W = height and w
 K = classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class TrainStep:
         models = [network] if augmentation is None else [network, augmentation]
         self._generators = seed_generators(*models)
         self._class_weights = tf.constant(config.class_weights)
-        self._call = tf.function(self._steps, jit_compile=False, reduce_retracing=True)
+        self._call = _compiled(self._steps)
 
     def __call__(
         self, chunk: TrainChunk, *, rates: npt.NDArray[np.float32], stop: bool = False
@@ -113,13 +113,16 @@ class TrainStep:
 
     def _steps(self, pixels: Any, labels: Any, seeds: Any, rates: Any, stop: Any) -> Any:
         count = tf.shape(rates)[0]
-        reports = tf.TensorArray(tf.float32, size=count, element_shape=[3])
-        for index in tf.range(count):
+
+        def take(index: Any, reports: Any) -> tuple[Any, Any]:
             step = (pixels[index], labels[index], seeds[index], stop)
             gradients, report = self._strategy.run(self._forward_backward, args=step)
             self._optimizer.learning_rate.assign(rates[index])
             self._optimizer.apply_gradients(zip(self._clip(gradients), self._variables, strict=True))
-            reports = reports.write(index, report)
+            return index + 1, reports.write(index, report)
+
+        begin = (tf.constant(0), tf.TensorArray(tf.float32, size=count, element_shape=[3]))
+        _, reports = tf.while_loop(lambda index, _: index < count, take, begin)
         return reports.stack()
 
     def _forward_backward(self, pixels: Any, labels: Any, seed: Any, stop: Any) -> tuple[list[Any], Any]:
@@ -159,7 +162,7 @@ class Evaluator:
         self._strategy = strategy
         self._network = network
         self._frozen = frozen
-        self._call = tf.function(self._step, jit_compile=False, reduce_retracing=True)
+        self._call = _compiled(self._step)
 
     def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float64]:
         """Sums `float64 [3]` of one batch of this worker: cross-entropy (nats), correct predictions, images."""
@@ -177,6 +180,11 @@ class Evaluator:
         return tf.reduce_sum(columns * tf.cast(weights, tf.float64), axis=1)
 
 
+def _compiled(call: Callable[..., Any]) -> Any:
+    """Without autograph, which writes files that a worker leaves when it is ended, and finds nothing to convert."""
+    return tf.function(call, jit_compile=False, reduce_retracing=True, autograph=False)
+
+
 def _features(inputs: Any, frozen: keras.Model | None) -> Any:
     return inputs if frozen is None else tf.cast(frozen(inputs, training=False), tf.float32)
 
@@ -188,7 +196,8 @@ def sum_over_workers(strategy: tf.distribute.Strategy, values: npt.NDArray[np.fl
         placed = tf.identity(mine)  # on this replica's device; an argument has none, which the reduction refuses
         return tf.distribute.get_replica_context().all_reduce("SUM", placed)
 
-    return np.asarray(tf.function(lambda mine: strategy.run(total, args=(mine,)))(tf.constant(values, tf.float64)))
+    summed = _compiled(lambda mine: strategy.run(total, args=(mine,)))
+    return np.asarray(summed(tf.constant(values, tf.float64)))
 
 
 def slowest_worker_s(strategy: tf.distribute.Strategy, seconds: float, *, world: World) -> float:
