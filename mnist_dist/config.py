@@ -317,9 +317,9 @@ class TrainJob:
 
     @property
     def uses_features(self) -> bool:
-        """Whether a phase trains the head alone, on images that are the same each time."""
-        heads = any(phase.trainable == "head" for phase in self.phases.phases())
-        return heads and self.fit.augmentation == "none" and self.run.feature_cache and not self.run.dry_run
+        """Whether the first phase trains the head alone, on images that are the same each time."""
+        of_head = self.phases.phases()[0].trainable == "head"
+        return of_head and self.fit.augmentation == "none" and self.run.feature_cache and not self.run.dry_run
 
     def settings_hash(self) -> str:
         """First 8 hexadecimal digits of the sha256 of `settings()`."""

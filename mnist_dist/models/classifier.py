@@ -108,7 +108,8 @@ def build_classifier(
     keras.utils.set_random_seed(seed)
     with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
         backbone = _build_backbone(row, config, shape=shape, load_weights=load_weights)
-        head_layers = _head_layers(config, row, num_classes=num_classes, seed=seed)
+        with _dtype_policy("float32"):  # it costs nothing beside the backbone, and is the same on stored features
+            head_layers = _head_layers(config, row, num_classes=num_classes, seed=seed)
         return _assemble(config, row, backbone=backbone, head_layers=head_layers, spec=spec)
 
 

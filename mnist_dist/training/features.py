@@ -16,7 +16,6 @@ Features of one key are those of the same pixels in the same order, so they are 
 
 # N = records, n = covered rows, b = batch, D = features of an image
 
-import functools
 import hashlib
 import json
 import re
@@ -136,7 +135,6 @@ def plan_features(
     )
 
 
-@functools.lru_cache(maxsize=32)
 def _weights_identity(model: ModelConfig, *, seed: int) -> str:
     if model.weights == "none":
         return f"seed {seed}"
@@ -217,6 +215,10 @@ class Extractor:
         features = self._features(plan.rows_of(shard))
         with np.errstate(over="ignore"):
             stored = features.astype(plan.stored_as)
+        if not np.isfinite(features).all():
+            raise ConfigError(
+                f"{plan.model.backbone} gives features that are no numbers. Received: weights={plan.model.weights!r}"
+            )
         if not np.isfinite(stored).all():
             raise ConfigError(
                 f"the features of {plan.model.backbone} reach {np.abs(features).max():.3g}, more than {plan.stored_as} "
@@ -244,7 +246,8 @@ def write_shard(root: str, shard: int, features: npt.NDArray[Any]) -> None:
 
 
 class FeatureRows:
-    """Features by record, memory-mapped: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`).
+    """Features by record, memory-mapped: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`); an IndexError for
+    records that are not covered.
 
     Args:
         records: `int64 [n]`, the covered records, ascending.
@@ -263,12 +266,15 @@ class FeatureRows:
     def __getitem__(self, records: npt.NDArray[np.integer[Any]], /) -> npt.NDArray[Any]:
         wanted = np.asarray(records).reshape(-1)
         places = np.searchsorted(self._records, wanted)
+        covered = self._records[np.minimum(places, len(self._records) - 1)] == wanted
+        if not covered.all():
+            raise IndexError(f"records without features, such as {wanted[~covered][0]}")
         of_shard = np.searchsorted(self._starts, places, side="right") - 1
         found = np.empty((len(wanted), self.shape[1]), self._shards[0].dtype)
         for shard in np.unique(of_shard):
             mine = of_shard == shard
             found[mine] = self._shards[shard][places[mine] - self._starts[shard]]
-        return found.reshape(*np.shape(records), -1)
+        return found.reshape(*np.shape(records), self.shape[1])
 
 
 def open_features(plan: FeaturePlan, *, local_dir: Path) -> FeatureRows:
@@ -284,10 +290,13 @@ def open_features(plan: FeaturePlan, *, local_dir: Path) -> FeatureRows:
         folder = _local_copy(plan.root, local_dir)
     try:
         description = json.loads((folder / _DONE).read_bytes())
+        key = description["key"]
     except FileNotFoundError as err:
         raise DataError(f"no finished features. Received: {plan.root!r}") from err
-    if description["key"] != plan.key:
-        raise DataError(f"{plan.root}: features of {plan.key}. Received: {description['key']}; delete the folder")
+    except (ValueError, KeyError, TypeError) as err:
+        raise DataError(f"{plan.root}: {_DONE} is damaged: {err}; delete the folder") from err
+    if key != plan.key:
+        raise DataError(f"{plan.root}: features of {plan.key}. Received: {key}; delete the folder")
     shards = [_open_shard(folder / _shard_name(shard)) for shard in range(plan.shards)]
     rows = sum(len(shard) for shard in shards)
     if rows != len(plan.rows):

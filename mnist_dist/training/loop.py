@@ -246,5 +246,6 @@ class Trainer:
 def _build(task: TrainTask) -> Classifier:
     model, classes, seed = task.job.model, len(task.class_names), task.job.fit.seed
     if task.head_alone:
-        return build_head_alone(model, num_features=task.images.pixels.shape[1], num_classes=classes, seed=seed)
+        features = task.features or task.images
+        return build_head_alone(model, num_features=features.pixels.shape[1], num_classes=classes, seed=seed)
     return build_classifier(model, spec=task.spec, num_classes=classes, precision=task.precision, seed=seed)

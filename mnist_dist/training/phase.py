@@ -87,7 +87,9 @@ class PhaseRun:
         self._calls, self._clock = 0, 0.0
         classifier, fit = built.classifier, task.job.fit
         of_head = phase.trainable == "head"
-        features = task.features if of_head else None
+        before = task.job.phases.phases()[: state.phase]
+        untouched = all(earlier.trainable == "head" for earlier in before)
+        features = task.features if of_head and untouched else None
         self.images = task.images if features is None else features
         self.network = classifier.head if of_head else classifier.network
         frozen = classifier.features if of_head and features is None else None

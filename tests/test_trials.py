@@ -1,0 +1,251 @@
+"""trials: their records, their order, their errors; and what comes next, also after a driver was killed."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_dist.on_ray.tuning import DIED, OVER, Trials
+from mnist_dist.search.trials import Status, Trial, TrialRecords, distinct_errors, usable
+from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
+
+NEVER = math.inf
+AT_ONCE = -math.inf
+JOB = SearchJob(
+    space=SearchSpace(
+        backbones=(BackboneSpace(backbone="mlp", trained=("all",)), BackboneSpace(backbone="cnn", trained=("all",)))
+    ),
+    search=SearchConfig(trials=14, seed=5),
+)
+
+
+def made(number: int, accuracy: float | None = 0.5, loss: float | None = 1.0, status: Status = "done") -> Trial:
+    return Trial(number=number, params={}, status=status, val_accuracy=accuracy, val_loss=loss)
+
+
+def report(accuracy: float, *, finished: bool = True, error: str | None = None, epochs: int = 3) -> dict[str, Any]:
+    """What a trial's process says after an epoch, among what Ray Tune adds."""
+    return {
+        "accuracy": accuracy,
+        "loss": 1 - accuracy,
+        "epochs": epochs,
+        "parameters": 1_234,
+        "seconds": 0.123456,
+        "finished": finished,
+        "history": json.dumps([{"epoch": epoch} for epoch in range(1, epochs + 1)]),
+        "error": error,
+        "pid": 17,
+    }
+
+
+def accuracy_of(number: int) -> float:
+    return (number * 37 % 101 + 1) / 103
+
+
+def opened(folder: Path, *, job: SearchJob = JOB, ends_at: float = NEVER) -> Trials:
+    return Trials(job, TrialRecords(str(folder)), ends_at=ends_at)
+
+
+def run_one(trials: Trials) -> Trial:
+    """Begins the next trial and ends it as done."""
+    trial = trials.next()
+    assert trial is not None
+    trials.end(trial.number, report(accuracy_of(trial.number)))
+    return trials.known[trial.number]
+
+
+def numbers(trials: Iterable[Trial]) -> list[int]:
+    return [trial.number for trial in trials]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = TrialRecords(str(tmp_path / "trials"))
+    trial = Trial(
+        number=12,
+        params={"backbone": "mlp", "mlp.pooling": None, "learning_rate": 0.1 + 0.2, "batch_size": 64},
+        status="stopped",
+        val_accuracy=0.75,
+        val_loss=0.3,
+        epochs=2,
+        parameters=321,
+        seconds=1.25,
+        error=None,
+        history=({"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.25}),
+    )
+    records.write(replace(trial, status="running"))
+    records.write(trial)
+    assert records.read() == {12: trial}
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["000012.json"]
+
+
+def test_records_are_read_in_the_order_of_their_numbers_and_nothing_else_is(tmp_path: Path) -> None:
+    records = TrialRecords(str(tmp_path / "finalists"))
+    assert records.read() == {}
+    for number in (1_000, 2, 10):
+        records.write(made(number))
+        (tmp_path / "finalists" / f"{number:06d}").mkdir()  # a finalist's run lies beside its record
+        (tmp_path / "finalists" / f"{number:06d}" / "000003.json").write_text("{}")
+    (tmp_path / "finalists" / "notes.json").write_text("{}")
+    assert list(records.read()) == [2, 10, 1_000]
+
+
+def test_the_best_is_the_most_accurate_then_of_least_loss_then_the_first() -> None:
+    trials = [made(4, 0.8, None), made(3, 0.8, 0.6), made(2, 0.8, 0.6), made(1, 0.9, 0.9), made(0, 0.8, 0.7)]
+    assert numbers(sorted(trials, key=lambda trial: trial.rank)) == [1, 2, 3, 0, 4]
+
+
+def test_what_failed_or_still_runs_is_of_no_use_and_last() -> None:
+    trials = [made(0, None, None, "failed"), made(1, 0.1), made(2, 0.2, status="stopped"), made(3, 0.9, 0.1, "running")]
+    assert numbers(usable(trials)) == [2, 1]
+    assert numbers(sorted(trials[:3], key=lambda trial: trial.rank)) == [2, 1, 0]
+    assert usable([]) == []
+
+
+def test_errors_are_counted_the_most_frequent_first() -> None:
+    errors = ["no number", None, "out of memory", "no number"]
+    trials = [replace(made(n, None, None, "failed"), error=error) for n, error in enumerate(errors)]
+    trials.append(replace(made(9), error="of a trial that came to something"))
+    assert distinct_errors(trials) == [("no number", 2), ("no message", 1), ("out of memory", 1)]
+    assert distinct_errors([]) == []
+
+
+def test_trials_are_proposed_in_order_until_there_are_enough(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    begun = [trials.next() for _ in range(3)]
+    assert [trial and (trial.number, trial.status) for trial in begun] == [(n, "running") for n in range(3)]
+    assert trials.running == {0, 1, 2}
+    assert TrialRecords(str(tmp_path)).read() == trials.known
+    for number in (2, 0, 1):
+        trials.end(number, report(accuracy_of(number)))
+    rest = [run_one(trials).number for _ in range(11)]
+    assert rest == list(range(3, 14))
+    assert trials.next() is None
+    assert (trials.count, trials.done_here, trials.running) == (14, 14, set())
+
+
+def test_a_trial_that_ends_is_recorded_with_what_it_found(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    for _ in range(4):
+        trials.next()
+    trials.end(0, report(0.75))
+    trials.end(1, report(0.5, finished=False, epochs=1))
+    trials.end(2, report(0.0, error="the loss is no number"))
+    trials.note(3, report(0.25, finished=False))
+    trials.end(3, None)
+    found = TrialRecords(str(tmp_path)).read()
+    assert found == trials.known
+    assert [trial.status for trial in found.values()] == ["done", "stopped", "failed", "failed"]
+    assert [trial.val_accuracy for trial in found.values()] == [0.75, 0.5, None, None]
+    assert [trial.val_loss for trial in found.values()] == [0.25, 0.5, None, None]
+    assert [trial.error for trial in found.values()] == [None, None, "the loss is no number", DIED]
+    assert (found[0].epochs, found[0].parameters, found[0].seconds) == (3, 1_234, 0.123)
+    assert found[0].history == ({"epoch": 1}, {"epoch": 2}, {"epoch": 3})
+
+
+def test_an_epoch_is_known_but_not_recorded(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    trials.next()
+    before = (tmp_path / "000000.json").read_bytes()
+    trials.note(0, report(0.5, finished=False, epochs=1))
+    assert (trials.known[0].val_accuracy, trials.known[0].status) == (0.5, "running")
+    assert (tmp_path / "000000.json").read_bytes() == before
+
+
+def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
+    trials = opened(tmp_path, ends_at=AT_ONCE)
+    assert trials.over
+    assert trials.next() is None
+    trials.end_all()
+    assert trials.known == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_begun_after_a_wish_to_stop(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    run_one(trials)
+    trials.stopped = True
+    assert trials.over
+    assert trials.next() is None
+
+
+def test_the_end_of_the_time_stops_what_has_an_epoch_and_fails_what_has_none(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    for _ in range(3):
+        trials.next()
+    trials.end(0, report(0.75))
+    trials.note(2, report(0.5, finished=False, epochs=1))
+    trials.end_all()
+    found = TrialRecords(str(tmp_path)).read()
+    assert [trial.status for trial in found.values()] == ["done", "failed", "stopped"]
+    assert [trial.error for trial in found.values()] == [None, OVER, None]
+    assert found[2].val_accuracy == 0.5
+    assert trials.running == set()
+
+
+def test_a_new_driver_runs_what_was_unfinished_again_and_nothing_that_was_finished(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    for _ in range(6):
+        trials.next()
+    for number in (0, 2, 3):
+        trials.end(number, report(accuracy_of(number)))
+    trials.end(5, report(0.0, error="the loss is no number"))
+    finished = {path.name: path.read_bytes() for path in tmp_path.iterdir() if b'"running"' not in path.read_bytes()}
+    proposed = {number: trial.params for number, trial in trials.known.items()}
+
+    again = opened(tmp_path)
+    assert again.running == set()
+    begun = [again.next() for _ in range(3)]
+    assert [trial and trial.number for trial in begun] == [1, 4, 6]
+    assert [trial.params for trial in begun[:2] if trial] == [proposed[1], proposed[4]]
+    assert {name: (tmp_path / name).read_bytes() for name in finished} == finished
+    assert finished.keys() == {"000000.json", "000002.json", "000003.json", "000005.json"}
+
+
+@pytest.mark.parametrize("killed_after", [0, 5, 12])
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_a_killed_search_proposes_what_an_undisturbed_one_proposes(
+    tmp_path: Path, algorithm: Any, killed_after: int
+) -> None:
+    job = replace(JOB, search=replace(JOB.search, algorithm=algorithm))
+    undisturbed = opened(tmp_path / "undisturbed", job=job)
+    while len(undisturbed.known) < 14:
+        run_one(undisturbed)
+    killed = opened(tmp_path / "killed", job=job)
+    for _ in range(killed_after):
+        run_one(killed)
+    killed.next()  # under way when the driver dies
+    again = opened(tmp_path / "killed", job=job)
+    while len(again.known) < 14:
+        run_one(again)
+    assert again.known == undisturbed.known
+    assert again.next() is None
+
+
+def test_a_finished_set_of_trials_begins_nothing(tmp_path: Path) -> None:
+    job = replace(JOB, search=replace(JOB.search, trials=2))
+    trials = opened(tmp_path, job=job)
+    run_one(trials)
+    run_one(trials)
+    again = opened(tmp_path, job=job)
+    assert again.next() is None
+    assert numbers(again.known.values()) == [0, 1]
+
+
+def test_a_grid_smaller_than_the_trials_ends_by_itself(tmp_path: Path) -> None:
+    space = SearchSpace(
+        backbones=(BackboneSpace(backbone="mlp", trained=("all",)),),
+        hidden_units=(0, 9),
+        dropout=(0.0,),
+        optimizer=("sgd",),
+        learning_rate=(1e-3, 1e-3),
+        label_smoothing=(0.0,),
+        batch_size=(16,),
+    )
+    trials = opened(tmp_path, job=SearchJob(space=space, search=SearchConfig(algorithm="grid", trials=30)))
+    assert trials.count == 2
+    assert [run_one(trials).params["hidden_units"] for _ in range(2)] == [0, 9]
+    assert trials.next() is None
