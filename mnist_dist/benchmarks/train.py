@@ -193,6 +193,6 @@ def _job_images_per_s(job: TrainJob, steps: int, *, console: Console) -> float:
             job,
             data=replace(job.data, limit=limit),
             phases=replace(job.phases, epochs=(epochs,)),
-            run=RunConfig(storage=storage, workers=1, calibration=False),
+            run=RunConfig(storage=storage, workers=1, calibration=False, feature_cache=False),
         )
         return float(train(job, recipe="benchmark", console=console)["images_per_s"])

@@ -6,6 +6,7 @@ one that is complete. Loads neither TensorFlow nor Keras.
 Validation images alone decide, among trials and among finalists; the winner alone meets the test images, once.
 """
 
+import json
 import re
 import tempfile
 import time
@@ -102,7 +103,9 @@ class FinalistTask:
     job: TrainJob
     run: str
     """URI of its run."""
-    decoded: DecodedData
+    records: str
+    """URI of the record cache."""
+    fingerprint: str
     features: FeaturePlan | None
     splits: Splits
     share: Share
@@ -282,16 +285,16 @@ class _Search:
                 while waiting and len(running) < room and self.stop.signal_number is None:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
-                    running[_start(self._finalist_task(data, trial, mine=mine, board=board, validated_only=True))] = (
-                        trial,
-                        board,
-                    )
+                    task = self._finalist_task(data, trial, mine=mine, board=board, validated_only=len(chosen) > 1)
+                    running[_start(task)] = (trial, board)
                 ready, _ = ray.wait(list(running), timeout=POLL_S)
                 for asked in ready:
                     trial, _board = running.pop(asked)
                     self._record_finalist(trial, asked)
                 self._look_after(running, waiting)
-                view.update(summary=f"{len(running)} running, {len(waiting)} waiting", rows=_positions(running))
+                positions = _positions(running)
+                at = "".join(f"; {number}: {phase} {epoch}" for number, phase, epoch, _ in positions[1:])
+                view.update(summary=f"{len(running)} running, {len(waiting)} waiting{at}", rows=positions)
         self.stop.check()
         done = self.finalist_records.read()
         if not usable(done.values()):
@@ -342,7 +345,8 @@ class _Search:
         return FinalistTask(
             job=job,
             run=self._finalist_uri(trial),
-            decoded=data.decoded[name],
+            records=data.decoded[name].plan.root,
+            fingerprint=data.decoded[name].fingerprint,
             features=data.features.get(name) if job.uses_features else None,
             splits=data.splits,
             share=mine,
@@ -353,25 +357,28 @@ class _Search:
     def _finalist_uri(self, trial: Trial) -> str:
         return storage.join(self.run.uri, "finalists", f"{trial.number:06d}")
 
-    def _finish_winner(self, data: _Data, winner: Trial, *, mine: Share) -> dict[str, Any]:
-        """Tests the winner, and puts its bundle into the search's folder."""
-        self.console.line(f"winner: trial {winner.number}, {describe(winner.params)}")
-        bundle = storage.join(self.run.uri, "bundle")
-        board = make_board()
-        asked = _start(self._finalist_task(data, winner, mine=mine, board=board, validated_only=False))
+    def _finish_winner(self, data: _Data, winner: Trial, *, mine: Share) -> dict[str, float]:
+        """Tests the winner, and puts its bundle into the search's folder; its test metrics."""
+        its_bundle, bundle = storage.join(self._finalist_uri(winner), "bundle"), storage.join(self.run.uri, "bundle")
+        if not storage.exists(storage.join(its_bundle, BUNDLE_FILE)):
+            self._test(winner, data, mine=mine)
+        self.lock.check()
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.download_folder(its_bundle, Path(scratch))
+            storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
+        return dict(json.loads(storage.read_bytes(storage.join(bundle, BUNDLE_FILE)))["test"])
+
+    def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
+        """Goes on with the winner's run, which has only the test and the bundle left."""
+        asked = _start(self._finalist_task(data, winner, mine=mine, board=make_board(), validated_only=False))
         with self.console.progress("testing the winner") as bar:
             while not ray.wait([asked], timeout=POLL_S)[0]:
                 self.stop.check()
                 bar.update(done=0, total=1)
         try:
-            metrics: dict[str, Any] = ray.get(asked)
+            ray.get(asked)
         except ray.exceptions.RayError as error:
             raise WorkersFailed(f"testing the winner failed: {_words(error)}") from error
-        self.lock.check()
-        with tempfile.TemporaryDirectory() as scratch:
-            storage.download_folder(storage.join(self._finalist_uri(winner), "bundle"), Path(scratch))
-            storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
-        return metrics
 
     # --- results ---
 
@@ -388,13 +395,14 @@ class _Search:
         storage.write_bytes(self._leaderboard, parquet_bytes(table))
         storage.write_bytes(storage.join(self.run.uri, "pareto.png"), pareto_figure(table))
         self.console.table(shown_rows(table))
+        self.console.line("* Pareto front: no other trial is as accurate and as fast (pareto.png)")
 
     @property
     def _leaderboard(self) -> str:
         return storage.join(self.run.uri, "leaderboard.parquet")
 
     def _result(
-        self, trials: Mapping[int, Trial], winner: Trial, tested: Mapping[str, Any], speeds: Mapping[str, Speed]
+        self, trials: Mapping[int, Trial], winner: Trial, tested: Mapping[str, float], speeds: Mapping[str, Speed]
     ) -> dict[str, Any]:
         speed = speeds.get(architecture_of(winner.params, self.job).name)
         return {
@@ -407,8 +415,8 @@ class _Search:
                 "config": winner.params,
                 "val_accuracy": winner.val_accuracy,
                 "val_loss": winner.val_loss,
-                "test_accuracy": tested["test_accuracy"],
-                "test_loss": tested["test_loss"],
+                "test_accuracy": tested["accuracy"],
+                "test_loss": tested["loss"],
                 "ms_per_image": speed.ms_per_image if speed else None,
             },
             "leaderboard": self._leaderboard,
@@ -463,9 +471,10 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
             task.job, recipe="finalist", run=Run(task.run), console=console, stop=stop, lock=lock, began_at=began_at
         )
         metrics = training.train_on(
-            task.decoded,
             task.splits,
             task.features,
+            records=task.records,
+            fingerprint=task.fingerprint,
             mine=task.share,
             board=task.board,
             validated_only=task.validated_only,

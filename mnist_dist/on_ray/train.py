@@ -27,7 +27,7 @@ from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
 from mnist_dist.on_ray.features import compute_missing, feature_actors
 from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.prepare import DecodedData, Listed, check_places, decode, list_data, plan_job_features, split
+from mnist_dist.on_ray.prepare import Listed, check_places, decode, list_data, plan_job_features, split
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -156,7 +156,7 @@ class Training:
             if self.job.uses_features:
                 job = with_absolute_weights(self.job)
                 features = self._compute(plan_job_features(job, decoded, splits, have=have), have=have)
-            metrics = self.train_on(decoded, splits, features, mine=mine)
+            metrics = self.train_on(splits, features, records=plan.root, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
     def _compute(self, features: FeaturePlan, *, have: Resources) -> FeaturePlan:
@@ -174,10 +174,11 @@ class Training:
 
     def train_on(
         self,
-        decoded: DecodedData,
         splits: Splits,
         features: FeaturePlan | None,
         *,
+        records: str,
+        fingerprint: str,
         mine: Share,
         board: Any = None,
         validated_only: bool = False,
@@ -185,9 +186,10 @@ class Training:
         """Lets the workers train; gives their metrics.
 
         Args:
-            decoded: the images.
-            splits: of them.
+            splits: of the images.
             features: finished ones, or None.
+            records: URI of the record cache.
+            fingerprint: of the images.
             mine: how many workers, and what each gets.
             board: a board that somebody else looks at, too; None: a new one.
             validated_only: leave the test and the bundle to another call.
@@ -195,10 +197,10 @@ class Training:
         self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
         task = WorkerTask(
             job=with_absolute_weights(self.job),
-            records=decoded.plan.root,
+            records=records,
             splits=splits,
             features=features,
-            fingerprint=decoded.fingerprint,
+            fingerprint=fingerprint,
             run=self.run.uri,
             checkpoint=self.run.newest_checkpoint(),
             board=board or make_board(),

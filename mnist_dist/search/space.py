@@ -197,15 +197,14 @@ def _run_config(job: SearchJob) -> RunConfig:
 
 def describe(params: Mapping[str, Any]) -> str:
     """A proposal in a line, for people."""
-    return ", ".join(
-        f"{name.rpartition('.')[2].replace('_', ' ')} {value:.3g}"
-        if isinstance(value, float)
-        else f"{name.replace('_', ' ')} {value}"
-        if isinstance(value, int)
-        else f"{value}"
-        for name, value in params.items()
-        if value is not None and not (name.endswith(".alpha") and value == 1)
-    )
+    shown = []
+    for name, value in params.items():
+        short = name.rpartition(".")[2].replace("_", " ")
+        if isinstance(value, str):
+            shown.append(value)
+        elif value is not None and (short, value) != ("alpha", 1):
+            shown.append(f"{short} {value:.3g}" if isinstance(value, float) else f"{short} {value}")
+    return ", ".join(shown)
 
 
 def _phases(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> PhasesConfig:
