@@ -1,18 +1,20 @@
-"""python -m jobs.benchmark train|score|search [--flags]: measures the README's figures and its peers, in one run."""
+"""python -m jobs.benchmark train|score|search|seeds [--flags]: measures the figures that the README states."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mnist_dist import console
-from mnist_dist.benchmarks import score, search, train
+from mnist_dist.benchmarks import score, search, seeds, train
 from mnist_dist.benchmarks.score import ScoreBenchmark
 from mnist_dist.benchmarks.search import SearchBenchmark
+from mnist_dist.benchmarks.seeds import SeedsBenchmark
 from mnist_dist.benchmarks.train import TrainBenchmark
 
-BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark | SearchBenchmark]] = {
+BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark | SearchBenchmark | SeedsBenchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
+    "seeds": SeedsBenchmark,
 }
 
 
@@ -27,6 +29,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
+    elif isinstance(benchmark, SeedsBenchmark):
+        result = seeds.measure(benchmark, console=shown)
+        shown.line(seeds.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

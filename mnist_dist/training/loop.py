@@ -30,7 +30,7 @@ from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import EvaluationBatch, Images, TrainChunk, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
 from mnist_dist.training.phase import Built, PhaseRun, TrainTask
-from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, make_strategy, sum_over_workers
+from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor, make_strategy, sum_over_workers
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,25 @@ class Trainer:
         """Loss (mean cross-entropy, nats) and accuracy of a network over a split, each image once over all workers."""
         evaluator = Evaluator(self.strategy, network)
         return self._evaluate(evaluator, self.task.images, indices)
+
+    def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
+        """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
+        predictor = Predictor(self.strategy, network)
+        size = 2 * self.task.job.fit.batch_size
+        batches = evaluation_batches(self.task.images, self._limited(indices), batch_size=size, world=self.world)
+        found = [predictor(batch) for batch in ahead(batches)]
+        return np.concatenate(found) if found else np.zeros((0, len(self.task.class_names)), np.float32)
+
+    @property
+    def test_count(self) -> int:
+        """Test images that are predicted: all, but in a dry run."""
+        return len(self._limited(self.task.images.test))
+
+    def _limited(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What a dry run leaves of a split."""
+        if self.task.steps_limit is None:
+            return indices
+        return indices[: self.task.steps_limit * self.task.job.fit.batch_size]
 
     def _run_phase(self, phase: Phase) -> Iterator[dict[str, Any]]:
         """Trains a phase to its end or until asked to stop."""
@@ -209,10 +228,8 @@ class Trainer:
 
     def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)
-        if self.task.steps_limit is not None:
-            indices = indices[: self.task.steps_limit * self.task.job.fit.batch_size]
         batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
-            images, indices, batch_size=2 * self.task.job.fit.batch_size, world=self.world
+            images, self._limited(indices), batch_size=2 * self.task.job.fit.batch_size, world=self.world
         )
         for batch in ahead(batches):
             sums += evaluator(batch)

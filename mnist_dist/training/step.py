@@ -180,6 +180,21 @@ class Evaluator:
         return tf.reduce_sum(columns * tf.cast(weights, tf.float64), axis=1)
 
 
+class Predictor:
+    """The logits that a network gives."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, network: keras.Model) -> None:
+        self._strategy, self._network = strategy, network
+        self._call = _compiled(lambda pixels: strategy.run(self._logits, args=(pixels,)))
+
+    def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float32]:
+        """`float32 [images, K]` of one batch of this worker, without what only fills it up."""
+        return np.asarray(self._call(batch.pixels))[batch.weights > 0]
+
+    def _logits(self, pixels: Any) -> Any:
+        return self._network(tf.cast(pixels, tf.float32), training=False)
+
+
 def _compiled(call: Callable[..., Any]) -> Any:
     """Without autograph, which writes files that a worker leaves when it is ended, and finds nothing to convert."""
     return tf.function(call, jit_compile=False, reduce_retracing=True, autograph=False)

@@ -1,0 +1,104 @@
+"""The systems that this project grew from, side by side with what their recipes reach here, from finished runs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_dist import storage
+from mnist_dist.console import Console
+from mnist_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsBenchmark:
+    """Which runs to look at."""
+
+    storage: str = "runs"
+    """Folder or `s3://` prefix of finished training runs."""
+    verbose: bool = False
+    """Show what is logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    """A published system: `recipe` is ours for it."""
+
+    what: str
+    published: str
+    recipe: str
+
+
+SEEDS = (
+    Seed(what="VGG16 at 224 px, frozen, dense softmax", published="near-perfect", recipe="mnist-vgg16"),
+    Seed(
+        what="MobileNetV2 at 32 px, head, then fine-tuned", published="84.13 %, loss 0.56", recipe="mnist-mobilenet-v2"
+    ),
+    Seed(what="the same, all layers trained", published="", recipe="mnist-mobilenet-v2-tuned"),
+    Seed(what="frozen convolutions, new head", published="over 99 %", recipe="mnist-conv-transfer"),
+    Seed(what="MLP 784-128-64-10", published="98.23 %", recipe="mnist-mlp"),
+    Seed(what="CNN, 421,642 parameters", published="99.07 %", recipe="mnist-cnn"),
+    Seed(
+        what="CNN with BatchNorm, 459,210 parameters, EarlyStopping, ReduceLROnPlateau, best checkpoint",
+        published="99.2 %, loss 0.03",
+        recipe="mnist-cnn-bn",
+    ),
+)
+
+
+def measure(benchmark: SeedsBenchmark, *, console: Console) -> dict[str, Any]:
+    """Looks up the finished runs of each recipe.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    results = _results(benchmark.storage)
+    rows = [_row(seed, results.get(seed.recipe, [])) for seed in SEEDS]
+    if not any(row["runs"] for row in rows):
+        names = ", ".join(seed.recipe for seed in SEEDS)
+        raise ConfigError(f"no finished run of {names} there. Received: storage={benchmark.storage!r}")
+    for row in rows:
+        if not row["runs"]:
+            console.line(f"no finished run of {row['recipe']}: {row['command']}")
+    return {"storage": benchmark.storage, "rows": rows}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as a Markdown table."""
+    lines = ["| system | published | here | loss | training images | command |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        here = "not run" if not row["runs"] else f"**{100 * row['accuracy']:.2f} %**"
+        if row["runs"] > 1:
+            here += f" ({100 * row['lowest']:.2f} to {100 * row['highest']:.2f}, {row['runs']} runs)"
+        loss = f"{row['loss']:.3f}" if row["runs"] else ""
+        images = f"{row['train_images']:,}" if row["runs"] else ""
+        lines.append(f"| {row['what']} | {row['published']} | {here} | {loss} | {images} | `{row['command']}` |")
+    return "\n".join(lines)
+
+
+def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of finished runs by recipe."""
+    root = storage.absolute(uri)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in storage.list_entries(root):
+        inside = entry.uri.removeprefix(f"{root}/")
+        if inside.count("/") != 1 or not inside.endswith("/result.json"):
+            continue
+        result = json.loads(storage.read_bytes(entry.uri))
+        if "recipe" in result and result.get("test_accuracy") is not None:
+            found.setdefault(result["recipe"], []).append(result)
+    return found
+
+
+def _row(seed: Seed, results: list[dict[str, Any]]) -> dict[str, Any]:
+    command = f"python -m jobs.train {seed.recipe} --data-dir IDX_FOLDER"
+    row: dict[str, Any] = {"what": seed.what, "published": seed.published, "recipe": seed.recipe, "command": command}
+    row["runs"] = len(results)
+    if results:
+        accuracies = [result["test_accuracy"] for result in results]
+        row["accuracy"] = sum(accuracies) / len(accuracies)
+        row["lowest"], row["highest"] = min(accuracies), max(accuracies)
+        row["loss"] = sum(result["test_loss"] for result in results) / len(results)
+        row["train_images"] = max(result["train_images"] for result in results)
+        row["backbone"] = results[0]["backbone"]
+    return row

@@ -1,0 +1,76 @@
+"""What a finished network predicts for the test images, brought together from all workers."""
+
+# n = test images, K = classes
+
+import io
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from ray.train.collective import barrier
+
+from mnist_dist import storage
+from mnist_dist.training.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """Predictions for the test images, in the order of the split."""
+
+    rows: npt.NDArray[np.int64]
+    """`int64 [n]`, the records."""
+    labels: npt.NDArray[np.int32]
+    """`int32 [n]`."""
+    logits: npt.NDArray[np.float32]
+    """`float32 [n, K]`."""
+
+    @property
+    def probabilities(self) -> npt.NDArray[np.float32]:
+        """`float32 [n, K]`."""
+        return np.exp(self._log_probabilities).astype(np.float32)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`loss` (mean cross-entropy, nats) and `accuracy` (0-1)."""
+        of_truth = self._log_probabilities[np.arange(len(self.labels)), self.labels]
+        hits = self.logits.argmax(axis=1) == self.labels
+        return {"loss": float(-of_truth.mean()), "accuracy": float(hits.mean())}
+
+    @property
+    def _log_probabilities(self) -> npt.NDArray[np.float64]:
+        shifted = self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Tested:
+    """Predicts the test images, each once over all workers; every worker calls it.
+
+    Args:
+        trainer: of this worker.
+        network: the finished one.
+        scratch: URI of a folder that all workers see; used where there are several.
+
+    Returns:
+        All of them in the worker of rank 0, this worker's share in the others.
+    """
+    images, world = trainer.task.images, trainer.world
+    mine = trainer.predict(images.test, network)
+    rows = images.test[: trainer.test_count]
+    if world.workers == 1:
+        return Tested(rows=rows, labels=images.labels[rows], logits=mine)
+    if world.rank > 0:
+        buffer = io.BytesIO()
+        np.save(buffer, mine)
+        storage.write_bytes(storage.join(scratch, f"{world.rank}.npy"), buffer.getvalue())
+    barrier()
+    if world.rank > 0:
+        own = rows[world.rank :: world.workers]
+        return Tested(rows=own, labels=images.labels[own], logits=mine)
+    logits = np.zeros((len(rows), mine.shape[1]), np.float32)
+    logits[:: world.workers] = mine
+    for rank in range(1, world.workers):
+        part = np.load(io.BytesIO(storage.read_bytes(storage.join(scratch, f"{rank}.npy"))))
+        logits[rank :: world.workers] = part
+    storage.delete_tree(scratch)
+    return Tested(rows=rows, labels=images.labels[rows], logits=logits)
