@@ -141,20 +141,25 @@ def reliability(counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hi
     return figure
 
 
-def class_distribution(counts: Mapping[str, npt.NDArray[np.int64]], class_names: Sequence[str]) -> Figure:
+def class_distribution(
+    counts: Mapping[str, npt.NDArray[np.int64]], class_names: Sequence[str], *, stacked: bool = True
+) -> Figure:
     """Images of each class.
 
     Args:
         counts: by split (or whatever is counted), `int64 [K]`.
         class_names: K of them.
+        stacked: bars on top of each other; else side by side.
     """
     classes = len(class_names)
     figure, (ax,) = _figure(9.0, 3.0)
     colours = [*SPLIT_COLOURS.values(), PURPLE, VERMILION]
-    bottom = np.zeros(classes)
-    for (name, of_split), colour in zip(counts.items(), colours, strict=False):
-        ax.bar(range(classes), of_split, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=0.8)
-        bottom = bottom + of_split
+    bottom, tallest, width = np.zeros(classes), 1.0, 0.8 if stacked else 0.8 / len(counts)
+    for place, ((name, of_split), colour) in enumerate(zip(counts.items(), colours, strict=False)):
+        x = np.arange(classes) + (0.0 if stacked else (place - (len(counts) - 1) / 2) * width)
+        ax.bar(x, of_split, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=width)
+        tallest = max(tallest, float((bottom + of_split).max(initial=0)))
+        bottom = bottom + of_split if stacked else bottom
     every = -(-classes // MOST_TICKS)
     places = range(0, classes, every)
     names = [_short(class_names[place]) for place in places]
@@ -162,7 +167,7 @@ def class_distribution(counts: Mapping[str, npt.NDArray[np.int64]], class_names:
     ax.set_title("Images of each class", **_STYLE)
     ax.set_ylabel("images", **_STYLE)
     ax.set_xlabel("class", **_STYLE)
-    ax.set_ylim(0, 1.18 * max(1.0, bottom.max(initial=0)))  # room for the legend
+    ax.set_ylim(0, 1.18 * tallest)  # room for the legend
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", ncols=len(counts), loc="upper left")
     return figure
 

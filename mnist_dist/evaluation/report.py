@@ -58,7 +58,7 @@ class Example:
     name: str
     """Where it lies."""
     predicted: str
-    confidence: float
+    confidence: float | None
     truth: str | None = None
     pixels: npt.NDArray[np.uint8] | None = None
     """`uint8 [H, W, C]`; None: it cannot be read any more."""

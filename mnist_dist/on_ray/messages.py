@@ -29,6 +29,8 @@ class WorkerTask:
     gpu: bool
     began_at: float
     """s since the epoch."""
+    command: str
+    """That was typed, for the report."""
     validated_only: bool = False
     """Train and validate; leave the test and the bundle to a later run of the same job."""
 

@@ -21,7 +21,7 @@ import ray
 
 from mnist_dist import storage
 from mnist_dist.config import ModelConfig, TrainJob, require
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.sources import open_source
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError, ResourceError, WorkersFailed
@@ -110,6 +110,7 @@ class FinalistTask:
     splits: Splits
     share: Share
     board: Any
+    command: str
     validated_only: bool
 
 
@@ -351,6 +352,7 @@ class _Search:
             splits=data.splits,
             share=mine,
             board=board,
+            command=command_line(),
             validated_only=validated_only,
         )
 
@@ -477,6 +479,7 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
             fingerprint=task.fingerprint,
             mine=task.share,
             board=task.board,
+            command=task.command,
             validated_only=task.validated_only,
         )
     return {**metrics, "seconds": round(metrics["earlier_s"] + time.time() - began_at, 2)}

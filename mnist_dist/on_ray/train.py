@@ -16,7 +16,7 @@ from typing import Any
 
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
@@ -181,6 +181,7 @@ class Training:
         fingerprint: str,
         mine: Share,
         board: Any = None,
+        command: str | None = None,
         validated_only: bool = False,
     ) -> dict[str, Any]:
         """Lets the workers train; gives their metrics.
@@ -192,6 +193,7 @@ class Training:
             fingerprint: of the images.
             mine: how many workers, and what each gets.
             board: a board that somebody else looks at, too; None: a new one.
+            command: that was typed, where that was in another process.
             validated_only: leave the test and the bundle to another call.
         """
         self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
@@ -207,6 +209,7 @@ class Training:
             cpus=mine.cpus,
             gpu=mine.gpu,
             began_at=self.began_at,
+            command=command or command_line(),
             validated_only=validated_only,
         )
         attempt = Attempt(task, name=self.run.next_attempt(), share=mine)

@@ -157,15 +157,16 @@ class TrialProcess(tune.Trainable):
         return self._features[plan.key]
 
     def _report(self, seconds: float) -> Report:
-        state = self._trainer.state
-        best = state.best or {}
+        state, classifier = self._trainer.state, self._trainer.built.classifier
+        best, phases = state.best or {}, self._config["job"].phases.phases()
+        heads_only = all(phase.trainable == "head" for phase in phases)
         return Report(
             accuracy=best["val_accuracy"],
             loss=best["val_loss"],
             epochs=state.epochs_done,
-            parameters=self._trainer.network.count_params(),
+            parameters=(classifier.head if heads_only else classifier.network).count_params(),
             seconds=seconds,
-            finished=state.phase == len(self._config["job"].phases.phases()),
+            finished=state.phase == len(phases),
             history=json.dumps(state.history),
         )
 

@@ -147,7 +147,8 @@ class _Asker(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
-        if number in self._trials.running and not self._trials.over:
+        ended_by_us = self._trials.stopped or (self._trials.over and not result and not error)
+        if number in self._trials.running and not ended_by_us:
             self._trials.end(number, None if error or not result else result)
 
     def save(self, checkpoint_path: str) -> None:

@@ -7,26 +7,26 @@ raised: raised errors restart the group, which would only find it again.
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import tensorflow as tf
 from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_dist import storage
 from mnist_dist.data.records import Records, open_records
-from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError, TrainingDiverged
-from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
-from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
+from mnist_dist.models.classifier import build_classifier, fetch_published_weights
 from mnist_dist.on_ray.board import Poster
+from mnist_dist.on_ray.bundling import Finished, make_bundle
 from mnist_dist.on_ray.features import node_folder
 from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
-from mnist_dist.training.callbacks import LogFiles, history_csv
+from mnist_dist.on_ray.tested import predict_test
+from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.features import open_features
 from mnist_dist.training.feed import Images, World
@@ -34,8 +34,6 @@ from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask
 from mnist_dist.training.precision import resolve_precision
-
-CALIBRATION_IMAGES = 2_000
 
 
 def work(task: WorkerTask) -> WorkerResult:
@@ -179,61 +177,30 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
         final = build_classifier(job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False)
     final.network.set_weights(outcome.best)
     validation = trainer.evaluate(task.splits.val, final.network)
-    tested: dict[str, float] = {}
+    speed = state.timed_images / state.timed_s if state.timed_s else None
+    test: dict[str, float] = {}
     if not task.validated_only:
-        test = trainer.evaluate(task.splits.test, final.network)
-        tested = {"test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+        tested = predict_test(trainer, final.network, scratch=storage.join(task.run, "_test"))
+        test = {f"test_{name}": value for name, value in tested.metrics.items()}
         if trainer.world.rank == 0 and not job.run.dry_run:
-            history = state.history
-            _write_bundle(task, final, records, scratch / "bundle", history=history, validation=validation, test=test)
+            finished = Finished(
+                classifier=final,
+                history=state.history,
+                validation=validation,
+                tested=tested,
+                precision=trainer.task.precision,
+                workers=trainer.world.workers,
+                images_per_s=speed,
+                seconds=trainer.earlier_s + time.time() - task.began_at,
+            )
+            make_bundle(task, finished, records, scratch / "bundle")
     return {
-        **tested,
+        **test,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
         "best_epoch": state.best["epoch"] if state.best else None,
         "epochs": state.epochs_done,
-        "images_per_s": state.timed_images / state.timed_s if state.timed_s else None,
+        "images_per_s": speed,
         "precision": trainer.task.precision,
         "earlier_s": trainer.earlier_s,
     }
-
-
-def _write_bundle(
-    task: WorkerTask,
-    final: Classifier,
-    records: Records,
-    folder: Path,
-    *,
-    history: list[dict[str, Any]],
-    validation: dict[str, float],
-    test: dict[str, float],
-) -> None:
-    job, bundle = task.job, storage.join(task.run, "bundle")
-    if storage.exists(storage.join(bundle, BUNDLE_FILE)):
-        return  # written by an attempt that then was killed; a finished bundle is never saved again
-    write_bundle(
-        folder,
-        model=final.model,
-        class_names=records.class_names,
-        spec=records.spec,
-        backbone=job.model.backbone,
-        weights=job.model.weights,
-        config=job.settings(),
-        data_fingerprint=task.fingerprint,
-        validation=validation,
-        test=test,
-        history_csv=history_csv(history),
-        calibration=_calibration(task.splits, records) if job.run.calibration else None,
-    )
-    storage.upload_folder(folder, bundle, last=BUNDLE_FILE)
-
-
-def _calibration(splits: Splits, records: Records) -> pa.Table:
-    """Up to 2,000 held-out images, spread evenly over validation, then test: `uri`, `label`, `pixels` (bytes,
-    uint8 [H, W, C] of the bundle's input)."""
-    held_out = np.concatenate([splits.val, splits.test])
-    count = min(CALIBRATION_IMAGES, len(held_out))
-    rows = np.sort(held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)])
-    chosen = records.index.take(pa.array(rows))
-    pixels = [records.pixels[row].tobytes() for row in rows]
-    return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})

@@ -85,7 +85,7 @@ def make_leaderboard(
         {
             trial.number: (trial.val_accuracy, 1 / speeds[name].ms_per_image)
             for trial in ordered
-            if trial.val_accuracy and (name := architectures[trial.number].name) in speeds
+            if trial.val_accuracy is not None and (name := architectures[trial.number].name) in speeds
         }
     )
     rows = []

@@ -2,8 +2,8 @@
 
 ```
 <storage>/<name>/
-search.json              recipe, settings and data: written first, compared when the search goes on
-trials/000012.json       a trial, from the moment it is proposed
+run.json                 recipe, settings and data: written first, compared when the search goes on
+trials/000012.json       a trial, from the moment it is proposed; trials.json: they are all over
 finalists/000012.json    a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
 speeds.json              ms per image and parameters of each architecture
 leaderboard.parquet      a row per trial, the best first; pareto.png: accuracy against speed
@@ -57,7 +57,9 @@ class Trial:
 
 def usable(trials: Iterable[Trial]) -> list[Trial]:
     """The trials that came to something, the best first."""
-    return sorted((t for t in trials if t.status in ("done", "stopped") and t.val_accuracy), key=lambda t: t.rank)
+    return sorted(
+        (t for t in trials if t.status in ("done", "stopped") and t.val_accuracy is not None), key=lambda t: t.rank
+    )
 
 
 def distinct_errors(trials: Iterable[Trial]) -> list[tuple[str, int]]:

@@ -1,0 +1,59 @@
+"""The configuration of an evaluation: which table of predictions, what is true, where the results go.
+
+Owns: the fields of the job, as `config.py` owns those of training and scoring.
+"""
+
+from dataclasses import dataclass
+
+from mnist_dist import storage
+from mnist_dist.config import require
+
+LABEL_COLUMN = "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Says what a table of predictions is worth: accuracy, calibration, mistakes; or how two tables differ."""
+
+    predictions: str
+    """Folder or `s3://` prefix of the prediction table."""
+    labels: str | None = None
+    """Parquet, CSV or TSV file with the columns `uri` and `label`. None: a carried column of the table, or else the
+    names of the folders that the images lie in."""
+    label_column: str = LABEL_COLUMN
+    """Column of the table that holds the truth, where it was carried along: class names or class numbers."""
+    compare: str | None = None
+    """Prediction table of another model over the same images."""
+    output: str | None = None
+    """Folder or `s3://` prefix of the results. None: `<predictions>-evaluation`."""
+    bundle: str | None = None
+    """Bundle that made the table, which names the classes. None: the one that the table remembers, where it is still
+    there, or else the classes that were predicted."""
+    top: int = 24
+    """Images that are shown: of the most confident mistakes, the least confident hits, and those that moved."""
+    verbose: bool = False
+    """Show logs and tracebacks."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.predictions), "predictions is a folder or an s3:// prefix", predictions=self.predictions)
+        require(bool(self.label_column), "label_column is a name", label_column=self.label_column)
+        require(self.top >= 0, "top is a number of images, 0 or above", top=self.top)
+        table, output = storage.absolute(self.predictions), self.output_uri
+        require(
+            f"{output}/".startswith(f"{table}/") is False,
+            "output lies outside of the table, whose readers would take its files for rows",
+            output=self.output,
+            predictions=self.predictions,
+        )
+        require(
+            self.compare is None or storage.absolute(self.compare) != table,
+            "compare is another table",
+            compare=self.compare,
+        )
+
+    @property
+    def output_uri(self) -> str:
+        """Where the results go, as every process sees it."""
+        if self.output is None:
+            return f"{storage.absolute(self.predictions)}-evaluation"
+        return storage.absolute(self.output)

@@ -1,0 +1,248 @@
+"""A prediction table that is evaluated: its classes, and the columns of a batch as numbers.
+
+Owns: where class names come from, and what a row predicts when some columns were left out of the table. Does not own:
+reading (`scoring/predictions`), or the truth (`truth`).
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist import storage
+from mnist_dist.errors import BundleError, DataError, MnistDistError
+from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.scoring.generations import SUMMARY
+from mnist_dist.scoring.predictions import iter_predictions, read_mark, table_schema
+
+# n = rows of a batch, K = classes
+
+log = logging.getLogger(__name__)
+
+NO_LABEL, UNKNOWN_LABEL = -1, -2
+_INDEX, _CLASS, _PROBABILITIES, _CONFIDENCE = "predicted_index", "predicted_class", "probabilities", "confidence"
+PREDICTION_COLUMNS = (_INDEX, _CLASS, _PROBABILITIES, _CONFIDENCE)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The K classes of a table."""
+
+    names: tuple[str, ...]
+    """In the order of the probabilities; `#7` for a class whose name is not known."""
+    unnamed: tuple[int, ...] = ()
+    """Numbers of the classes whose names are not known, since they were never predicted."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def codes(self, labels: pa.Array) -> npt.NDArray[np.int64]:
+        """The class number of each label.
+
+        A label is the name of a class. A whole number also matches a name of the same value (`7` is `007`); where no
+        name is a number, it is the number of a class.
+
+        Args:
+            labels: `string [n]`.
+
+        Returns:
+            `int64 [n]`; `NO_LABEL` for null, `UNKNOWN_LABEL` where there is no such class.
+        """
+        texts, numbers = self._lookup
+        found = numbers.take(pc.index_in(labels, value_set=texts)).fill_null(UNKNOWN_LABEL)
+        codes: npt.NDArray[np.int64] = found.to_numpy(zero_copy_only=False)
+        return np.where(labels.is_null().to_numpy(zero_copy_only=False), NO_LABEL, codes)
+
+    @functools.cached_property
+    def _lookup(self) -> tuple[pa.Array, pa.Array]:
+        codes = {name: code for code, name in enumerate(self.names) if code not in self.unnamed}
+        numbers = {name: str(int(name)) for name in codes if name.isascii() and name.isdigit()}
+        if not numbers:
+            codes |= {str(code): code for code in range(len(self.names))}
+        elif len(set(numbers.values())) == len(numbers):  # `7` could be `07` or `007`
+            codes = {number: codes[name] for name, number in numbers.items()} | codes
+        return pa.array(list(codes), pa.string()), pa.array(list(codes.values()), pa.int64())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTable:
+    """A finished prediction table."""
+
+    uri: str
+    schema: pa.Schema
+    rows: int
+    model_id: str
+    failed: bool
+    """It holds more bad rows than its job allowed."""
+    classes: Classes
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Its rows with those of the columns that it has; see `iter_predictions`."""
+        return iter_predictions(
+            self.uri, columns=[name for name in dict.fromkeys(columns) if name in self.schema.names]
+        )
+
+
+def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
+    """A finished table, and the names of its classes.
+
+    Args:
+        uri: a folder or an `s3://` prefix.
+        bundle: that made it; None: the one that the table remembers, or else what its rows say.
+
+    Raises:
+        DataError: there is no finished table, or another bundle made it.
+        BundleError: there is no such bundle.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    root = storage.absolute(uri)
+    try:
+        schema = table_schema(root)
+    except FileNotFoundError as err:
+        raise DataError(f"{root}: the table was replaced while it was read, or lacks a file: {err}") from err
+    mark = read_mark(root)
+    if mark is None:
+        raise DataError(f"the table was replaced while it was read. Received: {root!r}")
+    names = _names_of_bundle(bundle, mark.model_id) if bundle is not None else _names_of_own_bundle(root, mark.model_id)
+    return ScoredTable(
+        uri=root,
+        schema=schema,
+        rows=mark.rows,
+        model_id=mark.model_id,
+        failed=mark.failed,
+        classes=Classes(names) if names is not None else _classes_of_rows(root, schema),
+    )
+
+
+# --- the columns of a batch ------------------------------------------------------------------------------------------
+
+
+def predicted_codes(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.int64] | None:
+    """The number of the predicted class of each row, from whichever column says it.
+
+    Returns:
+        `int64 [n]`, -1 where the row has no prediction. None: no column says it.
+
+    Raises:
+        DataError: a number is not one of a class.
+    """
+    names = batch.schema.names
+    if _INDEX in names:
+        codes = batch[_INDEX].cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    elif _CLASS in names:
+        codes = classes.codes(batch[_CLASS])
+        if (codes == UNKNOWN_LABEL).any():
+            odd = batch[_CLASS][int((codes == UNKNOWN_LABEL).argmax())]
+            raise DataError(f"the predicted classes are of {', '.join(classes.names[:20])}. Received: {odd.as_py()!r}")
+    elif _PROBABILITIES in names:
+        rows, scores = probabilities(batch, classes)
+        codes = np.full(len(batch), -1, np.int64)
+        codes[rows] = scores.argmax(axis=1) if len(rows) else 0
+    else:
+        return None
+    if len(codes) and not -1 <= codes.min() <= codes.max() < len(classes):
+        raise DataError(f"predicted_index is below {len(classes)}, the number of classes. Received: {codes.max()}")
+    return np.asarray(codes, np.int64)
+
+
+def confidences(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.float64] | None:
+    """The probability of the predicted class; `float64 [n]`, NaN where the row has none. None: no column says it."""
+    if _CONFIDENCE in batch.schema.names:
+        values = batch[_CONFIDENCE].cast(pa.float64()).fill_null(np.nan)
+        return np.asarray(values.to_numpy(zero_copy_only=False), np.float64)
+    if _PROBABILITIES not in batch.schema.names:
+        return None
+    found = np.full(len(batch), np.nan)
+    rows, scores = probabilities(batch, classes)
+    if len(rows):
+        found[rows] = scores.max(axis=1)
+    return found
+
+
+def probabilities(batch: pa.RecordBatch, classes: Classes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The rows that have probabilities, and those: `int64 [s]`, `float32 [s, K]`.
+
+    Raises:
+        DataError: a row has more or fewer than one for each class.
+    """
+    lists = batch[_PROBABILITIES]
+    rows = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
+    present = lists.drop_null()
+    lengths = pc.list_value_length(present).to_numpy(zero_copy_only=False)
+    if (lengths != len(classes)).any():
+        odd = int((lengths != len(classes)).argmax())
+        raise DataError(f"each row has {len(classes)} probabilities, one for each class. Received: {lengths[odd]}")
+    values = present.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+    return rows, values.reshape(len(rows), len(classes))
+
+
+# --- class names -----------------------------------------------------------------------------------------------------
+
+
+def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
+    root = storage.absolute(bundle)
+    try:
+        values = json.loads(storage.read_bytes(storage.join(root, BUNDLE_FILE)))
+        names, made = tuple(map(str, values["class_names"])), values["model_id"]
+    except FileNotFoundError as err:
+        raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {bundle!r}") from err
+    except (ValueError, KeyError, TypeError) as err:
+        raise BundleError(f"{storage.join(root, BUNDLE_FILE)} is not that of a bundle: {err!r}") from err
+    if made != model_id:
+        raise DataError(f"the bundle is the one that made the table, model {model_id}. Received: {bundle!r}, {made}")
+    return names
+
+
+def _names_of_own_bundle(root: str, model_id: str) -> tuple[str, ...] | None:
+    """Of the bundle that `_summary.json` remembers; None where it is not there any more, or is not said."""
+    try:
+        summary: dict[str, Any] = json.loads(storage.read_bytes(storage.join(root, SUMMARY)))
+        return _names_of_bundle(summary["bundle"], model_id)
+    except (OSError, MnistDistError, ValueError, KeyError, TypeError) as err:  # nothing that anybody asked for
+        log.info("%s: the class names are those of its rows, since its bundle cannot be read: %s", root, err)
+        return None
+
+
+def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:
+    names, count = _predicted_names(root, schema), _number_of_probabilities(root, schema)
+    count = max([count, *(code + 1 for code in names)])
+    if len(names) > 1 and all(name == str(code) for code, name in names.items()):  # digits: the others are, too
+        names = {code: str(code) for code in range(count)}
+    unnamed = tuple(code for code in range(count) if code not in names)
+    return Classes(tuple(names.get(code, f"#{code}") for code in range(count)), unnamed)
+
+
+def _number_of_probabilities(root: str, schema: pa.Schema) -> int:
+    if _PROBABILITIES in schema.names:
+        for batch in iter_predictions(root, columns=[_PROBABILITIES]):
+            present = batch[_PROBABILITIES].drop_null()
+            if len(present):
+                return len(present[0])
+    return 0
+
+
+def _predicted_names(root: str, schema: pa.Schema) -> dict[int, str]:
+    """Class names by class number, of those that were predicted; where there are no numbers, in the names' order."""
+    if _CLASS not in schema.names:
+        return {}
+    if _INDEX not in schema.names:
+        found: set[str] = set()
+        for batch in iter_predictions(root, columns=[_CLASS]):
+            found |= set(batch[_CLASS].drop_null().unique().to_pylist())
+        return dict(enumerate(sorted(found)))
+    names: dict[int, str] = {}
+    for batch in iter_predictions(root, columns=[_INDEX, _CLASS]):
+        pairs = pa.Table.from_batches([batch]).group_by([_INDEX, _CLASS]).aggregate([])
+        for code, name in zip(pairs[_INDEX].to_pylist(), pairs[_CLASS].to_pylist(), strict=True):
+            if code is None or name is None:
+                continue
+            if names.setdefault(code, name) != name:
+                raise DataError(f"{root}: a class has one name. Received: {names[code]!r} and {name!r} for {code}")
+    return names

@@ -1,0 +1,232 @@
+"""Where the truth about the images of a prediction table comes from.
+
+Owns: the three sources, in this order: a file of labels, a carried column of the table, the folders that the images
+lie in. Does not own: which class a label means (`tables.Classes`).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pc_csv
+import pyarrow.parquet as pq
+
+from mnist_dist import storage
+from mnist_dist.data.archives import ARCHIVE_SUFFIXES, SEPARATOR
+from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.evaluate_config import LABEL_COLUMN
+from mnist_dist.evaluation.tables import ScoredTable
+from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
+from mnist_dist.scoring.choice import row_of_line
+
+# n = rows of a batch
+
+_URI, _LABEL = "uri", "label"
+_PARQUET_SUFFIX = ".parquet"
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_ENDINGS = "|".join(suffix.replace(".", r"\.") for suffix in ARCHIVE_SUFFIXES)
+_INSIDE_ARCHIVE = rf"(?is)^.*?({_ENDINGS}){SEPARATOR}"
+_FOLDER = r"(?s)(?:^|/)(?P<folder>[^/]+)/[^/]*$"
+
+
+class Truth(Protocol):
+    """A source of labels."""
+
+    source: str
+    """For people: `the folders of the images`."""
+    guessed: bool
+    """Nobody said that these are labels: where none of them is a class, there is no truth."""
+    columns: tuple[str, ...]
+    """Of the table, that it needs."""
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """`string [n]`: the label of each row, a class name or a class number; null where there is none."""
+
+
+def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> Truth:
+    """The first source that there is.
+
+    Args:
+        table: what was scored.
+        labels: a Parquet, CSV or TSV file with `uri` and `label`.
+        label_column: a carried column of the table.
+
+    Raises:
+        ConfigError: a column other than the usual one was named, and is not there.
+        DataError: the file or the column holds no labels.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    if labels is not None:
+        return LabelFile(labels)
+    if label_column in table.schema.names:
+        return CarriedColumn(table.schema, label_column)
+    if label_column != LABEL_COLUMN:
+        raise ConfigError(
+            f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
+        )
+    return Folders()
+
+
+class Folders:
+    """The name of the folder that each image lies in; for members of archives, the folder within the archive."""
+
+    source = "the folders of the images"
+    guessed = True
+    columns: tuple[str, ...] = (_URI,)
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`."""
+        return folder_names(batch[_URI])
+
+
+def folder_names(uris: pa.Array) -> pa.Array:
+    """`string [n]`: `dog` of `s3://bucket/dog/1.png` and `a.tar!x/dog/1.png`; null without a folder."""
+    if pc.any(pc.match_substring(uris, SEPARATOR)).as_py():
+        uris = pc.replace_substring_regex(uris, pattern=_INSIDE_ARCHIVE, replacement="")
+    return pc.struct_field(pc.extract_regex(uris, pattern=_FOLDER), "folder")
+
+
+class CarriedColumn:
+    """A column of the table.
+
+    Raises:
+        DataError: it holds neither class names nor class numbers.
+    """
+
+    guessed = False
+
+    def __init__(self, schema: pa.Schema, name: str) -> None:
+        self.source = f"the column {name!r} of the table"
+        self.columns: tuple[str, ...] = (name,)
+        kind = schema.field(name).type
+        if not _is_label(kind.value_type if pa.types.is_dictionary(kind) else kind):
+            raise DataError(f"{self.source} holds class names (string) or numbers (integer). Received: {kind}")
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`."""
+        values = batch[self.columns[0]]
+        return (values.dictionary_decode() if pa.types.is_dictionary(values.type) else values).cast(pa.string())
+
+
+class LabelFile:
+    """Labels by URI, from a file; in memory 16 bytes a line, twice that while they are sorted.
+
+    Args:
+        uri: Parquet, CSV or TSV with the columns `uri` and `label`. A relative path is taken from the working folder.
+
+    Raises:
+        DataError: it is no such file, or has two labels for an image.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+
+    guessed = False
+    columns: tuple[str, ...] = (_URI,)
+
+    def __init__(self, uri: str) -> None:
+        self.source = uri
+        hashes: list[Hashes] = []
+        codes: list[npt.NDArray[np.int32]] = []
+        words: dict[str, int] = {}
+        try:
+            for uris, labels in _lines(uri):
+                hashes.append(uri_hashes(uris))
+                codes.append(_codes_of(labels, words))
+        except FileNotFoundError as err:
+            raise DataError(f"there is no such file. Received: labels={uri!r}") from err
+        self._index = UriIndex(hashes)
+        self._codes: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *codes])
+        self._words = pa.array(list(words), pa.string())
+        self._check_one_label_each()
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`."""
+        places = self._index.places(uri_hashes(batch[_URI]))
+        codes = np.where(places >= 0, self._codes[places], -1) if len(self) else places
+        return self._words.take(pa.array(codes, mask=codes < 0))
+
+    def _check_one_label_each(self) -> None:
+        same = self._index.hashes[1:] == self._index.hashes[:-1]
+        sorted_codes = self._codes[self._index.order]
+        two = np.flatnonzero(same & (sorted_codes[1:] != sorted_codes[:-1]))
+        if len(two):
+            rows = self._index.order[two[0] : two[0] + 2] + 1
+            raise DataError(
+                f"{self.source}: an image has one label. Received: two labels, in the rows {rows[0]} and {rows[1]}, "
+                "the first being 1"
+            )
+
+
+def _codes_of(labels: pa.Array, words: dict[str, int]) -> npt.NDArray[np.int32]:
+    """The number of each label among all `words`, to which new ones are added; -1 for null."""
+    encoded = labels.dictionary_encode()
+    numbers = [words.setdefault(word, len(words)) for word in encoded.dictionary.to_pylist()]
+    indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    codes: npt.NDArray[np.int32] = np.array([*numbers, -1], np.int32)[indices]  # the last one for -1
+    return codes
+
+
+def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """URIs as they stand in tables, and labels as text."""
+    ending = next((suffix for suffix in (_PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
+    if ending is None:
+        raise DataError(f"labels are a .parquet, .csv or .tsv file. Received: {uri!r}")
+    with _readable(uri), storage.open_binary(uri) as stream:
+        if ending == _PARQUET_SUFFIX:
+            with pq.ParquetFile(stream) as file:
+                _check_names(uri, file.schema_arrow.names)
+                for batch in file.iter_batches(columns=[_URI, _LABEL]):
+                    yield _absolute(batch[_URI].cast(pa.string())), _text(uri, batch[_LABEL])
+            return
+        options = pc_csv.ConvertOptions(  # `007` stays what it is
+            column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True
+        )
+        parsing = pc_csv.ParseOptions(delimiter=_SEPARATORS[ending], newlines_in_values=True)
+        with pc_csv.open_csv(stream, parse_options=parsing, convert_options=options) as reader:
+            _check_names(uri, reader.schema.names)
+            for batch in reader:
+                yield _absolute(batch[_URI]), batch[_LABEL]
+
+
+def _check_names(uri: str, names: list[str]) -> None:
+    if missing := [name for name in (_URI, _LABEL) if names.count(name) != 1]:
+        raise DataError(
+            f"{uri}: labels have one column each of uri and label, not so {', '.join(missing)}. "
+            f"Received: columns {', '.join(names) or 'none'}"
+        )
+
+
+def _text(uri: str, labels: pa.Array) -> pa.Array:
+    plain = labels.dictionary_decode() if pa.types.is_dictionary(labels.type) else labels
+    if not _is_label(plain.type):
+        raise DataError(f"{uri}: label holds class names (string) or numbers (integer). Received: {plain.type}")
+    return plain.cast(pa.string())
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(texts or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
+def _absolute(uris: pa.Array) -> pa.Array:
+    """As scoring names what a list names."""
+    plain = pc.or_(pc.starts_with(uris, "/"), pc.starts_with(uris, "s3://"))
+    if pc.all(plain, skip_nulls=False).as_py():
+        return uris
+    if uris.null_count:
+        raise DataError("each row of the labels has a uri. Received: null")
+    return pa.array([row_of_line(uri).uri for uri in uris.to_pylist()], pa.string())
+
+
+@contextlib.contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowException as err:
+        raise DataError(f"{uri}: not a readable file of labels: {err}") from err

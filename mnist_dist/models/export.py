@@ -1,0 +1,633 @@
+"""A bundle's model as a file of another runtime, shown to give the same answers there.
+
+Owns: the formats, the conversion (Keras' own `model.export`), the check, and the folder that comes of both. Does not
+own the bundle (`bundle`) or the flags (`export_config`).
+
+Contract: the folder holds what the format needs and `export.json`, which is written last and says what was checked; a
+folder without it is unfinished. The file takes `uint8 [B, H, W, C]`, 0-255, for any B, and gives `float32 [B, K]`
+probabilities; preprocessing is inside. A local folder is made under a temporary name beside its place and renamed.
+
+Both steps run in processes of their own, on the CPU. The first one loads `model.keras`, notes what it says of the
+images, and converts it. The second one loads the exported file and nothing else: its runtime, no Keras, and no
+TensorFlow but for `saved_model`. So the driver loads neither, and a crash there is an error here.
+
+Run as `python -m mnist_dist.models.export STEP TASK`, it is such a process.
+"""
+
+# B = batch, N = all images that are compared, H = height px, W = width px, C = channels, K = classes
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+import mnist_dist
+from mnist_dist import storage
+from mnist_dist.config import differences
+from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.data.images import Pixels
+from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict
+from mnist_dist.export_config import ExportFormat
+from mnist_dist.lock import Lock
+from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle, load_bundle
+from mnist_dist.models.engines import KerasEngine
+
+log = logging.getLogger(__name__)
+
+EXPORT_FILE = "export.json"
+FORMAT_VERSION = 1
+MOST_IMAGES = 2_000
+RANDOM_IMAGES = 256  # where a bundle has none of its own
+SECONDS_MEASURED = 2.0
+SHOWN_LINES = 3  # of what a process that failed said last
+RESULT_KEYS = (
+    *("format", "size_bytes", "max_abs_difference", "agreement", "images_per_s", "keras_images_per_s"),
+    *("checked_images", "images", "model_id"),
+)
+
+Probabilities = npt.NDArray[np.float32]
+Predict = Callable[[Pixels], Probabilities]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table of formats.
+
+    Args:
+        file: what a runtime opens, in the folder of the export.
+        others: further names beside it.
+        keras_name: for `model.export`.
+        modules: what the conversion and the runtime need beside the package's own dependencies.
+        packages: whose versions are noted.
+    """
+
+    file: str
+    others: tuple[str, ...]
+    keras_name: str
+    modules: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+FORMATS: dict[ExportFormat, Format] = {
+    "saved_model": Format("saved_model", (), "tf_saved_model", (), ()),
+    "onnx": Format("model.onnx", (), "onnx", ("tf2onnx", "onnxruntime"), ("onnx", "tf2onnx", "onnxruntime")),
+    "openvino": Format("model.xml", ("model.bin",), "openvino", ("openvino",), ("openvino",)),
+    "litert": Format("model.tflite", (), "litert", ("ai_edge_litert",), ("ai-edge-litert",)),
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An exported file, loaded.
+
+    Args:
+        predict: `uint8 [B, H, W, C]` -> `float32 [B, K]`.
+        input_name: as the file calls it.
+        output_name: the same.
+    """
+
+    predict: Predict
+    input_name: str
+    output_name: str
+
+
+def export_bundle(
+    bundle_uri: str,
+    *,
+    format: ExportFormat,
+    output: str,
+    tolerance: float = 1e-4,
+    batch_size: int = 32,
+    console: Console | None = None,
+    find_module: Callable[[str], object | None] = importlib.util.find_spec,
+) -> dict[str, Any]:
+    """Exports a bundle and checks the file in its own runtime, or returns the export that is already there.
+
+    Args:
+        bundle_uri: a finished bundle.
+        format: a row of `FORMATS`.
+        output: folder or `s3://` prefix for the files.
+        tolerance: largest absolute difference of a probability to the Keras model's.
+        batch_size: images per call in the comparison and the measurement.
+        console: where a person looks; None: stderr.
+        find_module: says whether a package is installed.
+
+    Returns:
+        Keys of the job's JSON line: `path` (what a runtime opens), `output`, and what `export.json` says of `format`,
+        `size_bytes`, `max_abs_difference`, `agreement` (share of images with the same top class), `images_per_s`,
+        `keras_images_per_s`, `checked_images`, `images` (`calibration` or `random`), `model_id`.
+
+    Raises:
+        BundleError: there is no bundle, or its calibration images are none.
+        ConfigError: the runtime is not installed, or something else lies at the output.
+        ResumeConflict: the output holds another export.
+        Locked: another driver is at work on the same output.
+        Interrupted: by a signal; nothing is left.
+        MnistDistError: the conversion or the runtime failed, or the difference is above the tolerance; nothing is left.
+    """
+    console = console or Console()
+    bundle, output = load_bundle(bundle_uri), storage.absolute(output)
+    if _is_finished(output, bundle, format=format, tolerance=tolerance):
+        return _result(output)
+    _check_modules(format, find_module)
+    _check_free(output, format=format)
+    source, count = _calibration(bundle)
+    parent, _, name = output.rpartition("/")
+    with Stop(console) as stop, Lock(f"{parent}/.{name}.lock", what=output) as lock:
+        if _is_finished(output, bundle, format=format, tolerance=tolerance):
+            return _result(output)
+        console.line(
+            f"exporting {bundle.info.backbone} {bundle.info.model_id[:12]} to {format}, compared on {count} "
+            f"{'calibration' if source == 'calibration' else 'random (the bundle has no calibration)'} images"
+        )
+        with _work_folder(output) as work:
+            task = Task(format=format, bundle=str(bundle.path), work=str(work), batch_size=batch_size)
+            Path(task.files).mkdir()
+            _run("convert", task, console=console, stop=stop)
+            _run("check", task, console=console, stop=stop)
+            facts = _compare(task, tolerance=tolerance) | {"images": source}
+            _write_facts(task, bundle, facts)
+            stop.check()
+            lock.check()
+            _publish(Path(task.files), output, format=format)
+    result = _result(output)
+    console.line(_summary(result))
+    return result
+
+
+# --- what is already there -------------------------------------------------------------------------------------------
+
+
+def _is_finished(output: str, bundle: Bundle, *, format: ExportFormat, tolerance: float) -> bool:
+    """Whether just this export is there, complete.
+
+    Raises:
+        ResumeConflict: another one is.
+        ConfigError: it is, but damaged.
+    """
+    facts = _read_facts(output)
+    if facts is None:
+        return False
+    ours = {"model_id": bundle.info.model_id, "format": format}
+    lines = differences(ours, {name: facts.get(name) for name in ours})
+    if facts["max_abs_difference"] > tolerance:
+        lines.append(f"tolerance: {tolerance:g} now, {facts['max_abs_difference']:.3g} is the export's difference")
+    if lines:
+        raise ResumeConflict(
+            f"there is another export; name another --output, or delete it: {'; '.join(lines)}. Received: {output!r}"
+        )
+    size_bytes = sum(entry.size_bytes for entry in _files(output))
+    if size_bytes != facts["size_bytes"]:
+        raise ConfigError(
+            f"the export is damaged, delete it: its files had {facts['size_bytes']} bytes and have {size_bytes}. "
+            f"Received: {output!r}"
+        )
+    return True
+
+
+def _read_facts(output: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(storage.read_bytes(storage.join(output, EXPORT_FILE))))
+    except FileNotFoundError:
+        return None
+    except ValueError as err:
+        raise ConfigError(f"{EXPORT_FILE} is no JSON object: {err}. Received: {output!r}") from err
+
+
+def _files(output: str) -> list[storage.Entry]:
+    """Everything in the export's folder but `export.json`."""
+    mark = storage.join(output, EXPORT_FILE)
+    return [entry for entry in storage.list_entries(output) if entry.uri != mark]
+
+
+def _result(output: str) -> dict[str, Any]:
+    facts = _read_facts(output)
+    assert facts is not None, output
+    path = storage.join(output, FORMATS[facts["format"]].file)
+    return {"path": path, "output": output, **{key: facts[key] for key in RESULT_KEYS}}
+
+
+def _check_free(output: str, *, format: ExportFormat) -> None:
+    """Whatever lies there without an `export.json` is not ours, but for the files of an upload that broke off."""
+    row, remote = FORMATS[format], storage.is_remote(output)
+    ours = {row.file, *row.others} if remote else set()
+    names = {entry.uri.removeprefix(f"{output}/").partition("/")[0] for entry in storage.scan_entries(output)}
+    if names - ours or (not remote and Path(output).is_dir() and any(Path(output).iterdir())):
+        raise ConfigError(
+            f"the folder for an export is new or empty. Received: {output!r}, which holds {sorted(names - ours)[:5]}"
+        )
+
+
+def _check_modules(format: ExportFormat, find_module: Callable[[str], object | None]) -> None:
+    missing = [name for name in FORMATS[format].modules if find_module(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--format {format} needs {' and '.join(missing)}: pip install 'mnist_dist[export]'. "
+            f"Received: format={format!r}"
+        )
+
+
+# --- the driver's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a step is told.
+
+    Args:
+        format: a row of `FORMATS`.
+        bundle: its local folder.
+        work: the folder of this attempt.
+        batch_size: images per call.
+    """
+
+    format: ExportFormat
+    bundle: str
+    work: str
+    batch_size: int
+
+    @property
+    def files(self) -> str:
+        """The folder that becomes the export."""
+        return f"{self.work}/files"
+
+    @property
+    def model(self) -> str:
+        """What the runtime opens."""
+        return f"{self.files}/{FORMATS[self.format].file}"
+
+    def outputs(self, step: str) -> Path:
+        """What a step says of the images."""
+        return Path(self.work, f"{step}.npz")
+
+    def facts(self, step: str) -> Path:
+        """What else it has to say."""
+        return Path(self.work, f"{step}.json")
+
+
+@contextlib.contextmanager
+def _work_folder(output: str) -> Iterator[Path]:
+    """A hidden folder beside a local output, so that a rename publishes it; those of killed drivers are deleted."""
+    if storage.is_remote(output):
+        with tempfile.TemporaryDirectory(prefix="mnist_dist-export-") as scratch:
+            yield Path(scratch)
+        return
+    target = Path(output)
+    for left in target.parent.glob(f".{target.name}.*.tmp"):  # the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    work = target.with_name(storage.temporary_name(target.name))
+    try:
+        work.mkdir()
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(files: Path, output: str, *, format: ExportFormat) -> None:
+    if storage.is_remote(output):
+        for name in (FORMATS[format].file, *FORMATS[format].others):  # of an upload that broke off
+            storage.delete_tree(storage.join(output, name))
+        storage.upload_folder(files, output, last=EXPORT_FILE)
+        return
+    for path in files.rglob("*"):  # on disk before the rename shows them
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    files.rename(output)
+
+
+def _run(step: str, task: Task, *, console: Console, stop: Stop) -> None:
+    """One step in a process of its own.
+
+    Raises:
+        MnistDistError: it failed.
+        Interrupted: a signal came; the process is ended.
+    """
+    log_file = Path(task.work, f"{step}.log")
+    free_gib = psutil.virtual_memory().available / 2**30
+    log.info("%s: %.1f GiB of memory are free", step, free_gib)
+    titles = {"convert": f"{task.format}: Keras model, conversion", "check": f"{task.format}: its own runtime"}
+    with log_file.open("wb") as errors, console.progress(titles[step]) as bar:
+        with _start(step, task, errors=None if console.verbose else errors) as process:
+            code = _wait(process, bar=bar, stop=stop)
+    if code != 0:
+        said = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+        raise MnistDistError(
+            f"{titles[step]}: the process {_cause(code, free_gib=free_gib)}\n  "
+            + ("\n  ".join(said[-SHOWN_LINES:]) or "what it said is above")
+        )
+
+
+def _start(step: str, task: Task, *, errors: IO[bytes] | None) -> subprocess.Popen[str]:
+    package = Path(mnist_dist.__file__).parents[1]
+    python_path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_dist.models.export", step, json.dumps(dataclasses.asdict(task))],
+        env={**os.environ, "PYTHONPATH": python_path},
+        stdin=subprocess.PIPE,  # stays open as long as we live
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        start_new_session=True,  # Ctrl-C is ours
+    )
+
+
+def _wait(process: subprocess.Popen[str], *, bar: Bar, stop: Stop) -> int:
+    """The exit status of the process; it has ended whatever happens here."""
+    last = [""]
+
+    def read() -> None:
+        for line in process.stdout or ():
+            last[0] = line
+
+    reader = threading.Thread(target=read, daemon=True, name="progress")
+    reader.start()
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(0.2)
+            stop.check()
+            if last[0]:
+                done, total = map(int, last[0].split())
+                bar.update(done=done, total=total, note=f"{done}/{total} images")
+    finally:
+        process.kill()  # does nothing once it has ended
+        reader.join(5)
+
+
+def _cause(code: int, *, free_gib: float) -> str:
+    if code > 0:
+        return f"ended with exit status {code}:"
+    name = signal.Signals(-code).name
+    memory = f", most often for lack of memory ({free_gib:.1f} GiB were free when it began)"
+    return f"was ended by {name}{memory if name == 'SIGKILL' else ''}:"
+
+
+def _compare(task: Task, *, tolerance: float) -> dict[str, Any]:
+    """What the two processes said of the same images, held against each other.
+
+    Raises:
+        MnistDistError: the difference is above the tolerance.
+    """
+    ours, theirs = (np.load(task.outputs(step))["probabilities"] for step in ("convert", "check"))
+    if ours.shape != theirs.shape:
+        raise MnistDistError(f"{task.format} gives {list(ours.shape)} probabilities. Received: {list(theirs.shape)}")
+    difference = float(np.abs(ours.astype(np.float64) - theirs).max())
+    agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    if not difference <= tolerance:  # also what is no number
+        raise MnistDistError(
+            f"{task.format} differs from the Keras model: a probability by {difference:.3g}, the top class of "
+            f"{1 - agreement:.2%} of {len(ours)} images; at most {tolerance:g} is allowed (--tolerance)"
+        )
+    facts = {step: json.loads(task.facts(step).read_text()) for step in ("convert", "check")}
+    return {
+        "max_abs_difference": difference,
+        "agreement": agreement,
+        "tolerance": tolerance,
+        "checked_images": len(ours),
+        "images_per_s": facts["check"].pop("images_per_s"),
+        "keras_images_per_s": facts["convert"]["images_per_s"],
+        "batch_size": task.batch_size,
+        **facts["check"],
+    }
+
+
+def _write_facts(task: Task, bundle: Bundle, facts: dict[str, Any]) -> None:
+    info, row = bundle.info, FORMATS[task.format]
+    packages = ("keras", "tensorflow", *row.packages)
+    values = {
+        "format_version": FORMAT_VERSION,
+        "format": task.format,
+        "file": row.file,
+        "model_id": info.model_id,
+        "class_names": info.class_names,
+        "input": {"name": facts.pop("input_name"), "dtype": "uint8", "shape": [None, *_shape(bundle)]},
+        "output": {"name": facts.pop("output_name"), "dtype": "float32", "shape": [None, len(info.class_names)]},
+        "resize": info.resize,
+        "size_bytes": sum(entry.size_bytes for entry in _files(task.files)),
+        **facts,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    storage.write_bytes(f"{task.files}/{EXPORT_FILE}", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return (
+        f"{result['path']}: {result['size_bytes'] / 1e6:.1f} MB, differs by at most "
+        f"{result['max_abs_difference']:.2g}, same top class for {result['agreement']:.2%} of "
+        f"{result['checked_images']} images, {result['images_per_s']:.1f} images/s (Keras: "
+        f"{result['keras_images_per_s']:.1f})"
+    )
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _shape(bundle: Bundle) -> tuple[int, int, int]:
+    return bundle.info.height_px, bundle.info.width_px, bundle.info.channels
+
+
+def _calibration(bundle: Bundle) -> tuple[str, int]:
+    """Where the images come from, `calibration` or `random`, and how many there are.
+
+    Raises:
+        BundleError: the bundle has a table of them without pixels.
+    """
+    import pyarrow.parquet as pq
+
+    path = bundle.path / CALIBRATION_FILE
+    if not path.is_file():
+        return "random", RANDOM_IMAGES
+    with pq.ParquetFile(path) as file:
+        names, count = file.schema_arrow.names, file.metadata.num_rows
+    if "pixels" not in names:
+        raise BundleError(f"{CALIBRATION_FILE} of a bundle has a column pixels. Received: {names} in {str(path)!r}")
+    return ("calibration", min(count, MOST_IMAGES)) if count else ("random", RANDOM_IMAGES)
+
+
+def _images(bundle: Bundle, *, batch_size: int) -> Iterator[Pixels]:
+    """The images of the comparison, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process."""
+    source, count = _calibration(bundle)
+    if source == "random":
+        random = np.random.default_rng(0)
+        for start in range(0, count, batch_size):
+            yield random.integers(0, 256, (min(batch_size, count - start), *_shape(bundle)), dtype=np.uint8)
+        return
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(bundle.path / CALIBRATION_FILE) as file:
+        left = count
+        for batch in file.iter_batches(batch_size, columns=["pixels"]):
+            values = [value.as_py() for value in batch.column("pixels")[:left]]
+            left -= len(values)
+            if values:
+                yield np.stack([_pixels(value, bundle) for value in values])
+
+
+def _pixels(value: bytes, bundle: Bundle) -> Pixels:
+    height, width, channels = _shape(bundle)
+    if len(value) != height * width * channels:
+        raise BundleError(
+            f"{CALIBRATION_FILE} holds images of {height} x {width} x {channels} bytes. Received: {len(value)} bytes"
+        )
+    return np.frombuffer(value, np.uint8).reshape(height, width, channels)
+
+
+# --- the steps, each in a process of its own -------------------------------------------------------------------------
+
+
+def _convert(task: Task, report: Callable[[int, int], None]) -> None:
+    """Notes what the Keras model says, then converts it."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # whose TF32 would differ by more than an exact export does
+    bundle = load_bundle(task.bundle)
+    _note("convert", task, _keras(bundle, batch_size=task.batch_size), report=report, facts={})
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its converter would report its use to Intel
+    bundle.model(np.zeros((1, *_shape(bundle)), np.uint8), training=False)  # an ONNX export wants it called before
+    bundle.model.export(task.model, format=FORMATS[task.format].keras_name, verbose=False)
+
+
+def _keras(bundle: Bundle, *, batch_size: int) -> Predict:
+    engine = KerasEngine(bundle, batch_size=batch_size)
+    return lambda pixels: engine(pixels).probabilities
+
+
+def _check(task: Task, report: Callable[[int, int], None]) -> None:
+    """Notes what the exported file says, in its own runtime."""
+    runtime = open_export(task.model, format=task.format)
+    facts = {"input_name": runtime.input_name, "output_name": runtime.output_name}
+    _note("check", task, runtime.predict, report=report, facts=facts)
+
+
+def _note(
+    step: str, task: Task, predict: Predict, *, report: Callable[[int, int], None], facts: dict[str, Any]
+) -> None:
+    bundle = load_bundle(task.bundle)
+    _, count = _calibration(bundle)
+    rows: list[Probabilities] = []
+    first: Pixels | None = None
+    done = 0
+    for pixels in _images(bundle, batch_size=task.batch_size):
+        first = pixels if first is None else first
+        rows.append(predict(pixels))
+        done += len(pixels)
+        report(done, count)
+    assert first is not None
+    speed = _images_per_s(predict, np.resize(first, (task.batch_size, *first.shape[1:])))
+    np.savez(task.outputs(step), probabilities=np.concatenate(rows))
+    task.facts(step).write_text(json.dumps({**facts, "images_per_s": speed}))
+
+
+def _images_per_s(predict: Predict, pixels: Pixels) -> float:
+    predict(pixels)  # warm-up
+    began, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - began < SECONDS_MEASURED:
+        predict(pixels)
+        calls += 1
+    return calls * len(pixels) / (time.perf_counter() - began)
+
+
+def open_export(path: str, *, format: ExportFormat) -> Runtime:
+    """An exported file in its own runtime, on all cores, in float32."""
+    openers: dict[ExportFormat, Callable[[str], Runtime]] = {
+        "saved_model": _open_saved_model,
+        "onnx": _open_onnx,
+        "openvino": _open_openvino,
+        "litert": _open_litert,
+    }
+    return openers[format](path)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _open_saved_model(path: str) -> Runtime:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    function = tf.saved_model.load(path).signatures["serving_default"]
+    (source,), (target,) = function.structured_input_signature[1], function.structured_outputs
+    return Runtime(lambda pixels: function(**{source: tf.constant(pixels)})[target].numpy(), source, target)
+
+
+def _open_onnx(path: str) -> Runtime:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _cpus()  # its own count takes no notice of a container's limits
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (source,), (target,) = session.get_inputs(), session.get_outputs()
+    return Runtime(lambda pixels: session.run([target.name], {source.name: pixels})[0], source.name, target.name)
+
+
+def _open_openvino(path: str) -> Runtime:
+    import openvino
+
+    # some CPUs run bfloat16 unless they are told otherwise
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = compiled.input(0).any_name, compiled.output(0).any_name
+    return Runtime(lambda pixels: np.array(compiled(pixels)[0]), *names)
+
+
+def _open_litert(path: str) -> Runtime:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(path, num_threads=_cpus())
+    interpreter.allocate_tensors()
+    ((_, names),) = interpreter.get_signature_list().items()
+    (source,), (target,) = names["inputs"], names["outputs"]
+    place, answer = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+
+    def predict(pixels: Pixels) -> Probabilities:
+        if tuple(interpreter.get_input_details()[0]["shape"]) != pixels.shape:  # memory is laid out for one batch
+            interpreter.resize_tensor_input(place, pixels.shape, strict=True)
+            interpreter.allocate_tensors()
+        interpreter.set_tensor(place, pixels)
+        interpreter.invoke()
+        return np.asarray(interpreter.get_tensor(answer))
+
+    return Runtime(predict, source, target)
+
+
+def _end_with_the_driver() -> None:
+    os.read(0, 1)  # not `sys.stdin`, whose lock would be held while Python ends
+    os._exit(1)
+
+
+def _serve() -> None:
+    """Runs the step that the command line names; progress goes to stdout, all else to stderr."""
+    step, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    with contextlib.suppress(OSError):  # where memory runs out, this process dies and not the driver
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    steps = {"convert": _convert, "check": _check}
+    steps[step](task, lambda done, total: print(done, total, file=answers))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,188 @@
+"""The end of a training run: the bundle with its report, written by the worker of rank 0."""
+
+# n = test images, K = classes
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mnist_dist import storage
+from mnist_dist.data.records import Records
+from mnist_dist.data.splits import Splits
+from mnist_dist.evaluation.figures import Picture
+from mnist_dist.evaluation.metrics import Accumulator, Metrics
+from mnist_dist.evaluation.metrics import Example as Scored
+from mnist_dist.evaluation.pages import TrainingFacts, training_page
+from mnist_dist.evaluation.report import Example, write_page
+from mnist_dist.evaluation.tables import Classes
+from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
+from mnist_dist.models.classifier import Classifier
+from mnist_dist.on_ray.messages import WorkerTask
+from mnist_dist.on_ray.tested import Tested
+from mnist_dist.training.callbacks import history_csv
+
+CALIBRATION_IMAGES = 2_000
+SHOWN, SAMPLES = 24, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a run came to."""
+
+    classifier: Classifier
+    """In float32, with the best weights."""
+    history: Sequence[Mapping[str, Any]]
+    validation: Mapping[str, float]
+    tested: Tested
+    precision: str
+    workers: int
+    images_per_s: float | None
+    seconds: float
+
+
+def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: Path) -> None:
+    """Writes the bundle into the run, unless an attempt that then was killed has written it.
+
+    Args:
+        task: of the run.
+        finished: what it came to.
+        records: the images.
+        folder: local, not there yet.
+    """
+    job, bundle = task.job, storage.join(task.run, "bundle")
+    if storage.exists(storage.join(bundle, BUNDLE_FILE)):
+        return  # a finished bundle is never saved again
+    info = write_bundle(
+        folder,
+        model=finished.classifier.model,
+        class_names=records.class_names,
+        spec=records.spec,
+        backbone=job.model.backbone,
+        weights=job.model.weights,
+        config=job.settings(),
+        data_fingerprint=task.fingerprint,
+        validation=finished.validation,
+        test=finished.tested.metrics,
+        history_csv=history_csv(list(finished.history)),
+        calibration=_calibration(task.splits, records) if job.run.calibration else None,
+    )
+    metrics = test_metrics(finished.tested, records)
+    facts = TrainingFacts(
+        name=task.run.rpartition("/")[2],
+        command=task.command,
+        backbone=job.model.backbone,
+        weights=job.model.weights,
+        config=info.config,
+        versions=info.versions,
+        created_at=info.created_at,
+        fingerprint=task.fingerprint,
+        history=finished.history,
+        counts=_counts(task.splits, records),
+        validation=finished.validation,
+        samples=_samples(task.splits, records, seed=job.fit.seed),
+        predictions=_predictions(finished.tested, records),
+        mistakes=_with_pixels(metrics.mistakes, records),
+        hits=_with_pixels(metrics.doubtful_hits, records),
+        architecture=_architecture(finished.classifier),
+        parameters=finished.classifier.model.count_params(),
+        workers=finished.workers,
+        precision=finished.precision,
+        images_per_s=finished.images_per_s,
+        seconds=finished.seconds,
+    )
+    write_page(training_page(facts, metrics), folder)
+    storage.upload_folder(folder, bundle, last=BUNDLE_FILE)
+
+
+def test_metrics(tested: Tested, records: Records) -> Metrics:
+    """The metrics of the predictions for the test images, as of a prediction table."""
+    probabilities = tested.probabilities
+    best = probabilities.argmax(axis=1)
+    names = pa.array(records.class_names)
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "uri": records.index["uri"].take(pa.array(tested.rows)).combine_chunks(),
+            "status": pa.array(["ok"] * len(tested.rows), pa.string()),
+            "predicted_index": pa.array(best.astype(np.int32)),
+            "predicted_class": names.take(pa.array(best)),
+            "confidence": pa.array(probabilities.max(axis=1)),
+            "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+        }
+    )
+    accumulator = Accumulator(Classes(records.class_names), shown=SHOWN)
+    accumulator.add(batch, names.take(pa.array(tested.labels)))
+    return accumulator.metrics()
+
+
+def _calibration(splits: Splits, records: Records) -> pa.Table:
+    """Up to 2,000 held-out images, spread evenly over validation, then test: `uri`, `label`, `pixels` (bytes,
+    uint8 [H, W, C] of the bundle's input)."""
+    held_out = np.concatenate([splits.val, splits.test])
+    count = min(CALIBRATION_IMAGES, len(held_out))
+    rows = np.sort(held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)])
+    chosen = records.index.take(pa.array(rows))
+    pixels = [records.pixels[row].tobytes() for row in rows]
+    return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})
+
+
+def _counts(splits: Splits, records: Records) -> dict[str, npt.NDArray[np.int64]]:
+    labels, classes = records.index["label"].to_numpy(), len(records.class_names)
+    of = {"train": splits.train, "validation": splits.val, "test": splits.test}
+    return {name: np.bincount(labels[rows], minlength=classes).astype(np.int64) for name, rows in of.items()}
+
+
+def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
+    """Training images, drawn by the seed, of each class as many as of any other, in the order of the classes."""
+    labels, uris = records.index["label"].to_numpy(), records.index["uri"]
+    drawn = np.random.default_rng(seed).permutation(splits.train)
+    drawn = drawn[np.argsort(labels[drawn], kind="stable")]
+    of_class = labels[drawn]
+    place = np.arange(len(drawn)) - np.searchsorted(of_class, of_class)  # within its class
+    rows = drawn[np.argsort(place, kind="stable")][:SAMPLES]
+    return [
+        Picture(pixels=records.pixels[row], caption=records.class_names[labels[row]], name=uris[int(row)].as_py())
+        for row in sorted(rows, key=lambda row: (labels[row], row))
+    ]
+
+
+def _predictions(tested: Tested, records: Records) -> list[Example]:
+    """Some test images, evenly over the split."""
+    places = np.linspace(0, len(tested.rows) - 1, min(SHOWN, len(tested.rows))).astype(np.int64)
+    probabilities = tested.probabilities[places]
+    return [
+        Example(
+            name=records.index["uri"][int(tested.rows[place])].as_py(),
+            predicted=records.class_names[int(scores.argmax())],
+            confidence=float(scores.max()),
+            truth=records.class_names[int(tested.labels[place])],
+            pixels=records.pixels[tested.rows[place]],
+        )
+        for place, scores in zip(places, probabilities, strict=True)
+    ]
+
+
+def _with_pixels(shown: Sequence[Scored], records: Records) -> list[Example]:
+    uris = records.index["uri"].combine_chunks()
+    rows = [uris.index(one.uri).as_py() for one in shown]
+    return [
+        Example(
+            name=one.uri,
+            predicted=one.predicted,
+            confidence=one.confidence,
+            truth=one.truth,
+            pixels=records.pixels[row],
+        )
+        for one, row in zip(shown, rows, strict=True)
+    ]
+
+
+def _architecture(classifier: Classifier) -> str:
+    lines: list[str] = []
+    for model in (classifier.model, classifier.backbone):
+        model.summary(print_fn=lines.append, line_length=100)
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""Prediction tables for the tests of what they are worth, made by the functions that scoring makes them with."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnist_dist.config import TableConfig
+from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
+
+ALL = TableConfig()
+MODEL = "model-1"
+
+
+def scored_rows(
+    uris: Sequence[str],
+    probabilities: npt.NDArray[np.float32],
+    class_names: Sequence[str],
+    *,
+    status: Sequence[str] | None = None,
+    table: TableConfig = ALL,
+    carried: pa.Table | None = None,
+    model_id: str = MODEL,
+) -> pa.Table:
+    """The rows of images with these probabilities, `[n, K]`."""
+    words = list(status or ["ok"] * len(uris))
+    return prediction_rows(
+        prediction_schema(table, carried=pa.schema([]) if carried is None else carried.schema),
+        uris=pa.array(list(uris), pa.string()),
+        outcomes=Outcomes(
+            status=words,
+            error=[None if word == "ok" else f"it is {word}" for word in words],
+            width=np.full(len(words), 12, np.int32),
+            height=np.full(len(words), 10, np.int32),
+            size_bytes=[345] * len(words),
+            etag=["e"] * len(words),
+            probabilities=probabilities.astype(np.float32),
+        ),
+        class_names=class_names,
+        top_k=table.top_k,
+        model_id=model_id,
+        scored_at=datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC),
+        carried=carried,
+    )
+
+
+def write_scored(folder: Path, *parts: pa.Table, model_id: str = MODEL, failed: bool = False) -> str:
+    """A finished table of one file for each part; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = tuple(f"part-g0001-{number:05d}.parquet" for number in range(len(parts)))
+    for name, rows in zip(names, parts, strict=True):
+        pq.write_table(rows, folder / name, row_group_size=7)
+    rows_of_all = sum(map(len, parts))
+    Mark(generation=1, files=names, rows=rows_of_all, model_id=model_id, failed=failed).write(str(folder))
+    return str(folder)
+
+
+def one_hot(codes: Sequence[int], classes: int, *, confidence: float = 0.8) -> npt.NDArray[np.float32]:
+    """`[n, K]`: each row certain of one class to a degree, the rest spread evenly."""
+    scores = np.full((len(codes), classes), (1 - confidence) / (classes - 1), np.float32)
+    scores[np.arange(len(codes)), codes] = confidence
+    return scores

@@ -1,0 +1,238 @@
+"""truth and tables: where labels and class names come from, and which class a label is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scored import MODEL, one_hot, scored_rows, write_scored
+
+from mnist_dist import storage
+from mnist_dist.config import TableConfig
+from mnist_dist.errors import BundleError, ConfigError, DataError
+from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
+from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_truth, folder_names
+
+NAMES = ("ant", "bee", "cat")
+URIS = ["/data/ant/1.png", "/data/bee/2.png", "/data/bee/3.png", "s3://bucket/cat/4.png"]
+
+
+def write_bundle_json(folder: Path, names: tuple[str, ...], *, model_id: str = MODEL) -> str:
+    folder.mkdir()
+    (folder / "bundle.json").write_text(json.dumps({"class_names": names, "model_id": model_id}))
+    return str(folder)
+
+
+def some_rows(**other: Any) -> pa.Table:
+    """Predictions of the classes 0, 1, 1 and 0 of three."""
+    return scored_rows(URIS, one_hot([0, 1, 1, 0], 3), NAMES, **other)
+
+
+def batch_of(**columns: Any) -> pa.RecordBatch:
+    return pa.record_batch(columns)
+
+
+# --- labels and classes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "codes"),
+    [
+        (("ant", "bee"), ["bee", "ant", None, "cow"], [1, 0, NO_LABEL, UNKNOWN_LABEL]),
+        (("ant", "bee"), ["1", "0", "2", "-1"], [1, 0, UNKNOWN_LABEL, UNKNOWN_LABEL]),
+        (("3", "5", "10"), ["10", "3", "1"], [2, 0, UNKNOWN_LABEL]),  # names that are numbers are names
+        (("000", "007"), ["007", "7", "0", "1"], [1, 1, 0, UNKNOWN_LABEL]),
+        (("07", "007"), ["07", "007", "7"], [0, 1, UNKNOWN_LABEL]),
+        (("1²", "²"), ["²", "1"], [1, 1]),  # a digit to Unicode, but no number
+        ((), ["0", None], [UNKNOWN_LABEL, NO_LABEL]),
+    ],
+)
+def test_a_label_is_a_name_or_a_number(names: tuple[str, ...], labels: list[str | None], codes: list[int]) -> None:
+    assert Classes(names).codes(pa.array(labels, pa.string())).tolist() == codes
+
+
+def test_the_stand_in_for_a_missing_name_is_no_label() -> None:
+    assert Classes(("ant", "#1"), (1,)).codes(pa.array(["#1", "1"])).tolist() == [UNKNOWN_LABEL, 1]
+
+
+def test_class_names_are_those_of_the_rows(tmp_path: Path) -> None:
+    table = open_table(write_scored(tmp_path / "t", some_rows(), some_rows()), bundle=None)
+    assert table.classes == Classes(("ant", "bee", "#2"), (2,))
+    assert (table.rows, table.model_id, table.failed) == (8, MODEL, False)
+
+
+def test_digits_that_were_never_predicted_are_digits(tmp_path: Path) -> None:
+    rows = scored_rows(list("abc"), one_hot([0, 3, 4], 6), tuple("012345"))
+    assert open_table(write_scored(tmp_path / "t", rows), bundle=None).classes == Classes(tuple("012345"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes"),
+    [
+        ("predicted_class", Classes(("ant", "bee"))),
+        ("predicted_class probabilities", Classes(("ant", "bee", "#2"), (2,))),
+        ("probabilities", Classes(("#0", "#1", "#2"), (0, 1, 2))),
+        ("width", Classes(())),
+    ],
+)
+def test_class_names_where_columns_were_left_out(tmp_path: Path, columns: str, classes: Classes) -> None:
+    rows = some_rows(table=TableConfig(columns=(columns,)))
+    assert open_table(write_scored(tmp_path / "t", rows), bundle=None).classes == classes
+
+
+def test_a_bundle_names_the_classes(tmp_path: Path) -> None:
+    table, bundle = write_scored(tmp_path / "t", some_rows()), write_bundle_json(tmp_path / "b", NAMES)
+    assert open_table(table, bundle=bundle).classes == Classes(NAMES)
+    storage.write_bytes(f"{table}/_summary.json", json.dumps({"bundle": bundle}).encode())
+    assert open_table(table, bundle=None).classes == Classes(NAMES)  # which the table remembers
+
+
+def test_a_remembered_bundle_that_is_gone_or_another_now_is_not_used(tmp_path: Path) -> None:
+    table = write_scored(tmp_path / "t", some_rows())
+    other = write_bundle_json(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
+    for remembered in (other, str(tmp_path / "gone")):
+        storage.write_bytes(f"{table}/_summary.json", json.dumps({"bundle": remembered}).encode())
+        assert open_table(table, bundle=None).classes.names[:2] == ("ant", "bee")
+    with pytest.raises(DataError, match=r"the one that made the table, model model-1. Received: '.*b', model-2"):
+        open_table(table, bundle=other)
+    with pytest.raises(BundleError, match=r"there is no bundle: it has no bundle.json. Received: '.*gone'"):
+        open_table(table, bundle=str(tmp_path / "gone"))
+
+
+def test_a_table_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    table = write_scored(tmp_path / "t", some_rows())
+    (Path(table) / "_SUCCESS").unlink()
+    with pytest.raises(DataError, match="there is no prediction table"):
+        open_table(table, bundle=None)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder"),
+    [
+        ("/data/ant/1.png", "ant"),
+        ("s3://bucket/train/two words/1.png", "two words"),
+        ("/data/a.tar!ant/1.png", "ant"),
+        ("/data/bee/a.tar.gz!x/ant/1.png", "ant"),
+        ("/data/bee/a.tar!1.png", None),  # the folder of the archive is not that of the image
+        ("/data/wow!/1.png", "wow!"),
+        ("/data/A.ZIP!d!e/1.png", "d!e"),
+        ("/data/line\nbreak/1\n.png", "line\nbreak"),
+        ("1.png", None),
+        ("/1.png", None),
+    ],
+)
+def test_the_folder_of_an_image(uri: str, folder: str | None) -> None:
+    assert folder_names(pa.array([uri])).to_pylist() == [folder]
+    assert folder_names(pa.array(["/x!y/z", uri]).slice(1)).to_pylist() == [folder]
+
+
+# --- which source ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_source_that_there_is_is_taken(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("uri,label\n/data/ant/1.png,bee\n")
+    carried = pa.table({"label": pa.array([2, None, 0, 1], pa.int8())})
+    table = open_table(write_scored(tmp_path / "t", some_rows(carried=carried)), bundle=None)
+    assert isinstance(find_truth(table, labels=str(labels), label_column="label"), LabelFile)
+    column = find_truth(table, labels=None, label_column="label")
+    assert isinstance(column, CarriedColumn)
+    batch = next(table.batches(column.columns))
+    assert column.labels(batch).to_pylist() == ["2", None, "0", "1"]
+    with pytest.raises(ConfigError, match=r"has the columns uri, .*label. Received: label_column='truth'"):
+        find_truth(table, labels=None, label_column="truth")
+    plain = open_table(write_scored(tmp_path / "plain", some_rows()), bundle=None)
+    folders = find_truth(plain, labels=None, label_column="label")
+    assert isinstance(folders, Folders)
+    assert folders.labels(next(plain.batches(folders.columns))).to_pylist() == ["ant", "bee", "bee", "cat"]
+
+
+def test_a_column_of_other_things_is_refused(tmp_path: Path) -> None:
+    rows = some_rows(carried=pa.table({"label": np.zeros(4)}))
+    table = open_table(write_scored(tmp_path / "t", rows), bundle=None)
+    with pytest.raises(DataError, match=r"'label' of the table holds class names .* or numbers .*Received: double"):
+        find_truth(table, labels=None, label_column="label")
+
+
+def test_a_column_may_be_a_dictionary() -> None:
+    words = pa.array(["ant", None, "bee"]).dictionary_encode()
+    column = CarriedColumn(pa.schema([("label", words.type)]), "label")
+    assert column.labels(batch_of(label=words)).to_pylist() == ["ant", None, "bee"]
+
+
+# --- a file of labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["labels.csv", "labels.tsv", "labels.parquet"])
+def label_file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Labels that look like numbers, of images in another order than the table's."""
+    path = tmp_path / request.param
+    rows = [("s3://bucket/cat/4.png", "007"), ("/data/bee/2.png", "010"), ("/data/ant/1.png", None)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"label": [row[1] for row in rows], "uri": [row[0] for row in rows]}), path)
+    else:
+        mark = "," if path.suffix == ".csv" else "\t"
+        lines = [mark.join(("uri", "other", "label")), *(mark.join((uri, "x", label or "")) for uri, label in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_labels_are_found_by_uri(label_file: str) -> None:
+    truth = LabelFile(label_file)
+    assert len(truth) == 3
+    assert truth.labels(batch_of(uri=[*URIS, "x"])).to_pylist() == [None, "010", None, "007", None]
+
+
+def test_labels_on_s3_are_read(s3: str) -> None:
+    storage.write_bytes(f"{s3}/labels.csv", b"uri,label\na.png,ant\n/b.tar!x/b.png,bee\n")
+    uris = [storage.absolute("a.png"), "/b.tar!x/b.png"]  # a relative path is what scoring makes of it
+    assert LabelFile(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
+
+
+def test_numbers_and_categories_in_parquet_are_labels(tmp_path: Path) -> None:
+    for number, labels in enumerate((pa.array([2, 0]), pa.array(["2", "0"]).dictionary_encode())):
+        path = str(tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"uri": ["/a", "/b"], "label": labels}), path)
+        assert LabelFile(path).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["0", "2"]
+
+
+def test_an_empty_file_labels_nothing(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("uri,label\n")
+    assert LabelFile(str(tmp_path / "labels.csv")).labels(batch_of(uri=["/a"])).to_pylist() == [None]
+
+
+def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("uri,label\n/a,ant\n/b,bee\n/a,ant\n")
+    assert LabelFile(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
+    path.write_text("uri,label\n/a,ant\n/b,bee\n/a,bee\n")
+    with pytest.raises(DataError, match="an image has one label. Received: two labels, in the rows 1 and 3"):
+        LabelFile(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.csv", "uri,class\n/a,b\n", "one column each of uri and label, not so label. Received: columns uri, c"),
+        ("labels.csv", "uri,label,label\n/a,b,c\n", "one column each of uri and label, not so label"),
+        ("labels.csv", "uri,label\n/a,b,c\n", "not a readable file of labels"),
+        ("labels.csv", "", "not a readable file of labels"),
+        ("labels.parquet", "uri,label\n", "not a readable file of labels"),
+        ("labels.txt", "/a ant\n", "labels are a .parquet, .csv or .tsv file. Received: .*labels.txt"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        LabelFile(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file. Received: labels='.*gone.csv'"):
+        LabelFile(str(tmp_path / "gone.csv"))
