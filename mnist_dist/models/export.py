@@ -327,9 +327,12 @@ def _run(step: str, task: Task, *, console: Console, stop: Stop) -> None:
     free_gib = psutil.virtual_memory().available / 2**30
     log.info("%s: %.1f GiB of memory are free", step, free_gib)
     titles = {"convert": f"{task.format}: Keras model, conversion", "check": f"{task.format}: its own runtime"}
-    with log_file.open("wb") as errors, console.progress(titles[step]) as bar:
-        with _start(step, task, errors=None if console.verbose else errors) as process:
-            code = _wait(process, bar=bar, stop=stop)
+    with (
+        log_file.open("wb") as errors,
+        console.progress(titles[step]) as bar,
+        _start(step, task, errors=None if console.verbose else errors) as process,
+    ):
+        code = _wait(process, bar=bar, stop=stop)
     if code != 0:
         said = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
         raise MnistDistError(
