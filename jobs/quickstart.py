@@ -54,15 +54,17 @@ def _what_was_made(trained: dict[str, Any], scored: dict[str, Any]) -> str:
     return f"""
 Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} right on {trained["test_images"]} digits it \
 never saw, and a table with its prediction for each of {scored["images"]} images.
+  {trained["report"]}       what it is worth, in a browser
   {bundle}/model.keras       loads with plain keras.saving.load_model
   {bundle}/bundle.json       classes, metrics, versions, configuration
   {table}/part-*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
 Try next:
   python -c "import mnist_dist; print(mnist_dist.read_predictions('{table}').to_pandas())"
-  python -m jobs.score --bundle {bundle} --input YOUR_IMAGES --output runs/mine
+  python -m jobs.score --bundle {bundle} --input YOUR_IMAGES --output predictions
   python -m jobs.train mnist-cnn --data-dir FOLDER      MNIST from its idx files
   python -m jobs.train folder-mobilenet-v2 --data FOLDER      your own images, one subfolder per class
+  python -m jobs.search search-digits      a search over networks and their settings
   python -m jobs.score --help"""
 
 

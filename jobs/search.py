@@ -18,7 +18,8 @@ def main() -> dict[str, Any]:
     shown.line(
         f"winner: trial {best['trial']}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
         f"{best['test_accuracy']:.4f}, loss {best['test_loss']:.4f}; {result['trials']} trials in "
-        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}"
+        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}\n"
+        f"report: {result['bundle']}/report.html"
     )
     return result
 

@@ -19,7 +19,7 @@ def main() -> dict[str, Any]:
         f"images; {result['epochs']} epochs in {result['seconds']:.0f} s"
     )
     if result["bundle"] is not None:
-        shown.line(f"bundle: {result['bundle']}")
+        shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
     return result
 
 

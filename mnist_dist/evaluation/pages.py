@@ -20,7 +20,6 @@ from mnist_dist.evaluation.evaluate import Evaluation
 from mnist_dist.evaluation.metrics import Metrics, classification_report
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import (
-    REPORT_FILE,
     Example,
     Gallery,
     Headline,
@@ -29,6 +28,7 @@ from mnist_dist.evaluation.report import (
     Table,
     write_page,
 )
+from mnist_dist.models.bundle import REPORT_FILE
 
 MOST_CLASSES = 200
 """Classes in the table of a page; the worst ones where there are more."""

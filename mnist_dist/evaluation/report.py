@@ -22,8 +22,9 @@ from PIL import Image
 
 from mnist_dist import storage
 from mnist_dist.evaluation.figures import png, svg
+from mnist_dist.models.bundle import REPORT_FILE
 
-REPORT_FILE, FIGURES_FOLDER = "report.html", "figures"
+FIGURES_FOLDER = "figures"
 PICTURE_PX = 112
 """Longest side of a picture on the page."""
 

@@ -43,6 +43,7 @@ BUNDLE_FILE = "bundle.json"
 MODEL_FILE = "model.keras"
 HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
+REPORT_FILE = "report.html"
 
 Image = str | os.PathLike[str] | npt.NDArray[Any]
 """A file (path or `s3://` URI), or pixels of 0-255: `uint8` or float, `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""

@@ -22,6 +22,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import check_model, check_trainable
+from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.on_ray.attempt import Attempt
 from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
@@ -118,7 +119,7 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     finally:
         storage.delete_tree(scratch)
     console.line("dry run: everything fits; nothing was kept")
-    return {**result, "run_dir": None, "bundle": None, "dry_run": True}
+    return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
 
 
 class Training:
@@ -228,6 +229,7 @@ class Training:
         return {
             "run_dir": self.run.uri,
             "bundle": self.run.bundle,
+            "report": storage.join(self.run.bundle, REPORT_FILE),
             "recipe": self.recipe,
             "backbone": self.job.model.backbone,
             **metrics,
