@@ -35,6 +35,7 @@ from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor, mak
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+MOST_PIXELS = 2**21  # that a worker evaluates at once, at the backbone's input size: VGG16 then takes about 2 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,9 @@ class Trainer:
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
         """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
         predictor = Predictor(self.strategy, network)
-        size = 2 * self.task.job.fit.batch_size
-        batches = evaluation_batches(self.task.images, self._limited(indices), batch_size=size, world=self.world)
+        batches = evaluation_batches(
+            self.task.images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
+        )
         found = [predictor(batch) for batch in ahead(batches)]
         return np.concatenate(found) if found else np.zeros((0, len(self.task.class_names)), np.float32)
 
@@ -111,6 +113,16 @@ class Trainer:
     def test_count(self) -> int:
         """Test images that are predicted: all, but in a dry run."""
         return len(self._limited(self.task.images.test))
+
+    @property
+    def _evaluation_batch(self) -> int:
+        """Twice the batch that is trained on, but no more than a large backbone has memory for: the batch may have been
+        chosen for a head on features."""
+        backbone, largest = self.built.classifier.backbone, 2 * self.task.job.fit.batch_size
+        if backbone is None:
+            return largest
+        height_px, width_px = backbone.input_shape[1:3]
+        return int(min(largest, max(self.world.workers, MOST_PIXELS * self.world.workers // (height_px * width_px))))
 
     def _limited(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """What a dry run leaves of a split."""
@@ -229,7 +241,7 @@ class Trainer:
     def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)
         batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
-            images, self._limited(indices), batch_size=2 * self.task.job.fit.batch_size, world=self.world
+            images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
         )
         for batch in ahead(batches):
             sums += evaluator(batch)
