@@ -1,8 +1,9 @@
-"""python -m jobs.evaluate --predictions URI [--labels FILE] [--compare OTHER]: says what a table is worth."""
+"""python -m jobs.evaluate --predictions URI | --bundle DIR --input URI: says what a table, or a bundle, is worth."""
 
 from typing import Any
 
 from mnist_dist import console
+from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.evaluate_config import EvaluateJob
 
 
@@ -12,8 +13,21 @@ def main() -> dict[str, Any]:
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
     from mnist_dist.evaluation.evaluate import evaluate  # after parsing: `--help` need not wait for scikit-learn
+    from mnist_dist.evaluation.pages import write_evaluation_page
 
-    return evaluate(job, console=shown)
+    if job.input:
+        _score(job, shown)
+    result = evaluate(job, console=shown, report=write_evaluation_page)
+    shown.line(f"report: {result['report']}")
+    return result
+
+
+def _score(job: EvaluateJob, shown: console.Console) -> None:
+    """Scores the images, or goes on with it."""
+    from mnist_dist.on_ray.score import score  # only here: evaluating a table needs no Ray
+
+    inputs, run = InputConfig(input=job.input), ScoreRunConfig(verbose=job.verbose)
+    score(ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, run=run), console=shown)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ LABEL_COLUMN = "label"
 class EvaluateJob:
     """Says what a table of predictions is worth: accuracy, calibration, mistakes; or how two tables differ."""
 
-    predictions: str
-    """Folder or `s3://` prefix of the prediction table."""
+    predictions: str | None = None
+    """Folder or `s3://` prefix of the prediction table; or, with `input`, None."""
+    input: tuple[str, ...] = ()
+    """Images that `bundle` scores first, into `<output>/predictions`; as `jobs.score` takes them."""
     labels: str | None = None
     """Parquet, CSV or TSV file with the columns `uri` and `label`. None: a carried column of the table, or else the
     names of the folders that the images lie in."""
@@ -25,22 +27,28 @@ class EvaluateJob:
     compare: str | None = None
     """Prediction table of another model over the same images."""
     output: str | None = None
-    """Folder or `s3://` prefix of the results. None: `<predictions>-evaluation`."""
+    """Folder or `s3://` prefix of the results. None: `<predictions>-evaluation`, or `<bundle>-evaluation`."""
     bundle: str | None = None
-    """Bundle that made the table, which names the classes. None: the one that the table remembers, where it is still
-    there, or else the classes that were predicted."""
+    """Bundle that made the table, which names the classes, or that scores `input`. None: the one that the table
+    remembers, where it is still there, or else the classes that were predicted."""
     top: int = 24
     """Images that are shown: of the most confident mistakes, the least confident hits, and those that moved."""
     verbose: bool = False
     """Show logs and tracebacks."""
 
     def __post_init__(self) -> None:
-        require(bool(self.predictions), "predictions is a folder or an s3:// prefix", predictions=self.predictions)
+        require(
+            bool(self.predictions) != bool(self.input),
+            "predictions is a folder or an s3:// prefix; or input names images",
+            predictions=self.predictions,
+            input=self.input,
+        )
+        require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
         require(bool(self.label_column), "label_column is a name", label_column=self.label_column)
         require(self.top >= 0, "top is a number of images, 0 or above", top=self.top)
-        table, output = storage.absolute(self.predictions), self.output_uri
+        table, output = self.table_uri, self.output_uri
         require(
-            f"{output}/".startswith(f"{table}/") is False,
+            not f"{output}/".startswith(f"{table}/"),
             "output lies outside of the table, whose readers would take its files for rows",
             output=self.output,
             predictions=self.predictions,
@@ -55,5 +63,12 @@ class EvaluateJob:
     def output_uri(self) -> str:
         """Where the results go, as every process sees it."""
         if self.output is None:
-            return f"{storage.absolute(self.predictions)}-evaluation"
+            return f"{storage.absolute(self.predictions or self.bundle or '')}-evaluation"
         return storage.absolute(self.output)
+
+    @property
+    def table_uri(self) -> str:
+        """The prediction table that is evaluated, as every process sees it."""
+        if self.predictions is None:
+            return storage.join(self.output_uri, "predictions")
+        return storage.absolute(self.predictions)

@@ -53,7 +53,7 @@ def test_folders_are_the_truth(table: str, capsys: pytest.CaptureFixture[str]) -
     assert values["truth"] == "the folders of the images"
     assert values["comparison"] is None
     text = Path(f"{table}-evaluation/classification_report.txt").read_text()
-    assert "      accuracy                         0.7143         7\n" in text
+    assert "    accuracy                         0.7143         7\n" in text
     assert "note: 1 images with a truth have no prediction, and do not count" in lines
     assert lines[-1] == f"results: {table}-evaluation"
     shown = capsys.readouterr().err

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import keras
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -27,7 +28,7 @@ from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.errors import BundleError, ConfigError, Interrupted, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
-from mnist_dist.models.bundle import load_bundle, write_bundle
+from mnist_dist.models.bundle import all_layers, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.export import EXPORT_FILE, FORMATS, export_bundle, open_export
 
@@ -41,7 +42,11 @@ SECONDS = 240.0  # two processes that import TensorFlow, where many run
 
 
 def some_pixels(spec: ImageSpec, images: int) -> Pixels:
-    return np.random.default_rng(images).integers(0, 256, (images, spec.height_px, spec.width_px, spec.channels), "u1")
+    """Noise of another brightness in each image: plain noise is all alike to a deep network."""
+    random = np.random.default_rng(images)
+    shape = (images, spec.height_px, spec.width_px, spec.channels)
+    pixels: Pixels = (random.random(shape) * random.integers(20, 256, (images, 1, 1, spec.channels))).astype(np.uint8)
+    return pixels
 
 
 def calibration(spec: ImageSpec, images: int) -> pa.Table:
@@ -52,15 +57,22 @@ def calibration(spec: ImageSpec, images: int) -> pa.Table:
 def write(path: Path, *, spec: ImageSpec, images: int, config: ModelConfig | None = None, seed: int = 5) -> Path:
     """A bundle of random weights whose images are spread over the classes, so that no constant answer would pass."""
     config = config or ModelConfig(backbone="cnn")
-    model = build_classifier(config, spec=spec, num_classes=len(NAMES), seed=seed).model
-    logits = model.get_layer("logits")
+    classifier, pixels = build_classifier(config, spec=spec, num_classes=len(NAMES), seed=seed), some_pixels(spec, 16)
+    normalisations = [
+        layer for layer in all_layers(classifier.model) if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    for layer in normalisations:  # untouched, they let nothing through a deep network
+        layer.momentum = 0.0
+    if normalisations:
+        classifier.network(pixels.astype(np.float32), training=True)
+    logits = classifier.model.get_layer("logits")
     kernel, bias = logits.get_weights()
-    said = np.log(np.asarray(model(some_pixels(spec, 16))))
+    said = np.log(np.asarray(classifier.model(pixels)))
     factor = 1 / said.std(axis=0).mean()
     logits.set_weights([kernel * factor, (bias - said.mean(axis=0)) * factor])
     write_bundle(
         path,
-        model=model,
+        model=classifier.model,
         class_names=NAMES,
         spec=spec,
         backbone=config.backbone,

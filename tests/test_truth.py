@@ -212,7 +212,7 @@ def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) 
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,ant\n")
     assert LabelFile(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,bee\n")
-    with pytest.raises(DataError, match="an image has one label. Received: two labels, in the rows 1 and 3"):
+    with pytest.raises(DataError, match=r"an image has one label. Received: two labels, in the rows 1 and 3"):
         LabelFile(str(path))
 
 
@@ -234,5 +234,5 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: st
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such file. Received: labels='.*gone.csv'"):
+    with pytest.raises(DataError, match=r"there is no such file. Received: labels='.*gone.csv'"):
         LabelFile(str(tmp_path / "gone.csv"))

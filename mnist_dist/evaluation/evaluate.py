@@ -80,7 +80,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         Interrupted: SIGINT or SIGTERM.
     """
     with Stop(console) as stop:
-        table = open_table(job.predictions, bundle=job.bundle)
+        table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
         truth = find_truth(table, labels=job.labels, label_column=job.label_column)
         storage.check_writable(job.output_uri)
