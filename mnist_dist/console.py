@@ -266,6 +266,7 @@ def quiet(*, verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of Ray Data's own helpers, when they are ended
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Ray Tune, which then says nothing at verbose=0
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by the search

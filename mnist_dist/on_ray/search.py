@@ -505,8 +505,11 @@ def measure_speeds(
 
 def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
     rows = [["finalist", "phase", "epoch", "accuracy"]]
-    boards = [(trial, ray.get(board.take.remote())[0]) for trial, board in running.values()]
-    for trial, position in boards:
+    for trial, board in running.values():
+        try:
+            position = ray.get(board.take.remote())[0]
+        except ray.exceptions.RayError:  # it died; so will the finalist, and that is recorded
+            continue
         if position is not None:
             rows.append(
                 [str(trial.number), position.phase, f"{position.epoch}/{position.epochs}", f"{position.accuracy:.4f}"]
