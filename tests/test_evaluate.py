@@ -167,7 +167,10 @@ def test_a_table_that_is_not_finished_is_refused(table: str) -> None:
         ({"output": "t/x"}, "output lies outside of the table"),
         ({"compare": "./t"}, "compare is another table. Received: compare='./t'"),
         ({"top": -1}, "top is a number of images, 0 or above. Received: top=-1"),
-        ({"predictions": ""}, "predictions is a folder or an s3:// prefix. Received: predictions=''"),
+        (
+            {"predictions": ""},
+            "predictions is a folder or an s3:// prefix; or input names images. Received: predictions=''",
+        ),
         ({"label_column": ""}, "label_column is a name. Received: label_column=''"),
     ],
 )

@@ -13,7 +13,18 @@ PACKAGE = "mnist_dist"
 # ground floor <- data <- models <- training, search, scoring <- evaluation <- on_ray <- benchmarks, jobs
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "config", "search_config", "evaluate_config", "recipes", "console", "storage", "lock"), 0
+        (
+            "errors",
+            "config",
+            "search_config",
+            "evaluate_config",
+            "export_config",
+            "recipes",
+            "console",
+            "storage",
+            "lock",
+        ),
+        0,
     ),
     "data": 1,
     "models": 2,
@@ -25,6 +36,7 @@ FLOORS = {
 }
 TENSORFLOW = {
     f"{PACKAGE}.models.engines",
+    f"{PACKAGE}.models.export",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     f"{PACKAGE}.on_ray.worker",
