@@ -164,7 +164,10 @@ def test_batch_normalisation_is_exported_as_it_predicts(format: ExportFormat, tm
     needs(format)
     spec = ImageSpec(height_px=96, width_px=96, channels=3)
     bundle = write(
-        tmp_path / "bundle", spec=spec, images=9, config=ModelConfig(backbone="mobilenet", alpha=0.25, dropout=0.5)
+        tmp_path / "bundle",
+        spec=spec,
+        images=9,
+        config=ModelConfig(backbone="mobilenet", alpha=0.25, image_size_px=96, dropout=0.5),
     )
     check_agreement(bundle, export(bundle, tmp_path / "export", format), spec=spec)
 
