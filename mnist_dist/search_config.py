@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -164,7 +164,7 @@ class SearchRunConfig:
 class SearchJob:
     """Everything that a search is made of."""
 
-    data: DataConfig = DataConfig()  # noqa: RUF009 (frozen, from another module)
+    data: DataConfig = field(default_factory=DataConfig)
     space: SearchSpace = SearchSpace()
     search: SearchConfig = SearchConfig()
     run: SearchRunConfig = SearchRunConfig()
