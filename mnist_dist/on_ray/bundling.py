@@ -23,7 +23,7 @@ from mnist_dist.evaluation.tables import Classes
 from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
 from mnist_dist.models.classifier import Classifier
 from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.tested import Tested
+from mnist_dist.on_ray.tested import Predicted
 from mnist_dist.training.callbacks import history_csv
 
 CALIBRATION_IMAGES = 2_000
@@ -38,7 +38,7 @@ class Finished:
     """In float32, with the best weights."""
     history: Sequence[Mapping[str, Any]]
     validation: Mapping[str, float]
-    tested: Tested
+    tested: Predicted
     precision: str
     workers: int
     images_per_s: float | None
@@ -99,7 +99,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
     storage.upload_folder(folder, bundle, last=BUNDLE_FILE)
 
 
-def test_metrics(tested: Tested, records: Records) -> Metrics:
+def test_metrics(tested: Predicted, records: Records) -> Metrics:
     """The metrics of the predictions for the test images, as of a prediction table."""
     probabilities = tested.probabilities
     best = probabilities.argmax(axis=1)
@@ -150,7 +150,7 @@ def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
     ]
 
 
-def _predictions(tested: Tested, records: Records) -> list[Example]:
+def _predictions(tested: Predicted, records: Records) -> list[Example]:
     """Some test images, evenly over the split."""
     places = np.linspace(0, len(tested.rows) - 1, min(SHOWN, len(tested.rows))).astype(np.int64)
     probabilities = tested.probabilities[places]

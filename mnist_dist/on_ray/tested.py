@@ -15,7 +15,7 @@ from mnist_dist.training.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class Predicted:
     """Predictions for the test images, in the order of the split."""
 
     rows: npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class Tested:
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
-def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Tested:
+def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Predicted:
     """Predicts the test images, each once over all workers; every worker calls it.
 
     Args:
@@ -58,7 +58,7 @@ def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Tes
     mine = trainer.predict(images.test, network)
     rows = images.test[: trainer.test_count]
     if world.workers == 1:
-        return Tested(rows=rows, labels=images.labels[rows], logits=mine)
+        return Predicted(rows=rows, labels=images.labels[rows], logits=mine)
     if world.rank > 0:
         buffer = io.BytesIO()
         np.save(buffer, mine)
@@ -66,11 +66,11 @@ def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Tes
     barrier()
     if world.rank > 0:
         own = rows[world.rank :: world.workers]
-        return Tested(rows=own, labels=images.labels[own], logits=mine)
+        return Predicted(rows=own, labels=images.labels[own], logits=mine)
     logits = np.zeros((len(rows), mine.shape[1]), np.float32)
     logits[:: world.workers] = mine
     for rank in range(1, world.workers):
         part = np.load(io.BytesIO(storage.read_bytes(storage.join(scratch, f"{rank}.npy"))))
         logits[rank :: world.workers] = part
     storage.delete_tree(scratch)
-    return Tested(rows=rows, labels=images.labels[rows], logits=logits)
+    return Predicted(rows=rows, labels=images.labels[rows], logits=logits)
