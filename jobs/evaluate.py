@@ -24,9 +24,13 @@ def main() -> dict[str, Any]:
 
 def _score(job: EvaluateJob, shown: console.Console) -> None:
     """Scores the images, or goes on with it."""
+    from mnist_dist.evaluation.evaluate import check_named
     from mnist_dist.on_ray.score import score  # only here: evaluating a table needs no Ray
 
-    inputs, run = InputConfig(input=job.input), ScoreRunConfig(verbose=job.verbose)
+    check_named(job)
+    has_labels = job.labels is None and all(uri.lower().endswith((".csv", ".parquet")) for uri in job.input)
+    inputs = InputConfig(input=job.input, carry=(job.label_column,) if has_labels else ())
+    run = ScoreRunConfig(verbose=job.verbose)
     score(ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, run=run), console=shown)
 
 

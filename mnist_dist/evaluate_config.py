@@ -18,7 +18,8 @@ class EvaluateJob:
     predictions: str | None = None
     """Folder or `s3://` prefix of the prediction table; or, with `input`, None."""
     input: tuple[str, ...] = ()
-    """Images that `bundle` scores first, into `<output>/predictions`; as `jobs.score` takes them."""
+    """Images that `bundle` scores first, into `<output>/predictions`; as `jobs.score` takes them. Of manifests
+    (Parquet, CSV) the label column is carried along."""
     labels: str | None = None
     """Parquet, CSV or TSV file with the columns `uri` and `label`. None: a carried column of the table, or else the
     names of the folders that the images lie in."""

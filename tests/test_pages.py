@@ -140,7 +140,10 @@ def test_two_tables_show_what_moved(tmp_path: Path) -> None:
     second = table_of(tmp_path, [0, 1, 2, 0, 1, 0, 1], name="other", model_id="model-2")
     _, page = page_of(EvaluateJob(predictions=first, compare=second))
     moved = page.galleries[-1]
-    assert sorted(one.predicted for one in moved.examples) == ["ant → bee", "cat → ant"]
+    assert sorted((one.predicted, one.second, one.is_right) for one in moved.examples) == [
+        ("ant", "bee", False),
+        ("cat", "ant", False),
+    ]
     assert {"Comparison", "Which classes moved"} <= {table.title for table in page.tables}
 
 

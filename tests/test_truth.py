@@ -1,6 +1,7 @@
 """truth and tables: where labels and class names come from, and which class a label is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,20 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: st
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no such file. Received: labels='.*gone.csv'"):
         LabelFile(str(tmp_path / "gone.csv"))
+
+
+def test_folders_that_are_numbers_are_no_class_numbers() -> None:
+    classes = Classes(("cat", "dog"))
+    labels = pa.array(["0", "1", "dog", None])
+    assert classes.codes(labels).tolist() == [0, 1, 1, NO_LABEL]
+    named = replace(classes, by_number=False)
+    assert named.codes(labels).tolist() == [UNKNOWN_LABEL, UNKNOWN_LABEL, 1, NO_LABEL]
+    digits = replace(Classes(("007", "008")), by_number=False)
+    assert digits.codes(pa.array(["7", "008"])).tolist() == [0, 1]
+
+
+def test_labels_that_look_like_nothing_are_labels(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("uri,label\n/a,NA\n/b,null\n/c,\n")
+    batch = pa.RecordBatch.from_pydict({"uri": ["/a", "/b", "/c"]})
+    assert LabelFile(str(path)).labels(batch).to_pylist() == ["NA", "null", None]

@@ -65,19 +65,25 @@ def measure(benchmark: SeedsBenchmark, *, console: Console) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as a Markdown table."""
-    lines = ["| system | published | here | loss | training images | command |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| system | backbone | published | here | loss | training images | command |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         here = "not run" if not row["runs"] else f"**{100 * row['accuracy']:.2f} %**"
         if row["runs"] > 1:
             here += f" ({100 * row['lowest']:.2f} to {100 * row['highest']:.2f}, {row['runs']} runs)"
         loss = f"{row['loss']:.3f}" if row["runs"] else ""
         images = f"{row['train_images']:,}" if row["runs"] else ""
-        lines.append(f"| {row['what']} | {row['published']} | {here} | {loss} | {images} | `{row['command']}` |")
+        backbone = row.get("backbone", "")
+        lines.append(
+            f"| {row['what']} | {backbone} | {row['published']} | {here} | {loss} | {images} | `{row['command']}` |"
+        )
     return "\n".join(lines)
 
 
 def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """Results of finished runs by recipe."""
+    """Results of finished runs by recipe; of each recipe those that trained on most images."""
     root = storage.absolute(uri)
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in storage.list_entries(root):
@@ -87,7 +93,11 @@ def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
         result = json.loads(storage.read_bytes(entry.uri))
         if "recipe" in result and result.get("test_accuracy") is not None:
             found.setdefault(result["recipe"], []).append(result)
-    return found
+    largest = {recipe: max(result["train_images"] for result in results) for recipe, results in found.items()}
+    return {
+        recipe: [result for result in results if result["train_images"] == largest[recipe]]
+        for recipe, results in found.items()
+    }
 
 
 def _row(seed: Seed, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from mnist_dist import storage
 from mnist_dist.console import Console, Stop
+from mnist_dist.errors import DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
 from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
@@ -83,6 +84,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
         truth = find_truth(table, labels=job.labels, label_column=job.label_column)
+        table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
         storage.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, console=console, stop=stop)
         has_truth = metrics.labelled > 0
@@ -101,6 +103,18 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         )
         stop.check()
         return _finish(evaluation, console=console, report=report)
+
+
+def check_named(job: EvaluateJob) -> None:
+    """Checks that the files are there which are looked at after a scoring that takes hours.
+
+    Raises:
+        DataError: the labels or the other table are not there.
+    """
+    if job.labels is not None and not storage.exists(job.labels):
+        raise DataError(f"there is no such file. Received: labels={job.labels!r}")
+    if job.compare is not None:
+        open_table(job.compare, bundle=None)
 
 
 def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, *, console: Console, stop: Stop) -> Metrics:
@@ -146,14 +160,15 @@ def _compare(
 
 
 def _finish(evaluation: Evaluation, *, console: Console, report: Report | None) -> dict[str, Any]:
-    """Writes the files, `metrics.json` last, and shows the short of it."""
+    """Writes the files, the page last, since its pictures may take long; shows the short of it."""
     metrics, output = evaluation.metrics, evaluation.output
+    for name in (METRICS_FILE, CLASSIFICATION_REPORT_FILE):  # of an earlier evaluation
+        storage.delete(storage.join(output, name))
+    storage.delete_tree(storage.join(output, "figures"))
     if evaluation.classification_report is not None:
         _write(output, CLASSIFICATION_REPORT_FILE, evaluation.classification_report)
-    else:
-        storage.delete(storage.join(output, CLASSIFICATION_REPORT_FILE))  # of an earlier evaluation, with truth
-    page = report(evaluation) if report is not None else None
     _write(output, METRICS_FILE, json.dumps(evaluation.to_json(), indent=2, allow_nan=False))
+    page = report(evaluation) if report is not None else None
     show(evaluation, console)
     return {
         "report": page,

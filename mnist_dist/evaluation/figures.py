@@ -93,7 +93,7 @@ def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) 
     bar.set_label("share of the class", **_STYLE)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
-    every = -(-classes // MOST_TICKS)
+    every = max(1, -(-classes // MOST_TICKS))
     places = range(0, classes, every)
     names = [_short(class_names[place]) for place in places]
     size = 9 if classes <= 15 else 7 if classes <= 40 else 5
@@ -160,10 +160,11 @@ def class_distribution(
         ax.bar(x, of_split, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=width)
         tallest = max(tallest, float((bottom + of_split).max(initial=0)))
         bottom = bottom + of_split if stacked else bottom
-    every = -(-classes // MOST_TICKS)
+    every = max(1, -(-classes // MOST_TICKS))
     places = range(0, classes, every)
     names = [_short(class_names[place]) for place in places]
-    ax.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0, color=INK)
+    crowded = len(names) * max(map(len, names), default=0) > 100
+    ax.set_xticks(places, names, rotation=90 if crowded else 0, color=INK)
     ax.set_title("Images of each class", **_STYLE)
     ax.set_ylabel("images", **_STYLE)
     ax.set_xlabel("class", **_STYLE)
@@ -190,7 +191,7 @@ def confidence_histogram(counts: npt.NDArray[np.int64]) -> Figure:
 def pictures(shown: Sequence[Picture], *, title: str, columns: int = 6) -> Figure:
     """Images in rows, each with its caption."""
     rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(1.5 * columns, 1.85 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns, 2.0 * rows + 0.4), layout="constrained")
     figure.suptitle(title, color=INK)
     for place in range(rows * columns):
         ax = figure.add_subplot(rows, columns, place + 1)
@@ -199,7 +200,8 @@ def pictures(shown: Sequence[Picture], *, title: str, columns: int = 6) -> Figur
             pixels = shown[place].pixels
             grey = pixels.shape[-1] == 1
             ax.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
-            ax.set_title(shown[place].caption, fontsize=7, color=INK, parse_math=False)
+            lines = [_short(line, most=22, escape=False) for line in shown[place].caption.splitlines()]
+            ax.set_title("\n".join(lines), fontsize=7, color=INK, parse_math=False)
     return figure
 
 
@@ -244,7 +246,7 @@ def _figure(
     return figure, axes
 
 
-def _short(name: str, most: int = 18) -> str:
+def _short(name: str, most: int = 18, *, escape: bool = True) -> str:
     """Long names of classes are cut; a `$` would be read as mathematics."""
     text = name if len(name) <= most else f"{name[: most - 1]}…"
-    return text.replace("$", r"\$")
+    return text.replace("$", r"\$") if escape else text

@@ -174,7 +174,8 @@ def evaluation_page(evaluation: Evaluation) -> Page:
                 examples=[
                     Example(
                         name=one.uri,
-                        predicted=f"{one.first} → {one.second}",
+                        predicted=one.first,
+                        second=one.second,
                         confidence=one.second_confidence,
                         truth=one.truth,
                         pixels=pixels[one.uri],
@@ -255,7 +256,7 @@ def _of_metrics(metrics: Metrics) -> list[Shown]:
 def _of_predictions(metrics: Metrics) -> list[Shown]:
     """The figures that need no truth."""
     shown = []
-    if metrics.predicted is not None:
+    if metrics.predicted is not None and metrics.classes:
         counts = {"predicted": metrics.predicted}
         if metrics.per_class:
             counts["truth"] = np.array([one.support for one in metrics.per_class])
@@ -284,7 +285,7 @@ def _pictures_file(name: str, title: str, examples: Sequence[Example]) -> Shown:
         figures.Picture(
             pixels=one.pixels,
             caption=(one.predicted if one.confidence is None else f"{one.predicted} {100 * one.confidence:.0f} %")
-            + (f" (truth: {one.truth})" if one.truth not in (None, one.predicted) else ""),
+            + (f"\ntruth: {one.truth}" if one.truth not in (None, one.predicted) else ""),
         )
         for one in examples
         if one.pixels is not None
@@ -299,6 +300,7 @@ def _sample(one: figures.Picture) -> Example:
 def _tables(metrics: Metrics) -> list[Table]:
     tables = []
     if metrics.per_class:
+        tables.append(Table(title="All metrics", columns=("", "value"), rows=_all_metrics(metrics)))
         worst = sorted(metrics.per_class, key=lambda one: (one.f1 is None, one.f1 or 0.0))
         rows = list(metrics.per_class) if len(worst) <= MOST_CLASSES else worst[:MOST_CLASSES]
         tables.append(
@@ -316,13 +318,33 @@ def _tables(metrics: Metrics) -> list[Table]:
                 note="" if len(worst) <= MOST_CLASSES else f"The {MOST_CLASSES} worst of {len(worst)} classes.",
             )
         )
-    if set(metrics.statuses) - {"ok"}:
+    if metrics.statuses:
         rows_of = [(status, f"{count:,}") for status, count in metrics.statuses.items()]
         tables.append(Table(title="Rows by status", columns=("status", "images"), rows=rows_of))
     if metrics.top_k:
         rows_of = [(f"{k}", f"{100 * share:.2f} %") for k, share in enumerate(metrics.top_k, start=1)]
-        tables.append(Table(title="Truth among the k most probable classes", columns=("k", "images"), rows=rows_of))
+        columns = ("k", "share of images")
+        tables.append(Table(title="Truth among the k most probable classes", columns=columns, rows=rows_of))
     return tables
+
+
+def _all_metrics(metrics: Metrics) -> list[tuple[str, str]]:
+    present = [one for one in metrics.per_class if one.support]
+    precisions = [one.precision or 0.0 for one in present]
+    recalls = [one.recall or 0.0 for one in present]
+    rows = [
+        ("accuracy", metrics.accuracy),
+        ("balanced accuracy", metrics.balanced_accuracy),
+        ("macro precision", sum(precisions) / len(precisions) if precisions else None),
+        ("macro recall", sum(recalls) / len(recalls) if recalls else None),
+        ("macro F1", metrics.macro_f1),
+        ("weighted F1", metrics.weighted_f1),
+        ("log loss, nats", metrics.log_loss),
+        ("Brier score, 0 to 2", metrics.brier),
+        ("ROC AUC, one against the rest", metrics.roc_auc),
+        ("expected calibration error", metrics.ece),
+    ]
+    return [(name, f"{value:.4f}") for name, value in rows if value is not None]
 
 
 def _compared(comparison: Comparison | None) -> list[Table]:
@@ -333,11 +355,13 @@ def _compared(comparison: Comparison | None) -> list[Table]:
         rows.append(("same class", f"{100 * comparison.agreement:.2f} %"))
     if comparison.mcnemar is not None:
         rows += [
+            ("accuracy of the first", _share(comparison.first_accuracy)),
+            ("accuracy of the second", _share(comparison.second_accuracy)),
             ("first alone is right", f"{comparison.first_right:,}"),
             ("second alone is right", f"{comparison.second_right:,}"),
             ("McNemar's test", f"p = {comparison.mcnemar.p_value:.3g} ({comparison.mcnemar.method})"),
         ]
-    tables = [Table(title="Comparison", columns=("", "images"), rows=rows)]
+    tables = [Table(title="Comparison", columns=("", "value"), rows=rows)]
     if comparison.moves:
         moves = [(one.first, one.second, f"{one.images:,}") for one in comparison.moves]
         tables.append(Table(title="Which classes moved", columns=("first table", "second table", "images"), rows=moves))

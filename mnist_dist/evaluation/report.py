@@ -63,6 +63,13 @@ class Example:
     truth: str | None = None
     pixels: npt.NDArray[np.uint8] | None = None
     """`uint8 [H, W, C]`; None: it cannot be read any more."""
+    second: str | None = None
+    """What another model says."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the prediction, the second one where there are two, is the truth."""
+        return self.truth == (self.predicted if self.second is None else self.second)
 
 
 @dataclass(frozen=True, kw_only=True)

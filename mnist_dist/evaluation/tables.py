@@ -39,6 +39,8 @@ class Classes:
     """In the order of the probabilities; `#7` for a class whose name is not known."""
     unnamed: tuple[int, ...] = ()
     """Numbers of the classes whose names are not known, since they were never predicted."""
+    by_number: bool = True
+    """A label may be the number of a class; not where labels are guessed: a folder called `1` is no second class."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,9 +66,9 @@ class Classes:
     def _lookup(self) -> tuple[pa.Array, pa.Array]:
         codes = {name: code for code, name in enumerate(self.names) if code not in self.unnamed}
         numbers = {name: str(int(name)) for name in codes if name.isascii() and name.isdigit()}
-        if not numbers:
+        if not numbers and self.by_number:
             codes |= {str(code): code for code in range(len(self.names))}
-        elif len(set(numbers.values())) == len(numbers):  # `7` could be `07` or `007`
+        elif numbers and len(set(numbers.values())) == len(numbers):  # `7` could be `07` or `007`
             codes = {number: codes[name] for name, number in numbers.items()} | codes
         return pa.array(list(codes), pa.string()), pa.array(list(codes.values()), pa.int64())
 

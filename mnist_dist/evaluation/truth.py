@@ -185,7 +185,7 @@ def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
                     yield _absolute(batch[_URI].cast(pa.string())), _text(uri, batch[_LABEL])
             return
         options = pc_csv.ConvertOptions(  # `007` stays what it is
-            column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True
+            column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True, null_values=[""]
         )
         parsing = pc_csv.ParseOptions(delimiter=_SEPARATORS[ending], newlines_in_values=True)
         with pc_csv.open_csv(stream, parse_options=parsing, convert_options=options) as reader:
@@ -216,7 +216,10 @@ def _is_label(kind: pa.DataType) -> bool:
 
 def _absolute(uris: pa.Array) -> pa.Array:
     """As scoring names what a list names."""
-    plain = pc.or_(pc.starts_with(uris, "/"), pc.starts_with(uris, "s3://"))
+    plain = pc.and_(
+        pc.or_(pc.starts_with(uris, "/"), pc.starts_with(uris, "s3://")),
+        pc.invert(pc.match_substring_regex(uris, "[^:]//|^//|/[.]{1,2}/|/$")),
+    )
     if pc.all(plain, skip_nulls=False).as_py():
         return uris
     if uris.null_count:

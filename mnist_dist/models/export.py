@@ -210,7 +210,7 @@ def _read_facts(output: str) -> dict[str, Any] | None:
         return dict(json.loads(storage.read_bytes(storage.join(output, EXPORT_FILE))))
     except FileNotFoundError:
         return None
-    except ValueError as err:
+    except (ValueError, TypeError) as err:
         raise ConfigError(f"{EXPORT_FILE} is no JSON object: {err}. Received: {output!r}") from err
 
 
