@@ -116,7 +116,8 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRunConfig:
-    """Where the search lives and what may be spent on it. Only these fields may differ when it goes on."""
+    """Where the search lives and what may be spent on it. Only these fields, but for those of the feature cache, may
+    differ when it goes on."""
 
     storage: str = "runs"
     """Folder or `s3://` prefix under which searches, decoded images and features are kept."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mnist_dist.errors import ServiceError
 from mnist_dist.on_ray.tuning import DIED, OVER, Trials
 from mnist_dist.search.trials import Status, Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
@@ -27,7 +28,9 @@ def made(number: int, accuracy: float | None = 0.5, loss: float | None = 1.0, st
     return Trial(number=number, params={}, status=status, val_accuracy=accuracy, val_loss=loss)
 
 
-def report(accuracy: float, *, finished: bool = True, error: str | None = None, epochs: int = 3) -> dict[str, Any]:
+def report(
+    accuracy: float, *, finished: bool = True, error: str | None = None, epochs: int = 3, outage: bool = False
+) -> dict[str, Any]:
     """What a trial's process says after an epoch, among what Ray Tune adds."""
     return {
         "accuracy": accuracy,
@@ -38,6 +41,7 @@ def report(accuracy: float, *, finished: bool = True, error: str | None = None, 
         "finished": finished,
         "history": json.dumps([{"epoch": epoch} for epoch in range(1, epochs + 1)]),
         "error": error,
+        "outage": outage,
         "pid": 17,
     }
 
@@ -249,3 +253,45 @@ def test_a_grid_smaller_than_the_trials_ends_by_itself(tmp_path: Path) -> None:
     assert trials.count == 2
     assert [run_one(trials).params["hidden_units"] for _ in range(2)] == [0, 9]
     assert trials.next() is None
+
+
+def test_an_outage_is_no_result_of_a_trial(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    trials.next()
+    trials.end(0, report(0.0, error="the token has expired", outage=True))
+    assert trials.stopped
+    assert isinstance(trials.error, ServiceError)
+    assert "the token has expired" in str(trials.error)
+    assert TrialRecords(str(tmp_path)).read()[0].status == "running"
+    assert opened(tmp_path).next() == trials.known[0]
+
+
+def test_a_record_that_cannot_be_written_ends_the_search_and_is_run_again(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    for _ in range(2):
+        trials.next()
+    (tmp_path / "000001.json").unlink()
+    (tmp_path / "000001.json").mkdir()
+    (tmp_path / "000001.json" / "in the way").touch()
+    with pytest.raises(Exception, match=r"000001\.json"):
+        trials.end(1, report(0.5))
+    assert trials.stopped
+    assert trials.error is not None
+    assert 1 in trials.running
+
+
+def test_with_nothing_usable_the_end_of_the_time_leaves_trials_for_the_next_command(tmp_path: Path) -> None:
+    trials = opened(tmp_path)
+    trials.next()
+    trials.end_all()
+    assert TrialRecords(str(tmp_path)).read()[0].status == "running"
+
+
+def test_trials_of_a_killed_driver_that_never_ran_again_are_not_left_running(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    for _ in range(3):
+        first.next()
+    first.end(0, report(0.75))
+    again = opened(tmp_path)
+    again.end_all()
+    assert [trial.status for trial in TrialRecords(str(tmp_path)).read().values()] == ["done", "failed", "failed"]

@@ -111,8 +111,15 @@ def use_cpus(cpus: int | None) -> None:
 
     if cpus is not None:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, cpus))
-    for device in tf.config.list_physical_devices("GPU"):
+    for device in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
+
+
+def hide_gpus() -> None:
+    """Has TensorFlow, just loaded, use none of the machine's GPUs."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
 
 
 def compile_model(model: Any, *, batch_size: int) -> Any:

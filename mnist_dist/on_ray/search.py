@@ -11,20 +11,21 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist import storage
 from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.sources import open_source
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import MnistDistError, ResourceError, WorkersFailed
+from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.board import make_board
@@ -32,6 +33,7 @@ from mnist_dist.on_ray.cluster import Resources, Share, connected, share
 from mnist_dist.on_ray.features import compute_missing, feature_actors
 from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, plan_data, plan_job_features, split
 from mnist_dist.on_ray.train import Training, check_job, with_absolute_weights
+from mnist_dist.on_ray.trial import OUTAGES as STORAGE_OUTAGES
 from mnist_dist.on_ray.trial import Prepared, TrialTask
 from mnist_dist.on_ray.tuning import Trials, run_trials
 from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
@@ -42,6 +44,9 @@ from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
 POLL_S = 0.5
+PATIENCE_S = 30.0  # with finalists that were asked to stop
+LOCK_PATIENCE_S = 70.0  # a lock that nobody renews is taken over after 60 s
+OUTAGES = (*STORAGE_OUTAGES, Locked)
 NAMED_ERRORS = 5
 TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
 SPEED_BATCH_SIZE = 32
@@ -72,7 +77,8 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
             check_job(backbone_job(architecture, job))
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
-    facts = {"recipe": recipe, "settings": job.settings()}
+    features = job.run.feature_type if job.run.feature_cache else None
+    facts = {"recipe": recipe, "settings": job.settings(), "features": features}
     run.compare(facts)
     finished = run.result()
     if finished is not None:
@@ -120,6 +126,7 @@ class _Search:
     def __init__(self, job: SearchJob, *, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float) -> None:
         self.job, self.run, self.console, self.stop, self.lock = job, run, console, stop, lock
         self.began_at, self.timing = began_at, dict[str, float]()
+        self._stopping_since: float | None = None
         hours = job.search.hours
         self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         self.architectures = [one for space in job.backbones for one in architectures_of(space)]
@@ -133,12 +140,18 @@ class _Search:
             self.job = replace(self.job, run=replace(asked, gpus_per_trial=_gpus_per_trial(self.job, have)))
             concurrent = _concurrent_trials(self.job, have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
+            require(
+                mine.workers <= min(self.job.space.batch_size),
+                "batch_size is at least the number of workers of a finalist",
+                batch_size=min(self.job.space.batch_size),
+                workers=mine.workers,
+            )
             data = self._prepare(facts, have=have)
             with self._timed("trials_s"):
                 trials = self._try(data, concurrent=concurrent)
             speeds = self._measure(data, trials, have=have)
             with self._timed("finalists_s"):
-                finalists = self._train_finalists(data, trials, mine=mine, have=have)
+                finalists = self._train_finalists(data, trials, speeds, mine=mine, have=have)
             winner = min(usable(finalists.values()), key=lambda trial: trial.rank)
             tested = self._finish_winner(data, winner, mine=mine)
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
@@ -250,13 +263,11 @@ class _Search:
         tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
         missing = [one for one in self.architectures if one.name in tried - known.keys()]
         if missing:
-            node_cpus = max(cpus for cpus, _ in have.by_node)
-            measure = ray.remote(num_cpus=node_cpus, num_gpus=min(1.0, have.gpus))(measure_speeds)
+            measure = ray.remote(num_cpus=0, num_gpus=min(1.0, have.gpus))(measure_speeds)  # nothing else runs now
             asked = measure.remote(
                 {one.name: with_absolute_weights(backbone_job(one, self.job)).model for one in missing},
                 {one.name: data.decoded[one.name].plan.spec for one in missing},
                 num_classes=len(next(iter(data.decoded.values())).plan.class_names),
-                cpus=int(node_cpus),
             )
             with self.console.progress("speed of scoring") as bar:
                 while not ray.wait([asked], timeout=POLL_S)[0]:
@@ -269,7 +280,13 @@ class _Search:
     # --- finalists ---
 
     def _train_finalists(
-        self, data: _Data, trials: Mapping[int, Trial], *, mine: Share, have: Resources
+        self,
+        data: _Data,
+        trials: Mapping[int, Trial],
+        speeds: Mapping[str, Speed],
+        *,
+        mine: Share,
+        have: Resources,
     ) -> dict[int, Trial]:
         """The second stage; all finalists by number.
 
@@ -299,6 +316,7 @@ class _Search:
         self.stop.check()
         done = self.finalist_records.read()
         if not usable(done.values()):
+            self._write_leaderboard(trials, speeds, done, winner=None)
             errors = "; ".join(f"{count} x {words}" for words, count in distinct_errors(done.values()))
             raise WorkersFailed(f"none of {len(done)} finalists could be trained: {errors}")
         return done
@@ -307,10 +325,14 @@ class _Search:
         """Passes a signal on: finalists save what they have and end."""
         if self.lock.lost:
             self.lock.check()
-        if self.stop.signal_number is not None:
-            waiting.clear()
-            for _, board in running.values():
-                board.ask_to_stop.remote()
+        if self.stop.signal_number is None:
+            return
+        waiting.clear()
+        self._stopping_since = self._stopping_since or time.monotonic()
+        for asked, (_, board) in running.items():
+            board.ask_to_stop.remote()
+            if time.monotonic() - self._stopping_since > PATIENCE_S:  # its workers wait for room, and never look
+                ray.cancel(asked, force=True)
 
     def _record_finalist(self, trial: Trial, asked: Any) -> None:
         """Writes down what came of a finalist, unless a signal ended it."""
@@ -319,6 +341,9 @@ class _Search:
         except ray.exceptions.RayError as error:
             if self.stop.signal_number is not None:
                 return
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, OUTAGES) or (isinstance(cause, OSError) and storage.is_service_error(cause)):
+                raise cause from error  # the same command goes on with the finalist
             words = _words(error)
             self.console.line(f"finalist {trial.number} failed: {words}")
             found = replace(trial, status="failed", error=words, val_accuracy=None, val_loss=None)
@@ -341,7 +366,7 @@ class _Search:
     def _finalist_task(
         self, data: _Data, trial: Trial, *, mine: Share, board: Any, validated_only: bool
     ) -> FinalistTask:
-        job = train_job(trial.params, self.job, stage="finalist")
+        job = with_absolute_weights(train_job(trial.params, self.job, stage="finalist"))
         name = architecture_of(trial.params, self.job).name
         return FinalistTask(
             job=job,
@@ -365,9 +390,10 @@ class _Search:
         if not storage.exists(storage.join(its_bundle, BUNDLE_FILE)):
             self._test(winner, data, mine=mine)
         self.lock.check()
-        with tempfile.TemporaryDirectory() as scratch:
-            storage.download_folder(its_bundle, Path(scratch))
-            storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
+        if not storage.exists(storage.join(bundle, BUNDLE_FILE)):
+            with tempfile.TemporaryDirectory() as scratch:
+                storage.download_folder(its_bundle, Path(scratch))
+                storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
         return dict(json.loads(storage.read_bytes(storage.join(bundle, BUNDLE_FILE)))["test"])
 
     def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
@@ -385,7 +411,12 @@ class _Search:
     # --- results ---
 
     def _write_leaderboard(
-        self, trials: Mapping[int, Trial], speeds: Mapping[str, Speed], finalists: Mapping[int, Trial], *, winner: int
+        self,
+        trials: Mapping[int, Trial],
+        speeds: Mapping[str, Speed],
+        finalists: Mapping[int, Trial],
+        *,
+        winner: int | None,
     ) -> None:
         table = make_leaderboard(
             trials.values(),
@@ -461,14 +492,15 @@ def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
 
 def _start(task: FinalistTask) -> Any:
     """Starts a finalist in a process of its own, on this node: its workers are placed by Ray Train."""
-    return ray.remote(num_cpus=0, max_retries=0)(train_finalist).remote(task)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(train_finalist).remote(task)
 
 
 def train_finalist(task: FinalistTask) -> dict[str, Any]:
     """Trains a finalist with Ray Train, or goes on with it; gives its metrics."""
     began_at = time.time()
     console = Console(verbose=task.job.run.verbose, terminal=False)
-    with Stop(console) as stop, Lock(storage.join(task.run, "lock"), what=task.run) as lock:
+    with Stop(console) as stop, _patient_lock(task.run) as lock:
         training = Training(
             task.job, recipe="finalist", run=Run(task.run), console=console, stop=stop, lock=lock, began_at=began_at
         )
@@ -485,14 +517,31 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
     return {**metrics, "seconds": round(metrics["earlier_s"] + time.time() - began_at, 2)}
 
 
+@contextmanager
+def _patient_lock(run: str) -> Iterator[Lock]:
+    """The lock of a finalist's run. Another driver of the search there is none, but one that was killed may have left a
+    process that still holds it."""
+    until = time.monotonic() + LOCK_PATIENCE_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                lock = stack.enter_context(Lock(storage.join(run, "lock"), what=run))
+                break
+            except Locked:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
+        yield lock
+
+
 def measure_speeds(
-    models: Mapping[str, ModelConfig], specs: Mapping[str, Any], *, num_classes: int, cpus: int
+    models: Mapping[str, ModelConfig], specs: Mapping[str, Any], *, num_classes: int
 ) -> dict[str, Speed]:
     """Measures the scoring path of some architectures, in a process that does nothing else."""
     from mnist_dist.models.classifier import build_classifier
     from mnist_dist.models.engines import images_per_s, use_cpus
 
-    use_cpus(cpus)
+    use_cpus(None)
     found = {}
     for name, model in models.items():
         classifier = build_classifier(

@@ -63,7 +63,8 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     check_job(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
-    facts = {"recipe": recipe, "settings": job.settings()}
+    features = job.run.feature_type if job.uses_features else None
+    facts = {"recipe": recipe, "settings": job.settings(), "features": features}
     run.compare(facts)
     finished = run.result()
     if finished is not None:

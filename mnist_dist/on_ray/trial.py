@@ -17,12 +17,14 @@ from ray import tune
 from mnist_dist.config import TrainJob
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import MnistDistError
+from mnist_dist.errors import MnistDistError, ServiceError, StorageError
 from mnist_dist.on_ray.features import node_folder
+from mnist_dist.storage import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
 from mnist_dist.training.host import Position
 
+OUTAGES = (ServiceError, StorageError, PermissionError)
 ACCURACY, EPOCHS = "accuracy", "training_iteration"
 """What a report calls the best epoch's validation accuracy; what Ray Tune calls the number of reports."""
 
@@ -63,17 +65,21 @@ class Report:
     history: str
     """JSON."""
     error: str | None = None
+    outage: bool = False
+    """The error is one of the storage, not of the trial: the search ends, and the same command runs the trial again."""
 
 
 class TrialProcess(tune.Trainable):
     """Runs one trial after the other. A trial's config: `architecture` (a name of the task) and `job`."""
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:
-        from mnist_dist.models.engines import use_cpus
+        from mnist_dist.models.engines import hide_gpus, use_cpus
 
         self._task = task
         self._records: dict[str, Records] = {}
         self._features: dict[str, FeatureRows] = {}
+        if not task.gpu:
+            hide_gpus()  # Ray hides none from a process that asked for none
         use_cpus(int(task.cpus))
         self.reset_config(config)
 
@@ -118,6 +124,7 @@ class TrialProcess(tune.Trainable):
         self._epochs = self._trainer.epochs()
 
     def _train_task(self) -> Any:
+        from mnist_dist.models.classifier import fetch_published_weights
         from mnist_dist.training.feed import Images
         from mnist_dist.training.phase import TrainTask
         from mnist_dist.training.precision import resolve_precision
@@ -136,6 +143,8 @@ class TrialProcess(tune.Trainable):
         features = None
         if prepared.features is not None and heads_only:
             images = features = replace(images, pixels=self._open_features(prepared.features))
+        elif job.model.weights == "imagenet":
+            fetch_published_weights(job.model)
         return TrainTask(
             job=job,
             spec=records.spec,
@@ -183,6 +192,7 @@ class TrialProcess(tune.Trainable):
             finished=True,
             history=json.dumps(history),
             error=shown,
+            outage=isinstance(error, OUTAGES) or (isinstance(error, OSError) and is_service_error(error)),
         )
 
 

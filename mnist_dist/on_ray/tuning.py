@@ -17,9 +17,10 @@ from ray.tune.search import Searcher
 
 from mnist_dist import storage
 from mnist_dist.console import Console, Stop, View
-from mnist_dist.errors import WorkersFailed
+from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.on_ray.train import with_absolute_weights
 from mnist_dist.on_ray.trial import ACCURACY, EPOCHS, TrialProcess, TrialTask
 from mnist_dist.search.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.search.trials import Status, Trial, TrialRecords, usable
@@ -59,6 +60,8 @@ class Trials:
                 self._proposer.tell(number, trial.val_accuracy)
         self.running: set[int] = set()
         self.stopped = False
+        self.error: Exception | None = None
+        """What ends the search: Ray Tune would swallow what is raised in its thread."""
         self.done_here = 0
 
     @property
@@ -85,26 +88,43 @@ class Trials:
 
     def end(self, number: int, report: Mapping[str, Any] | None) -> None:
         """Records how a trial ended; `report`: its last one, or None where its process died."""
-        self.running.discard(number)
         trial = self.known[number]
+        if report is not None and report["outage"]:
+            self.fail(ServiceError(f"trial {number}: {report['error']}"))
+            return
         if report is None:
             trial = replace(trial, status="failed", error=DIED, val_accuracy=None, val_loss=None)
         else:
             trial = replace(trial, status=_status(report), error=report["error"], **_found(report))
+        self._put(trial)
         self._proposer.tell(number, trial.val_accuracy)
         self.done_here += 1
-        self._put(trial)
+        self.running.discard(number)
 
     def end_all(self) -> None:
-        """Records the trials that the end of the time found under way."""
-        for number in sorted(self.running):
-            trial = self.known[number]
+        """Records the trials that the end of the time found under way, or still to be run again.
+
+        Where nothing has come to anything yet, they are left for the same command.
+        """
+        under_way = [trial for trial in self.known.values() if trial.status == "running"]
+        begun = [trial for trial in under_way if trial.val_accuracy is not None]
+        some = bool(begun or usable(self.known.values()))
+        for trial in under_way if some else ():
             ended = trial.val_accuracy is not None
             self._put(replace(trial, status="stopped" if ended else "failed", error=None if ended else OVER))
         self.running.clear()
 
+    def fail(self, error: Exception) -> None:
+        """Ends the search with an error; what is under way is run again by the same command."""
+        self.error = self.error or error
+        self.stopped = True
+
     def _put(self, trial: Trial) -> None:
-        self._records.write(trial)
+        try:
+            self._records.write(trial)
+        except (OSError, MnistDistError) as error:
+            self.fail(error)
+            raise
         self.known[trial.number] = trial
 
 
@@ -140,7 +160,8 @@ class _Asker(Searcher):
             return Searcher.FINISHED
         self._numbers[trial_id] = trial.number
         architecture = architecture_of(trial.params, self._job).name
-        return {"architecture": architecture, "job": train_job(trial.params, self._job, stage="trial")}
+        job = train_job(trial.params, self._job, stage="trial")
+        return {"architecture": architecture, "job": with_absolute_weights(job)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._trials.note(self._numbers[trial_id], result)
@@ -224,14 +245,19 @@ def run_trials(
     fit = SideThread(tuner.fit, name="ray-tune")
     began = time.monotonic()
     fit.start()
-    with console.view("search") as view:
-        while fit.is_alive():
-            fit.join(POLL_S)
-            trials.stopped = trials.stopped or stop.signal_number is not None
-            if lock.lost:
-                lock.check()
-            _show(view, trials, seconds=time.monotonic() - began)
+    try:
+        with console.view("search") as view:
+            while fit.is_alive():
+                fit.join(POLL_S)
+                trials.stopped = trials.stopped or stop.signal_number is not None
+                if lock.lost:
+                    lock.check()
+                _show(view, trials, seconds=time.monotonic() - began)
+    finally:
+        trials.stopped = trials.stopped or fit.is_alive()  # Ray Tune's thread begins no more of them
     stop.check()
+    if trials.error is not None:
+        raise trials.error
     storage.delete_tree(storage.join(uri, "tune"))
     if fit.error is not None:
         words = (str(fit.error).strip() or "no message").splitlines()[0]
@@ -254,17 +280,18 @@ def _scheduler(job: SearchJob) -> TrialScheduler:
 
 
 def _show(view: View, trials: Trials, *, seconds: float) -> None:
+    running_now = sorted(trials.running)  # before the copy, which then knows all of them
     known = dict(trials.known)
     ended = [trial for trial in known.values() if trial.status != "running"]
     failed = sum(trial.status == "failed" for trial in ended)
     best = usable(ended)[:1]
-    summary = f"{len(ended)} of {trials.count} trials done, {len(trials.running)} running, {failed} failed"
+    summary = f"{len(ended)} of {trials.count} trials done, {len(running_now)} running, {failed} failed"
     if best:
         summary += f", best {best[0].val_accuracy:.4f} (trial {best[0].number})"
     if trials.done_here:
         left = (trials.count - len(ended)) * seconds / trials.done_here
         summary += f", {left / 60:.0f} min left" if left >= 60 else f", {left:.0f} s left"
-    running = [known[number] for number in sorted(trials.running)][:SHOWN_TRIALS]
+    running = [known[number] for number in running_now][:SHOWN_TRIALS]
     shown = usable(ended)[: SHOWN_TRIALS - len(running)] + running
     view.update(summary=summary, rows=[TITLES, *(_row(trial) for trial in shown)])
 
