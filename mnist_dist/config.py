@@ -240,8 +240,8 @@ class FitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives and what may be spent on it. Only these fields, but for those of the feature cache, may differ
-    when a run goes on."""
+    """Where the run lives and what may be spent on it. Only these fields, but for those of the feature cache, may
+    differ when a run goes on."""
 
     storage: str = "runs"
     """Folder or `s3://` prefix under which runs and decoded images are kept."""
