@@ -256,8 +256,10 @@ def run_trials(
     finally:
         trials.stopped = trials.stopped or fit.is_alive()  # Ray Tune's thread begins no more of them
     stop.check()
-    if trials.error is not None:
+    if isinstance(trials.error, MnistDistError):
         raise trials.error
+    if trials.error is not None:
+        raise WorkersFailed(f"trials could not be recorded: {trials.error}") from trials.error
     storage.delete_tree(storage.join(uri, "tune"))
     if fit.error is not None:
         words = (str(fit.error).strip() or "no message").splitlines()[0]
