@@ -120,6 +120,22 @@ class FinalistTask:
     validated_only: bool
 
 
+def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
+    """Features and trials alone, as `search` runs them: `features_s`, `trials_s`, `trials` and the best `val_accuracy`.
+
+    Raises:
+        ConfigError, WorkersFailed, Interrupted: see `search`.
+    """
+    check_space(job)
+    run = Run(storage.join(storage.absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
+    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
+        stage = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=time.time())
+        with connected(verbose=job.run.verbose) as have:
+            stage.enter(have)
+            trials = stage.try_all(stage.prepare({}, have=have), have=have)
+    return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
+
+
 class _Search:
     """One driver's attempt at a search."""
 
@@ -136,9 +152,7 @@ class _Search:
         """All steps that are left, and the result."""
         asked = self.job.run
         with connected(verbose=asked.verbose) as have:
-            self.stop.take_signals()
-            self.job = replace(self.job, run=replace(asked, gpus_per_trial=_gpus_per_trial(self.job, have)))
-            concurrent = _concurrent_trials(self.job, have)
+            self.enter(have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             require(
                 mine.workers <= min(self.job.space.batch_size),
@@ -146,9 +160,8 @@ class _Search:
                 batch_size=min(self.job.space.batch_size),
                 workers=mine.workers,
             )
-            data = self._prepare(facts, have=have)
-            with self._timed("trials_s"):
-                trials = self._try(data, concurrent=concurrent)
+            data = self.prepare(facts, have=have)
+            trials = self.try_all(data, have=have)
             speeds = self._measure(data, trials, have=have)
             with self._timed("finalists_s"):
                 finalists = self._train_finalists(data, trials, speeds, mine=mine, have=have)
@@ -156,6 +169,16 @@ class _Search:
             tested = self._finish_winner(data, winner, mine=mine)
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
         return self._result(trials, winner, tested, speeds)
+
+    def enter(self, have: Resources) -> None:
+        """Looks at what the cluster has, before anything is computed.
+
+        Raises:
+            ResourceError: no trial finds room.
+        """
+        self.stop.take_signals()
+        self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, have)))
+        _concurrent_trials(self.job, have)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -166,7 +189,7 @@ class _Search:
 
     # --- data ---
 
-    def _prepare(self, facts: Mapping[str, Any], *, have: Resources) -> _Data:
+    def prepare(self, facts: Mapping[str, Any], *, have: Resources) -> _Data:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_source(job.data)
@@ -210,12 +233,16 @@ class _Search:
 
     # --- trials ---
 
-    def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
+    def try_all(self, data: _Data, *, have: Resources) -> dict[int, Trial]:
         """The first stage; all trials by number.
 
         Raises:
             WorkersFailed: none of them came to anything.
         """
+        with self._timed("trials_s"):
+            return self._try(data, concurrent=_concurrent_trials(self.job, have))
+
+    def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
         records = TrialRecords(storage.join(self.run.uri, "trials"))
         if self.run.read("trials.json") is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
