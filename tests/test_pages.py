@@ -1,6 +1,7 @@
 """What stands on the pages of a bundle and of an evaluated table."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -223,3 +224,26 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
     html = render(page)
     for expected in ("a run", "&lt;x&gt;", "77.78 %", "1,234", "not measured", "a CNN", "f" * 64, "keras"):
         assert expected in html
+
+
+def test_the_page_of_a_table_says_how_it_came_to_be(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [0, 1, 2, 0, 1, 2, 0])
+    bundle = {
+        "class_names": CLASSES,
+        "model_id": "model-1",
+        "backbone": "cnn",
+        "data_fingerprint": "f" * 64,
+        "versions": {"keras": "3.15"},
+        "config": {"fit": {"seed": 3}},
+    }
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(bundle))
+    summary = {"bundle": str(tmp_path / "bundle"), "model_id": "model-1", "engine": "keras float32"}
+    (Path(table) / "_summary.json").write_text(json.dumps(summary))
+    _, page = page_of(EvaluateJob(predictions=table))
+    facts = dict(page.facts)
+    assert (facts["engine"], facts["backbone"], facts["version of keras"]) == ("keras float32", "cnn", "3.15")
+    assert facts["data fingerprint of the training"] == "f" * 64
+    assert '"seed": 3' in page.texts["configuration"]
+    (tmp_path / "bundle" / "bundle.json").write_text("no JSON")
+    assert "backbone" not in dict(page_of(EvaluateJob(predictions=table))[1].facts)

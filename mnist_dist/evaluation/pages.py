@@ -28,6 +28,7 @@ from mnist_dist.evaluation.report import (
     Table,
     write_page,
 )
+from mnist_dist.evaluation.tables import read_provenance
 from mnist_dist.models.bundle import REPORT_FILE
 
 MOST_CLASSES = 200
@@ -185,6 +186,13 @@ def evaluation_page(evaluation: Evaluation) -> Page:
                 note="First table → second table, with the confidence of the second.",
             )
         )
+    summary, bundle = read_provenance(table.uri)
+    texts = {"classification report": evaluation.classification_report} if evaluation.classification_report else {}
+    for title, values in (
+        ("settings of the scoring", summary.get("settings")),
+        ("configuration", bundle.get("config")),
+    ):
+        texts |= {title: json.dumps(values, indent=2)} if values else {}
     return Page(
         title=f"Evaluation of {table.uri.rstrip('/').rpartition('/')[2]}",
         subtitle=table.uri,
@@ -197,12 +205,27 @@ def evaluation_page(evaluation: Evaluation) -> Page:
             ("command", command_line()),
             ("model", table.model_id),
             ("truth", evaluation.truth or "none was given or found"),
+            *_of_provenance(summary, bundle),
         ],
-        texts={"classification report": evaluation.classification_report} if evaluation.classification_report else {},
+        texts=texts,
         files={"classification_report.txt": evaluation.classification_report}
         if evaluation.classification_report
         else {},
     )
+
+
+def _of_provenance(summary: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the table came to be, as far as that is still known."""
+    facts = [
+        ("bundle", summary.get("bundle")),
+        ("engine", summary.get("engine")),
+        ("scoring, images/s", summary.get("images_per_s")),
+        ("backbone", bundle.get("backbone")),
+        ("weights", bundle.get("weights")),
+        ("data fingerprint of the training", bundle.get("data_fingerprint")),
+        *((f"version of {name}", version) for name, version in dict(bundle.get("versions") or {}).items()),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]
 
 
 # --- what both pages show --------------------------------------------------------------------------------------------

@@ -212,6 +212,21 @@ def _names_of_own_bundle(root: str, model_id: str) -> tuple[str, ...] | None:
         return None
 
 
+def read_provenance(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `_summary.json` says, and the `bundle.json` of the model that it names; empty where they are gone."""
+    found: list[dict[str, Any]] = []
+    try:
+        summary = dict(json.loads(storage.read_bytes(storage.join(root, SUMMARY))))
+        found.append(summary)
+        bundle = dict(json.loads(storage.read_bytes(storage.join(storage.absolute(summary["bundle"]), BUNDLE_FILE))))
+        if bundle.get("model_id") == summary.get("model_id"):
+            found.append(bundle)
+    except (OSError, MnistDistError, ValueError, KeyError, TypeError) as err:  # nothing that anybody asked for
+        log.info("%s: its provenance cannot be read: %s", root, err)
+    summary, bundle = [*found, {}, {}][:2]
+    return summary, bundle
+
+
 def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:
     names, count = _predicted_names(root, schema), _number_of_probabilities(root, schema)
     count = max([count, *(code + 1 for code in names)])
