@@ -132,3 +132,8 @@ class ResourceError(ConfigError):
 
 class StorageError(ConfigError):
     """The storage cannot be written or read."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for people."""
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -39,7 +39,6 @@ TENSORFLOW = {
     f"{PACKAGE}.models.export",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
-    f"{PACKAGE}.on_ray.worker",
     f"{PACKAGE}.benchmarks.train",
     f"{PACKAGE}.benchmarks.peers.model",
     f"{PACKAGE}.benchmarks.peers.tf_data",

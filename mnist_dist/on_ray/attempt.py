@@ -11,7 +11,7 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from mnist_dist.console import Bar, Console, Stop
-from mnist_dist.errors import MnistDistError, WorkersFailed
+from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.cluster import Share
@@ -121,7 +121,7 @@ def readable(error: BaseException) -> MnistDistError:
                 return found
             found = getattr(found, "cause", None) or found.__cause__
     rank, first = next(iter(causes.items()), ("?", error))
-    words = (str(first).strip() or "no message").splitlines()[0]
+    words = first_line(first)
     return WorkersFailed(f"worker {rank} failed: {type(first).__name__}: {words} (--verbose and Ray's logs show where)")
 
 

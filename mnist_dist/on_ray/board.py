@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnist_dist.on_ray.cluster import on_this_node
 from mnist_dist.training.host import Position
 
 SECONDS_BETWEEN_POSTS = 0.5
@@ -44,8 +44,7 @@ class Board:
 
 def make_board() -> Any:
     """The handle of a new board's actor, on this node: it must not be lost with another one."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(Board).remote()
 
 
 class Poster:

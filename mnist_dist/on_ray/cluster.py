@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.storage import absolute, is_remote
@@ -75,6 +76,11 @@ def connected(*, verbose: bool) -> Iterator[Resources]:
         yield resources()
     finally:
         ray.shutdown()
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Places an actor or a task on this process's node, so that it is not lost with another one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def resources() -> Resources:

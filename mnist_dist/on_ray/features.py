@@ -14,7 +14,7 @@ import ray
 from mnist_dist.config import Precision, ScoreRunConfig
 from mnist_dist.console import Bar, Stop
 from mnist_dist.data.records import open_records
-from mnist_dist.errors import MnistDistError, WorkersFailed
+from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.shards import Actors, choose_actors, words_of
 from mnist_dist.training.features import Extractor, FeaturePlan, finish, finished, missing_shards
@@ -111,7 +111,7 @@ class FeatureActor:
         except (MnistDistError, OSError) as failure:
             error = pickle.dumps(failure)
         except Exception as failure:  # the border of this process: Ray Data would keep what it was to itself
-            words = (str(failure).strip() or "no message").splitlines()[0]
+            words = first_line(failure)
             log.exception("computing features of shard %d", int(batch["shard"][0]))
             error = pickle.dumps(WorkersFailed(f"computing features failed: {type(failure).__name__}: {words}"))
         return {"shard": batch["shard"], "error": np.array([error], object)}

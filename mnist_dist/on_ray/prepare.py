@@ -52,9 +52,14 @@ def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Conso
     Raises:
         ConfigError: the data cannot be used, or not by this backbone.
     """
+    return plan_data(open_data(data, console=console), data, model, root=root)
+
+
+def open_data(data: DataConfig, *, console: Console) -> Source:
+    """Lists the images and says how many there are."""
     source = open_source(data)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
-    return plan_data(source, data, model, root=root)
+    return source
 
 
 def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str) -> Listed:

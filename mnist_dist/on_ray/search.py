@@ -18,23 +18,20 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist import storage
 from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
-from mnist_dist.data.sources import open_source
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed
+from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.board import make_board
-from mnist_dist.on_ray.cluster import Resources, Share, connected, share
+from mnist_dist.on_ray.cluster import Resources, Share, connected, on_this_node, share
 from mnist_dist.on_ray.features import compute_missing, feature_actors
-from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, plan_data, plan_job_features, split
+from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, open_data, plan_data, plan_job_features, split
 from mnist_dist.on_ray.train import Training, check_job, with_absolute_weights
-from mnist_dist.on_ray.trial import OUTAGES as STORAGE_OUTAGES
-from mnist_dist.on_ray.trial import Prepared, TrialTask
+from mnist_dist.on_ray.trial import Prepared, TrialTask, is_outage
 from mnist_dist.on_ray.tuning import Trials, run_trials
 from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
@@ -46,7 +43,6 @@ from mnist_dist.training.runs import Run
 POLL_S = 0.5
 PATIENCE_S = 30.0  # with finalists that were asked to stop
 LOCK_PATIENCE_S = 70.0  # a lock that nobody renews is taken over after 60 s
-OUTAGES = (*STORAGE_OUTAGES, Locked)
 NAMED_ERRORS = 5
 TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
 SPEED_BATCH_SIZE = 32
@@ -192,8 +188,7 @@ class _Search:
     def prepare(self, facts: Mapping[str, Any], *, have: Resources) -> _Data:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
-        source = open_source(job.data)
-        self.console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
+        source = open_data(job.data, console=self.console)
         listed = {one.name: plan_data(source, job.data, one.model(), root=root) for one in self.architectures}
         for some in listed.values():
             check_places(some, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=have.nodes)
@@ -296,10 +291,7 @@ class _Search:
                 {one.name: data.decoded[one.name].plan.spec for one in missing},
                 num_classes=len(next(iter(data.decoded.values())).plan.class_names),
             )
-            with self.console.progress("speed of scoring") as bar:
-                while not ray.wait([asked], timeout=POLL_S)[0]:
-                    self.stop.check()
-                    bar.update(done=0, total=1, note=f"{len(missing)} architectures")
+            self._wait_for(asked, title="speed of scoring", note=f"{len(missing)} architectures")
             known |= ray.get(asked)
             self.run.write("speeds.json", {name: asdict(speed) for name, speed in known.items()})
         return known
@@ -369,7 +361,7 @@ class _Search:
             if self.stop.signal_number is not None:
                 return
             cause = getattr(error, "cause", None)
-            if isinstance(cause, OUTAGES) or (isinstance(cause, OSError) and storage.is_service_error(cause)):
+            if cause is not None and (isinstance(cause, Locked) or is_outage(cause)):
                 raise cause from error  # the same command goes on with the finalist
             words = _words(error)
             self.console.line(f"finalist {trial.number} failed: {words}")
@@ -426,14 +418,18 @@ class _Search:
     def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
         """Goes on with the winner's run, which has only the test and the bundle left."""
         asked = _start(self._finalist_task(data, winner, mine=mine, board=make_board(), validated_only=False))
-        with self.console.progress("testing the winner") as bar:
-            while not ray.wait([asked], timeout=POLL_S)[0]:
-                self.stop.check()
-                bar.update(done=0, total=1)
+        self._wait_for(asked, title="testing the winner")
         try:
             ray.get(asked)
         except ray.exceptions.RayError as error:
             raise WorkersFailed(f"testing the winner failed: {_words(error)}") from error
+
+    def _wait_for(self, asked: Any, *, title: str, note: str = "") -> None:
+        """Waits for one process, which says nothing of how far it is."""
+        with self.console.progress(title) as bar:
+            while not ray.wait([asked], timeout=POLL_S)[0]:
+                self.stop.check()
+                bar.update(done=0, total=1, note=note)
 
     # --- results ---
 
@@ -519,8 +515,7 @@ def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
 
 def _start(task: FinalistTask) -> Any:
     """Starts a finalist in a process of its own, on this node: its workers are placed by Ray Train."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(train_finalist).remote(task)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(train_finalist).remote(task)
 
 
 def train_finalist(task: FinalistTask) -> dict[str, Any]:
@@ -596,5 +591,5 @@ def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
 def _words(error: BaseException) -> str:
     """What an error of a finalist's process means to a person."""
     cause = getattr(error, "cause", None) or error
-    words = (str(cause).strip() or "no message").splitlines()[0]
+    words = first_line(cause)
     return words if isinstance(cause, MnistDistError) else f"{type(cause).__name__}: {words}"

@@ -2,6 +2,7 @@
 
 # n = test images, K = classes
 
+import functools
 import io
 from dataclasses import dataclass
 
@@ -25,12 +26,12 @@ class Predicted:
     logits: npt.NDArray[np.float32]
     """`float32 [n, K]`."""
 
-    @property
+    @functools.cached_property
     def probabilities(self) -> npt.NDArray[np.float32]:
         """`float32 [n, K]`."""
         return np.exp(self._log_probabilities).astype(np.float32)
 
-    @property
+    @functools.cached_property
     def metrics(self) -> dict[str, float]:
         """`loss` (mean cross-entropy, nats) and `accuracy` (0-1)."""
         of_truth = self._log_probabilities[np.arange(len(self.labels)), self.labels]

@@ -17,7 +17,7 @@ from ray import tune
 from mnist_dist.config import TrainJob
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import MnistDistError, ServiceError, StorageError
+from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
 from mnist_dist.on_ray.features import node_folder
 from mnist_dist.storage import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
@@ -180,7 +180,7 @@ class TrialProcess(tune.Trainable):
         )
 
     def _failure(self, error: BaseException) -> Report:
-        words = (str(error).strip() or "no message").splitlines()[0]
+        words = first_line(error)
         shown = words if isinstance(error, MnistDistError) else f"{type(error).__name__}: {words}"
         history = [] if self._trainer is None else self._trainer.state.history
         return Report(
@@ -192,8 +192,13 @@ class TrialProcess(tune.Trainable):
             finished=True,
             history=json.dumps(history),
             error=shown,
-            outage=isinstance(error, OUTAGES) or (isinstance(error, OSError) and is_service_error(error)),
+            outage=is_outage(error),
         )
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error is one of the storage, which the same command may not meet again."""
+    return isinstance(error, OUTAGES) or (isinstance(error, OSError) and is_service_error(error))
 
 
 class _Nobody:

@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from mnist_dist import storage
 from mnist_dist.console import Console, Stop, View
-from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed
+from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.train import with_absolute_weights
@@ -262,7 +262,7 @@ def run_trials(
         raise WorkersFailed(f"trials could not be recorded: {trials.error}") from trials.error
     storage.delete_tree(storage.join(uri, "tune"))
     if fit.error is not None:
-        words = (str(fit.error).strip() or "no message").splitlines()[0]
+        words = first_line(fit.error)
         raise WorkersFailed(f"Ray Tune failed: {type(fit.error).__name__}: {words}") from fit.error
     trials.end_all()
 

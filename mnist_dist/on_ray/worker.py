@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import ray.train
-import tensorflow as tf
 from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_dist import storage
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import build_classifier, fetch_published_weights
+from mnist_dist.models.engines import hide_gpus, use_cpus
 from mnist_dist.on_ray.board import Poster
 from mnist_dist.on_ray.bundling import Finished, make_bundle
 from mnist_dist.on_ray.features import node_folder
@@ -38,11 +38,9 @@ from mnist_dist.training.precision import resolve_precision
 
 def work(task: WorkerTask) -> WorkerResult:
     """Trains, evaluates and writes the bundle, as one of the workers."""
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, int(task.cpus)))
     if not task.gpu:
-        tf.config.set_visible_devices([], "GPU")  # Ray hides none from a worker that asked for none
-    for device in tf.config.get_visible_devices("GPU"):
-        tf.config.experimental.set_memory_growth(device, True)
+        hide_gpus()  # Ray hides none from a worker that asked for none
+    use_cpus(int(task.cpus))
     scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
     try:
         with RayHost(task.board, scratch) as host:

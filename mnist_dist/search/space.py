@@ -9,7 +9,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import optuna
@@ -151,15 +151,7 @@ def train_job(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Tra
     )
     return TrainJob(
         data=job.data,
-        model=ModelConfig(
-            backbone=model.backbone,
-            weights=model.weights,
-            alpha=model.alpha,
-            image_size_px=model.image_size_px,
-            pooling=model.pooling,
-            hidden_units=params["hidden_units"],
-            dropout=params["dropout"],
-        ),
+        model=replace(model, hidden_units=params["hidden_units"], dropout=params["dropout"]),
         phases=_phases(params, job, stage=stage),
         optimizer=optimizer,
         fit=FitConfig(
