@@ -36,6 +36,7 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
 LOG_COLUMNS = 160  # of a table in a log file
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2  # file descriptor
 Job = TypeVar("Job")
 
 
@@ -172,7 +173,11 @@ class Stop:
         if self.signal_number is not None:
             os._exit(128 + number)
         self.signal_number = number
-        self._console.line(f"{signal.Signals(number).name}: saving what is there; once more ends at once")
+        # not by `line`: the main thread may be in the middle of one, and Python's files refuse to be entered twice
+        begin = "\r\x1b[2K" if self._console.terminal else ""
+        os.write(
+            STDERR, f"{begin}{signal.Signals(number).name}: saving what is there; once more ends at once\n".encode()
+        )
 
 
 def parse(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ with Stop(Console()) as stop:
     print(stop.signal_number, flush=True)
     os.kill(os.getpid(), signal.{second})
     print("still here", flush=True)
+"""
+
+# A process that gets a signal while it writes a line.
+IN_A_LINE = """
+from mnist_dist.console import Console, Stop, quiet
+quiet(verbose=False)
+with Stop(Console(terminal=False)) as stop:
+    Console(terminal=False).line("x" * 1_000_000)
+    assert stop.signal_number
 """
 
 # Which of the heavy packages a process has loaded once it has shown its help.
@@ -196,7 +206,7 @@ def test_a_log_shows_a_line_every_few_seconds(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_the_handlers_come_back(
-    capsys: pytest.CaptureFixture[str], number: signal.Signals
+    capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Stop(Console(terminal=False)) as stop:
@@ -204,7 +214,20 @@ def test_a_signal_is_noted_and_the_handlers_come_back(
         os.kill(os.getpid(), number)
         assert stop.signal_number == number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capsys.readouterr().err == f"{number.name}: saving what is there; once more ends at once\n"
+    assert capfd.readouterr().err == f"{number.name}: saving what is there; once more ends at once\n"
+
+
+def test_a_signal_in_the_middle_of_a_line_is_noted() -> None:
+    job = subprocess.Popen([sys.executable, "-c", IN_A_LINE], stderr=subprocess.PIPE, bufsize=0)
+    assert job.stderr is not None
+    assert job.stderr.read(6) == b"xxxxxx"  # it writes more than the pipe holds, and waits for us
+    time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    _, rest = job.communicate(timeout=60)
+    assert job.returncode == 0, rest[-500:]
+    assert b"SIGTERM: saving what is there" in rest
+    assert rest.count(b"x") == 1_000_000 - 6
 
 
 @pytest.mark.parametrize(("first", "second", "code"), [("SIGINT", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)])
