@@ -1,20 +1,23 @@
-"""python -m jobs.benchmark train|score|search|seeds [--flags]: measures the figures that the README states."""
+"""python -m jobs.benchmark train|score|search|seeds|listing [--flags]: measures the figures that the README states."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mnist_dist import console
-from mnist_dist.benchmarks import score, search, seeds, train
+from mnist_dist.benchmarks import listing, score, search, seeds, train
+from mnist_dist.benchmarks.listing import ListingBenchmark
 from mnist_dist.benchmarks.score import ScoreBenchmark
 from mnist_dist.benchmarks.search import SearchBenchmark
 from mnist_dist.benchmarks.seeds import SeedsBenchmark
 from mnist_dist.benchmarks.train import TrainBenchmark
 
-BENCHMARKS: Mapping[str, Callable[..., TrainBenchmark | ScoreBenchmark | SearchBenchmark | SeedsBenchmark]] = {
+Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | SeedsBenchmark | ListingBenchmark
+BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
     "seeds": SeedsBenchmark,
+    "listing": ListingBenchmark,
 }
 
 
@@ -32,6 +35,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SeedsBenchmark):
         result = seeds.measure(benchmark, console=shown)
         shown.line(seeds.table(result))
+    elif isinstance(benchmark, ListingBenchmark):
+        result = listing.measure(benchmark, console=shown)
+        shown.table(listing.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

@@ -1,14 +1,22 @@
-"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle."""
+"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle.
+
+python -m jobs.search --list [--storage URI]: the searches below a storage.
+"""
 
 from typing import Any
 
-from mnist_dist import console
+from mnist_dist import console, listing
 from mnist_dist.recipes import SEARCH_RECIPES
+
+COMMAND = "python -m jobs.search"
 
 
 def main() -> dict[str, Any]:
     """Parses, searches, says what won; returns the job's JSON keys."""
-    recipe, job = console.parse(SEARCH_RECIPES, command="python -m jobs.search", default="search-digits")
+    asked = listing.asked(COMMAND)
+    if asked is not None:
+        return show_searches(asked)
+    recipe, job = console.parse(SEARCH_RECIPES, command=COMMAND, default="search-digits", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
     from mnist_dist.on_ray.search import search  # after `quiet`: Ray reads the environment when it is imported
@@ -22,6 +30,14 @@ def main() -> dict[str, Any]:
         f"report: {result['bundle']}/report.html"
     )
     return result
+
+
+def show_searches(asked: listing.ListJob) -> dict[str, Any]:
+    """Shows the searches below a storage; returns the job's JSON keys."""
+    from mnist_dist.search.listing import search_row  # only here: who searches need not wait for it
+
+    rows = listing.rows_below(asked.storage, search_row)
+    return listing.show(rows, job=asked, what="searches", console=console.Console(verbose=asked.verbose))
 
 
 if __name__ == "__main__":

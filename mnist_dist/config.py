@@ -20,6 +20,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Augmentation = Literal["none", "digits", "photos"]
 FeatureType = Literal["float16", "float32"]
 ResizeRule = Literal["stretch", "crop"]
+EngineName = Literal["keras", "openvino", "onnx"]
+EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 
 
@@ -266,8 +268,14 @@ class RunConfig:
     without augmentation."""
     feature_type: FeatureType = "float16"
     """Of the values in that cache."""
+    wait_for_nodes_s: float = 0.0
+    """Wait so long, s, for a growing cluster to have room for `workers` of `cpus_per_worker` and a `gpu` (unnamed: one,
+    of 1 CPU and no GPU). 0: take what is there."""
     dry_run: bool = False
     """Check everything, train one step of each phase, leave nothing."""
+    plan: bool = False
+    """Decode a sample, train on it for some seconds on the cluster, say what is slowest and how long all of it would
+    take, and leave nothing."""
     verbose: bool = False
     """Show what Ray and TensorFlow print."""
 
@@ -279,6 +287,8 @@ class RunConfig:
             cpus_per_worker=self.cpus_per_worker,
         )
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
+        require(not (self.plan and self.dry_run), "plan and dry_run are two things", plan=True, dry_run=True)
+        require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
         require(
             self.checkpoint_steps is None or self.checkpoint_steps >= 1,
             "checkpoint_steps is at least 1",
@@ -397,6 +407,25 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What runs the model."""
+
+    engine: EngineName | Literal["auto"] = "auto"
+    """`keras` (TensorFlow, on CPUs and GPUs), `openvino` or `onnx` (on CPUs). Others than keras are converted once per
+    bundle and checked against it on the bundle's calibration images. auto: the fastest that agrees."""
+    precision: EnginePrecision | Literal["auto"] = "auto"
+    """`float32`; `bfloat16` and `int8` by OpenVINO. auto: float32, or bfloat16 where it was measured to agree."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.precision in ("auto", "float32") or self.engine in ("auto", "openvino"),
+            "bfloat16 and int8 go with engine openvino",
+            engine=self.engine,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreRunConfig:
     """What may be spent on the job. Only these fields may differ when it goes on."""
 
@@ -417,8 +446,14 @@ class ScoreRunConfig:
     """Deaths of a worker over the same shard after which the job gives up."""
     storage_is_shared: bool = False
     """Local folders are the same on every node (NFS and the like)."""
+    wait_for_nodes_s: float = 0.0
+    """Wait so long, s, for a growing cluster to have room for `actors` of `cpus_per_actor` and `gpus_per_actor`
+    (unnamed: one, of 1 CPU and no GPU). 0: take what is there."""
     dry_run: bool = False
     """List, check and say what would be done; write nothing."""
+    plan: bool = False
+    """List, time decoding and model on a sample by one actor on the cluster, say what is slowest and how long all of it
+    would take; write nothing to the output."""
     verbose: bool = False
     """Show what Ray and TensorFlow print."""
 
@@ -434,6 +469,8 @@ class ScoreRunConfig:
         require(self.batch_size >= 1, "batch_size is at least 1 image", batch_size=self.batch_size)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction is 0 to 1", max_bad_fraction=self.max_bad_fraction)
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
+        require(not (self.plan and self.dry_run), "plan and dry_run are two things", plan=True, dry_run=True)
+        require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,6 +492,7 @@ class ScoreJob:
     inputs: InputConfig
     table: TableConfig = TableConfig()
     decoding: DecodeConfig = DecodeConfig()
+    engine: EngineConfig = EngineConfig()
     run: ScoreRunConfig = ScoreRunConfig()
 
     def __post_init__(self) -> None:

@@ -138,6 +138,13 @@ def make_table(rows: Sequence[Sequence[str]], *, title: str | None = None) -> Ta
     return table
 
 
+def duration(seconds: float) -> str:
+    """For people: `0.4 s`, `42 s`, `3.5 min`, `2.1 h`."""
+    if seconds < 120:
+        return f"{seconds:,.{0 if seconds >= 10 else 1}f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 class Stop:
     """Notes SIGINT and SIGTERM while it is entered; a second signal ends the process at once.
 
@@ -181,7 +188,12 @@ class Stop:
 
 
 def parse(
-    recipes: Mapping[str, Callable[..., Job]], *, command: str, default: str, argv: Sequence[str] | None = None
+    recipes: Mapping[str, Callable[..., Job]],
+    *,
+    command: str,
+    default: str,
+    argv: Sequence[str] | None = None,
+    also: str | None = None,
 ) -> tuple[str, Job]:
     """The recipe that a command line names, with its flags applied.
 
@@ -190,6 +202,7 @@ def parse(
         command: such as `python -m jobs.train`.
         default: the recipe where none is named.
         argv: the arguments; None: of this process.
+        also: what the help says beside the recipe: of flags that are taken before this is called.
 
     Returns:
         The recipe's name and the job.
@@ -209,8 +222,10 @@ def parse(
         raise ConfigError(f"The recipes are {', '.join(recipes)}{hint}. Received: {name!r}")
     recipe = recipes[name]
     if isinstance(recipe, type):  # a job without variants; it may have flags without defaults
-        return name, tyro.cli(recipe, args=arguments, prog=command, config=(tyro.conf.OmitArgPrefixes,))
-    listing = "Recipes: " + ", ".join(recipes) + f" (default: {default})"
+        description = f"{recipe.__doc__}\n\n{also}" if also else None
+        config = (tyro.conf.OmitArgPrefixes,)
+        return name, tyro.cli(recipe, args=arguments, prog=command, description=description, config=config)
+    listing = "Recipes: " + ", ".join(recipes) + f" (default: {default})" + (f"\n\n{also}" if also else "")
     job = tyro.cli(
         type(recipe()),
         default=recipe(),

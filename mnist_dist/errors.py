@@ -5,6 +5,7 @@ MnistDistError                exit 1: the work was begun and could not be finish
 ├── ImageError                one image; it becomes a row or a count, never an exit code
 ├── TooManyBadImages          more unreadable images than --max-bad-fraction allows
 ├── TrainingDiverged          the loss is not a number
+├── ChecksFailed              the set-up breaks jobs: at least one check of `jobs.doctor` failed
 ├── WorkersFailed             a worker died more often than --max-failures allows
 │   └── DecoderStuck          an image takes longer than it may, in a thread that nothing can end
 ├── Interrupted               SIGINT or SIGTERM: what was held is saved (exit 130 or 143)
@@ -57,6 +58,22 @@ class TooManyBadImages(MnistDistError):
     Args:
         message: how many, and which.
         result: of a job that is done all the same: the keys of its JSON line.
+    """
+
+    def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, result)
+        self.message, self.result = message, dict(result or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ChecksFailed(MnistDistError):
+    """At least one check of a set-up failed.
+
+    Args:
+        message: which, and on which node.
+        result: the keys of the job's JSON line, which says what was found all the same.
     """
 
     def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from mnist_dist import storage
@@ -21,6 +22,29 @@ log = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
 SECONDS_BETWEEN_BEATS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a lock, or left it behind."""
+
+    host: str
+    pid: int
+    is_alive: bool
+    """He may still be at work: heard of within the last 60 s, and no dead process of this host."""
+
+
+def holder_of(uri: str) -> Holder | None:
+    """Who holds the lock at `uri`, or None; takes nothing and changes nothing.
+
+    Raises:
+        ValueError, TypeError, KeyError: the object there is no lock.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    holder = _read(uri)
+    if holder is None:
+        return None
+    return Holder(host=str(holder["host"]), pid=int(holder["pid"]), is_alive=_is_alive(holder))
 
 
 class Lock:
@@ -46,7 +70,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         while not storage.create_bytes(self._uri, self._content()):
-            holder = self._holder()
+            holder = _read(self._uri)
             if holder is None:
                 continue
             if holder["id"] == self._owner["id"]:
@@ -83,20 +107,21 @@ class Lock:
                 log.warning("the lock %s could not be renewed: %s", self._uri, error)
 
     def _is_ours(self) -> bool:
-        holder = self._holder()
+        holder = _read(self._uri)
         return holder is not None and holder["id"] == self._owner["id"]
-
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            data = storage.read_bytes(self._uri)
-        except FileNotFoundError:
-            return None
-        if not data:  # where there are no hard links: somebody is just writing it
-            return {"id": "", "host": "", "pid": 0, "time": time.time()}
-        return dict(json.loads(data))
 
     def _content(self) -> bytes:
         return json.dumps({**self._owner, "time": time.time()}).encode()
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+    if not data:  # where there are no hard links: somebody is just writing it
+        return {"id": "", "host": "", "pid": 0, "time": time.time()}
+    return dict(json.loads(data))
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

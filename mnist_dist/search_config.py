@@ -143,6 +143,9 @@ class SearchRunConfig:
     """Compute each frozen backbone's outputs once, for all trials; else in every step of every trial."""
     feature_type: FeatureType = "float16"
     """Of the values in that cache."""
+    wait_for_nodes_s: float = 0.0
+    """Wait so long, s, for a growing cluster to have room for `concurrent_trials` of `cpus_per_trial` and
+    `gpus_per_trial` (unnamed: one, and no GPU). 0: take what is there."""
     verbose: bool = False
     """Show what Ray and TensorFlow print."""
 
@@ -154,6 +157,7 @@ class SearchRunConfig:
         gpus = self.gpus_per_trial
         require(gpus is None or gpus >= 0, "gpus_per_trial is 0 or above", gpus_per_trial=gpus)
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
+        require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
         require(
             self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")),
             "name is a single folder name",

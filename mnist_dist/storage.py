@@ -21,6 +21,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import stat
@@ -28,10 +29,12 @@ import tempfile
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from xml.parsers import expat
 
 from mnist_dist.errors import ServiceError, StorageError
 
@@ -40,6 +43,7 @@ _FILE = "file://"
 _MAX_POOL_CONNECTIONS = 64
 _MAX_ATTEMPTS = 8
 _BODY_ATTEMPTS = 4
+_PAGE = 1000  # the most keys that a page of S3's ListObjectsV2 holds
 _DELETE_BATCH = 1000  # the most keys that S3's DeleteObjects takes
 _SERVICE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -68,6 +72,16 @@ class Entry:
     size_bytes: int
     etag: str
     """Changes with the content: S3's etag, or `{mtime_ns}-{size}` of a local file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What lies directly in a folder."""
+
+    folders: tuple[str, ...]
+    """Names of the folders, sorted."""
+    files: Mapping[str, float]
+    """When each object was last written, s since the epoch, by name."""
 
 
 def is_remote(uri: str) -> bool:
@@ -304,6 +318,30 @@ def scan_entries(uri: str) -> Iterator[Entry]:
         PermissionError, ServiceError, StorageError: see the module.
     """
     return _s3_entries_or_object(uri) if is_remote(uri) else _local_entries(_local(uri))
+
+
+def list_level(uri: str, *, most: int | None = None) -> Level:
+    """What lies directly in the folder `uri`, hidden names included; what lies deeper is not looked at.
+
+    Args:
+        uri: a folder or an `s3://` prefix.
+        most: look at no more than about so many names. None: at all.
+
+    Raises:
+        FileNotFoundError: there is no such folder (on S3: nothing below the prefix), or it is a file.
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if is_remote(uri):
+        return _s3_level(uri, most)
+    with _local_errors(uri), os.scandir(_local(uri)) as children:
+        folders, files = list[str](), dict[str, float]()
+        for child in itertools.islice(children, most):
+            if _is_folder(child):
+                folders.append(child.name)
+            else:
+                with contextlib.suppress(FileNotFoundError):  # somebody's temporary file, and gone
+                    files[child.name] = child.stat(follow_symlinks=False).st_mtime
+    return Level(tuple(sorted(folders)), files)
 
 
 def move(source: str, target: str) -> None:
@@ -560,7 +598,10 @@ def _client_of(pid: int) -> Any:  # by process: connections do not survive a for
 
     retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
     # a session of our own: boto3's default one keeps the first credentials it saw
-    return Session().client("s3", config=Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS))
+    client = Session().client("s3", config=Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS))
+    # by this pattern it comes before botocore looks for errors in the page, which parses all of it
+    client.meta.events.register("before-parse.*.ListObjectsV2", _take_objects)
+    return client
 
 
 def _s3_address(uri: str) -> dict[str, str]:
@@ -685,7 +726,7 @@ class _S3Range(io.RawIOBase):
         return len(data)
 
 
-def _s3_entries(uri: str, *, page_size: int = 1000) -> Iterator[Entry]:
+def _s3_entries(uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
     address = _s3_address(uri.rstrip("/") + "/")
     with _s3_errors(uri):
         pages = (
@@ -697,6 +738,80 @@ def _s3_entries(uri: str, *, page_size: int = 1000) -> Iterator[Entry]:
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # consoles put empty objects there to show a folder
                     yield Entry(f"{_S3}{address['Bucket']}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+
+def _s3_level(uri: str, most: int | None) -> Level:
+    address = _s3_address(uri.rstrip("/") + "/")
+    prefix = address["Key"]
+    folders, files, is_there = list[str](), dict[str, float](), not prefix  # an empty bucket is there all the same
+    page_size = min(most or _PAGE, _PAGE)
+    with _s3_errors(uri):
+        pages = (
+            _client()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=address["Bucket"], Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": page_size})
+        )
+        for page in pages:
+            is_there = is_there or "Contents" in page or "CommonPrefixes" in page
+            folders += [item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", ())]
+            objects = ((item["Key"].removeprefix(prefix), item) for item in page.get("Contents", ()))
+            # consoles put an empty object there, of the folder's own name
+            files |= {name: item["LastModified"].timestamp() for name, item in objects if name}
+            if most is not None and len(folders) + len(files) >= most:
+                break
+    if not is_there:
+        raise FileNotFoundError(errno.ENOENT, "nothing below", uri)
+    return Level(tuple(sorted(folders)), files)
+
+
+def _take_objects(*, response_dict: Any, customized_response_dict: dict[str, Any], **_: object) -> None:
+    """Parses the objects of a page before botocore does, which takes several times as long and leaves more garbage.
+
+    They are taken out of the page, whose rest goes its usual way; and so does a page that looks otherwise.
+    """
+    body, last = response_dict["body"], b"</Contents>"
+    start, end = body.find(b"<Contents>"), body.rfind(last) + len(last)
+    if response_dict["status_code"] != 200 or not 0 <= start < end:
+        return
+    with contextlib.suppress(expat.ExpatError, KeyError, ValueError):
+        customized_response_dict["Contents"] = _objects(body[start:end])
+        response_dict["body"] = body[:start] + body[end:]
+
+
+def _objects(contents: bytes) -> list[dict[str, Any]]:
+    """The objects of `<Contents>` elements, of each what is used here, as botocore gives it.
+
+    Raises:
+        ExpatError, KeyError, ValueError: there is something else among them, or they lack something.
+    """
+    objects, values, text, depth = list[dict[str, Any]](), dict[str, str](), "", 0
+
+    def begin(tag: str, _: object) -> None:
+        nonlocal text, depth
+        text, depth = "", depth + 1
+        if depth == 2 and tag != "Contents":
+            raise ValueError(f"objects stand side by side in a page. Received: {tag!r}")
+
+    def add(more: str) -> None:
+        nonlocal text
+        text += more
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 2:
+            values[tag] = text
+        elif depth == 1:
+            written_at = datetime.fromisoformat(values["LastModified"])
+            known = {"Key": values["Key"], "ETag": values["ETag"], "LastModified": written_at}
+            objects.append({**known, "Size": int(values["Size"])})
+            values.clear()
+
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartElementHandler, parser.CharacterDataHandler, parser.EndElementHandler = begin, add, end
+    parser.Parse(b"<page>" + contents + b"</page>", True)
+    return objects
 
 
 def _s3_entries_or_object(uri: str) -> Iterator[Entry]:

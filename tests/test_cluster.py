@@ -48,7 +48,7 @@ def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], 
             {"workers": 9},
             r"^9 workers of 1 CPU each do not fit; the cluster has 1 node\(s\), 8 CPUs, 0 GPUs "
             r"\(room for 8; .*--workers.*"
-            r"--cpus-per-worker\)\. Received: workers=9$",
+            r"--cpus-per-worker.*--wait-for-nodes-s\)\. Received: workers=9$",
         ),
         (LAPTOP, {"workers": 3, "cpus_per_worker": 2.75}, r"^3 workers of 2\.75 CPU each .*room for 2; .*workers=3$"),
         (

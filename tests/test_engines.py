@@ -1,5 +1,8 @@
 """engines: a bundle's model in batches of one size, with its features, and with less memory than it wants."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,33 @@ def test_embeddings_are_the_features_before_the_head(written: Written, images: i
     features = written.classifier.features(pixels.astype(np.float32), training=False).numpy()
     np.testing.assert_allclose(outputs.embeddings, features, atol=1e-4)
     np.testing.assert_allclose(outputs.probabilities, of_model(written.bundle, pixels), atol=1e-5)
+
+
+# What the engine says on Keras' JAX backend, of which a process has but one.
+ON_JAX = """
+import sys
+import numpy as np
+from mnist_dist import load_bundle
+from mnist_dist.models.engines import KerasEngine
+folder, pixels, answer = sys.argv[1:]
+outputs = KerasEngine(load_bundle(folder), batch_size=8, embeddings=True, cpus=1)(np.load(pixels))
+np.savez(answer, probabilities=outputs.probabilities, embeddings=outputs.embeddings)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_jax_gives_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("jax", reason="needs jax (pip install jax); runs where it is installed")
+    written = write(tmp_path / "bundle", "cnn_bn")  # with what only TensorFlow can synchronise
+    pixels, answer = some_pixels(5), tmp_path / "answer.npz"
+    np.save(tmp_path / "pixels.npy", pixels)
+    arguments = [str(written.bundle.path), str(tmp_path / "pixels.npy"), str(answer)]
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    subprocess.run([sys.executable, "-c", ON_JAX, *arguments], env=environment, check=True)
+    theirs, ours = np.load(answer), KerasEngine(written.bundle, batch_size=8, embeddings=True)(pixels)
+    np.testing.assert_allclose(theirs["probabilities"], ours.probabilities, atol=1e-4)
+    assert ours.embeddings is not None
+    np.testing.assert_allclose(theirs["embeddings"], ours.embeddings, rtol=1e-4, atol=1e-4)
 
 
 def test_the_head_makes_probabilities_of_the_embeddings(written: Written) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from io import UnsupportedOperation
 from pathlib import Path
@@ -313,3 +314,27 @@ def test_what_is_no_regular_file_is_refused_and_closed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder"):
         storage.entry_of(str(tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_level_shows_what_lies_directly_in_a_folder(root: str) -> None:
+    for name in ("b/deep/x", "a/y", ".hidden/z", "_SUCCESS", "file"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    level = storage.list_level(root)
+    assert level.folders == (".hidden", "a", "b")
+    assert sorted(level.files) == ["_SUCCESS", "file"]
+    assert all(abs(modified_s - time.time()) < 60 for modified_s in level.files.values())
+
+
+def test_a_level_of_many_names_is_looked_at_in_part(root: str) -> None:
+    for number in range(7):
+        storage.write_bytes(storage.join(root, f"{number}"), b"1")
+    assert len(storage.list_level(root).files) == 7
+    assert len(storage.list_level(root, most=3).files) == 3
+
+
+def test_a_level_of_nothing_is_file_not_found(root: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such file|nothing below"):
+        storage.list_level(storage.join(root, "nowhere"))
+    storage.write_bytes(storage.join(root, "file"), b"1")
+    with pytest.raises(FileNotFoundError, match=r"Not a directory|nothing below"):
+        storage.list_level(storage.join(root, "file"))

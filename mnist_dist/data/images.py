@@ -64,6 +64,11 @@ class ImageSpec:
         require(self.channels in (1, 3), "channels is 1 (grey) or 3 (RGB)", channels=self.channels)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height px, width px, channels."""
+        return self.height_px, self.width_px, self.channels
+
+    @property
     def image_bytes(self) -> int:
         """Size of one decoded image, bytes."""
         return self.height_px * self.width_px * self.channels

@@ -181,7 +181,7 @@ def write_bundle(
 
     Args:
         path: the folder to be; must not hold a finished bundle.
-        model: `Classifier.model`, in float32.
+        model: `Classifier.model`, in float32; its BatchNorm is synchronised over workers no longer.
         class_names: in the order of the model's outputs.
         spec: what the model takes.
         backbone: its name in the table.
@@ -202,6 +202,7 @@ def write_bundle(
     temporary = path.with_name(storage.temporary_name(path.name))
     try:
         temporary.mkdir()
+        _unsynchronize(model)
         model.save(temporary / MODEL_FILE)
         (temporary / HISTORY_FILE).write_text(history_csv, encoding="utf-8")
         if calibration is not None:
@@ -342,6 +343,13 @@ def _check_model(model: "keras.Model", *, class_names: Sequence[str], spec: Imag
             f"a bundle's model is saved with the float32 policy: build it in float32 and set the trained weights. "
             f"Received: layers with the policies {policies}"
         )
+
+
+def _unsynchronize(model: "keras.Model") -> None:
+    """Other backends than TensorFlow refuse to load synchronised BatchNorm, and a finished model does not train."""
+    for layer in all_layers(model):
+        if getattr(layer, "synchronized", False):
+            layer.synchronized = False
 
 
 def all_layers(model: "keras.Model") -> "list[keras.layers.Layer]":

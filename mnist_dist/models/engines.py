@@ -52,7 +52,8 @@ class Engine(Protocol):
 
 
 class KerasEngine:
-    """The model as Keras loads it, as a `tf.function` of one fixed batch shape.
+    """The model as Keras loads it, compiled for one fixed batch shape: a `tf.function`, or by `jax.jit` where
+    `KERAS_BACKEND` is jax.
 
     Smaller batches are padded with zeros, whose outputs are dropped. Where the memory does not hold a batch, the batch
     size is halved, once.
@@ -70,23 +71,21 @@ class KerasEngine:
         use_cpus(cpus)
         self.batch_size, self._halved = batch_size, False
         self.num_classes = len(bundle.info.class_names)
-        model = _with_features(bundle.model) if embeddings else bundle.model
+        model = with_features(bundle.model) if embeddings else bundle.model
         self.num_features = int(model.outputs[1].shape[-1]) if embeddings else 0
-        self._model, self._shape = model, model.input_shape[1:]
+        self._model = model
         self._function = self._compile()
 
     def __call__(self, pixels: Pixels) -> Outputs:
         """See `Engine`.
 
         Raises:
-            tensorflow.errors.ResourceExhaustedError: half a batch is too much, too.
+            Exception: the backend's own, where half a batch is too much, too.
         """
-        import tensorflow as tf
-
         try:
             return self._call(pixels)
-        except tf.errors.ResourceExhaustedError:
-            if self._halved or self.batch_size == 1:
+        except Exception as error:
+            if self._halved or self.batch_size == 1 or not _is_out_of_memory(error):
                 raise
         self._halved, self.batch_size = True, -(-self.batch_size // 2)
         self._function = self._compile()
@@ -97,16 +96,32 @@ class KerasEngine:
         return compile_model(self._model, batch_size=self.batch_size)
 
     def _call(self, pixels: Pixels) -> Outputs:
+        outputs = self._function(padded(pixels, self.batch_size))
+        return Outputs(*(np.asarray(output)[: len(pixels)].astype(np.float32) for output in outputs))
 
-        count = len(pixels)
-        if count < self.batch_size:
-            pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *self._shape), np.uint8)])
-        outputs = [output.numpy()[:count].astype(np.float32) for output in self._function(pixels)]
-        return Outputs(*outputs)
+
+def padded(pixels: Pixels, batch_size: int) -> Pixels:
+    """`uint8 [b, H, W, C]` as `[B, H, W, C]`, with zeros behind."""
+    missing = batch_size - len(pixels)
+    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing else pixels
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether TensorFlow or JAX says so."""
+    return type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _is_on_jax() -> bool:
+    import keras
+
+    return bool(keras.backend.backend() == "jax")
 
 
 def use_cpus(cpus: int | None) -> None:
-    """Has TensorFlow, just loaded, use so many cores (None: all) and no more GPU memory than it needs."""
+    """Has TensorFlow, just loaded, use so many cores (None: all) and no more GPU memory than it needs; JAX decides for
+    itself (`XLA_FLAGS`, `XLA_PYTHON_CLIENT_PREALLOCATE`)."""
+    if _is_on_jax():
+        return
     import tensorflow as tf
 
     if cpus is not None:
@@ -124,6 +139,8 @@ def hide_gpus() -> None:
 
 def compile_model(model: Any, *, batch_size: int) -> Any:
     """The model for one batch shape as a function of `uint8 [b, H, W, C]` that gives the list of its outputs."""
+    if _is_on_jax():
+        return _compile_on_jax(model)
     import tensorflow as tf
 
     signature = [tf.TensorSpec([batch_size, *model.input_shape[1:]], tf.uint8)]
@@ -138,6 +155,19 @@ def compile_model(model: Any, *, batch_size: int) -> Any:
     return lambda pixels: fixed(tf.constant(pixels))
 
 
+def _compile_on_jax(model: Any) -> Any:
+    import jax
+
+    weights = [[weight.value for weight in some] for some in (model.trainable_variables, model.non_trainable_variables)]
+
+    @jax.jit
+    def call(trainable: Any, others: Any, pixels: Any) -> Any:
+        outputs, _ = model.stateless_call(trainable, others, pixels.astype(model.inputs[0].dtype), training=False)
+        return jax.tree.leaves(outputs)
+
+    return lambda pixels: call(*weights, pixels)
+
+
 def images_per_s(model: Any, *, batch_size: int, seconds: float) -> float:
     """Speed of a compiled model on one ready batch of `uint8` images, after a first call that does not count."""
     function = compile_model(model, batch_size=batch_size)
@@ -145,7 +175,7 @@ def images_per_s(model: Any, *, batch_size: int, seconds: float) -> float:
     function(pixels)
     began, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - began < seconds:
-        function(pixels)[0].numpy()
+        np.asarray(function(pixels)[0])
         calls += 1
     return calls * batch_size / (time.perf_counter() - began)
 
@@ -165,7 +195,8 @@ def _frozen(function: Any, model: Any) -> Any:
     return convert_variables_to_constants_v2(function)
 
 
-def _with_features(model: Any) -> Any:
+def with_features(model: Any) -> Any:
+    """The model with the features before its head as a second output."""
     import keras
 
     names = [layer.name for layer in model.layers]

@@ -24,49 +24,37 @@ import logging
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import psutil
 
-import mnist_dist
 from mnist_dist import storage
 from mnist_dist.config import differences
-from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.console import Console, Stop
 from mnist_dist.data.images import Pixels
-from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict
+from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat
 from mnist_dist.lock import Lock
-from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.calibration import Predict, Probabilities, calibration_of, predict_calibration
 from mnist_dist.models.engines import KerasEngine
+from mnist_dist.models.steps import Report, run_step, serve
 
 log = logging.getLogger(__name__)
 
 EXPORT_FILE = "export.json"
 FORMAT_VERSION = 1
-MOST_IMAGES = 2_000
-RANDOM_IMAGES = 256  # where a bundle has none of its own
-SECONDS_MEASURED = 2.0
-SHOWN_LINES = 3  # of what a process that failed said last
 RESULT_KEYS = (
     *("format", "size_bytes", "max_abs_difference", "agreement", "images_per_s", "keras_images_per_s"),
     *("checked_images", "images", "model_id"),
 )
-
-Probabilities = npt.NDArray[np.float32]
-Predict = Callable[[Pixels], Probabilities]
 
 
 @dataclass(frozen=True)
@@ -151,7 +139,7 @@ def export_bundle(
         return _result(output)
     _check_modules(format, find_module)
     _check_free(output, format=format)
-    source, count = _calibration(bundle)
+    source, count = calibration_of(bundle)
     parent, _, name = output.rpartition("/")
     with Stop(console) as stop, Lock(f"{parent}/.{name}.lock", what=output) as lock:
         if _is_finished(output, bundle, format=format, tolerance=tolerance):
@@ -317,73 +305,16 @@ def _publish(files: Path, output: str, *, format: ExportFormat) -> None:
 
 
 def _run(step: str, task: Task, *, console: Console, stop: Stop) -> None:
-    """One step in a process of its own.
-
-    Raises:
-        MnistDistError: it failed.
-        Interrupted: a signal came; the process is ended.
-    """
-    log_file = Path(task.work, f"{step}.log")
-    free_gib = psutil.virtual_memory().available / 2**30
-    log.info("%s: %.1f GiB of memory are free", step, free_gib)
     titles = {"convert": f"{task.format}: Keras model, conversion", "check": f"{task.format}: its own runtime"}
-    with (
-        log_file.open("wb") as errors,
-        console.progress(titles[step]) as bar,
-        _start(step, task, errors=None if console.verbose else errors) as process,
-    ):
-        code = _wait(process, bar=bar, stop=stop)
-    if code != 0:
-        said = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-        raise MnistDistError(
-            f"{titles[step]}: the process {_cause(code, free_gib=free_gib)}\n  "
-            + ("\n  ".join(said[-SHOWN_LINES:]) or "what it said is above")
-        )
-
-
-def _start(step: str, task: Task, *, errors: IO[bytes] | None) -> subprocess.Popen[str]:
-    package = Path(mnist_dist.__file__).parents[1]
-    python_path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "mnist_dist.models.export", step, json.dumps(dataclasses.asdict(task))],
-        env={**os.environ, "PYTHONPATH": python_path},
-        stdin=subprocess.PIPE,  # stays open as long as we live
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        start_new_session=True,  # Ctrl-C is ours
+    run_step(
+        "mnist_dist.models.export",
+        step,
+        dataclasses.asdict(task),
+        title=titles[step],
+        log_file=Path(task.work, f"{step}.log"),
+        console=console,
+        stop=stop,
     )
-
-
-def _wait(process: subprocess.Popen[str], *, bar: Bar, stop: Stop) -> int:
-    """The exit status of the process; it has ended whatever happens here."""
-    last = [""]
-
-    def read() -> None:
-        for line in process.stdout or ():
-            last[0] = line
-
-    reader = threading.Thread(target=read, daemon=True, name="progress")
-    reader.start()
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(0.2)
-            stop.check()
-            if last[0]:
-                done, total = map(int, last[0].split())
-                bar.update(done=done, total=total, note=f"{done}/{total} images")
-    finally:
-        process.kill()  # does nothing once it has ended
-        reader.join(5)
-
-
-def _cause(code: int, *, free_gib: float) -> str:
-    if code > 0:
-        return f"ended with exit status {code}:"
-    name = signal.Signals(-code).name
-    memory = f", most often for lack of memory ({free_gib:.1f} GiB were free when it began)"
-    return f"was ended by {name}{memory if name == 'SIGKILL' else ''}:"
 
 
 def _compare(task: Task, *, tolerance: float) -> dict[str, Any]:
@@ -424,7 +355,7 @@ def _write_facts(task: Task, bundle: Bundle, facts: dict[str, Any]) -> None:
         "file": row.file,
         "model_id": info.model_id,
         "class_names": info.class_names,
-        "input": {"name": facts.pop("input_name"), "dtype": "uint8", "shape": [None, *_shape(bundle)]},
+        "input": {"name": facts.pop("input_name"), "dtype": "uint8", "shape": [None, *info.spec.shape]},
         "output": {"name": facts.pop("output_name"), "dtype": "float32", "shape": [None, len(info.class_names)]},
         "resize": info.resize,
         "size_bytes": sum(entry.size_bytes for entry in _files(task.files)),
@@ -444,63 +375,10 @@ def _summary(result: dict[str, Any]) -> str:
     )
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def _shape(bundle: Bundle) -> tuple[int, int, int]:
-    return bundle.info.height_px, bundle.info.width_px, bundle.info.channels
-
-
-def _calibration(bundle: Bundle) -> tuple[str, int]:
-    """Where the images come from, `calibration` or `random`, and how many there are.
-
-    Raises:
-        BundleError: the bundle has a table of them without pixels.
-    """
-    import pyarrow.parquet as pq
-
-    path = bundle.path / CALIBRATION_FILE
-    if not path.is_file():
-        return "random", RANDOM_IMAGES
-    with pq.ParquetFile(path) as file:
-        names, count = file.schema_arrow.names, file.metadata.num_rows
-    if "pixels" not in names:
-        raise BundleError(f"{CALIBRATION_FILE} of a bundle has a column pixels. Received: {names} in {str(path)!r}")
-    return ("calibration", min(count, MOST_IMAGES)) if count else ("random", RANDOM_IMAGES)
-
-
-def _images(bundle: Bundle, *, batch_size: int) -> Iterator[Pixels]:
-    """The images of the comparison, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process."""
-    source, count = _calibration(bundle)
-    if source == "random":
-        random = np.random.default_rng(0)
-        for start in range(0, count, batch_size):
-            yield random.integers(0, 256, (min(batch_size, count - start), *_shape(bundle)), dtype=np.uint8)
-        return
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(bundle.path / CALIBRATION_FILE) as file:
-        left = count
-        for batch in file.iter_batches(batch_size, columns=["pixels"]):
-            values = [value.as_py() for value in batch.column("pixels")[:left]]
-            left -= len(values)
-            if values:
-                yield np.stack([_pixels(value, bundle) for value in values])
-
-
-def _pixels(value: bytes, bundle: Bundle) -> Pixels:
-    height, width, channels = _shape(bundle)
-    if len(value) != height * width * channels:
-        raise BundleError(
-            f"{CALIBRATION_FILE} holds images of {height} x {width} x {channels} bytes. Received: {len(value)} bytes"
-        )
-    return np.frombuffer(value, np.uint8).reshape(height, width, channels)
-
-
 # --- the steps, each in a process of its own -------------------------------------------------------------------------
 
 
-def _convert(task: Task, report: Callable[[int, int], None]) -> None:
+def _convert(task: Task, report: Report) -> None:
     """Notes what the Keras model says, then converts it."""
     import tensorflow as tf
 
@@ -508,7 +386,9 @@ def _convert(task: Task, report: Callable[[int, int], None]) -> None:
     bundle = load_bundle(task.bundle)
     _note("convert", task, _keras(bundle, batch_size=task.batch_size), report=report, facts={})
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its converter would report its use to Intel
-    bundle.model(np.zeros((1, *_shape(bundle)), np.uint8), training=False)  # an ONNX export wants it called before
+    bundle.model(
+        np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False
+    )  # an ONNX export wants it called before
     bundle.model.export(task.model, format=FORMATS[task.format].keras_name, verbose=False)
 
 
@@ -517,39 +397,19 @@ def _keras(bundle: Bundle, *, batch_size: int) -> Predict:
     return lambda pixels: engine(pixels).probabilities
 
 
-def _check(task: Task, report: Callable[[int, int], None]) -> None:
+def _check(task: Task, report: Report) -> None:
     """Notes what the exported file says, in its own runtime."""
     runtime = open_export(task.model, format=task.format)
     facts = {"input_name": runtime.input_name, "output_name": runtime.output_name}
     _note("check", task, runtime.predict, report=report, facts=facts)
 
 
-def _note(
-    step: str, task: Task, predict: Predict, *, report: Callable[[int, int], None], facts: dict[str, Any]
-) -> None:
-    bundle = load_bundle(task.bundle)
-    _, count = _calibration(bundle)
-    rows: list[Probabilities] = []
-    first: Pixels | None = None
-    done = 0
-    for pixels in _images(bundle, batch_size=task.batch_size):
-        first = pixels if first is None else first
-        rows.append(predict(pixels))
-        done += len(pixels)
-        report(done, count)
-    assert first is not None
-    speed = _images_per_s(predict, np.resize(first, (task.batch_size, *first.shape[1:])))
-    np.savez(task.outputs(step), probabilities=np.concatenate(rows))
+def _note(step: str, task: Task, predict: Predict, *, report: Report, facts: dict[str, Any]) -> None:
+    probabilities, speed = predict_calibration(
+        load_bundle(task.bundle), predict, batch_size=task.batch_size, report=report
+    )
+    np.savez(task.outputs(step), probabilities=probabilities)
     task.facts(step).write_text(json.dumps({**facts, "images_per_s": speed}))
-
-
-def _images_per_s(predict: Predict, pixels: Pixels) -> float:
-    predict(pixels)  # warm-up
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < SECONDS_MEASURED:
-        predict(pixels)
-        calls += 1
-    return calls * len(pixels) / (time.perf_counter() - began)
 
 
 def open_export(path: str, *, format: ExportFormat) -> Runtime:
@@ -615,22 +475,10 @@ def _open_litert(path: str) -> Runtime:
     return Runtime(predict, source, target)
 
 
-def _end_with_the_driver() -> None:
-    os.read(0, 1)  # not `sys.stdin`, whose lock would be held while Python ends
-    os._exit(1)
-
-
-def _serve() -> None:
-    """Runs the step that the command line names; progress goes to stdout, all else to stderr."""
-    step, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    threading.Thread(target=_end_with_the_driver, daemon=True).start()
-    with contextlib.suppress(OSError):  # where memory runs out, this process dies and not the driver
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    steps = {"convert": _convert, "check": _check}
-    steps[step](task, lambda done, total: print(done, total, file=answers))
-
-
 if __name__ == "__main__":
-    _serve()
+    serve(
+        {
+            "convert": lambda task, report: _convert(Task(**task), report),
+            "check": lambda task, report: _check(Task(**task), report),
+        }
+    )

@@ -4,6 +4,7 @@ Owns: what Ray Train is told, the progress that the board brings, passing on a s
 means to a person.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -30,14 +31,17 @@ class Attempt:
         task: what every worker does.
         name: of the folder in the run that gets the checkpoints.
         share: how many workers, and what each gets.
+        loop: what a worker does with `{"task": task}`; None: train.
     """
 
-    def __init__(self, task: WorkerTask, *, name: str, share: Share) -> None:
+    def __init__(
+        self, task: WorkerTask, *, name: str, share: Share, loop: Callable[[dict[str, Any]], Any] | None = None
+    ) -> None:
         self._task, self._share = task, share
         self._told = False
         resources = {"CPU": share.cpus, **({"GPU": 1.0} if share.gpu else {})}
         self._trainer = DataParallelTrainer(
-            _worker_loop,
+            loop or _worker_loop,
             backend_config=TensorflowBackendConfig(),
             train_loop_config={"task": task},
             scaling_config=ray.train.ScalingConfig(

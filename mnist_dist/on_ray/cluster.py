@@ -6,17 +6,22 @@ on a stranger's cluster that happens to run here.
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnist_dist.config import RunConfig
+from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
+NODES_POLL_S = 1.0
 CONTROLLER_POLL_S = "0.5"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
 
 
@@ -39,10 +44,10 @@ class Resources:
     def gpus(self) -> float:
         return sum(gpus for _, gpus in self.by_node)
 
-    def room(self, cpus: float, *, gpu: bool) -> int:
-        """How many workers of so many CPUs, and a GPU where asked, find a place; a worker fits on one node."""
-        places = (int(c / cpus + 1e-9) if not gpu else min(int(c / cpus + 1e-9), int(g)) for c, g in self.by_node)
-        return sum(places)
+    def room(self, cpus: float, *, gpus: float = 0.0) -> int:
+        """How many workers of so many CPUs and GPUs find a place; a worker fits on one node."""
+        each = ((int(c / cpus + 1e-9), int(g / gpus + 1e-9) if gpus else 2**30) for c, g in self.by_node)
+        return sum(min(places) for places in each)
 
     def __str__(self) -> str:
         return f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
@@ -78,6 +83,53 @@ def connected(*, verbose: bool) -> Iterator[Resources]:
         ray.shutdown()
 
 
+def await_nodes(
+    have: Resources, *, count: int, cpus: float, gpus: float, wait_s: float, console: Console, stop: Stop
+) -> Resources:
+    """What the cluster has once there is room for some workers, or the time is over; its autoscaler is asked for it.
+
+    Asked by a placement group, which ends with its driver, whatever becomes of that; `request_resources` would not.
+
+    Args:
+        have: what it has now.
+        count: of the workers.
+        cpus: of each.
+        gpus: of each.
+        wait_s: for at most so long, s; 0: not at all.
+        console: is told what is waited for.
+        stop: looked at all the time.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    deadline = time.monotonic() + wait_s
+    if wait_s == 0 or have.room(cpus, gpus=gpus) >= count or "RAY_ADDRESS" not in os.environ:
+        return have  # a private Ray does not grow
+    console.line(
+        f"waiting up to {wait_s:g} s for room for {count} x {cpus:g} CPU, {gpus:g} GPU; the cluster has {have}"
+    )
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * count)
+    try:
+        while not group.wait(NODES_POLL_S) and time.monotonic() < deadline:
+            stop.check()
+    finally:
+        remove_placement_group(group)  # from here on, what runs keeps its nodes
+    return resources()
+
+
+def await_workers(have: Resources, run: RunConfig, *, console: Console, stop: Stop) -> Resources:
+    """What the cluster has once there is room for the workers that were asked for; see `await_nodes`."""
+    return await_nodes(
+        have,
+        count=run.workers or 1,
+        cpus=run.cpus_per_worker or 1.0,
+        gpus=float(run.gpu or False),
+        wait_s=run.wait_for_nodes_s,
+        console=console,
+        stop=stop,
+    )
+
+
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """Places an actor or a task on this process's node, so that it is not lost with another one."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -108,15 +160,18 @@ def share(
     count = workers if workers is not None else max(1, int(have.gpus)) if use_gpu else 1
     cpus = cpus_per_worker
     if cpus is None:
-        fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpu=use_gpu) >= count)
+        fitting = (
+            whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpus=float(use_gpu)) >= count
+        )
         cpus = float(next(fitting, 1))
     if use_gpu and count > have.gpus:
         raise ResourceError(f"One GPU a worker: the cluster has {have}. Received: workers={count}")
-    room = have.room(cpus, gpu=use_gpu)
+    room = have.room(cpus, gpus=float(use_gpu))
     if room < count:
         raise ResourceError(
             f"{count} {what}s of {cpus:g} CPU{' and a GPU' if use_gpu else ''} each do not fit; the cluster has {have} "
-            f"(room for {room}; fewer --{what}s, or less than one CPU each by --cpus-per-{what}). "
+            f"(room for {room}; fewer --{what}s, less than one CPU each by --cpus-per-{what}, or, where the cluster "
+            f"can grow, --wait-for-nodes-s). "
             f"Received: {what}s={count}"
         )
     return Share(workers=count, cpus=cpus, gpu=use_gpu)

@@ -3,13 +3,17 @@
 The driver's side; training and search share it. Loads neither TensorFlow nor Keras.
 """
 
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from mnist_dist import storage
-from mnist_dist.config import DataConfig, ModelConfig, TrainJob
+from mnist_dist.config import DataConfig, ModelConfig, RunConfig, TrainJob
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
@@ -75,6 +79,22 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
         check_size(backbone, min(spec.height_px, spec.width_px))
     plan = plan_records(source, spec, storage=storage.absolute(root), max_pixels=data.max_pixels)
     return Listed(source=source, plan=plan)
+
+
+@contextmanager
+def scratch_storage(run: RunConfig, name: str) -> Iterator[str]:
+    """URI of a folder that every node sees where the run's storage is such, and that is deleted afterwards.
+
+    Args:
+        run: whose storage it takes the place of.
+        name: what it is for.
+    """
+    remote = storage.is_remote(run.storage) or run.storage_is_shared
+    uri = storage.join(run.storage, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
+    try:
+        yield storage.absolute(uri)
+    finally:
+        storage.delete_tree(uri)
 
 
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:

@@ -11,33 +11,43 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.compute as pc
 from rich import filesize
 
 from mnist_dist import storage
-from mnist_dist.config import ScoreJob, differences
+from mnist_dist.config import EngineConfig, ScoreJob, differences
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
+from mnist_dist.models.conversion import EngineChoice
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
+from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
+from mnist_dist.on_ray.plan_score import plan_score
 from mnist_dist.on_ray.scoring_actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
-from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, choose_actors
+from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, await_actors, choose_actors
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.commit import commit, rejudge, replay
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
-from mnist_dist.scoring.manifest import COLUMNS, MAX_SHARD, MIN_SHARD, Manifest, choose_shard_size, write_manifest
+from mnist_dist.scoring.manifest import (
+    MAX_SHARD,
+    MIN_SHARD,
+    Manifest,
+    carried_schema,
+    choose_shard_size,
+    write_manifest,
+)
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
 
-ENGINE = "keras float32"
+ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
 PROCESS_BYTES = 2**30  # of an actor, beside its model
@@ -64,21 +74,18 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         Interrupted: a signal; what was scored is kept.
     """
     began_at = time.time()
-    _check_storage(job, nodes=1)
+    check_job_storage(job, nodes=1)
     _check_output_is_outside(job)
     bundle = load_bundle(job.bundle)
     output = Output(storage.absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
+    if job.run.plan:
+        return plan_score(job, bundle, output=output, console=console)
     storage.check_writable(job.output)
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
         scoring = _Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
         return scoring.run_to_end()
-
-
-def _check_storage(job: ScoreJob, *, nodes: int) -> None:
-    for name, uri in (("output", job.output), ("bundle", job.bundle)):
-        check_storage(uri, is_shared=job.run.storage_is_shared, nodes=nodes, name=name)
 
 
 def _check_output_is_outside(job: ScoreJob) -> None:
@@ -93,7 +100,7 @@ def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, An
     """Says what would be done; writes nothing."""
     began = time.monotonic()
     listing = list_inputs(job.inputs)
-    prediction_schema(job.table, carried=_carried(listing.table))
+    prediction_schema(job.table, carried=carried_schema(listing.table))
     _say_what_was_found(listing, console)
     committed = output.committed()
     if committed is not None:
@@ -145,6 +152,7 @@ class _Scoring:
         self.found = 0  # images, by a listing under way
         self.discarded = 0  # number of a generation of another job that was thrown away
         self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
+        self.engine = EngineChoice()
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
@@ -182,7 +190,9 @@ class _Scoring:
 
     def _differences(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
         ours = {name: value for name, value in self._settings().items() if name not in but}
-        return differences(ours, {name: theirs["settings"].get(name) for name in ours})
+        lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
+        asked = {name: value for name, value in asdict(self.job.engine).items() if value != "auto" and name not in but}
+        return lines + differences(asked, {name: theirs.get(name) for name in asked})
 
     def _go_on(self, unfinished: Generation) -> Committed | None:
         """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
@@ -203,8 +213,10 @@ class _Scoring:
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose) as have:
                 self.stop.take_signals()
+                have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
                 actors = choose_actors(have, self.job.run)
-                with self._shard_run(unfinished, actors, have) as run:
+                engine = self._engine(_noted(unfinished.plan), actors, have)
+                with self._shard_run(unfinished, engine, actors, have) as run:
                     self._score(run, unfinished, actors, have)
         return self._commit(unfinished)
 
@@ -229,9 +241,11 @@ class _Scoring:
             return self._nothing_new(before)
         with connected(verbose=self.job.run.verbose) as have:
             self.stop.take_signals()
+            have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
-            generation = self.output.reserve(self._plan(before), above=self.discarded)
-            with self._shard_run(generation, actors, have) as run:
+            engine = self._engine(self._asked(before), actors, have, images=rows)
+            generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
+            with self._shard_run(generation, engine, actors, have) as run:
                 self._wait_for(listing)
                 if not len(listing.result().table):
                     return self._nothing_new(before)
@@ -254,13 +268,42 @@ class _Scoring:
         self.console.line(f"{self.output.uri}: there is nothing to score")
         return self._judged(before)
 
-    def _plan(self, before: Committed | None) -> dict[str, Any]:
+    def _asked(self, before: Committed | None) -> EngineConfig:
+        """The engine for a new generation: that of the rows which stay, if there are some."""
+        if before is None or self.job.mode == "fresh":
+            return self.job.engine
+        noted = _noted(before.summary)
+        if noted.engine == "keras" and self.job.engine.engine == "auto":
+            self.console.line("the table keeps its engine, keras; --mode fresh chooses again")
+        return noted
+
+    def _engine(
+        self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
+    ) -> EngineChoice:
+        if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
+            raise ResumeConflict(
+                f"the rows that are there were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 goes on, "
+                f"--mode fresh makes the table anew. Received: {self.output.uri!r}"
+            )
+        return job_engine(
+            self.job,
+            self.bundle,
+            asked,
+            actors=actors,
+            have=have,
+            images=images,
+            fallback=storage.join(self.output.uri, ENGINES_FOLDER),
+            console=self.console,
+            stop=self.stop,
+        )
+
+    def _plan(self, before: Committed | None, engine: EngineChoice) -> dict[str, Any]:
         return {
             "model_id": self.bundle.info.model_id,
             "settings": self._settings(),
             "mode": self.job.mode,
             "replaces_all": before is None or self.job.mode == "fresh",
-            "engine": ENGINE,
+            **engine.noted(),
             "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
         }
 
@@ -289,7 +332,7 @@ class _Scoring:
 
     def _check_what_was_found(self, work: Work, generation: Generation, *, nodes: int) -> None:
         """Raises ConfigError where the images cannot be seen by all nodes, hold the output, or do not fit the table."""
-        schema = prediction_schema(self.job.table, carried=_carried(work.table))
+        schema = prediction_schema(self.job.table, carried=carried_schema(work.table))
         if not generation.plan["replaces_all"] and not schema.equals(table_schema(self.output.uri)):
             raise ConfigError(
                 f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
@@ -308,12 +351,13 @@ class _Scoring:
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _shard_run(self, generation: Generation, actors: Actors, have: Resources) -> ShardRun:
+    def _shard_run(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> ShardRun:
         """The workers of a generation."""
-        _check_storage(self.job, nodes=have.nodes)
+        check_job_storage(self.job, nodes=have.nodes)
         task = ScoreTask(
             bundle=storage.absolute(self.job.bundle),
             model_id=self.bundle.info.model_id,
+            engine=engine,
             generation=generation,
             spec=self.bundle.info.spec,
             table=self.job.table,
@@ -322,6 +366,7 @@ class _Scoring:
             cpus=max(1, int(actors.cpus)),
             attempts=Attempts(generation, run_id=uuid.uuid4().hex, most=self.job.run.max_failures),
         )
+        self.engine = engine
         return ShardRun(task, actors=actors)
 
     def _score(self, run: ShardRun, generation: Generation, actors: Actors, have: Resources) -> None:
@@ -332,7 +377,7 @@ class _Scoring:
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
         self.console.line(
             f"scoring {rows - rows_done:,} images in {len(left):,} shards"
-            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {ENGINE}, "
+            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {self.engine}, "
             f"{actors}, of {have}"
         )
         reports = run.run_to_end(left, console=self.console, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
@@ -357,7 +402,7 @@ class _Scoring:
         summary = {
             "settings": self._settings(),
             "bundle": storage.absolute(self.job.bundle),
-            "engine": ENGINE,
+            **{name: generation.plan.get(name) for name in EngineChoice().noted()},
             "images_per_s": self._images_per_s(),
         }
         with self.console.progress("committing") as bar:
@@ -418,12 +463,15 @@ class _Scoring:
         return result
 
 
+def _noted(plan: Mapping[str, Any]) -> EngineConfig:
+    """The engine that a plan or a summary names."""
+    if "precision" not in plan:  # of a time with one engine
+        return EngineConfig(engine="keras", precision="float32")
+    return EngineConfig(engine=plan["engine"], precision=plan["precision"])
+
+
 def _bad(statuses: Mapping[str, int]) -> int:
     return sum(count for status, count in statuses.items() if status not in NOT_BAD)
-
-
-def _carried(table: pa.Table) -> pa.Schema:
-    return pa.schema([field for field in table.schema if field.name not in COLUMNS.names])
 
 
 def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors: int) -> None:

@@ -28,6 +28,7 @@ from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.errors import DecoderStuck, ImageError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.models.conversion import EngineChoice, open_engine
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.scoring.attempts import FORESEEN, Attempts
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
@@ -47,6 +48,7 @@ class ScoreTask:
     bundle: str
     """URI."""
     model_id: str
+    engine: EngineChoice
     generation: Generation
     spec: ImageSpec
     table: TableConfig
@@ -114,15 +116,15 @@ class ScoringActor:
         yield _block(self._answer(shard, work))
 
     def _open(self) -> None:
-        from mnist_dist.models.engines import KerasEngine  # not needed where images are decoded
-
         task, spec = self._task, self._task.spec
         bundle = load_bundle(task.bundle)
         if bundle.info.model_id != task.model_id:
             raise WorkersFailed(f"the bundle was replaced while the job ran. Received: {task.bundle!r}")
         self._class_names = bundle.info.class_names
-        engine = KerasEngine(bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus)
-        engine(np.zeros((1, spec.height_px, spec.width_px, spec.channels), np.uint8))  # the first call takes long
+        engine = open_engine(
+            task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
+        )
+        engine(np.zeros((1, *spec.shape), np.uint8))  # the first call takes long
         if storage.is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))

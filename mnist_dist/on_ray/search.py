@@ -27,7 +27,7 @@ from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFail
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.board import make_board
-from mnist_dist.on_ray.cluster import Resources, Share, connected, on_this_node, share
+from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.features import compute_missing, feature_actors
 from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, open_data, plan_data, plan_job_features, split
 from mnist_dist.on_ray.train import Training, check_job, with_absolute_weights
@@ -127,7 +127,7 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
         stage = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=time.time())
         with connected(verbose=job.run.verbose) as have:
-            stage.enter(have)
+            have = stage.enter(have)
             trials = stage.try_all(stage.prepare({}, have=have), have=have)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
 
@@ -148,7 +148,7 @@ class _Search:
         """All steps that are left, and the result."""
         asked = self.job.run
         with connected(verbose=asked.verbose) as have:
-            self.enter(have)
+            have = self.enter(have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             require(
                 mine.workers <= min(self.job.space.batch_size),
@@ -166,15 +166,26 @@ class _Search:
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
         return self._result(trials, winner, tested, speeds)
 
-    def enter(self, have: Resources) -> None:
-        """Looks at what the cluster has, before anything is computed.
+    def enter(self, have: Resources) -> Resources:
+        """Looks at what the cluster has, before anything is computed; what it has once the nodes are there.
 
         Raises:
             ResourceError: no trial finds room.
         """
         self.stop.take_signals()
+        asked = self.job.run
+        have = await_nodes(
+            have,
+            count=asked.concurrent_trials or 1,
+            cpus=asked.cpus_per_trial,
+            gpus=asked.gpus_per_trial or 0.0,
+            wait_s=asked.wait_for_nodes_s,
+            console=self.console,
+            stop=self.stop,
+        )
         self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, have)))
         _concurrent_trials(self.job, have)
+        return have
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -315,7 +326,7 @@ class _Search:
         done = self.finalist_records.read()
         chosen = usable(trials.values())[: self.job.search.finalists]
         left = [trial for trial in chosen if trial.number not in done]
-        room = max(1, have.room(mine.cpus, gpu=mine.gpu) // mine.workers)
+        room = max(1, have.room(mine.cpus, gpus=float(mine.gpu)) // mine.workers)
         waiting, running = list(left), dict[Any, tuple[Trial, Any]]()
         with self.console.view("finalists") as view:
             while waiting or running:
@@ -493,7 +504,7 @@ def _concurrent_trials(job: SearchJob, have: Resources) -> int:
         ResourceError: not even one.
     """
     cpus, gpus = job.run.cpus_per_trial, job.run.gpus_per_trial or 0.0
-    room = sum(min(int(c / cpus + 1e-9), int(g / gpus + 1e-9) if gpus else 2**30) for c, g in have.by_node)
+    room = have.room(cpus, gpus=gpus)
     if room == 0:
         raise ResourceError(
             f"a trial of {cpus:g} CPUs and {gpus:g} GPUs fits on no node; the cluster has {have}. "

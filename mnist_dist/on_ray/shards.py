@@ -26,7 +26,7 @@ from mnist_dist.config import ScoreRunConfig
 from mnist_dist.console import Bar, Console, Stop
 from mnist_dist.errors import ResourceError, ServiceError, WorkersFailed
 from mnist_dist.lock import Lock
-from mnist_dist.on_ray.cluster import Resources, share
+from mnist_dist.on_ray.cluster import Resources, await_nodes, share
 from mnist_dist.on_ray.scoring_actor import (
     TASK_SHARD_BYTES,
     DecodeTask,
@@ -36,13 +36,13 @@ from mnist_dist.on_ray.scoring_actor import (
     ShardReport,
 )
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 
 POLL_S = 0.2
 SILENCE_S = 60.0  # without an image: starting takes less, unless there is no room for the actors
 GIVE_UP_S = 30.0  # for the next answer, with which Ray Data ends: left alone, its thread starts another Ray
 TASK_BYTES = 2 * TASK_SHARD_BYTES  # of a task that decodes: the pixels, and their block
 MOST_CPUS = 0.9  # of those that actors of some size could use; for the rest, no smaller ones
-SHARDS_AT_ONCE = 2  # in an actor: the next one is decoded while the model ends the last
 SHARDS_IN_FLIGHT = 3  # with the one that waits, so that no actor waits for the driver
 
 
@@ -88,7 +88,7 @@ def choose_actors(have: Resources, run: ScoreRunConfig, *, most: int | None = No
         cpus = min(1.0, have.cpus / count / 2) if cpus is None and in_tasks else cpus  # the others decode
     elif count is None:
         cpus = cpus or _best_size(have)
-        count = max(1, min(have.room(cpus, gpu=False), most or 2**30))
+        count = max(1, min(have.room(cpus), most or 2**30))
         cpus = max(1.0, cpus // 2) if in_tasks and run.cpus_per_actor is None else cpus
     mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus >= 1, what="actor")
     if in_tasks and max(_left_cpus(have, count, cpus=mine.cpus, gpus=gpus)) < 1:
@@ -101,10 +101,23 @@ def choose_actors(have: Resources, run: ScoreRunConfig, *, most: int | None = No
     return Actors(count=count, cpus=mine.cpus, gpus=gpus, decode_in_tasks=in_tasks)
 
 
+def await_actors(have: Resources, run: ScoreRunConfig, *, console: Console, stop: Stop) -> Resources:
+    """What the cluster has once there is room for the actors that were asked for; see `await_nodes`."""
+    return await_nodes(
+        have,
+        count=run.actors or 1,
+        cpus=run.cpus_per_actor or 1.0,
+        gpus=run.gpus_per_actor or 0.0,
+        wait_s=run.wait_for_nodes_s,
+        console=console,
+        stop=stop,
+    )
+
+
 def _best_size(have: Resources) -> float:
     """CPUs of an actor such that as many of them as fit use most of the CPUs; the largest such: each holds a model."""
     sizes = range(1, int(max(cpus for cpus, _ in have.by_node)) + 1)
-    used = {size: have.room(size, gpu=False) * size for size in sizes}
+    used = {size: have.room(size) * size for size in sizes}
     return float(max((size for size in sizes if used[size] >= MOST_CPUS * max(used.values())), default=1))
 
 

@@ -7,9 +7,7 @@ checkpoint of an earlier attempt (the driver was killed), else the start. A fini
 """
 
 import logging
-import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,10 +23,11 @@ from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.on_ray.attempt import Attempt
 from mnist_dist.on_ray.board import make_board
-from mnist_dist.on_ray.cluster import Resources, Share, check_storage, connected, share
+from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
 from mnist_dist.on_ray.features import compute_missing, feature_actors
 from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.prepare import Listed, check_places, decode, list_data, plan_job_features, split
+from mnist_dist.on_ray.plan_train import plan_train
+from mnist_dist.on_ray.prepare import Listed, check_places, decode, list_data, plan_job_features, scratch_storage, split
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -61,6 +60,8 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         return _dry_run(job, recipe=recipe, console=console)
     began_at = time.time()
     check_job(job)
+    if job.run.plan:
+        return plan_train(with_absolute_weights(job), console=console)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
     features = job.run.feature_type if job.uses_features else None
@@ -106,19 +107,15 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """One step of each phase in a scratch storage that is deleted afterwards."""
     check_job(job)
     storage.check_writable(job.run.storage)
-    remote = storage.is_remote(job.run.storage) or job.run.storage_is_shared
-    scratch = storage.join(job.run.storage, f"_dry-run-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp()
     began_at = time.time()
     wanted = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
     limit = min(job.data.limit, wanted) if job.data.limit else wanted
-    job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
-    run = Run(storage.join(storage.absolute(scratch), "dry-run"))
-    try:
+    with scratch_storage(job.run, "dry-run") as scratch:
+        job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
+        run = Run(storage.join(scratch, "dry-run"))
         with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
             training = Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console), {})
-    finally:
-        storage.delete_tree(scratch)
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
 
@@ -137,6 +134,7 @@ class Training:
         asked, plan = self.job.run, listed.plan
         with connected(verbose=asked.verbose) as have:
             self.stop.take_signals()
+            have = await_workers(have, asked, console=self.console, stop=self.stop)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_places(listed, self.job.data, root=asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
             require(

@@ -113,7 +113,7 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else node_folder("records"))
     if task.job.model.weights == "imagenet":
         fetch_published_weights(task.job.model)
-    trainer = Trainer(_train_task(task, records, is_first=world.rank == 0), host=host, world=world)
+    trainer = Trainer(train_task(task, records, is_first=world.rank == 0), host=host, world=world)
     checkpoint = _last_checkpoint(task, scratch)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -124,7 +124,8 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     return WorkerResult(metrics=metrics)
 
 
-def _train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTask:
+def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTask:
+    """What a worker trains, its images and features opened; rank 0 alone logs."""
     job = task.job
     mine = resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=task.gpu)
     images = Images(

@@ -175,7 +175,10 @@ def _batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
 def _array(field: pa.Field, values: Sequence[object]) -> pa.Array:
     if len(values) <= BATCH_ROWS and values.count(None) == len(values):
         return _nulls(field.type)[: len(values)]
-    return pa.array(values, field.type)
+    array = pa.array(values, field.type)
+    half = len(array) // 2
+    # what is built grows by doubling and keeps much of the room; what is joined is allocated to measure
+    return pa.concat_arrays([array[:half], array[half:]])
 
 
 @functools.cache

@@ -42,6 +42,11 @@ TARGET_SHARDS = 64  # of a small job: enough to spread and to lose little by
 SHARD_BYTES = 256 * 2**20  # of encoded images: a kill costs the reading of so many, and their decoding
 
 
+def carried_schema(table: pa.Table) -> pa.Schema:
+    """The columns of a list of images that are none of ours: they are carried into the output."""
+    return pa.schema([field for field in table.schema if field.name not in COLUMNS.names])
+
+
 class Manifest:
     """A written manifest, read shard by shard; may be used by several threads. Leaving it closes its file."""
 

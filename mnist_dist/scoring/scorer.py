@@ -29,6 +29,7 @@ from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.reading import Encoded
 
+SHARDS_AT_ONCE = 2  # the next one is decoded while the model ends the last
 BATCHES_WAITING = 2  # decoded, beside the one that is being filled and the one that the model has
 IDLE_S = 0.02  # the longest that the last images of all shards wait for others to fill their batch
 

@@ -56,10 +56,22 @@ def find_work(
     listing = list_inputs(job.inputs, progress=progress)
     if before is None or job.mode == "fresh":
         return Work(listing, listing.table, replaces_all=True)
+    return Work(listing, new_rows(_looked_up(listing.table), output), replaces_all=False)
+
+
+def new_rows(found: pa.Table, output: Output) -> pa.Table:
+    """The rows that the table there does not have, or has of other bytes.
+
+    Args:
+        found: rows of `manifest.COLUMNS`, with size and etag of those that are read.
+        output: where the table is.
+
+    Raises:
+        FileNotFoundError, ServiceError, StorageError: see `storage`.
+    """
     with storage.open_binary(storage.join(output.uri, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
-    found = _looked_up(listing.table)
-    return Work(listing, found.filter(_is_new(found, known)), replaces_all=False)
+    return found.filter(_is_new(found, known))
 
 
 def _is_new(found: pa.Table, known: pa.Table) -> pa.ChunkedArray:

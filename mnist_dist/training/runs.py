@@ -9,6 +9,7 @@ result.json        written last
 ```
 """
 
+import csv
 import json
 import re
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_dist import storage
-from mnist_dist.config import differences
+from mnist_dist.config import PhasesConfig, differences
 from mnist_dist.errors import ResumeConflict
+from mnist_dist.listing import Folder, Row, driver_values, is_run, is_search, state_of
 from mnist_dist.training.checkpoints import STATE_FILE
 
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
@@ -118,3 +120,61 @@ class Run:
     def write(self, name: str, values: Mapping[str, Any]) -> None:
         """Puts a JSON object into the folder."""
         storage.write_bytes(storage.join(self.uri, name), json.dumps(values, indent=2).encode())
+
+
+# --- listing ---------------------------------------------------------------------------------------------------------
+
+
+def run_row(folder: Folder) -> Row | None:
+    """How a training run stands; None: the folder holds none.
+
+    Raises:
+        OSError, ValueError, TypeError, LookupError: the folder is damaged.
+        ServiceError: the storage failed.
+    """
+    if not is_run(folder) or is_search(folder):
+        return None
+    facts, result, driver = folder.read_json("run.json"), folder.read_json("result.json"), folder.driver()
+    history, epochs = _read_history(folder), _epochs_asked(facts)
+    is_saved = bool(history) or (result is None and Run(folder.uri).newest_checkpoint() is not None)
+    if result is not None:
+        done, val, test = result["epochs"], result.get("validation_accuracy"), result.get("test_accuracy")
+    else:
+        done, val, test = len(history), float(history[-1]["val_accuracy"]) if history else None, None
+    return Row(
+        name=folder.name,
+        uri=folder.uri,
+        state=state_of(is_finished=result is not None, driver=driver, is_saved=is_saved),
+        progress=f"{done} of {epochs} epochs" if epochs is not None else "",
+        result=_accuracy_in_words(test, val),
+        updated_s=folder.updated_s,
+        numbers={
+            "recipe": facts["recipe"] if facts is not None else None,
+            "epochs_done": done,
+            "epochs": epochs,
+            "val_accuracy": val,
+            "test_accuracy": test,
+            **driver_values(driver),
+        },
+    )
+
+
+def _read_history(folder: Folder) -> list[dict[str, str]]:
+    """The epochs so far."""
+    if "history.csv" not in folder.files:
+        return []
+    return list(csv.DictReader(storage.read_bytes(storage.join(folder.uri, "history.csv")).decode().splitlines()))
+
+
+def _epochs_asked(facts: Mapping[str, Any] | None) -> int | None:
+    """Over all phases; where training is stopped early, fewer are done. None: not known yet."""
+    if facts is None:
+        return None
+    phases = PhasesConfig(**{name: tuple(values) for name, values in facts["settings"]["phases"].items()})
+    return sum(phase.epochs for phase in phases.phases())
+
+
+def _accuracy_in_words(test: float | None, val: float | None) -> str:
+    if test is not None:
+        return f"test accuracy {test:.4f}"
+    return f"validation accuracy {val:.4f} so far" if val is not None else ""

@@ -192,6 +192,21 @@ def test_scoring_gives_a_row_for_each_image_when_a_host_is_gone(
     check_rows(output, rows_of_one_host)
 
 
+def test_scoring_waits_for_the_nodes_that_it_asked_for(
+    cluster: Cluster, tmp_path: Path, bundle: Path, images: Path, rows_of_one_host: Rows
+) -> None:
+    late, output = cluster.hosts[2], tmp_path / "table"
+    late.kill()
+    wait_until(lambda: cluster.nodes() == 2, "the third host is missed")
+    with cluster.job(*score(bundle, images, output), "--actors", "3", "--wait-for-nodes-s", "120") as job:
+        job.wait_for_line("waiting up to 120 s for room for 3 x 1 CPU")
+        late.start_ray()
+        code, _, err = job.ended()
+    assert code == 0, err
+    assert "3 actor(s)" in err
+    check_rows(output, rows_of_one_host)
+
+
 @chaos
 def test_scoring_submitted_again_goes_on_when_the_head_was_killed(
     cluster: Cluster, tmp_path: Path, bundle: Path, images: Path, rows_of_one_host: Rows

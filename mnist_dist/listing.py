@@ -1,0 +1,291 @@
+"""What lies below a storage, a row for each run, search or prediction table: state, progress, result.
+
+Owns: `--list` on the command line, the row and how it is shown, going through a storage's folders. Does not own: what
+a run, a search or a table looks like (`training/runs.py`, `search/listing.py`, `scoring/listing.py` read theirs).
+Reads only, takes no lock, and loads neither Ray nor TensorFlow.
+
+```
+finished     the result is there
+running      a driver is at work on it
+stopped      something is saved and nobody is at work: the same command goes on
+failed       it came to its end, and nothing good came of it
+new          begun, nothing saved yet
+unreadable   damaged or denied; in place of the result stands why
+```
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import tyro
+
+from mnist_dist import storage
+from mnist_dist.console import Console
+from mnist_dist.errors import DataError, MnistDistError, StorageError, first_line
+from mnist_dist.lock import Holder, holder_of
+
+State = Literal["finished", "running", "stopped", "failed", "new", "unreadable"]
+ASK = "--list"
+HELP = (
+    f"{ASK} [--storage URI]: shows what lies in a storage, with its state, progress and result, and does nothing else."
+)
+THREADS = 16  # that look at folders: on object stores a request waits far longer than it works
+MOST_NAMES = 10_000  # looked at in a folder that may be one of images
+TITLES = ("name", "state", "progress", "result", "touched")
+TRIALS, ATTEMPT = "trials", "attempt-"
+_RUN_FILES = {"run.json", "lock"}
+_DAMAGES = (OSError, ValueError, TypeError, LookupError)  # what reading a damaged folder raises
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListJob:
+    """Shows what lies in a storage, with its state, progress and result; changes nothing."""
+
+    storage: str = "runs"
+    """Folder or `s3://` prefix to look in."""
+    verbose: bool = False
+    """Show where an unexpected error comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A run, a search or a prediction table."""
+
+    name: str
+    """Its folder, relative to the storage."""
+    uri: str
+    state: State
+    progress: str = ""
+    """In words."""
+    result: str = ""
+    """In words; of an unreadable one, why."""
+    updated_s: float | None = None
+    """When it was last written to, s since the epoch."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """What the words say, and more, as JSON values."""
+
+    def values(self) -> dict[str, Any]:
+        """As JSON values; `updated` in UTC."""
+        updated = None if self.updated_s is None else datetime.fromtimestamp(self.updated_s, UTC)
+        return {
+            "name": self.name,
+            "uri": self.uri,
+            "state": self.state,
+            "progress": self.progress,
+            "result": self.result,
+            "updated": updated.isoformat(timespec="seconds") if updated else None,
+            **self.numbers,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """One folder that may be what is looked for, as one listing shows it."""
+
+    name: str
+    """Relative to the storage."""
+    uri: str
+    folders: frozenset[str]
+    files: Mapping[str, float]
+    """When each of its own files was written, s since the epoch, by name."""
+
+    @property
+    def updated_s(self) -> float | None:
+        """When the newest of its own files was written, s since the epoch."""
+        return max(self.files.values(), default=None)
+
+    def updated_with(self, *names: str) -> float | None:
+        """As `updated_s`, with the files of the folders of these names below it."""
+        below = (storage.list_level(storage.join(self.uri, name)).files for name in names)
+        return max((*self.files.values(), *(time for files in below for time in files.values())), default=None)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the folder, or None.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        if name not in self.files:
+            return None
+        try:
+            return dict(json.loads(storage.read_bytes(storage.join(self.uri, name))))
+        except (ValueError, TypeError) as err:
+            raise DataError(f"{name} is not a JSON object: {err}") from err
+
+    def driver(self) -> Holder | None:
+        """Who is at work on the run or search, if anybody is."""
+        return living(storage.join(self.uri, "lock")) if "lock" in self.files else None
+
+
+RowOf = Callable[[Folder], Row | None]
+"""The row of a folder; None: it is not what is looked for. May raise whatever reading a damaged folder raises."""
+
+
+def living(lock_uri: str) -> Holder | None:
+    """The driver that holds a lock, if it may still be at work.
+
+    Raises:
+        DataError: the lock is damaged.
+    """
+    try:
+        holder = holder_of(lock_uri)
+    except (ValueError, TypeError, LookupError) as err:
+        raise DataError(f"the lock is damaged: {err!r}") from err
+    return holder if holder is not None and holder.is_alive else None
+
+
+def state_of(*, is_finished: bool, driver: Holder | None, is_saved: bool) -> State:
+    """The state of what nothing is known to be wrong with."""
+    if is_finished:
+        return "finished"
+    if driver is not None:
+        return "running"
+    return "stopped" if is_saved else "new"
+
+
+def driver_values(driver: Holder | None) -> dict[str, Any]:
+    """Who is at work, as JSON values."""
+    return {} if driver is None else {"driver": {"host": driver.host, "pid": driver.pid}}
+
+
+def is_search(folder: Folder) -> bool | None:
+    """Whether a run is a search, since both may share a storage; None: too early to tell, only its lock is there."""
+    if TRIALS in folder.folders:
+        return True
+    if any(name.startswith(ATTEMPT) for name in folder.folders):
+        return False
+    facts = folder.read_json("run.json")
+    return None if facts is None else "search" in facts["settings"]
+
+
+def is_run(folder: Folder) -> bool:
+    """Whether a folder holds a run or a search."""
+    return not _RUN_FILES.isdisjoint(folder.files)
+
+
+# --- going through a storage -----------------------------------------------------------------------------------------
+
+
+def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[Row]:
+    """The rows of all folders below a storage, or of the storage itself; what was touched last comes first.
+
+    Folders whose names begin with `_` or `.` are caches and work; they are left out.
+
+    Args:
+        uri: of the storage.
+        row_of: reads a folder.
+        depth: how many levels of folders are looked at; not those below something that has a row.
+
+    Raises:
+        StorageError: there is no such storage, or it cannot be listed.
+        ServiceError: the storage failed.
+    """
+    root = storage.absolute(uri)
+    try:
+        top = _open("", root, most=None)
+    except OSError as err:
+        raise StorageError(f"the storage cannot be listed: {err}. Received: {uri!r}") from err
+    row = _row_or_damage(top, row_of)
+    if row is not None:
+        return [row]
+    rows, level = list[Row](), [top]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(depth):
+            names = [name for folder in level for name in _names_below(folder)]
+            found = list(pool.map(lambda name: _look(name, root, row_of), names))
+            rows += [row for _, row in found if row is not None]
+            level = [folder for folder, row in found if folder is not None and row is None]
+    return sorted(rows, key=lambda row: (-(row.updated_s or 0.0), row.name))
+
+
+def _names_below(folder: Folder) -> list[str]:
+    names = sorted(name for name in folder.folders if not name.startswith(("_", ".")))
+    return [f"{folder.name}/{name}" if folder.name else name for name in names]
+
+
+def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, Row | None]:
+    """A folder and its row; neither where it is gone meanwhile."""
+    uri = storage.join(root, name)
+    try:
+        folder = _open(name, uri, most=MOST_NAMES)
+    except FileNotFoundError:
+        return None, None
+    except OSError as err:
+        return None, _damaged(name, uri, err)
+    return folder, _row_or_damage(folder, row_of)
+
+
+def _open(name: str, uri: str, *, most: int | None) -> Folder:
+    level = storage.list_level(uri, most=most)
+    return Folder(name=name, uri=uri, folders=frozenset(level.folders), files=level.files)
+
+
+def _row_or_damage(folder: Folder, row_of: RowOf) -> Row | None:
+    """The row, in which a damage is told; None: the folder is not what is looked for."""
+    try:
+        try:
+            return row_of(folder)
+        except FileNotFoundError:  # a driver at work has put something else in its place: it is looked at again
+            return row_of(_open(folder.name, folder.uri, most=MOST_NAMES))
+    except _DAMAGES as err:
+        return _damaged(folder.name, folder.uri, err, updated_s=folder.updated_s)
+
+
+def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None = None) -> Row:
+    is_ours = isinstance(error, MnistDistError | OSError)
+    reason = first_line(error) if is_ours else f"{type(error).__name__}: {first_line(error)}"
+    return Row(name=name, uri=uri, state="unreadable", result=reason, updated_s=updated_s)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def asked(command: str, argv: Sequence[str] | None = None) -> ListJob | None:
+    """What a command line with `--list` asks for; None: it has none.
+
+    Args:
+        command: such as `python -m jobs.train`.
+        argv: the arguments; None: of this process.
+
+    Raises:
+        SystemExit: 0 after `--help`, 2 for anything else beside `--list`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if ASK not in arguments:
+        return None
+    return tyro.cli(ListJob, args=[one for one in arguments if one != ASK], prog=f"{command} {ASK}")
+
+
+def show(rows: Sequence[Row], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:
+    """Shows the rows to a person; returns the job's JSON keys.
+
+    Args:
+        rows: as `rows_below` found them.
+        job: what was asked.
+        what: the rows are, in the plural.
+        console: where they are shown.
+    """
+    root, now = storage.absolute(job.storage), time.time()
+    console.line(f"{what} below {root}: {len(rows):,}" if rows else f"no {what} below {root}")
+    if rows:
+        console.table([TITLES, *(_cells(row, now=now) for row in rows)])
+    return {"storage": root, "runs": [row.values() for row in rows]}
+
+
+def _cells(row: Row, *, now: float) -> tuple[str, ...]:
+    touched = "" if row.updated_s is None else ago(now - row.updated_s)
+    return (row.name or ".", row.state, row.progress, row.result, touched)
+
+
+def ago(seconds: float) -> str:
+    """How long something is past, for people."""
+    for length_s, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= length_s:
+            return f"{seconds // length_s:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

@@ -1,0 +1,90 @@
+"""Engines for files that were converted from a bundle's model: OpenVINO and ONNX Runtime, on the CPU.
+
+Neither loads Keras or TensorFlow, so a process that has one of these starts in a second. Smaller batches are padded
+with zeros, whose outputs are dropped.
+"""
+
+# B = batch, H = height px, W = width px, C = channels, K = classes, D = features
+
+from pathlib import Path
+
+import numpy as np
+
+from mnist_dist.config import EnginePrecision
+from mnist_dist.data.images import ImageSpec, Pixels
+from mnist_dist.models.engines import Outputs, padded
+
+OPENVINO_FILE = "model.xml"  # and model.bin beside it
+ONNX_FILE = "model.onnx"
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what an int8 file leaves in floating point
+
+
+class OpenVinoEngine:
+    """A model that OpenVINO runs.
+
+    Args:
+        folder: of the file.
+        spec: of the images.
+        batch_size: images per call.
+        precision: of the arithmetic; int8 is one of the file, too.
+        embeddings: also give the features before the head.
+        cpus: cores that a call may use.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        spec: ImageSpec,
+        batch_size: int,
+        precision: EnginePrecision = "float32",
+        embeddings: bool = False,
+        cpus: int = 1,
+    ) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(folder / OPENVINO_FILE)
+        model.reshape({0: [batch_size, *spec.shape]})
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],  # some CPUs run bfloat16 unless they are told otherwise
+            "INFERENCE_NUM_THREADS": cpus,
+            "PERFORMANCE_HINT": "LATENCY",  # one call at a time, on all of these threads
+            "ENABLE_CPU_PINNING": False,  # the threads that decode use the same cores
+        }
+        compiled = core.compile_model(model, "CPU", settings)
+        self._request = compiled.create_infer_request()
+        self.batch_size = batch_size
+        self.num_classes = int(compiled.output(0).shape[1])
+        self.num_features = int(compiled.output(1).shape[1]) if embeddings else 0
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """See `Engine`."""
+        self._request.infer([padded(pixels, self.batch_size)], share_inputs=True)
+        found = [self._request.get_output_tensor(place).data for place in range(1 + bool(self.num_features))]
+        return Outputs(*(np.array(values[: len(pixels)], np.float32) for values in found))  # copies: they are reused
+
+
+class OnnxEngine:
+    """A model that ONNX Runtime runs, in float32. Arguments as of `OpenVinoEngine`."""
+
+    def __init__(
+        self, folder: Path, *, spec: ImageSpec, batch_size: int, embeddings: bool = False, cpus: int = 1
+    ) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = cpus
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would starve decoding
+        self._session = onnxruntime.InferenceSession(folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
+        outputs = self._session.get_outputs()
+        self._input = self._session.get_inputs()[0].name
+        self._outputs = [output.name for output in outputs[: 1 + embeddings]]
+        self.batch_size = batch_size
+        self.num_classes = int(outputs[0].shape[1])
+        self.num_features = int(outputs[1].shape[1]) if embeddings else 0
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """See `Engine`."""
+        found = self._session.run(self._outputs, {self._input: padded(pixels, self.batch_size)})
+        return Outputs(*(values[: len(pixels)] for values in found))

@@ -1,0 +1,86 @@
+"""What a scoring job and its plan have in common: the engine, and what all nodes must see."""
+
+from typing import Any
+
+import ray
+
+from mnist_dist import storage
+from mnist_dist.config import EngineConfig, ScoreJob
+from mnist_dist.console import Console, Stop
+from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.conversion import EngineChoice, prepare_engine
+from mnist_dist.on_ray.cluster import Resources, check_storage
+from mnist_dist.on_ray.shards import Actors
+from mnist_dist.on_ray.tasks import wait_for
+
+WORTH_CONVERTING = 2_000  # images: with fewer, converting and checking take longer than they save
+USUAL_S = 60.0  # for the bar
+
+
+def job_engine(
+    job: ScoreJob,
+    bundle: Bundle,
+    asked: EngineConfig,
+    *,
+    actors: Actors,
+    have: Resources,
+    images: int | None,
+    fallback: str | None,
+    console: Console,
+    stop: Stop,
+) -> EngineChoice:
+    """The engine that runs the model; see `prepare_engine`. With several nodes, one that has room for an actor converts
+    and checks: the driver's may have another CPU, or a small one.
+
+    Args:
+        job: to be done.
+        bundle: opened.
+        asked: the engine for it.
+        actors: that have the model.
+        have: what the cluster has.
+        images: to be scored; None: so many that they are still being listed.
+        fallback: URI for converted models where they cannot be kept beside the bundle; None: there is none.
+        console: shows progress.
+        stop: looked at all the time.
+    """
+    beside = f"{storage.absolute(job.bundle)}.engines"
+    question: dict[str, Any] = {
+        "asked": asked,
+        "places": (beside,) if fallback is None else (beside, fallback),
+        "gpu": actors.gpus > 0,
+        "batch_size": job.run.batch_size,
+        "cpus": max(1, int(actors.cpus)),
+        "worth_it": images is None or images >= WORTH_CONVERTING,
+    }
+    if have.nodes == 1 or actors.gpus:
+        return prepare_engine(bundle, **question, console=console, stop=stop)
+    remote = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare)
+    task = remote.remote(storage.absolute(job.bundle), question)
+    ((choice, lines),) = wait_for([task], title="engines", expected_s=USUAL_S, console=console, stop=stop)
+    for line in lines:
+        console.line(line)
+    found: EngineChoice = choice
+    return found
+
+
+class _Heard(Console):
+    """A console whose lines are kept for the driver's."""
+
+    def __init__(self) -> None:
+        super().__init__(terminal=False)
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def _prepare(bundle_uri: str, question: dict[str, Any]) -> tuple[EngineChoice, list[str]]:
+    console = _Heard()
+    choice = prepare_engine(load_bundle(bundle_uri), **question, console=console, stop=Stop(console))
+    return choice, console.lines
+
+
+def check_job_storage(job: ScoreJob, *, nodes: int) -> None:
+    """Raises ConfigError where not all nodes see the output and the bundle."""
+    for name, uri in (("output", job.output), ("bundle", job.bundle)):
+        check_storage(uri, is_shared=job.run.storage_is_shared, nodes=nodes, name=name)

@@ -1,0 +1,117 @@
+"""How a prediction table stands, from what lies in its folder (`generations.py`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mnist_dist import storage
+from mnist_dist.listing import Folder, Row, State, driver_values, living
+from mnist_dist.lock import Holder
+from mnist_dist.scoring.generations import MANIFEST, PART, SUMMARY, Committed, Generation, Output
+from mnist_dist.scoring.manifest import Manifest
+from mnist_dist.scoring.predictions import NOT_BAD, WORK
+
+DEPTH = 2
+"""Of folders: a table may lie in the folder of the run whose bundle made it."""
+
+
+def table_row(folder: Folder) -> Row | None:
+    """How a prediction table stands; None: the folder holds none.
+
+    Raises:
+        OSError, ValueError, TypeError, LookupError: the folder is damaged.
+        ServiceError: the storage failed.
+    """
+    has_work = WORK in folder.folders and not _is_empty(storage.join(folder.uri, WORK))
+    if not has_work and not _has_table(folder):
+        return None
+    output = Output(folder.uri)
+    driver = living(output.lock_uri) if has_work else None
+    committed, unfinished = output.committed(), output.unfinished() if has_work else None
+    shards = _shards(unfinished) if unfinished is not None else None
+    return Row(
+        name=folder.name,
+        uri=folder.uri,
+        state=_state(committed, shards, driver=driver),
+        progress=_progress_in_words(committed, unfinished, shards),
+        result=_result_in_words(committed),
+        updated_s=folder.updated_with(*_work_folders(folder, unfinished) if has_work else ()),
+        numbers={
+            "generation": _number(committed, unfinished),
+            **(shards or {}),
+            **_counts(committed),
+            **driver_values(driver),
+        },
+    )
+
+
+def _is_empty(uri: str) -> bool:
+    """Whether nothing is in a folder: a refused command leaves it so, on a disk."""
+    level = storage.list_level(uri)
+    return not level.folders and not level.files
+
+
+def _work_folders(folder: Folder, unfinished: Generation | None) -> list[str]:
+    """Where a driver writes."""
+    return [WORK] if unfinished is None else [WORK, unfinished.uri.removeprefix(f"{folder.uri}/")]
+
+
+def _has_table(folder: Folder) -> bool:
+    """By the names that are ours alone: others write a `_SUCCESS`, too."""
+    return any(name in (MANIFEST, SUMMARY) or PART.fullmatch(name) for name in folder.files)
+
+
+def _shards(generation: Generation) -> dict[str, int]:
+    """How far a generation is."""
+    done = generation.done_shards()
+    with Manifest(generation.manifest_uri) as manifest:
+        return {
+            "shards_done": len(done),
+            "shards": manifest.shards,
+            "rows_done": sum(manifest.shard_rows(shard) for shard in done),
+            "rows_to_do": manifest.rows,
+        }
+
+
+def _state(committed: Committed | None, shards: Mapping[str, int] | None, *, driver: Holder | None) -> State:
+    if driver is not None:
+        return "running"
+    if shards is not None or committed is None:
+        return "stopped" if committed is not None or (shards or {}).get("shards_done") else "new"
+    return "failed" if committed.failed else "finished"
+
+
+def _number(committed: Committed | None, unfinished: Generation | None) -> int | None:
+    return unfinished.number if unfinished is not None else committed.generation if committed is not None else None
+
+
+def _counts(committed: Committed | None) -> dict[str, Any]:
+    """Rows of the table that is there."""
+    if committed is None:
+        return {"rows": None, "ok": None, "errors": None}
+    statuses = committed.summary.get("statuses")
+    if statuses is None:  # somebody deleted the summary; the table does not need it
+        return {"rows": committed.rows, "ok": None, "errors": None}
+    errors = sum(count for status, count in statuses.items() if status not in NOT_BAD)
+    return {"rows": committed.rows, "ok": statuses.get("ok", 0), "errors": errors}
+
+
+def _progress_in_words(
+    committed: Committed | None, unfinished: Generation | None, shards: Mapping[str, int] | None
+) -> str:
+    number = _number(committed, unfinished)
+    if number is None:
+        return ""
+    if shards is None:
+        return f"generation {number}"
+    return (
+        f"{shards['shards_done']:,} of {shards['shards']:,} shards, {shards['rows_done']:,} of "
+        f"{shards['rows_to_do']:,} rows of generation {number}"
+    )
+
+
+def _result_in_words(committed: Committed | None) -> str:
+    counts = _counts(committed)
+    if counts["rows"] is None:
+        return ""
+    known = f": {counts['ok']:,} ok, {counts['errors']:,} errors" if counts["ok"] is not None else ""
+    return f"{counts['rows']:,} rows{known}"
