@@ -3,9 +3,11 @@
 ```
 MnistDistError                exit 1: the work was begun and could not be finished
 ├── ImageError                one image; it becomes a row or a count, never an exit code
-├── TooManyBadImages          more unreadable images than --max-bad-fraction allows
+├── Judged                    the work is done, and what came of it is not good enough
+│   ├── TooManyBadImages      more unreadable images than --max-bad-fraction allows
+│   └── ChecksFailed          the set-up breaks jobs: at least one check of `jobs.doctor` failed
 ├── TrainingDiverged          the loss is not a number
-├── ChecksFailed              the set-up breaks jobs: at least one check of `jobs.doctor` failed
+├── StepFailed                a process that converts or checks a model failed
 ├── WorkersFailed             a worker died more often than --max-failures allows
 │   └── DecoderStuck          an image takes longer than it may, in a thread that nothing can end
 ├── Interrupted               SIGINT or SIGTERM: what was held is saved (exit 130 or 143)
@@ -52,12 +54,12 @@ class ImageError(MnistDistError):
         return f"{self.status}: {self.message}"
 
 
-class TooManyBadImages(MnistDistError):
-    """More images are unreadable than the job allows.
+class Judged(MnistDistError):
+    """The work is done, and what came of it is not good enough.
 
     Args:
-        message: how many, and which.
-        result: of a job that is done all the same: the keys of its JSON line.
+        message: why not.
+        result: the keys of the job's JSON line.
     """
 
     def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
@@ -68,20 +70,16 @@ class TooManyBadImages(MnistDistError):
         return self.message
 
 
-class ChecksFailed(MnistDistError):
-    """At least one check of a set-up failed.
+class TooManyBadImages(Judged):
+    """More images are unreadable than the job allows; the message says how many, and which."""
 
-    Args:
-        message: which, and on which node.
-        result: the keys of the job's JSON line, which says what was found all the same.
-    """
 
-    def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message, result)
-        self.message, self.result = message, dict(result or {})
+class ChecksFailed(Judged):
+    """At least one check of a set-up failed; the message says which, and on which node."""
 
-    def __str__(self) -> str:
-        return self.message
+
+class StepFailed(MnistDistError):
+    """A process that worked on a model failed; the message ends with what it said last."""
 
 
 class TrainingDiverged(MnistDistError):

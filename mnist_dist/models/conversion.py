@@ -38,7 +38,7 @@ import numpy.typing as npt
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError, MnistDistError
+from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, first_line
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import (
     Predict,
@@ -224,7 +224,7 @@ def prepare_engine(
 
     Raises:
         ConfigError: what was asked for does not go, or is not installed, or does not compute what Keras does.
-        MnistDistError: a conversion or a check failed.
+        StepFailed: a conversion or a check of an engine that was named failed.
         Interrupted: a signal came.
     """
     source, _ = calibration_of(bundle)
@@ -241,7 +241,13 @@ def prepare_engine(
         cache = next((cache for cache in caches if cache.is_writable()), caches[0])
         with tempfile.TemporaryDirectory(prefix="mnist_dist-engines-") as scratch:
             work = _Work(bundle, cache, Path(scratch), batch_size, cpus, console, stop)
-            known = work.checked([cache.known(choice) for choice in fitting])
+            try:
+                known = work.checked([cache.known(choice) for choice in fitting])
+            except StepFailed as failure:
+                if named:
+                    raise
+                console.line(f"keras runs the model, which could not be converted: {first_line(failure)}")
+                return EngineChoice()
     checked = [choice for choice in known if choice.facts]
     if named and (len(checked) == 1 or all(why_not(choice) for choice in checked)):
         return _as_asked(checked[0], console)

@@ -23,7 +23,7 @@ import psutil
 
 import mnist_dist
 from mnist_dist.console import Bar, Console, Stop
-from mnist_dist.errors import MnistDistError
+from mnist_dist.errors import StepFailed
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run_step(
         stop: looked at all the time.
 
     Raises:
-        MnistDistError: it failed.
+        StepFailed: it failed.
         Interrupted: a signal came; the process is ended.
     """
     free_gib = psutil.virtual_memory().available / 2**30
@@ -61,7 +61,7 @@ def run_step(
         code = _wait(process, bar=bar, stop=stop)
     if code != 0:
         said = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-        raise MnistDistError(
+        raise StepFailed(
             f"{title}: the process {_cause(code, free_gib=free_gib)}\n  "
             + ("\n  ".join(said[-SHOWN_LINES:]) or "what it said is above")
         )
