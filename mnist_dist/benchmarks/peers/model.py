@@ -1,7 +1,8 @@
-"""A bundle's model as all peers use it: loaded by plain Keras, called as a `tf.function`."""
+"""A bundle's model as the peers use it: loaded by plain Keras, called as a `tf.function`."""
 
 # B = batch, H = height px, W = width px, C = channels, K = classes
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,22 @@ class Answers:
     """`float32 [B]`."""
 
 
+def load_model(task: Task) -> Any:
+    """The model as Keras loads it."""
+    return keras.saving.load_model(task.model_file, compile=False)
+
+
+def answers_of(probabilities: Any, class_names: Sequence[str]) -> Answers:
+    """Classes and confidences of `float32 [B, K]`."""
+    indices = np.argmax(probabilities, axis=1)
+    return Answers([class_names[index] for index in indices], probabilities.max(axis=1))
+
+
 class Model:
-    """The loaded model."""
+    """The model as a `tf.function`."""
 
     def __init__(self, task: Task) -> None:
-        model = keras.saving.load_model(task.model_file, compile=False)
+        model = load_model(task)
         self._class_names = task.info()["class_names"]
         self._shape = model.input_shape[1:]
         # of any batch size, since peers give smaller ones in between; as fast as one of a fixed shape
@@ -45,6 +57,4 @@ class Model:
 
     def __call__(self, pixels: Any) -> Answers:
         """Classes and confidences of a tensor or an array `uint8 [B, H, W, C]`."""
-        probabilities = self.probabilities(pixels)
-        indices = np.argmax(probabilities, axis=1)
-        return Answers([self._class_names[index] for index in indices], probabilities.max(axis=1))
+        return answers_of(self.probabilities(pixels), self._class_names)

@@ -7,9 +7,12 @@ the standard library alone.
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+WARM_UP_CALLS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +20,20 @@ class Task:
     """What is to be done."""
 
     bundle: str
-    """Folder of the model."""
+    """Folder of the model; of our job, or an `s3://` prefix."""
     images: str
-    """Folder of JPEGs."""
+    """Folder of JPEGs; of our job, or a tar or an `s3://` prefix."""
     scratch: str
     """Empty folder, for all that is written."""
     batch_size: int
     seconds: float = 10.0
-    """How long the bare model is called."""
+    """How long the bare model, or an engine, is called."""
+    table: str | None = None
+    """Where the table goes. None: into the scratch folder."""
+    engine: str = "keras"
+    """What runs the model in the peer `engine`, with the two below: see `models.conversion.EngineChoice`."""
+    precision: str = "float32"
+    engine_uri: str | None = None
 
     @classmethod
     def from_command_line(cls) -> "Task":
@@ -42,7 +51,7 @@ class Task:
     @property
     def output(self) -> str:
         """Folder of the table; the peer makes it."""
-        return str(Path(self.scratch) / "table")
+        return self.table or str(Path(self.scratch) / "table")
 
     @property
     def stamps_file(self) -> Path:
@@ -63,6 +72,18 @@ class Stamps:
         """Notes a batch that is done now."""
         with self._path.open("a") as file:
             file.write(f"{time.monotonic()} {images}\n")
+
+
+def call_again_and_again(call: Callable[[], object], task: Task) -> None:
+    """Calls something that takes one batch, for as long as the task says, and notes each call."""
+    for _ in range(WARM_UP_CALLS):
+        call()
+    stamps = Stamps(task)
+    stamps.add(0)
+    began = time.monotonic()
+    while time.monotonic() - began < task.seconds:
+        call()
+        stamps.add(task.batch_size)
 
 
 def read_stamps(task: Task) -> list[tuple[float, int]]:

@@ -14,8 +14,18 @@ from mnist_dist.benchmarks.peers.model import Model
 from mnist_dist.benchmarks.peers.task import Stamps, Task
 
 
-def images_of(task: Task) -> Any:
-    """Batches of paths and pixels, `uint8 [B, H, W, 3]`."""
+def paths_of(task: Task) -> list[str]:
+    """Of all images, in their order."""
+    return sorted(str(path) for path in Path(task.images).iterdir())
+
+
+def images_of(task: Task, *, in_order: bool = False) -> Any:
+    """Batches of paths and pixels, `uint8 [B, H, W, 3]`.
+
+    Args:
+        task: names the folder and the batch size.
+        in_order: of the paths; else as they come.
+    """
     info = task.info()
     size = (info["height_px"], info["width_px"])
 
@@ -23,8 +33,8 @@ def images_of(task: Task) -> Any:
         pixels = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
         return path, tf.cast(tf.round(tf.image.resize(pixels, size)), tf.uint8)
 
-    paths = tf.data.Dataset.from_tensor_slices(sorted(str(path) for path in Path(task.images).iterdir()))
-    images = paths.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False)
+    paths = tf.data.Dataset.from_tensor_slices(paths_of(task))
+    images = paths.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=in_order)
     return images.batch(task.batch_size).prefetch(tf.data.AUTOTUNE)
 
 

@@ -1,0 +1,93 @@
+"""Models to measure scoring with: bundles of random weights, and their engines, converted and checked beforehand.
+
+Owns: which models, at which size, in which batches. Does not own: how they are built, converted or checked (`models/`).
+"""
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from mnist_dist.config import EngineConfig, ModelConfig
+from mnist_dist.console import Console, Stop
+from mnist_dist.models.bundle import load_bundle
+from mnist_dist.models.conversion import EngineChoice, prepare_engine
+
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How a model is measured."""
+
+    size_px: int
+    batch_size: int
+
+
+CASES: dict[str, Case] = {
+    "mobilenet_v2": Case(size_px=224, batch_size=32),
+    "vgg16": Case(size_px=224, batch_size=16),
+    "cnn": Case(size_px=32, batch_size=2),
+}
+
+
+def make_bundle(path: Path, model: str) -> None:
+    """Writes a bundle of a model as it is before any training, a function of the seed; in a process of its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_hush) as pool:
+        pool.submit(_write_random_bundle, path, model).result()
+
+
+def ready_engine(path: Path, asked: EngineConfig, *, batch_size: int, console: Console) -> EngineChoice:
+    """The engine for the CPUs that a job takes for a bundle, from now on without converting or checking anything.
+
+    Args:
+        path: of the bundle; converted models go beside it, where the job looks for them.
+        asked: of the job.
+        batch_size: images per call.
+        console: shows progress.
+
+    Raises:
+        MnistDistError: see `prepare_engine`.
+    """
+    with Stop(console) as stop:
+        return prepare_engine(
+            load_bundle(str(path)),
+            asked,
+            places=(f"{path}.engines",),
+            gpu=False,
+            batch_size=batch_size,
+            cpus=len(os.sched_getaffinity(0)),
+            worth_it=True,
+            console=console,
+            stop=stop,
+        )
+
+
+def _hush() -> None:
+    """Silences what TensorFlow prints while it is imported, which no setting does; errors come back as exceptions."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _write_random_bundle(path: Path, model: str) -> None:
+    from mnist_dist.data.images import ImageSpec
+    from mnist_dist.models.bundle import write_bundle
+    from mnist_dist.models.classifier import build_classifier
+
+    size_px = CASES[model].size_px
+    spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
+    write_bundle(
+        path,
+        model=build_classifier(ModelConfig(backbone=model), spec=spec, num_classes=NUM_CLASSES, seed=0).model,
+        class_names=[f"class-{number}" for number in range(NUM_CLASSES)],
+        spec=spec,
+        backbone=model,
+        weights="none",
+        config={},
+        data_fingerprint="none",
+        validation={},
+        test={},
+        history_csv="",
+        calibration=None,
+    )

@@ -1,0 +1,70 @@
+"""The threads of our job that read and decode, alone: one per core, no model, no table."""
+
+import os
+import threading
+
+from mnist_dist.benchmarks.peers.task import Stamps, Task
+from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.data.images import Decoded
+from mnist_dist.errors import ImageError
+from mnist_dist.models.bundle import load_bundle
+from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads
+from mnist_dist.scoring.inputs import list_inputs
+from mnist_dist.scoring.reading import Encoded
+
+
+class Counter:
+    """A sink that notes every so many images, and drops them.
+
+    Args:
+        images: that come in all.
+        task: says after how many one is noted.
+    """
+
+    def __init__(self, images: int, task: Task) -> None:
+        self.failure: BaseException | None = None
+        self._left, self._since, self._each = images, 0, task.batch_size
+        self._stamps, self._lock, self._done = Stamps(task), threading.Lock(), threading.Event()
+
+    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
+        """Counts an image.
+
+        Raises:
+            ImageError: it is none.
+        """
+        if isinstance(image, ImageError):
+            raise image
+        with self._lock:
+            self._left, self._since = self._left - 1, self._since + 1
+            if self._left and self._since < self._each:
+                return
+            self._stamps.add(self._since)
+            self._since = 0
+            if not self._left:
+                self._done.set()
+
+    def abort(self, failure: BaseException) -> None:
+        self.failure = self.failure or failure
+        self._done.set()
+
+    def wait(self, pool: DecodePool) -> None:
+        """Returns when all images were counted; raises what kept them from coming."""
+        while not self._done.wait(LOOK_S):
+            pool.check_times()
+        if self.failure is not None:
+            raise self.failure
+
+
+def main() -> None:
+    """Decodes all images."""
+    task = Task.from_command_line()
+    rows = list_inputs(InputConfig(input=(task.images,))).table
+    threads = Threads(decoding=len(os.sched_getaffinity(0)))
+    with DecodePool(load_bundle(task.bundle).info.spec, config=DecodeConfig(), threads=threads) as pool:
+        counter = Counter(len(rows), task)
+        pool.begin(rows, counter, isolated=False)
+        counter.wait(pool)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""An engine of our job alone: always the same ready batch, all cores. What our job is measured by."""
+
+import numpy as np
+
+from mnist_dist.benchmarks.peers.task import Task, call_again_and_again
+from mnist_dist.models.bundle import load_bundle
+from mnist_dist.models.conversion import EngineChoice, open_engine
+
+
+def main() -> None:
+    """Calls the engine for as long as the task says."""
+    task = Task.from_command_line()
+    bundle = load_bundle(task.bundle)
+    choice = EngineChoice(engine=task.engine, precision=task.precision, uri=task.engine_uri)  # type: ignore[arg-type] # from JSON
+    engine = open_engine(choice, bundle, batch_size=task.batch_size)
+    shape = (task.batch_size, *bundle.info.spec.shape)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    call_again_and_again(lambda: engine(pixels), task)
+
+
+if __name__ == "__main__":
+    main()
