@@ -4,10 +4,12 @@ Owns: in which threads images are read and decoded, how many at once, how long o
 Does not own: what a request reads (`reading`), the pixels (`data/images.py`), or what becomes of them (a `Sink`).
 """
 
+import functools
+import math
+import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from mnist_dist.data.isolation import IsolatedDecoder
 from mnist_dist.errors import DecoderStuck, ImageError
 from mnist_dist.scoring.reading import Encoded, Read, plan_reads
 
+SETTLED_IMAGES = 32  # the first ones wait for what is only then imported and connected
 LOOK_S = 1.0  # between looks at how long decoding takes
 
 
@@ -37,7 +40,8 @@ class Threads:
 
     Args:
         decoding: that decode at the same time: one per core.
-        reading: beside those, that wait for storage; S3 answers after milliseconds.
+        reading: beside those, that wait for storage, at most. One is enough until reading turns out to take longer than
+            decoding: each thread more costs the others time, as Python runs one at a time.
     """
 
     decoding: int
@@ -70,8 +74,10 @@ class DecodePool:
 
     def __init__(self, spec: ImageSpec, *, config: DecodeConfig, threads: Threads) -> None:
         self._spec, self._config = spec, config
-        self._pool = ThreadPoolExecutor(threads.decoding + threads.reading, thread_name_prefix="decode")
+        self._threads = threads
+        self._pool = _Pool(threads.decoding + min(1, threads.reading))
         self._slots = threading.Semaphore(threads.decoding)
+        self._read = 0
         self._begun: dict[int, float] = {}  # by thread: since when it has been decoding
         self._child = IsolatedDecoder(spec, max_pixels=config.max_pixels, timeout_s=config.image_timeout_s)
         self.times, self._times_lock = Times(), threading.Lock()
@@ -81,7 +87,7 @@ class DecodePool:
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         is_stuck = kind is not None and issubclass(kind, DecoderStuck)  # then its thread would be waited for for ever
-        self._pool.shutdown(wait=not is_stuck, cancel_futures=True)
+        self._pool.close(wait=not is_stuck)
         self._child.close()
 
     def begin(self, rows: pa.Table, sink: Sink, *, isolated: bool) -> None:
@@ -94,7 +100,7 @@ class DecodePool:
         """
         decode = self._child.decode if isolated else self._decode_here
         for read in plan_reads(rows, most_bytes=self._config.max_bytes):
-            self._pool.submit(self._run, read, sink, decode)
+            self._pool.submit(functools.partial(self._run, read, sink, decode))
 
     def check_times(self) -> None:
         """Raises DecoderStuck where an image takes longer than it may."""
@@ -140,7 +146,50 @@ class DecodePool:
     def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0) -> None:
         with self._times_lock:
             self.times.read_s += read_s
+            self._read += read_s > 0
             self.times.decode_s += decode_s
+            self._grow()
+
+    def _grow(self) -> None:
+        """Where storage is slow, adds as many threads as keep all cores decoding while the others wait."""
+        times, threads = self.times, self._threads
+        if self._read < SETTLED_IMAGES or times.read_s <= times.decode_s:
+            return
+        most = threads.decoding + threads.reading
+        self._pool.grow(min(most, math.ceil(threads.decoding * (1 + times.read_s / max(times.decode_s, 1e-9)))))
+
+
+class _Pool:
+    """Threads that can become more; a pool that begins with many is slower, even where most of them only wait."""
+
+    def __init__(self, count: int) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self.grow(count)
+
+    def submit(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+
+    def grow(self, count: int) -> None:
+        """Has at least so many threads."""
+        while len(self._threads) < count:
+            name = f"decode-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._run, daemon=True, name=name))
+            self._threads[-1].start()
+
+    def close(self, *, wait: bool) -> None:
+        """Ends the threads after the calls that they are in; the others are dropped."""
+        self._closed = True
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if not self._closed:
+                call()
 
 
 class Collector:
