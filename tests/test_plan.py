@@ -398,7 +398,7 @@ def test_scoring_is_as_fast_as_its_plan_said(tmp_path: Path, bundle: Path, photo
     size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
     assert size / 2 < first["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
     assert any(line.startswith("bottleneck: decoding") for line in said.lines)
-    assert said.lines[-1] == "plan: nothing was written"
+    assert said.lines[-1] == "plan: no image was scored, and nothing written to the output"
 
 
 @pytest.mark.slow
