@@ -192,15 +192,34 @@ class _Pool:
                 call()
 
 
-class Collector:
+class AwaitedSink:
+    """A sink that can be waited for; who takes the images sets `_done` with the last one."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self._lock, self._done = threading.Lock(), threading.Event()
+
+    def abort(self, failure: BaseException) -> None:
+        self.failure = self.failure or failure
+        self._done.set()
+
+    def wait(self, pool: DecodePool) -> None:
+        """Returns when all images are there; raises what kept them from coming."""
+        while not self._done.wait(LOOK_S):
+            pool.check_times()
+        if self.failure is not None:
+            raise self.failure
+
+
+class Collector(AwaitedSink):
     """A sink that keeps everything, for images that are classified elsewhere."""
 
     def __init__(self, rows: int) -> None:
+        super().__init__()
         self.images: list[Decoded | ImageError] = [ImageError("failed", "not decoded")] * rows
         self.size_bytes: list[int | None] = [None] * rows
         self.etags: list[str | None] = [None] * rows
-        self.failure: BaseException | None = None
-        self._left, self._lock, self._done = rows, threading.Lock(), threading.Event()
+        self._left = rows
 
     def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
         self.images[row], self.size_bytes[row], self.etags[row] = image, encoded.size_bytes, encoded.etag
@@ -208,14 +227,3 @@ class Collector:
             self._left -= 1
             if self._left == 0:
                 self._done.set()
-
-    def abort(self, failure: BaseException) -> None:
-        self.failure = self.failure or failure
-        self._done.set()
-
-    def wait(self, pool: DecodePool) -> None:
-        """Returns when all rows are there; raises what kept them from coming."""
-        while not self._done.wait(LOOK_S):
-            pool.check_times()
-        if self.failure is not None:
-            raise self.failure

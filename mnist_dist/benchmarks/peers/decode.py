@@ -1,19 +1,18 @@
 """The threads of our job that read and decode, alone: one per core, no model, no table."""
 
 import os
-import threading
 
 from mnist_dist.benchmarks.peers.task import Stamps, Task
 from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.images import Decoded
 from mnist_dist.errors import ImageError
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads
+from mnist_dist.scoring.decoding import AwaitedSink, DecodePool, Threads
 from mnist_dist.scoring.inputs import list_inputs
 from mnist_dist.scoring.reading import Encoded
 
 
-class Counter:
+class Counter(AwaitedSink):
     """A sink that notes every so many images, and drops them.
 
     Args:
@@ -22,9 +21,9 @@ class Counter:
     """
 
     def __init__(self, images: int, task: Task) -> None:
-        self.failure: BaseException | None = None
+        super().__init__()
         self._left, self._since, self._each = images, 0, task.batch_size
-        self._stamps, self._lock, self._done = Stamps(task), threading.Lock(), threading.Event()
+        self._stamps = Stamps(task)
 
     def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
         """Counts an image.
@@ -42,17 +41,6 @@ class Counter:
             self._since = 0
             if not self._left:
                 self._done.set()
-
-    def abort(self, failure: BaseException) -> None:
-        self.failure = self.failure or failure
-        self._done.set()
-
-    def wait(self, pool: DecodePool) -> None:
-        """Returns when all images were counted; raises what kept them from coming."""
-        while not self._done.wait(LOOK_S):
-            pool.check_times()
-        if self.failure is not None:
-            raise self.failure
 
 
 def main() -> None:
