@@ -32,7 +32,7 @@ from mnist_dist.models.conversion import EngineChoice, open_engine
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring_actor import SECONDS_BETWEEN_ANSWERS
-from mnist_dist.on_ray.shards import GIVE_UP_S, POLL_S, Actors, await_actors, choose_actors, words_of
+from mnist_dist.on_ray.shards import GIVE_UP_S, POLL_S, Actors, await_actors, choose_actors, drain, words_of
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.scoring.attempts import FORESEEN
 from mnist_dist.scoring.decoding import Threads
@@ -234,12 +234,7 @@ class _ProbeRun:
         raise WorkersFailed("the process that measures ended without a word (--verbose and Ray's logs show where)")
 
     def _drain(self) -> None:
-        """Lets Ray Data run, in a side thread."""
-        for batch in self._dataset().iter_batches(batch_size=None, prefetch_batches=0):
-            for answer in batch["answer"]:
-                self._answers.put(pickle.loads(answer))
-            if self._given_up.is_set():
-                return
+        drain(self._dataset(), into=self._answers, given_up=self._given_up)
 
     def _dataset(self) -> "ray.data.Dataset":
         ray.data.DataContext.get_current().enable_progress_bars = False

@@ -226,12 +226,7 @@ class ShardRun:
         )
 
     def _drain(self) -> None:
-        """Lets Ray Data run, in a side thread."""
-        for batch in self._dataset().iter_batches(batch_size=None, prefetch_batches=0):
-            for answer in batch["answer"]:
-                self._answers.put(pickle.loads(answer))
-            if self._given_up.is_set():
-                return
+        drain(self._dataset(), into=self._answers, given_up=self._given_up)
 
     def _dataset(self) -> "ray.data.Dataset":
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -262,6 +257,15 @@ class ShardRun:
             rate = (ok + other) / max(time.monotonic() - self._first_answer_at, POLL_S)
             note += f", {rate:,.0f}/s, {(total - done - ok - other) / rate / 60:,.0f} min left"
         bar.update(done=done + ok + other, total=total, note=f"{note}, {other:,} not ok")
+
+
+def drain(dataset: "ray.data.Dataset", *, into: "queue.SimpleQueue[Any]", given_up: threading.Event) -> None:
+    """Lets Ray Data run, in a side thread; puts the pickled `answer`s into a queue until they end or are given up."""
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        for answer in batch["answer"]:
+            into.put(pickle.loads(answer))
+        if given_up.is_set():
+            return
 
 
 class _ShardsToDo(Datasource):
