@@ -25,6 +25,7 @@ import itertools
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import urllib.parse
@@ -33,10 +34,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from xml.parsers import expat
 
 from mnist_dist.errors import ServiceError, StorageError
+
+if TYPE_CHECKING:
+    from mnist_dist.s3_reads import FastReads
 
 _S3 = "s3://"
 _FILE = "file://"
@@ -155,7 +159,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if length == 0:
         return b""
     if is_remote(uri):
-        return _s3_read(uri, f"bytes={start}-{start + length - 1}")
+        return _s3_read_range(uri, start, start + length)
     with _local_errors(uri), _local(uri).open("rb") as file:
         file.seek(start)
         return file.read(length)
@@ -172,7 +176,7 @@ def entry_of(uri: str) -> Entry:
             with _s3_errors(uri):
                 head = _client().head_object(**_s3_address(uri))
         except PermissionError:
-            _s3_read(uri, "bytes=0-0")  # the answer to HEAD has no body: it does not say whether the object is denied
+            _s3_read_range(uri, 0, 1)  # the answer to HEAD has no body: it does not say whether the object is denied
             raise
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
     with _local_errors(uri):
@@ -473,7 +477,8 @@ def is_service_error(error: OSError) -> bool:
 
 def forget_clients() -> None:
     """Drops the cached S3 client, so that the next call reads the AWS settings again."""
-    _client_of.cache_clear()
+    for cached in (_session_of, _client_of, _fast_reads_of):
+        cached.cache_clear()
 
 
 # --- local files -----------------------------------------------------------------------------------------------------
@@ -592,16 +597,34 @@ def _client() -> Any:
 
 
 @functools.cache
-def _client_of(pid: int) -> Any:  # by process: connections do not survive a fork
+def _session_of(pid: int) -> Any:
     from boto3.session import Session
+
+    return Session()  # our own: boto3's default one keeps the first credentials it saw
+
+
+@functools.cache
+def _client_of(pid: int) -> Any:  # by process: connections do not survive a fork
     from botocore.config import Config
 
     retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
-    # a session of our own: boto3's default one keeps the first credentials it saw
-    client = Session().client("s3", config=Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS))
+    config = Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS)
+    client = _session_of(pid).client("s3", config=config)
     # by this pattern it comes before botocore looks for errors in the page, which parses all of it
     client.meta.events.register("before-parse.*.ListObjectsV2", _take_objects)
     return client
+
+
+def _fast_reads() -> "FastReads":
+    with _client_lock:
+        return _fast_reads_of(os.getpid())
+
+
+@functools.cache
+def _fast_reads_of(pid: int) -> "FastReads":
+    from mnist_dist.s3_reads import FastReads  # only here: it loads boto3
+
+    return FastReads(_session_of(pid), _client_of(pid))
 
 
 def _s3_address(uri: str) -> dict[str, str]:
@@ -642,10 +665,21 @@ def _meaning(err: Any, uri: str) -> Exception:
     return ServiceError(f"{uri}: {err}")
 
 
-def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
+def _s3_read(uri: str) -> bytes:
+    _, data = _s3_read_object(uri, sys.maxsize)
+    assert data is not None
+    return data
+
+
+def _s3_read_range(uri: str, start: int, stop: int) -> bytes:
+    """The bytes from `start` to before `stop`, fewer where the object ends."""
     from botocore.exceptions import ClientError
 
-    arguments = _s3_address(uri) | ({"Range": byte_range} if byte_range else {})
+    address = _s3_address(uri)
+    fast = _s3_fast(uri, lambda reads: reads.read_range(address["Bucket"], address["Key"], start, stop))
+    if fast is not None:
+        return fast
+    arguments = address | {"Range": f"bytes={start}-{stop - 1}"}
 
     def read() -> bytes:
         try:
@@ -659,8 +693,14 @@ def _s3_read(uri: str, byte_range: str | None = None) -> bytes:
 
 
 def _s3_read_object(uri: str, most_bytes: int) -> tuple[Entry, bytes | None]:
+    address = _s3_address(uri)
+    fast = _s3_fast(uri, lambda reads: reads.read(address["Bucket"], address["Key"], most_bytes=most_bytes))
+    if fast is not None:
+        size_bytes, etag, data = fast
+        return Entry(uri, size_bytes, etag), data
+
     def read() -> tuple[Entry, bytes | None]:
-        answer = _client().get_object(**_s3_address(uri))
+        answer = _client().get_object(**address)
         entry = Entry(uri, answer["ContentLength"], answer["ETag"].strip('"'))
         if entry.size_bytes > most_bytes:
             answer["Body"].close()
@@ -668,6 +708,13 @@ def _s3_read_object(uri: str, most_bytes: int) -> tuple[Entry, bytes | None]:
         return entry, bytes(answer["Body"].read())
 
     return _s3_body(uri, read)
+
+
+def _s3_fast(uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
+    """What the quick client gives, if it gives something."""
+    with _s3_errors(uri):
+        reads = _fast_reads()
+        return read(reads)
 
 
 def _s3_body(uri: str, read: Callable[[], Value]) -> Value:
@@ -720,7 +767,7 @@ class _S3Range(io.RawIOBase):
         end = min(self._position + len(buffer), self._size_bytes)
         if end <= self._position:
             return 0
-        data = _s3_read(self._uri, f"bytes={self._position}-{end - 1}")
+        data = _s3_read_range(self._uri, self._position, end)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

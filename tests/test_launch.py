@@ -27,7 +27,7 @@ from mnist_dist.config import ScoreJob
 from mnist_dist.console import parse
 
 MOST_BYTES = 2**20  # of what travels with a job
-TRAVELS = {"mnist_dist", "jobs", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+TRAVELS = {"mnist_dist", "jobs", "pyproject.toml", "constraints.txt", "LICENSE"}
 INSTANCES = {"g6.2xlarge": {"CPU": 8, "GPU": 1}, "c7i.4xlarge": {"CPU": 16}}  # as EC2 describes them
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGT]|[KMGT]i)?")
 FIELDS = json.loads((ROOT / "tests" / "rayjob_fields.json").read_text())

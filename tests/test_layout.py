@@ -23,6 +23,7 @@ FLOORS = {
             "recipes",
             "console",
             "storage",
+            "s3_reads",
             "lock",
             "listing",
         ),
