@@ -44,6 +44,7 @@ from mnist_dist.models.conversion import (
     prepare_engine,
     why_not,
 )
+from mnist_dist.models.converted_engines import openvino_core
 from mnist_dist.models.engines import KerasEngine
 
 # N = images that are compared, K = classes
@@ -557,7 +558,7 @@ def other_model(engines: Engines) -> None:
     """Puts another model, of the same shape, in the place of the converted one, whose facts are lost."""
     import openvino
 
-    core, file = openvino.Core(), engines.folder / "openvino" / "model.xml"
+    core, file = openvino_core(), engines.folder / "openvino" / "model.xml"
     model = core.read_model(file)
     last = next(node for node in reversed(model.get_ordered_ops()) if node.get_type_name() == "MatMul")
     weights = last.input(1)

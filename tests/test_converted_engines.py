@@ -201,11 +201,36 @@ def test_a_process_with_such_an_engine_loads_neither_keras_nor_tensorflow(
 
 
 @pytest.mark.slow
+def test_a_signal_is_survived_by_a_process_that_had_several_engines(converted: Path) -> None:
+    needs("openvino")
+    program = (
+        "import gc, os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mnist_dist.data.images import ImageSpec\n"
+        "from mnist_dist.models.converted_engines import OpenVinoEngine\n"
+        "height_px, width_px, channels = map(int, sys.argv[2:])\n"
+        "spec = ImageSpec(height_px=height_px, width_px=width_px, channels=channels)\n"
+        "engines = [OpenVinoEngine(Path(sys.argv[1]), spec=spec, batch_size=2) for _ in range(3)]\n"
+        "while engines:\n"
+        "    del engines[0]\n"
+        "    gc.collect()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('alive'))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    sides = [str(side) for side in (SPEC.height_px, SPEC.width_px, SPEC.channels)]
+    command = [sys.executable, "-c", program, str(converted / "openvino"), *sides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "alive"
+
+
+@pytest.mark.slow
 def test_it_uses_as_many_cores_as_it_may(bundle: Bundle, converted: Path) -> None:
     needs("openvino")
     for cpus in (1, 2):
         engine = OpenVinoEngine(converted / "openvino", spec=SPEC, batch_size=BATCH, cpus=cpus)
-        assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == cpus
+        request = engine._requests.get()
+        assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == cpus
+        assert request.get_compiled_model().get_property("NUM_STREAMS") == engine.calls_at_once == cpus
 
 
 @pytest.mark.slow

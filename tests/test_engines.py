@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
-from mnist_dist.models.engines import KerasEngine, Outputs
+from mnist_dist.models.engines import KerasEngine, Outputs, calls_per_s
 
 # b = images of a call, D = features
 
@@ -194,6 +195,13 @@ def test_another_error_of_the_model_is_raised_as_it_is(bundle: Bundle) -> None:
     assert engine.batch_size == BATCH
 
 
-def test_it_says_how_it_computes(bundle: Bundle) -> None:
+def test_one_call_at_a_time_takes_all_cores(bundle: Bundle) -> None:
     engine = KerasEngine(bundle, batch_size=BATCH)
-    assert (engine.name, engine.precision, engine.batch_size) == ("keras", "float32", BATCH)
+    assert (engine.calls_at_once, engine.batch_size) == (1, BATCH)
+
+
+def test_speed_is_that_of_all_threads_together() -> None:
+    for at_once in (1, 3):
+        assert calls_per_s(lambda: time.sleep(0.02), seconds=0.3, at_once=at_once) == pytest.approx(
+            50 * at_once, rel=0.3
+        )

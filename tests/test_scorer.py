@@ -47,11 +47,21 @@ class ColourEngine:
         batch_size: of a call.
         spec: of the pixels; None: no embeddings.
         pause_s: that a call takes.
+        calls_at_once: threads that should call it.
     """
 
     num_classes = 3
 
-    def __init__(self, batch_size: int = BATCH, *, spec: ImageSpec | None = None, pause_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        batch_size: int = BATCH,
+        *,
+        spec: ImageSpec | None = None,
+        pause_s: float = 0.0,
+        calls_at_once: int = 1,
+    ) -> None:
+        self.calls_at_once, self.under_way, self.most_under_way = calls_at_once, 0, 0
+        self._lock = threading.Lock()
         self.batch_size, self.num_features, self.pause_s = batch_size, spec.image_bytes if spec else 0, pause_s
         self.sizes: list[int] = []
         self.alive: list[int] = []
@@ -60,7 +70,17 @@ class ColourEngine:
         self.goes_on.set()
 
     def __call__(self, pixels: Pixels) -> Outputs:
-        self.sizes.append(len(pixels))
+        with self._lock:
+            self.sizes.append(len(pixels))
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            return self._outputs(pixels)
+        finally:
+            with self._lock:
+                self.under_way -= 1
+
+    def _outputs(self, pixels: Pixels) -> Outputs:
         assert self.goes_on.wait(END_S)
         if self.failure is not None:
             raise self.failure
@@ -237,6 +257,40 @@ def test_batches_are_filled_across_shards(archive: pa.Table) -> None:
         for numbers, future in zip([range(13), range(13, 18), range(18, 40)], futures, strict=True):
             check_outcomes(future.result(END_S), numbers)
     assert engine.sizes == [BATCH] * 10
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+def test_as_many_calls_as_the_engine_takes_at_once_lose_nothing(archive: pa.Table, calls: int) -> None:
+    engine = ColourEngine(pause_s=0.01, calls_at_once=calls)
+    with scoring(engine) as scorer, ThreadPoolExecutor(2) as pool:
+        parts = [list(range(start, start + 10)) for start in range(0, IMAGES, 10)]
+        for numbers, outcomes in zip(
+            parts, pool.map(lambda some: scorer.score(archive.take(some)), parts), strict=True
+        ):
+            check_outcomes(outcomes, numbers)
+    assert engine.most_under_way == calls
+    assert sum(engine.sizes) == IMAGES
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+@pytest.mark.parametrize("images", [1, 4, 6, 9])
+def test_the_last_images_wait_for_no_other_call(archive: pa.Table, calls: int, images: int) -> None:
+    engine = ColourEngine(pause_s=0.2, calls_at_once=calls)
+    with scoring(engine) as scorer:
+        began = time.monotonic()
+        check_outcomes(scorer.score(archive.slice(0, images)), list(range(images)))
+        assert time.monotonic() - began < 2.0
+    assert sum(engine.sizes) == images
+
+
+def test_a_failing_call_beside_others_is_raised_by_the_calls_that_wait_for_it(archive: pa.Table) -> None:
+    engine = ColourEngine(calls_at_once=2)
+    with scoring(engine) as scorer:
+        engine.failure = ValueError("no memory")
+        with pytest.raises(ValueError, match="no memory"):
+            scorer.score(archive)
+        engine.failure = None
+        check_outcomes(scorer.score(archive.slice(0, 10)), list(range(10)))
 
 
 def test_a_batch_waits_for_images_that_are_slow_to_come(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ Owns: which they are, the same in every process, and how they are read. Does not
 
 # B = batch, N = all images, H = height px, W = width px, C = channels, K = classes
 
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mnist_dist.data.images import Pixels
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
+from mnist_dist.models.engines import calls_per_s
 from mnist_dist.models.steps import Report
 
 MOST_IMAGES = 2_000
@@ -89,7 +90,7 @@ def calibration_images(bundle: Bundle, *, batch_size: int, most: int = MOST_IMAG
 
 
 def predict_calibration(
-    bundle: Bundle, predict: Predict, *, batch_size: int, report: Report, most: int = MOST_IMAGES
+    bundle: Bundle, predict: Predict, *, batch_size: int, report: Report, most: int = MOST_IMAGES, at_once: int = 1
 ) -> tuple[Probabilities, float]:
     """What a model says of the images, `float32 [N, K]`, and how many images/s it takes in full batches.
 
@@ -99,19 +100,18 @@ def predict_calibration(
         batch_size: images per call.
         report: is told how far it is.
         most: see `calibration_images`.
+        at_once: threads that may call the model at the same time.
     """
     count = min(calibration_of(bundle)[1], most)
     rows: list[Probabilities] = []
-    for pixels in calibration_images(bundle, batch_size=batch_size, most=most):
-        rows.append(predict(pixels))
-        report(sum(map(len, rows)), count)
+    images = calibration_images(bundle, batch_size=batch_size, most=most)
+    with ThreadPoolExecutor(at_once) as pool:  # whose `map` takes all images at once
+        for some in map(predict, images) if at_once == 1 else pool.map(predict, images):
+            rows.append(some)
+            report(sum(map(len, rows)), count)
     ready = np.zeros((batch_size, *bundle.info.spec.shape), np.uint8)
-    predict(ready)
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < SECONDS_MEASURED:
-        predict(ready)
-        calls += 1
-    return np.concatenate(rows), calls * batch_size / (time.perf_counter() - began)
+    speed = batch_size * calls_per_s(lambda: predict(ready), seconds=SECONDS_MEASURED, at_once=at_once)
+    return np.concatenate(rows), speed
 
 
 def calibration_labels(bundle: Bundle, *, most: int = MOST_IMAGES) -> npt.NDArray[np.int64] | None:

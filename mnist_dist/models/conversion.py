@@ -41,13 +41,12 @@ from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, first_line
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import (
-    Predict,
     calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
 )
-from mnist_dist.models.converted_engines import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine
+from mnist_dist.models.converted_engines import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine, openvino_core
 from mnist_dist.models.engines import Engine, KerasEngine, with_features
 from mnist_dist.models.steps import Report, run_step, serve
 
@@ -94,7 +93,7 @@ class EngineChoice:
 def open_engine(
     choice: EngineChoice, bundle: Bundle, *, batch_size: int, embeddings: bool = False, cpus: int | None = None
 ) -> Engine:
-    """Loads an engine.
+    """Loads an engine, and calls it once, which takes long.
 
     Args:
         choice: which.
@@ -103,6 +102,14 @@ def open_engine(
         embeddings: also give the features before the head.
         cpus: cores that a call may use; None: all.
     """
+    engine = _load_engine(choice, bundle, batch_size=batch_size, embeddings=embeddings, cpus=cpus)
+    engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))
+    return engine
+
+
+def _load_engine(
+    choice: EngineChoice, bundle: Bundle, *, batch_size: int, embeddings: bool, cpus: int | None
+) -> Engine:
     if choice.uri is None:
         return KerasEngine(bundle, batch_size=batch_size, embeddings=embeddings, cpus=cpus)
     spec, threads = bundle.info.spec, cpus or len(os.sched_getaffinity(0))
@@ -484,7 +491,7 @@ def _keras_step(task: dict[str, Any], report: Report) -> None:
     hide_gpus()  # whose TF32 would differ by more than a conversion does
     bundle, scratch = load_bundle(task["bundle"]), Path(task["scratch"])
     engine = KerasEngine(bundle, batch_size=task["batch_size"], cpus=task["cpus"])
-    _predict(task, bundle, lambda pixels: engine(pixels).probabilities, report)
+    _predict(task, bundle, engine, report)
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its converter would report its use to Intel
     model = with_features(bundle.model)
     model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # an ONNX export wants it called before
@@ -498,7 +505,7 @@ def _check_step(task: dict[str, Any], report: Report) -> None:
     bundle = load_bundle(task["bundle"])
     choice = EngineChoice(engine=task["engine"], precision=task["precision"], uri=task["folder"])
     engine = open_engine(choice, bundle, batch_size=task["batch_size"], cpus=task["cpus"])
-    _predict(task, bundle, lambda pixels: engine(pixels).probabilities, report)
+    _predict(task, bundle, engine, report)
 
 
 def _quantize_step(task: dict[str, Any], report: Report) -> None:
@@ -508,16 +515,21 @@ def _quantize_step(task: dict[str, Any], report: Report) -> None:
 
     bundle, target = load_bundle(task["bundle"]), Path(task["folder"])
     images = list(calibration_images(bundle, batch_size=1, most=QUANTIZED_IMAGES))
-    model = openvino.Core().read_model(Path(task["source"], OPENVINO_FILE))
+    model = openvino_core().read_model(Path(task["source"], OPENVINO_FILE))
     quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
     target.mkdir()
     openvino.save_model(quantized, target / OPENVINO_FILE, compress_to_fp16=False)
     report(len(images), len(images))
 
 
-def _predict(task: dict[str, Any], bundle: Bundle, predict: Predict, report: Report) -> None:
+def _predict(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Report) -> None:
     probabilities, speed = predict_calibration(
-        bundle, predict, batch_size=task["batch_size"], most=COMPARED_IMAGES, report=report
+        bundle,
+        lambda pixels: engine(pixels).probabilities,
+        batch_size=task["batch_size"],
+        most=COMPARED_IMAGES,
+        report=report,
+        at_once=engine.calls_at_once,
     )
     name = Path(task["scratch"], task["name"])
     np.savez(name.with_name(f"{name.name}.npz"), probabilities=probabilities)

@@ -8,6 +8,8 @@ becomes of the outputs.
 
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +42,10 @@ class Engine(Protocol):
         """Images that are taken at once."""
 
     @property
+    def calls_at_once(self) -> int:
+        """Threads that may call it at the same time, and should."""
+
+    @property
     def num_classes(self) -> int:
         """K."""
 
@@ -65,7 +71,7 @@ class KerasEngine:
         cpus: cores that a call may use; None: all.
     """
 
-    name, precision = "keras", "float32"
+    calls_at_once = 1
 
     def __init__(self, bundle: Bundle, *, batch_size: int, embeddings: bool = False, cpus: int | None = None) -> None:
         use_cpus(cpus)
@@ -172,12 +178,22 @@ def images_per_s(model: Any, *, batch_size: int, seconds: float) -> float:
     """Speed of a compiled model on one ready batch of `uint8` images, after a first call that does not count."""
     function = compile_model(model, batch_size=batch_size)
     pixels = np.zeros((batch_size, *model.input_shape[1:]), np.uint8)
-    function(pixels)
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < seconds:
-        np.asarray(function(pixels)[0])
-        calls += 1
-    return calls * batch_size / (time.perf_counter() - began)
+    return batch_size * calls_per_s(lambda: np.asarray(function(pixels)[0]), seconds=seconds)
+
+
+def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1) -> float:
+    """How many calls a second go through, by so many threads, after a first one that does not count."""
+    call()
+    counts, began = [0] * at_once, time.perf_counter()
+
+    def run(number: int) -> None:
+        while counts[number] == 0 or time.perf_counter() - began < seconds:
+            call()
+            counts[number] += 1
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, range(at_once)))
+    return sum(counts) / (time.perf_counter() - began)
 
 
 def _frozen(function: Any, model: Any) -> Any:

@@ -44,6 +44,7 @@ from mnist_dist.export_config import ExportFormat
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import Predict, Probabilities, calibration_of, predict_calibration
+from mnist_dist.models.converted_engines import openvino_core
 from mnist_dist.models.engines import KerasEngine
 from mnist_dist.models.steps import Report, run_step, serve
 
@@ -447,10 +448,8 @@ def _open_onnx(path: str) -> Runtime:
 
 
 def _open_openvino(path: str) -> Runtime:
-    import openvino
-
     # some CPUs run bfloat16 unless they are told otherwise
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = compiled.input(0).any_name, compiled.output(0).any_name
     return Runtime(lambda pixels: np.array(compiled(pixels)[0]), *names)
 

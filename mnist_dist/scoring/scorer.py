@@ -54,18 +54,26 @@ class Scorer:
     def __init__(self, engine: Engine, *, spec: ImageSpec, decoding: DecodeConfig, threads: Threads) -> None:
         self._engine = engine
         self._pool = DecodePool(spec, config=decoding, threads=threads)
-        self._images: queue.Queue[_Image] = queue.Queue(BATCHES_WAITING * engine.batch_size)
+        calls = engine.calls_at_once
+        self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
+        self._collecting = threading.Lock()
+        self._in_the_model: dict[int, Sequence[_Image]] = {}  # by thread
         self._under_way: set[_Shard] = set()
         self._closed = False
-        self._thread = threading.Thread(target=self._run_model, daemon=True, name="model")
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run_model, args=(number,), daemon=True, name=f"model-{number}")
+            for number in range(calls)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> "Scorer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         self._closed = True
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._pool.__exit__(kind)
 
     @property
@@ -124,15 +132,22 @@ class Scorer:
                 self._images.put(image, timeout=LOOK_S)
                 return
 
-    # --- in the thread that has the model ----------------------------------------------------------------------------
+    # --- in the threads that have the model --------------------------------------------------------------------------
 
-    def _run_model(self) -> None:
-        while (batch := self._next_batch()) is not None:
+    def _run_model(self, number: int) -> None:
+        while True:
+            with self._collecting:  # one fills a batch while the others are in the model
+                batch = self._next_batch()
+                if batch is None:
+                    return
+                self._in_the_model[number] = batch
             try:
                 self._classify(batch)
             except BaseException as failure:  # raised by every call that waits for this batch
                 for image in batch:
                     image.shard.abort(failure)
+            finally:
+                del self._in_the_model[number]
 
     def _next_batch(self) -> "list[_Image] | None":
         """The next images, a full batch of them unless no more are on their way; None at the end."""
@@ -148,14 +163,15 @@ class Scorer:
         return batch
 
     def _holds_all_that_is_left(self, batch: "Sequence[_Image]") -> bool:
-        """Whether no shard under way has an image that is not in the batch."""
-        under_way = set(self._under_way)
-        return sum(shard.left for shard in under_way) == sum(image.shard in under_way for image in batch)
+        """Whether no shard under way has an image that is neither in the batch nor in the model."""
+        under_way, others = set(self._under_way), list(self._in_the_model.values())
+        held = sum(image.shard in under_way for images in (batch, *others) for image in images)
+        return sum(shard.left for shard in under_way) <= held
 
     def _classify(self, batch: "Sequence[_Image]") -> None:
         began = time.perf_counter()
         outputs = self._engine(np.stack([image.pixels for image in batch]))
-        self.times.model_s += time.perf_counter() - began
+        self.times.model_s += (time.perf_counter() - began) / self._engine.calls_at_once
         places: dict[_Shard, list[int]] = {}
         for place, image in enumerate(batch):
             places.setdefault(image.shard, []).append(place)
@@ -194,9 +210,11 @@ class _Shard:
 
     def classified(self, rows: Sequence[int], outputs: Outputs, places: Sequence[int]) -> None:
         """Takes the model's outputs at `places` as those of `rows`."""
-        self._probabilities = _filled(self._probabilities, len(self._statuses), rows, outputs.probabilities[places])
-        if outputs.embeddings is not None:
-            self._embeddings = _filled(self._embeddings, len(self._statuses), rows, outputs.embeddings[places])
+        total = len(self._statuses)
+        with self._lock:
+            self._probabilities = _filled(self._probabilities, total, rows, outputs.probabilities[places])
+            if outputs.embeddings is not None:
+                self._embeddings = _filled(self._embeddings, total, rows, outputs.embeddings[places])
         for row in rows:
             self._statuses[row] = "ok"
         self._finish(len(rows), 0)

@@ -15,7 +15,7 @@ def main() -> None:
     engine = open_engine(choice, bundle, batch_size=task.batch_size)
     shape = (task.batch_size, *bundle.info.spec.shape)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    call_again_and_again(lambda: engine(pixels), task)
+    call_again_and_again(lambda: engine(pixels), task, at_once=engine.calls_at_once)
 
 
 if __name__ == "__main__":

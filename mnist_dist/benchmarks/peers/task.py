@@ -6,6 +6,7 @@ the standard library alone.
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -74,16 +75,24 @@ class Stamps:
             file.write(f"{time.monotonic()} {images}\n")
 
 
-def call_again_and_again(call: Callable[[], object], task: Task) -> None:
-    """Calls something that takes one batch, for as long as the task says, and notes each call."""
+def call_again_and_again(call: Callable[[], object], task: Task, *, at_once: int = 1) -> None:
+    """Calls something that takes one batch, for as long as the task says, from so many threads; notes each call."""
     for _ in range(WARM_UP_CALLS):
         call()
     stamps = Stamps(task)
     stamps.add(0)
     began = time.monotonic()
-    while time.monotonic() - began < task.seconds:
-        call()
-        stamps.add(task.batch_size)
+
+    def run() -> None:
+        while time.monotonic() - began < task.seconds:
+            call()
+            stamps.add(task.batch_size)
+
+    threads = [threading.Thread(target=run) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def read_stamps(task: Task) -> list[tuple[float, int]]:
