@@ -683,7 +683,6 @@ def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Outpu
     storage.write_bytes(f"{begun.uri}/shard-000008.scoring.begun", b"{}")
     assert begun.done_shards() == {0, 7, 1_234_567}
     assert begun.shard_uri(7).endswith("/g0001/shard-000007.parquet")
-    assert begun.to_do_uri("r7").endswith("/g0001/to-do-r7.json")
     assert not begun.is_committing
 
 

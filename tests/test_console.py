@@ -244,8 +244,10 @@ def end_of(
     main: Callable[[], Mapping[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, dict[str, Any], str]:
     """Exit code, the JSON of stdout's last line, stderr."""
-    with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-        console.run(main, job="test")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
+            console.run(main, job="test")
     out, err = capsys.readouterr()
     return str(ended.value), json.loads(out.splitlines()[-1]), err
 

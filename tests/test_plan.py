@@ -33,14 +33,14 @@ from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
 from mnist_dist.models.engines import Outputs
+from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.plan_score import means_of
 from mnist_dist.on_ray.plan_train import sample_splits, sizes_of
 from mnist_dist.on_ray.score import score
-from mnist_dist.on_ray.shards import Actors
 from mnist_dist.on_ray.train import train
 from mnist_dist.scoring.decoding import Threads
-from mnist_dist.scoring.measuring import Probe, measure, sample, settled_images_per_s
+from mnist_dist.scoring.measuring import Probe, SteadySpeed, measure, sample, settled_images_per_s
 from mnist_dist.scoring.planning import Means, Pace, forecast
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position
@@ -122,6 +122,21 @@ def test_speed_is_counted_once_it_has_settled_and_until_the_work_runs_out() -> N
     assert settled_images_per_s([(0.0, 32), (4.0, 32)], until=3.0) == pytest.approx(8)
 
 
+def test_a_job_is_steady_after_its_first_quarter() -> None:
+    steady = SteadySpeed(1_000)
+    for done, at in [(10, 5.0), (240, 9.0), (260, 10.0), (660, 14.0), (650, 13.9), (1_000, 18.0)]:
+        steady.note(done, at=at)
+    assert steady.images_per_s == pytest.approx((1_000 - 260) / 8)
+
+
+@pytest.mark.parametrize("told", [[], [(4, 1.0)], [(1, 1.0), (4, 1.0)]])
+def test_of_a_job_that_is_over_at_once_nothing_is_said(told: list[tuple[int, float]]) -> None:
+    steady = SteadySpeed(4)
+    for done, at in told:
+        steady.note(done, at=at)
+    assert steady.images_per_s is None
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.44, "0.4 s"), (42.2, "42 s"), (119, "119 s"), (150, "2.5 min"), (9_000, "2.5 h")]
 )
@@ -181,7 +196,7 @@ def test_a_plan_of_images_of_which_none_can_be_used_says_why(tmp_path: Path) -> 
 class Sleeper:
     """An engine that takes its time for each batch, whatever its size."""
 
-    num_classes, num_features = 3, 0
+    num_classes, num_features, calls_at_once = 3, 0, 1
 
     def __init__(self, *, batch_size: int, seconds: float) -> None:
         self.batch_size, self._seconds = batch_size, seconds

@@ -780,7 +780,13 @@ def test_the_command_ends_with_one_line_of_json_and_the_exit_code(
     nowhere = {"RAY_ADDRESS": "127.0.0.1:1"}  # whoever asks for a Ray fails
     code, again, err = run(*flags, "--max-bad-fraction", "0.5", **nowhere)
     assert code == 0, err
-    assert again == {**result, "skipped": 17, "images_per_s": None, "seconds": again["seconds"]}
+    assert again == {
+        **result,
+        "skipped": 17,
+        "images_per_s": None,
+        "steady_images_per_s": None,
+        "seconds": again["seconds"],
+    }
 
     code, failed, err = run(*flags, **nowhere)
     assert code == 1

@@ -17,7 +17,6 @@ measurement counts only if it found as many keys or rows as there are.
 import bisect
 import contextlib
 import http.client
-import json
 import os
 import resource
 import sys
@@ -41,7 +40,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.benchmarks.machine import machine
 from mnist_dist.config import InputConfig, require
 from mnist_dist.console import Console
@@ -232,7 +230,7 @@ def list_bucket(endpoint: str, keys: int) -> Figures:
 
 
 def plan_resume(folder: str) -> Figures:
-    """What `on_ray/score.py` and `on_ray/shards.py` do between taking the lock and giving Ray the shards."""
+    """What `on_ray/score.py` does between taking the lock and giving Ray the shards."""
     began = time.perf_counter()
     output = Output(folder)
     output.sweep()
@@ -245,7 +243,6 @@ def plan_resume(folder: str) -> Figures:
     with Manifest(generation.manifest_uri) as manifest:
         rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
         rows_done = sum(manifest.shard_rows(shard) for shard in done)
-    storage.write_bytes(generation.to_do_uri("benchmark"), json.dumps(left).encode())
     return {
         "seconds": time.perf_counter() - began,
         "peak_bytes": peak_memory_bytes(),

@@ -8,8 +8,8 @@ Contract: everything is measured in one run, each measurement in a process of it
 measurement counts only if its table has exactly one row for each image. Engines are converted and checked before the
 first round; a job that converts again does not count.
 
-- steady: images/s after the first quarter of the batches, by time stamps within the process; of ours, from the first
-  shard's begin to the last one's end, as its JSON line says: nothing is left out.
+- steady: images/s after the first quarter of the batches, by time stamps within the process; of ours as its JSON line
+  says, which is the same, of the images, told a few times a second.
 - whole: images/s from the start of the process to its exit.
 """
 
@@ -43,6 +43,7 @@ from mnist_dist.console import Console
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.models.conversion import EngineChoice
 from mnist_dist.scoring.generations import SUMMARY
+from mnist_dist.scoring.measuring import SETTLING
 
 ModelName = Literal["mobilenet_v2", "vgg16", "cnn"]
 Peer = Literal[
@@ -76,7 +77,6 @@ PARTS = ("bare", "engine", "engine-bf16", "decode")  # they make no table
 DEFAULT_ENGINE, BFLOAT16 = EngineConfig(), EngineConfig(engine="openvino", precision="bfloat16")
 EngineFacts = dict[str, Any]
 """`engine`, `precision` and `engine_check`, see `EngineChoice.noted`."""
-SETTLING = 0.25  # share of the batches that do not count as steady
 SMALL_IMAGES = 10
 MEMORY_FACTOR = 10  # times as many images
 
@@ -283,7 +283,7 @@ class _Bench:
                 task = self._on_s3(task, model)
             seconds = run_program(our_job(task, asked), Path(task.scratch))
             found = check_ours(task, count, self.choices[model, asked])
-            return {"steady": found["images_per_s"], "whole": count / seconds}, found["engine"]
+            return {"steady": found["steady"], "whole": count / seconds}, found["engine"]
 
     def _on_s3(self, task: Task, model: str) -> Task:
         return dataclasses.replace(
@@ -314,7 +314,7 @@ def our_job(task: Task, asked: EngineConfig) -> list[str]:
 
 
 def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
-    """What our job says: `images_per_s`, and the `engine` that it took.
+    """What our job says: how fast it was once `steady`, images/s, and the `engine` that it took.
 
     Args:
         task: of the job.
@@ -332,7 +332,7 @@ def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
     # a check of its own would have measured another speed; on GPUs there is none
     if engine["engine_check"] not in ({}, ready.facts):
         raise MnistDistError(f"our job takes an engine that was checked before, {ready.noted()}. Received: {engine}")
-    return {"images_per_s": line["images_per_s"], "engine": engine}
+    return {"steady": line["steady_images_per_s"] or line["images_per_s"], "engine": engine}
 
 
 def _engine_name(engine: EngineFacts) -> str:

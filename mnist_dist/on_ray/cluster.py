@@ -4,6 +4,8 @@ A job runs on the cluster of its submission or of `RAY_ADDRESS`, else on a priva
 on a stranger's cluster that happens to run here.
 """
 
+import contextlib
+import importlib
 import logging
 import os
 import time
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_dist.config import RunConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, ResourceError
+from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
@@ -63,24 +67,43 @@ class Share:
 
 
 @contextmanager
-def connected(*, verbose: bool) -> Iterator[Resources]:
-    """A connection to Ray for the time of a job; one that is already there is used and left alone."""
+def connected(*, verbose: bool, meanwhile: str | None = None) -> Iterator[Resources]:
+    """A connection to Ray for the time of a job; one that is already there is used and left alone.
+
+    Args:
+        verbose: show what Ray prints.
+        meanwhile: a module that is loaded while Ray starts.
+    """
     if ray.is_initialized():
         yield resources()
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
+    is_private = "RAY_ADDRESS" not in os.environ
+    if meanwhile is not None:
+        SideThread(lambda: importlib.import_module(meanwhile), name="loading").start()
     ray.init(
-        address=os.environ.get("RAY_ADDRESS", "local"),
+        address="local" if is_private else os.environ["RAY_ADDRESS"],
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        include_dashboard=False if is_private else None,
     )
+    if is_private:
+        _end_autoscaler()
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines about each dataset are none of a person's
     try:
         yield resources()
     finally:
         ray.shutdown()
+
+
+def _end_autoscaler() -> None:
+    """Ends the process of a private Ray that would add nodes: it has none to add, and does not listen when Ray ends,
+    which waits a second for it then."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(argument.endswith("/monitor.py") for argument in child.cmdline()):
+                child.kill()
 
 
 def await_nodes(

@@ -15,8 +15,9 @@ from mnist_dist.config import Precision, ScoreRunConfig
 from mnist_dist.console import Bar, Stop
 from mnist_dist.data.records import open_records
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
+from mnist_dist.on_ray.actors import Actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.shards import Actors, choose_actors, words_of
+from mnist_dist.on_ray.tasks import words_of
 from mnist_dist.training.features import Extractor, FeaturePlan, finish, finished, missing_shards
 from mnist_dist.training.precision import MEASURED_TO_AGREE, resolve_precision
 

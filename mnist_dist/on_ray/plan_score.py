@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,11 +28,14 @@ from mnist_dist.console import Console, Stop, duration
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.conversion import EngineChoice, open_engine
+from mnist_dist.models.engines import Engine
+from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring_actor import SECONDS_BETWEEN_ANSWERS
-from mnist_dist.on_ray.shards import GIVE_UP_S, POLL_S, Actors, await_actors, choose_actors, drain, words_of
+from mnist_dist.on_ray.shards import GIVE_UP_S, drain
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.on_ray.tasks import POLL_S, words_of
 from mnist_dist.scoring.attempts import FORESEEN
 from mnist_dist.scoring.decoding import Threads
 from mnist_dist.scoring.generations import Output
@@ -274,8 +276,12 @@ class ProbeActor:
 
     def _measure(self) -> Pace:
         bundle = load_bundle(self._task.bundle)
-        return measure(
-            lambda: _open(bundle, self._task), self._task.probe, write=lambda *rows: self._write(bundle, *rows)
+        return measure(lambda: self._open(bundle), self._task.probe, write=lambda *rows: self._write(bundle, *rows))
+
+    def _open(self, bundle: Bundle) -> Engine:
+        task = self._task
+        return open_engine(
+            task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
         )
 
     def _write(self, bundle: Bundle, rows: pa.Table, outcomes: Outcomes) -> int:
@@ -299,14 +305,6 @@ def _file_bytes(table: pa.Table) -> int:
     file = pa.BufferOutputStream()
     pq.write_table(table, file, compression="zstd")
     return int(file.getvalue().size)
-
-
-def _open(bundle: Bundle, task: ProbeTask) -> Any:
-    engine = open_engine(
-        task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
-    )
-    engine(np.zeros((1, *task.probe.spec.shape), np.uint8))  # the first call takes long
-    return engine
 
 
 def _say(

@@ -26,12 +26,12 @@ from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConfl
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
 from mnist_dist.models.conversion import EngineChoice
+from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
 from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
-from mnist_dist.on_ray.plan_score import plan_score
 from mnist_dist.on_ray.scoring_actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
-from mnist_dist.on_ray.shards import POLL_S, Actors, ShardRun, await_actors, choose_actors
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.on_ray.tasks import POLL_S
 from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.commit import commit, rejudge, replay
 from mnist_dist.scoring.generations import Committed, Generation, Output
@@ -47,6 +47,7 @@ from mnist_dist.scoring.manifest import (
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
 
+WITH_RAY_DATA = "mnist_dist.on_ray.shards"  # loaded while Ray starts
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
@@ -81,6 +82,8 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
     if job.run.plan:
+        from mnist_dist.on_ray.plan_score import plan_score  # only here: it loads Ray Data
+
         return plan_score(job, bundle, output=output, console=console)
     storage.check_writable(job.output)
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
@@ -152,7 +155,7 @@ class _Scoring:
         self.found = 0  # images, by a listing under way
         self.discarded = 0  # number of a generation of another job that was thrown away
         self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
-        self.engine = EngineChoice()
+        self.steady_images_per_s: float | None = None
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
@@ -211,13 +214,12 @@ class _Scoring:
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
-            with connected(verbose=self.job.run.verbose) as have:
+            with connected(verbose=self.job.run.verbose, meanwhile=WITH_RAY_DATA) as have:
                 self.stop.take_signals()
                 have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
                 actors = choose_actors(have, self.job.run)
                 engine = self._engine(_noted(unfinished.plan), actors, have)
-                with self._shard_run(unfinished, engine, actors, have) as run:
-                    self._score(run, unfinished, actors, have)
+                self._score(unfinished, engine, actors, have)
         return self._commit(unfinished)
 
     def _finished_before(self, before: Committed) -> dict[str, Any]:
@@ -239,18 +241,17 @@ class _Scoring:
         rows = None if listing.is_alive() else len(listing.result().table)
         if rows == 0:
             return self._nothing_new(before)
-        with connected(verbose=self.job.run.verbose) as have:
+        with connected(verbose=self.job.run.verbose, meanwhile=WITH_RAY_DATA) as have:
             self.stop.take_signals()
             have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
             engine = self._engine(self._asked(before), actors, have, images=rows)
             generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
-            with self._shard_run(generation, engine, actors, have) as run:
-                self._wait_for(listing)
-                if not len(listing.result().table):
-                    return self._nothing_new(before)
-                self._begin(generation, listing.result(), before, actors=actors, have=have)
-                self._score(run, generation, actors, have)
+            self._wait_for(listing)
+            if not len(listing.result().table):
+                return self._nothing_new(before)
+            self._begin(generation, listing.result(), before, actors=actors, have=have)
+            self._score(generation, engine, actors, have)
         return self._commit(generation)
 
     def _note_found(self, images: int) -> None:
@@ -280,6 +281,7 @@ class _Scoring:
     def _engine(
         self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
     ) -> EngineChoice:
+        check_job_storage(self.job, nodes=have.nodes)
         if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
             raise ResumeConflict(
                 f"the rows that are there were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 goes on, "
@@ -351,10 +353,8 @@ class _Scoring:
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _shard_run(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> ShardRun:
-        """The workers of a generation."""
-        check_job_storage(self.job, nodes=have.nodes)
-        task = ScoreTask(
+    def _task(self, generation: Generation, engine: EngineChoice, actors: Actors) -> ScoreTask:
+        return ScoreTask(
             bundle=storage.absolute(self.job.bundle),
             model_id=self.bundle.info.model_id,
             engine=engine,
@@ -366,21 +366,23 @@ class _Scoring:
             cpus=max(1, int(actors.cpus)),
             attempts=Attempts(generation, run_id=uuid.uuid4().hex, most=self.job.run.max_failures),
         )
-        self.engine = engine
-        return ShardRun(task, actors=actors)
 
-    def _score(self, run: ShardRun, generation: Generation, actors: Actors, have: Resources) -> None:
+    def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> None:
         """Scores the shards that are not done."""
+        from mnist_dist.on_ray.shards import ShardRun  # only here: it loads Ray Data
+
         done = generation.done_shards()
         with Manifest(generation.manifest_uri) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
         self.console.line(
             f"scoring {rows - rows_done:,} images in {len(left):,} shards"
-            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {self.engine}, "
+            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, of {have}"
         )
+        run = ShardRun(self._task(generation, engine, actors), actors=actors)
         reports = run.run_to_end(left, console=self.console, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
+        self.steady_images_per_s = run.steady.images_per_s
         self._note_how_it_went(reports, actors, images=rows - rows_done)
 
     def _note_how_it_went(self, reports: list[ShardReport], actors: Actors, *, images: int) -> None:
@@ -389,8 +391,10 @@ class _Scoring:
         # from the first shard's begin to the last one's end
         seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
         self.scored, self.scoring_s = self.scored + images, self.scoring_s + seconds
+        steady = self.steady_images_per_s
         self.console.line(
-            f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s; slowest stage: "
+            f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s"
+            f"{f' ({steady:,.1f} once under way)' if steady else ''}; slowest stage: "
             f"{slowest_stage(reports, actors, seconds=seconds)}"
         )
 
@@ -445,6 +449,7 @@ class _Scoring:
             "errors": _bad(statuses),
             "skipped": committed.rows - self.scored,
             "images_per_s": self._images_per_s(),
+            "steady_images_per_s": self.steady_images_per_s and round(self.steady_images_per_s, 2),
             "seconds": round(time.time() - self.began_at, 2),
             "statuses": statuses,
             "generation": committed.generation,

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -66,6 +65,12 @@ class ShardProgress:
     shard: int
     ok: int
     other: int
+    at: float
+    """Seconds since the epoch."""
+
+    @property
+    def images(self) -> int:
+        return self.ok + self.other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +112,12 @@ class ScoringActor:
         counted = _Counted(shard)
         work = SideThread(lambda: self._report(shard, batch.get("decoded"), counted), name=f"shard-{shard}")
         work.start()
-        told = ShardProgress(shard, 0, 0)
+        told = 0
         while work.is_alive():
             work.join(SECONDS_BETWEEN_ANSWERS)
-            if (now := counted.progress()) != told:
-                told = now
-                yield _block(told)
+            if (now := counted.progress()).images != told:
+                told = now.images
+                yield _block(now)
         yield _block(self._answer(shard, work))
 
     def _open(self) -> None:
@@ -124,7 +129,6 @@ class ScoringActor:
         engine = open_engine(
             task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
         )
-        engine(np.zeros((1, *spec.shape), np.uint8))  # the first call takes long
         if storage.is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
@@ -244,11 +248,12 @@ class _Counted:
 
     def __init__(self, shard: int) -> None:
         self._shard, self._lock = shard, threading.Lock()
-        self._ok = self._other = 0
+        self._ok, self._other, self._at = 0, 0, time.time()
 
     def add(self, ok: int, other: int) -> None:
         with self._lock:
-            self._ok, self._other = self._ok + ok, self._other + other
+            self._ok, self._other, self._at = self._ok + ok, self._other + other, time.time()
 
     def progress(self) -> ShardProgress:
-        return ShardProgress(self._shard, self._ok, self._other)
+        with self._lock:
+            return ShardProgress(self._shard, self._ok, self._other, self._at)

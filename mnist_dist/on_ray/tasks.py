@@ -1,4 +1,4 @@
-"""Waiting for Ray tasks such that signals are heard and a bar moves."""
+"""Waiting for Ray tasks such that signals are heard and a bar moves, and what a failure of Ray means to a person."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ import ray
 
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import MnistDistError, WorkersFailed
-from mnist_dist.on_ray.shards import POLL_S, SILENCE_S, words_of
+
+POLL_S = 0.2
+SILENCE_S = 60.0  # without an answer: starting takes less, unless there is no room for the workers
 
 
 def wait_for(tasks: Sequence[Any], *, title: str, expected_s: float, console: Console, stop: Stop) -> list[Any]:
@@ -43,6 +45,15 @@ def wait_for(tasks: Sequence[Any], *, title: str, expected_s: float, console: Co
     finally:
         for task in left:
             ray.cancel(task, force=True)
+
+
+def words_of(error: BaseException) -> str:
+    """What a failure of Ray means to a person."""
+    cause = getattr(error, "cause", None)
+    # the text of an actor that could not start is a traceback, whose last line says why
+    lines = str(cause or error).strip().splitlines() or ["no message"]
+    words, cause = (lines[0], cause) if cause else (lines[-1], error)
+    return f"the workers failed: {type(cause).__name__}: {words} (--verbose and Ray's logs show where)"
 
 
 def _taken(tasks: Sequence[Any]) -> list[Any]:

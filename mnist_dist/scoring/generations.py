@@ -12,7 +12,6 @@ anything here holds.
   _work/lock
   _work/g0003/                   a generation: one first run, increment, retry or fresh start
     manifest.parquet  plan.json  what is to be scored, and how; plan.json last: it completes the generation
-    to-do-RUN.json               the shards that one driver has left to do
     *.begun  *.error             what workers leave for each other (`attempts`)
     shard-000007.parquet         the shard is done
     out/  commit.json            what is to be published; from commit.json on the commit happens, whoever dies
@@ -99,10 +98,6 @@ class Generation:
         """
         manifest(self.manifest_uri)
         storage.write_bytes(storage.join(self.uri, _PLAN), json.dumps(self.plan, indent=2).encode())
-
-    def to_do_uri(self, run_id: str) -> str:
-        """Of the JSON list of the shards that one driver has left to do, which sets its workers to work."""
-        return storage.join(self.uri, f"to-do-{run_id}.json")
 
     def shard_uri(self, shard: int) -> str:
         return storage.join(self.uri, f"shard-{shard:06d}.parquet")

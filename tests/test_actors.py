@@ -1,11 +1,11 @@
-"""shards: what a job takes of a cluster."""
+"""actors: what a job takes of a cluster."""
 
 import pytest
 
 from mnist_dist.config import ScoreRunConfig
 from mnist_dist.errors import ResourceError
+from mnist_dist.on_ray.actors import choose_actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.shards import choose_actors
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""How a job that runs a model in actors divides a cluster: how many of them, and what each takes.
+
+Loads no Ray Data, which takes half a second.
+"""
+
+from dataclasses import dataclass
+
+from mnist_dist.config import ScoreRunConfig
+from mnist_dist.console import Console, Stop
+from mnist_dist.errors import ResourceError
+from mnist_dist.on_ray.cluster import Resources, await_nodes, share
+
+MOST_CPUS = 0.9  # of those that actors of some size could use; for the rest, no smaller ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """What the job takes of the cluster."""
+
+    count: int
+    cpus: float
+    """Of each."""
+    gpus: float
+    """Of each."""
+    decode_in_tasks: bool
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
+        decoding = "images decoded in CPU tasks" if self.decode_in_tasks else "images decoded in its threads"
+        return f"{self.count} actor(s) of {self.cpus:g} CPU{gpus}, {decoding}"
+
+
+def choose_actors(have: Resources, run: ScoreRunConfig, *, most: int | None = None) -> Actors:
+    """What a job takes: one actor per GPU, else as few and as large ones as use most of the CPUs.
+
+    Args:
+        have: what the cluster has.
+        run: what was asked for.
+        most: more actors than this would have nothing to do. None: not known yet.
+
+    Raises:
+        ResourceError: the cluster has less than was asked for.
+    """
+    gpus = run.gpus_per_actor if run.gpus_per_actor is not None else float(have.gpus > 0)
+    in_tasks = run.decode == "tasks" or (run.decode == "auto" and gpus > 0)
+    count, cpus = run.actors, run.cpus_per_actor
+    if gpus:
+        places = sum(int(of_node / gpus + 1e-9) for _, of_node in have.by_node)
+        count = count or max(1, min(places, most or places))
+        if count > places:
+            raise ResourceError(
+                f"{count} actor(s) of {gpus:g} GPU each do not fit; the cluster has {have}. "
+                f"Received: gpus_per_actor={gpus:g}"
+            )
+        cpus = min(1.0, have.cpus / count / 2) if cpus is None and in_tasks else cpus  # the others decode
+    elif count is None:
+        cpus = cpus or _best_size(have)
+        count = max(1, min(have.room(cpus), most or 2**30))
+        cpus = max(1.0, cpus // 2) if in_tasks and run.cpus_per_actor is None else cpus
+    mine = share(have, workers=count, cpus_per_worker=cpus, gpu=gpus >= 1, what="actor")
+    if in_tasks and max(_left_cpus(have, count, cpus=mine.cpus, gpus=gpus)) < 1:
+        if run.decode == "tasks":
+            raise ResourceError(
+                f"tasks that decode take a whole CPU each, beside {count} actor(s) of {mine.cpus:g} CPU; the cluster "
+                f"has {have}. Received: decode='tasks'"
+            )
+        in_tasks = False
+    return Actors(count=count, cpus=mine.cpus, gpus=gpus, decode_in_tasks=in_tasks)
+
+
+def await_actors(have: Resources, run: ScoreRunConfig, *, console: Console, stop: Stop) -> Resources:
+    """What the cluster has once there is room for the actors that were asked for; see `await_nodes`."""
+    return await_nodes(
+        have,
+        count=run.actors or 1,
+        cpus=run.cpus_per_actor or 1.0,
+        gpus=run.gpus_per_actor or 0.0,
+        wait_s=run.wait_for_nodes_s,
+        console=console,
+        stop=stop,
+    )
+
+
+def _best_size(have: Resources) -> float:
+    """CPUs of an actor such that as many of them as fit use most of the CPUs; the largest such: each holds a model."""
+    sizes = range(1, int(max(cpus for cpus, _ in have.by_node)) + 1)
+    used = {size: have.room(size) * size for size in sizes}
+    return float(max((size for size in sizes if used[size] >= MOST_CPUS * max(used.values())), default=1))
+
+
+def _left_cpus(have: Resources, count: int, *, cpus: float, gpus: float) -> list[float]:
+    """The CPUs of each node beside the actors, packed from the first node on."""
+    left = []
+    for node_cpus, node_gpus in have.by_node:
+        fit = min(int(node_cpus / cpus + 1e-9), int(node_gpus / gpus + 1e-9) if gpus else count, count)
+        left.append(node_cpus - fit * cpus)
+        count -= fit
+    return left
