@@ -135,15 +135,15 @@ def read_object(uri: str, *, most_bytes: int) -> tuple[Entry, bytes | None]:
     if is_remote(uri):
         return _s3_read_object(uri, most_bytes)
     with _local_errors(uri):
-        descriptor = os.open(_local(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+        path = _local(uri) if uri.startswith(_FILE) or uri.endswith("/") else uri
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
         try:
             status = os.fstat(descriptor)
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "a folder, not a file", uri)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", uri)
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(min(status.st_size, most_bytes) + 1)  # so much is allocated
+            data = _read_descriptor(descriptor, min(status.st_size, most_bytes) + 1)
         finally:
             os.close(descriptor)
     entry = Entry(uri, max(len(data), status.st_size), _local_etag(status))
@@ -489,6 +489,14 @@ def _local(uri: str) -> Path:
         return Path(urllib.parse.unquote(uri.removeprefix(_FILE).removeprefix("localhost")))
     is_remote(uri)  # an unknown scheme is no path
     return Path(uri)
+
+
+def _read_descriptor(descriptor: int, most_bytes: int) -> bytes:
+    """So many bytes, or all there are, with few calls: each gives Python's lock to other threads."""
+    parts = [os.read(descriptor, most_bytes)]
+    while parts[-1] and (left := most_bytes - sum(map(len, parts))) > 1:  # one more than the file had was asked for
+        parts.append(os.read(descriptor, left))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def temporary_name(name: str) -> str:

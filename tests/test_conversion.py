@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -30,6 +31,7 @@ from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.calibration import calibration_images, calibration_labels
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.conversion import (
+    CALL_SIZES,
     COMPARED_IMAGES,
     FEW_IMAGES,
     LARGEST_DIFFERENCE,
@@ -391,7 +393,25 @@ def test_what_is_kept_is_what_the_engines_say(converted: Engines) -> None:
         assert facts["accuracy_loss"] == pytest.approx(found["accuracy_loss"], abs=0.005)
         assert (facts["source"], facts["images"]) == ("calibration", COMPARED_IMAGES)
         assert facts["images_per_s"] > 0
+        assert facts["images_per_call"] in CALL_SIZES
         assert "openvino" in str(facts["conditions"])
+
+
+@pytest.mark.parametrize(("speeds", "size"), [((100, 102), 4), ((100, 90), 4), ((100, 104), 32)])
+def test_a_call_takes_as_few_images_as_are_fast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speeds: tuple[int, int], size: int
+) -> None:
+    by_size = dict(zip(CALL_SIZES, speeds, strict=True))
+    monkeypatch.setattr(conversion, "open_engine", lambda *_, batch_size, cpus: batch_size)
+    monkeypatch.setattr(conversion, "ready_images_per_s", lambda engine, *_, **__: by_size[engine])
+    bundle: Any = SimpleNamespace(info=SimpleNamespace(spec=None))
+    assert conversion._fastest_size(EngineChoice(), bundle, cpus=2) == size
+
+
+@pytest.mark.parametrize(("facts", "most", "size"), [({}, 32, 32), ({"images_per_call": 4}, 32, 4), ({}, 3, 3)])
+def test_a_call_takes_no_more_images_than_asked_for(facts: dict[str, Any], most: int, size: int) -> None:
+    assert EngineChoice(facts=facts).batch_size(most) == size
+    assert EngineChoice(facts={"images_per_call": 4}).batch_size(2) == 2
 
 
 def open_as(engines: Engines, precision: Any) -> Any:
@@ -526,7 +546,7 @@ def test_facts_that_are_damaged_or_of_another_version_are_found_again(
     def check(module: str, step: str, task: Mapping[str, Any], **others: Any) -> None:
         run.append(step)
         shutil.copy(engines.folder / "reference.npz", Path(task["scratch"], "openvino-float32.npz"))
-        Path(task["scratch"], "openvino-float32.json").write_text('{"images_per_s": 5.0}')
+        Path(task["scratch"], "openvino-float32.json").write_text('{"images_per_s": 5.0, "images_per_call": 4}')
 
     monkeypatch.setattr(conversion, "run_step", check)
     found = prepare(engines.bundle, engines.place, engine="openvino", precision="float32")

@@ -268,6 +268,8 @@ class _Bench:
         choice = self.choices.get((model, BFLOAT16 if peer == "engine-bf16" else DEFAULT_ENGINE), EngineChoice())
         with self._task(model, self.folder / "photos") as task:
             task = dataclasses.replace(task, engine=choice.engine, precision=choice.precision, engine_uri=choice.uri)
+            if PROGRAMS[peer] == "engine":
+                task = dataclasses.replace(task, batch_size=choice.batch_size(task.batch_size))
             program = f"mnist_dist.benchmarks.peers.{PROGRAMS[peer]}"
             seconds = run_program([program, task.to_argument()], Path(task.scratch))
             steady = steady_images_per_s(read_stamps(task))

@@ -41,13 +41,14 @@ from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, first_line
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import (
+    SECONDS_MEASURED,
     calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
 )
 from mnist_dist.models.converted_engines import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine, openvino_core
-from mnist_dist.models.engines import Engine, KerasEngine, with_features
+from mnist_dist.models.engines import Engine, KerasEngine, ready_images_per_s, with_features
 from mnist_dist.models.steps import Report, run_step, serve
 
 COMPARED_IMAGES = 1_000
@@ -55,6 +56,8 @@ LARGEST_DIFFERENCE = 1e-4  # of a probability, in float32
 LEAST_AGREEMENT = 0.995  # of the top class, in bfloat16, and
 LARGEST_LOSS = 0.002  # of accuracy; where there are few images, none may differ
 FEW_IMAGES = 1_000
+CALL_SIZES = (4, 32)  # images per call that are tried: small calls stay in a core's cache, large ones cost less each
+AS_FAST = 0.97  # where a smaller call is so fast, it is taken: it needs less memory
 WORTH_A_LOAD = 1.25  # Keras must be so many times as fast: loading TensorFlow takes seconds and a GB of memory
 QUANTIZED_IMAGES = 300
 REFERENCE_FILE = "reference.npz"
@@ -74,7 +77,8 @@ class EngineChoice:
     uri: str | None = None
     """Folder of the converted model; None: the bundle's own file is what runs."""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """`images`, `source`, `max_abs_difference`, `agreement`, `accuracy_loss`, `images_per_s`; empty: not checked."""
+    """`images`, `source`, `max_abs_difference`, `agreement`, `accuracy_loss`, `images_per_s`, of converted models also
+    `images_per_call`, the fastest; empty: not checked."""
 
     @property
     def name(self) -> str:
@@ -84,6 +88,10 @@ class EngineChoice:
         if not self.facts or self.engine == "keras":
             return f"{self.engine} {self.precision}"
         return f"{self.engine} {self.precision} (same top class as Keras for {self.facts['agreement']:.2%})"
+
+    def batch_size(self, most: int) -> int:
+        """Images per call, where so many may be taken."""
+        return min(most, int(self.facts.get("images_per_call", most)))
 
     def noted(self) -> dict[str, Any]:
         """What a plan and a summary say of it."""
@@ -98,10 +106,11 @@ def open_engine(
     Args:
         choice: which.
         bundle: opened.
-        batch_size: images per call.
+        batch_size: images per call, at most.
         embeddings: also give the features before the head.
         cpus: cores that a call may use; None: all.
     """
+    batch_size = choice.batch_size(batch_size)
     engine = _load_engine(choice, bundle, batch_size=batch_size, embeddings=embeddings, cpus=cpus)
     engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))
     return engine
@@ -504,8 +513,18 @@ def _check_step(task: dict[str, Any], report: Report) -> None:
     """Notes what an engine says of the images."""
     bundle = load_bundle(task["bundle"])
     choice = EngineChoice(engine=task["engine"], precision=task["precision"], uri=task["folder"])
-    engine = open_engine(choice, bundle, batch_size=task["batch_size"], cpus=task["cpus"])
-    _predict(task, bundle, engine, report)
+    size = _fastest_size(choice, bundle, cpus=task["cpus"])
+    engine = open_engine(choice, bundle, batch_size=size, cpus=task["cpus"])
+    _predict({**task, "batch_size": size}, bundle, engine, report, images_per_call=size)
+
+
+def _fastest_size(choice: EngineChoice, bundle: Bundle, *, cpus: int) -> int:
+    """The smallest number of images per call that is as fast as any."""
+    speeds = {}
+    for size in CALL_SIZES:
+        engine = open_engine(choice, bundle, batch_size=size, cpus=cpus)
+        speeds[size] = ready_images_per_s(engine, bundle.info.spec, seconds=SECONDS_MEASURED)
+    return next(size for size in CALL_SIZES if speeds[size] >= AS_FAST * max(speeds.values()))
 
 
 def _quantize_step(task: dict[str, Any], report: Report) -> None:
@@ -522,7 +541,7 @@ def _quantize_step(task: dict[str, Any], report: Report) -> None:
     report(len(images), len(images))
 
 
-def _predict(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Report) -> None:
+def _predict(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Report, **facts: Any) -> None:
     probabilities, speed = predict_calibration(
         bundle,
         lambda pixels: engine(pixels).probabilities,
@@ -533,7 +552,7 @@ def _predict(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Repor
     )
     name = Path(task["scratch"], task["name"])
     np.savez(name.with_name(f"{name.name}.npz"), probabilities=probabilities)
-    name.with_name(f"{name.name}.json").write_text(json.dumps({"images_per_s": speed}))
+    name.with_name(f"{name.name}.json").write_text(json.dumps({"images_per_s": speed, **facts}))
 
 
 STEPS = {"keras": _keras_step, "check": _check_step, "quantize": _quantize_step}

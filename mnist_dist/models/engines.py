@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.data.images import Pixels
+from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, all_layers
 
 MOST_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
@@ -194,6 +194,12 @@ def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1)
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(run, range(at_once)))
     return sum(counts) / (time.perf_counter() - began)
+
+
+def ready_images_per_s(engine: Engine, spec: ImageSpec, *, seconds: float) -> float:
+    """Speed of an engine on a ready full batch, called as often at once as it takes calls."""
+    pixels = np.zeros((engine.batch_size, *spec.shape), np.uint8)
+    return engine.batch_size * calls_per_s(lambda: engine(pixels), seconds=seconds, at_once=engine.calls_at_once)
 
 
 def _frozen(function: Any, model: Any) -> Any:
