@@ -436,8 +436,8 @@ class ScoreRunConfig:
     gpus_per_actor: float | None = None
     """GPUs of each actor. None: 1 where the cluster has GPUs, else 0."""
     batch_size: int = 32
-    """Images that the model takes at once, per actor, at most: OpenVINO gets fewer where that was measured to be as
-    fast; halved once where the memory does not hold it."""
+    """Images that the model takes at once, per actor, at most: a converted model gets 4 or 32, by which it was measured
+    to be faster; of Keras halved once where the memory does not hold it."""
     decode: Literal["auto", "actor", "tasks"] = "auto"
     """Where images are decoded: in the actor's threads, or in CPU tasks anywhere in the cluster. auto: tasks where the
     actor has a GPU."""

@@ -4,6 +4,7 @@ Owns: parsing a recipe and its flags; what is shown on stderr; silence of Ray, T
 the JSON line, the last one of stdout. Signals are taken here and asked for by the job (`Stop`).
 """
 
+import atexit
 import difflib
 import json
 import logging
@@ -37,6 +38,8 @@ LOG_COLUMNS = 160  # of a table in a log file
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2  # file descriptor
+FILTER = "stderr"  # thread that forwards what is written there
+FILTER_S = 0.2
 Job = TypeVar("Job")
 
 
@@ -259,7 +262,17 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
         console.line(f"error: {result['error']}")
     sys.stderr.flush()
     print(json.dumps({"job": job, **result}), flush=True)
-    os._exit(code)  # all is closed and written; taking down what Ray and TensorFlow loaded takes half a second
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process, but does not take down what Ray and TensorFlow loaded, which takes half a second."""
+    atexit._run_exitfuncs()  # of copies of bundles, and of a Ray that is still there
+    for thread in threading.enumerate():
+        if thread.name == FILTER:
+            os.dup2(sys.stderr.fileno(), STDERR)  # closes the end of the pipe that it reads
+            thread.join(FILTER_S)  # longer only where another process still holds it
+    os._exit(code)
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -307,4 +320,4 @@ def _filter_native_lines() -> None:
                 if not _NATIVE_LINE.match(line):
                     os.write(shown, line)
 
-    threading.Thread(target=forward, daemon=True, name="stderr").start()
+    threading.Thread(target=forward, daemon=True, name=FILTER).start()

@@ -147,7 +147,7 @@ def read_object(uri: str, *, most_bytes: int) -> tuple[Entry, bytes | None]:
         finally:
             os.close(descriptor)
     entry = Entry(uri, max(len(data), status.st_size), _local_etag(status))
-    return entry, data if len(data) <= most_bytes else None
+    return entry, data if entry.size_bytes <= most_bytes else None
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:

@@ -245,7 +245,7 @@ def end_of(
 ) -> tuple[str, dict[str, Any], str]:
     """Exit code, the JSON of stdout's last line, stderr."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "_exit", sys.exit)
+        patched.setattr(console, "_leave", sys.exit)
         with pytest.raises(SystemExit, match=r"^\d+$") as ended:
             console.run(main, job="test")
     out, err = capsys.readouterr()
@@ -302,6 +302,27 @@ def test_verbose_shows_where_an_error_comes_from(
 def test_a_keyboard_interrupt_before_the_job_listens_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     code, result, _ = end_of(raising(KeyboardInterrupt()), capsys)
     assert (code, result["error_type"]) == ("130", "KeyboardInterrupt")
+
+
+# A job in whose last moment others still say something, and which has something to close.
+ENDS = """
+import atexit, logging, os, sys
+from mnist_dist import console
+console.quiet(verbose=False)
+atexit.register(lambda: print("closed", file=sys.stderr))
+def main():
+    logging.getLogger("library").error("logged")
+    os.write(2, b"said by a library" + os.linesep.encode())
+    return {"images": 1}
+console.run(main, job="test")
+"""
+
+
+def test_nothing_is_lost_at_the_end(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"job": "test", "images": 1}
+    assert sorted(done.stderr.splitlines()) == ["ERROR library: logged", "closed", "said by a library"]
 
 
 def test_wrong_flags_pass_through_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.conversion import MODULES, EngineChoice, open_engine
-from mnist_dist.models.converted_engines import OnnxEngine, OpenVinoEngine
+from mnist_dist.models.converted_engines import OnnxEngine, OpenVinoEngine, streams_of
 from mnist_dist.models.engines import Engine, KerasEngine, padded
 from mnist_dist.models.steps import run_step
 
@@ -221,6 +221,14 @@ def test_a_signal_is_survived_by_a_process_that_had_several_engines(converted: P
     command = [sys.executable, "-c", program, str(converted / "openvino"), *sides]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "alive"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "streams"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (7, 1), (8, 4), (11, 1), (12, 4), (64, 4)]
+)
+def test_streams_leave_no_core_idle(cpus: int, streams: int) -> None:
+    assert streams_of(cpus) == streams
+    assert cpus % streams == 0
 
 
 @pytest.mark.slow

@@ -293,7 +293,8 @@ def _has_bfloat16() -> bool:
 def _conditions(engine: EngineName, cpus: int) -> dict[str, Any]:
     """Under which a check holds: the packages, and the cores that computed."""
     packages = {"keras": ("keras", "tensorflow"), "openvino": ("openvino",), "onnx": ("onnxruntime",)}[engine]
-    return {**{name: metadata.version(name) for name in packages}, "cpu": _cpu_model(), "cpus": cpus}
+    sizes = {} if engine == "keras" else {"call_sizes": list(CALL_SIZES)}
+    return {**{name: metadata.version(name) for name in packages}, "cpu": _cpu_model(), "cpus": cpus, **sizes}
 
 
 def _cpu_model() -> str:

@@ -33,6 +33,11 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
+def streams_of(cpus: int) -> int:
+    """How many calls run at once: each on as many whole cores, as few of them idle as possible, then as many calls."""
+    return max(range(1, min(cpus, MOST_STREAMS) + 1), key=lambda streams: (cpus // streams * streams, streams))
+
+
 class OpenVinoEngine:
     """A model that OpenVINO runs.
 
@@ -55,7 +60,7 @@ class OpenVinoEngine:
         embeddings: bool = False,
         cpus: int = 1,
     ) -> None:
-        core, streams = openvino_core(), min(cpus, MOST_STREAMS)
+        core, streams = openvino_core(), streams_of(cpus)
         model = core.read_model(folder / OPENVINO_FILE)
         model.reshape({0: [batch_size, *spec.shape]})
         settings = {

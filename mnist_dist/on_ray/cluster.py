@@ -79,19 +79,20 @@ def connected(*, verbose: bool, meanwhile: str | None = None) -> Iterator[Resour
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
     is_private = "RAY_ADDRESS" not in os.environ
-    if meanwhile is not None:
-        SideThread(lambda: importlib.import_module(meanwhile), name="loading").start()
+    loading = SideThread(lambda: meanwhile and importlib.import_module(meanwhile), name="loading")
+    loading.start()
     ray.init(
         address="local" if is_private else os.environ["RAY_ADDRESS"],
         log_to_driver=verbose,
         logging_level="INFO" if verbose else "ERROR",
         include_dashboard=False if is_private else None,
     )
-    if is_private:
-        _end_autoscaler()
-    if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines about each dataset are none of a person's
     try:
+        loading.join()  # it sets its loggers; what it raises, whoever imports it raises again
+        if is_private:
+            _end_autoscaler()
+        if not verbose:
+            logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines about each dataset are none of a person's
         yield resources()
     finally:
         ray.shutdown()
@@ -100,9 +101,10 @@ def connected(*, verbose: bool, meanwhile: str | None = None) -> Iterator[Resour
 def _end_autoscaler() -> None:
     """Ends the process of a private Ray that would add nodes: it has none to add, and does not listen when Ray ends,
     which waits a second for it then."""
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if any(argument.endswith("/monitor.py") for argument in child.cmdline()):
+    place = os.path.dirname(ray.__file__) + os.sep
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children():
+            if any(part.startswith(place) and part.endswith("/monitor.py") for part in child.cmdline()):
                 child.kill()
 
 

@@ -375,6 +375,8 @@ class _Scoring:
         with Manifest(generation.manifest_uri) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
+        if not left:  # what the workers of an earlier driver still put
+            return
         self.console.line(
             f"scoring {rows - rows_done:,} images in {len(left):,} shards"
             f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {engine}, "

@@ -157,6 +157,8 @@ class ShardRun:
 
 def drain(dataset: "ray.data.Dataset", *, into: "queue.SimpleQueue[Any]", given_up: threading.Event) -> None:
     """Lets Ray Data run, in a side thread; puts the pickled `answer`s into a queue until they end or are given up."""
+    if given_up.is_set():  # while the dataset was made
+        return
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         for answer in batch["answer"]:
             into.put(pickle.loads(answer))

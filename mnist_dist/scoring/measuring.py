@@ -286,6 +286,7 @@ class SteadySpeed:
 
     def note(self, done: int, *, at: float) -> None:
         """So many images are done at a time, s."""
+        at = max(at, self._last[1])  # told out of order, and by several clocks
         if self._first is None and done >= self._settled_images:
             self._first = (done, at)
         self._last = max(self._last, (done, at))

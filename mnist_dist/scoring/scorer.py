@@ -56,7 +56,7 @@ class Scorer:
         self._pool = DecodePool(spec, config=decoding, threads=threads)
         calls = engine.calls_at_once
         self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
-        self._collecting = threading.Lock()
+        self._collecting, self._times_lock = threading.Lock(), threading.Lock()
         self._in_the_model: dict[int, Sequence[_Image]] = {}  # by thread
         self._under_way: set[_Shard] = set()
         self._closed = False
@@ -164,14 +164,17 @@ class Scorer:
 
     def _holds_all_that_is_left(self, batch: "Sequence[_Image]") -> bool:
         """Whether no shard under way has an image that is neither in the batch nor in the model."""
-        under_way, others = set(self._under_way), list(self._in_the_model.values())
-        held = sum(image.shard in under_way for images in (batch, *others) for image in images)
-        return sum(shard.left for shard in under_way) <= held
+        under_way = set(self._under_way)
+        left = sum(shard.left for shard in under_way)  # first: what the model ends meanwhile is in neither then
+        others = list(self._in_the_model.values())
+        return left <= sum(image.shard in under_way for images in (batch, *others) for image in images)
 
     def _classify(self, batch: "Sequence[_Image]") -> None:
         began = time.perf_counter()
         outputs = self._engine(np.stack([image.pixels for image in batch]))
-        self.times.model_s += (time.perf_counter() - began) / self._engine.calls_at_once
+        seconds = (time.perf_counter() - began) / self._engine.calls_at_once
+        with self._times_lock:
+            self.times.model_s += seconds
         places: dict[_Shard, list[int]] = {}
         for place, image in enumerate(batch):
             places.setdefault(image.shard, []).append(place)

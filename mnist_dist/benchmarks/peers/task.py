@@ -6,9 +6,9 @@ the standard library alone.
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,9 @@ def call_again_and_again(call: Callable[[], object], task: Task, *, at_once: int
             call()
             stamps.add(task.batch_size)
 
-    threads = [threading.Thread(target=run) for _ in range(at_once)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(at_once) as pool:
+        for running in [pool.submit(run) for _ in range(at_once)]:
+            running.result()
 
 
 def read_stamps(task: Task) -> list[tuple[float, int]]:
