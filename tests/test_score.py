@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from corpus import manifest_rows
 from harness import CLASSES, ROOT, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
@@ -44,8 +45,12 @@ from mnist_dist.errors import (
 )
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle
-from mnist_dist.on_ray.score import score
+from mnist_dist.models.conversion import EngineChoice
+from mnist_dist.on_ray.actors import Actors
+from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.score import _Scoring, score
 from mnist_dist.scoring.generations import Output
+from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
@@ -815,3 +820,15 @@ def test_help_names_every_flag_with_its_default() -> None:
     for name in [*fields, "bundle", "output", "mode", "retry_failed", "shard_size", "max_pixels", "image_timeout_s"]:
         assert f"--{name.replace('_', '-')}" in done.stdout
     assert done.stdout.count("(required)") == 3
+
+
+def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_path: Path) -> None:
+    generation = Output(str(tmp_path)).reserve({"model_id": "m"})
+    generation.begin(lambda uri: write_manifest(uri, manifest_rows(["a.png", "b.png", "c.png"]), shard_size=2))
+    for shard in (0, 1):
+        storage.write_bytes(generation.shard_uri(shard), b"rows")
+    scoring = object.__new__(_Scoring)
+    scoring.console = Recorder()
+    actors = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)
+    scoring._score(generation, EngineChoice(), actors, Resources(by_node=((1, 0),)))
+    assert scoring.console.lines == []
