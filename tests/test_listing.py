@@ -21,6 +21,7 @@ from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
 from mnist_dist.errors import StorageError
 from mnist_dist.listing import ListJob, Row, ago, rows_below
 from mnist_dist.lock import Lock, holder_of
+from mnist_dist.s3_reads import FastReads
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Generation, Output
 from mnist_dist.scoring.listing import DEPTH, table_row
@@ -292,7 +293,9 @@ def test_an_object_on_s3_says_when_it_was_written(s3: str) -> None:
     assert abs(updated_s - time.time()) < 60
 
 
-def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(s3: str, tmp_path: Path) -> None:
+def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("first", "second"):
         run = begun_run(s3, name)
         save_checkpoint(run, tmp_path / name)
@@ -300,7 +303,13 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(s3: str, tmp_
         run.finish({"epochs": 7, "test_accuracy": 0.97})
     for number in range(30):
         storage.write_bytes(f"{s3}/_records/{number}/pixels.npy", b"1")
-    asked = []
+    asked, really = [], FastReads._get
+
+    def noted(reads: FastReads, *arguments: Any) -> Any:
+        asked.append("quick read")
+        return really(reads, *arguments)
+
+    monkeypatch.setattr(FastReads, "_get", noted)
     events = storage._client().meta.events
     events.register("before-call.s3", lambda model, **_: asked.append(model.name), unique_id="count")
     try:
@@ -308,7 +317,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(s3: str, tmp_
     finally:
         events.unregister("before-call.s3", unique_id="count")
     # of the storage and of each run; run.json, result.json and history.csv of each
-    assert sorted(asked) == ["GetObject"] * 6 + ["ListObjectsV2"] * 3
+    assert sorted(asked) == ["ListObjectsV2"] * 3 + ["quick read"] * 6
 
 
 @pytest.mark.parametrize(
