@@ -721,8 +721,7 @@ def _s3_read_object(uri: str, most_bytes: int) -> tuple[Entry, bytes | None]:
 def _s3_fast(uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
     """What the quick client gives, if it gives something."""
     with _s3_errors(uri):
-        reads = _fast_reads()
-        return read(reads)
+        return read(_fast_reads())
 
 
 def _s3_body(uri: str, read: Callable[[], Value]) -> Value:

@@ -11,6 +11,7 @@ from mnist_dist import storage
 from mnist_dist.benchmarks import listing
 from mnist_dist.benchmarks.listing import ListingBenchmark, Server, etag_of, key_of, running_server, size_of
 from mnist_dist.errors import ConfigError, MnistDistError
+from mnist_dist.scoring.generations import Output
 
 KEYS = 2_345
 BUCKET = listing.bucket_of(KEYS)
@@ -159,6 +160,9 @@ def test_a_resume_plans_the_shards_that_are_not_there(tmp_path: Path) -> None:
     found = listing.plan_resume(str(tmp_path))
     assert (found["rows"], found["shards"], found["shards_left"]) == (5_432, 22, 2)
     assert found["rows_left"] == written["rows_left"] == 2 * 247
+    generation = Output(str(tmp_path)).unfinished()
+    assert generation is not None
+    assert sorted(set(range(22)) - generation.done_shards()) == [9, 19]
 
 
 def test_what_is_new_or_changed_is_found_in_a_listing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""cluster: the Ray that a job starts for itself, and what is left of it."""
+"""cluster: what each worker gets, which storage every node sees, and the Ray that a job starts for itself."""
 
 import json
 import os
@@ -7,6 +7,108 @@ import sys
 
 import psutil
 import pytest
+
+from mnist_dist.errors import ConfigError, ResourceError
+from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, Resources, Share, check_storage, share
+
+LAPTOP = Resources(by_node=((8, 0),))
+GPUS = Resources(by_node=((16, 2), (14, 2)))
+THREES = Resources(by_node=((3, 0), (3, 0), (3, 0)))
+MIXED = Resources(by_node=((16, 0), (4, 1), (5, 1)))
+
+
+@pytest.fixture(autouse=True)
+def _not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SUBMISSION_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "expected"),
+    [
+        (LAPTOP, {}, Share(workers=1, cpus=8, gpu=False)),
+        (LAPTOP, {"workers": 3}, Share(workers=3, cpus=2, gpu=False)),
+        (LAPTOP, {"workers": 8}, Share(workers=8, cpus=1, gpu=False)),
+        (LAPTOP, {"workers": 16, "cpus_per_worker": 0.5}, Share(workers=16, cpus=0.5, gpu=False)),
+        (LAPTOP, {"cpus_per_worker": 3}, Share(workers=1, cpus=3, gpu=False)),
+        (LAPTOP, {"gpu": False}, Share(workers=1, cpus=8, gpu=False)),
+        (THREES, {}, Share(workers=1, cpus=3, gpu=False)),  # no worker is larger than a node
+        (THREES, {"workers": 4}, Share(workers=4, cpus=1, gpu=False)),
+        (THREES, {"workers": 12, "cpus_per_worker": 0.75}, Share(workers=12, cpus=0.75, gpu=False)),
+        (GPUS, {}, Share(workers=4, cpus=7, gpu=True)),
+        (GPUS, {"workers": 3}, Share(workers=3, cpus=8, gpu=True)),
+        (MIXED, {}, Share(workers=2, cpus=4, gpu=True)),  # the large node has no GPU
+        (GPUS, {"workers": 4, "cpus_per_worker": 1.5}, Share(workers=4, cpus=1.5, gpu=True)),
+        (GPUS, {"gpu": False, "workers": 5}, Share(workers=5, cpus=5, gpu=False)),
+    ],
+)
+def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], expected: Share) -> None:
+    options = {"workers": None, "cpus_per_worker": None, "gpu": None, **asked}
+    assert share(have, **options) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "message"),
+    [
+        (
+            LAPTOP,
+            {"workers": 9},
+            r"^9 workers of 1 CPU each do not fit; the cluster has 1 node\(s\), 8 CPUs, 0 GPUs "
+            r"\(room for 8; .*--workers.*"
+            r"--cpus-per-worker.*--wait-for-nodes-s\)\. Received: workers=9$",
+        ),
+        (LAPTOP, {"workers": 3, "cpus_per_worker": 2.75}, r"^3 workers of 2\.75 CPU each .*room for 2; .*workers=3$"),
+        (
+            LAPTOP,
+            {"gpu": True},
+            r"^One GPU a worker: the cluster has 1 node\(s\), 8 CPUs, 0 GPUs\. Received: workers=1$",
+        ),
+        (THREES, {"workers": 4, "cpus_per_worker": 2}, r"^4 workers of 2 CPU each .* 9 CPUs.*room for 3;.*workers=4$"),
+        (THREES, {"cpus_per_worker": 3.5}, r"^1 workers of 3\.5 CPU each .*room for 0; .*Received: workers=1$"),
+        (MIXED, {"cpus_per_worker": 5}, r"^2 workers of 5 CPU and a GPU each .*room for 1; .*Received: workers=2$"),
+        (GPUS, {"workers": 5}, r"^One GPU a worker: .* 2 node\(s\), 30 CPUs, 4 GPUs\. Received: workers=5$"),
+    ],
+)
+def test_more_than_there_is_is_refused(have: Resources, asked: dict[str, object], message: str) -> None:
+    options = {"workers": None, "cpus_per_worker": None, "gpu": None, **asked}
+    with pytest.raises(ResourceError, match=message):
+        share(have, **options)  # type: ignore[arg-type]
+
+
+SEEN_BY_ALL = [("s3://bucket/runs", False), ("s3://bucket/runs", True), ("/mnt/nfs/runs", True)]
+SEEN_BY_ONE = [("runs", False), ("/tmp/runs", False), ("runs", True)]
+
+
+@pytest.mark.parametrize(("storage", "is_shared"), SEEN_BY_ALL + SEEN_BY_ONE)
+def test_one_node_may_write_anywhere(storage: str, is_shared: bool) -> None:
+    check_storage(storage, is_shared=is_shared, nodes=1)
+
+
+@pytest.mark.parametrize(("storage", "is_shared"), SEEN_BY_ALL)
+def test_many_nodes_and_submitted_jobs_may_write_where_all_see_it(
+    monkeypatch: pytest.MonkeyPatch, storage: str, is_shared: bool
+) -> None:
+    check_storage(storage, is_shared=is_shared, nodes=3)
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "{}")
+    check_storage(storage, is_shared=is_shared, nodes=1)
+
+
+@pytest.mark.parametrize(("storage", "is_shared"), SEEN_BY_ONE)
+def test_what_one_node_sees_is_refused_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, storage: str, is_shared: bool
+) -> None:
+    remedy = rf"an s3:// prefix, or the absolute path of a shared folder with --storage-is-shared\. .*='{storage}'$"
+    with pytest.raises(ConfigError, match=rf"^A cluster of 3 nodes needs a storage that every node sees: {remedy}"):
+        check_storage(storage, is_shared=is_shared, nodes=3)
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "{}")
+    with pytest.raises(ConfigError, match=rf"^A submitted job needs a storage that every node sees: {remedy}"):
+        check_storage(storage, is_shared=is_shared)
+
+
+def test_the_variable_of_a_submission_is_the_one_that_ray_sets() -> None:
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    assert SUBMISSION_VARIABLE == RAY_JOB_CONFIG_JSON_ENV_VAR
+
 
 # A process that connects, and says what runs below it and what it has loaded.
 CONNECTS = """
