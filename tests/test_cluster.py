@@ -137,7 +137,7 @@ def test_a_private_ray_has_no_autoscaler_and_leaves_nothing_running() -> None:
     names = [" ".join(command) for command in said["below"].values()]
     assert any("raylet" in name for name in names)
     assert not any("/monitor.py" in name for name in names)
-    assert said["rows"] == [1, 2, 3]
+    assert sorted(said["rows"]) == [1, 2, 3]  # blocks come as they are done
     assert said["cpus"] >= 1
     left = [pid for pid in map(int, said["below"]) if psutil.pid_exists(pid)]
     assert psutil.wait_procs([psutil.Process(pid) for pid in left], timeout=10)[1] == []
