@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -44,6 +43,7 @@ from mnist_dist.models.conversion import (
     fastest,
     open_engine,
     prepare_engine,
+    smallest_fast,
     why_not,
 )
 from mnist_dist.models.converted_engines import openvino_core
@@ -398,14 +398,8 @@ def test_what_is_kept_is_what_the_engines_say(converted: Engines) -> None:
 
 
 @pytest.mark.parametrize(("speeds", "size"), [((100, 102), 4), ((100, 90), 4), ((100, 104), 32)])
-def test_a_call_takes_as_few_images_as_are_fast(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speeds: tuple[int, int], size: int
-) -> None:
-    by_size = dict(zip(CALL_SIZES, speeds, strict=True))
-    monkeypatch.setattr(conversion, "open_engine", lambda *_, batch_size, cpus: batch_size)
-    monkeypatch.setattr(conversion, "ready_images_per_s", lambda engine, *_, **__: by_size[engine])
-    bundle: Any = SimpleNamespace(info=SimpleNamespace(spec=None))
-    assert conversion._fastest_size(EngineChoice(), bundle, cpus=2) == size
+def test_a_call_takes_as_few_images_as_are_fast(speeds: tuple[int, int], size: int) -> None:
+    assert smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True))) == size
 
 
 @pytest.mark.parametrize(("facts", "most", "size"), [({}, 32, 32), ({"images_per_call": 4}, 32, 4), ({}, 3, 3)])

@@ -16,12 +16,10 @@ import numpy.typing as npt
 from mnist_dist.data.images import Pixels
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
-from mnist_dist.models.engines import calls_per_s
 from mnist_dist.models.steps import Report
 
 MOST_IMAGES = 2_000
 RANDOM_IMAGES = 256  # where a bundle has none of its own
-SECONDS_MEASURED = 2.0
 
 Probabilities = npt.NDArray[np.float32]
 Predict = Callable[[Pixels], Probabilities]
@@ -91,8 +89,8 @@ def calibration_images(bundle: Bundle, *, batch_size: int, most: int = MOST_IMAG
 
 def predict_calibration(
     bundle: Bundle, predict: Predict, *, batch_size: int, report: Report, most: int = MOST_IMAGES, at_once: int = 1
-) -> tuple[Probabilities, float]:
-    """What a model says of the images, `float32 [N, K]`, and how many images/s it takes in full batches.
+) -> Probabilities:
+    """What a model says of the images, `float32 [N, K]`.
 
     Args:
         bundle: opened.
@@ -109,9 +107,7 @@ def predict_calibration(
         for some in map(predict, images) if at_once == 1 else pool.map(predict, images):
             rows.append(some)
             report(sum(map(len, rows)), count)
-    ready = np.zeros((batch_size, *bundle.info.spec.shape), np.uint8)
-    speed = batch_size * calls_per_s(lambda: predict(ready), seconds=SECONDS_MEASURED, at_once=at_once)
-    return np.concatenate(rows), speed
+    return np.concatenate(rows)
 
 
 def calibration_labels(bundle: Bundle, *, most: int = MOST_IMAGES) -> npt.NDArray[np.int64] | None:

@@ -41,14 +41,13 @@ from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, first_line
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import (
-    SECONDS_MEASURED,
     calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
 )
 from mnist_dist.models.converted_engines import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine, openvino_core
-from mnist_dist.models.engines import Engine, KerasEngine, ready_images_per_s, with_features
+from mnist_dist.models.engines import Engine, KerasEngine, best_images_per_s, with_features
 from mnist_dist.models.steps import Report, run_step, serve
 
 COMPARED_IMAGES = 1_000
@@ -501,7 +500,8 @@ def _keras_step(task: dict[str, Any], report: Report) -> None:
     hide_gpus()  # whose TF32 would differ by more than a conversion does
     bundle, scratch = load_bundle(task["bundle"]), Path(task["scratch"])
     engine = KerasEngine(bundle, batch_size=task["batch_size"], cpus=task["cpus"])
-    _predict(task, bundle, engine, report)
+    (speed,) = best_images_per_s([engine], bundle.info.spec)
+    _note(task, bundle, engine, report, images_per_s=speed)
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its converter would report its use to Intel
     model = with_features(bundle.model)
     model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # an ONNX export wants it called before
@@ -511,21 +511,19 @@ def _keras_step(task: dict[str, Any], report: Report) -> None:
 
 
 def _check_step(task: dict[str, Any], report: Report) -> None:
-    """Notes what an engine says of the images."""
+    """Notes what an engine says of the images, and how many of them a call should take."""
     bundle = load_bundle(task["bundle"])
     choice = EngineChoice(engine=task["engine"], precision=task["precision"], uri=task["folder"])
-    size = _fastest_size(choice, bundle, cpus=task["cpus"])
-    engine = open_engine(choice, bundle, batch_size=size, cpus=task["cpus"])
-    _predict({**task, "batch_size": size}, bundle, engine, report, images_per_call=size)
+    engines = [open_engine(choice, bundle, batch_size=size, cpus=task["cpus"]) for size in CALL_SIZES]
+    speeds = best_images_per_s(engines, bundle.info.spec)
+    size = smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True)))
+    place = CALL_SIZES.index(size)
+    _note(task, bundle, engines[place], report, images_per_s=speeds[place], images_per_call=size)
 
 
-def _fastest_size(choice: EngineChoice, bundle: Bundle, *, cpus: int) -> int:
-    """The smallest number of images per call that is as fast as any."""
-    speeds = {}
-    for size in CALL_SIZES:
-        engine = open_engine(choice, bundle, batch_size=size, cpus=cpus)
-        speeds[size] = ready_images_per_s(engine, bundle.info.spec, seconds=SECONDS_MEASURED)
-    return next(size for size in CALL_SIZES if speeds[size] >= AS_FAST * max(speeds.values()))
+def smallest_fast(speeds: Mapping[int, float]) -> int:
+    """The smallest number of images per call that is as fast as any, by number of images: images/s."""
+    return min(size for size, speed in speeds.items() if speed >= AS_FAST * max(speeds.values()))
 
 
 def _quantize_step(task: dict[str, Any], report: Report) -> None:
@@ -542,18 +540,19 @@ def _quantize_step(task: dict[str, Any], report: Report) -> None:
     report(len(images), len(images))
 
 
-def _predict(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Report, **facts: Any) -> None:
-    probabilities, speed = predict_calibration(
+def _note(task: dict[str, Any], bundle: Bundle, engine: Engine, report: Report, **facts: Any) -> None:
+    """Writes down what an engine says of the images, and facts."""
+    probabilities = predict_calibration(
         bundle,
         lambda pixels: engine(pixels).probabilities,
-        batch_size=task["batch_size"],
+        batch_size=engine.batch_size,
         most=COMPARED_IMAGES,
         report=report,
         at_once=engine.calls_at_once,
     )
     name = Path(task["scratch"], task["name"])
     np.savez(name.with_name(f"{name.name}.npz"), probabilities=probabilities)
-    name.with_name(f"{name.name}.json").write_text(json.dumps({"images_per_s": speed, **facts}))
+    name.with_name(f"{name.name}.json").write_text(json.dumps(facts))
 
 
 STEPS = {"keras": _keras_step, "check": _check_step, "quantize": _quantize_step}

@@ -8,7 +8,7 @@ becomes of the outputs.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, all_layers
 
 MOST_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
+SECONDS_MEASURED = 2.0  # where a speed decides, or is told
+ROUND_S = 0.5  # of these at a time, where several are compared
 HEAD_LAYERS = ("hidden", "dropout", "logits")
 """The layers behind the features, in their order (`classifier`); the first one that is there takes them."""
 
@@ -194,6 +196,15 @@ def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1)
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(run, range(at_once)))
     return sum(counts) / (time.perf_counter() - began)
+
+
+def best_images_per_s(engines: Sequence[Engine], spec: ImageSpec) -> list[float]:
+    """Speed of each engine, the best of rounds by turns: other work on the machine only slows it down, for seconds."""
+    rounds: list[list[float]] = []
+    began = time.perf_counter()
+    while not rounds or time.perf_counter() - began < SECONDS_MEASURED * len(engines):
+        rounds.append([ready_images_per_s(engine, spec, seconds=ROUND_S) for engine in engines])
+    return [max(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def ready_images_per_s(engine: Engine, spec: ImageSpec, *, seconds: float) -> float:
