@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -38,8 +39,8 @@ LOG_COLUMNS = 160  # of a table in a log file
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2  # file descriptor
-FILTER = "stderr"  # thread that forwards what is written there
-FILTER_S = 0.2
+FILTER_S = 2.0  # for what was written there, at the end; as long as more comes within
+QUIET_S = 0.2  # where another process still holds it
 Job = TypeVar("Job")
 
 
@@ -255,6 +256,12 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
         result, code = _failure(error), error.exit_code
     except KeyboardInterrupt as error:
         result, code = _failure(error), 130
+    except SystemExit as end:
+        if end.code != 1:  # 0 after --help, 2 for flags that tyro refuses
+            raise
+        # 1 is Ray's handler of SIGTERM, from the begin of `ray.init` until `Stop` has the signals again
+        told = Interrupted(signal.SIGTERM, f"ended while Ray started; the same command goes on: {command_line()}")
+        result, code = _failure(told), told.exit_code
     except Exception as error:  # the one border of a job: an exit code instead of a traceback
         result, code = _failure(error), 1
         console.line(traceback.format_exc() if verbose else "unexpected; --verbose shows where")
@@ -269,9 +276,8 @@ def _leave(code: int) -> NoReturn:
     """Ends the process, but does not take down what Ray and TensorFlow loaded, which takes half a second."""
     atexit._run_exitfuncs()  # of copies of bundles, and of a Ray that is still there
     for thread in threading.enumerate():
-        if thread.name == FILTER:
-            os.dup2(sys.stderr.fileno(), STDERR)  # closes the end of the pipe that it reads
-            thread.join(FILTER_S)  # longer only where another process still holds it
+        if isinstance(thread, _Filter):
+            thread.end()
     os._exit(code)
 
 
@@ -309,15 +315,30 @@ def quiet(*, verbose: bool) -> None:
 
 def _filter_native_lines() -> None:
     """Drops what Ray's C++ core logs to file descriptor 2 below fatal; no setting does that without its files."""
-    shown, (read_end, write_end) = os.dup(2), os.pipe()
+    shown, (read_end, write_end) = os.dup(STDERR), os.pipe()
     sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
-    os.dup2(write_end, 2)
+    os.dup2(write_end, STDERR)
     os.close(write_end)
+    _Filter(read_end, shown).start()
 
-    def forward() -> None:
-        with open(read_end, "rb") as lines:
+
+class _Filter(threading.Thread):
+    """Passes on what is written to file descriptor 2, but for native lines."""
+
+    def __init__(self, read_end: int, shown: int) -> None:
+        super().__init__(daemon=True, name="stderr")
+        self._read_end, self._shown = read_end, shown
+
+    def run(self) -> None:
+        with open(self._read_end, "rb", closefd=False) as lines:
             for line in lines:
                 if not _NATIVE_LINE.match(line):
-                    os.write(shown, line)
+                    os.write(self._shown, line)
 
-    threading.Thread(target=forward, daemon=True, name=FILTER).start()
+    def end(self) -> None:
+        """Gives file descriptor 2 back, once everything that was written to it is passed on."""
+        os.dup2(self._shown, STDERR)  # closes the end of the pipe that is written to, unless a child holds it, too
+        deadline = time.monotonic() + FILTER_S
+        self.join(QUIET_S)
+        while self.is_alive() and time.monotonic() < deadline and select.select([self._read_end], [], [], 0)[0]:
+            self.join(QUIET_S)

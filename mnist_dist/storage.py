@@ -63,6 +63,7 @@ _CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
+_CREDENTIAL_CALLS = ("AssumeRole", "CreateToken", "GetRoleCredentials", "GetSessionToken")  # of STS and SSO, not of S3
 _OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})  # such as a key of one's own encryption
 _client_lock = threading.Lock()
 Value = TypeVar("Value")
@@ -567,7 +568,10 @@ def _replace_folder(source: Path, target: Path) -> None:
     replaced = target.with_name(temporary_name(target.name))
     with _local_errors(str(target)):
         try:
-            shutil.copytree(source, temporary)
+            try:
+                shutil.copytree(source, temporary)
+            except shutil.Error as err:  # a list of what went wrong, without its numbers
+                raise ServiceError(f"{target}: {err.args[0][0][-1]}") from err
             _flush(temporary)
             if target.exists():
                 target.rename(replaced)
@@ -655,6 +659,8 @@ def _s3_errors(uri: str) -> Iterator[None]:
         raise _meaning(err, uri) from err
     except (BotoCoreError, RetriesExceededError, S3DownloadFailedError) as err:
         raise ServiceError(f"{uri}: {err}") from err
+    except (FileNotFoundError, PermissionError) as err:  # not an object: a file that credentials are read from
+        raise ServiceError(f"{uri}: the credentials cannot be read: {err}") from err
 
 
 def _meaning(err: Any, uri: str) -> Exception:
@@ -662,7 +668,7 @@ def _meaning(err: Any, uri: str) -> Exception:
     status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
         return StorageError(f"there is no such bucket. Received: {uri!r}")
-    if code in _CREDENTIAL_CODES:
+    if code in _CREDENTIAL_CODES or str(err.operation_name).startswith(_CREDENTIAL_CALLS):
         return ServiceError(f"{uri}: the credentials are not accepted: {err}")
     if status == 404:
         return FileNotFoundError(errno.ENOENT, "no such object", uri)

@@ -6,6 +6,7 @@ from mnist_dist.config import ScoreRunConfig
 from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.actors import choose_actors
 from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.job_engine import places
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,18 @@ def test_actors_take_most_of_the_cluster(
 def test_what_does_not_fit_is_refused(nodes: list[tuple[float, float]], run: dict[str, object], message: str) -> None:
     with pytest.raises(ResourceError, match=message):
         choose_actors(Resources(by_node=tuple(nodes)), ScoreRunConfig(**run))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "fallback", "expected"),
+    [
+        ("/runs/bundle", "/table/_engines", ("/runs/bundle.engines", "/table/_engines")),
+        ("s3://bucket/runs/bundle", None, ("s3://bucket/runs/bundle.engines",)),
+        ("s3://bucket", "/table/_engines", ("/table/_engines",)),  # what stands beside a bucket is somebody else's
+        ("s3://bucket", None, ()),
+    ],
+)
+def test_converted_models_lie_beside_the_bundle_or_in_the_output(
+    bundle: str, fallback: str | None, expected: tuple[str, ...]
+) -> None:
+    assert places(bundle, fallback) == expected

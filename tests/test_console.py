@@ -304,6 +304,12 @@ def test_a_keyboard_interrupt_before_the_job_listens_ends_with_130(capsys: pytes
     assert (code, result["error_type"]) == ("130", "KeyboardInterrupt")
 
 
+def test_a_signal_that_ray_takes_before_the_job_listens_ends_with_143(capsys: pytest.CaptureFixture[str]) -> None:
+    code, result, err = end_of(raising(SystemExit(1)), capsys)  # as its handler does
+    assert (code, result["error_type"]) == ("143", "Interrupted")
+    assert "the same command goes on" in err
+
+
 # A job in whose last moment others still say something, and which has something to close.
 ENDS = """
 import atexit, logging, os, sys

@@ -23,7 +23,7 @@ from mnist_dist import storage
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.errors import BundleError, ConfigError, MnistDistError, StepFailed, StorageError
+from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ServiceError, StepFailed, StorageError
 from mnist_dist.models import conversion
 from mnist_dist.models import steps as steps_module
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
@@ -704,6 +704,8 @@ def test_a_table_without_pixels_is_told_before_any_work(bundle: Bundle, tmp_path
     pq.write_table(pa.table({"label": [1]}), folder / "calibration.parquet")
     with pytest.raises(BundleError, match="has a column pixels"):
         prepare(load_bundle(folder), tmp_path / "engines", engine="openvino")
+    assert prepare(load_bundle(folder), tmp_path / "engines", engine="keras") == EngineChoice()  # which needs none
+    assert prepare(load_bundle(folder), tmp_path / "engines", gpu=True) == EngineChoice()
 
 
 # --- where it is kept ------------------------------------------------------------------------------------------------
@@ -738,6 +740,104 @@ def fake_steps(converted: Engines) -> Callable[..., None]:
             shutil.copytree(converted.folder / name, scratch / name)
 
     return run
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place that nobody here may read, as one of another person's."""
+    place, really = tmp_path / "locked", storage.exists
+
+    def exists(uri: str) -> bool:
+        if uri.startswith(str(place)):
+            raise PermissionError(13, "Permission denied", uri)
+        return really(uri)
+
+    monkeypatch.setattr(storage, "exists", exists)
+    return place
+
+
+@pytest.mark.slow
+def test_a_place_that_cannot_be_read_is_left_alone(
+    converted: Engines, locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "run_step", fake_steps(converted))
+    found = prepare(converted.bundle, locked, tmp_path / "second", engine="openvino", precision="float32")
+    assert found.uri == str(tmp_path / "second" / converted.folder.name / "openvino")
+    assert not locked.exists()
+
+
+def test_without_any_place_keras_runs_the_model_unless_another_was_named(
+    bundle: Bundle, locked: Path, no_steps: None
+) -> None:
+    console = Recorder()
+    assert prepare(bundle, locked, worth_it=False) == EngineChoice()
+    assert prepare(bundle, locked, console=console) == EngineChoice()
+    assert console.lines[-1].startswith("keras runs the model, which could not be converted: converted models are kept")
+    with pytest.raises(StorageError, match=r"can be read and written. Received: .*/locked/"):
+        prepare(bundle, locked, engine="openvino")
+
+
+def test_an_outage_of_the_storage_is_no_place_that_cannot_be_read(
+    bundle: Bundle, tmp_path: Path, no_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exists(uri: str) -> bool:
+        raise ServiceError(f"{uri}: no connection")
+
+    monkeypatch.setattr(storage, "exists", exists)
+    with pytest.raises(ServiceError, match="no connection"):
+        prepare(bundle, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_another_job_puts_at_the_same_time_is_left_there(
+    converted: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(local: Path, uri: str, *, last: str | None = None) -> None:
+        shutil.copytree(local, uri)  # the other's
+        raise OSError(39, "Directory not empty", uri)
+
+    monkeypatch.setattr(storage, "upload_folder", late)
+    monkeypatch.setattr(conversion, "run_step", fake_steps(converted))
+    found = prepare(converted.bundle, tmp_path / "engines", engine="openvino", precision="float32")
+    assert Path(str(found.uri), "model.xml").is_file()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_kept_is_no_end_of_a_job_that_keras_can_do(
+    converted: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(local: Path, uri: str, *, last: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied", uri)
+
+    monkeypatch.setattr(storage, "upload_folder", full)
+    monkeypatch.setattr(conversion, "run_step", fake_steps(converted))
+    console = Recorder()
+    assert prepare(converted.bundle, tmp_path / "engines", console=console) == EngineChoice()
+    assert "cannot be written: [Errno 13]" in console.lines[-1]
+    with pytest.raises(StorageError, match=r"cannot be written: \[Errno 13\]"):
+        prepare(converted.bundle, tmp_path / "engines", engine="openvino")
+
+
+@pytest.mark.slow
+def test_a_check_that_dies_costs_its_own_engine_alone(
+    converted: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, run, console = converted.copy_to(tmp_path / "engines"), fake_steps(converted), Recorder()
+    for path in engines.folder.glob("openvino-*.json"):
+        path.unlink()
+
+    def dies(module: str, step: str, task: Mapping[str, Any], **others: Any) -> None:
+        if task["name"] == "openvino-bfloat16":
+            raise StepFailed("the process was ended by SIGKILL")
+        run(module, step, task, **others)
+
+    monkeypatch.setattr(conversion, "run_step", dies)
+    monkeypatch.setattr(conversion, "_has_bfloat16", lambda: True)
+    assert named([prepare(engines.bundle, engines.place, engine="openvino", console=console)]) == [FLOAT32]
+    assert console.lines[-1] == "  openvino bfloat16: left out (the process was ended by SIGKILL)"
+    assert not (engines.folder / "openvino-bfloat16.json").exists()
+    with pytest.raises(StepFailed, match="ended by SIGKILL"):
+        prepare(engines.bundle, engines.place, precision="bfloat16")
 
 
 @pytest.mark.slow
@@ -900,7 +1000,8 @@ def until_scored(job: Job, output: Path) -> Scored:
 
     def look() -> bool:
         if job.shards_done():
-            plan.update(json.loads(next((output / "_work").glob("g*/plan.json")).read_text()))
+            if not plan:
+                plan.update(json.loads(next((output / "_work").glob("g*/plan.json")).read_text()))
             for worker in job.workers("ScoringActor"):
                 libraries.update(mapped_by(worker.pid))
         return bool(libraries)

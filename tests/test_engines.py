@@ -206,7 +206,7 @@ def test_one_call_at_a_time_takes_all_cores(bundle: Bundle) -> None:
 def test_speed_is_that_of_all_threads_together() -> None:
     for at_once in (1, 3):
         speed = calls_per_s(lambda: time.sleep(0.02), seconds=0.3, at_once=at_once)
-        assert 50 * at_once / 2 < speed <= 50 * at_once  # other work on the machine only slows it down
+        assert 50 * (at_once - 0.9) < speed <= 50 * at_once  # other work on the machine only slows it down
 
 
 @dataclass
@@ -228,12 +228,12 @@ class PausedEngine:
 
 def test_engines_are_compared_by_their_best_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "ROUND_S", 0.05)
-    monkeypatch.setattr(engines, "SECONDS_MEASURED", 0.3)
+    monkeypatch.setattr(engines, "SECONDS_MEASURED", 1.0)
     disturbed = PausedEngine(itertools.chain([0.1] * 2, itertools.repeat(0.01)))  # for the whole of its first round
     slow = PausedEngine(itertools.repeat(0.04), batch_size=5)
     found = best_images_per_s([disturbed, slow], SPEC)
-    assert 150 < found[0] <= 300
-    assert 60 < found[1] <= 125
+    assert 100 < found[0] <= 300  # not the 30 of its first round
+    assert 40 < found[1] <= 125
     assert set(disturbed.sizes) == {3}
 
 
@@ -242,5 +242,5 @@ def test_an_engine_that_is_slower_than_a_round_is_measured_once(monkeypatch: pyt
     monkeypatch.setattr(engines, "SECONDS_MEASURED", 0.05)
     engine = PausedEngine(itertools.repeat(0.06))
     (found,) = best_images_per_s([engine], SPEC)
-    assert 10 < found <= 50
+    assert 1 < found <= 50
     assert len(engine.sizes) == 2  # the first call does not count

@@ -220,9 +220,10 @@ def test_a_model_that_leaves_the_cores_idle_is_all_that_counts(tmp_path: Path, d
     )
     pace = measure(lambda: Sleeper(batch_size=6, seconds=0.06), probe, write=lambda rows, outcomes: 11 * len(rows))
     assert (pace.images, pace.not_ok, pace.row_bytes) == (32, 8, 11)
-    assert pace.model_images_per_s == pytest.approx(100, rel=0.1)
-    assert pace.pipeline_images_per_s == pytest.approx(100 * 4 / 3, rel=0.25)  # one in four is no work for the model
-    assert pace.decode_s < 0.01
+    # other work on the machine makes it slower, never faster
+    assert 60 < pace.model_images_per_s <= 100
+    assert 80 < pace.pipeline_images_per_s <= 100 * 4 / 3 * 1.1  # one in four is no work for the model
+    assert pace.decode_s < 0.05
 
 
 # --- the arithmetic of training --------------------------------------------------------------------------------------

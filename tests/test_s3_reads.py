@@ -489,7 +489,7 @@ def read_until(reads: FastReads, is_so: Callable[[], bool]) -> None:
 
 
 def test_credentials_that_change_are_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_reads, "CREDENTIALS_S", 304)  # asked for again when five minutes are left of it
+    monkeypatch.setattr(s3_reads, "CREDENTIALS_S", 308)  # asked for again when five minutes are left of it
     session = Session(token="first token")
     reads = reads_of(session, server.url)
     for _ in range(3):

@@ -242,6 +242,30 @@ def test_each_answer_of_s3_has_its_meaning(status: int, code: str, kind: type[Ex
         raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("call", ["AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials"])
+def test_credentials_that_are_refused_are_no_object_that_is(call: str) -> None:
+    answer = {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    with pytest.raises(ServiceError, match="s3://bucket/key"), storage._s3_errors("s3://bucket/key"):
+        raise ClientError(answer, call)  # type: ignore[arg-type]
+
+
+def test_a_token_that_is_gone_is_no_object_that_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/scoring")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    storage.forget_clients()
+    try:
+        with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
+            storage.read_object("s3://bucket/key", most_bytes=10)
+        with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
+            storage.entry_of("s3://bucket/key")
+    finally:
+        storage.forget_clients()
+
+
 def test_no_connection_is_a_service_error() -> None:
     client = boto3.client(
         "s3",

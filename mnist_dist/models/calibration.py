@@ -47,7 +47,7 @@ def _rows(bundle: Bundle) -> int:
     try:
         with pq.ParquetFile(path) as file:
             names, count = file.schema_arrow.names, int(file.metadata.num_rows)
-    except pa.ArrowInvalid as err:
+    except (pa.ArrowInvalid, OSError) as err:  # a damaged footer is the latter
         raise BundleError(f"{CALIBRATION_FILE} of a bundle is a Parquet file ({err}). Received: {str(path)!r}") from err
     if "pixels" not in names:
         raise BundleError(f"{CALIBRATION_FILE} of a bundle has a column pixels. Received: {names} in {str(path)!r}")

@@ -38,7 +38,7 @@ import numpy.typing as npt
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, first_line
+from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.models.calibration import (
     calibration_images,
@@ -238,27 +238,28 @@ def prepare_engine(
         stop: looked at all the time.
 
     Raises:
-        ConfigError: what was asked for does not go, or is not installed, or does not compute what Keras does.
+        ConfigError: what was asked for does not go, or is not installed, or does not compute what Keras does, or there
+            is no place to keep it.
         StepFailed: a conversion or a check of an engine that was named failed.
         Interrupted: a signal came.
     """
-    source, _ = calibration_of(bundle)
-    fitting = candidates(asked, gpu=gpu, has_images=source == "calibration", has_bfloat16=_has_bfloat16())
+    has_images = not gpu and asked.engine != "keras" and calibration_of(bundle)[0] == "calibration"
+    fitting = candidates(asked, gpu=gpu, has_images=has_images, has_bfloat16=_has_bfloat16())
     named = asked.engine != "auto" or len(fitting) == 1
     for choice in fitting:
         _check_installed(choice)
     if all(choice.engine == "keras" for choice in fitting):
         return EngineChoice()
-    caches = [_Cache(storage.join(place, bundle.info.model_id[:16]), cpus=cpus) for place in places]
-    caches.sort(key=lambda cache: not cache.is_begun())
-    known = [caches[0].known(choice) for choice in fitting]
+    all_caches = [_Cache(storage.join(place, bundle.info.model_id[:16]), cpus=cpus) for place in places]
+    caches = sorted((cache for cache in all_caches if cache.is_readable()), key=lambda cache: not cache.is_begun())
+    known = [caches[0].known(choice) for choice in fitting] if caches else fitting
     if not all(choice.facts for choice in known) and (named or worth_it):
-        cache = next((cache for cache in caches if cache.is_writable()), caches[0])
         with tempfile.TemporaryDirectory(prefix="mnist_dist-engines-") as scratch:
-            work = _Work(bundle, cache, Path(scratch), batch_size, cpus, console, stop)
             try:
+                cache = _writable(caches, all_caches)
+                work = _Work(bundle, cache, Path(scratch), batch_size, cpus, console, stop)
                 known = work.checked([cache.known(choice) for choice in fitting])
-            except StepFailed as failure:
+            except (StepFailed, StorageError) as failure:
                 if named:
                     raise
                 console.line(f"keras runs the model, which could not be converted: {first_line(failure)}")
@@ -269,6 +270,14 @@ def prepare_engine(
     return fastest(checked) if any(choice.engine != "keras" for choice in checked) else EngineChoice()
 
 
+def _writable(caches: Iterable["_Cache"], all_caches: Iterable["_Cache"]) -> "_Cache":
+    for cache in caches:
+        if cache.is_writable():
+            return cache
+    names = " or ".join(cache.uri for cache in all_caches)
+    raise StorageError(f"converted models are kept in a folder that can be read and written. Received: {names}")
+
+
 def _as_asked(choice: EngineChoice, console: Console) -> EngineChoice:
     """What was named is taken, but for float32 that is none; what it does to the answers is said."""
     why = why_not(choice)
@@ -276,6 +285,8 @@ def _as_asked(choice: EngineChoice, console: Console) -> EngineChoice:
         raise ConfigError(
             f"{choice.engine} does not compute what Keras does ({why}). Received: engine={choice.engine!r}"
         )
+    if choice.precision == "bfloat16" and not _has_bfloat16():
+        console.line("this CPU has no bfloat16: OpenVINO computes in float32 on it")
     if why is not None:
         console.line(f"{choice.engine} {choice.precision} was asked for and is taken, although {why}")
     return choice
@@ -309,6 +320,13 @@ class _Cache:
 
     def __init__(self, uri: str, *, cpus: int) -> None:
         self.uri, self._cpus = uri, cpus
+
+    def is_readable(self) -> bool:
+        try:
+            self.is_begun()
+        except (OSError, StorageError):  # somebody else's folder, or rights on the bundle alone; an outage is raised
+            return False
+        return True
 
     def is_begun(self) -> bool:
         """Whether it holds what all checks begin with."""
@@ -375,14 +393,26 @@ class _Work:
     stop: Stop
 
     def checked(self, known: list[EngineChoice]) -> list[EngineChoice]:
-        """All of them with what their checks found."""
+        """All of them with what their checks found; without, where a check failed and another engine passes."""
         if all(choice.facts for choice in known):
             return known
         names = ", ".join(f"{choice.engine} {choice.precision}" for choice in known if not choice.facts)
         self.console.line(f"converting and checking the model (once per bundle): {names}")
         keras = self._by_keras([choice for choice in known if choice.engine != "keras"])
         found = [keras if choice.engine == "keras" else choice for choice in known]
-        return [choice if choice.facts else self._checked(choice) for choice in found]
+        failures: list[StepFailed] = []
+        for place, choice in enumerate(found):
+            if choice.facts:
+                continue
+            try:
+                found[place] = self._checked(choice)
+            except StepFailed as failure:
+                failures.append(failure)
+                self.console.line(f"  {choice.engine} {choice.precision}: left out ({first_line(failure)})")
+        others = [choice for choice in found if choice.engine != "keras" and choice.facts]
+        if failures and all(why_not(choice) for choice in others):
+            raise failures[0]
+        return found
 
     def _by_keras(self, wanted: list[EngineChoice]) -> EngineChoice:
         """Has Keras predict the images and convert what is not there; gives what is known of Keras itself."""
@@ -438,7 +468,11 @@ class _Work:
     def _publish(self, choice: EngineChoice) -> None:
         if self.cache.has_model(choice):  # another job was faster, and its actors may be reading
             return
-        storage.upload_folder(self._scratch_of(choice), self.cache.folder(choice), last=_last_file(choice.engine))
+        try:
+            storage.upload_folder(self._scratch_of(choice), self.cache.folder(choice), last=_last_file(choice.engine))
+        except OSError as err:
+            if not self.cache.has_model(choice):  # else another job put its own there just now
+                raise StorageError(f"{self.cache.uri} cannot be written: {err}") from err
 
     def _facts(self, step: str, **compared: Any) -> dict[str, Any]:
         source, count = calibration_of(self.bundle)

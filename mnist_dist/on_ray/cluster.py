@@ -67,14 +67,17 @@ class Share:
 
 
 @contextmanager
-def connected(*, verbose: bool, meanwhile: str | None = None) -> Iterator[Resources]:
+def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None = None) -> Iterator[Resources]:
     """A connection to Ray for the time of a job; one that is already there is used and left alone.
 
     Args:
         verbose: show what Ray prints.
+        stop: takes the signals again that Ray took.
         meanwhile: a module that is loaded while Ray starts.
     """
     if ray.is_initialized():
+        if stop is not None:
+            stop.take_signals()
         yield resources()
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
@@ -88,6 +91,8 @@ def connected(*, verbose: bool, meanwhile: str | None = None) -> Iterator[Resour
         include_dashboard=False if is_private else None,
     )
     try:
+        if stop is not None:
+            stop.take_signals()
         loading.join()  # it sets its loggers; what it raises, whoever imports it raises again
         if is_private:
             _end_autoscaler()

@@ -176,8 +176,7 @@ def _ask_ray(job: DoctorJob, question: Question, stop: Stop) -> tuple[Check, lis
     with ExitStack() as stack:
         try:
             _knock(address)
-            have = stack.enter_context(connected(verbose=job.verbose))
-            stop.take_signals()
+            have = stack.enter_context(connected(verbose=job.verbose, stop=stop))
         except (OSError, RuntimeError, ValueError, RayError) as err:  # what ray.init raises
             return replace(check, status="failed", found=_no_ray(address, err), remedy=_ray_remedy(address)), []
         check = replace(check, found=f"Ray {ray.__version__}, {_words(have, address)}")

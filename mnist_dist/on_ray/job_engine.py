@@ -43,10 +43,9 @@ def job_engine(
         console: shows progress.
         stop: looked at all the time.
     """
-    beside = f"{storage.absolute(job.bundle)}.engines"
     question: dict[str, Any] = {
         "asked": asked,
-        "places": (beside,) if fallback is None else (beside, fallback),
+        "places": places(storage.absolute(job.bundle), fallback),
         "gpu": actors.gpus > 0,
         "batch_size": job.run.batch_size,
         "cpus": max(1, int(actors.cpus)),
@@ -61,6 +60,12 @@ def job_engine(
         console.line(line)
     found: EngineChoice = choice
     return found
+
+
+def places(bundle_uri: str, fallback: str | None) -> tuple[str, ...]:
+    """URIs where converted models of a bundle may be kept: beside it, unless it is a whole bucket, and the fallback."""
+    is_bucket = storage.is_remote(bundle_uri) and "/" not in bundle_uri.removeprefix("s3://")  # beside it: a stranger's
+    return (*(() if is_bucket else (f"{bundle_uri}.engines",)), *(() if fallback is None else (fallback,)))
 
 
 class _Heard(Console):

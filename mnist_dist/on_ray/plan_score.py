@@ -91,8 +91,7 @@ def plan_score(job: ScoreJob, bundle: Bundle, *, output: Output, console: Consol
             return {"output": output.uri, "images": 0, "plan": True, "seconds": round(time.monotonic() - began, 2)}
         total_bytes = work.listing.total_bytes if work.listing is not None else 0
         console.line(f"found {images:,} images to score, {filesize.decimal(total_bytes)}")
-        with connected(verbose=job.run.verbose) as have:
-            stop.take_signals()
+        with connected(verbose=job.run.verbose, stop=stop) as have:
             have = await_actors(have, job.run, console=console, stop=stop)
             check_job_storage(job, nodes=have.nodes)
             actors = choose_actors(have, job.run, most=-(-images // (job.shard_size or MIN_SHARD)))

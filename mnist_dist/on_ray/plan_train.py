@@ -64,8 +64,7 @@ def plan_train(job: TrainJob, *, console: Console) -> dict[str, Any]:
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     with scratch_storage(job.run, "plan") as root, Stop(console) as stop:
         mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
-        with connected(verbose=job.run.verbose) as have:
-            stop.take_signals()
+        with connected(verbose=job.run.verbose, stop=stop) as have:
             have = await_workers(have, job.run, console=console, stop=stop)
             check_places(listed, job.data, root=job.run.storage, is_shared=job.run.storage_is_shared, nodes=have.nodes)
             found = _Measurement(mine, listed, have, console=console, stop=stop).found(began=began)

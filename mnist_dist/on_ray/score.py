@@ -7,6 +7,7 @@ In what order a job goes on: a commit that was begun is replayed; else an unfini
 listing anything; else a finished table is returned, or a new generation is begun.
 """
 
+import os
 import shutil
 import time
 import uuid
@@ -48,6 +49,7 @@ from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_sch
 from mnist_dist.scoring.work import Work, find_work
 
 WITH_RAY_DATA = "mnist_dist.on_ray.shards"  # loaded while Ray starts
+KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras, and what a plan calls it
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
@@ -195,7 +197,9 @@ class _Scoring:
         ours = {name: value for name, value in self._settings().items() if name not in but}
         lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
         asked = {name: value for name, value in asdict(self.job.engine).items() if value != "auto" and name not in but}
-        return lines + differences(asked, {name: theirs.get(name) for name in asked})
+        lines += differences(asked, {name: theirs.get(name) for name in asked})
+        backend = theirs.get(KERAS_BACKEND) if theirs.get("engine") == "keras" else None
+        return lines + (differences({KERAS_BACKEND: _keras_backend()}, {KERAS_BACKEND: backend}) if backend else [])
 
     def _go_on(self, unfinished: Generation) -> Committed | None:
         """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
@@ -214,8 +218,7 @@ class _Scoring:
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
-            with connected(verbose=self.job.run.verbose, meanwhile=WITH_RAY_DATA) as have:
-                self.stop.take_signals()
+            with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
                 have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
                 actors = choose_actors(have, self.job.run)
                 engine = self._engine(_noted(unfinished.plan), actors, have)
@@ -241,8 +244,7 @@ class _Scoring:
         rows = None if listing.is_alive() else len(listing.result().table)
         if rows == 0:
             return self._nothing_new(before)
-        with connected(verbose=self.job.run.verbose, meanwhile=WITH_RAY_DATA) as have:
-            self.stop.take_signals()
+        with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
             have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
             engine = self._engine(self._asked(before), actors, have, images=rows)
@@ -306,6 +308,7 @@ class _Scoring:
             "mode": self.job.mode,
             "replaces_all": before is None or self.job.mode == "fresh",
             **engine.noted(),
+            KERAS_BACKEND: _keras_backend(),
             "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
         }
 
@@ -408,7 +411,7 @@ class _Scoring:
         summary = {
             "settings": self._settings(),
             "bundle": storage.absolute(self.job.bundle),
-            **{name: generation.plan.get(name) for name in EngineChoice().noted()},
+            **{name: generation.plan.get(name) for name in (*EngineChoice().noted(), KERAS_BACKEND)},
             "images_per_s": self._images_per_s(),
         }
         with self.console.progress("committing") as bar:
@@ -468,6 +471,11 @@ class _Scoring:
                 result,
             )
         return result
+
+
+def _keras_backend() -> str:
+    """What Keras runs on in this job."""
+    return os.environ.get(KERAS_BACKEND) or "tensorflow"
 
 
 def _noted(plan: Mapping[str, Any]) -> EngineConfig:

@@ -126,7 +126,7 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     run = Run(storage.join(storage.absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
         stage = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=time.time())
-        with connected(verbose=job.run.verbose) as have:
+        with connected(verbose=job.run.verbose, stop=stop) as have:
             have = stage.enter(have)
             trials = stage.try_all(stage.prepare({}, have=have), have=have)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
@@ -147,7 +147,7 @@ class _Search:
     def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """All steps that are left, and the result."""
         asked = self.job.run
-        with connected(verbose=asked.verbose) as have:
+        with connected(verbose=asked.verbose, stop=self.stop) as have:
             have = self.enter(have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             require(
@@ -172,7 +172,6 @@ class _Search:
         Raises:
             ResourceError: no trial finds room.
         """
-        self.stop.take_signals()
         asked = self.job.run
         have = await_nodes(
             have,

@@ -140,7 +140,8 @@ class ShardRun:
             num_gpus=self._actors.gpus,
             compute=ray.data.ActorPoolStrategy(
                 size=self._actors.count,
-                max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+                # of few shards no more than its share: Ray Data fills the actor on the driver's node first
+                max_tasks_in_flight_per_actor=min(SHARDS_IN_FLIGHT, -(-len(shards) // self._actors.count)),
                 max_concurrent_calls_per_actor=SHARDS_AT_ONCE,
                 enable_true_multi_threading=True,
             ),

@@ -132,8 +132,7 @@ class Training:
     def run_to_end(self, listed: Listed, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
         asked, plan = self.job.run, listed.plan
-        with connected(verbose=asked.verbose) as have:
-            self.stop.take_signals()
+        with connected(verbose=asked.verbose, stop=self.stop) as have:
             have = await_workers(have, asked, console=self.console, stop=self.stop)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_places(listed, self.job.data, root=asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
