@@ -568,14 +568,13 @@ def _replace_folder(source: Path, target: Path) -> None:
     replaced = target.with_name(temporary_name(target.name))
     with _local_errors(str(target)):
         try:
-            try:
-                shutil.copytree(source, temporary)
-            except shutil.Error as err:  # a list of what went wrong, without its numbers
-                raise ServiceError(f"{target}: {err.args[0][0][-1]}") from err
+            shutil.copytree(source, temporary)
             _flush(temporary)
             if target.exists():
                 target.rename(replaced)
             temporary.rename(target)
+        except shutil.Error as err:  # of the copy: a list of what went wrong, without its numbers
+            raise ServiceError(f"{target}: {err.args[0][0][-1]}") from err
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""What the tests of several jobs share: a console that can be looked at, a command's answer, a bundle to score with."""
+"""What the tests of several jobs share: a console that can be looked at, a command's answer, a bundle to score with,
+and whether a process runs.
+"""
 
 import json
 import os
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from mnist_dist.config import ModelConfig
@@ -49,6 +52,14 @@ def run_command(*arguments: str, timeout_s: float, **environment: str) -> tuple[
     )
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; not where it has ended and nobody has collected it."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def write_spread_bundle(path: Path, *, images: Sequence[Image.Image], seed: int) -> Path:

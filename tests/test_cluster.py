@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
+from harness import is_alive
 
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, Resources, Share, check_storage, share
@@ -141,14 +141,6 @@ def test_a_private_ray_has_no_autoscaler_and_leaves_nothing_running() -> None:
     assert sorted(said["rows"]) == [1, 2, 3]  # blocks come as they are done
     assert said["cpus"] >= 1
     deadline = time.monotonic() + 10
-    while (left := [pid for pid in map(int, said["below"]) if is_running(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in map(int, said["below"]) if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
-
-
-def is_running(pid: int) -> bool:
-    """Also false of a process that has ended and that nobody has collected."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import Recorder
+from harness import Recorder, is_alive
 
 from mnist_dist.console import Bar, Console, Stop
 from mnist_dist.errors import Interrupted, MnistDistError
@@ -195,13 +195,6 @@ def test_it_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
         driver.wait()
     step = int(waiting.read_text())
     until(lambda: not is_alive(step), seconds=10)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # where nobody collects orphans
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="Linux only; runs there")

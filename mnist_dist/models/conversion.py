@@ -251,7 +251,7 @@ def prepare_engine(
     if all(choice.engine == "keras" for choice in fitting):
         return EngineChoice()
     all_caches = [_Cache(storage.join(place, bundle.info.model_id[:16]), cpus=cpus) for place in places]
-    caches = sorted((cache for cache in all_caches if cache.is_readable()), key=lambda cache: not cache.is_begun())
+    caches = _readable(all_caches)
     known = [caches[0].known(choice) for choice in fitting] if caches else fitting
     if not all(choice.facts for choice in known) and (named or worth_it):
         with tempfile.TemporaryDirectory(prefix="mnist_dist-engines-") as scratch:
@@ -268,6 +268,15 @@ def prepare_engine(
     if named and (len(checked) == 1 or all(why_not(choice) for choice in checked)):
         return _as_asked(checked[0], console)
     return fastest(checked) if any(choice.engine != "keras" for choice in checked) else EngineChoice()
+
+
+def _readable(caches: Iterable["_Cache"]) -> list["_Cache"]:
+    """Those that can be read, first of them what holds some."""
+    begun, others = list[_Cache](), list[_Cache]()
+    for cache in caches:
+        with contextlib.suppress(OSError, StorageError):  # rights on the bundle alone; an outage is raised
+            (begun if cache.is_begun() else others).append(cache)
+    return begun + others
 
 
 def _writable(caches: Iterable["_Cache"], all_caches: Iterable["_Cache"]) -> "_Cache":
@@ -320,13 +329,6 @@ class _Cache:
 
     def __init__(self, uri: str, *, cpus: int) -> None:
         self.uri, self._cpus = uri, cpus
-
-    def is_readable(self) -> bool:
-        try:
-            self.is_begun()
-        except (OSError, StorageError):  # somebody else's folder, or rights on the bundle alone; an outage is raised
-            return False
-        return True
 
     def is_begun(self) -> bool:
         """Whether it holds what all checks begin with."""
@@ -548,11 +550,10 @@ def _check_step(task: dict[str, Any], report: Report) -> None:
     """Notes what an engine says of the images, and how many of them a call should take."""
     bundle = load_bundle(task["bundle"])
     choice = EngineChoice(engine=task["engine"], precision=task["precision"], uri=task["folder"])
-    engines = [open_engine(choice, bundle, batch_size=size, cpus=task["cpus"]) for size in CALL_SIZES]
-    speeds = best_images_per_s(engines, bundle.info.spec)
-    size = smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True)))
-    place = CALL_SIZES.index(size)
-    _note(task, bundle, engines[place], report, images_per_s=speeds[place], images_per_call=size)
+    engines = {size: open_engine(choice, bundle, batch_size=size, cpus=task["cpus"]) for size in CALL_SIZES}
+    speeds = dict(zip(engines, best_images_per_s(list(engines.values()), bundle.info.spec), strict=True))
+    size = smallest_fast(speeds)
+    _note(task, bundle, engines[size], report, images_per_s=speeds[size], images_per_call=size)
 
 
 def smallest_fast(speeds: Mapping[int, float]) -> int:

@@ -197,9 +197,9 @@ class _Scoring:
         ours = {name: value for name, value in self._settings().items() if name not in but}
         lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
         asked = {name: value for name, value in asdict(self.job.engine).items() if value != "auto" and name not in but}
-        lines += differences(asked, {name: theirs.get(name) for name in asked})
-        backend = theirs.get(KERAS_BACKEND) if theirs.get("engine") == "keras" else None
-        return lines + (differences({KERAS_BACKEND: _keras_backend()}, {KERAS_BACKEND: backend}) if backend else [])
+        if theirs.get("engine") == "keras" and theirs.get(KERAS_BACKEND):
+            asked[KERAS_BACKEND] = _keras_backend()
+        return lines + differences(asked, {name: theirs.get(name) for name in asked})
 
     def _go_on(self, unfinished: Generation) -> Committed | None:
         """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
