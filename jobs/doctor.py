@@ -11,7 +11,7 @@ def main() -> dict[str, Any]:
     _, job = console.parse({"doctor": DoctorJob}, command="python -m jobs.doctor", default="doctor")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
-    from mnist_dist.on_ray.doctor import examine  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.doctor.doctor import examine  # after `quiet`: Ray reads the environment when it is imported
 
     return examine(job, console=shown)
 

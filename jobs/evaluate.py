@@ -25,7 +25,7 @@ def main() -> dict[str, Any]:
 def _score(job: EvaluateJob, shown: console.Console) -> None:
     """Scores the images, or goes on with it."""
     from mnist_dist.evaluation.evaluate import check_named
-    from mnist_dist.on_ray.score import score  # only here: evaluating a table needs no Ray
+    from mnist_dist.on_ray.scoring.score import score  # only here: evaluating a table needs no Ray
 
     check_named(job)
     has_labels = job.labels is None and all(uri.lower().endswith((".csv", ".parquet")) for uri in job.input)

@@ -11,7 +11,7 @@ def main() -> dict[str, Any]:
     _, job = console.parse({"export": ExportJob}, command="python -m jobs.export", default="export")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
-    from mnist_dist.models.export import export_bundle
+    from mnist_dist.engines.export import export_bundle
 
     return export_bundle(
         job.bundle,

@@ -28,8 +28,8 @@ def main() -> dict[str, Any]:
     shown = console.Console(verbose=asked.verbose)
     console.quiet(verbose=asked.verbose)
     from mnist_dist.on_ray.cluster import connected  # after `quiet`: Ray reads the environment when it is imported
-    from mnist_dist.on_ray.score import score
-    from mnist_dist.on_ray.train import train
+    from mnist_dist.on_ray.scoring.score import score
+    from mnist_dist.on_ray.training.train import train
 
     job = quickstart()
     job = replace(job, run=replace(job.run, storage=asked.storage, name="quickstart", verbose=asked.verbose))

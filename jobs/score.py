@@ -19,7 +19,7 @@ def main() -> dict[str, Any]:
     _, job = console.parse({"score": ScoreJob}, command=COMMAND, default="score", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.score import score  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.scoring.score import score  # after `quiet`: Ray reads the environment when it is imported
 
     result = score(job, console=shown)
     if not job.run.dry_run and not result.get("plan"):

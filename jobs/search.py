@@ -19,7 +19,7 @@ def main() -> dict[str, Any]:
     recipe, job = console.parse(SEARCH_RECIPES, command=COMMAND, default="search-digits", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.search import search  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.search.search import search  # after `quiet`: Ray reads the environment when it is imported
 
     result = search(job, recipe=recipe, console=shown)
     best = result["best"]

@@ -19,7 +19,7 @@ def main() -> dict[str, Any]:
     recipe, job = console.parse(TRAINING_RECIPES, command=COMMAND, default="quickstart", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.train import train  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.training.train import train  # after `quiet`: Ray reads the environment when it is imported
 
     result = train(job, recipe=recipe, console=shown)
     if result.get("plan"):

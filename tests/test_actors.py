@@ -6,7 +6,7 @@ from mnist_dist.config import ScoreRunConfig
 from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.actors import choose_actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.job_engine import places
+from mnist_dist.on_ray.scoring.engine import places
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from mnist_dist.errors import DataError, ServiceError, WorkersFailed
-from mnist_dist.on_ray.attempt import readable
+from mnist_dist.on_ray.training.attempt import readable
 
 
 class Failed(Exception):

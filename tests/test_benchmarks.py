@@ -32,8 +32,8 @@ from mnist_dist.benchmarks.score_table import AIMS, TITLES, aims, ratio, summary
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.images import ImageSpec
+from mnist_dist.engines.conversion import EngineChoice
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
-from mnist_dist.models.conversion import EngineChoice
 from mnist_dist.scoring.decoding import DecodePool, Threads
 from mnist_dist.scoring.inputs import list_inputs
 

@@ -12,9 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnist_dist.data.images import Pixels
-from mnist_dist.errors import BundleError
-from mnist_dist.models.bundle import Bundle, BundleInfo
-from mnist_dist.models.calibration import (
+from mnist_dist.engines.calibration import (
     MOST_IMAGES,
     RANDOM_IMAGES,
     calibration_images,
@@ -22,6 +20,8 @@ from mnist_dist.models.calibration import (
     calibration_of,
     predict_calibration,
 )
+from mnist_dist.errors import BundleError
+from mnist_dist.models.bundle import Bundle, BundleInfo
 
 # b = images of a call
 

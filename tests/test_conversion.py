@@ -23,13 +23,10 @@ from mnist_dist import storage
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ServiceError, StepFailed, StorageError
-from mnist_dist.models import conversion
-from mnist_dist.models import steps as steps_module
-from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
-from mnist_dist.models.calibration import calibration_images, calibration_labels
-from mnist_dist.models.classifier import build_classifier
-from mnist_dist.models.conversion import (
+from mnist_dist.engines import conversion
+from mnist_dist.engines import steps as steps_module
+from mnist_dist.engines.calibration import calibration_images, calibration_labels
+from mnist_dist.engines.conversion import (
     CALL_SIZES,
     COMPARED_IMAGES,
     FEW_IMAGES,
@@ -46,8 +43,11 @@ from mnist_dist.models.conversion import (
     smallest_fast,
     why_not,
 )
-from mnist_dist.models.converted_engines import openvino_core
-from mnist_dist.models.engines import KerasEngine
+from mnist_dist.engines.converted import openvino_core
+from mnist_dist.engines.engine import KerasEngine
+from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ServiceError, StepFailed, StorageError
+from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
+from mnist_dist.models.classifier import build_classifier
 
 # N = images that are compared, K = classes
 

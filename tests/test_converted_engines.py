@@ -13,12 +13,12 @@ from harness import Recorder
 from mnist_dist.config import EngineName, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec, Pixels
+from mnist_dist.engines.conversion import MODULES, EngineChoice, open_engine
+from mnist_dist.engines.converted import OnnxEngine, OpenVinoEngine, streams_of
+from mnist_dist.engines.engine import Engine, KerasEngine, padded
+from mnist_dist.engines.steps import run_step
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
-from mnist_dist.models.conversion import MODULES, EngineChoice, open_engine
-from mnist_dist.models.converted_engines import OnnxEngine, OpenVinoEngine, streams_of
-from mnist_dist.models.engines import Engine, KerasEngine, padded
-from mnist_dist.models.steps import run_step
 
 # b = images of a call
 
@@ -81,7 +81,7 @@ def converted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines = [name for name in ENGINES if all(importlib.util.find_spec(module) for module in MODULES[name])]
     task = {"name": "keras", "bundle": str(bundle.path), "scratch": str(folder), "batch_size": BATCH, "cpus": 1}
     run_step(
-        "mnist_dist.models.conversion",
+        "mnist_dist.engines.conversion",
         "keras",
         {**task, "engines": engines},
         title="conversion",
@@ -190,7 +190,7 @@ def test_a_process_with_such_an_engine_loads_neither_keras_nor_tensorflow(
     program = (
         "import sys, numpy as np\n"
         "from mnist_dist.models.bundle import load_bundle\n"
-        "from mnist_dist.models.conversion import EngineChoice, open_engine\n"
+        "from mnist_dist.engines.conversion import EngineChoice, open_engine\n"
         "bundle, name, folder = load_bundle(sys.argv[1]), sys.argv[2], sys.argv[3]\n"
         "engine = open_engine(EngineChoice(engine=name, uri=folder), bundle, batch_size=2, embeddings=True, cpus=1)\n"
         "engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))\n"
@@ -208,7 +208,7 @@ def test_a_signal_is_survived_by_a_process_that_had_several_engines(converted: P
         "import gc, os, signal, sys\n"
         "from pathlib import Path\n"
         "from mnist_dist.data.images import ImageSpec\n"
-        "from mnist_dist.models.converted_engines import OpenVinoEngine\n"
+        "from mnist_dist.engines.converted import OpenVinoEngine\n"
         "height_px, width_px, channels = map(int, sys.argv[2:])\n"
         "spec = ImageSpec(height_px=height_px, width_px=width_px, channels=channels)\n"
         "engines = [OpenVinoEngine(Path(sys.argv[1]), spec=spec, batch_size=2) for _ in range(3)]\n"

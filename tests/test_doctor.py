@@ -24,10 +24,12 @@ from ray.cluster_utils import Cluster
 from mnist_dist import storage
 from mnist_dist.doctor_config import DoctorJob
 from mnist_dist.errors import ConfigError
-from mnist_dist.on_ray import doctor, doctor_checks, doctor_facts
 from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, connected
-from mnist_dist.on_ray.doctor_checks import GIB, MIB, Answer, Check, Pins, read_pins
-from mnist_dist.on_ray.doctor_facts import Facts, Question, S3Facts, TensorFlowFacts, WeightsFacts
+from mnist_dist.on_ray.doctor import checks as doctor_checks
+from mnist_dist.on_ray.doctor import doctor
+from mnist_dist.on_ray.doctor import facts as doctor_facts
+from mnist_dist.on_ray.doctor.checks import GIB, MIB, Answer, Check, Pins, read_pins
+from mnist_dist.on_ray.doctor.facts import Facts, Question, S3Facts, TensorFlowFacts, WeightsFacts
 
 PINS = Pins(
     versions={"ray": "2.60.0", "tensorflow": "2.21.0", "keras": "3.15.1", "numpy": "2.4.6", "mypy": "2.4.1"},

@@ -16,10 +16,10 @@ import tensorflow as tf
 
 from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
-from mnist_dist.models import engines
+from mnist_dist.engines import engine as engines
+from mnist_dist.engines.engine import KerasEngine, Outputs, best_images_per_s, calls_per_s
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
-from mnist_dist.models.engines import KerasEngine, Outputs, best_images_per_s, calls_per_s
 
 # b = images of a call, D = features
 
@@ -104,7 +104,7 @@ ON_JAX = """
 import sys
 import numpy as np
 from mnist_dist import load_bundle
-from mnist_dist.models.engines import KerasEngine
+from mnist_dist.engines.engine import KerasEngine
 folder, pixels, answer = sys.argv[1:]
 outputs = KerasEngine(load_bundle(folder), batch_size=8, embeddings=True, cpus=1)(np.load(pixels))
 np.savez(answer, probabilities=outputs.probabilities, embeddings=outputs.embeddings)

@@ -26,11 +26,11 @@ from harness import ROOT, Recorder, run_command
 from mnist_dist import storage
 from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
+from mnist_dist.engines.export import EXPORT_FILE, FORMATS, export_bundle, open_export
 from mnist_dist.errors import BundleError, ConfigError, Interrupted, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import all_layers, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
-from mnist_dist.models.export import EXPORT_FILE, FORMATS, export_bundle, open_export
 
 # b = images of a call
 
@@ -302,7 +302,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
 
 def steps_of(parent: psutil.Process) -> list[psutil.Process]:
     """The processes that convert or check."""
-    return [child for child in parent.children() if "mnist_dist.models.export" in child.cmdline()]
+    return [child for child in parent.children() if "mnist_dist.engines.export" in child.cmdline()]
 
 
 def until(condition: Callable[[], Any], *, seconds: float = SECONDS) -> Any:

@@ -36,8 +36,8 @@ from mnist_dist.data.sources import image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ServiceError, WeightsError
 from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.on_ray.actors import Actors
-from mnist_dist.on_ray.features import compute_missing
-from mnist_dist.on_ray.train import train
+from mnist_dist.on_ray.data.features import compute_missing
+from mnist_dist.on_ray.training.train import train
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import (
     Extractor,

@@ -31,14 +31,14 @@ from mnist_dist.config import (
 from mnist_dist.console import duration
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.sampling import spread_rows
+from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
-from mnist_dist.models.engines import Outputs
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.plan_score import means_of
-from mnist_dist.on_ray.plan_train import sample_splits, sizes_of
-from mnist_dist.on_ray.score import score
-from mnist_dist.on_ray.train import train
+from mnist_dist.on_ray.scoring.plan import means_of
+from mnist_dist.on_ray.scoring.score import score
+from mnist_dist.on_ray.training.plan import sample_splits, sizes_of
+from mnist_dist.on_ray.training.train import train
 from mnist_dist.scoring.decoding import Threads
 from mnist_dist.scoring.measuring import Probe, SteadySpeed, measure, sample, settled_images_per_s
 from mnist_dist.scoring.planning import Means, Pace, forecast

@@ -32,6 +32,7 @@ from PIL import Image
 
 from mnist_dist import load_bundle, storage
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
+from mnist_dist.engines.conversion import EngineChoice
 from mnist_dist.errors import (
     BundleError,
     ConfigError,
@@ -45,10 +46,9 @@ from mnist_dist.errors import (
 )
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle
-from mnist_dist.models.conversion import EngineChoice
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.score import _Scoring, score
+from mnist_dist.on_ray.scoring.score import _Scoring, score
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
@@ -454,7 +454,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, bu
 
 
 def test_a_finished_table_is_returned_at_once(table: ScoreJob, scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.on_ray.score.connected", None)  # Ray does not start
+    monkeypatch.setattr("mnist_dist.on_ray.scoring.score.connected", None)  # Ray does not start
     before = names_in(Path(table.output))
     result = score(table, console=Recorder())
     assert result["seconds"] < 5

@@ -22,8 +22,8 @@ from corpus import DANGERS, H, W, colour_png, danger, every_format, manifest_row
 from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.images import Decoded, ImageSpec, Pixels, decode_image
+from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.models.engines import Outputs
 from mnist_dist.scoring import scorer as module
 from mnist_dist.scoring.decoding import Threads
 from mnist_dist.scoring.inputs import list_inputs

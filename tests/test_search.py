@@ -21,7 +21,7 @@ from PIL import Image
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig
 from mnist_dist.errors import Interrupted, ResourceError, ResumeConflict, StorageError, WorkersFailed
-from mnist_dist.on_ray.search import search
+from mnist_dist.on_ray.search.search import search
 from mnist_dist.search.leaderboard import SCHEMA
 from mnist_dist.search.trials import Trial, TrialRecords
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace

@@ -16,14 +16,14 @@ import pytest
 from harness import Recorder, is_alive
 
 from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.engines.steps import run_step
 from mnist_dist.errors import Interrupted, MnistDistError
-from mnist_dist.models.steps import run_step
 
 SECONDS = 60.0  # for a process that imports little, where many run
 SOME_STEPS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from mnist_dist.models.steps import serve
+from mnist_dist.engines.steps import serve
 
 def count(task, report):
     print("on stdout, which is not for this")
@@ -56,7 +56,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from mnist_dist.console import Console, Stop
-from mnist_dist.models.steps import run_step
+from mnist_dist.engines.steps import run_step
 console = Console(terminal=False)
 with Stop(console) as stop:
     run_step("some_steps", "wait", {"file": sys.argv[1]}, title="waiting", log_file=Path(sys.argv[1] + ".log"),

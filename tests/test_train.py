@@ -37,8 +37,8 @@ from mnist_dist.errors import (
     TooManyBadImages,
     TrainingDiverged,
 )
-from mnist_dist.on_ray.records import decode_missing
-from mnist_dist.on_ray.train import train
+from mnist_dist.on_ray.data.records import decode_missing
+from mnist_dist.on_ray.training.train import train
 from mnist_dist.training.checkpoints import read_checkpoint
 from mnist_dist.training.runs import Run
 
@@ -273,7 +273,7 @@ def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right
 
 
 def test_a_finished_run_is_returned_at_once(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.on_ray.train.connected", None)  # Ray does not start
+    monkeypatch.setattr("mnist_dist.on_ray.training.train.connected", None)  # Ray does not start
     began = time.monotonic()
     assert train(finished.job, recipe="test", console=Recorder()) == finished.result
     assert time.monotonic() - began < 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mnist_dist.errors import ServiceError
-from mnist_dist.on_ray.tuning import DIED, OVER, Trials
+from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials
 from mnist_dist.search.trials import Status, Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mnist_dist.config import EngineConfig, ModelConfig
 from mnist_dist.console import Console, Stop
+from mnist_dist.engines.conversion import EngineChoice, prepare_engine
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.models.conversion import EngineChoice, prepare_engine
 
 NUM_CLASSES = 10
 

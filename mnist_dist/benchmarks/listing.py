@@ -230,7 +230,7 @@ def list_bucket(endpoint: str, keys: int) -> Figures:
 
 
 def plan_resume(folder: str) -> Figures:
-    """What `on_ray/score.py` does between taking the lock and giving Ray the shards."""
+    """What `on_ray/scoring/score.py` does between taking the lock and giving Ray the shards."""
     began = time.perf_counter()
     output = Output(folder)
     output.sweep()

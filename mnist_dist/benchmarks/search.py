@@ -165,7 +165,7 @@ def _measure_vgg16(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
 
 def _search(job: SearchJob, name: str) -> dict[str, Any]:
     """The first stage of a search, in a storage of its own."""
-    from mnist_dist.on_ray.search import run_first_stage
+    from mnist_dist.on_ray.search.search import run_first_stage
 
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as scratch:
         job = replace(job, run=replace(job.run, storage=scratch))

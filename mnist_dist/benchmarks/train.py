@@ -182,7 +182,7 @@ def fit_images_per_s(job: TrainJob, *, steps: int) -> float:
 
 def _job_images_per_s(job: TrainJob, steps: int, *, console: Console) -> float:
     """Speed of the whole job's loop through Ray Train, over about so many steps."""
-    from mnist_dist.on_ray.train import train
+    from mnist_dist.on_ray.training.train import train
 
     batch = job.fit.batch_size
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as storage:

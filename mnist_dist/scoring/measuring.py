@@ -1,7 +1,7 @@
 """How fast one process decodes, predicts, and does both at once, on a sample of a job's images.
 
 Owns: the measurements, made with the job's own parts and bounded by seconds. Does not own: which images (`sample`
-chooses, of a list), what follows from the figures (`planning`), or where it runs (`on_ray/plan_score.py`).
+chooses, of a list), what follows from the figures (`planning`), or where it runs (`on_ray/scoring/plan.py`).
 """
 
 # n = rows of the sample
@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 from mnist_dist.config import DecodeConfig
 from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.data.sampling import RUN_ROWS, spread_rows
+from mnist_dist.engines.engine import Engine, calls_per_s
 from mnist_dist.errors import ConfigError, ImageError
-from mnist_dist.models.engines import Engine, calls_per_s
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.planning import Pace
 from mnist_dist.scoring.predictions import Outcomes

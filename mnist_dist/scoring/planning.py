@@ -1,7 +1,7 @@
 """What a scoring job will take, from what one of its actors was measured to do: pure arithmetic.
 
 Owns: the bottleneck, the balance between decoding and the model, the expected speed and duration. Does not own: the
-measurements (`measuring`), or where they are made (`on_ray/plan_score.py`).
+measurements (`measuring`), or where they are made (`on_ray/scoring/plan.py`).
 """
 
 from dataclasses import dataclass

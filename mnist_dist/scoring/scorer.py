@@ -2,7 +2,7 @@
 
 Owns: keeping the model busy across the ends of shards (a batch is filled with whatever is decoded next, of whichever
 shard), and putting what it says in the right places. Does not own: reading and decoding (`decoding`), what a model is
-(`models/engines.py`), the table (`predictions`), or who calls it (`on_ray/scoring_actor.py`).
+(`engines/engine.py`), the table (`predictions`), or who calls it (`on_ray/scoring/actor.py`).
 
 Contract: every row of a shard gets an outcome; an image that cannot be used is a status, never an exception. Not more
 than a few batches of decoded images wait, so that memory does not grow with the job.
@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
 from mnist_dist.data.images import Decoded, ImageSpec, Pixels
+from mnist_dist.engines.engine import Engine, Outputs
 from mnist_dist.errors import ImageError
-from mnist_dist.models.engines import Engine, Outputs
 from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.reading import Encoded

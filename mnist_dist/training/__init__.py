@@ -1,1 +1,1 @@
-"""Training of one classifier: the loop and its parts. Knows nothing of Ray; `on_ray/train.py` runs it on workers."""
+"""Training of one classifier: the loop and its parts. Knows nothing of Ray, on which `on_ray/training` runs it."""

@@ -1,7 +1,7 @@
 """A frozen backbone's outputs, computed once and shared by every run and trial that trains a head on them.
 
 Owns: what the outputs depend on (the key), the shards that processes write independently of each other, and reading
-them by row. Does not own: who computes which shard where (`on_ray/features.py`), or the images (`data/records.py`).
+them by row. Does not own: who computes which shard where (`on_ray/data`), or the images (`data/records.py`).
 
 Below `<storage>/_features/<key>/`, the key a hash of everything that the values depend on:
 
@@ -195,8 +195,8 @@ class Extractor:
     """
 
     def __init__(self, plan: FeaturePlan, *, pixels: Pixels, spec: ImageSpec) -> None:
+        from mnist_dist.engines.engine import compile_model
         from mnist_dist.models.classifier import build_classifier
-        from mnist_dist.models.engines import compile_model
 
         self._plan, self._pixels = plan, pixels
         classifier = build_classifier(

@@ -1,7 +1,7 @@
 """How fast each phase of a training trains, and what all of it will take.
 
 Owns: a host that stops the clock, running each phase for some seconds, and the arithmetic. Does not own: the loop
-(`loop`), whose own count of images and seconds is used, or where this runs (`on_ray/plan_worker.py`).
+(`loop`), whose own count of images and seconds is used, or where this runs (`on_ray/training/plan_worker.py`).
 """
 
 import time

@@ -17,7 +17,7 @@ from harness import CLASSES, run_command, write_spread_bundle
 from hosts import Cluster, Host, wait_until, why_not
 from PIL import Image
 
-from mnist_dist.on_ray.tuning import DIED
+from mnist_dist.on_ray.search.tuning import DIED
 from mnist_dist.scoring.predictions import read_predictions
 from mnist_dist.search.trials import TrialRecords
 from mnist_dist.training.checkpoints import read_checkpoint

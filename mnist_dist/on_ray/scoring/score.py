@@ -1,7 +1,7 @@
 """The scoring job, the driver's side: what there is to score, the shards that are not done, the commit.
 
-Loads neither TensorFlow nor Keras. `on_ray/shards.py` runs the shards, `on_ray/scoring_actor.py` is what the workers
-do, `scoring/commit.py` owns what lies in the output.
+Loads neither TensorFlow nor Keras. `shards.py` runs the shards, `actor.py` is what the workers do, `scoring/commit.py`
+owns what lies in the output.
 
 In what order a job goes on: a commit that was begun is replayed; else an unfinished generation is finished, without
 listing anything; else a finished table is returned, or a new generation is begun.
@@ -23,14 +23,14 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences
 from mnist_dist.console import Console, Stop
+from mnist_dist.engines.conversion import EngineChoice
 from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
-from mnist_dist.models.conversion import EngineChoice
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
-from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
-from mnist_dist.on_ray.scoring_actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
+from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
+from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tasks import POLL_S
 from mnist_dist.scoring.attempts import Attempts
@@ -48,7 +48,7 @@ from mnist_dist.scoring.manifest import (
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
 
-WITH_RAY_DATA = "mnist_dist.on_ray.shards"  # loaded while Ray starts
+WITH_RAY_DATA = "mnist_dist.on_ray.scoring.shards"  # loaded while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras, and what a plan calls it
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
@@ -84,7 +84,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
     if job.run.plan:
-        from mnist_dist.on_ray.plan_score import plan_score  # only here: it loads Ray Data
+        from mnist_dist.on_ray.scoring.plan import plan_score  # only here: it loads Ray Data
 
         return plan_score(job, bundle, output=output, console=console)
     storage.check_writable(job.output)
@@ -372,7 +372,7 @@ class _Scoring:
 
     def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> None:
         """Scores the shards that are not done."""
-        from mnist_dist.on_ray.shards import ShardRun  # only here: it loads Ray Data
+        from mnist_dist.on_ray.scoring.shards import ShardRun  # only here: it loads Ray Data
 
         done = generation.done_shards()
         with Manifest(generation.manifest_uri) as manifest:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mnist_dist.config import EnginePrecision
 from mnist_dist.data.images import ImageSpec, Pixels
-from mnist_dist.models.engines import Outputs, padded
+from mnist_dist.engines.engine import Outputs, padded
 
 OPENVINO_FILE = "model.xml"  # and model.bin beside it
 ONNX_FILE = "model.onnx"

@@ -32,11 +32,11 @@ from mnist_dist.doctor_config import DoctorJob
 from mnist_dist.errors import ChecksFailed, ConfigError, MnistDistError, first_line
 from mnist_dist.models.backbones import backbone_size_px, check_model, published_weights_url
 from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
-from mnist_dist.on_ray import doctor_checks as checks
-from mnist_dist.on_ray import doctor_facts
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
-from mnist_dist.on_ray.doctor_checks import Answer, Check, Pins, Status
-from mnist_dist.on_ray.doctor_facts import Question, TensorFlowFacts, ask_tensorflow, facts_from, gather, remove_probe
+from mnist_dist.on_ray.doctor import checks
+from mnist_dist.on_ray.doctor import facts as doctor_facts
+from mnist_dist.on_ray.doctor.checks import Answer, Check, Pins, Status
+from mnist_dist.on_ray.doctor.facts import Question, TensorFlowFacts, ask_tensorflow, facts_from, gather, remove_probe
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from mnist_dist.evaluation.report import Example, write_page
 from mnist_dist.evaluation.tables import Classes
 from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
 from mnist_dist.models.classifier import Classifier
-from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.tested import Predicted
+from mnist_dist.on_ray.training.messages import WorkerTask
+from mnist_dist.on_ray.training.tested import Predicted
 from mnist_dist.training.callbacks import history_csv
 
 CALIBRATION_IMAGES = 2_000

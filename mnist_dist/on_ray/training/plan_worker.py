@@ -12,11 +12,11 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_dist.data.records import open_records
+from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import fetch_published_weights
-from mnist_dist.models.engines import hide_gpus, use_cpus
-from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
-from mnist_dist.on_ray.worker import RayHost, train_task
+from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
+from mnist_dist.on_ray.training.worker import RayHost, train_task
 from mnist_dist.scoring.measuring import peak_memory_bytes
 from mnist_dist.training.feed import World
 from mnist_dist.training.loop import Trainer

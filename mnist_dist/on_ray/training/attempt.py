@@ -14,10 +14,10 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from mnist_dist.console import Bar, Console, Stop
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
-from mnist_dist.on_ray.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.cluster import Share
-from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
+from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.training.host import Position
 
 POLL_S = 0.5
@@ -130,7 +130,7 @@ def readable(error: BaseException) -> MnistDistError:
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.worker import work  # loads TensorFlow, which the driver never does
+    from mnist_dist.on_ray.training.worker import work  # loads TensorFlow, which the driver never does
 
     return work(config["task"])
 

@@ -11,7 +11,7 @@ Both steps run in processes of their own, on the CPU. The first one loads `model
 images, and converts it. The second one loads the exported file and nothing else: its runtime, no Keras, and no
 TensorFlow but for `saved_model`. So the driver loads neither, and a crash there is an error here.
 
-Run as `python -m mnist_dist.models.export STEP TASK`, it is such a process.
+Run as `python -m mnist_dist.engines.export STEP TASK`, it is such a process.
 """
 
 # B = batch, N = all images that are compared, H = height px, W = width px, C = channels, K = classes
@@ -39,14 +39,14 @@ from mnist_dist import storage
 from mnist_dist.config import differences
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.images import Pixels
+from mnist_dist.engines.calibration import Predict, Probabilities, calibration_of, predict_calibration
+from mnist_dist.engines.converted import openvino_core
+from mnist_dist.engines.engine import SECONDS_MEASURED, KerasEngine, calls_per_s
+from mnist_dist.engines.steps import Report, run_step, serve
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, load_bundle
-from mnist_dist.models.calibration import Predict, Probabilities, calibration_of, predict_calibration
-from mnist_dist.models.converted_engines import openvino_core
-from mnist_dist.models.engines import SECONDS_MEASURED, KerasEngine, calls_per_s
-from mnist_dist.models.steps import Report, run_step, serve
 
 log = logging.getLogger(__name__)
 
@@ -308,7 +308,7 @@ def _publish(files: Path, output: str, *, format: ExportFormat) -> None:
 def _run(step: str, task: Task, *, console: Console, stop: Stop) -> None:
     titles = {"convert": f"{task.format}: Keras model, conversion", "check": f"{task.format}: its own runtime"}
     run_step(
-        "mnist_dist.models.export",
+        "mnist_dist.engines.export",
         step,
         dataclasses.asdict(task),
         title=titles[step],

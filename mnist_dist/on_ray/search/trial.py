@@ -18,7 +18,7 @@ from mnist_dist.config import TrainJob
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
-from mnist_dist.on_ray.features import node_folder
+from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.storage import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
@@ -73,7 +73,7 @@ class TrialProcess(tune.Trainable):
     """Runs one trial after the other. A trial's config: `architecture` (a name of the task) and `job`."""
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:
-        from mnist_dist.models.engines import hide_gpus, use_cpus
+        from mnist_dist.engines.engine import hide_gpus, use_cpus
 
         self._task = task
         self._records: dict[str, Records] = {}

@@ -22,14 +22,21 @@ from mnist_dist.data.sampling import spread_rows
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError, WorkersFailed
 from mnist_dist.lock import Lock
-from mnist_dist.on_ray.attempt import Attempt
-from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, connected, share
-from mnist_dist.on_ray.features import compute_missing, feature_actors
-from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.plan_found import Found, result_of, say
-from mnist_dist.on_ray.prepare import DecodedData, Listed, check_places, list_data, plan_job_features, scratch_storage
+from mnist_dist.on_ray.data.features import compute_missing, feature_actors
+from mnist_dist.on_ray.data.prepare import (
+    DecodedData,
+    Listed,
+    check_places,
+    list_data,
+    plan_job_features,
+    scratch_storage,
+)
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.on_ray.training.attempt import Attempt
+from mnist_dist.on_ray.training.board import make_board
+from mnist_dist.on_ray.training.messages import WorkerTask
+from mnist_dist.on_ray.training.plan_found import Found, result_of, say
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.planning import PHASE_S, PhasePace, Sizes, endless, forecast_phases
 from mnist_dist.training.runs import Run
@@ -252,7 +259,7 @@ class TimedBar(Bar):
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.plan_worker import measure  # loads TensorFlow, which the driver never does
+    from mnist_dist.on_ray.training.plan_worker import measure  # loads TensorFlow, which the driver never does
 
     return measure(config["task"])
 

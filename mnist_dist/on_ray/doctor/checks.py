@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mnist_dist import __version__
-from mnist_dist.on_ray.doctor_facts import Facts, TensorFlowFacts, WeightsFacts
+from mnist_dist.on_ray.doctor.facts import Facts, TensorFlowFacts, WeightsFacts
 from mnist_dist.storage import is_remote
 
 Status = Literal["ok", "warning", "failed", "skipped"]

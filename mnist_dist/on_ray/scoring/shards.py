@@ -18,7 +18,7 @@ from mnist_dist.console import Bar, Console, Stop
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.actors import Actors
-from mnist_dist.on_ray.scoring_actor import (
+from mnist_dist.on_ray.scoring.actor import (
     TASK_SHARD_BYTES,
     DecodeTask,
     ScoreTask,

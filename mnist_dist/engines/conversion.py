@@ -38,17 +38,17 @@ import numpy.typing as npt
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, StorageError, first_line
-from mnist_dist.models.bundle import Bundle, load_bundle
-from mnist_dist.models.calibration import (
+from mnist_dist.engines.calibration import (
     calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
 )
-from mnist_dist.models.converted_engines import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine, openvino_core
-from mnist_dist.models.engines import Engine, KerasEngine, best_images_per_s, with_features
-from mnist_dist.models.steps import Report, run_step, serve
+from mnist_dist.engines.converted import ONNX_FILE, OPENVINO_FILE, OnnxEngine, OpenVinoEngine, openvino_core
+from mnist_dist.engines.engine import Engine, KerasEngine, best_images_per_s, with_features
+from mnist_dist.engines.steps import Report, run_step, serve
+from mnist_dist.errors import ConfigError, MnistDistError, StepFailed, StorageError, first_line
+from mnist_dist.models.bundle import Bundle, load_bundle
 
 COMPARED_IMAGES = 1_000
 LARGEST_DIFFERENCE = 1e-4  # of a probability, in float32
@@ -487,7 +487,7 @@ class _Work:
     def _step(self, name: str, *, title: str, **task: Any) -> None:
         common = {"name": name, "bundle": str(self.bundle.path), "scratch": str(self.scratch)}
         run_step(
-            "mnist_dist.models.conversion",
+            "mnist_dist.engines.conversion",
             name if name in STEPS else "check",
             {**common, "batch_size": self.batch_size, "cpus": self.cpus, **task},
             title=title,
@@ -531,7 +531,7 @@ def _check_installed(choice: EngineChoice) -> None:
 
 def _keras_step(task: dict[str, Any], report: Report) -> None:
     """Notes what Keras says of the images, and converts its model."""
-    from mnist_dist.models.engines import hide_gpus
+    from mnist_dist.engines.engine import hide_gpus
 
     hide_gpus()  # whose TF32 would differ by more than a conversion does
     bundle, scratch = load_bundle(task["bundle"]), Path(task["scratch"])

@@ -21,8 +21,8 @@ from mnist_dist.data.splits import Splits, assign_splits
 from mnist_dist.errors import TooManyBadImages
 from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
 from mnist_dist.on_ray.cluster import Resources, check_storage
-from mnist_dist.on_ray.features import feature_actors, resolve_on_workers
-from mnist_dist.on_ray.records import decode_missing
+from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
+from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.training.features import FeaturePlan, plan_features
 
 NAMED_BAD_IMAGES = 10

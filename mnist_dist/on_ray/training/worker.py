@@ -18,14 +18,14 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_dist import storage
 from mnist_dist.data.records import Records, open_records
+from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import build_classifier, fetch_published_weights
-from mnist_dist.models.engines import hide_gpus, use_cpus
-from mnist_dist.on_ray.board import Poster
-from mnist_dist.on_ray.bundling import Finished, make_bundle
-from mnist_dist.on_ray.features import node_folder
-from mnist_dist.on_ray.messages import WorkerResult, WorkerTask
-from mnist_dist.on_ray.tested import predict_test
+from mnist_dist.on_ray.data.features import node_folder
+from mnist_dist.on_ray.training.board import Poster
+from mnist_dist.on_ray.training.bundling import Finished, make_bundle
+from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
+from mnist_dist.on_ray.training.tested import predict_test
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.features import open_features

@@ -118,8 +118,8 @@ class FeatureActor:
         return {"shard": batch["shard"], "error": np.array([error], object)}
 
     def _start(self) -> Extractor:
+        from mnist_dist.engines.engine import use_cpus
         from mnist_dist.models.classifier import fetch_published_weights
-        from mnist_dist.models.engines import use_cpus
 
         use_cpus(self._cpus)
         if self._plan.model.weights == "imagenet":

@@ -7,8 +7,8 @@ import ray
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob
 from mnist_dist.console import Console, Stop
+from mnist_dist.engines.conversion import EngineChoice, prepare_engine
 from mnist_dist.models.bundle import Bundle, load_bundle
-from mnist_dist.models.conversion import EngineChoice, prepare_engine
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.tasks import wait_for

@@ -1,6 +1,6 @@
 """The training job, the driver's side: checks, decoding, splits, Ray Train, the result.
 
-Loads neither TensorFlow nor Keras: a wrong flag is told in a second. `on_ray/worker.py` is the workers' side.
+Loads neither TensorFlow nor Keras: a wrong flag is told in a second. `on_ray/training/worker.py` is the workers' side.
 
 In what order a run goes on: Ray Train's own checkpoint (the group of workers was restarted), else the newest complete
 checkpoint of an earlier attempt (the driver was killed), else the start. A finished run is returned at once.
@@ -21,13 +21,21 @@ from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.models.bundle import REPORT_FILE
-from mnist_dist.on_ray.attempt import Attempt
-from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
-from mnist_dist.on_ray.features import compute_missing, feature_actors
-from mnist_dist.on_ray.messages import WorkerTask
-from mnist_dist.on_ray.plan_train import plan_train
-from mnist_dist.on_ray.prepare import Listed, check_places, decode, list_data, plan_job_features, scratch_storage, split
+from mnist_dist.on_ray.data.features import compute_missing, feature_actors
+from mnist_dist.on_ray.data.prepare import (
+    Listed,
+    check_places,
+    decode,
+    list_data,
+    plan_job_features,
+    scratch_storage,
+    split,
+)
+from mnist_dist.on_ray.training.attempt import Attempt
+from mnist_dist.on_ray.training.board import make_board
+from mnist_dist.on_ray.training.messages import WorkerTask
+from mnist_dist.on_ray.training.plan import plan_train
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 

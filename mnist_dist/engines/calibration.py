@@ -1,7 +1,7 @@
 """The images that a bundle brings along to compare engines on (`calibration.parquet`), or random ones in their place.
 
 Owns: which they are, the same in every process, and how they are read. Does not own: who puts them there
-(`on_ray/bundling.py`), or what is compared.
+(`on_ray/training/bundling.py`), or what is compared.
 """
 
 # B = batch, N = all images, H = height px, W = width px, C = channels, K = classes
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.data.images import Pixels
+from mnist_dist.engines.steps import Report
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
-from mnist_dist.models.steps import Report
 
 MOST_IMAGES = 2_000
 RANDOM_IMAGES = 256  # where a bundle has none of its own

@@ -26,13 +26,21 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE
-from mnist_dist.on_ray.board import make_board
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
-from mnist_dist.on_ray.features import compute_missing, feature_actors
-from mnist_dist.on_ray.prepare import DecodedData, check_places, decode, open_data, plan_data, plan_job_features, split
-from mnist_dist.on_ray.train import Training, check_job, with_absolute_weights
-from mnist_dist.on_ray.trial import Prepared, TrialTask, is_outage
-from mnist_dist.on_ray.tuning import Trials, run_trials
+from mnist_dist.on_ray.data.features import compute_missing, feature_actors
+from mnist_dist.on_ray.data.prepare import (
+    DecodedData,
+    check_places,
+    decode,
+    open_data,
+    plan_data,
+    plan_job_features,
+    split,
+)
+from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
+from mnist_dist.on_ray.search.tuning import Trials, run_trials
+from mnist_dist.on_ray.training.board import make_board
+from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
 from mnist_dist.search.trials import Trial, TrialRecords, distinct_errors, usable
@@ -570,8 +578,8 @@ def measure_speeds(
     models: Mapping[str, ModelConfig], specs: Mapping[str, Any], *, num_classes: int
 ) -> dict[str, Speed]:
     """Measures the scoring path of some architectures, in a process that does nothing else."""
+    from mnist_dist.engines.engine import images_per_s, use_cpus
     from mnist_dist.models.classifier import build_classifier
-    from mnist_dist.models.engines import images_per_s, use_cpus
 
     use_cpus(None)
     found = {}

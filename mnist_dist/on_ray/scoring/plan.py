@@ -25,15 +25,15 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import ScoreJob, TableConfig
 from mnist_dist.console import Console, Stop, duration
+from mnist_dist.engines.conversion import EngineChoice, open_engine
+from mnist_dist.engines.engine import Engine
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.models.bundle import Bundle, load_bundle
-from mnist_dist.models.conversion import EngineChoice, open_engine
-from mnist_dist.models.engines import Engine
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
-from mnist_dist.on_ray.job_engine import check_job_storage, job_engine
-from mnist_dist.on_ray.scoring_actor import SECONDS_BETWEEN_ANSWERS
-from mnist_dist.on_ray.shards import GIVE_UP_S, drain
+from mnist_dist.on_ray.scoring.actor import SECONDS_BETWEEN_ANSWERS
+from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
+from mnist_dist.on_ray.scoring.shards import GIVE_UP_S, drain
 from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tasks import POLL_S, words_of
 from mnist_dist.scoring.attempts import FORESEEN

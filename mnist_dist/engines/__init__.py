@@ -1,0 +1,1 @@
+"""A bundle's model as something that only predicts: converted, checked, exported."""

@@ -1,0 +1,1 @@
+"""What is checked on every node before money is spent."""

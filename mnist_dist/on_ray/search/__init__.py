@@ -1,0 +1,1 @@
+"""The search on Ray Tune: the driver's and the trials' side."""
