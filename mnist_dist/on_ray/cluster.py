@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_dist.config import RunConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, ResourceError
-from mnist_dist.on_ray.side_thread import SideThread
+from mnist_dist.side_thread import SideThread
 from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`

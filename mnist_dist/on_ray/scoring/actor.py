@@ -28,13 +28,13 @@ from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.engines.conversion import EngineChoice, open_engine
 from mnist_dist.errors import DecoderStuck, ImageError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.scoring.attempts import FORESEEN, Attempts
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.scorer import Progress, Scorer
+from mnist_dist.side_thread import SideThread
 
 SECONDS_BETWEEN_ANSWERS = 0.5
 TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor

@@ -34,7 +34,6 @@ from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.scoring.actor import SECONDS_BETWEEN_ANSWERS
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.shards import GIVE_UP_S, drain
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tasks import POLL_S, words_of
 from mnist_dist.scoring.attempts import FORESEEN
 from mnist_dist.scoring.decoding import Threads
@@ -44,6 +43,7 @@ from mnist_dist.scoring.measuring import DECODE_S, MODEL_S, PIPELINE_S, Probe, m
 from mnist_dist.scoring.planning import Forecast, Means, Pace, forecast
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.side_thread import SideThread
 
 USUAL_S = 12.0 + DECODE_S + MODEL_S + PIPELINE_S  # with starting: for the bar
 

@@ -31,7 +31,6 @@ from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tasks import POLL_S
 from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.commit import commit, rejudge, replay
@@ -47,6 +46,7 @@ from mnist_dist.scoring.manifest import (
 )
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.side_thread import SideThread
 
 WITH_RAY_DATA = "mnist_dist.on_ray.scoring.shards"  # loaded while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras, and what a plan calls it

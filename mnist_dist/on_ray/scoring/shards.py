@@ -26,10 +26,10 @@ from mnist_dist.on_ray.scoring.actor import (
     ShardProgress,
     ShardReport,
 )
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.tasks import POLL_S, SILENCE_S, words_of
 from mnist_dist.scoring.measuring import SteadySpeed
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
+from mnist_dist.side_thread import SideThread
 
 GIVE_UP_S = 30.0  # for the next answer, with which Ray Data ends: left alone, its thread starts another Ray
 TASK_BYTES = 2 * TASK_SHARD_BYTES  # of a task that decodes: the pixels, and their block

@@ -20,11 +20,11 @@ from mnist_dist.console import Console, Stop, View
 from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, TrialProcess, TrialTask
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.search.trials import Status, Trial, TrialRecords, usable
 from mnist_dist.search_config import SearchJob
+from mnist_dist.side_thread import SideThread
 
 POLL_S = 0.5
 SHOWN_TRIALS = 8

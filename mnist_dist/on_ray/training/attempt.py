@@ -15,9 +15,9 @@ from mnist_dist.console import Bar, Console, Stop
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import Share
-from mnist_dist.on_ray.side_thread import SideThread
 from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
+from mnist_dist.side_thread import SideThread
 from mnist_dist.training.host import Position
 
 POLL_S = 0.5

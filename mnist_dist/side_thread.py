@@ -20,6 +20,11 @@ class SideThread(threading.Thread):
         except BaseException as error:  # handed to the main thread by `result`
             self.error = error
 
+    def ended(self, timeout_s: float) -> bool:
+        """Whether the call has ended, within so many s."""
+        self.join(timeout_s)
+        return not self.is_alive()
+
     def result(self) -> Any:
         """Waits for the end of the call."""
         self.join()

@@ -1,0 +1,54 @@
+"""Documents: what is written is what is read, and what does not fit is named."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from mnist_dist import documents
+from mnist_dist.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    precision: Literal["float32", "int8"]
+    difference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    names: tuple[str, ...]
+    inner: Inner | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.json")
+    document = Outer(names=("a", "b"), inner=Inner(precision="int8", difference=0.5), values={"k": [1, None, "x"]})
+    documents.write(uri, document)
+    assert documents.read(uri, Outer) == document
+
+
+def test_a_number_that_is_none_stays_one() -> None:
+    data = documents.encode(Inner(precision="int8", difference=math.nan))
+    assert math.isnan(documents.decode(data, Inner, uri="x").difference)
+
+
+def test_a_missing_field_takes_its_default_and_an_unknown_one_is_left_out() -> None:
+    assert documents.decode(b'{"names": ["a"], "later": 1}', Outer, uri="x") == Outer(names=("a",))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"{", "x/y.json is not a Outer: Expecting"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"inner": null}', "missing required field `names`"),
+        (b'{"names": [], "inner": {"precision": "half", "difference": 1.0}}', r"Invalid enum value 'half'.*inner"),
+    ],
+)
+def test_what_does_not_fit_is_named(data: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        documents.decode(data, Outer, uri="x/y.json")
