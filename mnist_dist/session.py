@@ -30,7 +30,17 @@ class Session:
             Locked: another driver has taken over.
         """
         self.stop.check()
-        self._check_lock()
+        self.check_lock()
+
+    def check_lock(self) -> None:
+        """Raises Locked where another driver was seen to have taken over; costs nothing."""
+        if self.lock is not None and self.lock.lost:
+            self.lock.check()
+
+    def confirm_lock(self) -> None:
+        """Reads the lock, and raises Locked where it is another driver's: before anything is deleted or published."""
+        if self.lock is not None:
+            self.lock.check()
 
     def watch(
         self,
@@ -58,10 +68,6 @@ class Session:
             elif self.stop.signal_number is not None and not is_asked:
                 is_asked = True
                 on_signal()
-            self._check_lock()
+            self.check_lock()
             if show is not None:
                 show()
-
-    def _check_lock(self) -> None:
-        if self.lock is not None and self.lock.lost:
-            self.lock.check()

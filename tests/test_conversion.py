@@ -1002,7 +1002,7 @@ def until_scored(job: Job, output: Path) -> Scored:
         if job.shards_done():
             if not plan:
                 plan.update(json.loads(next((output / "_work").glob("g*/plan.json")).read_text()))
-            for worker in job.workers("ScoringActor"):
+            for worker in job.workers("ShardActor"):
                 libraries.update(mapped_by(worker.pid))
         return bool(libraries)
 

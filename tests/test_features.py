@@ -38,6 +38,7 @@ from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
 from mnist_dist.on_ray.training.train import train
+from mnist_dist.session import Session
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import (
     Extractor,
@@ -739,9 +740,9 @@ ONE_ACTOR = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)
 
 
 def compute(plan: FeaturePlan, *, signal_number: int | None = None) -> None:
-    with Recorder().progress("features") as bar, Stop(Recorder()) as stop:
+    with Stop(Recorder()) as stop:
         stop.signal_number = signal_number
-        compute_missing(plan, actors=ONE_ACTOR, bar=bar, stop=stop)
+        compute_missing(plan, Session(console=Recorder(), stop=stop), actors=ONE_ACTOR)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.training.plan import sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.scoring.decoding import Threads
-from mnist_dist.scoring.measuring import Probe, SteadySpeed, measure, sample, settled_images_per_s
+from mnist_dist.scoring.measuring import Probe, measure, sample, settled_images_per_s
 from mnist_dist.scoring.planning import Means, Pace, forecast
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position
@@ -120,21 +120,6 @@ def test_speed_is_counted_once_it_has_settled_and_until_the_work_runs_out() -> N
     ending = [(16.0, 1), (19.0, 1)]
     assert settled_images_per_s(starting + settled + ending, until=15.5) == pytest.approx(60)
     assert settled_images_per_s([(0.0, 32), (4.0, 32)], until=3.0) == pytest.approx(8)
-
-
-def test_a_job_is_steady_after_its_first_quarter() -> None:
-    steady = SteadySpeed(1_000)
-    for done, at in [(10, 5.0), (240, 9.0), (260, 10.0), (660, 14.0), (650, 13.9), (1_000, 18.0)]:
-        steady.note(done, at=at)
-    assert steady.images_per_s == pytest.approx((1_000 - 260) / 8)
-
-
-@pytest.mark.parametrize("told", [[], [(4, 1.0)], [(1, 1.0), (4, 1.0)]])
-def test_of_a_job_that_is_over_at_once_nothing_is_said(told: list[tuple[int, float]]) -> None:
-    steady = SteadySpeed(4)
-    for done, at in told:
-        steady.note(done, at=at)
-    assert steady.images_per_s is None
 
 
 @pytest.mark.parametrize(

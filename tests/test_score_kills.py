@@ -391,7 +391,7 @@ def kill_workers(job: Job, kind: str, *, shards_done: int) -> None:
 def test_a_killed_actor_costs_nothing_but_time(tmp_path: Path, bundle: Path, images: Path, undisturbed: Rows) -> None:
     with Job(bundle, images, tmp_path / "table") as job:
         for done in (0, 6):  # while the model is loaded, and in the middle
-            kill_workers(job, "MapBatches(ScoringActor)", shards_done=done)
+            kill_workers(job, "MapBatches(ShardActor)", shards_done=done)
         code, result, err = job.ended()
     assert code == 0, err
     assert (result["images"], result["skipped"]) == (len(undisturbed), 0)
@@ -404,7 +404,7 @@ def test_a_killed_task_that_decodes_costs_nothing_but_time(
 ) -> None:
     with Job(bundle, images, tmp_path / "table", "--decode", "tasks") as job:
         for done in (1, 8):
-            kill_workers(job, "MapBatches(DecodeTask)", shards_done=done)
+            kill_workers(job, "MapBatches(ShardTask)", shards_done=done)
         code, result, err = job.ended()
     assert code == 0, err
     assert (result["images"], result["skipped"]) == (len(undisturbed), 0)

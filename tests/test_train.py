@@ -39,6 +39,7 @@ from mnist_dist.errors import (
 )
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.on_ray.training.train import train
+from mnist_dist.session import Session
 from mnist_dist.training.checkpoints import read_checkpoint
 from mnist_dist.training.runs import Run
 
@@ -372,11 +373,11 @@ def test_decoding_with_ray_data_resumes_at_the_missing_blocks_and_tells_of_a_fai
     plan = replace(plan, block_size=7)
     uris = source.table["uri"].to_pylist()
     decode_block(plan, 2, uris[14:21])
-    with Recorder().progress("decoding") as bar, Stop(Recorder()) as stop:
-        decode_missing(plan, source, bar=bar, stop=stop)
+    with Stop(Recorder()) as stop:
+        decode_missing(plan, source, Session(console=Recorder(), stop=stop))
     assert len(np.load(Path(plan.root) / "pixels.npy")) == 40
 
     broken = replace(plan, root=str(tmp_path / "file"))
     (tmp_path / "file").write_text("in the way")
-    with Recorder().progress("decoding") as bar, Stop(Recorder()) as stop, pytest.raises(OSError, match="file"):
-        decode_missing(broken, source, bar=bar, stop=stop)
+    with Stop(Recorder()) as stop, pytest.raises(OSError, match="file"):
+        decode_missing(broken, source, Session(console=Recorder(), stop=stop))

@@ -40,10 +40,10 @@ from mnist_dist.benchmarks.score_table import TITLES, Figures, Round, aims, summ
 from mnist_dist.benchmarks.score_table import table as table  # the job prints it
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
+from mnist_dist.data.steady_speed import SETTLING
 from mnist_dist.engines.conversion import EngineChoice
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.scoring.generations import SUMMARY
-from mnist_dist.scoring.measuring import SETTLING
 
 ModelName = Literal["mobilenet_v2", "vgg16", "cnn"]
 Peer = Literal[

@@ -6,9 +6,9 @@ Loads no Ray Data, which takes half a second.
 from dataclasses import dataclass
 
 from mnist_dist.config import ScoreRunConfig
-from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.cluster import Resources, await_nodes, share
+from mnist_dist.session import Session
 
 MOST_CPUS = 0.9  # of those that actors of some size could use; for the rest, no smaller ones
 
@@ -68,16 +68,15 @@ def choose_actors(have: Resources, run: ScoreRunConfig, *, most: int | None = No
     return Actors(count=count, cpus=mine.cpus, gpus=gpus, decode_in_tasks=in_tasks)
 
 
-def await_actors(have: Resources, run: ScoreRunConfig, *, console: Console, stop: Stop) -> Resources:
+def await_actors(have: Resources, run: ScoreRunConfig, session: Session) -> Resources:
     """What the cluster has once there is room for the actors that were asked for; see `await_nodes`."""
     return await_nodes(
         have,
+        session,
         count=run.actors or 1,
         cpus=run.cpus_per_actor or 1.0,
         gpus=run.gpus_per_actor or 0.0,
         wait_s=run.wait_for_nodes_s,
-        console=console,
-        stop=stop,
     )
 
 

@@ -19,13 +19,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist.config import RunConfig
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Stop
 from mnist_dist.errors import ConfigError, ResourceError
+from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.storage import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
-NODES_POLL_S = 1.0
 CONTROLLER_POLL_S = "0.5"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
 
 
@@ -113,21 +113,18 @@ def _end_autoscaler() -> None:
                 child.kill()
 
 
-def await_nodes(
-    have: Resources, *, count: int, cpus: float, gpus: float, wait_s: float, console: Console, stop: Stop
-) -> Resources:
+def await_nodes(have: Resources, session: Session, *, count: int, cpus: float, gpus: float, wait_s: float) -> Resources:
     """What the cluster has once there is room for some workers, or the time is over; its autoscaler is asked for it.
 
     Asked by a placement group, which ends with its driver, whatever becomes of that; `request_resources` would not.
 
     Args:
         have: what it has now.
+        session: of the job.
         count: of the workers.
         cpus: of each.
         gpus: of each.
         wait_s: for at most so long, s; 0: not at all.
-        console: is told what is waited for.
-        stop: looked at all the time.
 
     Raises:
         Interrupted: a signal came.
@@ -135,28 +132,26 @@ def await_nodes(
     deadline = time.monotonic() + wait_s
     if wait_s == 0 or have.room(cpus, gpus=gpus) >= count or "RAY_ADDRESS" not in os.environ:
         return have  # a private Ray does not grow
-    console.line(
+    session.console.line(
         f"waiting up to {wait_s:g} s for room for {count} x {cpus:g} CPU, {gpus:g} GPU; the cluster has {have}"
     )
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * count)
     try:
-        while not group.wait(NODES_POLL_S) and time.monotonic() < deadline:
-            stop.check()
+        session.watch(lambda timeout_s: group.wait(timeout_s) or time.monotonic() >= deadline)
     finally:
         remove_placement_group(group)  # from here on, what runs keeps its nodes
     return resources()
 
 
-def await_workers(have: Resources, run: RunConfig, *, console: Console, stop: Stop) -> Resources:
+def await_workers(have: Resources, run: RunConfig, session: Session) -> Resources:
     """What the cluster has once there is room for the workers that were asked for; see `await_nodes`."""
     return await_nodes(
         have,
+        session,
         count=run.workers or 1,
         cpus=run.cpus_per_worker or 1.0,
         gpus=float(run.gpu or False),
         wait_s=run.wait_for_nodes_s,
-        console=console,
-        stop=stop,
     )
 
 

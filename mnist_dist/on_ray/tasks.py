@@ -1,4 +1,4 @@
-"""Waiting for Ray tasks such that signals are heard and a bar moves, and what a failure of Ray means to a person."""
+"""Waiting for Ray tasks, and what a failure of Ray means to a person."""
 
 import time
 from collections.abc import Sequence
@@ -6,41 +6,46 @@ from typing import Any
 
 import ray
 
-from mnist_dist.console import Console, Stop
 from mnist_dist.errors import MnistDistError, WorkersFailed
+from mnist_dist.session import Session
 
-POLL_S = 0.2
 SILENCE_S = 60.0  # without an answer: starting takes less, unless there is no room for the workers
 
 
-def wait_for(tasks: Sequence[Any], *, title: str, expected_s: float, console: Console, stop: Stop) -> list[Any]:
+def wait_for(tasks: Sequence[Any], session: Session, *, title: str, expected_s: float) -> list[Any]:
     """The results of Ray tasks, in their order; what is left of them is ended where one fails or a signal comes.
 
     Args:
         tasks: object references.
+        session: of the job.
         title: of the bar.
         expected_s: how long it should take, for the bar.
-        console: where it is shown.
-        stop: is looked at meanwhile.
 
     Raises:
         Interrupted: a signal came.
         MnistDistError: a task raised it.
         WorkersFailed: a task failed in another way, or its process died.
     """
-    began, left, told = time.monotonic(), list(tasks), False
+    began, left, is_told = time.monotonic(), list(tasks), False
+
+    def ended(timeout_s: float) -> bool:
+        nonlocal left
+        done, left = ray.wait(left, timeout=timeout_s)
+        _taken(done)
+        return not left
+
+    def show() -> None:
+        nonlocal is_told
+        elapsed = time.monotonic() - began
+        bar.update(done=min(elapsed, expected_s), total=expected_s, note=f"{elapsed:,.0f} s")
+        if elapsed > max(SILENCE_S, 2 * expected_s) and not is_told:
+            is_told = True
+            free = ray.available_resources().get("CPU", 0)
+            session.console.line(f"{title}: still waiting; free now: {free:g} CPUs")
+
     try:
-        with console.progress(title) as bar:
-            while left:
-                done, left = ray.wait(left, timeout=POLL_S)
-                if done:
-                    _taken(done)
-                stop.check()
-                elapsed = time.monotonic() - began
-                bar.update(done=min(elapsed, expected_s), total=expected_s, note=f"{elapsed:,.0f} s")
-                if elapsed > max(SILENCE_S, 2 * expected_s) and not told:
-                    told = True
-                    console.line(f"{title}: still waiting; free now: {ray.available_resources().get('CPU', 0):g} CPUs")
+        with session.console.progress(title) as bar:
+            session.watch(ended, show=show)
         return _taken(tasks)
     finally:
         for task in left:

@@ -36,7 +36,6 @@ DECODE_S = 3.0
 MODEL_S = 2.0
 PIPELINE_S = 8.0
 SETTLING_S = 1.0  # of the pipeline, that do not count: its queues fill
-SETTLING = 0.25  # of the images of a job, that do not count: processes start, queues fill
 MOST_SHARD, LEAST_BATCHES = 256, 2  # images of a shard of the pipeline; batches of it
 
 
@@ -270,30 +269,3 @@ def settled_images_per_s(done: list[tuple[float, int]], *, until: float) -> floa
     counted = settled if len(settled) > LEAST_BATCHES else times
     images = sum(count for _, count in itertools.islice(counted, 1, None))
     return images / max(counted[-1][0] - counted[0][0], 1e-9)
-
-
-class SteadySpeed:
-    """Images/s of a job after the first quarter of its images, told how far it is a few times a second.
-
-    Args:
-        images: that it scores.
-    """
-
-    def __init__(self, images: int = 0) -> None:
-        self._settled_images = SETTLING * images
-        self._first: tuple[int, float] | None = None
-        self._last = (0, 0.0)
-
-    def note(self, done: int, *, at: float) -> None:
-        """So many images are done at a time, s."""
-        at = max(at, self._last[1])  # told out of order, and by several clocks
-        if self._first is None and done >= self._settled_images:
-            self._first = (done, at)
-        self._last = max(self._last, (done, at))
-
-    @property
-    def images_per_s(self) -> float | None:
-        """None where it was told too seldom."""
-        if self._first is None or self._last[1] <= self._first[1]:
-            return None
-        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])

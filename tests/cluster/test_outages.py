@@ -184,7 +184,7 @@ def test_scoring_gives_a_row_for_each_image_when_a_host_is_gone(
     output = tmp_path / "table"
     with cluster.job(*score(bundle, images, output)) as job:
         wait_for_shards(output, 4)
-        assert len(hosts_that_run(cluster, "ScoringActor")) == 3
+        assert len(hosts_that_run(cluster, "ShardActor")) == 3
         outage(cluster.hosts[2])
         code, result, err = job.ended()
     assert code == 0, err

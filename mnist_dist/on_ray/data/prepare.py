@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mnist_dist import storage
 from mnist_dist.config import DataConfig, ModelConfig, RunConfig, TrainJob
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
@@ -23,6 +23,7 @@ from mnist_dist.models.backbones import backbone_size_px, check_size, find_backb
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
 from mnist_dist.on_ray.data.records import decode_missing
+from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan, plan_features
 
 NAMED_BAD_IMAGES = 10
@@ -104,7 +105,7 @@ def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool
         check_storage(data.data, is_shared=is_shared, nodes=nodes, name="data")
 
 
-def decode(listed: Listed, data: DataConfig, *, console: Console, stop: Stop) -> DecodedData:
+def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
     """Decodes what is not decoded yet, and judges what is unreadable.
 
     Raises:
@@ -113,15 +114,14 @@ def decode(listed: Listed, data: DataConfig, *, console: Console, stop: Stop) ->
         ServiceError: the storage failed, not an image.
     """
     plan = listed.plan
-    with console.progress("decoding") as bar:
-        decode_missing(plan, listed.source, bar=bar, stop=stop)
+    decode_missing(plan, listed.source, session)
     index = read_index(plan.root)
     return DecodedData(
         source=listed.source,
         plan=plan,
         index=index,
         fingerprint=fingerprint(index, plan.class_names),
-        bad=_judge_bad_images(index, plan, data, console=console),
+        bad=_judge_bad_images(index, plan, data, console=session.console),
     )
 
 

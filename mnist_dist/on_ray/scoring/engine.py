@@ -12,6 +12,7 @@ from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.session import Session
 
 WORTH_CONVERTING = 2_000  # images: with fewer, converting and checking take longer than they save
 USUAL_S = 60.0  # for the bar
@@ -55,7 +56,7 @@ def job_engine(
         return prepare_engine(bundle, **question, console=console, stop=stop)
     remote = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare)
     task = remote.remote(storage.absolute(job.bundle), question)
-    ((choice, lines),) = wait_for([task], title="engines", expected_s=USUAL_S, console=console, stop=stop)
+    ((choice, lines),) = wait_for([task], Session(console=console, stop=stop), title="engines", expected_s=USUAL_S)
     for line in lines:
         console.line(line)
     found: EngineChoice = choice

@@ -10,11 +10,10 @@ listing anything; else a finished table is returned, or a new generation is begu
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pyarrow.compute as pc
@@ -29,11 +28,10 @@ from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
-from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, ScoreTask, ShardReport
+from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
-from mnist_dist.on_ray.tasks import POLL_S
-from mnist_dist.scoring.attempts import Attempts
 from mnist_dist.scoring.commit import commit, rejudge, replay
+from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -45,10 +43,15 @@ from mnist_dist.scoring.manifest import (
     write_manifest,
 )
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
+from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.session import Session
+
+if TYPE_CHECKING:
+    from mnist_dist.on_ray.shard_runner import ShardReport
 from mnist_dist.side_thread import SideThread
 
-WITH_RAY_DATA = "mnist_dist.on_ray.scoring.shards"  # loaded while Ray starts
+WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # loaded while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras, and what a plan calls it
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
@@ -153,6 +156,7 @@ class _Scoring:
         began_at: float,
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
+        self.session = Session(console=console, stop=stop, lock=lock)
         self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
         self.found = 0  # images, by a listing under way
         self.discarded = 0  # number of a generation of another job that was thrown away
@@ -219,7 +223,7 @@ class _Scoring:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
-                have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
+                have = await_actors(have, self.job.run, self.session)
                 actors = choose_actors(have, self.job.run)
                 engine = self._engine(_noted(unfinished.plan), actors, have)
                 self._score(unfinished, engine, actors, have)
@@ -245,7 +249,7 @@ class _Scoring:
         if rows == 0:
             return self._nothing_new(before)
         with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
-            have = await_actors(have, self.job.run, console=self.console, stop=self.stop)
+            have = await_actors(have, self.job.run, self.session)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
             engine = self._engine(self._asked(before), actors, have, images=rows)
             generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
@@ -262,7 +266,7 @@ class _Scoring:
     def _wait_for(self, listing: SideThread) -> None:
         with self.console.progress("listing") as bar:
             while listing.is_alive():
-                listing.join(POLL_S)
+                listing.join(0.5)
                 self.stop.check()
                 bar.update(done=0, total=1, note=f"{self.found:,} images so far")
 
@@ -367,12 +371,11 @@ class _Scoring:
             decoding=self.job.decoding,
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
-            attempts=Attempts(generation, run_id=uuid.uuid4().hex, most=self.job.run.max_failures),
         )
 
     def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> None:
         """Scores the shards that are not done."""
-        from mnist_dist.on_ray.scoring.shards import ShardRun  # only here: it loads Ray Data
+        from mnist_dist.on_ray.shard_runner import ShardWork, run_shards  # only here: it loads Ray Data
 
         done = generation.done_shards()
         with Manifest(generation.manifest_uri) as manifest:
@@ -385,12 +388,22 @@ class _Scoring:
             f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, of {have}"
         )
-        run = ShardRun(self._task(generation, engine, actors), actors=actors)
-        reports = run.run_to_end(left, console=self.console, stop=self.stop, lock=self.lock, done=rows_done, total=rows)
-        self.steady_images_per_s = run.steady.images_per_s
-        self._note_how_it_went(reports, actors, images=rows - rows_done)
+        task = self._task(generation, engine, actors)
+        work = ShardWork(
+            worker=ScoringWorker(task),
+            done=generation.done_shards,
+            folder=generation.uri,
+            max_deaths=self.job.run.max_failures,
+            actors=actors,
+            shards_at_once=SHARDS_AT_ONCE,
+            before=DecodingWorker(task) if actors.decode_in_tasks else None,
+            before_bytes=2 * TASK_SHARD_BYTES,  # the pixels, and their block
+        )
+        ran = run_shards(work, left, self.session, title="scoring", done=rows_done, total=rows)
+        self.steady_images_per_s = ran.steady_images_per_s
+        self._note_how_it_went(ran.reports, actors, images=rows - rows_done)
 
-    def _note_how_it_went(self, reports: list[ShardReport], actors: Actors, *, images: int) -> None:
+    def _note_how_it_went(self, reports: "list[ShardReport[Times]]", actors: Actors, *, images: int) -> None:
         if not reports:
             return
         # from the first shard's begin to the last one's end
@@ -513,9 +526,9 @@ def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors:
         )
 
 
-def slowest_stage(reports: list[ShardReport], actors: Actors, *, seconds: float) -> str:
+def slowest_stage(reports: "list[ShardReport[Times]]", actors: Actors, *, seconds: float) -> str:
     """Which stage was busy most of the time, over all actors."""
-    newest = {report.process: report.times for report in reports}  # a process' times count from its start
+    newest = {report.process: report.content for report in reports}  # a process' times count from its start
     shares = {
         "the model": sum(times.model_s for times in newest.values()) / actors.count,
         "decoding": sum(times.decode_s for times in newest.values()) / actors.count / max(1.0, actors.cpus),

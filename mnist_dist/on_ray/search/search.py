@@ -39,22 +39,25 @@ from mnist_dist.on_ray.data.prepare import (
 )
 from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
 from mnist_dist.on_ray.search.tuning import Trials, run_trials
+from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
 from mnist_dist.search.trials import Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import SearchJob
+from mnist_dist.session import POLL_S, Session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
-POLL_S = 0.5
 PATIENCE_S = 30.0  # with finalists that were asked to stop
 LOCK_PATIENCE_S = 70.0  # a lock that nobody renews is taken over after 60 s
 NAMED_ERRORS = 5
 TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
 SPEED_BATCH_SIZE = 32
 SPEED_S = 1.0
+USUAL_SPEED_S = 10.0  # of an architecture, loading TensorFlow included: for the bar; so is the next
+USUAL_TEST_S = 30.0
 
 
 def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -90,7 +93,8 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         return finished
     storage.check_writable(job.run.storage)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        result = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=began_at).run_to_end(facts)
+        session = Session(console=console, stop=stop, lock=lock)
+        result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
         run.finish(result)
     return result
 
@@ -133,7 +137,8 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     check_space(job)
     run = Run(storage.join(storage.absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        stage = _Search(job, run=run, console=console, stop=stop, lock=lock, began_at=time.time())
+        session = Session(console=console, stop=stop, lock=lock)
+        stage = _Search(job, session, run=run, began_at=time.time())
         with connected(verbose=job.run.verbose, stop=stop) as have:
             have = stage.enter(have)
             trials = stage.try_all(stage.prepare({}, have=have), have=have)
@@ -143,8 +148,8 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
 class _Search:
     """One driver's attempt at a search."""
 
-    def __init__(self, job: SearchJob, *, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float) -> None:
-        self.job, self.run, self.console, self.stop, self.lock = job, run, console, stop, lock
+    def __init__(self, job: SearchJob, session: Session, *, run: Run, began_at: float) -> None:
+        self.job, self.session, self.run, self.console = job, session, run, session.console
         self.began_at, self.timing = began_at, dict[str, float]()
         self._stopping_since: float | None = None
         hours = job.search.hours
@@ -155,7 +160,7 @@ class _Search:
     def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """All steps that are left, and the result."""
         asked = self.job.run
-        with connected(verbose=asked.verbose, stop=self.stop) as have:
+        with connected(verbose=asked.verbose, stop=self.session.stop) as have:
             have = self.enter(have)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             require(
@@ -183,12 +188,11 @@ class _Search:
         asked = self.job.run
         have = await_nodes(
             have,
+            self.session,
             count=asked.concurrent_trials or 1,
             cpus=asked.cpus_per_trial,
             gpus=asked.gpus_per_trial or 0.0,
             wait_s=asked.wait_for_nodes_s,
-            console=self.console,
-            stop=self.stop,
         )
         self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, have)))
         _concurrent_trials(self.job, have)
@@ -214,7 +218,7 @@ class _Search:
         is_new = self.run.begin({**facts, "records": "-".join(key[:16] for key in keys)})
         self.console.line(f"{'searching' if is_new else 'going on with'} {self.run.uri}, on {have}")
         by_key = {some.plan.key: some for some in listed.values()}
-        decoded = {key: decode(some, job.data, console=self.console, stop=self.stop) for key, some in by_key.items()}
+        decoded = {key: decode(some, job.data, self.session) for key, some in by_key.items()}
         of_each = {name: decoded[some.plan.key] for name, some in listed.items()}
         splits = _common_splits(
             list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
@@ -240,8 +244,7 @@ class _Search:
                 job = with_absolute_weights(backbone_job(one, self.job))
                 plans[one.name] = plan_job_features(job, decoded[one.name], splits, have=have)
         for name, plan in plans.items():
-            with self.console.progress(f"features of {name}") as bar:
-                compute_missing(plan, actors=feature_actors(have), bar=bar, stop=self.stop)
+            compute_missing(plan, self.session, actors=feature_actors(have), title=f"features of {name}")
         return plans
 
     # --- trials ---
@@ -273,11 +276,9 @@ class _Search:
                 self.job,
                 trials,
                 task,
+                self.session,
                 uri=self.run.uri,
                 concurrent=concurrent,
-                console=self.console,
-                stop=self.stop,
-                lock=self.lock,
             )
             known = trials.known
             if usable(known.values()):
@@ -309,8 +310,9 @@ class _Search:
                 {one.name: data.decoded[one.name].plan.spec for one in missing},
                 num_classes=len(next(iter(data.decoded.values())).plan.class_names),
             )
-            self._wait_for(asked, title="speed of scoring", note=f"{len(missing)} architectures")
-            known |= ray.get(asked)
+            title = f"speed of scoring of {len(missing)} architecture(s)"
+            (found,) = wait_for([asked], self.session, title=title, expected_s=USUAL_SPEED_S * len(missing))
+            known |= found
             self.run.write("speeds.json", {name: asdict(speed) for name, speed in known.items()})
         return known
 
@@ -337,7 +339,7 @@ class _Search:
         waiting, running = list(left), dict[Any, tuple[Trial, Any]]()
         with self.console.view("finalists") as view:
             while waiting or running:
-                while waiting and len(running) < room and self.stop.signal_number is None:
+                while waiting and len(running) < room and self.session.stop.signal_number is None:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
                     task = self._finalist_task(data, trial, mine=mine, board=board, validated_only=len(chosen) > 1)
@@ -350,7 +352,7 @@ class _Search:
                 positions = _positions(running)
                 at = "".join(f"; {number}: {phase} {epoch}" for number, phase, epoch, _ in positions[1:])
                 view.update(summary=f"{len(running)} running, {len(waiting)} waiting{at}", rows=positions)
-        self.stop.check()
+        self.session.stop.check()
         done = self.finalist_records.read()
         if not usable(done.values()):
             self._write_leaderboard(trials, speeds, done, winner=None)
@@ -360,9 +362,8 @@ class _Search:
 
     def _look_after(self, running: Mapping[Any, tuple[Trial, Any]], waiting: list[Trial]) -> None:
         """Passes a signal on: finalists save what they have and end."""
-        if self.lock.lost:
-            self.lock.check()
-        if self.stop.signal_number is None:
+        self.session.check_lock()
+        if self.session.stop.signal_number is None:
             return
         waiting.clear()
         self._stopping_since = self._stopping_since or time.monotonic()
@@ -376,7 +377,7 @@ class _Search:
         try:
             metrics = ray.get(asked)
         except ray.exceptions.RayError as error:
-            if self.stop.signal_number is not None:
+            if self.session.stop.signal_number is not None:
                 return
             cause = getattr(error, "cause", None)
             if cause is not None and (isinstance(cause, Locked) or is_outage(cause)):
@@ -426,7 +427,7 @@ class _Search:
         its_bundle, bundle = storage.join(self._finalist_uri(winner), "bundle"), storage.join(self.run.uri, "bundle")
         if not storage.exists(storage.join(its_bundle, BUNDLE_FILE)):
             self._test(winner, data, mine=mine)
-        self.lock.check()
+        self.session.confirm_lock()
         if not storage.exists(storage.join(bundle, BUNDLE_FILE)):
             with tempfile.TemporaryDirectory() as scratch:
                 storage.download_folder(its_bundle, Path(scratch))
@@ -436,18 +437,7 @@ class _Search:
     def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
         """Goes on with the winner's run, which has only the test and the bundle left."""
         asked = _start(self._finalist_task(data, winner, mine=mine, board=make_board(), validated_only=False))
-        self._wait_for(asked, title="testing the winner")
-        try:
-            ray.get(asked)
-        except ray.exceptions.RayError as error:
-            raise WorkersFailed(f"testing the winner failed: {_words(error)}") from error
-
-    def _wait_for(self, asked: Any, *, title: str, note: str = "") -> None:
-        """Waits for one process, which says nothing of how far it is."""
-        with self.console.progress(title) as bar:
-            while not ray.wait([asked], timeout=POLL_S)[0]:
-                self.stop.check()
-                bar.update(done=0, total=1, note=note)
+        wait_for([asked], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
 
     # --- results ---
 
@@ -541,9 +531,8 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
     began_at = time.time()
     console = Console(verbose=task.job.run.verbose, terminal=False)
     with Stop(console) as stop, _patient_lock(task.run) as lock:
-        training = Training(
-            task.job, recipe="finalist", run=Run(task.run), console=console, stop=stop, lock=lock, began_at=began_at
-        )
+        session = Session(console=console, stop=stop, lock=lock)
+        training = Training(task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at)
         metrics = training.train_on(
             task.splits,
             task.features,

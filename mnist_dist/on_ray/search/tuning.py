@@ -16,17 +16,16 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from mnist_dist import storage
-from mnist_dist.console import Console, Stop, View
+from mnist_dist.console import View
 from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
-from mnist_dist.lock import Lock
 from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, TrialProcess, TrialTask
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.search.trials import Status, Trial, TrialRecords, usable
 from mnist_dist.search_config import SearchJob
+from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 
-POLL_S = 0.5
 SHOWN_TRIALS = 8
 REDUCTION = 3
 """asha: of the trials that reach a rung, this share goes on (1/3), as in Li et al. 2018 (arXiv:1810.05934)."""
@@ -114,6 +113,10 @@ class Trials:
             self._put(replace(trial, status="stopped" if ended else "failed", error=None if ended else OVER))
         self.running.clear()
 
+    def stop(self) -> None:
+        """Begins no more trials, and has those that run ended."""
+        self.stopped = True
+
     def fail(self, error: Exception) -> None:
         """Ends the search with an error; what is under way is run again by the same command."""
         self.error = self.error or error
@@ -196,12 +199,10 @@ def run_trials(
     job: SearchJob,
     trials: Trials,
     task: TrialTask,
+    session: Session,
     *,
     uri: str,
     concurrent: int,
-    console: Console,
-    stop: Stop,
-    lock: Lock,
 ) -> None:
     """Runs the trials that are left.
 
@@ -209,11 +210,9 @@ def run_trials(
         job: the search.
         trials: what is known of them.
         task: what each of them is told.
+        session: of the search.
         uri: of the search's folder.
         concurrent: at most so many at once.
-        console: shows them.
-        stop: looked at all the time.
-        lock: looked at all the time.
 
     Raises:
         Interrupted: a signal came; trials under way are run again by the same command.
@@ -246,16 +245,15 @@ def run_trials(
     began = time.monotonic()
     fit.start()
     try:
-        with console.view("search") as view:
-            while fit.is_alive():
-                fit.join(POLL_S)
-                trials.stopped = trials.stopped or stop.signal_number is not None
-                if lock.lost:
-                    lock.check()
-                _show(view, trials, seconds=time.monotonic() - began)
+        with session.console.view("search") as view:
+            session.watch(
+                fit.ended,
+                show=lambda: _show(view, trials, seconds=time.monotonic() - began),
+                on_signal=trials.stop,
+            )
     finally:
         trials.stopped = trials.stopped or fit.is_alive()  # Ray Tune's thread begins no more of them
-    stop.check()
+    session.stop.check()
     if isinstance(trials.error, MnistDistError):
         raise trials.error
     if trials.error is not None:

@@ -11,16 +11,15 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from mnist_dist.console import Bar, Console, Stop
+from mnist_dist.console import Bar, Console
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
-from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
+from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.training.host import Position
 
-POLL_S = 0.5
 SILENCE_S = 30.0  # without a word from the workers: starting takes less, unless there is no room for them
 
 
@@ -55,7 +54,7 @@ class Attempt:
             ),
         )
 
-    def run_to_end(self, *, console: Console, stop: Stop, lock: Lock) -> WorkerResult:
+    def run_to_end(self, session: Session) -> WorkerResult:
         """Runs the workers until they are done, or have stopped because a signal came.
 
         Raises:
@@ -66,36 +65,30 @@ class Attempt:
         """
         fit = SideThread(self._trainer.fit, name="ray-train")
         fit.start()
-        asked = False
-        with console.progress("training") as bar:
-            while fit.is_alive():
-                fit.join(POLL_S)
-                if stop.signal_number is not None and not asked:
-                    ray.get(self._task.board.ask_to_stop.remote())
-                    asked = True
-                silent_s = self._show(bar, console)
-                if silent_s > SILENCE_S:
-                    stop.check()
-                    self._tell_of_waiting(console)
-                if lock.lost:
-                    lock.check()
-            self._show(bar, console)
+        with session.console.progress("training") as bar:
+            session.watch(
+                fit.ended,
+                show=lambda: self._show(bar, session),
+                on_signal=lambda: ray.get(self._task.board.ask_to_stop.remote()),
+            )
         if fit.error is not None:
             raise readable(fit.error) from fit.error
         result: WorkerResult = fit.result().return_value
         return result
 
-    def _show(self, bar: Bar, console: Console) -> float:
-        """Shows what is new; returns for how many s nothing was."""
+    def _show(self, bar: Bar, session: Session) -> None:
+        """Shows what is new, or what is waited for where nothing is."""
         position, epochs, silent_s = ray.get(self._task.board.take.remote())
         for line in epochs:
-            console.line(
+            session.console.line(
                 f"epoch {line['epoch']} ({line['phase']}): loss {line['loss']:.4f}, accuracy {line['accuracy']:.4f}, "
                 f"validation loss {line['val_loss']:.4f}, validation accuracy {line['val_accuracy']:.4f}"
             )
         if position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
-        return float(silent_s)
+        if silent_s > SILENCE_S:
+            session.stop.check()
+            self._tell_of_waiting(session.console)
 
     def _tell_of_waiting(self, console: Console) -> None:
         if self._told:

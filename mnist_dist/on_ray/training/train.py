@@ -36,6 +36,7 @@ from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.on_ray.training.plan import plan_train
+from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -82,7 +83,8 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     storage.check_writable(job.run.storage)
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        training = Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
+        session = Session(console=console, stop=stop, lock=lock)
+        training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
         result = training.run_to_end(listed, facts)
         run.finish(result)
     return result
@@ -122,7 +124,8 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
         run = Run(storage.join(scratch, "dry-run"))
         with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-            training = Training(job, recipe=recipe, run=run, console=console, stop=stop, lock=lock, began_at=began_at)
+            session = Session(console=console, stop=stop, lock=lock)
+            training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console), {})
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
@@ -131,17 +134,14 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
 class Training:
     """One driver's attempt at a run."""
 
-    def __init__(
-        self, job: TrainJob, *, recipe: str, run: Run, console: Console, stop: Stop, lock: Lock, began_at: float
-    ) -> None:
-        self.job, self.recipe, self.run = job, recipe, run
-        self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
+    def __init__(self, job: TrainJob, session: Session, *, recipe: str, run: Run, began_at: float) -> None:
+        self.job, self.session, self.recipe, self.run, self.began_at = job, session, recipe, run, began_at
 
     def run_to_end(self, listed: Listed, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
         asked, plan = self.job.run, listed.plan
-        with connected(verbose=asked.verbose, stop=self.stop) as have:
-            have = await_workers(have, asked, console=self.console, stop=self.stop)
+        with connected(verbose=asked.verbose, stop=self.session.stop) as have:
+            have = await_workers(have, asked, self.session)
             mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
             check_places(listed, self.job.data, root=asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
             require(
@@ -151,8 +151,8 @@ class Training:
                 workers=mine.workers,
             )
             is_new = self.run.begin({**facts, "records": plan.key})
-            decoded = decode(listed, self.job.data, console=self.console, stop=self.stop)
-            splits = split(decoded, self.job.data, console=self.console)
+            decoded = decode(listed, self.job.data, self.session)
+            splits = split(decoded, self.job.data, console=self.session.console)
             require(
                 self.job.fit.batch_size <= len(splits.train),
                 f"batch_size is at most the number of training images ({len(splits.train):,})",
@@ -162,18 +162,14 @@ class Training:
             features = None
             if self.job.uses_features:
                 job = with_absolute_weights(self.job)
-                features = self._compute(plan_job_features(job, decoded, splits, have=have), have=have)
+                features = plan_job_features(job, decoded, splits, have=have)
+                compute_missing(features, self.session, actors=feature_actors(have))
             metrics = self.train_on(splits, features, records=plan.root, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
-    def _compute(self, features: FeaturePlan, *, have: Resources) -> FeaturePlan:
-        with self.console.progress("features") as bar:
-            compute_missing(features, actors=feature_actors(have), bar=bar, stop=self.stop)
-        return features
-
     def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
-        self.console.line(
+        self.session.console.line(
             f"{'training' if is_new else 'going on with'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
             f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
             f"{' and a GPU' if mine.gpu else ''}, of {have}"
@@ -220,13 +216,13 @@ class Training:
             validated_only=validated_only,
         )
         attempt = Attempt(task, name=self.run.next_attempt(), share=mine)
-        result = attempt.run_to_end(console=self.console, stop=self.stop, lock=self.lock)
+        result = attempt.run_to_end(self.session)
         if result.error is not None:
             raise result.error
         if result.metrics is None:  # stopped, and saved
-            self.stop.check()
+            self.session.check()
             raise WorkersFailed("the workers stopped without having been asked to")
-        self.lock.check()
+        self.session.confirm_lock()
         self.run.clear_attempts()
         return dict(result.metrics)
 

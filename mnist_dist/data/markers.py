@@ -1,21 +1,19 @@
-"""How often a piece of work was begun, and what ended it: small objects in the generation's folder.
+"""How often a shard was begun, and what ended it: small objects beside the shards.
 
 Owns: the markers that tell the next process that the one before died over the same work, and the errors that a worker
 could not deliver. Does not own: what is done about it.
 
-A marker is put before the work is begun. Whoever ends without dying takes it back or finishes the work; so a marker
-that is found means a death: of the process, or of the whole job.
+A marker is put before the work is begun and taken back when it ends, whether well or by an error that was foreseen; so
+a marker that is found means a death: of the process, or of the whole job.
 """
 
 import contextlib
-import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
 from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed
-from mnist_dist.scoring.generations import Generation
 
 FORESEEN = (MnistDistError, OSError)
 """What ends work without ending its process."""
@@ -37,18 +35,27 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Attempts:
+class _Marker:
+    """What lies in the folder while a piece of work is under way."""
+
+    run_id: str
+    of_run: int
+    of_all: int
+
+
+@dataclass(frozen=True)
+class Markers:
     """The markers of one driver's workers.
 
     Args:
-        generation: in whose folder they lie.
+        folder: URI where they lie, beside the shards.
         run_id: of the driver.
-        most: deaths over the same work after which it is given up.
+        max_deaths: deaths over the same work after which it is given up.
     """
 
-    generation: Generation
+    folder: str
     run_id: str
-    most: int
+    max_deaths: int
 
     def begin(self, work: str) -> Attempt:
         """Puts the marker.
@@ -57,23 +64,22 @@ class Attempts:
             work: a file name, such as `shard-000007.scoring`.
 
         Raises:
-            WorkersFailed: the work ended more than `most` processes of this driver.
+            WorkersFailed: the work ended more than `max_deaths` processes of this driver.
         """
         uri = self._marker_uri(work)
         try:
-            before = json.loads(storage.read_bytes(uri))
+            before = documents.read(uri, _Marker)
         except FileNotFoundError:
-            before = {"of_all": 0, "run_id": self.run_id, "of_run": 0}
-        attempt = Attempt(before["of_run"] + 1 if before["run_id"] == self.run_id else 1, before["of_all"] + 1)
-        if attempt.of_run > self.most + 1:
+            before = _Marker(self.run_id, 0, 0)
+        attempt = Attempt(before.of_run + 1 if before.run_id == self.run_id else 1, before.of_all + 1)
+        if attempt.of_run > self.max_deaths + 1:
             raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
-        marker = {"of_all": attempt.of_all, "run_id": self.run_id, "of_run": attempt.of_run}
-        storage.write_bytes(uri, json.dumps(marker).encode())
+        documents.write(uri, _Marker(self.run_id, attempt.of_run, attempt.of_all))
         return attempt
 
     @contextlib.contextmanager
     def trying(self, work: str) -> Iterator[Attempt]:
-        """Puts the marker for a block of work, and takes it back where a foreseen error ends the block.
+        """Puts the marker for a block of work, and takes it back at the end, unless that is the end of the process.
 
         Raises:
             WorkersFailed: see `begin`.
@@ -84,13 +90,9 @@ class Attempts:
         except DecoderStuck:
             raise  # the process is about to end
         except FORESEEN:
-            self.take_back(work)
+            self._take_back(work)
             raise
-
-    def take_back(self, work: str) -> None:
-        """Removes the marker of work that ended without a death; where the storage fails it stays: no harm."""
-        with contextlib.suppress(OSError, ServiceError):
-            storage.delete(self._marker_uri(work))
+        self._take_back(work)
 
     def note_failure(self, shard: int, error: BaseException) -> None:
         """Leaves the error of a shard where the driver finds it: Ray drops answers of a task that was begun again."""
@@ -102,11 +104,16 @@ class Attempts:
         try:
             error: BaseException = pickle.loads(storage.read_bytes(self._failure_uri(shard)))
         except FileNotFoundError:
-            return WorkersFailed(f"shard {shard} was not done, and nobody said why; the same command goes on")
+            return WorkersFailed(f"shard {shard} was not done, and nobody said why; run the same command to resume")
         return error
 
+    def _take_back(self, work: str) -> None:
+        """Removes a marker; where the storage fails it stays, which costs the next process its speed alone."""
+        with contextlib.suppress(OSError, ServiceError):
+            storage.delete(self._marker_uri(work))
+
     def _marker_uri(self, work: str) -> str:
-        return storage.join(self.generation.uri, f"{work}.begun")
+        return storage.join(self.folder, f"{work}.begun")
 
     def _failure_uri(self, shard: int) -> str:
-        return storage.join(self.generation.uri, f"shard-{shard:06d}.{self.run_id}.error")
+        return storage.join(self.folder, f"shard-{shard:06d}.{self.run_id}.error")
