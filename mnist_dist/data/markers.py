@@ -95,7 +95,7 @@ class Markers:
         self._take_back(work)
 
     def note_failure(self, shard: int, error: BaseException) -> None:
-        """Leaves the error of a shard where the driver finds it: Ray drops answers of a task that was begun again."""
+        """Leaves the error of a shard where the driver finds it."""
         with contextlib.suppress(OSError, ServiceError):
             storage.write_bytes(self._failure_uri(shard), pickle.dumps(error))
 

@@ -317,6 +317,8 @@ class _Shards:
     def __init__(self, worker: Worker[Any], markers: Markers) -> None:
         self._worker, self._markers = worker, markers
         self._failure: Exception | None = None
+        self._opened_again = False
+        self._begun_again: set[int] = set()  # shards; and until the marker was read
 
     def open(self, name: str | None) -> None:
         """Opens the worker; an error is the answer to every shard. A death counts where there is a name for it."""
@@ -324,7 +326,9 @@ class _Shards:
             if name is None:
                 self._worker.open()
                 return
-            with self._markers.trying(name):
+            self._opened_again = True
+            with self._markers.trying(name) as attempt:
+                self._opened_again = attempt.of_run > 1
                 self._worker.open()
         except Exception as error:
             self._failure = self._readable(error)
@@ -350,18 +354,23 @@ class _Shards:
         if isinstance(given, BaseException):
             raise given
         began_at = time.time()
+        self._begun_again.add(shard)
         with self._markers.trying(f"shard-{shard:06d}.{self._worker.title}") as attempt:
+            if attempt.of_run == 1:
+                self._begun_again.discard(shard)
             content = self._worker.work(shard, given, attempt=attempt, counter=counter)
         process = f"{os.uname().nodename}-{os.getpid()}"
         return ShardReport(shard=shard, began_at=began_at, ended_at=time.time(), process=process, content=content)
 
     def outcome(self, shard: int, work: SideThread) -> Any:
-        """What the work gave, or its error, which is also left as an object."""
+        """What the work gave, or its error; Ray drops the answer of a call that it repeats, so that is also left as an
+        object."""
         if isinstance(work.error, DecoderStuck):
             os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
         if isinstance(work.error, Exception):
             error = self._readable(work.error)
-            self._markers.note_failure(shard, error)
+            if self._opened_again or shard in self._begun_again:
+                self._markers.note_failure(shard, error)
             return error
         return work.result()
 
