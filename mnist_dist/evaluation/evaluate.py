@@ -24,6 +24,7 @@ from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, 
 from mnist_dist.evaluation.tables import ScoredTable, open_table
 from mnist_dist.evaluation.truth import Truth, find_truth
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
+from mnist_dist.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +82,17 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         Interrupted: SIGINT or SIGTERM.
     """
     with Stop(console) as stop:
+        session = Session(console=console, stop=stop)
         table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
         truth = find_truth(table, labels=job.labels, label_column=job.label_column)
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
         storage.check_writable(job.output_uri)
-        metrics = _measure(job, table, truth, console=console, stop=stop)
+        metrics = _measure(job, table, truth, session)
         has_truth = metrics.labelled > 0
         comparison = None
         if second is not None:
-            comparison = _compare(job, table, second, truth if has_truth else None, console=console, stop=stop)
+            comparison = _compare(job, table, second, truth if has_truth else None, session)
         evaluation = Evaluation(
             job=job,
             output=job.output_uri,
@@ -117,14 +119,14 @@ def check_named(job: EvaluateJob) -> None:
         open_table(job.compare, bundle=None)
 
 
-def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, *, console: Console, stop: Stop) -> Metrics:
+def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Session) -> Metrics:
     log.info("evaluating %d rows of %s, %d classes, by %s", table.rows, table.uri, len(table.classes), truth.source)
     accumulator = Accumulator(table.classes, shown=job.top)
-    with console.progress("evaluating") as bar:
+    with session.console.progress("evaluating") as bar:
         done = 0
         for batch in table.batches((*METRIC_COLUMNS, *truth.columns)):
             accumulator.add(batch, truth.labels(batch))
-            stop.check()
+            session.check()
             done += len(batch)
             bar.update(done=done, total=table.rows, note=f"{done:,} of {table.rows:,} rows")
     metrics = accumulator.metrics()
@@ -144,15 +146,15 @@ def _uris_of(table: ScoredTable, hashes: Hashes, most: int) -> tuple[str, ...]:
 
 
 def _compare(
-    job: EvaluateJob, first: ScoredTable, second: ScoredTable, truth: Truth | None, *, console: Console, stop: Stop
+    job: EvaluateJob, first: ScoredTable, second: ScoredTable, truth: Truth | None, session: Session
 ) -> Comparison:
     total = first.rows + second.rows
-    with console.progress("comparing") as bar:
+    with session.console.progress("comparing") as bar:
         done = 0
 
         def progress(rows: int) -> None:
             nonlocal done
-            stop.check()
+            session.check()
             done += rows
             bar.update(done=done, total=total, note=f"{done:,} of {total:,} rows")
 

@@ -46,7 +46,7 @@ from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure
 from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
 from mnist_dist.search.trials import Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import SearchJob
-from mnist_dist.session import POLL_S, Session
+from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -338,20 +338,24 @@ class _Search:
         room = max(1, have.room(mine.cpus, gpus=float(mine.gpu)) // mine.workers)
         waiting, running = list(left), dict[Any, tuple[Trial, Any]]()
         with self.console.view("finalists") as view:
-            while waiting or running:
-                while waiting and len(running) < room and self.session.stop.signal_number is None:
+
+            def ended(timeout_s: float) -> bool:
+                while waiting and len(running) < room:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
                     task = self._finalist_task(data, trial, mine=mine, board=board, validated_only=len(chosen) > 1)
                     running[_start(task)] = (trial, board)
-                ready, _ = ray.wait(list(running), timeout=POLL_S)
-                for asked in ready:
-                    trial, _board = running.pop(asked)
-                    self._record_finalist(trial, asked)
-                self._look_after(running, waiting)
+                for asked in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
+                    self._record_finalist(running.pop(asked)[0], asked)
+                return not (waiting or running)
+
+            def show() -> None:
+                self._end_the_silent(running)
                 positions = _positions(running)
                 at = "".join(f"; {number}: {phase} {epoch}" for number, phase, epoch, _ in positions[1:])
                 view.update(summary=f"{len(running)} running, {len(waiting)} waiting{at}", rows=positions)
+
+            self.session.watch(ended, show=show, on_signal=lambda: self._ask_to_stop(running, waiting))
         self.session.stop.check()
         done = self.finalist_records.read()
         if not usable(done.values()):
@@ -360,16 +364,17 @@ class _Search:
             raise WorkersFailed(f"none of {len(done)} finalists could be trained: {errors}")
         return done
 
-    def _look_after(self, running: Mapping[Any, tuple[Trial, Any]], waiting: list[Trial]) -> None:
+    def _ask_to_stop(self, running: Mapping[Any, tuple[Trial, Any]], waiting: list[Trial]) -> None:
         """Passes a signal on: finalists save what they have and end."""
-        self.session.check_lock()
-        if self.session.stop.signal_number is None:
-            return
         waiting.clear()
-        self._stopping_since = self._stopping_since or time.monotonic()
-        for asked, (_, board) in running.items():
+        self._stopping_since = time.monotonic()
+        for _, board in running.values():
             board.ask_to_stop.remote()
-            if time.monotonic() - self._stopping_since > PATIENCE_S:  # its workers wait for room, and never look
+
+    def _end_the_silent(self, running: Mapping[Any, tuple[Trial, Any]]) -> None:
+        """Ends finalists that were asked to stop and do not: their workers wait for room, and never look."""
+        if self._stopping_since is not None and time.monotonic() - self._stopping_since > PATIENCE_S:
+            for asked in running:
                 ray.cancel(asked, force=True)
 
     def _record_finalist(self, trial: Trial, asked: Any) -> None:
