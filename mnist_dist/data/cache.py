@@ -1,0 +1,257 @@
+"""Rows computed once and shared by every job: a content-keyed folder of shards, memory-mapped wherever it is read.
+
+Owns: the folder of a key, the shards that processes write independently of each other, the mark that says they are
+complete, the copy on each node of what lies on S3, and reading rows across shards. Does not own: what a row is
+(`data/records.py`, `training/features.py`), or who computes which shard where (`on_ray/data`).
+
+Below `<storage>/_<what>/<key>/`, the key a hash of everything that the rows depend on:
+
+```
+shard-NNNNNN.arrow   Arrow IPC, uncompressed, to be memory-mapped; one atomic put each; that it exists means it is
+                     done, writing it twice is harmless
+<what>.json          the mark, written last: the cache is finished
+```
+"""
+
+# n = rows of a shard
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mnist_dist import documents
+from mnist_dist.errors import ConfigError, DataError, ServiceError
+from mnist_dist.storage import exists, is_remote, join, list_entries, read_bytes, write_bytes
+
+MAX_SHARDS = 4_096
+"""Each is a memory map of every process that reads; Linux gives a process 65,530."""
+
+
+class ShardRows:
+    """Rows across shards: `rows[numbers]` is `[*numbers.shape, ...]` (see `feed.Rows`).
+
+    Args:
+        shards: `[n, ...]` each, in order; all but the last one have the same n.
+    """
+
+    def __init__(self, shards: Sequence[npt.NDArray[Any]]) -> None:
+        self._shards = shards
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[all rows, ...]`."""
+        return sum(map(len, self._shards)), *self._shards[0].shape[1:]
+
+    def __getitem__(self, numbers: npt.NDArray[np.integer[Any]] | int, /) -> npt.NDArray[Any]:
+        first = self._shards[0]
+        if len(self._shards) == 1:
+            return first[numbers]
+        of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
+        found = np.empty((len(places), *first.shape[1:]), first.dtype)
+        shards, counts = np.unique(of_shard, return_counts=True)
+        order = np.argsort(of_shard.astype(np.uint16), kind="stable")  # of so few bits NumPy sorts in linear time
+        for shard, some in zip(shards, np.split(order, np.cumsum(counts)[:-1]), strict=False):
+            found[some] = self._shards[shard][places[some]]
+        return found.reshape(*np.shape(numbers), *first.shape[1:])
+
+
+@dataclass(frozen=True)
+class CacheMark:
+    """What completes a cache."""
+
+    key: str
+    description: Any
+    """Of the rows, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Where the rows of a key lie: plain data for any process."""
+
+    what: str
+    """What the rows are, in the plural: names the folder and the mark."""
+    storage: str
+    """Folder or `s3://` prefix of the job, absolute."""
+    key: str
+    """sha256 of everything that the rows depend on, hex."""
+    rows: int
+    min_shard_rows: int
+    """Rows of each shard, unless these would be more than `MAX_SHARDS`."""
+
+    @property
+    def root(self) -> str:
+        """URI of the folder."""
+        return join(self.storage, f"_{self.what}", self.key[:16])
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of each shard; the last one has what is left."""
+        return max(self.min_shard_rows, -(-self.rows // MAX_SHARDS))
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> slice:
+        """The rows of a shard."""
+        return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+
+    def is_finished(self) -> bool:
+        """Whether the cache can be opened."""
+        return exists(self._mark)
+
+    def missing(self) -> list[int]:
+        """The shards that are still to be put; none where the cache is finished."""
+        there = {entry.uri.rpartition("/")[2] for entry in list_entries(self.root)}
+        if f"{self.what}.json" in there:
+            return []
+        return [shard for shard in range(self.shards) if _shard_name(shard) not in there]
+
+    def put(self, shard: int, table: pa.Table) -> None:
+        """Stores a shard, whole or not at all.
+
+        Raises:
+            PermissionError, ServiceError, StorageError: see `storage`.
+        """
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
+
+    def check_complete(self) -> None:
+        """Raises ServiceError where shards are missing; the same command makes them."""
+        missing = self.missing()
+        if missing:
+            raise ServiceError(f"{self.root}: {len(missing)} of {self.shards} shards are missing: {missing[:5]}")
+
+    def finish(self, description: Any) -> None:
+        """Marks the cache as finished; nothing to do where that has happened.
+
+        Args:
+            description: of the rows, for people: a dataclass.
+
+        Raises:
+            ServiceError: shards are missing; the same command makes them.
+        """
+        if not self.is_finished():
+            self.check_complete()
+            documents.write(self._mark, CacheMark(self.key, description))
+
+    def on_node(self, local_dir: Path) -> "Cache":
+        """The finished cache where this node can map it: itself, or a copy of what lies on S3.
+
+        The first process of the node to come makes the copy, the others wait.
+
+        Args:
+            local_dir: a folder of the node.
+
+        Raises:
+            DataError: the cache is not finished, damaged, or of another key.
+            ConfigError: the node's disk has too little free space for it; with both sizes.
+            PermissionError, ServiceError, StorageError: see `storage`.
+        """
+        here = self
+        if is_remote(self.storage):
+            here = replace(self, storage=str(local_dir))
+            Path(here.root).mkdir(parents=True, exist_ok=True)
+            with _node_lock(Path(here.root) / "lock"):
+                if not here.is_finished():
+                    self._download(Path(here.root))
+        here._check_mark()
+        return here
+
+    def read(self, shard: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of a shard; memory-mapped where it is local.
+
+        Raises:
+            DataError: the shard is damaged.
+            FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        """
+        uri = join(self.root, _shard_name(shard))
+        data = read_bytes(uri) if is_remote(uri) else None
+        try:
+            with pa.memory_map(uri) if data is None else pa.BufferReader(data) as file:
+                table = pa.ipc.open_file(file).read_all().select(columns)
+        except (OSError, pa.ArrowInvalid, KeyError) as err:
+            raise DataError(f"{self.root}: damaged: {err}; delete the folder to make it again") from err
+        expected = len(range(self.rows)[self.rows_of(shard)])
+        if len(table) != expected:
+            raise DataError(
+                f"{self.root}: shard {shard} has {expected} rows. Received: {len(table)}; delete the folder"
+            )
+        return table
+
+    def values(self, column: str) -> list[npt.NDArray[Any]]:
+        """The arrays, `[n, width]`, that `column_of` made a column of, memory-mapped.
+
+        Raises:
+            DataError: a shard is damaged.
+        """
+        return [_values_of(self.read(shard, [column])) for shard in range(self.shards)]
+
+    @property
+    def _mark(self) -> str:
+        return join(self.root, f"{self.what}.json")
+
+    def _check_mark(self) -> None:
+        try:
+            found = documents.read(self._mark, CacheMark).key
+        except FileNotFoundError as err:
+            raise DataError(f"no finished {self.what}. Received: {self.root!r}") from err
+        except DataError as err:
+            raise DataError(f"{err}; delete the folder") from err
+        if found != self.key:
+            raise DataError(f"{self.root}: {self.what} of {self.key}. Received: {found}; delete the folder")
+
+    def _download(self, folder: Path) -> None:
+        self._check_mark()
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
+            leftover.unlink(missing_ok=True)
+        entries = list(list_entries(self.root))
+        check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
+        for entry in sorted(entries, key=lambda entry: entry.uri == self._mark):  # what completes them, last
+            write_bytes(str(folder / entry.uri.rpartition("/")[2]), read_bytes(entry.uri))
+
+
+def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """An array `[n, ...]` as a column of flat rows."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
+
+
+def _values_of(table: pa.Table) -> npt.NDArray[Any]:
+    (column,) = table[0].chunks
+    values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
+    return values.reshape(len(column), -1)
+
+
+def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises ConfigError, with both sizes, where the folder's disk has too little room beside what the folder holds."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    held = [file for file in folder.glob("*") if not file.name.endswith(".tmp")] if folder.exists() else []
+    missing_bytes = needed_bytes - sum(file.stat().st_size for file in held)
+    free_bytes = shutil.disk_usage(there).free
+    if missing_bytes > free_bytes:
+        raise ConfigError(
+            f"{folder}: {what} need {missing_bytes / 1e9:.3g} GB of disk. Received: {free_bytes / 1e9:.3g} GB free"
+        )
+
+
+@contextlib.contextmanager
+def _node_lock(path: Path) -> Iterator[None]:
+    """Lets one process of this node in at a time."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, also by a killed process
+        yield
+
+
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:06d}.arrow"
