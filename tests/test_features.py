@@ -29,11 +29,12 @@ from mnist_dist.config import (
     TrainJob,
 )
 from mnist_dist.console import Stop
+from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.images import ImageSpec, Pixels
-from mnist_dist.data.records import Records, open_records, plan_records
+from mnist_dist.data.records import RecordPlan, Records, open_records, plan_records
 from mnist_dist.data.records import finish as finish_records
 from mnist_dist.data.sources import image_spec, open_source
-from mnist_dist.errors import ConfigError, DataError, Interrupted, ServiceError, WeightsError
+from mnist_dist.errors import ConfigError, DataError, Interrupted, WeightsError
 from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
@@ -44,12 +45,8 @@ from mnist_dist.training.features import (
     Extractor,
     FeaturePlan,
     FeatureRows,
-    finish,
-    finished,
-    missing_shards,
     open_features,
     plan_features,
-    write_shard,
 )
 from mnist_dist.training.feed import Images, World
 from mnist_dist.training.host import Position
@@ -94,15 +91,20 @@ def index_of(pixels: Any, *, uris: str = "image") -> pa.Table:
     return pa.table({"uri": [f"{uris}-{row}.png" for row in range(len(digests))], "digest": digests})
 
 
+def records_plan(
+    spec: ImageSpec = SPEC, *, storage: str = "runs", class_names: tuple[str, ...] = CLASSES
+) -> RecordPlan:
+    cache = Cache(what="records", storage=storage, key="some", rows=COUNT, min_shard_rows=64)
+    return RecordPlan(cache=cache, spec=spec, max_pixels=1_000, class_names=class_names, image_column=None)
+
+
 def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
     """Features of the images that are trained on and validated with; fields are those of `plan_features`."""
     options: dict[str, Any] = {
         "model": MLP,
-        "records": "runs/_records/some",
+        "records": records_plan(),
         "index": index_of(images.pixels),
-        "spec": SPEC,
         "rows": np.concatenate([images.train, images.validation]),
-        "num_classes": 3,
         "precision": "float32",
         "stored_as": "float16",
         "seed": 5,
@@ -113,15 +115,15 @@ def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
 
 
 def extractor(plan: FeaturePlan, images: Images) -> Extractor:
-    return Extractor(plan, pixels=np.asarray(images.pixels), spec=SPEC)
+    return Extractor(plan, pixels=images.pixels)
 
 
 def computed(plan: FeaturePlan, images: Images) -> FeaturePlan:
     """The plan, after all that it plans was done."""
     extracting = extractor(plan, images)
-    for shard in missing_shards(plan):
+    for shard in plan.cache.missing():
         extracting.store(shard)
-    finish(plan)
+    plan.cache.finish(plan.model)
     return plan
 
 
@@ -131,13 +133,9 @@ def features_of(images: Images, folder: Path, **fields: Any) -> Images:
     return replace(images, pixels=open_features(plan, local_dir=folder))
 
 
-def filled(plan: FeaturePlan, *, width: int = 3) -> FeaturePlan:
-    """The plan with features that need no backbone: each row of them holds the number of its record."""
-    for shard in missing_shards(plan):
-        rows = plan.rows_of(shard).astype(np.float32)
-        write_shard(plan.root, shard, np.repeat(rows[:, None], width, axis=1).astype(plan.stored_as))
-    finish(plan)
-    return plan
+def put_sentinel(plan: FeaturePlan, width: int) -> None:
+    """Stores a shard 1 that no backbone would compute."""
+    plan.cache.put(1, pa.table({"features": column_of(np.full((256, width), SENTINEL, np.float16))}))
 
 
 def names(uri: str) -> list[str]:
@@ -335,7 +333,7 @@ def with_other_pixel(images: Images, row: int) -> Pixels:
 
 def test_the_key_depends_on_all_that_the_features_depend_on(images: Images, tmp_path: Path) -> None:
     def key(**fields: Any) -> str:
-        return planned(images, tmp_path, **fields).key
+        return planned(images, tmp_path, **fields).cache.key
 
     swapped = np.array(images.pixels)
     swapped[images.train[:2]] = swapped[images.train[1::-1]]
@@ -348,9 +346,9 @@ def test_the_key_depends_on_all_that_the_features_depend_on(images: Images, tmp_
         key(index=index_of(swapped)),
         key(rows=images.train),
         key(rows=images.train[1:]),
-        key(spec=replace(SPEC, height_px=9)),
-        key(spec=replace(SPEC, channels=3)),
-        key(spec=replace(SPEC, resize="crop")),
+        key(records=records_plan(replace(SPEC, height_px=9))),
+        key(records=records_plan(replace(SPEC, channels=3))),
+        key(records=records_plan(replace(SPEC, resize="crop"))),
         key(precision="bfloat16"),
         key(stored_as="float32"),
         key(seed=6),
@@ -374,13 +372,13 @@ def test_the_key_depends_on_nothing_else(images: Images, tmp_path: Path) -> None
     same = [
         planned(images, tmp_path / "elsewhere"),
         planned(images, tmp_path, model=HEADED),
-        planned(images, tmp_path, num_classes=7),
-        planned(images, tmp_path, records="runs/_records/other"),
+        planned(images, tmp_path, records=records_plan(class_names=tuple("abcdefg"))),
+        planned(images, tmp_path, records=records_plan(storage="elsewhere")),
         planned(images, tmp_path, index=index_of(images.pixels, uris="s3://bucket/other")),
         planned(images, tmp_path, index=index_of(with_other_pixel(images, int(images.test[0])))),
         planned(images, tmp_path, rows=np.concatenate([images.validation, images.train])),
     ]
-    assert {plan.key for plan in same} == {first.key}
+    assert {plan.cache.key for plan in same} == {first.cache.key}
 
 
 def test_weights_are_known_by_what_the_file_holds(images: Images, tmp_path: Path) -> None:
@@ -389,7 +387,7 @@ def test_weights_are_known_by_what_the_file_holds(images: Images, tmp_path: Path
     copy.write_bytes(path.read_bytes())
 
     def key(weights: Path | str, **fields: Any) -> str:
-        return planned(images, tmp_path, model=replace(MLP, weights=str(weights)), **fields).key
+        return planned(images, tmp_path, model=replace(MLP, weights=str(weights)), **fields).cache.key
 
     assert key(copy) == key(path)
     assert key(path, seed=9) == key(path), "the seed decides nothing where the weights are given"
@@ -401,16 +399,18 @@ def test_a_bundle_is_known_by_the_file_that_completes_it(images: Images, tmp_pat
     for bundle, model_id in zip(bundles, "112", strict=True):
         bundle.mkdir()
         (bundle / "bundle.json").write_text(f'{{"model_id": "{model_id}"}}')
-    first, copy, other = (planned(images, tmp_path, model=replace(MLP, weights=str(path))).key for path in bundles)
+    first, copy, other = (
+        planned(images, tmp_path, model=replace(MLP, weights=str(path))).cache.key for path in bundles
+    )
     assert first == copy != other
 
 
 def test_weights_that_were_written_anew_have_another_key(images: Images, tmp_path: Path) -> None:
     path = tmp_path / "base.weights.h5"
     model = replace(MLP, weights=write_weights(path, seed=1))
-    before = planned(images, tmp_path, model=model).key
+    before = planned(images, tmp_path, model=model).cache.key
     write_weights(path, seed=2)
-    assert planned(images, tmp_path, model=model).key != before
+    assert planned(images, tmp_path, model=model).cache.key != before
 
 
 def test_weights_that_are_not_there_cannot_be_planned_with(images: Images, tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_plan_is_plain_and_crosses_processes(images: Images, tmp_path: Path) -
     again = pickle.loads(pickle.dumps(plan))
     np.testing.assert_array_equal(again.rows, plan.rows)
     assert replace(again, rows=plan.rows) == plan
-    assert plan.root == f"{tmp_path}/_features/{plan.key[:16]}"
+    assert plan.cache.root == f"{tmp_path}/_features/{plan.cache.key[:16]}"
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -433,28 +433,22 @@ def test_a_plan_is_plain_and_crosses_processes(images: Images, tmp_path: Path) -
 def test_shards_hold_the_covered_rows_in_order(images: Images, tmp_path: Path) -> None:
     plan = planned(images, tmp_path)
     covered = np.sort(np.concatenate([images.train, images.validation]))
-    assert plan.shards == 3
+    assert plan.cache.shards == 3
     assert tuple(len(plan.rows_of(shard)) for shard in range(3)) == SHARD_SIZES
     np.testing.assert_array_equal(np.concatenate([plan.rows_of(shard) for shard in range(3)]), covered)
 
 
-def test_no_more_than_4096_shards_are_made(images: Images, tmp_path: Path) -> None:
-    plan = replace(planned(images, tmp_path), rows=np.arange(5_000_000))
-    assert plan.shards <= 4096
-    assert sum(len(plan.rows_of(shard)) for shard in range(plan.shards)) == 5_000_000
-
-
 def test_features_are_written_in_shards_and_opened_by_row(images: Images, root: str, tmp_path: Path) -> None:
     plan = planned(images, root)
-    assert not finished(plan)
-    assert missing_shards(plan) == [0, 1, 2]
+    assert not plan.cache.is_finished()
+    assert plan.cache.missing() == [0, 1, 2]
     extracting = extractor(plan, images)
     extracting.store(1)
-    assert missing_shards(plan) == [0, 2]
+    assert plan.cache.missing() == [0, 2]
     computed(plan, images)
-    assert finished(plan)
-    assert missing_shards(plan) == []
-    assert names(plan.root) == ["features.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
+    assert plan.cache.is_finished()
+    assert plan.cache.missing() == []
+    assert names(plan.cache.root) == ["features.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
 
     rows = open_features(plan, local_dir=tmp_path / "node")
     expected = build_classifier(MLP, spec=SPEC, num_classes=3, seed=5).features(
@@ -475,7 +469,7 @@ def test_a_batch_is_filled_up_without_a_trace(images: Images, tmp_path: Path) ->
 
 def test_an_interrupted_run_is_continued_and_what_was_done_stays(images: Images, root: str, tmp_path: Path) -> None:
     plan = planned(images, root)
-    write_shard(plan.root, 1, np.full((256, MLP_WIDTH), SENTINEL, np.float16))
+    put_sentinel(plan, MLP_WIDTH)
     computed(plan, images)
     rows = open_features(plan, local_dir=tmp_path / "node")
     assert (rows[plan.rows_of(1)] == SENTINEL).all()
@@ -487,117 +481,10 @@ def test_storing_twice_is_harmless(images: Images, tmp_path: Path) -> None:
     plan = planned(images, tmp_path)
     extracting = extractor(plan, images)
     extracting.store(2)
-    shard = Path(plan.root) / "shard-000002.arrow"
+    shard = Path(plan.cache.root) / "shard-000002.arrow"
     before = shard.read_bytes()
     extracting.store(2)
     assert shard.read_bytes() == before
-
-
-def test_finishing_twice_is_harmless(images: Images, tmp_path: Path) -> None:
-    plan = filled(planned(images, tmp_path))
-    mark = Path(plan.root) / "features.json"
-    before = mark.stat().st_mtime_ns
-    finish(plan)
-    assert mark.stat().st_mtime_ns == before
-
-
-def test_missing_shards_cannot_be_finished(images: Images, root: str) -> None:
-    plan = planned(images, root)
-    write_shard(plan.root, 1, np.ones((256, 3), np.float16))
-    with pytest.raises(ServiceError, match=rf"{re.escape(plan.root)}: 2 of 3 shards are missing: \[0, 2\]"):
-        finish(plan)
-    assert not finished(plan)
-
-
-def test_unfinished_features_cannot_be_opened(images: Images, tmp_path: Path) -> None:
-    plan = planned(images, tmp_path)
-    write_shard(plan.root, 0, np.ones((256, 3), np.float16))
-    with pytest.raises(DataError, match=rf"no finished features\. Received: .*{re.escape(plan.root)}"):
-        open_features(plan, local_dir=tmp_path)
-
-
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def cut_last_byte(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def write_other_column(path: Path) -> None:
-    table = pa.table({"other": [1.0]})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def leave_out_a_row(path: Path) -> None:
-    write_shard(str(path.parent), 1, np.ones((255, 3), np.float16))
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def fill_with_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-DAMAGES = [halve, cut_last_byte, empty, fill_with_zeros, Path.unlink, write_other_column, leave_out_a_row]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_refused_with_the_folder_to_delete(
-    images: Images, tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
-    plan = filled(planned(images, tmp_path))
-    damage(Path(plan.root) / "shard-000001.arrow")
-    with pytest.raises(DataError, match=rf"^{re.escape(plan.root)}: .*delete the folder"):
-        open_features(plan, local_dir=tmp_path)
-
-
-def test_a_row_too_many_is_refused(images: Images, tmp_path: Path) -> None:
-    plan = filled(planned(images, tmp_path))
-    write_shard(plan.root, 2, np.ones((89, 3), np.float16))
-    with pytest.raises(DataError, match=rf"{re.escape(plan.root)}: features of 600 images\. Received: 601"):
-        open_features(plan, local_dir=tmp_path)
-
-
-def test_the_features_of_another_key_are_refused(images: Images, tmp_path: Path) -> None:
-    other = filled(planned(images, tmp_path, seed=6))
-    plan = replace(planned(images, tmp_path), root=other.root)
-    with pytest.raises(DataError, match=rf"features of {plan.key}\. Received: '?{other.key}'?; delete the folder"):
-        open_features(plan, local_dir=tmp_path)
-
-
-@pytest.mark.slow
-def test_features_on_s3_are_downloaded_once_for_a_node(images: Images, s3: str, tmp_path: Path) -> None:
-    plan = filled(planned(images, s3))
-    node = tmp_path / "node"
-    copies = [node / plan.root.rpartition("/")[2] / name for name in names(plan.root)]
-    first = open_features(plan, local_dir=node)[images.train]
-    written = [copy.stat().st_mtime_ns for copy in copies]
-    np.testing.assert_array_equal(open_features(plan, local_dir=node)[images.train], first)
-    assert [copy.stat().st_mtime_ns for copy in copies] == written
-
-
-@pytest.mark.slow
-def test_a_download_that_was_killed_is_made_again(images: Images, s3: str, tmp_path: Path) -> None:
-    plan = filled(planned(images, s3))
-    copy = tmp_path / "node" / plan.root.rpartition("/")[2]
-    copy.mkdir(parents=True)
-    (copy / "shard-000000.arrow").write_bytes(b"half")
-    rows = open_features(plan, local_dir=tmp_path / "node")
-    np.testing.assert_array_equal(rows[images.train][:, 0], images.train.astype(np.float16))
-
-
-@pytest.mark.slow
-def test_unfinished_features_on_s3_cannot_be_opened(images: Images, s3: str, tmp_path: Path) -> None:
-    plan = planned(images, s3)
-    write_shard(plan.root, 0, np.ones((256, 3), np.float16))
-    with pytest.raises(DataError, match=rf"no finished features\. Received: .*{re.escape(plan.root)}"):
-        open_features(plan, local_dir=tmp_path / "node")
-    filled(plan)
-    assert len(open_features(plan, local_dir=tmp_path / "node")[images.train]) == TRAIN
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -608,7 +495,7 @@ def numbered() -> FeatureRows:
     """Features of the records 3, 6, ..., 30 in shards of 4, 4 and 2; each is [record, -record]."""
     records = np.arange(3, 31, 3)
     features = np.stack([records, -records], axis=1).astype(np.float32)
-    return FeatureRows(records, [features[:4], features[4:8], features[8:]])
+    return FeatureRows(records, ShardRows([features[:4], features[4:8], features[8:]]))
 
 
 INDICES: dict[str, Any] = {
@@ -627,11 +514,6 @@ def test_rows_are_those_of_the_records_in_the_shape_of_the_index(numbered: Featu
     found = numbered[index]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, np.stack([index, -index.astype(np.float32)], axis=-1))
-
-
-@pytest.mark.parametrize("shape", [(0,), (2, 0)])
-def test_no_records_have_no_rows(numbered: FeatureRows, shape: tuple[int, ...]) -> None:
-    assert numbered[np.zeros(shape, np.int64)].shape == (*shape, 2)
 
 
 def test_rows_reach_to_the_last_record_that_is_covered(numbered: FeatureRows) -> None:
@@ -669,7 +551,7 @@ def test_values_beyond_float16_are_refused_with_what_to_do(images: Images, tmp_p
     expected = r"mlp reach 1e\+05, more than float16 holds: --feature-type float32, or --no-feature-cache$"
     with pytest.raises(ConfigError, match=expected):
         extractor(plan, images).store(0)
-    assert missing_shards(plan) == [0, 1, 2]
+    assert plan.cache.missing() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("stored_as", ["float16", "float32"])
@@ -677,7 +559,7 @@ def test_infinity_is_refused(images: Images, tmp_path: Path, stored_as: FeatureT
     plan = with_value(images, tmp_path, np.inf, stored_as=stored_as)
     with pytest.raises(ConfigError, match=r"^mlp gives features that are no numbers"):
         extractor(plan, images).store(0)
-    assert missing_shards(plan) == [0, 1, 2]
+    assert plan.cache.missing() == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -688,7 +570,7 @@ def test_what_is_no_number_is_refused(images: Images, tmp_path: Path, stored_as:
     plan = with_value(images, tmp_path, np.nan, stored_as=stored_as, model=model)
     with pytest.raises(ConfigError, match=r"^mobilenet_v3_small gives features that are no numbers"):
         extractor(plan, images).store(0)
-    assert missing_shards(plan) == [0, 1, 2]
+    assert plan.cache.missing() == [0, 1, 2]
 
 
 def test_float32_holds_what_float16_does_not(images: Images, tmp_path: Path) -> None:
@@ -720,14 +602,12 @@ def digits(folder: Path) -> Digits:
     spec = image_spec(source, backbone_size_px=28, scratch_size=True, config=DataConfig())
     plan = plan_records(source, spec, storage=str(folder), max_pixels=1_000)
     finish_records(plan, source)
-    records = open_records(plan.root, local_dir=folder)
+    records = open_records(plan, local_dir=folder)
     features = plan_features(
         ModelConfig(backbone="cnn"),
-        records=plan.root,
+        records=plan,
         index=records.index,
-        spec=spec,
         rows=np.arange(600),
-        num_classes=10,
         precision="float32",
         stored_as="float16",
         seed=3,
@@ -748,13 +628,13 @@ def compute(plan: FeaturePlan, *, signal_number: int | None = None) -> None:
 @pytest.mark.slow
 def test_ray_data_computes_the_missing_shards_as_one_process_does(cluster: None, tmp_path: Path) -> None:
     there, here = digits(tmp_path / "there"), digits(tmp_path / "here")
-    assert there.plan.key == here.plan.key
-    write_shard(there.plan.root, 1, np.full((256, 128), SENTINEL, np.float16))
+    assert there.plan.cache.key == here.plan.cache.key
+    put_sentinel(there.plan, 128)
     compute(there.plan)
-    extracting = Extractor(here.plan, pixels=here.records.pixels, spec=here.records.spec)
-    for shard in missing_shards(here.plan):
+    extracting = Extractor(here.plan, pixels=here.records.pixels)
+    for shard in here.plan.cache.missing():
         extracting.store(shard)
-    finish(here.plan)
+    here.plan.cache.finish(here.plan.model)
     ours, theirs = (open_features(plan, local_dir=tmp_path) for plan in (there.plan, here.plan))
     for shard in (0, 2):
         rows = here.plan.rows_of(shard)
@@ -767,10 +647,10 @@ def test_a_signal_ends_the_work_between_shards_and_what_is_done_stays(cluster: N
     plan = digits(tmp_path).plan
     with pytest.raises(Interrupted, match="the same command goes on"):
         compute(plan, signal_number=2)
-    assert len(missing_shards(plan)) < 3
-    assert not finished(plan)
+    assert len(plan.cache.missing()) < 3
+    assert not plan.cache.is_finished()
     compute(plan)
-    assert finished(plan)
+    assert plan.cache.is_finished()
 
 
 @pytest.mark.slow
@@ -778,7 +658,7 @@ def test_a_failing_storage_ends_the_work_with_its_words(cluster: None, tmp_path:
     (tmp_path / "file").write_text("in the way")
     plan = digits(tmp_path / "runs").plan
     with pytest.raises((OSError, ConfigError), match="file"):
-        compute(replace(plan, root=str(tmp_path / "file" / "features")))
+        compute(replace(plan, cache=replace(plan.cache, storage=str(tmp_path / "file"))))
 
 
 def small_job(folder: Path, *, name: str, head: dict[str, Any] | None = None, **run: Any) -> TrainJob:

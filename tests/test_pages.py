@@ -13,6 +13,7 @@ from harness import Recorder
 from PIL import Image
 from scored import one_hot, scored_rows, write_scored
 
+from mnist_dist.data.cache import ShardRows
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import Records
 from mnist_dist.evaluate_config import EvaluateJob
@@ -163,7 +164,7 @@ def test_the_page_is_written_with_its_figures(tmp_path: Path) -> None:
 def records() -> Records:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 5, 1), np.uint8)
     index = pa.table({"uri": [f"digits/{number}" for number in range(9)], "label": pa.array([0, 1, 2] * 3, pa.int32())})
-    return Records(pixels, index, CLASSES, ImageSpec(height_px=4, width_px=5, channels=1))
+    return Records(ShardRows([pixels]), index, CLASSES, ImageSpec(height_px=4, width_px=5, channels=1))
 
 
 def logits_of(predicted: list[int]) -> npt.NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import multiprocessing
 import pickle
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,11 +22,9 @@ from mnist_dist.data.records import (
     RecordPlan,
     Records,
     bad_records,
-    decode_block,
+    decode_shard,
     fingerprint,
     finish,
-    finished,
-    missing_blocks,
     open_records,
     plan_records,
 )
@@ -34,7 +32,7 @@ from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, ServiceError
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
-COUNT = 150  # of images: two blocks of 64 and one of 22, with the smallest block size
+COUNT = 150  # of images: two shards of 64 and one of 22, with the smallest shards
 
 
 def picture(value: int) -> Pixels:
@@ -68,46 +66,45 @@ class Planned(NamedTuple):
     plan: RecordPlan
     source: Source
 
-    def uris(self, block: int) -> list[str]:
-        return list(self.source.table["uri"].to_pylist()[self.plan.block_rows(block)])
-
-    def decode(self) -> None:
-        for block in missing_blocks(self.plan):
-            decode_block(self.plan, block, self.uris(block))
+    def decode(self, *shards: int) -> None:
+        """Decodes some shards, or all that are missing."""
+        uris = self.source.table["uri"].to_pylist()
+        for shard in shards or self.plan.cache.missing():
+            decode_shard(self.plan, shard, uris[self.plan.cache.rows_of(shard)])
 
 
 def planned(images: Path, root: str, spec: ImageSpec = SPEC) -> Planned:
     source = open_source(DataConfig(data=str(images)))
     plan = plan_records(source, spec, storage=root, max_pixels=1000)
-    return Planned(replace(plan, block_size=64), source)
+    return Planned(replace(plan, cache=replace(plan.cache, min_shard_rows=64)), source)
 
 
 def decoded(images: Path, root: str, local_dir: Path) -> Records:
-    plan = planned(images, root)
-    plan.decode()
-    finish(*plan)
-    return open_records(plan.plan.root, local_dir=local_dir)
+    work = planned(images, root)
+    work.decode()
+    finish(*work)
+    return open_records(work.plan, local_dir=local_dir)
 
 
 def names(uri: str) -> list[str]:
     return [entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri)]
 
 
-def test_images_are_decoded_in_blocks_and_opened_as_one_array(images: Path, root: str, tmp_path: Path) -> None:
+def test_images_are_decoded_in_shards_and_opened_by_row(images: Path, root: str, tmp_path: Path) -> None:
     work = planned(images, root)
-    assert not finished(work.plan)
-    assert missing_blocks(work.plan) == [0, 1, 2]
-    decode_block(work.plan, 1, work.uris(1))
-    assert missing_blocks(work.plan) == [0, 2]
+    cache = work.plan.cache
+    assert not cache.is_finished()
+    assert cache.missing() == [0, 1, 2]
+    work.decode(1)
+    assert cache.missing() == [0, 2]
     work.decode()
     finish(*work)
-    assert finished(work.plan)
-    assert missing_blocks(work.plan) == []
+    assert cache.is_finished()
+    assert cache.missing() == []
+    assert names(cache.root) == ["index.parquet", "records.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
 
-    records = open_records(work.plan.root, local_dir=tmp_path / "node")
-    assert isinstance(records.pixels, np.memmap)
+    records = open_records(work.plan, local_dir=tmp_path / "node")
     assert records.pixels.shape == (COUNT, 5, 7, 3)
-    assert not records.pixels.flags.writeable
     assert records.index.column_names == ["uri", "label", "split", "status", "error", "digest"]
     assert records.index["uri"].to_pylist() == work.source.table["uri"].to_pylist()
     assert (records.class_names, records.spec) == (("class-0", "class-1"), SPEC)
@@ -129,41 +126,31 @@ def test_unreadable_images_are_rows_with_a_reason(images: Path, root: str, tmp_p
     assert records.index["error"].null_count == COUNT - 2
 
 
-def test_local_blocks_go_and_remote_ones_stay(images: Path, root: str, tmp_path: Path) -> None:
-    work = planned(images, root)
-    work.decode()
-    finish(*work)
-    finish(*work)
-    blocks = [f"block-{block:06d}.npz" for block in range(3)]
-    expected = [*blocks, "index.parquet"] if storage.is_remote(root) else ["index.parquet", "pixels.npy"]
-    assert names(work.plan.root) == [*expected, "records.json"]
-
-
 def test_a_finish_that_was_killed_starts_again(images: Path, tmp_path: Path) -> None:
     work = planned(images, str(tmp_path))
     work.decode()
-    (Path(work.plan.root) / "pixels.npy").write_bytes(b"half")
+    (Path(work.plan.cache.root) / "index.parquet").write_bytes(b"half")
     with pytest.raises(DataError, match="no finished records"):
-        open_records(work.plan.root, local_dir=tmp_path)
+        open_records(work.plan, local_dir=tmp_path)
     finish(*work)
-    assert len(open_records(work.plan.root, local_dir=tmp_path).pixels) == COUNT
+    assert len(open_records(work.plan, local_dir=tmp_path).index) == COUNT
 
 
-def test_missing_blocks_cannot_be_finished(images: Path, root: str) -> None:
+def test_missing_shards_cannot_be_finished(images: Path, root: str) -> None:
     work = planned(images, root)
-    decode_block(work.plan, 0, work.uris(0))
-    with pytest.raises(ServiceError, match=r"2 of 3 blocks are missing: \[1, 2\]"):
+    work.decode(0)
+    with pytest.raises(ServiceError, match=r"2 of 3 shards are missing: \[1, 2\]"):
         finish(*work)
+    assert names(work.plan.cache.root) == ["shard-000000.arrow"]
 
 
 def test_decoding_twice_is_harmless(images: Path, tmp_path: Path) -> None:
     work = planned(images, str(tmp_path))
-    decode_block(work.plan, 2, work.uris(2))
-    block = Path(work.plan.root) / "block-000002.npz"
-    before = block.read_bytes()
-    decode_block(work.plan, 2, work.uris(2))
-    with np.load(io.BytesIO(before)) as first, np.load(block) as second:
-        assert all((first[name] == second[name]).all() for name in first.files)
+    work.decode(2)
+    shard = Path(work.plan.cache.root) / "shard-000002.arrow"
+    before = shard.read_bytes()
+    work.decode(2)
+    assert shard.read_bytes() == before
 
 
 def test_a_digest_is_of_shape_and_pixels(images: Path, tmp_path: Path) -> None:
@@ -172,19 +159,18 @@ def test_a_digest_is_of_shape_and_pixels(images: Path, tmp_path: Path) -> None:
     assert records.index["digest"][9].as_py() == expected
 
 
-def test_arrays_need_no_blocks(root: str, tmp_path: Path) -> None:
+def test_arrays_need_no_decoding(root: str, tmp_path: Path) -> None:
     config = DataConfig(limit=70)
     source = open_source(config)
     for size_px, channels in ((32, 1), (6, 3)):
         spec = image_spec(source, backbone_size_px=size_px, scratch_size=False, config=config)
         plan = plan_records(source, replace(spec, channels=channels), storage=root, max_pixels=1000)
-        assert missing_blocks(plan) == []
         finish(plan, source)
-        records = open_records(plan.root, local_dir=tmp_path / "node")
+        records = open_records(plan, local_dir=tmp_path / "node")
         assert source.pixels is not None
         assert records.pixels.shape == ((70, 8, 8, 1) if size_px == 32 else (70, 6, 6, 3))
         if size_px == 32:
-            np.testing.assert_array_equal(records.pixels, source.pixels)
+            np.testing.assert_array_equal(records.pixels[np.arange(70)], source.pixels)
         assert bad_records(records.index) == []
 
 
@@ -192,7 +178,7 @@ def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path
     source = open_source(DataConfig(data=str(images)))
 
     def key(source: Source = source, spec: ImageSpec = SPEC, max_pixels: int = 1000) -> str:
-        return plan_records(source, spec, storage=str(tmp_path), max_pixels=max_pixels).key
+        return plan_records(source, spec, storage=str(tmp_path), max_pixels=max_pixels).cache.key
 
     changed = source.table.set_column(4, "etag", [["new", *source.table["etag"].to_pylist()[1:]]])
     keys = [key(), key(spec=replace(SPEC, resize="crop")), key(spec=replace(SPEC, width_px=8)), key(max_pixels=999)]
@@ -207,14 +193,14 @@ def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path
 def test_a_plan_is_plain_and_crosses_processes(images: Path, tmp_path: Path) -> None:
     plan = planned(images, str(tmp_path)).plan
     assert pickle.loads(pickle.dumps(plan)) == plan
-    assert plan.root == f"{tmp_path}/_records/{plan.key[:16]}"
+    assert plan.cache.root == f"{tmp_path}/_records/{plan.cache.key[:16]}"
 
 
 @pytest.mark.parametrize(("size_px", "expected"), [(8, 65_536), (28, 14_266), (224, 222), (1000, 64)])
-def test_a_block_is_about_32_mib(images: Path, tmp_path: Path, size_px: int, expected: int) -> None:
+def test_a_shard_is_about_32_mib(images: Path, tmp_path: Path, size_px: int, expected: int) -> None:
     source = open_source(DataConfig(data=str(images)))
     spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
-    assert plan_records(source, spec, storage=str(tmp_path), max_pixels=1).block_size == expected
+    assert plan_records(source, spec, storage=str(tmp_path), max_pixels=1).cache.shard_rows == expected
 
 
 @pytest.fixture
@@ -229,11 +215,11 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_pixels_that_do_not_fit_the_disk_are_refused(
     images: Path, tmp_path: Path, small_disk: Callable[[int], None]
 ) -> None:
-    needed_bytes = 2 * COUNT * 5 * 7 * 3
+    needed_bytes = COUNT * 5 * 7 * 3
     small_disk(needed_bytes)
     planned(images, str(tmp_path))
     small_disk(needed_bytes - 1)
-    with pytest.raises(ConfigError, match=r"need 3\.15e-05 GB of disk\. Received: 3\.15e-05 GB free"):
+    with pytest.raises(ConfigError, match=r"need 1\.57e-05 GB of disk\. Received: 1\.57e-05 GB free"):
         planned(images, str(tmp_path))
 
 
@@ -242,12 +228,16 @@ def test_pixels_that_do_not_fit_the_node_are_refused(
 ) -> None:
     decoded(images, s3, tmp_path / "one")
     small_disk(100)
-    with pytest.raises(ConfigError, match=r"need 1\.57e-05 GB of disk\. Received: 1e-07 GB free"):
+    with pytest.raises(ConfigError, match=r"the records need [\d.e-]+ GB of disk\. Received: 1e-07 GB free"):
         decoded(images, s3, tmp_path / "two")
 
 
-def open_and_sum(root: str, local_dir: Path, sums: Any) -> None:
-    sums.put(int(open_records(root, local_dir=local_dir).pixels.sum()))
+def sum_of(plan: RecordPlan, local_dir: Path) -> int:
+    return int(open_records(plan, local_dir=local_dir).pixels[np.arange(COUNT)].sum())
+
+
+def open_and_sum(plan: RecordPlan, local_dir: Path, sums: Any) -> None:
+    sums.put(sum_of(plan, local_dir))
 
 
 @pytest.mark.slow
@@ -257,18 +247,18 @@ def test_processes_of_a_node_download_once(images: Path, s3: str, tmp_path: Path
     finish(*work)
     context = multiprocessing.get_context("spawn")
     sums = context.Queue()
-    arguments = (work.plan.root, tmp_path / "node", sums)
+    arguments = (work.plan, tmp_path / "node", sums)
     processes = [context.Process(target=open_and_sum, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     results = {sums.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    pixels = tmp_path / "node" / work.plan.key[:16] / "pixels.npy"
-    modified_ns = pixels.stat().st_mtime_ns
-    assert results == {int(open_records(work.plan.root, local_dir=tmp_path / "node").pixels.sum())}
-    assert pixels.stat().st_mtime_ns == modified_ns
-    assert not list(pixels.parent.glob("*.tmp"))
+    shard = tmp_path / "node" / "_records" / work.plan.cache.key[:16] / "shard-000000.arrow"
+    modified_ns = shard.stat().st_mtime_ns
+    assert results == {sum_of(work.plan, tmp_path / "node")}
+    assert shard.stat().st_mtime_ns == modified_ns
+    assert not list(shard.parent.glob("*.tmp"))
 
 
 def test_the_fingerprint_is_of_readable_content_and_labels(images: Path, tmp_path: Path) -> None:
@@ -284,15 +274,11 @@ def test_the_fingerprint_is_of_readable_content_and_labels(images: Path, tmp_pat
     assert fingerprint(swapped.index, swapped.class_names) != expected
 
 
-def test_records_of_another_version_or_shape_are_refused(images: Path, tmp_path: Path) -> None:
+def test_an_index_of_other_records_is_refused(images: Path, tmp_path: Path) -> None:
     work = planned(images, str(tmp_path))
     work.decode()
     finish(*work)
-    mark = Path(work.plan.root) / "records.json"
-    description = json.loads(mark.read_text())
-    mark.write_text(json.dumps(description | {"count": COUNT + 1}))
-    with pytest.raises(DataError, match=r"pixels are uint8 \[151, 5, 7, 3\]\. Received: uint8 \[150, 5, 7, 3\]"):
-        open_records(work.plan.root, local_dir=tmp_path)
-    mark.write_text(json.dumps(description | {"version": 0}))
-    with pytest.raises(DataError, match=r"records of version 2\. Received: 0"):
-        open_records(work.plan.root, local_dir=tmp_path)
+    index = Path(work.plan.cache.root) / "index.parquet"
+    pq.write_table(pq.read_table(index).slice(1), index)
+    with pytest.raises(DataError, match=r"index\.parquet has 150 rows\. Received: 149; delete the folder"):
+        open_records(work.plan, local_dir=tmp_path)

@@ -26,7 +26,7 @@ from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.data.records import decode_block, open_records, plan_records
+from mnist_dist.data.records import Records, decode_shard, open_records, plan_records
 from mnist_dist.data.sources import open_source
 from mnist_dist.data.splits import assign_splits
 from mnist_dist.errors import (
@@ -37,6 +37,7 @@ from mnist_dist.errors import (
     TooManyBadImages,
     TrainingDiverged,
 )
+from mnist_dist.on_ray.data.prepare import list_data
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
@@ -83,9 +84,14 @@ def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[An
     )
 
 
+def records_of(job: TrainJob) -> Records:
+    listed = list_data(job.data, job.model, root=job.run.storage, console=Recorder())
+    return open_records(listed.plan, local_dir=Path(job.run.storage))
+
+
 def predictions_of_test(storage: Path, bundle: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
     """Labels `[N]` and the bundle's probabilities `[N, K]` of the digits' test split."""
-    records = open_records(str(next(storage.glob("_records/*"))), local_dir=storage)
+    records = records_of(small_job(storage))
     index = records.index
     labels = index["label"].to_numpy().astype(np.int32)
     splits = assign_splits(
@@ -265,7 +271,7 @@ def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right
     result = finished.result
     bundle = load_bundle(result["bundle"])
     model = keras.saving.load_model(Path(result["bundle"]) / "model.keras")
-    images = np.load(next(finished.storage.glob("_records/*/pixels.npy")))[:7]
+    images = records_of(finished.job).pixels[np.arange(7)]
     assert np.allclose(model(images), bundle.model(images))
     assert bundle.info.test["accuracy"] == result["test_accuracy"]
     assert bundle.info.config["fit"]["batch_size"] == 50
@@ -291,7 +297,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     result = train(replace(job, run=replace(job.run, dry_run=True)), recipe="test", console=Recorder())
     assert result["dry_run"]
     assert result["bundle"] is None
-    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.arrow"))
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -365,19 +371,19 @@ def test_images_that_could_not_be_read_are_read_anew_by_the_next_run(tmp_path: P
     assert train(job, recipe="test", console=Recorder())["bad_images"] == 0
 
 
-def test_decoding_with_ray_data_resumes_at_the_missing_blocks_and_tells_of_a_failing_storage(
+def test_decoding_with_ray_data_resumes_at_the_missing_shards_and_tells_of_a_failing_storage(
     tmp_path: Path, folder_of_images: Path
 ) -> None:
     source = open_source(DataConfig(data=str(folder_of_images)))
     plan = plan_records(source, ImageSpec(height_px=5, width_px=6, channels=3), storage=str(tmp_path), max_pixels=1_000)
-    plan = replace(plan, block_size=7)
+    plan = replace(plan, cache=replace(plan.cache, min_shard_rows=7))
     uris = source.table["uri"].to_pylist()
-    decode_block(plan, 2, uris[14:21])
+    decode_shard(plan, 2, uris[14:21])
     with Stop(Recorder()) as stop:
         decode_missing(plan, source, Session(console=Recorder(), stop=stop))
-    assert len(np.load(Path(plan.root) / "pixels.npy")) == 40
+    assert open_records(plan, local_dir=tmp_path).pixels.shape == (40, 5, 6, 3)
 
-    broken = replace(plan, root=str(tmp_path / "file"))
+    broken = replace(plan, cache=replace(plan.cache, storage=str(tmp_path / "file")))
     (tmp_path / "file").write_text("in the way")
     with Stop(Recorder()) as stop, pytest.raises(OSError, match="file"):
         decode_missing(broken, source, Session(console=Recorder(), stop=stop))

@@ -33,6 +33,7 @@ from mnist_dist.storage import exists, is_remote, join, list_entries, read_bytes
 
 MAX_SHARDS = 4_096
 """Each is a memory map of every process that reads; Linux gives a process 65,530."""
+_SUFFIXES = (".arrow", ".parquet", ".json")  # beside markers of shards that processes are at
 
 
 class ShardRows:
@@ -53,7 +54,7 @@ class ShardRows:
     def __getitem__(self, numbers: npt.NDArray[np.integer[Any]] | int, /) -> npt.NDArray[Any]:
         first = self._shards[0]
         if len(self._shards) == 1:
-            return first[numbers]
+            return np.asarray(first[numbers])
         of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
         found = np.empty((len(places), *first.shape[1:]), first.dtype)
         shards, counts = np.unique(of_shard, return_counts=True)
@@ -196,7 +197,8 @@ class Cache:
         Raises:
             DataError: a shard is damaged.
         """
-        return [_values_of(self.read(shard, [column])) for shard in range(self.shards)]
+        lists = [self.read(shard, [column])[0].chunk(0) for shard in range(self.shards)]
+        return [one.values.to_numpy(zero_copy_only=True).reshape(len(one), -1) for one in lists]
 
     @property
     def _mark(self) -> str:
@@ -216,7 +218,7 @@ class Cache:
         self._check_mark()
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
             leftover.unlink(missing_ok=True)
-        entries = list(list_entries(self.root))
+        entries = [entry for entry in list_entries(self.root) if entry.uri.endswith(_SUFFIXES)]
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
         for entry in sorted(entries, key=lambda entry: entry.uri == self._mark):  # what completes them, last
             write_bytes(str(folder / entry.uri.rpartition("/")[2]), read_bytes(entry.uri))
@@ -225,12 +227,6 @@ class Cache:
 def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     """An array `[n, ...]` as a column of flat rows."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
-
-
-def _values_of(table: pa.Table) -> npt.NDArray[Any]:
-    (column,) = table[0].chunks
-    values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
-    return values.reshape(len(column), -1)
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -86,11 +86,7 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: i
     if not is_remote(cache.root) and not cache.is_finished():
         check_free_space(Path(cache.root), cache.rows * spec.image_bytes, "the decoded images")
     return RecordPlan(
-        cache=cache,
-        spec=spec,
-        max_pixels=max_pixels,
-        class_names=source.class_names,
-        image_column=source.image_column,
+        cache=cache, spec=spec, max_pixels=max_pixels, class_names=source.class_names, image_column=source.image_column
     )
 
 
@@ -138,7 +134,8 @@ def finish(plan: RecordPlan, source: Source) -> None:
     cache.check_complete()
     _log.info("%d images are decoded in %s", cache.rows, cache.root)
     index = source.table.select(["uri", "label", "split"])
-    described = pa.concat_tables(map(functools.partial(_described, cache), range(cache.shards)))
+    tables = (cache.read(shard, _DESCRIBED) for shard in range(cache.shards))
+    described = pa.concat_tables(table.take(np.arange(len(table))) for table in tables)  # copies, without the pixels
     for name in _DESCRIBED:
         index = index.append_column(name, described[name])
     buffer = io.BytesIO()
@@ -218,12 +215,6 @@ def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageEr
         "digest": pa.array([hashlib.sha256(shape + image.tobytes()).hexdigest() for image in pixels], pa.string()),
     }
     plan.cache.put(shard, pa.table(columns))
-
-
-def _described(cache: Cache, shard: int) -> pa.Table:
-    """The columns of a shard that go into the index; copied, lest they keep its pixels in memory."""
-    table = cache.read(shard, _DESCRIBED)
-    return table.take(np.arange(len(table)))
 
 
 def _key(source: Source, spec: ImageSpec, max_pixels: int) -> str:

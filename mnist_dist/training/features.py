@@ -114,15 +114,6 @@ def _weights_identity(model: ModelConfig, *, seed: int) -> str:
     return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
 
 
-def finish(plan: FeaturePlan) -> None:
-    """Marks the features as finished; nothing to do where that has happened.
-
-    Raises:
-        ServiceError: shards are missing; the same command makes them.
-    """
-    plan.cache.finish(plan.model)
-
-
 class Extractor:
     """The frozen backbone of a plan, ready to compute its shards. Loads TensorFlow.
 
@@ -180,8 +171,8 @@ class Extractor:
 
 
 class FeatureRows:
-    """Features by record: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`); an IndexError for records that are
-    not covered.
+    """Features by record: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`); an IndexError for a record
+    that is not covered.
 
     Args:
         records: `int64 [n]`, the covered records, ascending.

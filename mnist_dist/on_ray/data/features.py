@@ -14,7 +14,7 @@ from mnist_dist.on_ray.actors import Actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.session import Session
-from mnist_dist.training.features import Extractor, FeaturePlan, finish, finished, missing_shards
+from mnist_dist.training.features import Extractor, FeaturePlan
 from mnist_dist.training.precision import MEASURED_TO_AGREE, resolve_precision
 
 MAX_DEATHS = 3
@@ -51,20 +51,20 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         MnistDistError: what an actor came upon.
         WorkersFailed: actors died again and again.
     """
-    if finished(plan):
+    cache = plan.cache
+    if cache.is_finished():
         return
-    if missing := missing_shards(plan):
+    if missing := cache.missing():
         work = ShardWork(
             worker=FeatureWorker(plan, cpus=int(actors.cpus)),
-            done=lambda: set(range(plan.shards)) - set(missing_shards(plan)),
-            folder=plan.root,
+            done=lambda: set(range(cache.shards)) - set(cache.missing()),
+            folder=cache.root,
             max_deaths=MAX_DEATHS,
             actors=actors,
         )
-        total = len(plan.rows)
-        done = total - sum(len(plan.rows_of(shard)) for shard in missing)
-        run_shards(work, missing, session, title=title, done=done, total=total)
-    finish(plan)
+        done = cache.rows - sum(len(plan.rows_of(shard)) for shard in missing)
+        run_shards(work, missing, session, title=title, done=done, total=cache.rows)
+    cache.finish(plan.model)
 
 
 class FeatureWorker:
@@ -88,8 +88,8 @@ class FeatureWorker:
         use_cpus(self._cpus)
         if self._plan.model.weights == "imagenet":
             fetch_published_weights(self._plan.model)
-        records = open_records(self._plan.records, local_dir=node_folder("records"))
-        self._extractor = Extractor(self._plan, pixels=records.pixels, spec=records.spec)
+        records = open_records(self._plan.records, local_dir=node_folder())
+        self._extractor = Extractor(self._plan, pixels=records.pixels)
 
     def work(self, shard: int, given: None, *, attempt: Attempt, counter: Counter) -> None:
         """Computes a shard."""
@@ -97,6 +97,6 @@ class FeatureWorker:
         counter.add(len(self._plan.rows_of(shard)), 0)
 
 
-def node_folder(what: str) -> Path:
+def node_folder() -> Path:
     """Where this node keeps copies of what lies on S3."""
-    return Path(tempfile.gettempdir()) / f"mnist_dist-{what}-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"mnist_dist-{os.getuid()}"

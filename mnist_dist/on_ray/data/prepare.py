@@ -115,7 +115,7 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
     """
     plan = listed.plan
     decode_missing(plan, listed.source, session)
-    index = read_index(plan.root)
+    index = read_index(plan.cache)
     return DecodedData(
         source=listed.source,
         plan=plan,
@@ -135,7 +135,7 @@ def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, *, co
     if len(bad) <= data.max_bad_fraction * index.num_rows:
         return len(bad)
     if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
-        storage.delete_tree(plan.root)  # the next run reads them anew
+        storage.delete_tree(plan.cache.root)  # the next run reads them anew
     raise TooManyBadImages(
         f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: {bad[0][2]}); "
         f"--max-bad-fraction allows {data.max_bad_fraction:.2%}: delete them, or allow more"
@@ -176,11 +176,9 @@ def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, ha
     """
     return plan_features(
         job.model,
-        records=decoded.plan.root,
+        records=decoded.plan,
         index=decoded.index,
-        spec=decoded.plan.spec,
         rows=np.concatenate([splits.train, splits.val]),
-        num_classes=len(decoded.plan.class_names),
         precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=feature_actors(have)),
         stored_as=job.run.feature_type,
         seed=job.fit.seed,

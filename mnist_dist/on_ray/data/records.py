@@ -3,51 +3,48 @@
 from typing import Any
 
 from mnist_dist.data.markers import Attempt
-from mnist_dist.data.records import RecordPlan, decode_block, finish, finished, missing_blocks
+from mnist_dist.data.records import RecordPlan, decode_shard, finish
 from mnist_dist.data.sources import Source
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.session import Session
 
 MAX_DEATHS = 3
-"""Of a process over the same block: out of memory, or with its node."""
+"""Of a process over the same shard: out of memory, or with its node."""
 
 
 def decode_missing(plan: RecordPlan, source: Source, session: Session) -> None:
-    """Decodes the blocks that no earlier run has finished, and closes the cache.
+    """Decodes the shards that no earlier run has finished, and closes the cache.
 
     Args:
         plan: of `plan_records`.
         source: what the plan was made of.
-        session: of the job; blocks that are done stay done.
+        session: of the job; shards that are done stay done.
 
     Raises:
         Interrupted: a signal came.
         ServiceError: the storage failed, not an image.
-        WorkersFailed: processes died again and again over the same block.
+        WorkersFailed: processes died again and again over the same shard.
     """
-    if finished(plan):
+    cache = plan.cache
+    if cache.is_finished():
         return
-    blocks = [] if source.pixels is not None else missing_blocks(plan)
-    if blocks:
+    shards = [] if source.pixels is not None else cache.missing()
+    if shards:
         uris = source.table["uri"].to_pylist()
         work = ShardWork(
             worker=DecodingWorker(plan),
-            done=lambda: set(range(plan.blocks)) - set(missing_blocks(plan)),
-            folder=plan.root,
+            done=lambda: set(range(cache.shards)) - set(cache.missing()),
+            folder=cache.root,
             max_deaths=MAX_DEATHS,
-            given=lambda block: uris[plan.block_rows(block)],
+            given=lambda shard: uris[cache.rows_of(shard)],
         )
-        left = sum(len(range(plan.count)[plan.block_rows(block)]) for block in blocks)
-        run_shards(work, blocks, session, title="decoding", done=plan.count - left, total=plan.count)
-    try:
-        finish(plan, source)
-    except FileNotFoundError:  # another run finished the same images meanwhile, and cleared the blocks away
-        if not finished(plan):
-            raise
+        left = sum(len(uris[cache.rows_of(shard)]) for shard in shards)
+        run_shards(work, shards, session, title="decoding", done=cache.rows - left, total=cache.rows)
+    finish(plan, source)
 
 
 class DecodingWorker:
-    """Decodes blocks of records."""
+    """Decodes shards of records."""
 
     title = "decoding"
 
@@ -58,6 +55,6 @@ class DecodingWorker:
         """Nothing."""
 
     def work(self, shard: int, given: Any, *, attempt: Attempt, counter: Counter) -> None:
-        """Decodes the block of the URIs that are given."""
-        decode_block(self._plan, shard, given)
+        """Decodes the shard of the URIs that are given."""
+        decode_shard(self._plan, shard, given)
         counter.add(len(given), 0)

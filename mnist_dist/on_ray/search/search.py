@@ -22,6 +22,7 @@ import ray
 from mnist_dist import storage
 from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
+from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
@@ -117,8 +118,8 @@ class FinalistTask:
     job: TrainJob
     run: str
     """URI of its run."""
-    records: str
-    """URI of the record cache."""
+    records: RecordPlan
+    """Of the finished records."""
     fingerprint: str
     features: FeaturePlan | None
     splits: Splits
@@ -214,12 +215,12 @@ class _Search:
         listed = {one.name: plan_data(source, job.data, one.model(), root=root) for one in self.architectures}
         for some in listed.values():
             check_places(some, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=have.nodes)
-        keys = sorted({some.plan.key for some in listed.values()})
+        keys = sorted({some.plan.cache.key for some in listed.values()})
         is_new = self.run.begin({**facts, "records": "-".join(key[:16] for key in keys)})
         self.console.line(f"{'searching' if is_new else 'going on with'} {self.run.uri}, on {have}")
-        by_key = {some.plan.key: some for some in listed.values()}
+        by_key = {some.plan.cache.key: some for some in listed.values()}
         decoded = {key: decode(some, job.data, self.session) for key, some in by_key.items()}
-        of_each = {name: decoded[some.plan.key] for name, some in listed.items()}
+        of_each = {name: decoded[some.plan.cache.key] for name, some in listed.items()}
         splits = _common_splits(
             list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
@@ -264,7 +265,7 @@ class _Search:
             trials = Trials(self.job, records, ends_at=self.ends_at)
             task = TrialTask(
                 prepared={
-                    name: Prepared(records=some.plan.root, features=data.features.get(name))
+                    name: Prepared(records=some.plan, features=data.features.get(name))
                     for name, some in data.decoded.items()
                 },
                 splits=data.splits,
@@ -414,7 +415,7 @@ class _Search:
         return FinalistTask(
             job=job,
             run=self._finalist_uri(trial),
-            records=data.decoded[name].plan.root,
+            records=data.decoded[name].plan,
             fingerprint=data.decoded[name].fingerprint,
             features=data.features.get(name) if job.uses_features else None,
             splits=data.splits,

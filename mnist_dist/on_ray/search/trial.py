@@ -15,7 +15,7 @@ import numpy as np
 from ray import tune
 
 from mnist_dist.config import TrainJob
-from mnist_dist.data.records import Records, open_records
+from mnist_dist.data.records import RecordPlan, Records, open_records
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
 from mnist_dist.on_ray.data.features import node_folder
@@ -33,8 +33,8 @@ ACCURACY, EPOCHS = "accuracy", "training_iteration"
 class Prepared:
     """What the trials of one architecture train on."""
 
-    records: str
-    """URI of the record cache."""
+    records: RecordPlan
+    """Of the finished records."""
     features: FeaturePlan | None
     """Of finished features; None: the backbone runs in each step."""
 
@@ -155,15 +155,15 @@ class TrialProcess(tune.Trainable):
             precision=resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=self._task.gpu),
         )
 
-    def _open_records(self, root: str) -> Records:
-        if root not in self._records:
-            self._records[root] = open_records(root, local_dir=node_folder("records"))
-        return self._records[root]
+    def _open_records(self, plan: RecordPlan) -> Records:
+        if plan.cache.key not in self._records:
+            self._records[plan.cache.key] = open_records(plan, local_dir=node_folder())
+        return self._records[plan.cache.key]
 
     def _open_features(self, plan: FeaturePlan) -> FeatureRows:
-        if plan.key not in self._features:
-            self._features[plan.key] = open_features(plan, local_dir=node_folder("features"))
-        return self._features[plan.key]
+        if plan.cache.key not in self._features:
+            self._features[plan.cache.key] = open_features(plan, local_dir=node_folder())
+        return self._features[plan.cache.key]
 
     def _report(self, seconds: float) -> Report:
         state, classifier = self._trainer.state, self._trainer.built.classifier

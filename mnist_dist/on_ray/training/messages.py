@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_dist.config import TrainJob
+from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError
 from mnist_dist.training.features import FeaturePlan
@@ -14,8 +15,8 @@ class WorkerTask:
     """What the driver hands to each worker."""
 
     job: TrainJob
-    records: str
-    """URI of the record cache."""
+    records: RecordPlan
+    """Of the finished records."""
     splits: Splits
     features: FeaturePlan | None
     """Of the finished features of training and validation images, for phases that train the head alone."""

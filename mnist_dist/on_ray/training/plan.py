@@ -17,8 +17,9 @@ import ray
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
 from mnist_dist.console import Bar, Console, Stop, command_line
-from mnist_dist.data.records import decode_block, fingerprint, finish, missing_blocks, plan_records, read_index
+from mnist_dist.data.records import RecordPlan, decode_shard, fingerprint, finish, plan_records, read_index
 from mnist_dist.data.sampling import spread_rows
+from mnist_dist.data.sources import Source
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError, WorkersFailed
 from mnist_dist.lock import Lock
@@ -132,14 +133,14 @@ class _Measurement:
         if source.pixels is None:
             source = replace(source, table=table.take(pa.array(rows)))
         plan = plan_records(source, spec, storage=self._job.run.storage, max_pixels=self._listed.plan.max_pixels)
-        seconds = self._decode_blocks(plan, source.table["uri"].to_pylist())
+        seconds = self._decode_shards(plan, source) if source.pixels is None else None
         finish(plan, source)
-        index = read_index(plan.root)
+        index = read_index(plan.cache)
         bad = sum(status != "ok" for status in index["status"].to_pylist())
         data = DecodedData(
             source=source, plan=plan, index=index, fingerprint=fingerprint(index, plan.class_names), bad=bad
         )
-        return data, None if seconds is None else seconds / plan.count
+        return data, None if seconds is None else seconds / plan.cache.rows
 
     def _sample_size(self) -> int:
         """Images: enough for some steps, few enough to be decoded in seconds; of those in memory, all."""
@@ -152,14 +153,12 @@ class _Measurement:
         by_bytes = max(LEAST_SAMPLE, SAMPLE_BYTES // self._listed.plan.spec.image_bytes)
         return max(least, min(by_bytes, most))
 
-    def _decode_blocks(self, plan: Any, uris: list[str]) -> float | None:
-        """Seconds of cores, over all blocks; None: the images lie in memory."""
-        blocks = missing_blocks(plan)
-        if plan.in_memory:
-            return None
-        self._console.line(f"decoding {plan.count:,} images")
+    def _decode_shards(self, plan: RecordPlan, source: Source) -> float:
+        """Seconds of cores, over all shards."""
+        cache, uris = plan.cache, source.table["uri"].to_pylist()
+        self._console.line(f"decoding {cache.rows:,} images")
         decode = ray.remote(num_cpus=1, max_retries=0)(_timed_decode)
-        tasks = [decode.remote(plan, block, uris[plan.block_rows(block)]) for block in blocks]
+        tasks = [decode.remote(plan, shard, uris[cache.rows_of(shard)]) for shard in cache.missing()]
         seconds = wait_for(tasks, title="decoding", expected_s=USUAL_DECODE_S, console=self._console, stop=self._stop)
         return float(sum(seconds))
 
@@ -177,7 +176,7 @@ class _Measurement:
         run = Run(storage.join(self._job.run.storage, "plan"))
         task = WorkerTask(
             job=endless(self._job),
-            records=decoded.plan.root,
+            records=decoded.plan,
             splits=splits,
             features=features,
             fingerprint=decoded.fingerprint,
@@ -264,10 +263,10 @@ def _worker_loop(config: dict[str, Any]) -> Any:
     return measure(config["task"])
 
 
-def _timed_decode(plan: Any, block: int, uris: list[str]) -> float:
-    """Decodes a block as the job does; how long that took, s."""
+def _timed_decode(plan: RecordPlan, shard: int, uris: list[str]) -> float:
+    """Decodes a shard as the job does; how long that took, s."""
     began = time.perf_counter()
-    decode_block(plan, block, uris)
+    decode_shard(plan, shard, uris)
     return time.perf_counter() - began
 
 

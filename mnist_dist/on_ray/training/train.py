@@ -16,6 +16,7 @@ from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.images import ImageSpec
+from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.lock import Lock
@@ -150,7 +151,7 @@ class Training:
                 batch_size=self.job.fit.batch_size,
                 workers=mine.workers,
             )
-            is_new = self.run.begin({**facts, "records": plan.key})
+            is_new = self.run.begin({**facts, "records": plan.cache.key})
             decoded = decode(listed, self.job.data, self.session)
             splits = split(decoded, self.job.data, console=self.session.console)
             require(
@@ -164,7 +165,7 @@ class Training:
                 job = with_absolute_weights(self.job)
                 features = plan_job_features(job, decoded, splits, have=have)
                 compute_missing(features, self.session, actors=feature_actors(have))
-            metrics = self.train_on(splits, features, records=plan.root, fingerprint=decoded.fingerprint, mine=mine)
+            metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
     def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
@@ -180,7 +181,7 @@ class Training:
         splits: Splits,
         features: FeaturePlan | None,
         *,
-        records: str,
+        records: RecordPlan,
         fingerprint: str,
         mine: Share,
         board: Any = None,
@@ -192,7 +193,7 @@ class Training:
         Args:
             splits: of the images.
             features: finished ones, or None.
-            records: URI of the record cache.
+            records: the plan of the finished records.
             fingerprint: of the images.
             mine: how many workers, and what each gets.
             board: a board that somebody else looks at, too; None: a new one.

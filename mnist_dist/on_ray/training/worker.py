@@ -110,7 +110,7 @@ def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), workers=context.get_world_size())
-    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else node_folder("records"))
+    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else node_folder())
     if task.job.model.weights == "imagenet":
         fetch_published_weights(task.job.model)
     trainer = Trainer(train_task(task, records, is_first=world.rank == 0), host=host, world=world)
@@ -137,7 +137,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
     )
     features = None
     if task.features is not None:
-        features = replace(images, pixels=open_features(task.features, local_dir=node_folder("features")))
+        features = replace(images, pixels=open_features(task.features, local_dir=node_folder()))
     return TrainTask(
         job=job,
         spec=records.spec,
