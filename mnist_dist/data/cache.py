@@ -192,11 +192,7 @@ class Cache:
         return table
 
     def values(self, column: str) -> list[npt.NDArray[Any]]:
-        """The arrays, `[n, width]`, that `column_of` made a column of, memory-mapped.
-
-        Raises:
-            DataError: a shard is damaged.
-        """
+        """The arrays, `[n, width]`, that `column_of` made a column of; see `read`."""
         lists = [self.read(shard, [column])[0].chunk(0) for shard in range(self.shards)]
         return [one.values.to_numpy(zero_copy_only=True).reshape(len(one), -1) for one in lists]
 

@@ -130,12 +130,9 @@ class Extractor:
         from mnist_dist.models.classifier import build_classifier
 
         self._plan, self._pixels = plan, pixels
+        spec, num_classes = plan.records.spec, len(plan.records.class_names)
         classifier = build_classifier(
-            plan.model,
-            spec=plan.records.spec,
-            num_classes=len(plan.records.class_names),
-            precision=plan.precision,
-            seed=plan.seed,
+            plan.model, spec=spec, num_classes=num_classes, precision=plan.precision, seed=plan.seed
         )
         self._call = compile_model(classifier.features, batch_size=BATCH_SIZE)
 
