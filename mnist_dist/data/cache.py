@@ -57,8 +57,9 @@ class ShardRows:
             return np.asarray(first[numbers])
         of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
         found = np.empty((len(places), *first.shape[1:]), first.dtype)
+        of_shard = of_shard.astype(np.uint16)  # of so few bits, which NumPy sorts in linear time
         shards, counts = np.unique(of_shard, return_counts=True)
-        order = np.argsort(of_shard.astype(np.uint16), kind="stable")  # of so few bits NumPy sorts in linear time
+        order = np.argsort(of_shard, kind="stable")
         for shard, some in zip(shards, np.split(order, np.cumsum(counts)[:-1]), strict=False):
             found[some] = self._shards[shard][places[some]]
         return found.reshape(*np.shape(numbers), *first.shape[1:])
