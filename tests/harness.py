@@ -1,14 +1,18 @@
-"""What the tests of several jobs share: a console that can be looked at, a command's answer, a bundle to score with,
-and whether a process runs.
+"""What the tests of several jobs share: a console that can be looked at, a command that can be killed, a bundle to
+score with, and whether a process runs.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -40,18 +44,98 @@ class Recorder(Console):
             self._then()
 
 
-def run_command(*arguments: str, timeout_s: float, **environment: str) -> tuple[int, dict[str, Any], str]:
+class Command:
+    """`python -m ...` from the root of the project; when the block is left, no process of it is.
+
+    Nothing here has a time limit of its own: pytest's ends a test that hangs.
+    """
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self._known: dict[int, psutil.Process] = {}
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (see __exit__)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=self._out,
+            stderr=self._err,
+            start_new_session=True,  # a signal for the job is none for its Ray
+        )
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.descendants()
+        self.process.kill()
+        self.process.wait()
+        for process in self._known.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._out.close()
+        self._err.close()
+
+    def stderr(self) -> str:
+        """What the command has written there up to now."""
+        return _content(self._err)
+
+    def descendants(self) -> list[psutil.Process]:
+        """The processes below the command."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.process.pid).children(recursive=True)
+            self._known |= {process.pid: process for process in found}
+            return found
+        return []
+
+    def until(self, happened: Callable[[], Any], *, poll_s: float = 0.02) -> bool:
+        """Returns as soon as something is so, or the command has ended: whether it is so."""
+        while not happened():
+            if self.process.poll() is not None:
+                return bool(happened())
+            time.sleep(poll_s)
+        return True
+
+    def until_line(self, start: str) -> None:
+        """Returns as soon as a line of stderr starts with some words."""
+        assert self.until(lambda: f"\n{start}" in f"\n{self.stderr()}"), f"no line {start!r} in {self.stderr()}"
+
+    def kill(self) -> None:
+        """Kills the command alone, at once; returns when its Ray has ended, too."""
+        self.descendants()
+        self.process.kill()
+        assert self.process.wait() == -signal.SIGKILL, f"it had ended before it was killed: {self.stderr()}"
+        # Ray's agents look for their dead parent once a minute
+        left = [process for process in self._known.values() if not title(process).startswith(_AGENTS)]
+        while any(is_alive(process.pid) and process.is_running() for process in left):
+            time.sleep(0.1)
+
+    def ended(self) -> tuple[int, dict[str, Any], str]:
+        """Waits for the end: exit code, JSON of stdout's last line, stderr."""
+        code = self.process.wait()
+        lines = _content(self._out).splitlines()
+        return code, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, self.stderr()
+
+
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+def _content(file: IO[bytes]) -> str:
+    """Without moving where another process writes."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
+
+
+def title(process: psutil.Process) -> str:
+    """The command line of a process; Ray writes there what a worker does."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def run_command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
+    with Command(*arguments, **environment) as command:
+        return command.ended()
 
 
 def is_alive(pid: int) -> bool:

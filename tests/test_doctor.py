@@ -506,7 +506,7 @@ def test_an_endpoint_that_does_not_answer(foreign_endpoint: str, monkeypatch: py
 
 
 def run(*flags: str, **environment: str) -> tuple[int, dict[str, Any], str]:
-    return run_command("jobs.doctor", *flags, timeout_s=280, **environment)
+    return run_command("jobs.doctor", *flags, **environment)
 
 
 def statuses(result: dict[str, Any], name: str) -> dict[str, str]:

@@ -183,7 +183,7 @@ def test_a_job_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -
 
 
 def test_the_command_ends_with_its_json(table: str) -> None:
-    code, result, err = run_command("jobs.evaluate", "--predictions", table, timeout_s=120)
+    code, result, err = run_command("jobs.evaluate", "--predictions", table)
     assert code == 0
     assert result["job"] == "evaluate"
     assert result.keys() >= KEYS
@@ -192,7 +192,7 @@ def test_the_command_ends_with_its_json(table: str) -> None:
 
 
 def test_the_command_refuses_what_is_not_there(tmp_path: Path) -> None:
-    code, result, err = run_command("jobs.evaluate", "--predictions", str(tmp_path / "gone"), timeout_s=120)
+    code, result, err = run_command("jobs.evaluate", "--predictions", str(tmp_path / "gone"))
     assert code == 2
     assert "there is no prediction table" in result["error"]
     assert "Traceback" not in err

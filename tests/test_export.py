@@ -355,7 +355,7 @@ def test_killed_in_the_middle_it_looks_unfinished_and_the_same_command_does_it(b
     assert not (run / "export-saved_model").exists()
     assert len(list(run.glob(".export-saved_model.*.tmp"))) == 1
 
-    code, result, _ = run_command(*command, timeout_s=SECONDS)
+    code, result, _ = run_command(*command)
     assert (code, result["job"], result["path"]) == (0, "export", str(run / "export-saved_model" / "saved_model"))
     assert rest(run) == ["bundle", "export-saved_model"]
 
@@ -363,23 +363,23 @@ def test_killed_in_the_middle_it_looks_unfinished_and_the_same_command_does_it(b
 @pytest.mark.slow
 def test_the_command_says_what_it_did(bundle: Path, tmp_path: Path) -> None:
     command = ("jobs.export", "--bundle", str(bundle), "--format", "saved_model", "--output", str(tmp_path / "export"))
-    code, result, err = run_command(*command, timeout_s=SECONDS)
+    code, result, err = run_command(*command)
     assert code == 0
     assert result.keys() >= {"job", "path", "format", "size_bytes", "max_abs_difference", "agreement", "images_per_s"}
     assert "compared on 21 calibration images" in err
     assert not {"oneDNN", "cuda", "I0000"} & set(err.split())
-    assert run_command(*command, timeout_s=SECONDS)[:2] == (0, result)
+    assert run_command(*command)[:2] == (0, result)
 
     other = write(tmp_path / "other", spec=GREY, images=2, seed=6)
-    code, result, _ = run_command(*command[:2], str(other), *command[3:], timeout_s=SECONDS)
+    code, result, _ = run_command(*command[:2], str(other), *command[3:])
     assert (code, result["error_type"]) == (2, "ResumeConflict")
-    code, result, err = run_command(*command, "--tolerance", "2", timeout_s=SECONDS)
+    code, result, err = run_command(*command, "--tolerance", "2")
     assert code == 2
     assert "tolerance is in [0, 1). Received: tolerance=2.0" in err + result.get("error", "")
 
 
 def test_a_bundle_that_is_none_is_told_before_any_work(tmp_path: Path) -> None:
-    code, result, _ = run_command("jobs.export", "--bundle", str(tmp_path), "--format", "onnx", timeout_s=60)
+    code, result, _ = run_command("jobs.export", "--bundle", str(tmp_path), "--format", "onnx")
     assert (code, result["job"], result["error_type"]) == (2, "export", "BundleError")
     assert rest(tmp_path) == []
 

@@ -734,7 +734,7 @@ def test_a_job_keeps_its_features_on_s3_and_finds_them_there(s3: str) -> None:
     before: list[storage.Entry] = []
     for name in ("first", "second"):
         arguments = ["jobs.train", "quickstart", "--storage", s3, "--name", name, *flags]
-        code, result, err = run_command(*arguments, timeout_s=140)
+        code, result, err = run_command(*arguments)
         assert code == 0, err
         assert result["epochs"] == 1
         entries = sorted(storage.list_entries(f"{s3}/_features"), key=lambda entry: entry.uri)

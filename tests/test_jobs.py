@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import boto3
 import numpy as np
@@ -12,26 +11,6 @@ import pytest
 from harness import ROOT, run_command
 
 from mnist_dist.recipes import TRAINING_RECIPES
-
-NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
-
-
-def run(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
-    """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
-    return run_command(*arguments, timeout_s=280, **environment)
-
-
-@pytest.mark.slow
-def test_quickstart_makes_a_good_bundle_quietly(tmp_path: Path) -> None:
-    code, result, err = run("jobs.quickstart", "--storage", str(tmp_path))
-    assert code == 0
-    assert result["job"] == "quickstart"
-    assert result["workers"] == 2
-    assert result["test_accuracy"] > 0.93
-    assert (Path(result["bundle"]) / "bundle.json").exists()
-    assert "Try next" in err
-    assert not NOISE.search(err), NOISE.findall(err)
-
 
 def write_idx(folder: Path, *, train: int, test: int) -> Path:
     """Idx files in MNIST's format, with noise for digits."""
@@ -62,7 +41,7 @@ def test_each_recipe_fits_together(recipe: str, tmp_path: Path, folder_of_images
         flags += ["--data-dir", str(write_idx(tmp_path / "idx", train=700, test=90))]
     elif recipe.startswith("folder"):
         flags += ["--data", str(folder_of_images), "--batch-size", "6", "--weights", "none"]
-    code, result, err = run("jobs.train", recipe, *flags)
+    code, result, err = run_command("jobs.train", recipe, *flags)
     assert code == 0, err
     assert result["recipe"] == recipe
     assert result["bundle"] is None
@@ -77,11 +56,11 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
     for file in folder_of_images.rglob("*.png"):
         client.upload_file(str(file), bucket, f"{prefix}/images/{file.relative_to(folder_of_images)}")
     command = ["jobs.train", "quickstart", "--data", f"{s3}/images", "--storage", f"{s3}/runs", "--name", "run"]
-    code, result, err = run(*command, "--batch-size", "8", "--epochs", "2")
+    code, result, err = run_command(*command, "--batch-size", "8", "--epochs", "2")
     assert code == 0, err
     assert result["bundle"] == f"{s3}/runs/run/bundle"
     assert result["train_images"] + result["validation_images"] + result["test_images"] == 40
-    assert run(*command, "--batch-size", "8", "--epochs", "2")[1] == result
+    assert run_command(*command, "--batch-size", "8", "--epochs", "2")[1] == result
 
 
 @pytest.mark.parametrize(
@@ -103,7 +82,7 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
 def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
     recipe = () if flags[0] == "no-such-recipe" else ("quickstart",)
     storage = () if "--storage" in flags else ("--storage", str(tmp_path))
-    code, result, err = run("jobs.train", *recipe, *flags, *storage)
+    code, result, err = run_command("jobs.train", *recipe, *flags, *storage)
     assert code == 2
     assert message in result["error"]
     assert f"error: {result['error']}" in err
@@ -112,7 +91,7 @@ def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, .
 
 @pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--learning-rate", "-1"), ("--workers", "0")])
 def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> None:
-    code, _, err = run("jobs.train", "quickstart", flag, value)
+    code, _, err = run_command("jobs.train", "quickstart", flag, value)
     assert code == 2
     assert f"Received: {flag.removeprefix('--').replace('-', '_')}=" in " ".join(err.replace("│", " ").split())
 

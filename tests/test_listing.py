@@ -410,7 +410,7 @@ def test_list_may_stand_anywhere() -> None:
 
 
 def rows_of(job: str, storage_uri: str) -> tuple[list[dict[str, Any]], str]:
-    code, result, err = run_command(f"jobs.{job}", "--list", "--storage", storage_uri, timeout_s=60)
+    code, result, err = run_command(f"jobs.{job}", "--list", "--storage", storage_uri)
     assert (code, result["job"]) == (0, job)
     return result["runs"], err
 
@@ -430,7 +430,7 @@ def test_the_commands_list_a_storage_that_they_share(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_is_not_there_ends_with_2(tmp_path: Path) -> None:
-    code, result, err = run_command("jobs.score", "--list", "--storage", str(tmp_path / "no"), timeout_s=60)
+    code, result, err = run_command("jobs.score", "--list", "--storage", str(tmp_path / "no"))
     assert (code, result["error_type"]) == (2, "StorageError")
     assert f"Received: '{tmp_path / 'no'}'" in err
 

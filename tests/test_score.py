@@ -776,7 +776,7 @@ def test_a_bucket_that_is_not_there_is_refused(tmp_path: Path, bundle: Path, pho
 
 
 def run(*flags: str, **environment: str) -> tuple[int, dict[str, Any], str]:
-    return run_command("jobs.score", *flags, timeout_s=110, **environment)
+    return run_command("jobs.score", *flags, **environment)
 
 
 @pytest.mark.slow

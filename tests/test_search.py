@@ -49,7 +49,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     storage = tmp_path_factory.mktemp("finished")
-    return Finished(storage, *run_command(*command(storage), timeout_s=TIMEOUT_S))
+    return Finished(storage, *run_command(*command(storage)))
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_winners_bundle_loads_and_its_metrics_are_those_of_the_best(finished
 @pytest.mark.slow
 def test_a_finished_search_returns_at_once(finished: Finished) -> None:
     began = time.monotonic()
-    code, result, err = run_command(*command(finished.storage), timeout_s=TIMEOUT_S)
+    code, result, err = run_command(*command(finished.storage))
     assert time.monotonic() - began < 10
     assert (code, result) == (0, finished.result)
     assert "is finished" in err
@@ -135,7 +135,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(tmp_path: Path, at: st
         kill_when(job, is_time)
     before = finished_records(tmp_path)
     assert (len(before) < TRIALS) == (at == "trials")
-    code, result, err = run_command(*command(tmp_path), timeout_s=TIMEOUT_S)
+    code, result, err = run_command(*command(tmp_path))
     assert code == 0, err
     assert "going on with" in err
     after = finished_records(tmp_path)
@@ -338,7 +338,7 @@ def test_the_leaderboard_counts_the_whole_network_once_with_and_without_features
     ],
 )
 def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    code, _, err = run_command("jobs.search", "search-digits", "--storage", str(tmp_path), *flags, timeout_s=60)
+    code, _, err = run_command("jobs.search", "search-digits", "--storage", str(tmp_path), *flags)
     assert code == 2
     assert message in " ".join(err.replace("│", " ").split())
     assert not list(tmp_path.iterdir())

@@ -68,7 +68,7 @@ def final_weights(storage: Path) -> Weights:
 def weights_of_one_host(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """Both workers on this machine, without any of the hosts."""
     storage = tmp_path_factory.mktemp("one-host")
-    code, _, err = run_command(*train(storage), timeout_s=300)
+    code, _, err = run_command(*train(storage))
     assert code == 0, err
     return final_weights(storage)
 
@@ -157,7 +157,7 @@ def rows_of(output: Path) -> Rows:
 @pytest.fixture(scope="module")
 def rows_of_one_host(tmp_path_factory: pytest.TempPathFactory, bundle: Path, images: Path) -> Rows:
     output = tmp_path_factory.mktemp("one-host") / "table"
-    code, _, err = run_command(*score(bundle, images, output), timeout_s=300)
+    code, _, err = run_command(*score(bundle, images, output))
     assert code == 0, err
     rows = rows_of(output)
     assert Counter(status for status, _ in rows.values()) == {"ok": IMAGES - 1, "unsupported": 1}
