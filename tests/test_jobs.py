@@ -12,6 +12,7 @@ from harness import ROOT, run_command
 
 from mnist_dist.recipes import TRAINING_RECIPES
 
+
 def write_idx(folder: Path, *, train: int, test: int) -> Path:
     """Idx files in MNIST's format, with noise for digits."""
     random = np.random.default_rng(3)
