@@ -14,9 +14,9 @@ class DoctorJob:
     """Says what would break a job, on this machine and on each node of the cluster, and what to do about it."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix that the jobs write to; each node puts a probe there."""
+    """Folder or `s3://` prefix that the jobs write to; every node must be able to write there."""
     bundle: str | None = None
-    """Bundle that is to be scored with: it must be whole, and every node must see it. None: not checked."""
+    """Bundle that is to be scored with: every node must see it. None: not checked."""
     backbone: str = "cnn"
     """Network that is to be trained; it decides which file `imagenet` needs."""
     weights: str = "none"

@@ -183,7 +183,7 @@ def test_what_the_job_does_not_need_stays_at_home_and_what_was_sent_is_what_runs
     sent = of_driver.parents[1]
     assert sent.is_relative_to(cluster.folder)
     assert {path.name for path in sent.iterdir()} == {
-        "mnist_dist", "jobs", "pyproject.toml", "constraints.txt", "LICENSE",
+        "mnist_dist", "jobs", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
     }  # fmt: skip
 
 

@@ -12,8 +12,10 @@ and gives a Keras model from `float32 [B, H, W, C]` to a feature map `[B, h, w, 
 # B = batch, H = height px, W = width px, C = channels (RGB), D = features
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -473,3 +475,10 @@ def published_weights_url(backbone: Backbone, *, alpha: float, image_size_px: in
     in_names = {1.0: "1_0", 0.75: "7_5", 0.5: "5_0", 0.25: "2_5"}
     width = str(float(alpha)) if backbone.name == "mobilenet_v2" else in_names.get(alpha, str(alpha))
     return backbone.weights_published.format(alpha=width, size=size_px)
+
+
+def keras_models_folder() -> Path:
+    """Where `keras.utils.get_file` puts models: below /tmp where the home folder cannot be written."""
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")).expanduser()
+    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
+    return (home if os.access(nearest, os.W_OK) else Path("/tmp/.keras")) / "models"

@@ -16,7 +16,6 @@ the same. Weights have the same order and shapes in every precision, so that
 import contextlib
 import fcntl
 import logging
-import os
 import re
 import tempfile
 import warnings
@@ -40,6 +39,7 @@ from mnist_dist.models.backbones import (
     check_model,
     check_size,
     check_trainable,
+    keras_models_folder,
     published_weights_url,
 )
 from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
@@ -291,7 +291,7 @@ def fetch_published_weights(config: ModelConfig) -> None:
     row = check_model(config)
     size_px = backbone_size_px(config)
     url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
-    folder = _keras_models()
+    folder = keras_models_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "mnist_dist.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -305,19 +305,12 @@ def fetch_published_weights(config: ModelConfig) -> None:
             raise _not_to_be_had(row, config, size_px=size_px, err=err) from err
 
 
-def _keras_models() -> Path:
-    """Where `keras.utils.get_file` puts models: below /tmp where the home folder cannot be written."""
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")).expanduser()
-    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
-    return (home if os.access(nearest, os.W_OK) else Path("/tmp/.keras")) / "models"
-
-
 def _not_to_be_had(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
     url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
     return WeightsError(
         f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
-        f"{url.rsplit('/', 1)[-1]} from {url} into {_keras_models()}, or name a file of weights, a bundle, or none. "
-        f"Received: weights='imagenet'"
+        f"{url.rsplit('/', 1)[-1]} from {url} into {keras_models_folder()}, or name a file of weights, "
+        f"a bundle, or none. Received: weights='imagenet'"
     )
 
 

@@ -1,65 +1,41 @@
-"""What the facts of the nodes mean for a job: each check with what was found, what is expected, and a remedy.
+"""What the facts of a node mean for a job: each check with what was found, and a remedy.
 
-Owns: the limits and the words. Asks nobody: the functions here take facts and give checks.
+Owns: the limits and the words. Asks nobody: a check is a function of facts, and None where it does not concern the job.
 """
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from mnist_dist import __version__
-from mnist_dist.on_ray.doctor.facts import Facts, TensorFlowFacts, WeightsFacts
-from mnist_dist.storage import is_remote
+from mnist_dist.on_ray.doctor.facts import Facts, Question, S3Facts
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 MIB, GIB = 2**20, 2**30
 CORE = ("ray", "tensorflow", "keras")
 """Packages of which another version breaks a job; of the others it may."""
-LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = GIB, 2 * GIB  # TensorFlow takes half a GiB before any model
-LEAST_DISK_BYTES, GOOD_DISK_BYTES = 2 * GIB, 10 * GIB
+MIN_MEMORY_BYTES, GOOD_MEMORY_BYTES = GIB, 2 * GIB  # TensorFlow takes half a GiB before any model
+MIN_DISK_BYTES, GOOD_DISK_BYTES = 2 * GIB, 10 * GIB
 FULL_DISK, NEARLY_FULL_DISK = 0.95, 0.9  # Ray creates no objects on disks that are used above 0.95
-LEAST_OBJECT_STORE_BYTES = 512 * MIB  # a shard of pixels is up to 128 MiB, and several are on the way
-LARGE_PACKAGE_BYTES = 10 * MIB
-LARGEST_SKEW_S, LARGE_SKEW_S = 15 * 60, 60  # S3 refuses requests that are signed 15 minutes off
-SHOWN = 5  # of a longer list
-S3_CHECKS = ("s3 endpoint", "s3 credentials", "s3 region", "clock")
+LARGE_UPLOAD_BYTES, MAX_UPLOAD_BYTES = 10 * MIB, 500 * MIB  # the second: Ray refuses more
+LARGE_SKEW_S, MAX_SKEW_S = 60, 15 * 60  # S3 refuses requests that are signed 15 minutes off
+MAX_SHOWN = 5  # of a longer list
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Check:
     """One thing that was looked at."""
 
-    name: str
-    node: str
-    """Where: a node's address, `driver`, or `all`."""
     status: Status
     found: str
     """What there is; of a skipped check, why it was not made."""
-    expected: str = ""
     remedy: str = ""
-    """What to do, in a line; empty where nothing is to be done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What is known of one node, or of the driver."""
-
-    node: str
-    facts: Facts | None = None
-    """None: it did not answer."""
-    tensorflow: TensorFlowFacts | None = None
-    """None: not asked."""
-    ray_gpus: float | None = None
-    """GPUs that Ray hands out there; None: no Ray."""
-    object_store_bytes: float | None = None
-    """What Ray keeps for objects there; None: no Ray."""
-    read_back: str | None = None
-    """Why the driver cannot read this node's probe; empty: it can; None: there is none."""
-    problem: str = ""
-    """Why it did not answer."""
+    """What to do there, in a line; empty where nothing is to be done."""
+    name: str = ""
+    node: str = ""
+    """Where: a node's address, `driver`, or `all`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,374 +43,263 @@ class Pins:
     """What versions there should be."""
 
     versions: Mapping[str, str]
-    """Of constraints.txt."""
+    """Of constraints.txt; empty: there is none."""
     needed: tuple[str, ...]
     """What this package itself imports."""
 
 
-def read_pins(root: Path) -> Pins | None:
-    """Of the project at `root`; None: it has no constraints.txt."""
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the facts of a node are compared with."""
+
+    question: Question
+    driver: Facts
+    pins: Pins
+
+
+def read_pins(root: Path) -> Pins:
+    """Of the project at `root`."""
     constraints, project = root / "constraints.txt", root / "pyproject.toml"
-    if not constraints.is_file():
-        return None
-    lines = (line.split("#")[0].strip().partition("==") for line in constraints.read_text().splitlines())
-    versions = {canonical(name): version for name, _, version in lines if version}
+    lines = constraints.read_text().splitlines() if constraints.is_file() else []
+    pairs = (line.split("#")[0].strip().partition("==") for line in lines)
     wanted = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else CORE
-    names = (re.match(r"[\w.-]+", line) for line in wanted)
-    return Pins(versions=versions, needed=tuple(canonical(match.group()) for match in names if match))
+    return Pins(
+        versions={_canonical(name): version for name, _, version in pairs if version},
+        needed=tuple(_canonical(re.split(r"[^\w.-]", line)[0]) for line in wanted),
+    )
 
 
-def canonical(name: str) -> str:
+def _canonical(name: str) -> str:
     """A package's name in the one spelling that PEP 503 gives it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def node_checks(answer: Answer, *, driver: Facts, pins: Pins | None, storage: str) -> Iterator[Check]:
-    """Every check of one node, by its facts alone.
+def named(check: Check, name: str, node: str) -> Check:
+    """The check under its name; what is well needs no remedy."""
+    is_bad = check.status in ("warning", "failed")
+    return replace(check, name=name, node=node, remedy=check.remedy if is_bad else "")
+
+
+def node_checks(node: str, answer: Facts | str, expected: Expected) -> Iterator[Check]:
+    """Every check of one node.
 
     Args:
-        answer: of the node, or of the driver, which is asked for less where Ray works.
-        driver: what the driver says of itself.
-        pins: None: there is no constraints.txt.
-        storage: as it was asked for.
+        node: what people call it.
+        answer: its facts, or why it gave none.
+        expected: what they are compared with.
     """
-    node, facts = answer.node, answer.facts
-    if facts is None:
-        yield Check(
-            name="node",
-            node=node,
-            status="failed",
-            found=answer.problem,
-            expected="an answer",
-            remedy=f"look at the logs of Ray on {node}, and at its load; `ray status` shows what is alive",
-        )
+    if isinstance(answer, str):
+        yield named(silent(answer), "node", node)
         return
-    yield package(node, facts)
-    yield versions(node, facts, driver=driver, pins=pins)
-    yield legacy_keras(node, facts)
-    if answer.tensorflow is not None:
-        yield tensorflow(node, answer.tensorflow)
-        yield gpus(node, facts, answer.tensorflow, ray_gpus=answer.ray_gpus)
-        yield cpu(node, facts)
-        yield memory(node, facts)
-        yield disk(node, facts)
-    if answer.object_store_bytes is not None:
-        yield object_store(node, facts, size_bytes=answer.object_store_bytes)
-    yield written(answer, storage=storage)
-    yield from s3(node, facts)
+    found = {name: look(answer, expected) for name, look in OF_A_NODE.items()}
+    if answer.s3 is not None:
+        found |= {name: look(answer.s3, answer) for name, look in OF_S3.items()}
+    yield from (named(check, name, node) for name, check in found.items() if check is not None)
 
 
-def package(node: str, facts: Facts) -> Check:
-    """Whether the node's processes can import this package."""
-    check = Check(name="package", node=node, status="ok", found=f"mnist_dist {__version__}", expected="mnist_dist")
-    if not facts.package_problem:
-        return check
-    remedy = f"submit with `ray job submit --working-dir .`, or install mnist_dist and what it needs on {node}"
-    return replace(check, status="failed", found=facts.package_problem, remedy=remedy)
+def silent(problem: str) -> Check:
+    """A node that gave no facts."""
+    remedy = "look at the logs of Ray there, and at its load; `ray status` shows what is alive"
+    if "ModuleNotFoundError" in problem or "ImportError" in problem:
+        remedy = "submit with `ray job submit --working-dir .`, or install mnist_dist and what it needs there"
+    return Check("failed", problem, remedy)
 
 
-def versions(node: str, facts: Facts, *, driver: Facts, pins: Pins | None) -> Check:
-    """Python and packages against constraints.txt, and against the driver."""
-    check = Check(name="versions", node=node, status="ok", found=_shown_versions(facts))
-    if pins is None:
-        return replace(check, status="skipped", found=f"{check.found}; no constraints.txt to compare with")
-    wrong = [*_foreign(facts, driver=driver, pins=pins), *_missing(facts, pins)]
-    drift = [name for name, pinned in pins.versions.items() if facts.versions.get(name, pinned) != pinned]
+def versions(facts: Facts, expected: Expected) -> Check:
+    """Packages against constraints.txt, and against the driver."""
+    have, pinned, driver = facts.versions, expected.pins.versions, expected.driver.versions
+    wrong = [name for name in expected.pins.needed if name not in have]
+    wrong += [name for name in CORE if name in have and have[name] != driver.get(name, have[name])]
+    wrong += [name for name in CORE if name in have and _minor(have[name]) != _minor(pinned.get(name, have[name]))]
+    drift = [name for name, version in pinned.items() if have.get(name, version) != version]
     if wrong:
-        found = ", ".join(f"{name} {facts.versions.get(name, 'missing')}" for name in wrong)
-        wanted = " ".join(f"{name}=={pins.versions[name]}" if name in pins.versions else name for name in wrong)
-        remedy = f"on {node}: pip install {wanted} (driver and nodes agree on the versions of constraints.txt)"
-        return replace(check, status="failed", found=found, expected=wanted, remedy=remedy)
-    if facts.python.split(".")[:2] != driver.python.split(".")[:2]:
-        remedy = f"on {node}: Python {driver.python}, as the driver has"
-        found = f"Python {facts.python}"
-        return replace(check, status="failed", found=found, expected=f"Python {driver.python}", remedy=remedy)
+        wrong = list(dict.fromkeys(wrong))
+        install = " ".join(f"{name}=={pinned[name]}" if name in pinned else name for name in wrong)
+        found = ", ".join(f"{name} {have.get(name, 'missing')}" for name in wrong)
+        return Check("failed", found, f"pip install {install} (the same on the driver and every node)")
     if drift:
-        shown = _some(f"{name} {facts.versions[name]} (pinned: {pins.versions[name]})" for name in drift)
-        remedy = f"where something breaks, on {node}: pip install -c constraints.txt -e ."
-        return replace(check, status="warning", found=shown, expected="constraints.txt", remedy=remedy)
-    return replace(check, found=f"{check.found} and all else as in constraints.txt", expected="constraints.txt")
-
-
-def _shown_versions(facts: Facts) -> str:
-    return ", ".join([f"Python {facts.python}", *(f"{name} {facts.versions.get(name, 'missing')}" for name in CORE)])
-
-
-def _foreign(facts: Facts, *, driver: Facts, pins: Pins) -> list[str]:
-    """Core packages of another version than the driver's, or of another minor release than pinned."""
-    return [
-        name
-        for name in CORE
-        if name in facts.versions
-        and (
-            facts.versions[name] != driver.versions.get(name, facts.versions[name])
-            or _minor(facts.versions[name]) != _minor(pins.versions.get(name, facts.versions[name]))
-        )
-    ]
-
-
-def _missing(facts: Facts, pins: Pins) -> list[str]:
-    return [name for name in pins.needed if name not in facts.versions]
+        found = _some([f"{name} {have[name]} (pinned: {pinned[name]})" for name in drift])
+        return Check("warning", found, "where something breaks: pip install -c constraints.txt -e .")
+    rest = "all else as in constraints.txt" if pinned else "no constraints.txt to compare with"
+    return Check("ok", ", ".join([*(f"{name} {have.get(name, '')}" for name in CORE), rest]))
 
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def legacy_keras(node: str, facts: Facts) -> Check:
-    """Whether something on the node turns Keras 3 on TensorFlow into something else."""
-    check = Check(
-        name="tf.keras", node=node, status="ok", found="Keras 3 on TensorFlow", expected="Keras 3 on TensorFlow"
-    )
-    legacy = facts.variables.get("TF_USE_LEGACY_KERAS", "").lower()
-    if legacy in ("1", "true"):
-        found = f"TF_USE_LEGACY_KERAS={facts.variables['TF_USE_LEGACY_KERAS']}: tf.keras is Keras 2 (tf_keras) there"
-        remedy = f"unset TF_USE_LEGACY_KERAS on {node}, before Ray starts there; in code write `import keras`"
-        return replace(check, status="failed", found=found, remedy=remedy)
-    backend = facts.variables.get("KERAS_BACKEND", "tensorflow")
-    if backend != "tensorflow":
-        remedy = f"unset KERAS_BACKEND on {node}, or set it to tensorflow, before Ray starts there"
-        return replace(check, status="failed", found=f"KERAS_BACKEND={backend}", remedy=remedy)
-    if "tf-keras" in facts.versions:
-        found = f"tf_keras {facts.versions['tf-keras']} (Keras 2) is installed beside Keras 3"
-        remedy = f"on {node}: pip uninstall tf_keras; or never mix its models with ours, neither loads the other's"
-        return replace(check, status="warning", found=found, remedy=remedy)
-    return check
-
-
-def tensorflow(node: str, facts: TensorFlowFacts) -> Check:
-    """Whether TensorFlow and Keras can be imported, and how Keras is set up."""
-    expected = "backend tensorflow, channels_last, float32"
-    check = Check(name="tensorflow", node=node, status="ok", found="", expected=expected)
-    if facts.problem:
-        remedy = f"on {node}: python -c 'import tensorflow, keras' shows all of it; then pip install -c constraints.txt"
-        return replace(check, status="failed", found=facts.problem, remedy=f"{remedy} tensorflow keras")
-    found = f"backend {facts.backend}, {facts.image_data_format}, {facts.floatx}"
-    if found != expected:
-        remedy = f"on {node}: delete keras.json in ~/.keras (or KERAS_HOME), and unset KERAS_BACKEND"
-        return replace(check, status="failed", found=found, remedy=remedy)
-    return replace(check, found=f"TensorFlow {facts.tensorflow}, Keras {facts.keras}, {found}")
-
-
-def gpus(node: str, facts: Facts, seen: TensorFlowFacts, *, ray_gpus: float | None) -> Check:
-    """GPUs as the node, Ray and TensorFlow see them."""
-    by_ray = "" if ray_gpus is None else f"Ray {ray_gpus:g}, "
-    by_tensorflow = "unknown" if seen.problem else str(seen.gpus)
-    found = f"{by_ray}TensorFlow {by_tensorflow}, devices {facts.gpu_devices}"
-    check = Check(name="gpus", node=node, status="ok", found=found, expected="the same number to all")
+def keras(facts: Facts, expected: Expected) -> Check | None:
+    """Whether Keras and its backend can be imported, and how they are set up."""
+    seen, backend = facts.keras, expected.driver.keras_backend
+    if seen is None:
+        return None
     if seen.problem:
-        return replace(check, status="skipped", found=f"{found}: TensorFlow cannot be imported")
-    if seen.gpus < max(ray_gpus or 0, facts.gpu_devices):
-        why = "does not load its CUDA libraries" if seen.with_cuda else "is built without CUDA"
-        remedy = f"on {node}: TensorFlow {why}: pip install -c constraints.txt -e '.[gpu]', and look at nvidia-smi"
-        return replace(check, status="failed", remedy=remedy)
-    if ray_gpus is not None and seen.gpus > ray_gpus:
-        remedy = f"start Ray on {node} with --num-gpus={seen.gpus}, or jobs leave them idle"
-        return replace(check, status="warning", remedy=remedy)
-    return check
+        remedy = "python -c 'import keras' shows all of it; pip install -c constraints.txt tensorflow keras"
+        if "SIGILL" in seen.problem:
+            remedy = "leave this node out, or give its virtual machine a CPU model with AVX, which TensorFlow needs"
+        if "No module named 'jax'" in seen.problem:
+            remedy = "pip install jax ('jax[cuda12]' for a GPU), or unset KERAS_BACKEND"
+        return Check("failed", seen.problem, remedy)
+    found = f"backend {seen.backend}, {seen.image_data_format}, {seen.floatx}"
+    if found not in ("backend tensorflow, channels_last, float32", "backend jax, channels_last, float32"):
+        remedy = "delete keras.json in ~/.keras (or KERAS_HOME), and set KERAS_BACKEND to tensorflow or jax"
+        return Check("failed", found, remedy)
+    if backend and seen.backend != backend:
+        remedy = f'ray job submit --runtime-env-json \'{{"env_vars": {{"KERAS_BACKEND": "{backend}"}}}}\' ...'
+        return Check("failed", f"backend {seen.backend}, but the driver has KERAS_BACKEND={backend}", remedy)
+    if seen.backend == "jax":
+        found += ": for scoring; training, search and export need TensorFlow (unset KERAS_BACKEND)"
+    return Check("ok", found)
 
 
-def cpu(node: str, facts: Facts) -> Check:
-    """What the processor can compute with: TensorFlow needs AVX, bfloat16 is fast with AVX512-BF16 or AMX only."""
-    has = {"AVX512": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}
-    units = ", ".join(f"{name} {'yes' if flag in facts.cpu_flags else 'no'}" for name, flag in has.items())
-    found = f"{facts.cpus} CPUs, {facts.cpu_model}"
-    check = Check(name="cpu", node=node, status="ok", found=f"{found}; {units}", expected="AVX")
-    if not facts.cpu_flags:
-        return replace(check, status="skipped", found=f"{found}; /proc/cpuinfo lists no flags")
-    if "avx" not in facts.cpu_flags:
-        remedy = f"leave {node} out of the cluster, or give its virtual machine a CPU model with AVX"
-        return replace(check, status="failed", remedy=remedy)
-    if not {"avx512_bf16", "amx_bf16"} & set(facts.cpu_flags):
-        return replace(check, found=f"{check.found} (bfloat16 on the CPU is slow: --precision float32)")
-    return check
+def gpus(facts: Facts, _: Expected) -> Check | None:
+    """GPUs as the node, Ray and the backend of Keras see them."""
+    seen, by_ray = facts.keras, facts.ray_gpus
+    if seen is None:
+        return None
+    words = "no Ray" if by_ray is None else f"Ray {by_ray:g}"
+    if seen.problem:
+        return Check("skipped", f"{words}, devices {facts.gpu_devices}; Keras cannot be imported")
+    found = f"{words}, {seen.backend} {seen.gpus}, devices {facts.gpu_devices}"
+    if seen.gpus < max(by_ray or 0, facts.gpu_devices):
+        install = "'jax[cuda12]'" if seen.backend == "jax" else "-c constraints.txt -e '.[gpu]'"
+        return Check("failed", found, f"pip install {install}, for its CUDA libraries, and look at nvidia-smi")
+    is_idle = by_ray is not None and seen.gpus > by_ray
+    return Check(_graded(is_idle), found, f"start Ray there with --num-gpus={seen.gpus}, or jobs leave them idle")
 
 
-def memory(node: str, facts: Facts) -> Check:
-    """Free memory of the node."""
-    expected = f"{_size(GOOD_MEMORY_BYTES)} free"
-    check = Check(name="memory", node=node, status="ok", found="", expected=expected)
-    if facts.memory_free_bytes is None:
-        return replace(check, status="skipped", found="/proc/meminfo is not there")
-    check = replace(check, found=f"{_size(facts.memory_free_bytes)} free")
-    if facts.memory_free_bytes >= GOOD_MEMORY_BYTES:
-        return check
-    status: Status = "warning" if facts.memory_free_bytes >= LEAST_MEMORY_BYTES else "failed"
-    return replace(check, status=status, remedy=f"end what else runs on {node}, or give it more memory")
+def memory(facts: Facts, _: Expected) -> Check:
+    """Free memory of the machine."""
+    free = facts.free_memory_bytes
+    status = _graded(free < GOOD_MEMORY_BYTES, failed=free < MIN_MEMORY_BYTES)
+    return Check(status, f"{_size(free)} free", f"end what else runs there, or give it {_size(GOOD_MEMORY_BYTES)}")
 
 
-def disk(node: str, facts: Facts) -> Check:
+def disk(facts: Facts, _: Expected) -> Check:
     """Free space where Ray spills, temporary files go and a local storage lies."""
     found = ", ".join(f"{folder} {_size(free)} of {_size(total)} free" for folder, (total, free) in facts.disks.items())
-    expected = f"{_size(GOOD_DISK_BYTES)} free, used below {NEARLY_FULL_DISK:.0%}"
-    check = Check(name="disk", node=node, status="ok", found=found, expected=expected)
-    full = _fuller(facts, LEAST_DISK_BYTES, FULL_DISK)
-    nearly = _fuller(facts, GOOD_DISK_BYTES, NEARLY_FULL_DISK)
-    if not nearly:
-        return check
-    remedy = f"make room below {(full or nearly)[0]} on {node}, or point TMPDIR and RAY_TMPDIR to another disk"
-    return replace(check, status="failed" if full else "warning", remedy=remedy)
+    full = _fuller(facts, MIN_DISK_BYTES, FULL_DISK)
+    nearly = full or _fuller(facts, GOOD_DISK_BYTES, NEARLY_FULL_DISK)
+    remedy = f"make room below {', '.join(nearly)}, or point TMPDIR and RAY_TMPDIR to another disk"
+    return Check(_graded(bool(nearly), failed=bool(full)), found, remedy)
 
 
-def _fuller(facts: Facts, least_bytes: int, most_used: float) -> list[str]:
-    return [
-        folder
-        for folder, (total, free) in facts.disks.items()
-        if free < least_bytes or 1 - free / max(total, 1) >= most_used
-    ]
+def _fuller(facts: Facts, min_bytes: int, max_used: float) -> list[str]:
+    disks = facts.disks.items()
+    return [folder for folder, (total, free) in disks if free < min_bytes or 1 - free / max(total, 1) >= max_used]
 
 
-def object_store(node: str, facts: Facts, *, size_bytes: float) -> Check:
-    """Ray's memory for objects, which lies in /dev/shm where that is large enough."""
-    found = f"{_size(size_bytes)}, /dev/shm {_size(facts.shared_memory_bytes or 0)}"
-    expected = f"{_size(LEAST_OBJECT_STORE_BYTES)} or more, in /dev/shm"
-    check = Check(name="object store", node=node, status="ok", found=found, expected=expected)
-    if size_bytes < LEAST_OBJECT_STORE_BYTES:
-        remedy = f"start Ray on {node} with --object-store-memory={LEAST_OBJECT_STORE_BYTES} or more"
-        return replace(check, status="warning", remedy=remedy)
-    if facts.shared_memory_bytes is not None and facts.shared_memory_bytes < size_bytes:
-        remedy = f"start the container on {node} with --shm-size={_size(size_bytes * 1.1).replace(' ', '')[:-2]}b"
-        return replace(check, status="warning", remedy=remedy)
-    return check
+def written(facts: Facts, expected: Expected) -> Check:
+    """Whether the node can write the storage, and sees what the driver wrote."""
+    uri, unseen = expected.question.storage, facts.unseen.get("storage")
+    if facts.storage_problem is None:
+        return Check("skipped", f"{uri}: not tried, S3 is out of reach")
+    if facts.storage_problem:
+        return Check("failed", facts.storage_problem, f"let this user write {uri} there, or name another --storage")
+    if unseen:
+        remedy = f"give --storage s3://..., or mount one shared folder as {uri} on every node"
+        return Check("failed", f"{uri}: what the driver wrote is not seen there: {unseen}", remedy)
+    return Check("ok", f"{uri} can be written")
 
 
-def written(answer: Answer, *, storage: str) -> Check:
-    """Whether the node can write the storage, and the driver sees what it wrote."""
-    node, facts = answer.node, answer.facts
-    check = Check(name="storage", node=node, status="ok", found=storage, expected="written here, read by the driver")
-    problem = facts.storage_problem if facts is not None else None
-    if problem is None:
-        why = "the package cannot be imported" if facts and facts.package_problem else "S3 is out of reach"
-        return replace(check, status="skipped", found=f"{storage}: not tried, {why}")
-    if problem:
-        remedy = f"let this user write {storage} on {node}, or name another --storage"
-        return replace(check, status="failed", found=f"cannot be written: {problem}", remedy=remedy)
-    if not answer.read_back:
-        return replace(check, found=f"{storage} written, read back and deleted")
-    found = f"written, but the driver cannot read it: {answer.read_back}"
-    remedy = f"give --storage s3://..., or mount one shared folder as {storage} on every node, {node} among them"
-    if is_remote(storage):
-        remedy = f"let the driver's credentials read {storage}, and use the same endpoint on {node}"
-    return replace(check, status="failed", found=found, remedy=remedy)
-
-
-def s3(node: str, facts: Facts) -> Iterator[Check]:
-    """Endpoint, credentials, region and clock; nothing where nothing lies on S3."""
-    if facts.s3 is None:
-        return
-    asked = facts.s3
-    endpoint = Check(name="s3 endpoint", node=node, status="ok", found=asked.endpoint, expected="an answer")
-    if asked.problem:
-        remedy = f"check AWS_ENDPOINT_URL, proxy and firewall on {node}: {asked.endpoint or 'the endpoint'} must answer"
-        yield replace(endpoint, status="failed", found=asked.problem, remedy=remedy)
-    else:
-        yield endpoint
-    yield _credentials(node, facts)
-    yield _region(node, facts)
-    yield clock(node, asked.skew_s)
-
-
-def _credentials(node: str, facts: Facts) -> Check:
-    asked = facts.s3
-    source = asked.credentials if asked is not None else None
-    check = Check(name="s3 credentials", node=node, status="ok", found=f"from {source}", expected="accepted")
-    if source is None:
-        remedy = f"give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role to {node}, before Ray starts"
-        return replace(check, status="failed", found="none", remedy=remedy)
-    seen = [problem for problem in (facts.storage_problem, *facts.places.values()) if problem]
-    refused = [problem for problem in seen if "credentials are not accepted" in problem]
-    if refused:
-        remedy = f"renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (found by {source}) on {node}"
-        return replace(check, status="failed", found=refused[0], remedy=remedy)
-    return check
-
-
-def _region(node: str, facts: Facts) -> Check:
-    asked = facts.s3
-    configured, actual = (asked.region, asked.bucket_region) if asked is not None else (None, None)
-    check = Check(name="s3 region", node=node, status="ok", found=configured or "none", expected=actual or "any")
-    if configured is None or (actual is not None and configured != actual):
-        remedy = f"set AWS_DEFAULT_REGION={actual or 'us-east-1 (the region of the bucket)'} on {node}"
-        return replace(check, status="warning", remedy=remedy)
-    return check
-
-
-def clock(node: str, skew_s: float | None) -> Check:
-    """The node's clock against the endpoint's; S3 refuses what is signed too far off."""
-    expected = f"within {LARGE_SKEW_S} s of the endpoint"
-    check = Check(name="clock", node=node, status="ok", found="", expected=expected)
-    if skew_s is None:
-        return replace(check, status="skipped", found="the endpoint does not tell the time")
-    found = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the endpoint"
-    if abs(skew_s) <= LARGE_SKEW_S:
-        return replace(check, found=found)
-    remedy = f"set the clock of {node} (NTP: timedatectl set-ntp true, or chronyc makestep)"
-    return replace(check, status="failed" if abs(skew_s) > LARGEST_SKEW_S else "warning", found=found, remedy=remedy)
-
-
-def published_weights(node: str, facts: WeightsFacts, *, url: str) -> Check:
-    """Whether the file of ImageNet weights lies in Keras' cache or can be downloaded into it."""
+def weights(facts: Facts, expected: Expected) -> Check | None:
+    """Whether the weights are seen, or, where they are published, there in Keras' cache or to be downloaded."""
+    url, problem = expected.question.weights_url, facts.weights_problem
+    if url is None:
+        return _seen("weights", facts, expected)
     file = url.rpartition("/")[2]
-    check = Check(name="weights", node=node, status="ok", found=f"{file} in {facts.folder}", expected=file)
-    if facts.there:
-        return check
-    if not facts.problem:
-        return replace(check, found=f"{file} can be downloaded")
-    remedy = (
-        f"put the file {file} from {url} into {facts.folder} on {node}, or name a file of weights, a bundle, or none"
-    )
-    return replace(check, status="failed", found=f"{file} cannot be downloaded: {facts.problem}", remedy=remedy)
-
-
-def place(name: str, node: str, problem: str | None, *, uri: str) -> Check:
-    """Whether a node sees what it must read.
-
-    Args:
-        name: of the check and of the flag: `weights` or `bundle`.
-        node: that should see it.
-        problem: why it does not; empty: it does; None: not tried.
-        uri: what it should see.
-    """
-    check = Check(name=name, node=node, status="ok", found=uri, expected="seen by every node")
-    if problem is None:
-        return replace(check, status="skipped", found=f"{uri}: not tried, S3 or the package is out of reach")
     if not problem:
-        return check
-    remedy = f"put {uri} where {node} sees it: an s3:// URI or a shared folder, as --{name}"
-    return replace(check, status="failed", found=problem, remedy=remedy)
+        return Check("ok", f"{file} is in {facts.weights_folder} or can be downloaded")
+    remedy = f"put the file {file} from {url} into {facts.weights_folder}, or name other --weights"
+    return Check("failed", f"{file} cannot be downloaded: {problem}", remedy)
 
 
-def working_dir(
-    folder: str, *, size_bytes: int, largest: Sequence[tuple[str, int]], left_out: Sequence[str], limit_bytes: int
-) -> Check:
-    """What `ray job submit --working-dir .` would upload.
+def bundle(facts: Facts, expected: Expected) -> Check | None:
+    """Whether the bundle is seen."""
+    return _seen("bundle", facts, expected)
+
+
+def _seen(name: str, facts: Facts, expected: Expected) -> Check | None:
+    uri, problem = expected.question.places.get(name), facts.unseen.get(name)
+    if uri is None:
+        return None
+    if problem is None:
+        return Check("skipped", f"{uri}: not tried, S3 is out of reach")
+    remedy = f"put {uri} where every node sees it: s3:// or a shared folder, as --{name}"
+    return Check(_graded(False, failed=bool(problem)), problem or uri, remedy)
+
+
+def endpoint(s3: S3Facts, _: Facts) -> Check:
+    """Whether the endpoint of S3 answers."""
+    remedy = f"check AWS_ENDPOINT_URL, proxy and firewall: {s3.endpoint or 'the endpoint'} must answer"
+    return Check(_graded(False, failed=bool(s3.problem)), s3.problem or s3.endpoint, remedy)
+
+
+def credentials(s3: S3Facts, facts: Facts) -> Check:
+    """Whether there are credentials, and they are accepted."""
+    if s3.credentials is None:
+        remedy = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, before Ray starts there"
+        return Check("failed", "none", remedy)
+    problems = [problem or "" for problem in (facts.storage_problem, *facts.unseen.values())]
+    refused = [problem for problem in problems if "credentials are not accepted" in problem]
+    remedy = f"renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (found by {s3.credentials})"
+    return Check(_graded(False, failed=bool(refused)), (*refused, f"from {s3.credentials}")[0], remedy)
+
+
+def region(s3: S3Facts, _: Facts) -> Check:
+    """Whether the region is the bucket's."""
+    is_other = s3.region is None or s3.region != (s3.bucket_region or s3.region)
+    remedy = f"set AWS_DEFAULT_REGION={s3.bucket_region or 'us-east-1 (the region of the bucket)'}"
+    return Check(_graded(is_other), f"{s3.region or 'none'}; the bucket: {s3.bucket_region or 'unknown'}", remedy)
+
+
+def clock(s3: S3Facts, _: Facts) -> Check:
+    """The node's clock against the endpoint's; S3 refuses what is signed too far off."""
+    if s3.skew_s is None:
+        return Check("skipped", "the endpoint does not tell the time")
+    skew_s = abs(s3.skew_s)
+    found = f"{skew_s:.0f} s {'ahead of' if s3.skew_s > 0 else 'behind'} the endpoint"
+    remedy = "set the clock (NTP: timedatectl set-ntp true, or chronyc makestep)"
+    return Check(_graded(skew_s > LARGE_SKEW_S, failed=skew_s > MAX_SKEW_S), found, remedy)
+
+
+OF_A_NODE = {
+    "versions": versions,
+    "keras": keras,
+    "gpus": gpus,
+    "memory": memory,
+    "disk": disk,
+    "storage": written,
+    "weights": weights,
+    "bundle": bundle,
+}
+OF_S3 = {"s3 endpoint": endpoint, "s3 credentials": credentials, "s3 region": region, "clock": clock}
+
+
+def sent(sizes: Mapping[str, int], *, left_out: list[str]) -> Check:
+    """What `ray job submit --working-dir .` would send.
 
     Args:
-        folder: the working directory.
-        size_bytes: of all that Ray would pack.
-        largest: names directly below it and their bytes, the largest first.
-        left_out: names of what is needed, is there, and would not be packed.
-        limit_bytes: of Ray.
+        sizes: bytes by the name directly below the working directory.
+        left_out: names of what is needed, is there, and would not be sent.
     """
-    shown = _some(f"{name} {_size(size)}" for name, size in largest if size > MIB)
-    found = f"{_size(size_bytes)} below {folder}" + (f": {shown}" if shown else "")
-    expected = f"at most {_size(LARGE_PACKAGE_BYTES)}; Ray's limit is {_size(limit_bytes)}"
-    check = Check(name="working dir", node="driver", status="ok", found=found, expected=expected)
+    total, largest = sum(sizes.values()), sorted(sizes, key=lambda name: -sizes[name])
+    found = f"{_size(total)}: {_some([f'{name} {_size(sizes[name])}' for name in largest if sizes[name] >= MIB / 10])}"
     if left_out:
         remedy = f"let .rayignore and .gitignore keep {', '.join(left_out)}; a submitted job would not find them"
-        return replace(check, status="failed", found=f"{found}, without {', '.join(left_out)}", remedy=remedy)
-    if size_bytes <= LARGE_PACKAGE_BYTES:
-        return check
-    names = ", ".join(name for name, _ in largest[:SHOWN])
-    remedy = f"write what the jobs do not need into .rayignore ({names}), or move it out of {folder}"
-    return replace(check, status="failed" if size_bytes >= limit_bytes else "warning", remedy=remedy)
+        return Check("failed", f"{found}, without {', '.join(left_out)}", remedy)
+    remedy = f"write what the jobs do not need into .rayignore; Ray's limit is {_size(MAX_UPLOAD_BYTES)}"
+    return Check(_graded(total > LARGE_UPLOAD_BYTES, failed=total >= MAX_UPLOAD_BYTES), found, remedy)
 
 
-def _some(words: Iterator[str]) -> str:
+def _graded(warning: bool, *, failed: bool = False) -> Status:
+    return "failed" if failed else "warning" if warning else "ok"
+
+
+def _some(words: list[str]) -> str:
     """The first few, and how many more there are."""
-    every = list(words)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
+    more = f" and {len(words) - MAX_SHOWN} more" if len(words) > MAX_SHOWN else ""
+    return ", ".join(words[:MAX_SHOWN]) + more
 
 
 def _size(size_bytes: float) -> str:

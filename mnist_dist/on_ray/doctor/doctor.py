@@ -1,27 +1,24 @@
 """What would break a job, looked for on the driver and on every node of the cluster: `jobs.doctor`.
 
 Owns: who is asked, by one Ray task a node, all at once and with a time-out, and what is shown. Does not own: the
-questions (`doctor_facts`) or what the answers mean (`doctor_checks`). Loads neither TensorFlow nor Keras.
+questions (`facts`) or what the answers mean (`checks`). Loads neither TensorFlow nor Keras.
 
-Whatever is broken, the rest is still looked at: without Ray the driver answers for itself, a node that is silent is a
-failed check, and what cannot be tried is skipped and says why.
+Whatever is broken, the rest is still looked at: without Ray the driver answers for its machine, a node that is silent
+is a failed check, and what cannot be tried is skipped and says why.
 """
 
-import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle
-from ray._private import ray_constants
-from ray._private.runtime_env import packaging
-from ray.exceptions import RayError
+from pathspec import GitIgnoreSpec
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import mnist_dist
@@ -29,24 +26,21 @@ from mnist_dist import storage
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.doctor_config import DoctorJob
-from mnist_dist.errors import ChecksFailed, ConfigError, MnistDistError, first_line
+from mnist_dist.errors import ChecksFailed, ConfigError, first_line
 from mnist_dist.models.backbones import backbone_size_px, check_model, published_weights_url
-from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
-from mnist_dist.on_ray.cluster import Resources, check_storage, connected
+from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.on_ray.cluster import check_storage, connected
 from mnist_dist.on_ray.doctor import checks
-from mnist_dist.on_ray.doctor import facts as doctor_facts
-from mnist_dist.on_ray.doctor.checks import Answer, Check, Pins, Status
-from mnist_dist.on_ray.doctor.facts import Question, TensorFlowFacts, ask_tensorflow, facts_from, gather, remove_probe
+from mnist_dist.on_ray.doctor.checks import Check, Expected, Pins, Status, named
+from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
+from mnist_dist.session import Session
 
-log = logging.getLogger(__name__)
-
-ANSWER_TIMEOUT_S = 30.0
-TENSORFLOW_TIMEOUT_S = 120.0  # importing takes 7 s of a core, and a first time reads half a GiB from the disk
-CONNECT_TIMEOUT_S = 5.0
-POLL_S = 0.5
+ANSWER_TIMEOUT_S = KERAS_TIMEOUT_S + 30
 DRIVER, ALL = "driver", "all"
 NEEDED = ("jobs", "mnist_dist")
-"""What a submission must upload of the project."""
+"""What must be sent of the project with a job."""
+NEVER_SENT = (".git", ".venv", "venv", "__pycache__")
+"""What Ray leaves out by itself (its documentation of `working_dir`)."""
 MARKS: dict[Status, str] = {"ok": "ok", "skipped": "--", "warning": "!!", "failed": "XX"}
 """In the order in which checks are shown, the worst last."""
 
@@ -65,14 +59,19 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
         ConfigError: no such backbone, or one without the weights that are named.
         ChecksFailed: at least one check failed; it has the same keys.
     """
-    question = _question(job)
+    pins = checks.read_pins(Path(mnist_dist.__file__).parents[1])
+    question = _question(job, pins)
     console.line("asking this machine and the nodes of Ray; it takes up to two minutes")
     with Stop(console) as stop:
-        every = sorted(_checks(job, question, stop), key=lambda check: list(MARKS).index(check.status))
+        found = _checks(job, question, pins, Session(console=console, stop=stop))
+        every = sorted(found, key=lambda check: list(MARKS).index(check.status))
     for line in (line for check in every for line in lines_of(check)):
         console.line(line)
-    result = _counted(every, with_checks=job.json)
-    console.line(", ".join(f"{result[name]} {name}" for name in ("ok", "warnings", "failed", "skipped")))
+    names: dict[str, Status] = {"ok": "ok", "warnings": "warning", "failed": "failed", "skipped": "skipped"}
+    result: dict[str, Any] = {name: sum(check.status == status for check in every) for name, status in names.items()}
+    console.line(", ".join(f"{count} {name}" for name, count in result.items()))
+    if job.json:
+        result["checks"] = [asdict(check) for check in every]
     failed = [f"{check.name} on {check.node}" for check in every if check.status == "failed"]
     if failed:
         raise ChecksFailed(f"{len(failed)} of {len(every)} checks failed: {', '.join(failed)}", result)
@@ -81,122 +80,72 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
 
 def lines_of(check: Check) -> list[str]:
     """What a person sees of a check: a mark, what was found, and below it what to do."""
-    line = f"{MARKS[check.status]}  {check.name:<14} {check.node:<18} {check.found}"
+    line = f"{MARKS[check.status]}  {check.name:<16} {check.node:<18} {check.found}"
     return [line, f"      do: {check.remedy}"] if check.remedy else [line]
 
 
-def _counted(every: Sequence[Check], *, with_checks: bool) -> dict[str, Any]:
-    names: dict[str, Status] = {"ok": "ok", "warnings": "warning", "failed": "failed", "skipped": "skipped"}
-    counts = {name: sum(check.status == status for check in every) for name, status in names.items()}
-    return {**counts, "checks": [asdict(check) for check in every]} if with_checks else dict(counts)
-
-
-def _question(job: DoctorJob) -> Question:
-    """What every node is asked for; its own probe is still to be named.
+def _question(job: DoctorJob, pins: Pins) -> Question:
+    """What every node is asked for.
 
     Raises:
         ConfigError: no such backbone, or one without the weights that are named.
     """
     model = ModelConfig(backbone=job.backbone, weights=job.weights)
-    row = check_model(model)
-    pins = checks.read_pins(project_root())
-    names = (*pins.versions, *pins.needed) if pins else checks.CORE
+    row, size_px = check_model(model), backbone_size_px(model)
+    is_published = job.weights == "imagenet"
+    places = {}
+    if job.weights != "none" and not is_published:
+        places["weights"] = storage.absolute(job.weights)
+    if job.bundle is not None:
+        places["bundle"] = storage.join(storage.absolute(job.bundle), BUNDLE_FILE)
     return Question(
-        packages=tuple(dict.fromkeys([*names, "tf-keras"])),
+        packages=tuple(dict.fromkeys((*pins.versions, *pins.needed))),
         storage=storage.absolute(job.storage),
-        probe="",
-        places=tuple(uri for _, uri in _places(job)),
-        weights_url=published_weights_url(row, alpha=model.alpha, image_size_px=backbone_size_px(model))
-        if job.weights == "imagenet"
-        else None,
+        places=places,
+        weights_url=published_weights_url(row, alpha=model.alpha, image_size_px=size_px) if is_published else None,
     )
 
 
-def project_root() -> Path:
-    """Where constraints.txt and pyproject.toml lie."""
-    return Path(mnist_dist.__file__).parents[1]
+def _checks(job: DoctorJob, question: Question, pins: Pins, session: Session) -> Iterator[Check]:
+    driver = gather(question, with_keras=False)
+    with _probe(question, driver) as probing:
+        reached, answers = _ask_ray(job, probing, session)
+    yield named(reached, "ray", ALL)
+    if not answers:  # then the driver answers for its machine
+        driver = gather(question, with_keras=True)
+    yield named(storage_for(job, nodes=max(1, len(answers))), "storage", ALL)
+    expected = Expected(question=question, driver=driver, pins=pins)
+    for node, answer in {DRIVER: driver, **answers}.items():
+        yield from checks.node_checks(node, answer, expected)
+    yield named(working_dir(Path.cwd()), "working dir", DRIVER)
 
 
-def _places(job: DoctorJob) -> list[tuple[str, str]]:
-    """Name of the flag and URI of what every node must see."""
-    places = []
-    if job.weights not in ("none", "imagenet"):
-        places.append(("weights", storage.absolute(job.weights)))
-    if job.bundle is not None:
-        places.append(("bundle", storage.join(storage.absolute(job.bundle), BUNDLE_FILE)))
-    return places
+@contextmanager
+def _probe(question: Question, driver: Facts) -> Iterator[Question]:
+    """The question with a file that the driver wrote, which every node must see, as long as it is there."""
+    if driver.storage_problem != "":
+        yield question
+        return
+    uri = storage.join(question.storage, storage.temporary_name("doctor"))
+    storage.write_bytes(uri, b"probe")
+    try:
+        yield replace(question, places={**question.places, "storage": uri})
+    finally:
+        storage.delete(uri)
 
 
-def _checks(job: DoctorJob, question: Question, stop: Stop) -> Iterator[Check]:
-    pins = checks.read_pins(project_root())
-    driver = ask_driver(question)
-    ray_check, answers = _ask_ray(job, question, stop)
-    if ray_check.status == "failed":  # then it answers for the nodes, too
-        seen = TensorFlowFacts(**ask_tensorflow(TENSORFLOW_TIMEOUT_S))
-        driver = replace(driver, tensorflow=seen)
-    yield ray_check
-    yield from checks_of([driver, *answers], job=job, question=question, pins=pins)
-    yield check_working_dir(Path.cwd())
-
-
-def checks_of(answers: Sequence[Answer], *, job: DoctorJob, question: Question, pins: Pins | None) -> Iterator[Check]:
-    """Every check that the answers decide.
-
-    Args:
-        answers: the driver's, and the nodes'.
-        job: which set-up.
-        question: that was answered.
-        pins: None: there is no constraints.txt.
-    """
-    driver = answers[0].facts
-    assert driver is not None, "the driver answers itself"
-    yield _storage_for_all(job, nodes=len(answers) - 1)
-    for answer in answers:
-        yield from checks.node_checks(answer, driver=driver, pins=pins, storage=question.storage)
-    if driver.s3 is None:
-        yield from (_skipped(name, "nothing named lies on S3") for name in checks.S3_CHECKS)
-    yield from _weights(answers, job=job, question=question)
-    yield from _bundle(answers, job=job)
-
-
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
-def ask_driver(question: Question) -> Answer:
-    """What this process finds; it puts a probe like every node."""
-    probe = storage.join(question.storage, storage.temporary_name("doctor"))
-    facts = facts_from(gather(replace(question, probe=probe)))
-    return with_read_back(Answer(node=DRIVER, facts=facts), probe=probe)
-
-
-def _ask_ray(job: DoctorJob, question: Question, stop: Stop) -> tuple[Check, list[Answer]]:
+def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Check, dict[str, Facts | str]]:
     """Whether there is a Ray, and the answers of its nodes."""
-    check = Check(name="ray", node=ALL, status="ok", found="", expected="a cluster that answers, or a private one")
     address = os.environ.get("RAY_ADDRESS", "")
     with ExitStack() as stack:
         try:
             _knock(address)
-            have = stack.enter_context(connected(verbose=job.verbose, stop=stop))
+            have = stack.enter_context(connected(verbose=job.verbose, stop=session.stop))
         except (OSError, RuntimeError, ValueError, RayError) as err:  # what ray.init raises
-            return replace(check, status="failed", found=_no_ray(address, err), remedy=_ray_remedy(address)), []
-        check = replace(check, found=f"Ray {ray.__version__}, {_words(have, address)}")
-        if have.cpus == 0:
-            check = replace(check, status="warning", remedy="no node that works is up: ask again when some are")
-        return check, ask_nodes(question, check=stop.check)
-
-
-def _no_ray(address: str, err: Exception) -> str:
-    return f"{f'RAY_ADDRESS={address}' if address else 'a private Ray'}: {first_line(err)}"
-
-
-def _ray_remedy(address: str) -> str:
-    if address:
-        return "unset RAY_ADDRESS to run on this machine alone, or start the cluster it names (ray start --head)"
-    return "look at the logs in /tmp/ray/session_latest/logs, at free memory and disk, and at who else uses Ray's ports"
-
-
-def _words(have: Resources, address: str) -> str:
-    return f"{have}, at {address}" if address else f"{have}, private"
+            return _no_ray(address, err), {}
+        found = f"Ray {ray.__version__}, {have}, {f'at {address}' if address else 'private'}"
+        remedy = "no node that works is up: ask again when some are"
+        return Check("warning" if have.cpus == 0 else "ok", found, remedy), ask_nodes(question, session)
 
 
 def _knock(address: str) -> None:
@@ -206,221 +155,89 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def ask_nodes(
-    question: Question,
-    *,
-    ask: Callable[[Question], dict[str, Any]] = gather,
-    timeout_s: float = ANSWER_TIMEOUT_S,
-    check: Callable[[], None] = lambda: None,
-) -> list[Answer]:
-    """Asks all alive nodes of the connected Ray at once; who is silent is an answer, too.
-
-    Args:
-        question: all but the probe, of which each node has its own.
-        ask: what runs on the nodes.
-        timeout_s: after which a node is silent; for TensorFlow they have longer.
-        check: called all the time; raises what ends the waiting.
-    """
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    labels = node_labels({node_id: node["NodeManagerAddress"] for node_id, node in nodes.items()})
-    asked = {node_id: replace(question, probe=_probe(question, node_id)) for node_id in nodes}
-    deadline = time.monotonic() + TENSORFLOW_TIMEOUT_S
-    with _sent_by_value():
-        facts = {node_id: _on(node_id, ask).remote(asked[node_id]) for node_id in nodes}
-        seen = {node_id: _on(node_id, ask_tensorflow).remote(TENSORFLOW_TIMEOUT_S - 5) for node_id in nodes}
-    _wait(list(facts.values()), timeout_s=timeout_s, check=check)
-    answers = {
-        node_id: _answer_of(facts[node_id], node=labels[node_id], resources=node["Resources"], timeout_s=timeout_s)
-        for node_id, node in nodes.items()
-    }
-    answers = {node_id: with_read_back(found, probe=asked[node_id].probe) for node_id, found in answers.items()}
-    _remove_unseen({node_id: asked[node_id].probe for node_id, answer in answers.items() if answer.read_back})
-    answering = [seen[node_id] for node_id, answer in answers.items() if answer.facts is not None]
-    if answering:
-        _wait(answering, timeout_s=deadline - time.monotonic(), check=check)
-    return [_with_tensorflow(answer, seen[node_id]) for node_id, answer in answers.items()]
+def _no_ray(address: str, err: Exception) -> Check:
+    if address:
+        remedy = "unset RAY_ADDRESS to run on this machine alone, or start the cluster it names (ray start --head)"
+        return Check("failed", f"RAY_ADDRESS={address}: {first_line(err)}", remedy)
+    remedy = "look at the logs in /tmp/ray/session_latest/logs, at free memory and disk, and at who uses Ray's ports"
+    return Check("failed", f"a private Ray: {first_line(err)}", remedy)
 
 
-def _wait(refs: list[Any], *, timeout_s: float, check: Callable[[], None]) -> None:
-    """Waits until all are there, or the time is over."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and len(ray.wait(refs, num_returns=len(refs), timeout=POLL_S)[0]) < len(refs):
-        check()
-
-
-def node_labels(addresses: dict[str, str]) -> dict[str, str]:
-    """What people call each node: its address, with the begin of its id where several have the same."""
-    known = list(addresses.values())
+def ask_nodes(question: Question, session: Session) -> dict[str, Facts | str]:
+    """The facts of all alive nodes of the connected Ray, or why a node gave none; by address and begin of the id."""
+    nodes = {f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": node for node in ray.nodes() if node["Alive"]}
+    asked = {label: _on(node["NodeID"]).remote(question, with_keras=True) for label, node in nodes.items()}
+    answers = collect(asked, session, timeout_s=ANSWER_TIMEOUT_S)
     return {
-        node_id: address if known.count(address) == 1 else f"{address}/{node_id[:6]}"
-        for node_id, address in addresses.items()
+        label: answer if isinstance(answer, str) else replace(answer, ray_gpus=nodes[label]["Resources"].get("GPU", 0))
+        for label, answer in answers.items()
     }
 
 
-def _probe(question: Question, node_id: str) -> str:
-    return storage.join(question.storage, storage.temporary_name(f"doctor-{node_id[:12]}"))
-
-
-@contextmanager
-def _sent_by_value() -> Iterator[None]:
-    """Tasks carry the code of `doctor_facts` with them, so that nodes without this package answer, too."""
-    cloudpickle.register_pickle_by_value(doctor_facts)
-    try:
-        yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(doctor_facts)
-
-
-def _on(node_id: str, function: Any) -> Any:
-    """The function as a task on that node, which needs none of its CPUs (a cluster's head often offers none)."""
+def _on(node_id: str) -> Any:
+    """The question as a task on that node, which needs none of its CPUs (a cluster's head often offers none)."""
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=pinned)
+    return ray.remote(num_cpus=0, max_retries=0)(gather).options(scheduling_strategy=pinned)
 
 
-def _answer_of(reference: Any, *, node: str, resources: Mapping[str, float], timeout_s: float) -> Answer:
-    answer = Answer(
-        node=node, ray_gpus=resources.get("GPU", 0.0), object_store_bytes=resources.get("object_store_memory")
+def collect(references: Mapping[str, Any], session: Session, *, timeout_s: float) -> dict[str, Facts | str]:
+    """What some tasks give, or why they gave nothing in time.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    deadline, tasks = time.monotonic() + timeout_s, list(references.values())
+    session.watch(
+        lambda seconds: (
+            len(ray.wait(tasks, num_returns=len(tasks), timeout=seconds)[0]) == len(tasks)
+            or time.monotonic() > deadline
+        )
     )
+    return {name: _answer_of(reference, timeout_s) for name, reference in references.items()}
+
+
+def _answer_of(reference: Any, timeout_s: float) -> Facts | str:
     try:
-        return replace(answer, facts=facts_from(ray.get(reference, timeout=0)))
-    except ray.exceptions.GetTimeoutError:
-        return replace(answer, problem=f"no answer within {timeout_s:.0f} s")
-    except RayError as err:
-        return replace(answer, problem=f"{type(err).__name__}: {first_line(err)}")
-
-
-def _with_tensorflow(answer: Answer, reference: Any) -> Answer:
-    if answer.facts is None:
-        return answer
-    try:
-        return replace(answer, tensorflow=TensorFlowFacts(**ray.get(reference, timeout=0)))
-    except RayError as err:
-        words = "no answer in time" if isinstance(err, ray.exceptions.GetTimeoutError) else first_line(err)
-        return replace(answer, tensorflow=TensorFlowFacts(problem=words))
-
-
-def with_read_back(answer: Answer, *, probe: str) -> Answer:
-    """The answer with what came of reading its probe, which is deleted."""
-    if answer.facts is None or answer.facts.storage_problem != "":
-        return answer
-    try:
-        same = storage.read_bytes(probe) == probe.encode()
-        storage.delete(probe)
-    except (OSError, MnistDistError) as err:
-        return replace(answer, read_back=first_line(err))
-    return replace(answer, read_back="" if same else "it reads other bytes than were written")
-
-
-def _remove_unseen(probes: dict[str, str]) -> None:
-    """Deletes the probes that the driver does not see, where they were put."""
-    with _sent_by_value():
-        gone = [_on(node_id, remove_probe).remote(probe) for node_id, probe in probes.items()]
-    if gone:
-        ray.wait(gone, num_returns=len(gone), timeout=CONNECT_TIMEOUT_S)
+        facts: Facts = ray.get(reference, timeout=0)
+    except GetTimeoutError:
+        return f"no answer within {timeout_s:.0f} s"
+    except RayError as err:  # of a task that raised, the last line says what
+        return str(err).strip().splitlines()[-1]
+    return facts
 
 
 # --- what concerns all nodes together, or the driver alone -----------------------------------------------------------
 
 
-def _skipped(name: str, why: str) -> Check:
-    return Check(name=name, node=ALL, status="skipped", found=why)
-
-
-def _storage_for_all(job: DoctorJob, *, nodes: int) -> Check:
+def storage_for(job: DoctorJob, *, nodes: int) -> Check:
     """Whether the jobs would take this storage on so many nodes."""
-    check = Check(name="storage", node=ALL, status="ok", found=job.storage, expected="a place that every node sees")
     try:
-        check_storage(job.storage, is_shared=job.storage_is_shared, nodes=max(1, nodes))
+        check_storage(job.storage, is_shared=job.storage_is_shared, nodes=nodes)
     except ConfigError as err:
-        remedy = (
-            "give --storage s3://..., or the absolute path of a folder that all nodes share and --storage-is-shared"
-        )
-        return replace(check, status="failed", found=first_line(err), remedy=remedy)
-    return replace(check, found=f"{job.storage} is fit for {max(1, nodes)} node(s)")
+        remedy = "give --storage s3://..., or the absolute path of a folder that nodes share and --storage-is-shared"
+        return Check("failed", first_line(err), remedy)
+    return Check("ok", f"{job.storage} is fit for {nodes} node(s)")
 
 
-def _weights(answers: Sequence[Answer], *, job: DoctorJob, question: Question) -> Iterator[Check]:
-    if job.weights == "none":
-        yield _skipped("weights", "none are needed")
-        return
-    for node, facts in _who_trains(answers):
-        if question.weights_url is not None and facts.weights is not None:
-            yield checks.published_weights(node, facts.weights, url=question.weights_url)
-    yield from _seen("weights", answers, job=job)
+def working_dir(folder: Path) -> Check:
+    """What `ray job submit --working-dir` would send of a folder."""
+    sizes = sent_sizes(folder)
+    return checks.sent(sizes, left_out=[name for name in NEEDED if (folder / name).exists() and name not in sizes])
 
 
-def _bundle(answers: Sequence[Answer], *, job: DoctorJob) -> Iterator[Check]:
-    if job.bundle is None:
-        yield _skipped("bundle", "no --bundle is named")
-        return
-    uri = dict(_places(job))["bundle"]
-    driver = answers[0].facts
-    if driver is None or driver.places[uri] is None:  # it would be tried for minutes
-        yield checks.place("bundle", DRIVER, None, uri=uri)
-    else:
-        yield whole_bundle(job.bundle)
-    yield from (check for check in _seen("bundle", answers, job=job) if check.node != DRIVER)
+def sent_sizes(folder: Path) -> dict[str, int]:
+    """Bytes that Ray would send, by the name directly below the folder. Ray packs without compressing.
 
-
-def _seen(name: str, answers: Sequence[Answer], *, job: DoctorJob) -> Iterator[Check]:
-    places = dict(_places(job))
-    if name in places:
-        for answer in answers:
-            if answer.facts is not None:
-                uri = places[name]
-                yield checks.place(name, answer.node, answer.facts.places[uri], uri=uri)
-
-
-def _who_trains(answers: Sequence[Answer]) -> Iterator[tuple[str, doctor_facts.Facts]]:
-    """The nodes; the driver where there are none."""
-    answering = [(answer.node, answer.facts) for answer in answers if answer.facts is not None]
-    yield from (answering[1:] or answering)
-
-
-def whole_bundle(uri: str) -> Check:
-    """Whether the bundle is complete and the one it was finished with."""
-    check = Check(name="bundle", node=DRIVER, status="ok", found="", expected="a finished bundle")
-    try:
-        info = load_bundle(uri).info
-    except (OSError, MnistDistError) as err:
-        remedy = f"name the folder of a finished bundle (it holds {BUNDLE_FILE}), or train it again, as --bundle"
-        return replace(check, status="failed", found=first_line(err), remedy=remedy)
-    return replace(check, found=f"{uri}: {info.backbone}, {len(info.class_names)} classes, of {info.created_at}")
-
-
-def check_working_dir(folder: Path) -> Check:
-    """What `ray job submit --working-dir` would upload of a folder."""
-    try:
-        sizes = packed_sizes(folder)
-    except OSError as err:
-        remedy = f"make {folder} readable, or write what is not into .rayignore"
-        return Check(name="working dir", node=DRIVER, status="failed", found=first_line(err), remedy=remedy)
-    return checks.working_dir(
-        str(folder),
-        size_bytes=sum(sizes.values()),
-        largest=sorted(sizes.items(), key=lambda item: -item[1]),
-        left_out=[name for name in NEEDED if (folder / name).exists() and name not in sizes],
-        limit_bytes=packaging.GCS_STORAGE_MAX_SIZE,
-    )
-
-
-def packed_sizes(folder: Path) -> dict[str, int]:
-    """Bytes that Ray would pack, by the name directly below the folder that they lie in. Ray packs without compressing.
-
-    What is left out is told by Ray's own code, as `ray job submit` calls it: .gitignore, .rayignore, its own list.
+    Further .gitignore and .rayignore below the folder would leave out more.
     """
+    files = [folder / name for name in (".gitignore", ".rayignore")]
+    specs = [GitIgnoreSpec.from_lines(NEVER_SENT)]
+    specs += [GitIgnoreSpec.from_lines(file.read_text().splitlines()) for file in files if file.is_file()]
     sizes: dict[str, int] = {}
-
-    def add(path: Path) -> None:
-        if path.is_file():
-            name = path.relative_to(folder).parts[0]
-            sizes[name] = sizes.get(name, 0) + path.stat().st_size
-
-    packaging._dir_travel(
-        folder,
-        [packaging._get_excludes(folder, ray_constants.get_runtime_env_default_excludes())],
-        add,
-        include_gitignore=os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1",
-        logger=log,
-    )
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        inside = Path(parent).relative_to(folder)
+        folders[:] = [name for name in folders if not any(spec.match_file(inside / name) for spec in specs)]
+        for path in (inside / name for name in names if not any(spec.match_file(inside / name) for spec in specs)):
+            if (folder / path).is_file():
+                sizes[path.parts[0]] = sizes.get(path.parts[0], 0) + (folder / path).stat().st_size
     return sizes

@@ -1,8 +1,6 @@
-"""What one node says of itself: versions, processor, memory, disks, what it sees of storage, S3 and weights.
+"""What one node says of itself: versions, Keras, memory, disks, what it sees of storage, S3 and weights.
 
-Owns: the questions and the answers, as plain values; judges nothing (`doctor_checks`). Its functions are sent to the
-nodes by value, so that a node without this package answers, too: at the top there is the standard library alone, and
-everything else is imported where it is tried.
+Owns: the questions and the answers, as plain values; judges nothing (`checks`). Errors are answers.
 """
 
 import contextlib
@@ -10,7 +8,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -18,28 +15,37 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from mnist_dist import storage
+from mnist_dist.errors import first_line
+from mnist_dist.models.backbones import keras_models_folder
+
 CONNECT_TIMEOUT_S = 5
-VARIABLES = ("TF_USE_LEGACY_KERAS", "KERAS_BACKEND")
+KERAS_TIMEOUT_S = 120.0  # importing takes 7 s of a core, and a first time reads half a GiB from the disk
 # In a process of its own: a TensorFlow that aborts is an answer, too.
-_TENSORFLOW = """
+_KERAS = """
 import json
-import tensorflow as tf
 import keras
+backend = keras.backend.backend()
+if backend == "jax":
+    import jax
+    gpus = sum(device.platform == "gpu" for device in jax.devices())
+else:
+    import tensorflow
+    gpus = len(tensorflow.config.list_physical_devices("GPU"))
 print(json.dumps({
-    "tensorflow": tf.__version__,
-    "keras": keras.__version__,
-    "backend": keras.backend.backend(),
+    "backend": backend,
     "image_data_format": keras.config.image_data_format(),
     "floatx": keras.config.floatx(),
-    "gpus": len(tf.config.list_physical_devices("GPU")),
-    "with_cuda": tf.test.is_built_with_cuda(),
+    "gpus": gpus,
 }))
 """
 
@@ -52,10 +58,8 @@ class Question:
     """Names whose versions are asked for."""
     storage: str
     """Folder or `s3://` prefix, absolute."""
-    probe: str
-    """URI of the object that this node puts below the storage."""
-    places: tuple[str, ...] = ()
-    """URIs that the node must see."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Name of a check -> URI that the node must see."""
     weights_url: str | None = None
     """Where the ImageNet weights are published; None: they are not needed."""
 
@@ -78,131 +82,65 @@ class S3Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsFacts:
-    """Whether the published weights can be had."""
-
-    folder: str
-    """Keras' cache."""
-    there: bool
-    """Whether the file lies in the cache."""
-    problem: str = ""
-    """Why it cannot be downloaded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a node says of itself."""
-
-    python: str
-    versions: Mapping[str, str]
-    """Of the packages that are installed."""
-    variables: Mapping[str, str]
-    """Those of `VARIABLES` that are set."""
-    package_problem: str
-    """Why this package cannot be imported."""
-    cpu_model: str
-    cpu_flags: tuple[str, ...]
-    """As /proc/cpuinfo lists them; empty where there is none."""
-    cpus: int
-    memory_free_bytes: int | None
-    """Of the machine, or of its container where that has less; None: not known."""
-    shared_memory_bytes: int | None
-    """Size of /dev/shm; None: there is none."""
-    disks: Mapping[str, tuple[int, int]]
-    """Folder -> total and free bytes of its disk."""
-    gpu_devices: int
-    """NVIDIA devices that processes can open."""
-    storage_problem: str | None
-    """Why the probe could not be put; None: not tried, S3 is out of reach."""
-    places: Mapping[str, str | None]
-    """URI -> why it is not seen; empty: it is; None: not tried."""
-    s3: S3Facts | None = None
-    """None: nothing lies on S3."""
-    weights: WeightsFacts | None = None
-    """None: not needed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorFlowFacts:
-    """What a process that imports TensorFlow and Keras sees."""
+class KerasFacts:
+    """What a process that imports Keras sees."""
 
     problem: str = ""
     """Why it could not."""
-    tensorflow: str = ""
-    keras: str = ""
     backend: str = ""
     image_data_format: str = ""
     floatx: str = ""
     gpus: int = 0
-    with_cuda: bool = False
+    """That the backend can use."""
 
 
-def gather(question: Question) -> dict[str, Any]:
-    """The fields of `Facts`, as values that need no class of ours; puts the probe. Makes no error of anything."""
-    package_problem = _tried(_import_package)
-    on_s3 = [uri for uri in (question.storage, *question.places) if uri.startswith("s3://")]
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a process says of itself and of its machine."""
+
+    versions: Mapping[str, str]
+    """Of the packages that are installed."""
+    keras_backend: str
+    """`KERAS_BACKEND`; empty: not set."""
+    storage_problem: str | None
+    """Why the storage cannot be written; empty: it can; None: not tried, S3 is out of reach."""
+    unseen: Mapping[str, str | None]
+    """Name of a place -> why it is not seen; empty: it is; None: not tried."""
+    s3: S3Facts | None
+    """None: nothing lies on S3."""
+    free_memory_bytes: int
+    """Of the machine, or of its container where that has less."""
+    disks: Mapping[str, tuple[int, int]]
+    """Folder -> total and free bytes of its disk."""
+    gpu_devices: int
+    """NVIDIA devices that processes can open."""
+    weights_folder: str
+    """Keras' cache of downloads."""
+    weights_problem: str | None
+    """Why the published weights are neither there nor can be downloaded; empty: they are; None: not needed."""
+    keras: KerasFacts | None
+    """None: not asked."""
+    ray_gpus: float | None = None
+    """That Ray hands out there; None: no Ray."""
+
+
+def gather(question: Question, *, with_keras: bool) -> Facts:
+    """What this process finds; with Keras, it takes up to `KERAS_TIMEOUT_S`, else a few seconds at most."""
+    on_s3 = [uri for uri in (question.storage, *question.places.values()) if storage.is_remote(uri)]
     s3 = _s3_facts(on_s3[0]) if on_s3 else None
-    facts = Facts(
-        python=platform.python_version(),
+    return Facts(
         versions=_versions(question.packages),
-        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
-        package_problem=package_problem,
-        **_processor(),
-        memory_free_bytes=_or_none(_memory_free_bytes),
-        shared_memory_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
-        disks=_disks(question.storage),
-        gpu_devices=sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia*")),
-        storage_problem=_if_reached(question.storage, s3, package_problem, lambda: _put(question.probe)),
-        places={uri: _if_reached(uri, s3, package_problem, functools.partial(_see, uri)) for uri in question.places},
+        keras_backend=os.environ.get("KERAS_BACKEND", ""),
+        storage_problem=_reached(question.storage, s3, lambda: storage.check_writable(question.storage)),
+        unseen={name: _reached(uri, s3, functools.partial(_see, uri)) for name, uri in question.places.items()},
         s3=s3,
-        weights=None if question.weights_url is None else _weights_facts(question.weights_url),
+        free_memory_bytes=_free_memory_bytes(),
+        disks=_disks(question.storage),
+        gpu_devices=sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")),
+        weights_folder=str(keras_models_folder()),
+        weights_problem=None if question.weights_url is None else _weights_problem(question.weights_url),
+        keras=_keras_facts() if with_keras else None,
     )
-    return dataclasses.asdict(facts)
-
-
-def _or_none(call: Callable[[], int | None]) -> int | None:
-    try:
-        return call()
-    except (OSError, ValueError, KeyError):  # a kernel, or a container, that says it in another way
-        return None
-
-
-def facts_from(values: Mapping[str, Any]) -> Facts:
-    """The answer of `gather`, which may have crossed a border of processes."""
-    s3, weights = values["s3"], values["weights"]
-    nested = {"s3": s3 and S3Facts(**s3), "weights": weights and WeightsFacts(**weights)}
-    return Facts(**{**values, **nested})
-
-
-def ask_tensorflow(timeout_s: float) -> dict[str, Any]:
-    """The fields of `TensorFlowFacts`, from a process of its own that may take so long."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from tasks that reserve none
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, "-c", _TENSORFLOW]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"problem": f"not imported within {timeout_s:.0f} s"}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        how = f"exit {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
-        return {"problem": f"{how}: {last}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def remove_probe(probe: str) -> None:
-    """Deletes a probe on the node that put it; what happens is nobody's concern any more."""
-    _tried(lambda: _delete(probe))
-
-
-def keras_models_folder() -> Path:
-    """Where Keras keeps its downloads: below /tmp where the home folder cannot be written (as `classifier` finds it,
-    which loads Keras)."""
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")).expanduser()
-    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
-    return (home if os.access(nearest, os.W_OK) else Path("/tmp/.keras")) / "models"
 
 
 def _tried(action: Callable[[], object]) -> str:
@@ -210,82 +148,60 @@ def _tried(action: Callable[[], object]) -> str:
     try:
         action()
     except Exception as err:
-        return f"{type(err).__name__}: {(str(err).strip() or 'no message').splitlines()[0]}"
+        return f"{type(err).__name__}: {first_line(err)}"
     return ""
 
 
-def _if_reached(uri: str, s3: S3Facts | None, package_problem: str, action: Callable[[], object]) -> str | None:
+def _reached(uri: str, s3: S3Facts | None, action: Callable[[], object]) -> str | None:
     """None where it is known not to work, which S3's own retries would take minutes to find out."""
-    remote = uri.startswith("s3://")
-    if package_problem or (remote and (s3 is None or s3.problem or s3.credentials is None)):
+    if storage.is_remote(uri) and (s3 is None or s3.problem or s3.credentials is None):
         return None
     return _tried(action)
 
 
-def _import_package() -> None:
-    import mnist_dist.storage  # noqa: F401 - what matters is that it can be
-
-
-def _put(probe: str) -> None:
-    from mnist_dist import storage
-
-    storage.write_bytes(probe, probe.encode())
-
-
-def _delete(probe: str) -> None:
-    from mnist_dist import storage
-
-    storage.delete(probe)
-
-
 def _see(uri: str) -> None:
-    from mnist_dist import storage
-
     if not storage.exists(uri):
         raise FileNotFoundError(f"nothing there: {uri}")
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+def _versions(packages: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in packages:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def _processor() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    return {
-        "cpu_model": fields.get("model name", platform.machine()),
-        "cpu_flags": tuple(fields.get("flags", "").split()),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    }
+def _keras_facts() -> KerasFacts:
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from tasks that reserve none
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-c", _KERAS]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=KERAS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return KerasFacts(problem=f"not imported within {KERAS_TIMEOUT_S:.0f} s")
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        how = f"exit {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+        return KerasFacts(problem=f"{how}: {last}")
+    return KerasFacts(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _memory_free_bytes() -> int | None:
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.exists():
-        return None
-    kib = {line.partition(":")[0]: line.split()[1] for line in meminfo.read_text().splitlines()}
-    free = int(kib["MemAvailable"]) * 1024
-    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-    if limit == "max":
-        return free
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # files can be dropped
-    return min(free, int(limit) - used)
+def _free_memory_bytes() -> int:
+    free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or a kernel that says it otherwise
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # files can be dropped
+        free = min(free, limit - used)
+    return free
 
 
 def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:
     """Of the temporary folders, where Ray spills to, and of a local storage; each disk once."""
     folders = [Path(os.environ.get("RAY_TMPDIR", "/tmp")), Path(tempfile.gettempdir())]
-    if not storage_uri.startswith("s3://"):
+    if not storage.is_remote(storage_uri):
         folders.append(Path(storage_uri))
     disks: dict[int, tuple[str, tuple[int, int]]] = {}
     for folder in folders:
@@ -296,12 +212,19 @@ def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:
     return dict(disks.values())
 
 
+def _weights_problem(url: str) -> str:
+    if (keras_models_folder() / url.rpartition("/")[2]).is_file():
+        return ""
+    request = urllib.request.Request(url, method="HEAD")
+    return _tried(lambda: urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S).close())
+
+
 def _s3_facts(uri: str) -> S3Facts:
     """Asks the endpoint for the bucket without credentials, once: whatever it answers, it answers, and with a date."""
     try:
         return _ask_endpoint(uri.removeprefix("s3://").partition("/")[0])
-    except Exception as err:  # botocore missing, a broken AWS configuration, an endpoint that is no URL
-        return S3Facts(problem=f"{type(err).__name__}: {err}")
+    except Exception as err:  # a broken AWS configuration, an endpoint that is no URL
+        return S3Facts(problem=f"{type(err).__name__}: {first_line(err)}")
 
 
 def _ask_endpoint(bucket: str) -> S3Facts:
@@ -329,21 +252,10 @@ def _ask_endpoint(bucket: str) -> S3Facts:
     except ClientError as err:
         answer = err.response
     except BotoCoreError as err:
-        return dataclasses.replace(facts, problem=str(err))
+        return dataclasses.replace(facts, problem=first_line(err))
     headers = answer["ResponseMetadata"].get("HTTPHeaders", {})
     return dataclasses.replace(
         facts,
         bucket_region=headers.get("x-amz-bucket-region"),
         skew_s=time.time() - parsedate_to_datetime(headers["date"]).timestamp() if "date" in headers else None,
     )
-
-
-def _weights_facts(url: str) -> WeightsFacts:
-    folder = keras_models_folder()
-    there = (folder / url.rpartition("/")[2]).is_file()
-    return WeightsFacts(folder=str(folder), there=there, problem="" if there else _tried(lambda: _ask_for(url)))
-
-
-def _ask_for(url: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_TIMEOUT_S):
-        pass
