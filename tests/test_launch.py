@@ -297,11 +297,8 @@ def packed(folder: Path, scratch: Path) -> tuple[set[str], int]:
 def checkout(tmp_path: Path) -> Path:
     """A copy of the project, and beside it what gathers in a checkout."""
     folder = tmp_path / "checkout"
-    ours = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [
-        ROOT / "tests",
-        ROOT / "jobs",
-        ROOT / "mnist_dist",
-    ]
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a worktree
+    ours = [*files, ROOT / "tests", ROOT / "jobs", ROOT / "mnist_dist"]
     for path in ours:
         folder.mkdir(exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
