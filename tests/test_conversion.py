@@ -1006,7 +1006,7 @@ def until_scored(job: Job, output: Path) -> Scored:
                 libraries.update(mapped_by(worker.pid))
         return bool(libraries)
 
-    job.wait_for(look)
+    job.until(look)
     code, _, err = job.ended()
     assert code == 0, err
     return Scored(output, plan, libraries)
@@ -1028,7 +1028,7 @@ def by_keras(converted: Engines, images: Path, tmp_path_factory: pytest.TempPath
     """A table that a driver began, which was killed; and which another one was refused and a third one finished."""
     output, bundle = tmp_path_factory.mktemp("by_keras") / "table", converted.bundle.path
     with Job(bundle, images, output, "--engine", "keras") as job:
-        job.wait_for(lambda: job.shards_done() >= 2)
+        job.until(lambda: job.shards_done() >= 2)
         job.descendants()
         job.kill()
         done = job.shards_done()

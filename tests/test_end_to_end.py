@@ -7,6 +7,7 @@ of images, whose table is evaluated.
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def kill_when(happened: Callable[[], Any], *command: str, **environment: str) ->
     with Command(*command, **environment) as job:
         assert job.until(happened), job.stderr()
         job.kill()
+    assert job.process.returncode == -signal.SIGKILL
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def test_score_resumes_after_its_driver_is_killed(trained: Ended, scored: Ended,
     assert not (tmp_path / "table" / "_SUCCESS").exists()
     resumed = run(*command)
     assert resumed.code == 0, resumed.stderr
-    assert SHARD * 2 <= resumed.result["skipped"] < IMAGES
+    assert 0 < resumed.result["skipped"] < IMAGES
     ours, theirs = (
         {row["uri"]: (row["status"], row["predicted_class"], row["etag"]) for row in rows.to_pylist()}
         for rows in (read_predictions(tmp_path / "table"), read_predictions(scored.result["output"]))
@@ -163,7 +165,7 @@ def test_export_end_to_end(trained: Ended, tmp_path: Path) -> None:
 
 
 def test_search_end_to_end_although_its_driver_is_killed(tmp_path: Path) -> None:
-    settings = "--limit 600 --trials 4 --trial-epochs 2 --finalists 1 --finalist-epochs 2 --name run"
+    settings = "--limit 600 --trials 3 --trial-epochs 2 --finalists 1 --finalist-epochs 2 --name run"
     command = ("jobs.search", "search-digits", "--storage", str(tmp_path), *settings.split())
 
     def finished_trials() -> dict[str, bytes]:
@@ -172,13 +174,13 @@ def test_search_end_to_end_although_its_driver_is_killed(tmp_path: Path) -> None
 
     kill_when(finished_trials, *command)
     before = finished_trials()
-    assert len(before) < 4
+    assert len(before) < 3
     code, result, err = run_command(*command)
     assert code == 0, err
     assert "going on with" in err
     assert {name: finished_trials()[name] for name in before} == before
-    assert (result["job"], result["trials"], result["failed"]) == ("search", 4, 0)
-    assert sorted(pq.read_table(result["leaderboard"])["trial"].to_pylist()) == [0, 1, 2, 3]
+    assert (result["job"], result["trials"], result["failed"]) == ("search", 3, 0)
+    assert sorted(pq.read_table(result["leaderboard"])["trial"].to_pylist()) == [0, 1, 2]
     assert load_bundle(result["bundle"]).info.test["accuracy"] == result["best"]["test_accuracy"] > 0.5
 
 

@@ -24,7 +24,7 @@ GOOD = encoded(Image.fromarray(rgb_pixels()), "JPEG")
 LARGE = encoded(Image.new("RGB", (1300, 900)), "PNG")  # takes more memory than an eater of all leaves
 NOISE = encoded(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8)), "PNG")
 MOST_PIXELS = 1_200_000
-END_S = 20
+END_S = 120
 
 PARENT = """
 import sys

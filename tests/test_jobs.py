@@ -1,14 +1,12 @@
 """The commands as a person types them: exit codes, the JSON line, quietness, the README's words."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
-from harness import ROOT, run_command
+from harness import ROOT, Command, run_command
 
 from mnist_dist.recipes import TRAINING_RECIPES
 
@@ -101,13 +99,12 @@ def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> No
     "job", ["train", *(pytest.param(job, marks=pytest.mark.slow) for job in ("quickstart", "benchmark"))]
 )
 def test_help_names_every_flag_with_its_default(job: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0
-    flags = re.findall(r"^│ (--[a-z0-9-]+)", done.stdout, re.MULTILINE)
+    with Command(f"jobs.{job}", "--help") as command:
+        assert command.ended()[0] == 0
+        shown = command.stdout()
+    flags = re.findall(r"^│ (--[a-z0-9-]+)", shown, re.MULTILINE)
     assert len(flags) >= 2
-    assert len(re.findall(r"\(default:", done.stdout.replace("│\n│", " "))) >= len(flags)
+    assert len(re.findall(r"\(default:", shown.replace("│\n│", " "))) >= len(flags)
 
 
 def test_the_readme_names_the_commands_that_there_are() -> None:

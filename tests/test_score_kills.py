@@ -1,22 +1,17 @@
 """The scoring command under real kills: whatever dies and whenever, there is exactly one row for each image."""
 
 import contextlib
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from harness import ROOT, write_spread_bundle
+from harness import Command, title, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import load_bundle
@@ -27,8 +22,6 @@ CRASHING = Path(__file__).parent / "crashing"
 GOOD, SHARD = 396, 20
 BROKEN = {"empty.png": "empty", "cut.png": "truncated", "text.png": "unsupported", "gone.png": "missing"}
 WIDTH, HEIGHT = 1400, 1200  # decoding 400 of these takes long enough to be killed in the middle, on any machine
-GONE_S = 30.0
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # of Ray; they look for their dead parent once a minute
 CHAOS_SEEDS = range(100, 116)
 KILLS_IN_CHAOS = 2  # of each seed
 
@@ -84,59 +77,21 @@ def undisturbed(undisturbed_table: Path, bundle: Path) -> Rows:
     return rows
 
 
-class Job:
-    """`python -m jobs.score` on a Ray of its own; when the block is left, no process of it is."""
+class Job(Command):
+    """`python -m jobs.score`."""
 
     def __init__(self, bundle: Path, images: Path, output: Path, *flags: str, **environment: str) -> None:
         self._work = output / "_work"
-        self._known: dict[int, psutil.Process] = {}
-        command = [sys.executable, "-m", "jobs.score", "--bundle", str(bundle), "--input", str(images)]
-        command += ["--output", str(output), "--shard-size", str(SHARD)]
-        command += ["--actors", "1", "--cpus-per-actor", "1"]
-        self.process = subprocess.Popen(
-            [*command, *flags],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # a signal for the job is none for its Ray
-        )
+        command = ["jobs.score", "--bundle", str(bundle), "--input", str(images), "--output", str(output)]
+        command += ["--shard-size", str(SHARD), "--actors", "1", "--cpus-per-actor", "1"]
+        super().__init__(*command, *flags, **environment)
 
     def __enter__(self) -> "Job":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.descendants()
-        self.process.kill()
-        self.process.communicate()
-        for process in alive(self._known.values()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def descendants(self) -> list[psutil.Process]:
-        """The processes that the job has now."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found = psutil.Process(self.process.pid).children(recursive=True)
-            self._known |= {process.pid: process for process in found}
-            return found
-        return []
-
     def workers(self, kind: str) -> list[psutil.Process]:
-        """Ray's worker processes that are at work on something."""
+        """Processes of the job's Ray that are something, or at work on something."""
         return [process for process in self.descendants() if kind in title(process)]
-
-    def wait_for_line(self, start: str) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith(start):
-                return
-        raise AssertionError(f"the job ended without a line that starts with {start!r}")
-
-    def wait_for(self, happened: Callable[[], Any], *, poll_s: float = 0.02) -> None:
-        """Returns as soon as something is so, or the job has ended."""
-        while not happened() and self.process.poll() is None:
-            time.sleep(poll_s)
 
     def shards_done(self) -> int:
         return sum(1 for _ in self._work.glob("g*/shard-*.parquet"))
@@ -146,38 +101,6 @@ class Job:
 
     def is_publishing_the_table(self) -> bool:
         return any(self._work.glob("g*/commit.json"))
-
-    def kill(self) -> None:
-        """Kills the driver at once; its Ray, as far as `descendants` has seen it, ends with it."""
-        self.process.kill()
-        self.process.wait()
-        left = list(self._known.values())
-        deadline = time.monotonic() + GONE_S
-        while (still := [p for p in alive(left) if not title(p).startswith(AGENTS)]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not still, [title(process) for process in still]
-
-    def ended(self) -> tuple[int, dict[str, Any], str]:
-        """Exit code, JSON of stdout's last line, stderr."""
-        out, err = self.process.communicate(timeout=110)
-        lines = out.splitlines()
-        return self.process.returncode, json.loads(lines[-1]) if lines else {}, err
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def alive(processes: Any) -> list[psutil.Process]:
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def rows_of(output: Path) -> Rows:
@@ -223,14 +146,14 @@ def kill_at(moment: str, job: Job, choose: random.Random) -> None:
         job.descendants()
     elif moment == "scoring":
         wanted = choose.randint(1, 17)
-        job.wait_for(lambda: job.shards_done() >= wanted)
+        job.until(lambda: job.shards_done() >= wanted)
         job.descendants()
         time.sleep(choose.uniform(0, 0.3))
     else:
-        job.wait_for(lambda: job.shards_done() >= 1)
+        job.until(lambda: job.shards_done() >= 1)
         job.descendants()
         begun, most_s = choose.choice([(job.is_building_the_table, 0.05), (job.is_publishing_the_table, 0.01)])
-        job.wait_for(begun, poll_s=0.0005)
+        job.until(begun, poll_s=0.0005)
         time.sleep(choose.uniform(0, most_s))
     job.kill()
 
@@ -269,22 +192,23 @@ def test_drivers_are_killed_again_and_again(
 
 @pytest.fixture(scope="module")
 def all_scored(tmp_path_factory: pytest.TempPathFactory, bundle: Path, images: Path) -> Path:
-    """An output whose shards are all done, and whose driver was killed when it began to make the table of them."""
-    for _ in range(3):  # the driver may be through before this process gets a core to see it
-        output = tmp_path_factory.mktemp("all_scored") / "table"
-        with Job(bundle, images, output) as job:
-            job.wait_for(job.is_building_the_table, poll_s=0.0005)
-            job.process.kill()
-        if job.shards_done() == 20:
-            return output
-    pytest.fail("no driver was caught when it began to make the table")
+    """An output whose shards are all done, and of whose table nothing is made."""
+    output = tmp_path_factory.mktemp("all_scored") / "table"
+    in_the_way = output / "part-g0001-00000.parquet"
+    in_the_way.mkdir(parents=True)
+    with Job(bundle, images, output) as job:
+        assert job.ended()[1]["error_type"] == "IsADirectoryError"
+    in_the_way.rmdir()
+    (output / "_work" / "g0001" / "commit.json").unlink()
+    shutil.rmtree(output / "_work" / "g0001" / "out")
+    assert job.shards_done() == 20
+    return output
 
 
 def assert_commits_after_a_kill(
     output: Path, all_scored: Path, bundle: Path, images: Path, expected: Rows, choose: random.Random
 ) -> None:
     shutil.copytree(all_scored, output)
-    shutil.rmtree(output / "_work" / "g0001" / "out", ignore_errors=True)
     with Job(bundle, images, output) as job:
         kill_at("committing", job, choose)
     assert_goes_on_to_the_end(bundle, images, output, expected)
@@ -332,12 +256,14 @@ def test_a_signal_keeps_what_is_done_and_prints_the_command_that_goes_on(
     tmp_path: Path, bundle: Path, images: Path, undisturbed: Rows, number: signal.Signals
 ) -> None:
     with Job(bundle, images, tmp_path / "table") as job:
-        job.wait_for(lambda: job.shards_done() >= 3)
+        assert job.until(lambda: job.shards_done() >= 3)
+        job.process.send_signal(signal.SIGSTOP)  # so that it is not through before the second one has begun
         with Job(bundle, images, tmp_path / "table") as second:
             code, result, _ = second.ended()
         assert code == 2
         assert "another driver is at work on" in result["error"]
         job.process.send_signal(number)
+        job.process.send_signal(signal.SIGCONT)
         code, result, err = job.ended()
         done = job.shards_done()
     assert code == 128 + number
@@ -355,12 +281,11 @@ def test_a_signal_while_the_actors_start_ends_the_job_without_another_ray(
     tmp_path: Path, bundle: Path, images: Path
 ) -> None:
     with Job(bundle, images, tmp_path / "table") as job:
-        job.wait_for_line("scoring")
-        time.sleep(1)
+        assert job.until(lambda: job.workers("ShardActor"))  # it loads the model now
+        rays = {process.pid for process in job.workers("gcs_server")}
         job.process.send_signal(signal.SIGTERM)
-        rays: set[int] = set()
         while job.process.poll() is None:
-            rays |= {process.pid for process in job.descendants() if "gcs_server" in title(process)}
+            rays |= {process.pid for process in job.workers("gcs_server")}
             time.sleep(0.05)
         code, result, _ = job.ended()
     assert code == 143
@@ -383,7 +308,7 @@ def kill_workers(job: Job, kind: str, *, shards_done: int) -> None:
                     killed.append(worker)
         return bool(killed)
 
-    job.wait_for(kill)
+    job.until(kill)
     assert killed
 
 
