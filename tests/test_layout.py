@@ -25,6 +25,7 @@ FLOORS = {
             "side_thread",
             "session",
             "documents",
+            "processor",
             "storage",
             "s3_reads",
             "lock",

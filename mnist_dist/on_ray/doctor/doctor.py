@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import mnist_dist
-from mnist_dist import storage
+from mnist_dist import processor, storage
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.doctor_config import DoctorJob
@@ -264,11 +264,13 @@ def _probe(question: Question, node_id: str) -> str:
 @contextmanager
 def _sent_by_value() -> Iterator[None]:
     """Tasks carry the code of `doctor_facts` with them, so that nodes without this package answer, too."""
-    cloudpickle.register_pickle_by_value(doctor_facts)
+    for module in (doctor_facts, processor):
+        cloudpickle.register_pickle_by_value(module)
     try:
         yield
     finally:
-        cloudpickle.unregister_pickle_by_value(doctor_facts)
+        for module in (doctor_facts, processor):
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def _on(node_id: str, function: Any) -> Any:

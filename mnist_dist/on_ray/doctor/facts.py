@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mnist_dist import processor
+
 CONNECT_TIMEOUT_S = 5
 VARIABLES = ("TF_USE_LEGACY_KERAS", "KERAS_BACKEND")
 # In a process of its own: a TensorFlow that aborts is an answer, too.
@@ -256,16 +258,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _processor() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    return {
-        "cpu_model": fields.get("model name", platform.machine()),
-        "cpu_flags": tuple(fields.get("flags", "").split()),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    }
+    return {"cpu_model": processor.name(), "cpu_flags": processor.flags(), "cpus": processor.usable_cpus()}
 
 
 def _memory_free_bytes() -> int | None:

@@ -25,7 +25,7 @@ import ray
 from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
-from mnist_dist.engines.conversion import EngineChoice, open_engine
+from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.errors import DecoderStuck, ImageError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.scoring.attempts import FORESEEN, Attempts

@@ -23,7 +23,7 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences
 from mnist_dist.console import Console, Stop
-from mnist_dist.engines.conversion import EngineChoice
+from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
@@ -46,6 +46,7 @@ from mnist_dist.scoring.manifest import (
 )
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 
 WITH_RAY_DATA = "mnist_dist.on_ray.scoring.shards"  # loaded while Ray starts
@@ -297,8 +298,7 @@ class _Scoring:
             have=have,
             images=images,
             fallback=storage.join(self.output.uri, ENGINES_FOLDER),
-            console=self.console,
-            stop=self.stop,
+            session=Session(console=self.console, stop=self.stop),
         )
 
     def _plan(self, before: Committed | None, engine: EngineChoice) -> dict[str, Any]:
