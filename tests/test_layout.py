@@ -44,7 +44,7 @@ FLOORS = {
 }
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
-    f"{PACKAGE}.engines.export",
+    f"{PACKAGE}.engines.formats",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     f"{PACKAGE}.benchmarks.train",

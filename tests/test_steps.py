@@ -117,7 +117,12 @@ def until(condition: Callable[[], Any]) -> Any:
 
 def test_a_step_tells_how_far_it_is_and_gives_what_it_returns(tmp_path: Path) -> None:
     console = WithBar()
-    seen = threading.Thread(target=lambda: until(lambda: console.bar.told) and (tmp_path / "seen").touch())
+
+    def look() -> None:
+        until(lambda: console.bar.told)
+        (tmp_path / "seen").touch()
+
+    seen = threading.Thread(target=look)
     seen.start()
     assert run("count", str(tmp_path / "seen"), "ü 1 \n' \"", console=console) == "ü 1 \n' \""
     seen.join()
