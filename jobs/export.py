@@ -13,14 +13,7 @@ def main() -> dict[str, Any]:
     console.quiet(verbose=job.verbose)
     from mnist_dist.engines.export import export_bundle
 
-    return export_bundle(
-        job.bundle,
-        format=job.format,
-        output=job.output_uri,
-        tolerance=job.tolerance,
-        batch_size=job.batch_size,
-        console=shown,
-    )
+    return export_bundle(job, console=shown)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The configuration of an export: which bundle, in which format, to where, and how exactly it has to agree.
 
 Owns: the fields of an export, as `config.py` owns those of training and scoring, and where an export goes by default.
-Does not own: the formats themselves (`engines/export.py`).
+Does not own: the formats themselves (`engines/formats.py`).
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from mnist_dist.benchmarks.score_table import AIMS, TITLES, aims, ratio, summary
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.engines.conversion import EngineChoice
+from mnist_dist.engines.choice import EngineChoice
+from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
 from mnist_dist.scoring.decoding import DecodePool, Threads
 from mnist_dist.scoring.inputs import list_inputs
@@ -149,7 +151,7 @@ def test_the_table_has_a_line_for_each_peer_and_for_each_aim() -> None:
 def test_the_table_tells_conversion_small_inputs_and_memory_in_a_line_each() -> None:
     facts = {"source": "random", "images": 256, "agreement": 0.99609375}
     engines = [
-        {"engine": "keras", "precision": "float32", "engine_check": {}},
+        {"engine": "keras", "precision": "float32", "engine_check": None},
         {"engine": "openvino", "precision": "bfloat16", "engine_check": facts},
     ]
     prepared = {"vgg16": {"seconds": 41.26, "engines": engines}}
@@ -291,7 +293,16 @@ def test_our_job_is_told_the_engine_by_its_flags(task: Task, asked: EngineConfig
     assert (job.bundle, job.inputs.input, job.output) == ("b", ("i",), f"{task.scratch}/table")
 
 
-READY = EngineChoice(engine="openvino", uri="u", facts={"images_per_s": 440.5, "agreement": 1.0})
+CHECK = Check(
+    source="random",
+    images=256,
+    max_abs_difference=0.0,
+    agreement=1.0,
+    accuracy_loss=None,
+    images_per_s=440.5,
+    images_per_call=4,
+)
+READY = EngineChoice(engine="openvino", uri="u", check=CHECK)
 
 
 def ran(
@@ -315,11 +326,11 @@ def test_of_a_job_too_short_to_be_steady_the_whole_counts(task: Task) -> None:
 
 def test_our_job_may_take_keras_which_nobody_checks(task: Task) -> None:
     found = check_ours(ran(task, engine=EngineChoice()), 7, READY)["engine"]
-    assert (found["engine"], found["engine_check"]) == ("keras", {})
+    assert (found["engine"], found["engine_check"]) == ("keras", None)
 
 
 def test_our_job_does_not_count_where_it_converted_again(task: Task) -> None:
-    again = EngineChoice(engine="openvino", uri="u", facts={"images_per_s": 439.1, "agreement": 1.0})
+    again = EngineChoice(engine="openvino", uri="u", check=replace(CHECK, images_per_s=439.1))
     with pytest.raises(MnistDistError, match=r"checked before, .*440.5.* Received: .*439.1"):
         check_ours(ran(task, engine=again), 7, READY)
 

@@ -13,13 +13,14 @@ import pytest
 
 from mnist_dist.data.images import Pixels
 from mnist_dist.engines.calibration import (
-    MOST_IMAGES,
+    MAX_IMAGES,
     RANDOM_IMAGES,
     calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
 )
+from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import Bundle, BundleInfo
 
@@ -72,42 +73,35 @@ def numbers(images: Pixels) -> list[int]:
     return [int(image[0, 0, 0]) * 256 + int(image[0, 1, 0]) for image in images]
 
 
-@pytest.mark.parametrize(("count", "most"), [(23, 2_000), (23, 23), (23, 22), (23, 7), (23, 1)])
+@pytest.mark.parametrize(("count", "max_images"), [(23, 2_000), (23, 23), (23, 22), (23, 7), (23, 1)])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 def test_where_there_are_more_images_some_from_begin_to_end_are_taken(
-    tmp_path: Path, count: int, most: int, batch_size: int
+    tmp_path: Path, count: int, max_images: int, batch_size: int
 ) -> None:
     bundle = write_table(tmp_path, count)
-    batches = list(calibration_images(bundle, batch_size=batch_size, most=most))
+    batches = list(calibration_images(bundle, batch_size=batch_size, max_images=max_images))
     taken = numbers(np.concatenate(batches))
 
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert 1 <= len(batches[-1]) <= batch_size
-    assert len(taken) == len(set(taken)) == min(count, most)
+    assert len(taken) == len(set(taken)) == min(count, max_images)
     assert taken[0] == 0
-    if most > 1:
+    if max_images > 1:
         assert taken[-1] == count - 1
         gaps = np.diff(taken)
         assert gaps.max() - gaps.min() <= 1
     np.testing.assert_array_equal(np.concatenate(batches), numbered(count)[taken])
 
 
-@pytest.mark.parametrize("most", [2_000, 10, 6])
-def test_labels_are_those_of_the_images(tmp_path: Path, most: int) -> None:
-    bundle = write_table(tmp_path, 41)
-    images = np.concatenate(list(calibration_images(bundle, batch_size=8, most=most)))
-    labels = calibration_labels(bundle, most=most)
+def test_of_a_long_table_the_whole_of_it_is_represented(tmp_path: Path) -> None:
+    bundle = write_table(tmp_path, 2 * MAX_IMAGES + 500)
+    taken = np.concatenate(list(calibration_images(bundle, batch_size=300)))
+    assert calibration_of(bundle) == ("calibration", MAX_IMAGES)
+    assert (len(taken), numbers(taken)[-1]) == (MAX_IMAGES, 2 * MAX_IMAGES + 499)
+    labels = calibration_labels(bundle)
     assert labels is not None
     assert labels.dtype == np.int64
-    np.testing.assert_array_equal(labels, images[:, 0, 2, 0])
-
-
-def test_of_a_long_table_the_whole_of_it_is_represented(tmp_path: Path) -> None:
-    bundle = write_table(tmp_path, 2 * MOST_IMAGES + 500)
-    taken = np.concatenate(list(calibration_images(bundle, batch_size=300)))
-    assert calibration_of(bundle) == ("calibration", MOST_IMAGES)
-    assert (len(taken), numbers(taken)[-1]) == (MOST_IMAGES, 2 * MOST_IMAGES + 499)
-    np.testing.assert_array_equal(calibration_labels(bundle), taken[:, 0, 2, 0])
+    np.testing.assert_array_equal(labels, taken[:, 0, 2, 0])
 
 
 def test_a_table_without_labels_has_none(tmp_path: Path) -> None:
@@ -140,7 +134,7 @@ def test_without_images_there_are_random_ones_the_same_in_every_process(tmp_path
 
 
 def test_fewer_random_images_can_be_asked_for(tmp_path: Path) -> None:
-    sizes = [len(batch) for batch in calibration_images(bundle_at(tmp_path), batch_size=7, most=17)]
+    sizes = [len(batch) for batch in calibration_images(bundle_at(tmp_path), batch_size=7, max_images=17)]
     assert sizes == [7, 7, 3]
 
 
@@ -164,16 +158,21 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         list(calibration_images(bundle_at(tmp_path), batch_size=2))
 
 
-def test_predictions_stand_in_the_order_of_the_images(tmp_path: Path) -> None:
-    bundle, sizes, reports = write_table(tmp_path, 23), list[int](), list[tuple[int, int]]()
+class Reader:
+    """An engine that reads the numbers of images."""
 
-    def predict(pixels: Pixels) -> npt.NDArray[np.float32]:
-        sizes.append(len(pixels))
-        return np.asarray([[number, 1.0] for number in numbers(pixels)], np.float32)
+    batch_size, num_classes, num_features = 4, 2, 0
 
-    found = predict_calibration(
-        bundle, predict, batch_size=4, most=10, report=lambda done, total: reports.append((done, total))
-    )
-    assert found[:, 0].tolist() == numbers(np.concatenate(list(calibration_images(bundle, batch_size=4, most=10))))
+    def __init__(self, calls_at_once: int) -> None:
+        self.calls_at_once = calls_at_once
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        return Outputs(np.asarray([[number, 1.0] for number in numbers(pixels)], np.float32))
+
+
+@pytest.mark.parametrize("calls_at_once", [1, 3])
+def test_predictions_stand_in_the_order_of_the_images(tmp_path: Path, calls_at_once: int) -> None:
+    bundle, reports = write_table(tmp_path, 10), list[tuple[int, int]]()
+    found = predict_calibration(bundle, Reader(calls_at_once), lambda done, total: reports.append((done, total)))
+    assert found[:, 0].tolist() == list(range(10))
     assert reports == [(4, 10), (8, 10), (10, 10)]
-    assert sizes == [4, 4, 2]

@@ -4,7 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,16 +203,35 @@ def test_one_call_at_a_time_takes_all_cores(bundle: Bundle) -> None:
     assert (engine.calls_at_once, engine.batch_size) == (1, BATCH)
 
 
-def test_speed_is_that_of_all_threads_together() -> None:
-    for at_once in (1, 3):
-        speed = calls_per_s(lambda: time.sleep(0.02), seconds=0.3, at_once=at_once)
-        assert 50 * (at_once - 0.9) < speed <= 50 * at_once  # other work on the machine only slows it down
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What speeds are measured by; its one value is moved by hand."""
+    now = [100.0]
+    monkeypatch.setattr(engines, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_speed_is_that_of_all_threads_together(clock: list[float], at_once: int) -> None:
+    def pass_a_second() -> None:
+        clock[0] += 1
+
+    together, calls = threading.Barrier(at_once, action=pass_a_second), list[int]()
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) > 1:  # the first one does not count
+            together.wait(60)
+
+    assert calls_per_s(call, seconds=4, at_once=at_once) == at_once
+    assert len(calls) == 1 + 4 * at_once
 
 
 @dataclass
 class PausedEngine:
-    """An engine that takes so long for a call, s."""
+    """An engine that takes so long for a call, s, on that clock."""
 
+    clock: list[float]
     pauses_s: Iterator[float]
     batch_size: int = 3
     calls_at_once = 1
@@ -222,25 +241,18 @@ class PausedEngine:
 
     def __call__(self, pixels: Pixels) -> Outputs:
         self.sizes.append(len(pixels))
-        time.sleep(next(self.pauses_s))
+        self.clock[0] += next(self.pauses_s)
         return Outputs(np.zeros((len(pixels), 2), np.float32))
 
 
-def test_engines_are_compared_by_their_best_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "ROUND_S", 0.05)
-    monkeypatch.setattr(engines, "SECONDS_MEASURED", 1.0)
-    disturbed = PausedEngine(itertools.chain([0.1] * 2, itertools.repeat(0.01)))  # for the whole of its first round
-    slow = PausedEngine(itertools.repeat(0.04), batch_size=5)
-    found = best_images_per_s([disturbed, slow], SPEC)
-    assert 100 < found[0] <= 300  # not the 30 of its first round
-    assert 40 < found[1] <= 125
+def test_engines_are_compared_by_their_best_rounds(clock: list[float]) -> None:
+    disturbed = PausedEngine(clock, itertools.chain([1.0] * 2, itertools.repeat(0.125)))  # for its whole first round
+    slow = PausedEngine(clock, itertools.repeat(0.25), batch_size=5)
+    assert best_images_per_s([disturbed, slow], SPEC) == [3 / 0.125, 5 / 0.25]
     assert set(disturbed.sizes) == {3}
 
 
-def test_an_engine_that_is_slower_than_a_round_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "ROUND_S", 0.01)
-    monkeypatch.setattr(engines, "SECONDS_MEASURED", 0.05)
-    engine = PausedEngine(itertools.repeat(0.06))
-    (found,) = best_images_per_s([engine], SPEC)
-    assert 1 < found <= 50
+def test_an_engine_that_is_slower_than_a_round_is_measured_once(clock: list[float]) -> None:
+    engine = PausedEngine(clock, itertools.repeat(8.0))
+    assert best_images_per_s([engine], SPEC) == [3 / 8]
     assert len(engine.sizes) == 2  # the first call does not count

@@ -25,6 +25,7 @@ FLOORS = {
             "side_thread",
             "session",
             "documents",
+            "processor",
             "storage",
             "s3_reads",
             "lock",
@@ -43,7 +44,7 @@ FLOORS = {
 }
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
-    f"{PACKAGE}.engines.export",
+    f"{PACKAGE}.engines.formats",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     f"{PACKAGE}.benchmarks.train",

@@ -30,7 +30,7 @@ from PIL import Image
 
 from mnist_dist import load_bundle, storage
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
-from mnist_dist.engines.conversion import EngineChoice
+from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
     BundleError,
     ConfigError,

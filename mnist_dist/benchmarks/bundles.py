@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from mnist_dist import processor
 from mnist_dist.config import EngineConfig, ModelConfig
 from mnist_dist.console import Console, Stop
-from mnist_dist.engines.conversion import EngineChoice, prepare_engine
+from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.session import Session
 
 NUM_CLASSES = 10
 
@@ -52,17 +54,14 @@ def ready_engine(path: Path, asked: EngineConfig, *, batch_size: int, console: C
         MnistDistError: see `prepare_engine`.
     """
     with Stop(console) as stop:
-        return prepare_engine(
-            load_bundle(str(path)),
-            asked,
+        request = EngineRequest(
+            requested=asked,
             places=(f"{path}.engines",),
             gpu=False,
             batch_size=batch_size,
-            cpus=len(os.sched_getaffinity(0)),
-            worth_it=True,
-            console=console,
-            stop=stop,
+            cpus=processor.usable_cpus(),
         )
+        return prepare_engine(load_bundle(str(path)), request, session=Session(console=console, stop=stop))
 
 
 def _hush() -> None:

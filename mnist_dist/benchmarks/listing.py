@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist.benchmarks.machine import machine
+from mnist_dist import processor
 from mnist_dist.config import InputConfig, require
 from mnist_dist.console import Console
 from mnist_dist.errors import MnistDistError
@@ -95,7 +95,11 @@ def measure(benchmark: ListingBenchmark, *, console: Console) -> dict[str, Any]:
     Raises:
         MnistDistError: something was not found that is there.
     """
-    result: dict[str, Any] = {"machine": machine(), "date": date.today().isoformat(), "rounds": benchmark.rounds}
+    result: dict[str, Any] = {
+        "machine": processor.described(),
+        "date": date.today().isoformat(),
+        "rounds": benchmark.rounds,
+    }
     if "listing" in benchmark.cases:
         result["listing"] = _measure_listing(benchmark, console=console)
     if "resume" in benchmark.cases:

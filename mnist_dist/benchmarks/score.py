@@ -29,10 +29,9 @@ from typing import Any, Literal
 
 import pyarrow.dataset
 
-from mnist_dist import storage
+from mnist_dist import processor, storage
 from mnist_dist.benchmarks import seaweedfs
 from mnist_dist.benchmarks.bundles import CASES, make_bundle, ready_engine
-from mnist_dist.benchmarks.machine import machine
 from mnist_dist.benchmarks.peers.task import Task, read_stamps
 from mnist_dist.benchmarks.photos import link_photos, write_photos, write_tar
 from mnist_dist.benchmarks.programs import last_json, peak_memory_bytes, run_program
@@ -41,7 +40,7 @@ from mnist_dist.benchmarks.score_table import table as table  # the job prints i
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
 from mnist_dist.data.steady_speed import SETTLING
-from mnist_dist.engines.conversion import EngineChoice
+from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.scoring.generations import SUMMARY
 
@@ -134,7 +133,7 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
         bucket = stack.enter_context(seaweedfs.running_bucket(folder / "s3")) if "ours-s3" in benchmark.peers else ""
         bench = _Bench(benchmark, folder, bucket=bucket, console=console)
         result = {
-            "machine": machine(),
+            "machine": processor.described(),
             "date": date.today().isoformat(),
             "images": benchmark.images,
             "image_kb": bench.image_kb(),
@@ -332,7 +331,7 @@ def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
     told = json.loads(storage.read_bytes(storage.join(task.output, SUMMARY)))
     engine = {name: told[name] for name in ready.noted()}
     # a check of its own would have measured another speed; on GPUs there is none
-    if engine["engine_check"] not in ({}, ready.facts):
+    if engine["engine_check"] not in (None, ready.noted()["engine_check"]):
         raise MnistDistError(f"our job takes an engine that was checked before, {ready.noted()}. Received: {engine}")
     return {"steady": line["steady_images_per_s"] or line["images_per_s"], "engine": engine}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mnist_dist.benchmarks.machine import machine
+from mnist_dist import processor
 from mnist_dist.benchmarks.programs import last_json, run_program
 from mnist_dist.config import DataConfig, require
 from mnist_dist.console import Console
@@ -63,7 +63,7 @@ class SearchBenchmark:
 
 def measure(benchmark: SearchBenchmark, *, console: Console) -> dict[str, Any]:
     """Measures every case and gives machine, date and figures in seconds."""
-    result: dict[str, Any] = {"machine": machine(), "date": date.today().isoformat()}
+    result: dict[str, Any] = {"machine": processor.described(), "date": date.today().isoformat()}
     if "cache" in benchmark.cases:
         result["cache"] = _measure_cache(benchmark, console=console)
     if "vgg16" in benchmark.cases:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mnist_dist.benchmarks.machine import machine
+from mnist_dist import processor
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, PhasesConfig, RunConfig, TrainJob, require
 from mnist_dist.console import Console
 
@@ -56,7 +56,7 @@ class TrainBenchmark:
 def measure(benchmark: TrainBenchmark, *, console: Console) -> dict[str, Any]:
     """Measures every case and gives machine, date, and a row for each: images/s and ratios."""
     rows = [_measure_case(case, benchmark, console=console) for case in benchmark.cases]
-    return {"machine": machine(), "date": date.today().isoformat(), "rows": rows}
+    return {"machine": processor.described(), "date": date.today().isoformat(), "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ Owns: which they are, the same in every process, and how they are read. Does not
 
 # B = batch, N = all images, H = height px, W = width px, C = channels, K = classes
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -14,26 +15,63 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.data.images import Pixels
+from mnist_dist.engines.engine import Engine
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
 
-MOST_IMAGES = 2_000
+MAX_IMAGES = 1_000
 RANDOM_IMAGES = 256  # where a bundle has none of its own
 
+Source = Literal["calibration", "random"]
 Probabilities = npt.NDArray[np.float32]
-Predict = Callable[[Pixels], Probabilities]
-"""`uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]`."""
+Labels = npt.NDArray[np.int64]
 
 
-def calibration_of(bundle: Bundle) -> tuple[Literal["calibration", "random"], int]:
+def calibration_of(bundle: Bundle) -> tuple[Source, int]:
     """Where the images come from, and how many there are.
 
     Raises:
         BundleError: the bundle has a table of them without pixels, or a file that is no table.
     """
     count = _rows(bundle)
-    return ("calibration", min(count, MOST_IMAGES)) if count else ("random", RANDOM_IMAGES)
+    return ("calibration", min(count, MAX_IMAGES)) if count else ("random", RANDOM_IMAGES)
+
+
+def calibration_images(bundle: Bundle, *, batch_size: int, max_images: int = MAX_IMAGES) -> Iterator[Pixels]:
+    """The images, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
+
+    Args:
+        bundle: opened.
+        batch_size: images at once.
+        max_images: in all; evenly spread ones where there are more.
+    """
+    images = _own_images(bundle, max_images) if _rows(bundle) else _random_images(bundle, max_images)
+    while some := list(itertools.islice(images, batch_size)):
+        yield np.stack(some)
+
+
+def calibration_labels(bundle: Bundle) -> Labels | None:
+    """The class numbers `int64 [N]` of those images; None where there are none."""
+    import pyarrow.parquet as pq
+
+    path = bundle.path / CALIBRATION_FILE
+    if not _rows(bundle) or "label" not in pq.read_schema(path).names:
+        return None
+    labels = pq.read_table(path, columns=["label"])["label"].to_numpy()
+    return np.asarray(labels[_spread(bundle, MAX_IMAGES)], np.int64)
+
+
+def predict_calibration(bundle: Bundle, engine: Engine, report: Report) -> Probabilities:
+    """What an engine says of the images, `float32 [N, K]`; `report` is told how far it is."""
+    _, count = calibration_of(bundle)
+    images = calibration_images(bundle, batch_size=engine.batch_size)
+    rows: list[Probabilities] = []
+    with ThreadPoolExecutor(engine.calls_at_once) as pool:  # whose `map` takes all images at once
+        for outputs in map(engine, images) if engine.calls_at_once == 1 else pool.map(engine, images):
+            rows.append(outputs.probabilities)
+            report(sum(map(len, rows)), count)
+    return np.concatenate(rows)
 
 
 def _rows(bundle: Bundle) -> int:
@@ -54,77 +92,28 @@ def _rows(bundle: Bundle) -> int:
     return count
 
 
-def calibration_images(bundle: Bundle, *, batch_size: int, most: int = MOST_IMAGES) -> Iterator[Pixels]:
-    """The images, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
+def _spread(bundle: Bundle, max_images: int) -> npt.NDArray[np.int64]:
+    """Rows of the table that are taken."""
+    count = _rows(bundle)
+    return np.linspace(0, count - 1, min(count, max_images)).astype(np.int64)
 
-    Args:
-        bundle: opened.
-        batch_size: images at once.
-        most: images in all, and never more than `MOST_IMAGES`: evenly spread ones where there are more.
-    """
-    source, count = calibration_of(bundle)
-    if source == "random":
-        count = min(count, most)
-        random = np.random.default_rng(0)
-        for start in range(0, count, batch_size):
-            yield random.integers(0, 256, (min(batch_size, count - start), *bundle.info.spec.shape), dtype=np.uint8)
-        return
-    wanted = _spread(_rows(bundle), most)
+
+def _own_images(bundle: Bundle, max_images: int) -> Iterator[Pixels]:
     import pyarrow.parquet as pq
 
+    wanted, row = set(_spread(bundle, max_images).tolist()), 0
     with pq.ParquetFile(bundle.path / CALIBRATION_FILE) as file:
-        held: list[Pixels] = []
-        row = 0
-        for batch in file.iter_batches(batch_size, columns=["pixels"]):
+        for batch in file.iter_batches(256, columns=["pixels"]):
             for value in batch.column("pixels"):
                 if row in wanted:
-                    held.append(_pixels(value.as_py(), bundle))
+                    yield _pixels(value.as_py(), bundle)
                 row += 1
-                if len(held) == batch_size:
-                    yield np.stack(held)
-                    held = []
-        if held:
-            yield np.stack(held)
 
 
-def predict_calibration(
-    bundle: Bundle, predict: Predict, *, batch_size: int, report: Report, most: int = MOST_IMAGES, at_once: int = 1
-) -> Probabilities:
-    """What a model says of the images, `float32 [N, K]`.
-
-    Args:
-        bundle: opened.
-        predict: the model.
-        batch_size: images per call.
-        report: is told how far it is.
-        most: see `calibration_images`.
-        at_once: threads that may call the model at the same time.
-    """
-    count = min(calibration_of(bundle)[1], most)
-    rows: list[Probabilities] = []
-    images = calibration_images(bundle, batch_size=batch_size, most=most)
-    with ThreadPoolExecutor(at_once) as pool:  # whose `map` takes all images at once
-        for some in map(predict, images) if at_once == 1 else pool.map(predict, images):
-            rows.append(some)
-            report(sum(map(len, rows)), count)
-    return np.concatenate(rows)
-
-
-def calibration_labels(bundle: Bundle, *, most: int = MOST_IMAGES) -> npt.NDArray[np.int64] | None:
-    """The class numbers `int64 [N]` of those images; None where there are none."""
-    import pyarrow.parquet as pq
-
-    path = bundle.path / CALIBRATION_FILE
-    count = _rows(bundle)
-    if not count or "label" not in pq.read_schema(path).names:
-        return None
-    labels = pq.read_table(path, columns=["label"])["label"].to_numpy()
-    return np.asarray(labels[sorted(_spread(count, most))], np.int64)
-
-
-def _spread(count: int, most: int) -> set[int]:
-    """Rows of the table that are taken."""
-    return set(np.linspace(0, count - 1, min(count, most, MOST_IMAGES)).astype(np.int64).tolist())
+def _random_images(bundle: Bundle, max_images: int) -> Iterator[Pixels]:
+    random = np.random.default_rng(0)
+    for _ in range(min(RANDOM_IMAGES, max_images)):
+        yield random.integers(0, 256, bundle.info.spec.shape, dtype=np.uint8)
 
 
 def _pixels(value: bytes, bundle: Bundle) -> Pixels:

@@ -6,11 +6,12 @@ becomes of the outputs.
 
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
 
+import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, all_layers
 
-MOST_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
+MAX_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
 SECONDS_MEASURED = 2.0  # where a speed decides, or is told
 ROUND_S = 0.5  # of these at a time, where several are compared
 HEAD_LAYERS = ("hidden", "dropout", "logits")
@@ -111,7 +112,7 @@ class KerasEngine:
 def padded(pixels: Pixels, batch_size: int) -> Pixels:
     """`uint8 [b, H, W, C]` as `[B, H, W, C]`, with zeros behind."""
     missing = batch_size - len(pixels)
-    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing else pixels
+    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing > 0 else pixels
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -186,31 +187,30 @@ def images_per_s(model: Any, *, batch_size: int, seconds: float) -> float:
 def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1) -> float:
     """How many calls a second go through, by so many threads, after a first one that does not count."""
     call()
-    counts, began = [0] * at_once, time.perf_counter()
+    counts, began = [0] * at_once, perf_counter()
 
     def run(number: int) -> None:
-        while counts[number] == 0 or time.perf_counter() - began < seconds:
+        while counts[number] == 0 or perf_counter() - began < seconds:
             call()
             counts[number] += 1
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(run, range(at_once)))
-    return sum(counts) / (time.perf_counter() - began)
+    return sum(counts) / (perf_counter() - began)
 
 
 def best_images_per_s(engines: Sequence[Engine], spec: ImageSpec) -> list[float]:
-    """Speed of each engine, the best of rounds by turns: other work on the machine only slows it down, for seconds."""
-    rounds: list[list[float]] = []
-    began = time.perf_counter()
-    while not rounds or time.perf_counter() - began < SECONDS_MEASURED * len(engines):
-        rounds.append([ready_images_per_s(engine, spec, seconds=ROUND_S) for engine in engines])
-    return [max(speeds) for speeds in zip(*rounds, strict=True)]
-
-
-def ready_images_per_s(engine: Engine, spec: ImageSpec, *, seconds: float) -> float:
-    """Speed of an engine on a ready full batch, called as often at once as it takes calls."""
-    pixels = np.zeros((engine.batch_size, *spec.shape), np.uint8)
-    return engine.batch_size * calls_per_s(lambda: engine(pixels), seconds=seconds, at_once=engine.calls_at_once)
+    """Speed of each engine on a ready full batch, called as often at once as it takes calls. The best of rounds by
+    turns counts: other work on the machine only slows an engine down, for seconds."""
+    batches = [np.zeros((engine.batch_size, *spec.shape), np.uint8) for engine in engines]
+    best = [0.0] * len(engines)
+    began = perf_counter()
+    while not all(best) or perf_counter() - began < SECONDS_MEASURED * len(engines):
+        for place, engine in enumerate(engines):
+            call = functools.partial(engine, batches[place])
+            rate = calls_per_s(call, seconds=ROUND_S, at_once=engine.calls_at_once)
+            best[place] = max(best[place], engine.batch_size * rate)
+    return best
 
 
 def _frozen(function: Any, model: Any) -> Any:
@@ -220,7 +220,7 @@ def _frozen(function: Any, model: Any) -> Any:
 
     folds = any(isinstance(layer, keras.layers.BatchNormalization) for layer in all_layers(model))
     weights_bytes = sum(math.prod(weight.shape) for weight in model.weights) * 4
-    if not folds or weights_bytes > MOST_FROZEN_BYTES:
+    if not folds or weights_bytes > MAX_FROZEN_BYTES:
         return function
     # the only spelling there is, also in TensorFlow's own guides
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -238,7 +238,6 @@ def with_features(model: Any) -> Any:
 
 
 def _joined(first: Outputs, second: Outputs) -> Outputs:
-    embeddings = None
-    if first.embeddings is not None and second.embeddings is not None:
-        embeddings = np.concatenate([first.embeddings, second.embeddings])
-    return Outputs(np.concatenate([first.probabilities, second.probabilities]), embeddings)
+    features = [outputs.embeddings for outputs in (first, second) if outputs.embeddings is not None]
+    probabilities = np.concatenate([first.probabilities, second.probabilities])
+    return Outputs(probabilities, np.concatenate(features) if features else None)

@@ -1,8 +1,8 @@
 """Whether a training step computes in bfloat16: only where it is fast, and where it was measured to agree."""
 
-from pathlib import Path
 from typing import Literal
 
+from mnist_dist import processor
 from mnist_dist.config import Precision
 
 MEASURED_TO_AGREE = ("vgg16",)
@@ -14,19 +14,13 @@ def resolve_precision(precision: Precision, *, backbone: str, gpu: bool) -> Lite
     """What `auto` means on this machine, for this backbone, on its GPU or its CPU; anything else is taken as it is."""
     if precision != "auto":
         return precision
-    return "bfloat16" if backbone in MEASURED_TO_AGREE and _is_fast(gpu=gpu) else "float32"
+    is_fast = backbone in MEASURED_TO_AGREE and (_gpu_has_bfloat16() if gpu else processor.has_bfloat16())
+    return "bfloat16" if is_fast else "float32"
 
 
-def _is_fast(*, gpu: bool) -> bool:
-    """bfloat16 units: CUDA compute capability 8.0 and above, AVX512-BF16, AMX."""
-    if gpu:
-        import tensorflow as tf
+def _gpu_has_bfloat16() -> bool:
+    """Whether its CUDA compute capability is 8.0 or above."""
+    import tensorflow as tf
 
-        device = tf.config.list_physical_devices("GPU")[0]
-        capability = tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
-        return bool(capability >= (8, 0))
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    device = tf.config.list_physical_devices("GPU")[0]
+    return bool(tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0)) >= (8, 0))

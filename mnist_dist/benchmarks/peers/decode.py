@@ -1,7 +1,6 @@
 """The threads of our job that read and decode, alone: one per core, no model, no table."""
 
-import os
-
+from mnist_dist import processor
 from mnist_dist.benchmarks.peers.task import Stamps, Task
 from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.images import Decoded
@@ -47,7 +46,7 @@ def main() -> None:
     """Decodes all images."""
     task = Task.from_command_line()
     rows = list_inputs(InputConfig(input=(task.images,))).table
-    threads = Threads(decoding=len(os.sched_getaffinity(0)))
+    threads = Threads(decoding=processor.usable_cpus())
     with DecodePool(load_bundle(task.bundle).info.spec, config=DecodeConfig(), threads=threads) as pool:
         counter = Counter(len(rows), task)
         pool.begin(rows, counter, isolated=False)

@@ -32,7 +32,7 @@ class Task:
     table: str | None = None
     """Where the table goes. None: into the scratch folder."""
     engine: str = "keras"
-    """What runs the model in the peer `engine`, with the two below: see `models.conversion.EngineChoice`."""
+    """What runs the model in the peer `engine`, with the two below: see `engines.choice.EngineChoice`."""
     precision: str = "float32"
     engine_uri: str | None = None
 

@@ -17,7 +17,7 @@ from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.data.markers import Attempt
-from mnist_dist.engines.conversion import EngineChoice, open_engine
+from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times

@@ -1,13 +1,11 @@
 """What a scoring job and its plan have in common: the engine, and what all nodes must see."""
 
-from typing import Any
-
 import ray
 
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob
 from mnist_dist.console import Console, Stop
-from mnist_dist.engines.conversion import EngineChoice, prepare_engine
+from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources, check_storage
@@ -27,8 +25,7 @@ def job_engine(
     have: Resources,
     images: int | None,
     fallback: str | None,
-    console: Console,
-    stop: Stop,
+    session: Session,
 ) -> EngineChoice:
     """The engine that runs the model; see `prepare_engine`. With several nodes, one that has room for an actor converts
     and checks: the driver's may have another CPU, or a small one.
@@ -41,24 +38,22 @@ def job_engine(
         have: what the cluster has.
         images: to be scored; None: so many that they are still being listed.
         fallback: URI for converted models where they cannot be kept beside the bundle; None: there is none.
-        console: shows progress.
-        stop: looked at all the time.
+        session: shows progress.
     """
-    question: dict[str, Any] = {
-        "asked": asked,
-        "places": places(storage.absolute(job.bundle), fallback),
-        "gpu": actors.gpus > 0,
-        "batch_size": job.run.batch_size,
-        "cpus": max(1, int(actors.cpus)),
-        "worth_it": images is None or images >= WORTH_CONVERTING,
-    }
+    request = EngineRequest(
+        requested=asked,
+        places=places(storage.absolute(job.bundle), fallback),
+        gpu=actors.gpus > 0,
+        batch_size=job.run.batch_size,
+        cpus=max(1, int(actors.cpus)),
+        worth_it=images is None or images >= WORTH_CONVERTING,
+    )
     if have.nodes == 1 or actors.gpus:
-        return prepare_engine(bundle, **question, console=console, stop=stop)
-    remote = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare)
-    task = remote.remote(storage.absolute(job.bundle), question)
-    ((choice, lines),) = wait_for([task], Session(console=console, stop=stop), title="engines", expected_s=USUAL_S)
+        return prepare_engine(bundle, request, session=session)
+    task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare).remote(storage.absolute(job.bundle), request)
+    ((choice, lines),) = wait_for([task], session, title="engines", expected_s=USUAL_S)
     for line in lines:
-        console.line(line)
+        session.console.line(line)
     found: EngineChoice = choice
     return found
 
@@ -80,10 +75,10 @@ class _Heard(Console):
         self.lines.append(text)
 
 
-def _prepare(bundle_uri: str, question: dict[str, Any]) -> tuple[EngineChoice, list[str]]:
+def _prepare(bundle_uri: str, request: EngineRequest) -> tuple[EngineChoice, list[str]]:
     console = _Heard()
-    choice = prepare_engine(load_bundle(bundle_uri), **question, console=console, stop=Stop(console))
-    return choice, console.lines
+    session = Session(console=console, stop=Stop(console))
+    return prepare_engine(load_bundle(bundle_uri), request, session=session), console.lines
 
 
 def check_job_storage(job: ScoreJob, *, nodes: int) -> None:

@@ -25,7 +25,7 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import ScoreJob, TableConfig
 from mnist_dist.console import Console, Stop, duration
-from mnist_dist.engines.conversion import EngineChoice, open_engine
+from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.engine import Engine
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.models.bundle import Bundle, load_bundle
@@ -43,6 +43,7 @@ from mnist_dist.scoring.measuring import DECODE_S, MODEL_S, PIPELINE_S, Probe, m
 from mnist_dist.scoring.planning import Forecast, Means, Pace, forecast
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 
 USUAL_S = 12.0 + DECODE_S + MODEL_S + PIPELINE_S  # with starting: for the bar
@@ -96,10 +97,11 @@ def plan_score(job: ScoreJob, bundle: Bundle, *, output: Output, console: Consol
             check_job_storage(job, nodes=have.nodes)
             actors = choose_actors(have, job.run, most=-(-images // (job.shard_size or MIN_SHARD)))
             connected_s = time.monotonic() - began
+            session = Session(console=console, stop=stop)
             engine = job_engine(
-                job, bundle, job.engine, actors=actors, have=have, images=0, fallback=None, console=console, stop=stop
+                job, bundle, job.engine, actors=actors, have=have, images=0, fallback=None, session=session
             )
-            if not engine.facts and not actors.gpus and job.engine.engine == "auto":
+            if not engine.check and not actors.gpus and job.engine.engine == "auto":
                 console.line("measured by Keras: the job converts its model first, once, and may then be faster")
             pace, start_s = _measured(job, bundle, engine, work.table, actors=actors, console=console, stop=stop)
         means = means_of(actors, have)

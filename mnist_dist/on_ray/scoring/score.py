@@ -22,7 +22,7 @@ from rich import filesize
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences
 from mnist_dist.console import Console, Stop
-from mnist_dist.engines.conversion import EngineChoice
+from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
@@ -301,8 +301,7 @@ class _Scoring:
             have=have,
             images=images,
             fallback=storage.join(self.output.uri, ENGINES_FOLDER),
-            console=self.console,
-            stop=self.stop,
+            session=Session(console=self.console, stop=self.stop),
         )
 
     def _plan(self, before: Committed | None, engine: EngineChoice) -> dict[str, Any]:

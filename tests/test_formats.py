@@ -1,24 +1,27 @@
-"""converted_engines: OpenVINO and ONNX Runtime on converted files say what Keras says, in batches of any size."""
+"""formats: OpenVINO and ONNX Runtime on converted files say what Keras says, in batches of any size."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from harness import Recorder
 
+from mnist_dist import processor
 from mnist_dist.config import EngineName, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec, Pixels
-from mnist_dist.engines.conversion import MODULES, EngineChoice, open_engine
-from mnist_dist.engines.converted import OnnxEngine, OpenVinoEngine, streams_of
+from mnist_dist.engines import formats
+from mnist_dist.engines.choice import EngineChoice, open_engine
+from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import Engine, KerasEngine, padded
-from mnist_dist.engines.steps import run_step
+from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
 from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
+from mnist_dist.session import Session
 
 # b = images of a call
 
@@ -38,8 +41,8 @@ def some_pixels(images: int) -> Pixels:
     return pixels
 
 
-def needs(engine: EngineName) -> None:
-    missing = [name for name in MODULES[engine] if importlib.util.find_spec(name) is None]
+def needs(engine: str) -> None:
+    missing = [name for name in FORMATS[engine].packages if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (pip install -e '.[export]'); runs where they are installed")
 
@@ -78,17 +81,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def converted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a folder for each engine that is installed."""
     folder, console = tmp_path_factory.mktemp("converted"), Recorder()
-    engines = [name for name in ENGINES if all(importlib.util.find_spec(module) for module in MODULES[name])]
-    task = {"name": "keras", "bundle": str(bundle.path), "scratch": str(folder), "batch_size": BATCH, "cpus": 1}
-    run_step(
-        "mnist_dist.engines.conversion",
-        "keras",
-        {**task, "engines": engines},
-        title="conversion",
-        log_file=folder / "log",
-        console=console,
-        stop=Stop(console),
-    )
+    engines = [name for name in ENGINES if all(importlib.util.find_spec(module) for module in FORMATS[name].packages)]
+    Conversion(
+        bundle=bundle, scratch=folder, batch_size=BATCH, cpus=1, session=Session(console=console, stop=Stop(console))
+    ).by_keras(engines, features=True)
     return folder
 
 
@@ -175,11 +171,12 @@ def test_images_that_lie_otherwise_in_memory_are_read_right(bundle: Bundle, conv
 def test_bfloat16_is_close_but_not_the_same(bundle: Bundle, converted: Path) -> None:
     needs("openvino")
     pixels = some_pixels(BATCH)
-    full = OpenVinoEngine(converted / "openvino", spec=SPEC, batch_size=BATCH)(pixels).probabilities
-    short = OpenVinoEngine(converted / "openvino", spec=SPEC, batch_size=BATCH, precision="bfloat16")(pixels)
+    settings: dict[str, Any] = {"format": "openvino", "spec": SPEC, "batch_size": BATCH}
+    full = ConvertedEngine(converted / "openvino", **settings)(pixels).probabilities
+    short = ConvertedEngine(converted / "openvino", **settings, precision="bfloat16")(pixels)
     assert short.probabilities.dtype == np.float32
     np.testing.assert_allclose(short.probabilities, full, atol=0.05)
-    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():  # elsewhere it is computed in float32
+    if processor.has_bfloat16():  # elsewhere it is computed in float32
         assert np.abs(short.probabilities - full).max() > 1e-5
 
 
@@ -190,7 +187,7 @@ def test_a_process_with_such_an_engine_loads_neither_keras_nor_tensorflow(
     program = (
         "import sys, numpy as np\n"
         "from mnist_dist.models.bundle import load_bundle\n"
-        "from mnist_dist.engines.conversion import EngineChoice, open_engine\n"
+        "from mnist_dist.engines.choice import EngineChoice, open_engine\n"
         "bundle, name, folder = load_bundle(sys.argv[1]), sys.argv[2], sys.argv[3]\n"
         "engine = open_engine(EngineChoice(engine=name, uri=folder), bundle, batch_size=2, embeddings=True, cpus=1)\n"
         "engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))\n"
@@ -208,10 +205,10 @@ def test_a_signal_is_survived_by_a_process_that_had_several_engines(converted: P
         "import gc, os, signal, sys\n"
         "from pathlib import Path\n"
         "from mnist_dist.data.images import ImageSpec\n"
-        "from mnist_dist.engines.converted import OpenVinoEngine\n"
+        "from mnist_dist.engines.formats import ConvertedEngine\n"
         "height_px, width_px, channels = map(int, sys.argv[2:])\n"
         "spec = ImageSpec(height_px=height_px, width_px=width_px, channels=channels)\n"
-        "engines = [OpenVinoEngine(Path(sys.argv[1]), spec=spec, batch_size=2) for _ in range(3)]\n"
+        "engines = [ConvertedEngine(Path(sys.argv[1]), format='openvino', spec=spec, batch_size=2) for _ in range(3)]\n"
         "while engines:\n"
         "    del engines[0]\n"
         "    gc.collect()\n"
@@ -233,23 +230,33 @@ def test_streams_leave_no_core_idle(cpus: int, streams: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_uses_as_many_cores_as_it_may(bundle: Bundle, converted: Path) -> None:
+def test_it_uses_as_many_cores_as_it_may(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("openvino")
-    for cpus in range(1, 1 + min(2, len(os.sched_getaffinity(0)))):
-        engine = OpenVinoEngine(converted / "openvino", spec=SPEC, batch_size=BATCH, cpus=cpus)
-        request = engine._requests.get()
-        assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == cpus
-        assert request.get_compiled_model().get_property("NUM_STREAMS") == engine.calls_at_once == cpus
+    compiled: list[Any] = []
+
+    class Core:
+        def read_model(self, file: Path) -> Any:
+            return openvino_core().read_model(file)
+
+        def compile_model(self, *arguments: Any) -> Any:
+            compiled.append(openvino_core().compile_model(*arguments))
+            return compiled[-1]
+
+    monkeypatch.setattr(formats, "openvino_core", Core)
+    for cpus in range(1, 1 + min(2, processor.usable_cpus())):
+        engine = ConvertedEngine(converted / "openvino", format="openvino", spec=SPEC, batch_size=BATCH, cpus=cpus)
+        assert compiled[-1].get_property("INFERENCE_NUM_THREADS") == cpus
+        assert compiled[-1].get_property("NUM_STREAMS") == engine.calls_at_once == cpus
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [OpenVinoEngine, OnnxEngine])
-def test_a_file_that_is_no_model_is_an_error(tmp_path: Path, engine: type[OpenVinoEngine | OnnxEngine]) -> None:
-    needs("openvino" if engine is OpenVinoEngine else "onnx")
-    for file in ("model.xml", "model.bin", "model.onnx"):
-        (tmp_path / file).write_bytes(b"no model")
-    with pytest.raises(Exception, match=r"(?i)model\.xml|read model|protobuf|model\.onnx"):
-        engine(tmp_path, spec=SPEC, batch_size=2)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_is_no_model_is_an_error(tmp_path: Path, format: str) -> None:
+    needs(format)
+    for row in FORMATS.values():
+        for name in (row.file, *row.others):
+            (tmp_path / name).write_bytes(b"no model")
+    with pytest.raises(Exception, match=r"(?i)model"):
+        ConvertedEngine(tmp_path, format=format, spec=SPEC, batch_size=2)
 
 
 @pytest.mark.parametrize("images", [6, 5, 1])

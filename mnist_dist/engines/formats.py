@@ -1,0 +1,229 @@
+"""The formats that a Keras model is converted to, and each one's own runtime as an `Engine` on the CPU.
+
+Owns: which files a format consists of, what it needs, and how its runtime is opened. Does not own: the conversion and
+the comparison (`conversion`).
+
+No runtime loads Keras, and only that of `saved_model` loads TensorFlow: with another one a process starts in a second.
+"""
+
+# B = batch, H = height px, W = width px, C = channels, K = classes, D = features
+
+import contextlib
+import functools
+import importlib.util
+import queue
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnist_dist import storage
+from mnist_dist.config import EnginePrecision
+from mnist_dist.data.images import ImageSpec, Pixels
+from mnist_dist.engines.engine import Outputs, padded
+from mnist_dist.errors import ConfigError
+
+MAX_STREAMS = 4  # each holds a batch and its activations
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what an int8 file leaves in floating point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a file is opened."""
+
+    shape: tuple[int, ...]
+    """`(B, H, W, C)` of full batches."""
+    outputs: int
+    """1: probabilities; 2: features, too."""
+    precision: EnginePrecision
+    cpus: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An opened file.
+
+    Args:
+        call: `uint8 [b, H, W, C]` with b up to B -> `float32 [b, K]` and, as a second output, `float32 [b, D]`.
+        input_name: as the file calls it.
+        output_name: the same, of the probabilities.
+        calls_at_once: see `Engine`.
+    """
+
+    call: Callable[[Pixels], Sequence[npt.NDArray[Any]]]
+    input_name: str
+    output_name: str
+    calls_at_once: int = 1
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table.
+
+    Args:
+        file: what the runtime opens; where a folder of files is uploaded, this one comes last.
+        others: further files beside it.
+        packages: what converts to it and runs it.
+        open: loads the runtime.
+        keras_name: for Keras' `model.export`.
+    """
+
+    file: str
+    others: tuple[str, ...]
+    packages: tuple[str, ...]
+    open: Callable[[Path, Opening], Runtime]
+    keras_name: str
+
+
+class ConvertedEngine:
+    """A converted model as an `Engine`.
+
+    Args:
+        folder: of the file.
+        format: a row of `FORMATS`.
+        spec: of the images.
+        batch_size: images per call.
+        precision: of the arithmetic; int8 is one of the file, too.
+        embeddings: also give the features before the head; the file has them as its second output.
+        cpus: cores that a call may use.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        format: str,
+        spec: ImageSpec,
+        batch_size: int,
+        precision: EnginePrecision = "float32",
+        embeddings: bool = False,
+        cpus: int = 1,
+    ) -> None:
+        row, shape = FORMATS[format], (batch_size, *spec.shape)
+        opening = Opening(shape=shape, outputs=1 + embeddings, precision=precision, cpus=cpus)
+        self.runtime = row.open(folder / row.file, opening)
+        self.batch_size, self.calls_at_once = batch_size, self.runtime.calls_at_once
+        first = self(np.zeros(shape, np.uint8))
+        self.num_classes = first.probabilities.shape[1]
+        self.num_features = 0 if first.embeddings is None else first.embeddings.shape[1]
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """See `Engine`."""
+        return Outputs(*(np.asarray(values, np.float32) for values in self.runtime.call(pixels)))
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """The folder, or a copy of it for as long as it is read."""
+    if not storage.is_remote(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="mnist_dist-engine-") as scratch:
+        storage.download_folder(uri, Path(scratch))
+        yield Path(scratch)
+
+
+def check_installed(wanted: str, packages: Sequence[str]) -> None:
+    """Raises ConfigError where something is missing that `wanted` needs."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{wanted} needs {' and '.join(missing)}: pip install 'mnist_dist[export]'")
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of the process. Each gives the thread that makes it another stack for signal handlers and
+    puts back the one before when it ends: two that end in the wrong order leave a stack that is gone, and the next
+    signal ends the process (OpenVINO 2026.4)."""
+    import openvino
+
+    return openvino.Core()
+
+
+def streams_of(cpus: int) -> int:
+    """How many calls run at once: each on as many whole cores, as few of them idle as possible, then as many calls."""
+    return max(range(1, min(cpus, MAX_STREAMS) + 1), key=lambda streams: (cpus // streams * streams, streams))
+
+
+def _open_openvino(file: Path, opening: Opening) -> Runtime:
+    core, streams = openvino_core(), streams_of(opening.cpus)
+    model = core.read_model(file)
+    model.reshape({0: list(opening.shape)})  # a fixed batch; smaller ones are padded
+    settings = {
+        "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],  # some CPUs run bfloat16 unless they are told otherwise
+        "INFERENCE_NUM_THREADS": opening.cpus,
+        "NUM_STREAMS": streams,  # calls at the same time, each on its share of these threads
+        "ENABLE_CPU_PINNING": False,  # the threads that decode use the same cores
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for _ in range(streams):
+        requests.put(compiled.create_infer_request())
+
+    def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
+        request = requests.get()
+        try:
+            request.infer([padded(pixels, opening.shape[0])], share_inputs=True)
+            tensors = [request.get_output_tensor(place).data for place in range(opening.outputs)]
+            return [np.array(values[: len(pixels)]) for values in tensors]  # copies: the tensors are used again
+        finally:
+            requests.put(request)
+
+    return Runtime(call, compiled.input(0).any_name, compiled.output(0).any_name, streams)
+
+
+def _open_onnx(file: Path, opening: Opening) -> Runtime:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = opening.cpus
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would starve decoding
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (source,), targets = session.get_inputs(), [output.name for output in session.get_outputs()[: opening.outputs]]
+    return Runtime(lambda pixels: session.run(targets, {source.name: pixels}), source.name, targets[0])
+
+
+def _open_saved_model(folder: Path, opening: Opening) -> Runtime:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    function = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    (source,), targets = function.structured_input_signature[1], list(function.structured_outputs)[: opening.outputs]
+
+    def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
+        found = function(**{source: tf.constant(pixels)})
+        return [found[target].numpy() for target in targets]
+
+    return Runtime(call, source, targets[0])
+
+
+def _open_litert(file: Path, opening: Opening) -> Runtime:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(file), num_threads=opening.cpus)
+    interpreter.allocate_tensors()
+    ((_, names),) = interpreter.get_signature_list().items()
+    place = interpreter.get_input_details()[0]["index"]
+    answers = [details["index"] for details in interpreter.get_output_details()[: opening.outputs]]
+
+    def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
+        if tuple(interpreter.get_input_details()[0]["shape"]) != pixels.shape:  # memory is laid out for one batch
+            interpreter.resize_tensor_input(place, pixels.shape, strict=True)
+            interpreter.allocate_tensors()
+        interpreter.set_tensor(place, pixels)
+        interpreter.invoke()
+        return [interpreter.get_tensor(answer) for answer in answers]
+
+    return Runtime(call, names["inputs"][0], names["outputs"][0])
+
+
+FORMATS: Mapping[str, Format] = {
+    "saved_model": Format("saved_model", (), ("tensorflow",), _open_saved_model, "tf_saved_model"),
+    "onnx": Format("model.onnx", (), ("onnx", "tf2onnx", "onnxruntime"), _open_onnx, "onnx"),
+    "openvino": Format("model.xml", ("model.bin",), ("openvino",), _open_openvino, "openvino"),
+    "litert": Format("model.tflite", (), ("ai_edge_litert",), _open_litert, "litert"),
+}
