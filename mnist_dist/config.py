@@ -241,12 +241,11 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where the run lives and what may be spent on it. Only these fields, but for those of the feature cache, may
-    differ when a run goes on."""
+class SharedRunConfig:
+    """Where a training or a search lives, and what Ray Train gets for it (for each finalist of a search)."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix under which runs and decoded images are kept."""
+    """Folder or `s3://` prefix under which runs, decoded images and features are kept."""
     name: str | None = None
     """The run's folder in the storage. None: recipe and a hash of the configuration."""
     storage_is_shared: bool = False
@@ -258,46 +257,53 @@ class RunConfig:
     gpu: bool | None = None
     """One GPU per worker. None: where the cluster has GPUs."""
     max_failures: int = 3
-    """Worker failures after which the job gives up; each time before, the group restarts from the last checkpoint."""
-    checkpoint_steps: int | None = None
-    """Also checkpoint every so many steps within an epoch. None: at epoch ends only."""
-    calibration: bool = True
-    """Put up to 2,000 held-out images into the bundle (for engine checks and int8)."""
+    """How often workers may fail before the training does; each time, they restart from the last checkpoint."""
     feature_cache: bool = True
     """Compute a frozen backbone's outputs once and keep them in the storage, for phases that train the head alone
-    without augmentation."""
+    without augmentation, and for trials."""
     feature_type: FeatureType = "float16"
     """Of the values in that cache."""
     wait_for_nodes_s: float = 0.0
-    """Wait so long, s, for a growing cluster to have room for `workers` of `cpus_per_worker` and a `gpu` (unnamed: one,
-    of 1 CPU and no GPU). 0: take what is there."""
-    dry_run: bool = False
-    """Check everything, train one step of each phase, leave nothing."""
-    plan: bool = False
-    """Decode a sample, train on it for some seconds on the cluster, say what is slowest and how long all of it would
-    take, and leave nothing."""
+    """Wait so long, s, for a growing cluster to have room for what the other flags name (unnamed: one process of 1 CPU
+    and no GPU). 0: take what is there."""
     verbose: bool = False
     """Show what Ray and TensorFlow print."""
 
     def __post_init__(self) -> None:
         require(self.workers is None or self.workers >= 1, "workers is at least 1", workers=self.workers)
-        require(
-            self.cpus_per_worker is None or self.cpus_per_worker > 0,
-            "cpus_per_worker is positive",
-            cpus_per_worker=self.cpus_per_worker,
-        )
+        cpus = self.cpus_per_worker
+        require(cpus is None or cpus > 0, "cpus_per_worker is positive", cpus_per_worker=cpus)
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
-        require(not (self.plan and self.dry_run), "plan and dry_run are two things", plan=True, dry_run=True)
         require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
-        require(
-            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
-            "checkpoint_steps is at least 1",
-            checkpoint_steps=self.checkpoint_steps,
-        )
         require(
             self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")),
             "name is a single folder name",
             name=self.name,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(SharedRunConfig):
+    """Where the run lives and what may be spent on it. A resumed run may change only these fields, but for those of
+    the feature cache."""
+
+    checkpoint_steps: int | None = None
+    """Also checkpoint every so many steps within an epoch. None: at epoch ends only."""
+    calibration: bool = True
+    """Put up to 2,000 held-out images into the bundle (for engine checks and int8)."""
+    dry_run: bool = False
+    """Check everything, train one step of each phase, leave nothing."""
+    plan: bool = False
+    """Decode a sample, train on it for some seconds on the cluster, say what is slowest and how long all of it would
+    take, and leave nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.plan and self.dry_run), "plan and dry_run are two things", plan=True, dry_run=True)
+        require(
+            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
+            "checkpoint_steps is at least 1",
+            checkpoint_steps=self.checkpoint_steps,
         )
 
 

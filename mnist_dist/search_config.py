@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mnist_dist.config import Augmentation, DataConfig, FeatureType, Pooling, Precision, require
+from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, require
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
@@ -115,54 +115,23 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRunConfig:
-    """Where the search lives and what may be spent on it. Only these fields, but for those of the feature cache, may
-    differ when it goes on."""
+class SearchRunConfig(SharedRunConfig):
+    """Where the search lives and what may be spent on it. A resumed search may change only these fields, but for those
+    of the feature cache."""
 
-    storage: str = "runs"
-    """Folder or `s3://` prefix under which searches, decoded images and features are kept."""
-    name: str | None = None
-    """The search's folder in the storage. None: recipe and a hash of the configuration."""
-    storage_is_shared: bool = False
-    """The storage folder is the same on every node (NFS and the like)."""
     cpus_per_trial: float = 1.0
     """CPUs that each trial reserves and uses."""
     gpus_per_trial: float | None = None
     """GPUs of each trial, also parts of one. None: a quarter where the cluster has GPUs, else 0."""
     concurrent_trials: int | None = None
     """Trials at the same time. None: as many as find room. With 1, the same seed proposes the same trials."""
-    workers: int | None = None
-    """Ray Train workers of each finalist. None: one per GPU of the cluster, or one."""
-    cpus_per_worker: float | None = None
-    """CPUs of each such worker. None: an equal share of the cluster."""
-    gpu: bool | None = None
-    """One GPU per such worker. None: where the cluster has GPUs."""
-    max_failures: int = 3
-    """Failures of a finalist's workers after which it counts as failed."""
-    feature_cache: bool = True
-    """Compute each frozen backbone's outputs once, for all trials; else in every step of every trial."""
-    feature_type: FeatureType = "float16"
-    """Of the values in that cache."""
-    wait_for_nodes_s: float = 0.0
-    """Wait so long, s, for a growing cluster to have room for `concurrent_trials` of `cpus_per_trial` and
-    `gpus_per_trial` (unnamed: one, and no GPU). 0: take what is there."""
-    verbose: bool = False
-    """Show what Ray and TensorFlow print."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrent_trials", "workers", "cpus_per_worker"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is positive", **{name: value})
+        super().__post_init__()
+        trials, gpus = self.concurrent_trials, self.gpus_per_trial
+        require(trials is None or trials > 0, "concurrent_trials is positive", concurrent_trials=trials)
         require(self.cpus_per_trial > 0, "cpus_per_trial is positive", cpus_per_trial=self.cpus_per_trial)
-        gpus = self.gpus_per_trial
         require(gpus is None or gpus >= 0, "gpus_per_trial is 0 or above", gpus_per_trial=gpus)
-        require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
-        require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
-        require(
-            self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")),
-            "name is a single folder name",
-            name=self.name,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from mnist_dist.benchmarks.score import (
     our_job,
     steady_images_per_s,
 )
-from mnist_dist.benchmarks.score_table import AIMS, TITLES, aims, ratio, summary, table
+from mnist_dist.benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.images import ImageSpec
@@ -123,13 +123,13 @@ def test_a_summary_without_the_bare_model_has_no_ratio() -> None:
 def result(**more: Any) -> dict[str, Any]:
     peers = {peer: summary(ROUNDS, peer) for peer in ("bare", "tfdata", "ours")}
     engines = {"ours": "keras float32"}
-    rows = [{"model": "mobilenet_v2", "batch_size": 32, "engines": engines, "peers": peers, "rounds": ROUNDS}]
+    row = {"model": "mobilenet_v2", "batch_size": 32, "engines": engines, "peers": peers, "rounds": ROUNDS}
+    rows = [{**row, "ratios": ratios(ROUNDS)}]
     head = {"machine": "2 cores, Z80", "date": "2026-01-31", "images": 2_000, "image_kb": 67.9, "prepared": {}}
-    found = {**head, "rows": rows, **more}
-    return {**found, "aims": aims(found)}
+    return {**head, "rows": rows, **more}
 
 
-def test_the_table_has_a_line_for_each_peer_and_for_each_aim() -> None:
+def test_the_table_has_a_line_for_each_peer_and_for_each_speed_of_ours() -> None:
     assert table(result()) == (
         "| `mobilenet_v2`, batches of 32 | engine | steady, images/s | of bare | whole run, images/s |\n"
         "|---|---|---|---|---|\n"
@@ -137,11 +137,10 @@ def test_the_table_has_a_line_for_each_peer_and_for_each_aim() -> None:
         "| tf.data + `tf.function` |  | 190.0 | 0.95 | 90.0 |\n"
         "| ours | keras float32 | 198.0 | 0.90 | 120.0 |\n"
         "\n"
-        "| figure | asked | found |\n"
-        "|---|---|---|\n"
-        "| MobileNetV2, default engine (keras float32), steady, vs tf.data + `tf.function` | 1.7 | 1.00 |\n"
-        "| MobileNetV2, default engine (keras float32), whole run of 2,000 images, vs tf.data + `tf.function` | 1.2 "
-        "| 1.33 |\n"
+        "| `mobilenet_v2` | times as fast as |\n"
+        "|---|---|\n"
+        "| ours, steady | tf.data + `tf.function` 1.00 |\n"
+        "| ours, whole | tf.data + `tf.function` 1.33 |\n"
         "\n"
         "2,000 JPEGs of about 68 KB; float32 where nothing else is said.\n"
         "2 cores, Z80, 2026-01-31"
@@ -159,12 +158,7 @@ def test_the_table_tells_conversion_small_inputs_and_memory_in_a_line_each() -> 
     small = {**taken, "images": 10, "bare_s": 6.04, "ours_s": 9.06, "of_bare": 1.5}
     memory = {**taken, "images": [2_000, 20_000], "peak_mb": [1_800.0, 1_890.0], "ratio": 1.05}
     lines = table(result(rows=[], prepared=prepared, small=small, memory=memory)).splitlines()
-    assert lines[2:4] == [
-        "| peak memory (PSS of driver and workers) at 20,000 images vs 2,000 | 1.15 at most | 1.05 |",
-        "| 10 images (openvino float32), start to exit, vs a bare `ray.init`, model and one batch | 1.3 at most "
-        "| 1.50 |",
-    ]
-    assert lines[6:9] == [
+    assert lines[1:4] == [
         "`vgg16`, conversion and check: 41.3 s, once per bundle, in no other figure; openvino bfloat16: top class of "
         "Keras for 99.6% of 256 random images.",
         "10 images with `vgg16` (openvino float32), start to exit: 9.1 s, bare script 6.0 s, ratio 1.50.",
@@ -173,7 +167,7 @@ def test_the_table_tells_conversion_small_inputs_and_memory_in_a_line_each() -> 
     ]
 
 
-# --- the aims --------------------------------------------------------------------------------------------------------
+# --- the ratios -------------------------------------------------------------------------------------------------------
 
 
 def speeds(**steady: float) -> dict[str, dict[str, float]]:
@@ -182,15 +176,9 @@ def speeds(**steady: float) -> dict[str, dict[str, float]]:
     return {name: {"steady": v, "whole": v / (2 if name.startswith("ours") else 3)} for name, v in names.items()}
 
 
-def row_of(model: str, *rounds: dict[str, dict[str, float]]) -> dict[str, Any]:
-    return {"model": model, "engines": {"ours": "openvino float32"}, "rounds": rounds}
-
-
-def found_of(*rows: dict[str, Any], images: int = 3_000) -> dict[str, Any]:
-    """Of each aim by its figure what was asked, and what was found."""
-    found = aims({"images": images, "rows": rows})
-    assert {aim["bound"] for aim in found} <= {"least"}
-    return {aim["figure"]: (aim["asked"], aim["found"]) for aim in found}
+def found_of(*rounds: dict[str, dict[str, float]]) -> dict[tuple[str, str], Any]:
+    """The ratios of one of ours at a speed."""
+    return {(found["ours"], found["speed"]): found["of"] for found in ratios(rounds)}
 
 
 def test_a_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians() -> None:
@@ -200,52 +188,30 @@ def test_a_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians() -> None:
     assert ratio(rounds, "ours", "ray", speed="steady") is None
 
 
-def test_the_aim_beside_four_others_names_those_that_were_measured_in_its_own_order() -> None:
-    row = row_of("mobilenet_v2", speeds(ours=300, predict=100, ray=75, daft=150))
-    assert found_of(row) == {
-        "MobileNetV2, default engine (openvino float32), steady, vs Daft; tf.data + `predict`; Ray's recipe": (
-            [1.7, 1.9, 2.0],
-            pytest.approx([2.0, 3.0, 4.0]),
-        ),
-        "MobileNetV2, default engine (openvino float32), whole run of 3,000 images, vs Daft; tf.data + `predict`; "
-        "Ray's recipe": ([1.3, 1.2, 2.0], pytest.approx([3.0, 4.5, 6.0])),
+def test_ours_is_held_against_those_that_were_measured() -> None:
+    assert found_of(speeds(ours=300, predict=100, ray=75, daft=150)) == {
+        ("ours", "steady"): pytest.approx({"daft": 2.0, "predict": 3.0, "ray": 4.0}),
+        ("ours", "whole"): pytest.approx({"daft": 3.0, "predict": 4.5, "ray": 6.0}),
     }
+    assert found_of(speeds(daft=150)) == {}
 
 
 def test_engine_and_decoding_share_the_same_cores() -> None:
-    row = row_of("mobilenet_v2", speeds(ours=180, engine=300, decode=600), speeds(ours=190, engine=300, decode=600))
-    figure = "MobileNetV2: the job at steady state, vs 1 / (1/engine + 1/decode)"
-    assert found_of(row) == {figure: ([0.95], pytest.approx([0.925]))}
-    assert found_of(row_of("mobilenet_v2", speeds(ours=180, engine=300))) == {}
+    rounds = speeds(ours=180, engine=300, decode=600), speeds(ours=190, engine=300, decode=600)
+    assert found_of(*rounds)["ours", "steady"][ENGINE_AND_DECODE] == pytest.approx(0.925)
+    assert ENGINE_AND_DECODE not in found_of(speeds(ours=180, engine=300))["ours", "steady"]
 
 
-def test_vgg16_is_measured_by_its_engine_alone() -> None:
-    row = row_of("vgg16", speeds(ours=19, engine=20, decode=600))
-    figure = "VGG16: the job at steady state, vs its engine on ready tensors, same cores"
-    assert found_of(row) == {figure: ([0.95], pytest.approx([0.95]))}
+def test_archives_and_s3_are_held_against_local_files() -> None:
+    found = found_of(speeds(ours=100, ours_tar=96, ours_s3=85))
+    assert found["ours-tar", "steady"] == pytest.approx({"ours": 0.96})
+    assert found["ours-s3", "steady"] == pytest.approx({"ours": 0.85})
 
 
-def test_bfloat16_has_aims_of_its_own() -> None:
-    peers = speeds(ours_bf16=60, tfdata=20, daft=30)
-    assert list(found_of(row_of("mobilenet_v2", peers)).values()) == [
-        ([2.6, 2.6], pytest.approx([2.0, 3.0])),
-        ([1.5, 1.4], pytest.approx([3.0, 4.5])),
-    ]
-    assert list(found_of(row_of("vgg16", peers)).values()) == [([1.7, 1.7], pytest.approx([2.0, 3.0]))]
-
-
-def test_archives_and_s3_are_measured_by_local_files_with_each_model() -> None:
-    row = row_of("cnn", speeds(ours=100, ours_tar=96, ours_s3=85))
-    assert found_of(row) == {
-        "`cnn` from a tar, steady, vs local files": ([0.95], pytest.approx([0.96])),
-        "`cnn` from S3 on loopback, steady, vs local files": ([0.8], pytest.approx([0.85])),
-    }
-
-
-def test_aims_name_peers_that_can_be_measured() -> None:
-    named = {aim.ours for aim in AIMS} | {other for aim in AIMS for other in aim.least} - {"engine+decode"}
+def test_ours_is_held_against_peers_that_can_be_measured() -> None:
+    named = COMPARED.keys() | {other for others in COMPARED.values() for other in others} - {ENGINE_AND_DECODE}
     assert named <= TITLES.keys()
-    assert PROGRAMS.keys() | {aim.ours for aim in AIMS} == TITLES.keys()
+    assert PROGRAMS.keys() | COMPARED.keys() == TITLES.keys()
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -401,6 +367,6 @@ def test_a_benchmark_measures_scoring_with_its_peers() -> None:
     assert row["engines"]["engine-bf16"] == "openvino bfloat16"
     assert row["engines"]["ours-s3"] == row["engines"]["ours"]
     assert measured["prepared"]["cnn"]["seconds"] > 0
-    (aim,) = measured["aims"]
-    assert aim["found"] == [row["peers"]["ours-s3"]["steady"] / row["peers"]["ours"]["steady"]]
+    found = {(one["ours"], one["speed"]): one["of"] for one in row["ratios"]}
+    assert found["ours-s3", "steady"] == {"ours": row["peers"]["ours-s3"]["steady"] / row["peers"]["ours"]["steady"]}
     assert "| ours, from S3 on loopback |" in table(measured)

@@ -35,7 +35,7 @@ from mnist_dist.benchmarks.bundles import CASES, make_bundle, ready_engine
 from mnist_dist.benchmarks.peers.task import Task, read_stamps
 from mnist_dist.benchmarks.photos import link_photos, write_photos, write_tar
 from mnist_dist.benchmarks.programs import last_json, peak_memory_bytes, run_program
-from mnist_dist.benchmarks.score_table import TITLES, Figures, Round, aims, summary
+from mnist_dist.benchmarks.score_table import TITLES, Figures, Round, ratios, summary
 from mnist_dist.benchmarks.score_table import table as table  # the job prints it
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
@@ -121,7 +121,7 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     Returns:
         `machine`, `date`, `images`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and what they
         found), `rows` (one for each model: the peers' medians and ratios, their engines, and the figures of each
-        round), where asked for `small` and `memory`, and `aims` (`score_table.aims`).
+        round, and `score_table.ratios`), and where asked for `small` and `memory`.
 
     Raises:
         ConfigError: a package of the extra `bench` is missing.
@@ -144,7 +144,7 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
             result["small"] = bench.measure_small()
         if benchmark.memory:
             result["memory"] = bench.measure_memory()
-    return {**result, "aims": aims(result)}
+    return result
 
 
 def _check_packages(benchmark: ScoreBenchmark) -> None:
@@ -197,6 +197,7 @@ class _Bench:
             "batch_size": CASES[model].batch_size,
             "engines": engines,
             "peers": {peer: summary(rounds, peer) for peer in self.benchmark.peers},
+            "ratios": ratios(rounds),
             "rounds": rounds,
         }
 

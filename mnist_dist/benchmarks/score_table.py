@@ -1,15 +1,13 @@
-"""What the measurements of scoring come to: medians, ratios beside what was aimed at, and the tables of both.
+"""What the measurements of scoring come to: medians, ratios to others, and the tables of both.
 
-Owns: the arithmetic, the aims, the Markdown. Does not own: the measurements (`score`).
+Owns: the arithmetic, the Markdown. Does not own: the measurements (`score`).
 
 Contract: figures are medians of the rounds, and a ratio is the median of the rounds' ratios, since machines are noisy.
-An aim is shown where everything that it compares was measured.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 Figures = dict[str, float]
 """Images/s, `steady` and (but for parts of a job) `whole`; in a summary also `of_bare`."""
@@ -33,51 +31,19 @@ TITLES: dict[str, str] = {
 ENGINE_AND_DECODE = "engine+decode"  # both on the same cores, one after the other: 1 / (1/engine + 1/decode)
 TITLES_OF_OTHERS: dict[str, str] = {
     **TITLES,
-    "engine": "its engine on ready tensors, same cores",
+    "engine": "its engine on ready tensors",
+    "engine-bf16": "its engine on ready tensors",
     ENGINE_AND_DECODE: "1 / (1/engine + 1/decode)",
     "ours": "local files",
 }
-MOST_MEMORY, MOST_START = 1.15, 1.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aim:
-    """How many times as fast as others one of ours has to be."""
-
-    figure: str
-    """With `{engine}`, that of ours, and `{images}`."""
-    model: str | None = None
-    """None: any."""
-    ours: str
-    speed: Literal["steady", "whole"] = "steady"
-    least: Mapping[str, float]
-    """By peer."""
-
-
-def _four(*least: float) -> dict[str, float]:
-    return dict(zip(("daft", "tfdata", "predict", "ray"), least, strict=True))
-
-
-_MOBILENET = "mobilenet_v2"
-_DEFAULT, _BFLOAT16 = "MobileNetV2, default engine ({engine})", "MobileNetV2, bfloat16 ({engine})"
-_RUN = "whole run of {images:,} images"
-AIMS: tuple[Aim, ...] = (
-    Aim(figure="VGG16: the job at steady state", model="vgg16", ours="ours", least={"engine": 0.95}),
-    Aim(figure="MobileNetV2: the job at steady state", model=_MOBILENET, ours="ours", least={ENGINE_AND_DECODE: 0.95}),
-    Aim(figure=f"{_DEFAULT}, steady", model=_MOBILENET, ours="ours", least=_four(1.7, 1.7, 1.9, 2.0)),
-    Aim(figure=f"{_BFLOAT16}, steady", model=_MOBILENET, ours="ours-bf16", least=_four(2.6, 2.6, 2.9, 3.1)),
-    Aim(figure=f"{_DEFAULT}, {_RUN}", model=_MOBILENET, ours="ours", speed="whole", least=_four(1.3, 1.2, 1.2, 2.0)),
-    Aim(
-        figure=f"{_BFLOAT16}, {_RUN}",
-        model=_MOBILENET,
-        ours="ours-bf16",
-        speed="whole",
-        least=_four(1.5, 1.4, 1.4, 2.4),
-    ),
-    Aim(figure="VGG16, bfloat16 ({engine}), steady", model="vgg16", ours="ours-bf16", least=_four(1.7, 1.7, 1.7, 1.7)),
-    Aim(figure="`{model}` from a tar, steady", ours="ours-tar", least={"ours": 0.95}),
-    Aim(figure="`{model}` from S3 on loopback, steady", ours="ours-s3", least={"ours": 0.8}),
-)
+_PEERS = ("daft", "tfdata", "predict", "ray")
+COMPARED: dict[str, tuple[str, ...]] = {
+    "ours": (*_PEERS, "engine", ENGINE_AND_DECODE),
+    "ours-bf16": (*_PEERS, "engine-bf16"),
+    "ours-tar": ("ours",),
+    "ours-s3": ("ours",),
+}
+"""What each of ours is held against, where that was measured."""
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
@@ -104,58 +70,30 @@ def _speed(found: Round, peer: str, speed: str) -> float | None:
     return None if None in parts else 1 / sum(1 / part for part in parts if part is not None)
 
 
-def aims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was aimed at, and what was found.
+def ratios(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """How many times as fast as others ours was with a model.
 
     Args:
-        result: of `score.measure`, without this.
+        rounds: of a model.
 
     Returns:
-        For each aim of which something was measured `figure`, and as lists of the same length `asked` and `found`;
-        `bound`, `least` or `most`, says on which side.
+        `ours` (a peer), `speed` (`steady` or `whole`) and `of`, the ratio to each other peer that was measured.
     """
-    rows = [_aim_row(aim, row, images=result["images"]) for aim in AIMS for row in result["rows"]]
-    found = [row for row in rows if row["found"]]
-    if "memory" in result:
-        less, more = result["memory"]["images"]
-        figure = f"peak memory (PSS of driver and workers) at {more:,} images vs {less:,}"
-        found.append(_at_most(figure, MOST_MEMORY, result["memory"]["ratio"]))
-    if "small" in result:
-        small = result["small"]
-        figure = (
-            f"{small['images']} images ({small['engine']}), start to exit, vs a bare `ray.init`, model and one batch"
-        )
-        found.append(_at_most(figure, MOST_START, small["of_bare"]))
+    found = []
+    for ours, others in COMPARED.items():
+        for speed in ("steady", "whole"):
+            of = {other: ratio(rounds, ours, other, speed=speed) for other in others}
+            measured = {other: value for other, value in of.items() if value is not None}
+            found += [{"ours": ours, "speed": speed, "of": measured}] if measured else []
     return found
-
-
-def _aim_row(aim: Aim, row: Mapping[str, Any], *, images: int) -> dict[str, Any]:
-    """Of a model's measurements; without anything found where it is about another model."""
-    found: dict[str, float] = {}
-    for other in aim.least if aim.model in (None, row["model"]) else ():
-        value = ratio(row["rounds"], aim.ours, other, speed=aim.speed)
-        if value is not None:
-            found[other] = value
-    figure = aim.figure.format(engine=row["engines"].get(aim.ours, "none"), images=images, model=row["model"])
-    return {
-        "figure": f"{figure}, vs {'; '.join(TITLES_OF_OTHERS[other] for other in found)}",
-        "bound": "least",
-        "asked": [aim.least[other] for other in found],
-        "found": list(found.values()),
-    }
-
-
-def _at_most(figure: str, asked: float, found: float) -> dict[str, Any]:
-    return {"figure": figure, "bound": "most", "asked": [asked], "found": [found]}
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: a table for each model, one of the aims, and a line for each of the rest."""
-    blocks = [_model_table(row) for row in result["rows"]]
-    blocks += [_aims_table(result["aims"])] if result["aims"] else []
+    """The result as Markdown: two tables for each model, and a line for each of the rest."""
+    blocks = [block for row in result["rows"] for block in (_model_table(row), _ratios_table(row)) if block]
     lines = [f"{result['images']:,} JPEGs of about {result['image_kb']:.0f} KB; float32 where nothing else is said."]
     lines += [_prepared_line(model, prepared) for model, prepared in result["prepared"].items()]
     lines += [_small_line(result["small"])] if "small" in result else []
@@ -173,11 +111,13 @@ def _model_table(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _aims_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| figure | asked | found |", "|---|---|---|"]
-    for row in rows:
-        asked = "; ".join(f"{value:.4g}" for value in row["asked"]) + (" at most" if row["bound"] == "most" else "")
-        lines.append(f"| {row['figure']} | {asked} | {'; '.join(f'{value:.2f}' for value in row['found'])} |")
+def _ratios_table(row: Mapping[str, Any]) -> str:
+    if not row["ratios"]:
+        return ""
+    lines = [f"| `{row['model']}` | times as fast as |", "|---|---|"]
+    for found in row["ratios"]:
+        of = "; ".join(f"{TITLES_OF_OTHERS[other]} {value:.2f}" for other, value in found["of"].items())
+        lines.append(f"| {TITLES[found['ours']]}, {found['speed']} | {of} |")
     return "\n".join(lines)
 
 

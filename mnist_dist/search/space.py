@@ -5,6 +5,7 @@ A proposal is a flat mapping of parameter names to values. What belongs to a bac
 one) is not drawn at all.
 """
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -20,6 +21,7 @@ from mnist_dist.config import (
     OptimizerConfig,
     PhasesConfig,
     RunConfig,
+    SharedRunConfig,
     TrainJob,
 )
 from mnist_dist.models.backbones import check_model, check_trainable
@@ -173,18 +175,7 @@ def backbone_job(architecture: Architecture, job: SearchJob) -> TrainJob:
 
 
 def _run_config(job: SearchJob) -> RunConfig:
-    run = job.run
-    return RunConfig(
-        storage=run.storage,
-        storage_is_shared=run.storage_is_shared,
-        workers=run.workers,
-        cpus_per_worker=run.cpus_per_worker,
-        gpu=run.gpu,
-        max_failures=run.max_failures,
-        feature_cache=run.feature_cache,
-        feature_type=run.feature_type,
-        verbose=run.verbose,
-    )
+    return RunConfig(**{field.name: getattr(job.run, field.name) for field in dataclasses.fields(SharedRunConfig)})
 
 
 def describe(params: Mapping[str, Any]) -> str:
