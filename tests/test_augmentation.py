@@ -206,7 +206,7 @@ def test_two_processes_of_one_strategy_draw_their_own_numbers_and_repeat_them() 
         )
         for rank in range(2)
     ]
-    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    first, second = (json.loads(process.communicate()[0]) for process in processes)
 
     assert first["weights"] == second["weights"]
     for rank in (first, second):

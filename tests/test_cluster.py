@@ -131,16 +131,12 @@ print(json.dumps({"cpus": have.cpus, "below": below, "rows": [row["id"] for row 
 @pytest.mark.slow
 def test_a_private_ray_has_no_autoscaler_and_leaves_nothing_running() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", CONNECTS], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", CONNECTS], env=environment, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
     names = [" ".join(command) for command in said["below"].values()]
     assert any("raylet" in name for name in names)
     assert not any("/monitor.py" in name for name in names)
     assert sorted(said["rows"]) == [1, 2, 3]  # blocks come as they are done
     assert said["cpus"] >= 1
-    deadline = time.monotonic() + 10
-    while (left := [pid for pid in map(int, said["below"]) if is_alive(pid)]) and time.monotonic() < deadline:
+    while any(map(is_alive, map(int, said["below"]))):
         time.sleep(0.1)
-    assert left == []

@@ -1,10 +1,14 @@
 """console: flags, what a person sees, signals, the JSON line and the exit code."""
 
+import fcntl
 import json
 import os
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +87,6 @@ def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         env={**{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TF_"))}, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 
@@ -220,11 +223,13 @@ def test_a_signal_is_noted_and_the_handlers_come_back(
 def test_a_signal_in_the_middle_of_a_line_is_noted() -> None:
     job = subprocess.Popen([sys.executable, "-c", IN_A_LINE], stderr=subprocess.PIPE, bufsize=0)
     assert job.stderr is not None
-    assert job.stderr.read(6) == b"xxxxxx"  # it writes more than the pipe holds, and waits for us
-    time.sleep(0.5)
+    assert job.stderr.read(6) == b"xxxxxx"
+    pipe = job.stderr.fileno()
+    room = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF
+    while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0] < room:
+        time.sleep(0.01)  # until it has written as much as the pipe holds, and waits for us
     job.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    _, rest = job.communicate(timeout=60)
+    _, rest = job.communicate()
     assert job.returncode == 0, rest[-500:]
     assert b"SIGTERM: saving what is there" in rest
     assert rest.count(b"x") == 1_000_000 - 6
@@ -325,7 +330,7 @@ console.run(main, job="test")
 
 
 def test_nothing_is_lost_at_the_end(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert json.loads(done.stdout) == {"job": "test", "images": 1}
     assert sorted(done.stderr.splitlines()) == ["ERROR library: logged", "closed", "said by a library"]

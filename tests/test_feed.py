@@ -184,13 +184,6 @@ def feed_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
-
-
 @pytest.mark.parametrize("depth", [0, 1, 2, 9])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_results_come_in_order(count: int, depth: int) -> None:
@@ -203,7 +196,8 @@ def test_one_thread_works_ahead_and_no_further_than_asked() -> None:
     with closing(ahead(calls, depth=2)) as results:
         assert calls.begun == []
         assert next(results) == 0
-        assert until(lambda: calls.begun == [0, 1, 2])
+        while len(calls.begun) < 3:
+            time.sleep(0.001)
         time.sleep(0.01)
         assert calls.begun == [0, 1, 2]
         assert len(feed_threads()) == 1

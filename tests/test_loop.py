@@ -470,16 +470,18 @@ def test_the_time_of_earlier_attempts_counts_once(images: Images, tmp_path: Path
     earlier = small_task(images, phases=PhasesConfig(epochs=(2,)), began_at=time.time() - 1000)
     _, _, notes = run(earlier, tmp_path / "earlier")
     checkpoint = notes.checkpoints()[0]
-    assert checkpoint.state.seconds == pytest.approx(1000, abs=60)
-    _, later, _ = run(replace(earlier, began_at=time.time() - 300), tmp_path / "later", restored=checkpoint)
-    assert later.state.seconds == pytest.approx(1300, abs=60)
+    before_s = checkpoint.state.seconds
+    assert 1000 <= before_s <= time.time() - earlier.began_at
+    later = replace(earlier, began_at=time.time() - 300)
+    _, outcome, _ = run(later, tmp_path / "later", restored=checkpoint)
+    assert before_s + 300 <= outcome.state.seconds <= before_s + time.time() - later.began_at
 
 
 def test_time_is_not_counted_twice_when_the_workers_of_an_attempt_are_restarted(images: Images, tmp_path: Path) -> None:
     task = small_task(images, phases=PhasesConfig(epochs=(2,)), began_at=time.time() - 1000)
     _, _, notes = run(task, tmp_path / "first")
     _, again, _ = run(task, tmp_path / "again", restored=notes.checkpoints()[0])
-    assert again.state.seconds == pytest.approx(1000, abs=60)
+    assert 1000 <= again.state.seconds <= time.time() - task.began_at
 
 
 def test_a_wish_to_stop_is_heeded_also_where_each_call_takes_a_whole_epoch(images: Images, tmp_path: Path) -> None:

@@ -27,8 +27,6 @@ from mnist_dist.scoring.predictions import read_predictions
 
 pytestmark = pytest.mark.slow
 
-START_TIMEOUT_S = 60
-JOB_TIMEOUT_S = 120
 IMAGES = 40
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -107,13 +105,12 @@ def free_port() -> int:
 
 
 def wait_for_dashboard(cluster: Cluster, head: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
             cluster.ask("version")
             return
         except (URLError, OSError) as err:
-            if head.poll() is not None or time.monotonic() > deadline:
+            if head.poll() is not None:
                 raise RuntimeError(f"Ray did not start: {log.read_text()[-2000:]}") from err
             time.sleep(0.3)
 
@@ -141,7 +138,6 @@ def submit(cluster: Cluster, *entrypoint: str) -> Submitted:
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=JOB_TIMEOUT_S,
     )
     printed = done.stdout + done.stderr
     found = re.search(r"raysubmit_\w+", printed)

@@ -31,7 +31,6 @@ ROOT = Path(__file__).parents[2]
 NAMESPACE = re.compile(r"mdc(\d+)-\w+")  # the number is of the process that made it
 NETWORK = "10.77.0"
 GCS_PORT = 6399
-START_TIMEOUT_S = 90.0
 OBJECT_STORE_BYTES = 100 * 2**20
 # A dead host is found out in seconds instead of half a minute.
 RAY_SETTINGS = {
@@ -209,7 +208,7 @@ class Cluster:
             self._wait_for_nodes(count)
 
     def _wait_for_nodes(self, count: int) -> None:
-        wait_until(lambda: self.nodes() == count, f"{count} nodes are up", timeout_s=START_TIMEOUT_S)
+        wait_until(lambda: self.nodes() == count, f"{count} nodes are up")
 
     def nodes(self) -> int:
         """Nodes that the head says to be alive."""
@@ -259,15 +258,15 @@ class Job:
                 return
         raise AssertionError(f"the job ended without a line that starts with {start!r}:\n{''.join(self._lines)}")
 
-    def ended(self, *, timeout_s: float = 300) -> tuple[int, dict[str, Any], str]:
+    def ended(self) -> tuple[int, dict[str, Any], str]:
         """Its exit code, its JSON line, and what it told."""
-        out, err = self.process.communicate(timeout=timeout_s)
+        out, err = self.process.communicate()
         lines = out.splitlines()
         result = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
         return self.process.returncode, result, "".join(self._lines) + err
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 300.0) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
