@@ -14,6 +14,7 @@ import pytest
 import ray
 from corpus import manifest_rows
 from harness import Recorder, write_spread_bundle
+from mnist_dist.scoring.measuring import Probe, measure, sample, settled_images_per_s
 from PIL import Image
 
 from mnist_dist.config import (
@@ -40,7 +41,6 @@ from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.training.plan import sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.scoring.decoding import Threads
-from mnist_dist.scoring.measuring import Probe, measure, sample, settled_images_per_s
 from mnist_dist.scoring.planning import Means, Pace, forecast
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position
