@@ -21,7 +21,6 @@ from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
-from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, means_of, total_times
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
@@ -101,10 +100,10 @@ class _Plan:
         console.line(f"found {images:,} images to score; the job is run on a sample of them, into a scratch output")
         with connected(verbose=job.run.verbose, stop=self._session.stop, meanwhile=WITH_RAY_DATA) as have:
             have = await_actors(have, job.run, self._session)
-            check_job_storage(job, nodes=have.nodes)
             actors = choose_actors(have, job.run, most=-(-images // (job.shard_size or MIN_SHARD)))
-            engine = self._engine(actors, have)
             ready_s = time.time() - self._began_at
+            # what is converted now is kept beside the bundle, where the job finds it
+            engine = self._scoring(job, "engine").choose_engine(job.engine, actors, have, images=images)
             count = FIRST_IMAGES * actors.count
             run = self._run(sample(table, images=count), engine, actors, have)
             wanted = round(WANTED_S * run.images_per_s)
@@ -142,23 +141,6 @@ class _Plan:
             lock=session.lock,
             began_at=time.time(),
         )
-
-    def _engine(self, actors: Actors, have: Resources) -> EngineChoice:
-        job, console = self._job, self._session.console
-        engine = job_engine(
-            job,
-            self._bundle,
-            job.engine,
-            actors=actors,
-            have=have,
-            images=0,
-            fallback=None,
-            console=console,
-            stop=self._session.stop,
-        )
-        if not engine.facts and not actors.gpus and job.engine.engine == "auto":
-            console.line("measured by Keras: the job converts its model first, once, and may then be faster")
-        return engine
 
     def _run(self, rows: pa.Table, engine: EngineChoice, actors: Actors, have: Resources) -> SampleRun:
         """The job on a sample.

@@ -228,7 +228,7 @@ class Scoring:
             with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
                 have = await_actors(have, self.job.run, self.session)
                 actors = choose_actors(have, self.job.run)
-                engine = self._engine(_noted(unfinished.plan), actors, have)
+                engine = self.choose_engine(_noted(unfinished.plan), actors, have)
                 self._score(unfinished, engine, actors, have)
         return self._commit(unfinished)
 
@@ -254,7 +254,7 @@ class Scoring:
         with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
             have = await_actors(have, self.job.run, self.session)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
-            engine = self._engine(self._asked(before), actors, have, images=rows)
+            engine = self.choose_engine(self._asked(before), actors, have, images=rows)
             generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
             self.wait_for(listing)
             if not len(listing.result().table):
@@ -307,9 +307,10 @@ class Scoring:
             self.console.line("the table keeps its engine, keras; --mode fresh chooses again")
         return noted
 
-    def _engine(
+    def choose_engine(
         self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
     ) -> EngineChoice:
+        """The engine for what is asked, converted where that is worth it; None: the images are still being listed."""
         check_job_storage(self.job, nodes=have.nodes)
         if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
             raise ResumeConflict(
