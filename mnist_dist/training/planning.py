@@ -93,11 +93,6 @@ class PhaseForecast:
     seconds: float
 
 
-def settled(epochs: Sequence[EpochTimes]) -> list[EpochTimes]:
-    """The last epoch of each phase: in the first one, its step and its validation are traced."""
-    return [epochs[i] for i in range(len(epochs)) if i + 1 == len(epochs) or epochs[i + 1].phase != epochs[i].phase]
-
-
 def forecast_phases(
     job: TrainJob, epochs: Sequence[EpochTimes], *, sizes: Sizes, validated: int
 ) -> list[PhaseForecast]:

@@ -24,7 +24,7 @@ from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
 from mnist_dist.on_ray.training.train import Training
 from mnist_dist.session import Session
-from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s, settled
+from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
 
 SAMPLE_BYTES = 256 * 2**20  # of decoded pixels
@@ -64,7 +64,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
         Lock(storage.join(root, "lock"), what=root) as lock,
         connected(verbose=job.run.verbose, stop=stop),
     ):
-        mine = replace(job, run=replace(job.run, storage=root, name="plan"))
+        mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
         plan = _Plan(mine, listed, Session(console=console, stop=stop, lock=lock), recipe=recipe)
         found = plan.result(ready_s=time.monotonic() - began)
     console.line("plan: nothing was kept")
@@ -175,7 +175,8 @@ class _Plan:
 
 
 def _epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
-    return settled([EpochTimes(**epoch) for epoch in result["epoch_times"]])
+    """The last epoch of each phase."""
+    return [EpochTimes(**epoch) for epoch in result["epoch_times"][EPOCHS - 1 :: EPOCHS]]
 
 
 def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:
