@@ -1,8 +1,7 @@
-"""Plans: the arithmetic, how a sample is taken, and what was expected of small jobs against what they did."""
+"""Plans: the arithmetic, how a sample is taken, and real plans of small jobs."""
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from PIL import Image
 
 from mnist_dist.config import (
     DataConfig,
-    DecodeConfig,
     FitConfig,
     InputConfig,
     ModelConfig,
@@ -29,97 +27,64 @@ from mnist_dist.config import (
     TrainJob,
 )
 from mnist_dist.console import duration
-from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.sampling import spread_rows
-from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.scoring.plan import means_of
-from mnist_dist.on_ray.scoring.score import score
+from mnist_dist.on_ray.scoring.score import means_of, score
 from mnist_dist.on_ray.training.plan import sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
-from mnist_dist.scoring.decoding import Threads
-from mnist_dist.scoring.measuring import Probe, measure, sample, settled_images_per_s
-from mnist_dist.scoring.planning import Means, Pace, forecast
+from mnist_dist.scoring.decoding import Times
+from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position
 from mnist_dist.training.planning import (
-    LEAST_CALLS,
-    PhasePace,
+    EpochTimes,
     Sizes,
-    Stopwatch,
-    endless,
+    TimedHost,
     forecast_phases,
     overall_images_per_s,
 )
 
 FACTOR = 1.5  # between what is expected and what is done
-PACE = Pace(
+RUN = SampleRun(
     images=100,
-    not_ok=0,
-    read_s=0.001,
-    decode_s=0.002,
-    model_images_per_s=1_000,
-    pipeline_images_per_s=400,
-    row_s=0.0001,
-    row_bytes=50,
-    measured_s=10,
-    memory_bytes=7,
+    ok=90,
+    images_per_s=400,
+    start_s=20,
+    commit_s=0.1,
+    table_bytes=5_000,
+    times=Times(read_s=0.1, decode_s=0.3, decode_cpu_s=0.2, model_s=0.09),
 )
-ON_CPUS = Means(actors=3, cores_of_actor=4, gpus_of_actor=0, decode_cores=12, reading_threads=60, decode_in_tasks=False)
-ON_GPUS = replace(ON_CPUS, cores_of_actor=1, gpus_of_actor=1, decode_cores=5, reading_threads=85, decode_in_tasks=True)
+MEANS = Means(actors=3, units=4, decode_cores=12, reading_threads=60)
 
 
 # --- the arithmetic of scoring ---------------------------------------------------------------------------------------
 
 
-def test_actors_that_decode_themselves_are_as_fast_as_their_pipelines() -> None:
-    found = forecast(PACE, ON_CPUS, images=12_000, start_s=20)
-    assert found.images_per_s == 3 * 400
-    assert found.decode_images_per_s == 12 / 0.002
-    assert found.model_images_per_s == 3 * 1_000
-    assert found.bottleneck == "model"
+def test_a_job_goes_on_as_its_sample_went() -> None:
+    found = forecast(RUN, MEANS, images=12_000)
+    assert found.decode_images_per_s_per_core == pytest.approx(500)
+    assert found.model_images_per_s == pytest.approx(3 * 1_000)
     assert found.balance == pytest.approx(0.5)  # 250 images/s of a core of the model, 500 of one that decodes
-    assert found.seconds == pytest.approx(20 + 10 + 1.2)
+    assert found.seconds == pytest.approx(20 + 30 + 12)
     assert found.table_bytes == 600_000
 
 
 @pytest.mark.parametrize(
-    ("cores", "rate", "bottleneck"), [(1, 500, "decoding"), (2, 1_000, "decoding"), (5, 1_200, "decoding")]
+    ("times", "bottleneck"),
+    [({}, "model"), ({"decode_cpu_s": 0.4}, "decoding"), ({"read_s": 60.0}, "reading")],
 )
-def test_tasks_that_decode_hold_the_actors_up_where_they_are_few(cores: int, rate: float, bottleneck: str) -> None:
-    found = forecast(PACE, replace(ON_GPUS, decode_cores=cores), images=1_000, start_s=0)
-    assert found.images_per_s == pytest.approx(rate)
-    assert found.bottleneck == bottleneck
-    assert found.balance == pytest.approx(2)  # cores for each GPU
-
-
-def test_the_model_is_the_bottleneck_once_enough_cores_decode() -> None:
-    found = forecast(PACE, replace(ON_GPUS, decode_cores=7), images=1_000, start_s=0)
-    assert found.bottleneck == "model"
-
-
-def test_slow_storage_is_the_bottleneck_whatever_the_cores_do() -> None:
-    found = forecast(replace(PACE, read_s=0.6), ON_CPUS, images=1_000, start_s=0)
-    assert found.bottleneck == "reading"
-    assert found.images_per_s == pytest.approx(100)
+def test_the_bottleneck_is_what_was_busy_longest(times: dict[str, float], bottleneck: str) -> None:
+    assert forecast(replace(RUN, times=replace(RUN.times, **times)), MEANS, images=1_000).bottleneck == bottleneck
 
 
 def test_what_decodes_are_the_actors_own_threads_or_tasks_on_the_cores_that_they_leave() -> None:
     have = Resources(by_node=((8.0, 2.0), (8.0, 2.0)))
     here = means_of(Actors(count=2, cpus=6.0, gpus=0, decode_in_tasks=False), have)
-    assert (here.decode_cores, here.reading_threads) == (12, 2 * (6 + 16))
+    assert (here.units, here.decode_cores, here.reading_threads) == (6, 12, 2 * (6 + 16))
     elsewhere = means_of(Actors(count=4, cpus=1.0, gpus=1, decode_in_tasks=True), have)
-    assert (elsewhere.decode_cores, elsewhere.reading_threads) == (12, 12 * (1 + 16))
-
-
-def test_speed_is_counted_once_it_has_settled_and_until_the_work_runs_out() -> None:
-    starting = [(10.0, 500), (10.5, 500)]
-    settled = [(11.0 + second / 2, 30) for second in range(9)]
-    ending = [(16.0, 1), (19.0, 1)]
-    assert settled_images_per_s(starting + settled + ending, until=15.5) == pytest.approx(60)
-    assert settled_images_per_s([(0.0, 32), (4.0, 32)], until=3.0) == pytest.approx(8)
+    assert (elsewhere.units, elsewhere.decode_cores, elsewhere.reading_threads) == (1, 12, 12 * (1 + 16))
 
 
 @pytest.mark.parametrize(
@@ -153,79 +118,21 @@ def test_only_the_begin_of_a_compressed_archive_is_sampled() -> None:
     archives = [None] * 50 + ["a.tgz"] * 900 + ["b.tgz"] * 30
     packing = [None] * 50 + ["stream"] * 930
     uris = [str(number) for number in range(980)]
-    rows = sample(manifest_rows(uris, archive=archives, packing=packing), image_bytes=100)
-    assert [int(uri) for uri in rows["uri"].to_pylist()] == [*range(50), *range(50, 114), *range(950, 980)]
-
-
-def test_fewer_images_are_sampled_where_each_is_large() -> None:
-    table = manifest_rows([str(number) for number in range(5_000)])
-    assert len(sample(table, image_bytes=100)) == 512
-    assert len(sample(table, image_bytes=2**20)) == 128
-    assert len(sample(table, image_bytes=2**30)) == 16
-
-
-def test_a_plan_of_images_of_which_none_can_be_used_says_why(tmp_path: Path) -> None:
-    (tmp_path / "text.jpg").write_text("no image")
-    spec = ImageSpec(height_px=12, width_px=14, channels=3)
-    probe = Probe(
-        rows=manifest_rows([str(tmp_path / "text.jpg")] * 3),
-        spec=spec,
-        decoding=DecodeConfig(),
-        threads=Threads(decoding=2),
-        decode_elsewhere=False,
-    )
-    with pytest.raises(ConfigError, match=r"none of 3 sampled images can be used, such as: unsupported"):
-        measure(lambda: Sleeper(batch_size=4, seconds=0.0), probe, write=lambda rows, outcomes: len(rows))
-
-
-class Sleeper:
-    """An engine that takes its time for each batch, whatever its size."""
-
-    num_classes, num_features, calls_at_once = 3, 0, 1
-
-    def __init__(self, *, batch_size: int, seconds: float) -> None:
-        self.batch_size, self._seconds = batch_size, seconds
-
-    def __call__(self, pixels: Pixels) -> Outputs:
-        time.sleep(self._seconds)
-        return Outputs(np.full((len(pixels), 3), 1 / 3, np.float32))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("decode_elsewhere", [False, True])
-def test_a_model_that_leaves_the_cores_idle_is_all_that_counts(tmp_path: Path, decode_elsewhere: bool) -> None:
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    (tmp_path / "empty.png").touch()
-    probe = Probe(
-        rows=manifest_rows([str(tmp_path / name) for name in ("red.png", "empty.png", "red.png", "red.png")] * 8),
-        spec=ImageSpec(height_px=12, width_px=14, channels=3),
-        decoding=DecodeConfig(),
-        threads=Threads(decoding=1),
-        decode_elsewhere=decode_elsewhere,
-    )
-    pace = measure(lambda: Sleeper(batch_size=6, seconds=0.06), probe, write=lambda rows, outcomes: 11 * len(rows))
-    assert (pace.images, pace.not_ok, pace.row_bytes) == (32, 8, 11)
-    # other work on the machine makes it slower, never faster
-    assert 60 < pace.model_images_per_s <= 100
-    assert 80 < pace.pipeline_images_per_s <= 100 * 4 / 3 * 1.1  # one in four is no work for the model
-    assert pace.decode_s < 0.05
+    rows = sample(manifest_rows(uris, archive=archives, packing=packing), images=2_000)
+    assert [int(uri) for uri in rows["uri"].to_pylist()] == [*range(50), *range(50, 306), *range(950, 980)]
 
 
 # --- the arithmetic of training --------------------------------------------------------------------------------------
 
 
 class Notes:
-    """A host that counts, and whose clock goes on as it is told."""
+    """A host that is slow, by a clock of its own."""
 
-    def __init__(self, *, stop_at: int | None = None) -> None:
-        self.now, self.calls, self.stop_at = 100.0, 0, stop_at
-
-    def clock(self) -> float:
-        return self.now
+    def __init__(self) -> None:
+        self.now = 100.0
 
     def progress(self, position: Position) -> bool:
-        self.calls += 1
-        return self.calls == self.stop_at
+        return position.step == 3
 
     def epoch_ended(self, line: dict[str, Any]) -> None:
         self.now += 0.25
@@ -234,44 +141,19 @@ class Notes:
         self.now += 1.5
 
 
-POSITION = Position(phase="train", epoch=1, epochs=2, step=3, steps=4, loss=1.0, accuracy=0.5, images_per_s=0.0)
-
-
-def test_a_stopwatch_notes_each_part_of_an_epoch() -> None:
+def test_each_part_of_an_epoch_is_noted() -> None:
     notes = Notes()
-    watch = Stopwatch(notes, seconds=10, clock=notes.clock)
-    notes.now += 7
-    assert not watch.progress(POSITION)
-    notes.now += 2
-    watch.progress(POSITION)
-    notes.now += 3  # validation
-    watch.epoch_ended({})
-    watch.save(Checkpoint(state=State(), weights=[], optimizer=[], best=None))
-    assert (watch.start_s, watch.validation_s, watch.save_s) == (7, 3, 1.5)
-    watch.begin()
-    assert watch.validation_s is None
-
-
-def test_a_stopwatch_stops_after_some_seconds_but_not_before_some_calls() -> None:
-    notes = Notes()
-    watch = Stopwatch(notes, seconds=10, clock=notes.clock)
-    for _ in range(LEAST_CALLS - 1):
-        notes.now += 30
-        assert not watch.progress(POSITION)
-    assert watch.progress(POSITION)
-    assert not watch.wished
-
-
-def test_a_stopwatch_remembers_that_somebody_else_wished_to_stop() -> None:
-    notes = Notes(stop_at=2)
-    watch = Stopwatch(notes, seconds=10, clock=notes.clock)
-    assert [watch.progress(POSITION) for _ in range(3)] == [False, True, True]
-    assert watch.wished
-
-
-def pace_of(name: str, images_per_s: float, **fields: Any) -> PhasePace:
-    values = {"start_s": 4.0, "validation_image_s": 0.001, "save_s": 0.5, "measured_s": 11.0, **fields}
-    return PhasePace(name=name, images_per_s=images_per_s, **values)
+    timed = TimedHost(notes, clock=lambda: notes.now)
+    position = Position(phase="head", epoch=1, epochs=2, step=3, steps=4, loss=1.0, accuracy=0.5, images_per_s=0.0)
+    for trained_s in (7.0, 2.0):
+        notes.now += trained_s
+        assert timed.progress(position)
+        assert not timed.progress(replace(position, step=4))
+        notes.now += 3  # validation
+        timed.epoch_ended({"phase": "head"})
+        timed.save(Checkpoint(state=State(), weights=[], optimizer=[], best=None))
+    expected = {"phase": "head", "steps": 4, "validation_s": 3.0, "save_s": 1.5}
+    assert timed.noted() == [{**expected, "train_s": 7.0}, {**expected, "train_s": 2.0}]
 
 
 def test_an_epoch_is_its_steps_its_validation_and_its_checkpoint() -> None:
@@ -279,24 +161,15 @@ def test_an_epoch_is_its_steps_its_validation_and_its_checkpoint() -> None:
         phases=PhasesConfig(epochs=(3, 2), learning_rate=(0.1, 0.01), trainable=("head", "all")),
         fit=FitConfig(batch_size=50),
     )
-    paces = [pace_of("head", 1_000.0), pace_of("fine-tune", 100.0, validation_image_s=None)]
-    head, tuned = forecast_phases(job, paces, sizes=Sizes(train=1_049, validation=200, test=30))
+    epochs = [EpochTimes(phase="head", steps=4, train_s=0.2, validation_s=0.1, save_s=0.5)]
+    epochs.append(EpochTimes(phase="fine-tune", steps=4, train_s=2.0, validation_s=1.0))
+    sizes = Sizes(train=1_049, validation=200, test=30)
+    head, tuned = forecast_phases(job, epochs, sizes=sizes, validated=100)
     assert (head.steps, head.epochs) == (20, 3)
     assert head.epoch_s == pytest.approx(1 + 0.2 + 0.5)
-    assert head.seconds == pytest.approx(4 + 3 * 1.7)
-    assert tuned.epoch_s == pytest.approx(10 + 2 + 0.5)  # validation was not measured: as slow as training
+    assert head.seconds == pytest.approx(3 * 1.7)
+    assert tuned.epoch_s == pytest.approx(10 + 2)
     assert overall_images_per_s([head, tuned]) == pytest.approx(5_000 / (3 + 20))
-
-
-def test_phases_that_are_measured_end_by_the_clock_alone() -> None:
-    job = TrainJob(
-        phases=PhasesConfig(epochs=(3, 2), learning_rate=(0.1, 0.01)),
-        fit=FitConfig(early_stopping_patience=1, plateau_patience=1),
-    )
-    phases = endless(job).phases.phases()
-    assert [phase.learning_rate for phase in phases] == [0.1, 0.01]
-    assert min(phase.epochs for phase in phases) > 1_000
-    assert endless(job).fit.early_stopping_patience is None
 
 
 def test_the_sizes_of_the_splits_are_those_that_the_data_brings_and_the_rest_by_share() -> None:
@@ -311,17 +184,14 @@ def test_the_sizes_of_the_splits_are_those_that_the_data_brings_and_the_rest_by_
 
 def test_a_sample_is_split_as_the_whole_is_without_what_cannot_be_used() -> None:
     index = pa.table({"status": ["ok", "empty"] * 50, "error": ["", "no bytes"] * 50})
-    splits = sample_splits(index, Sizes(train=800, validation=100, test=100))
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (45, 5, 0)
-    assert not set(splits.train.tolist()) & set(splits.val.tolist())
-    assert (np.concatenate([splits.train, splits.val]) % 2 == 0).all()
-    with pytest.raises(ConfigError, match=r"two images that can be used\. Received: 0 of 3 no bytes"):
-        sample_splits(
-            pa.table({"status": ["empty"] * 3, "error": ["no bytes"] * 3}), Sizes(train=1, validation=1, test=1)
-        )
+    splits = sample_splits(index, Sizes(train=800, validation=120, test=80))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 6, 4)
+    assert sorted([*splits.train, *splits.val, *splits.test]) == list(range(0, 100, 2))
+    with pytest.raises(ConfigError, match=r"three images that can be used\. Received: 1 of 2 no bytes"):
+        sample_splits(index.slice(0, 2), Sizes(train=800, validation=120, test=80))
 
 
-# --- plans and jobs on Ray -------------------------------------------------------------------------------------------
+# --- plans -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +235,7 @@ def scoring(bundle: Path, output: Path, images: Path, **fields: Any) -> ScoreJob
 
 
 def training(storage: Path, **fields: Any) -> TrainJob:
-    """A job on the digits, enlarged so that a step takes a while; 20 s or so."""
+    """A job on the digits, enlarged so that a step takes a while."""
     return TrainJob(
         model=ModelConfig(backbone="cnn", image_size_px=24),
         phases=PhasesConfig(epochs=(12, 4), learning_rate=(1e-3, 1e-4), trainable=("all",)),
@@ -374,79 +244,80 @@ def training(storage: Path, **fields: Any) -> TrainJob:
     )
 
 
-def assert_expected(rate: float, plans: list[float]) -> None:
-    """The job's speed lies within the factor of what was expected right before and right after it: a machine that
-    others share is not equally fast all the time."""
-    assert min(plans) / FACTOR <= rate <= max(plans) * FACTOR, (rate, plans)
+def assert_expected(seconds: float, expected_s: float) -> None:
+    assert expected_s / FACTOR <= seconds <= expected_s * FACTOR, (seconds, expected_s)
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_plan_of_scoring_says_what_it_would_take_and_leaves_the_output_alone(
+    tmp_path: Path, bundle: Path, photos: Path
+) -> None:
+    said = Recorder()
+    found = score(scoring(bundle, tmp_path / "table", photos, plan=True), console=said)
+    assert list(tmp_path.iterdir()) == []
+    assert (found["plan"], found["images"], found["cpus_per_gpu"]) == (True, 8_000, None)
+    assert found["bottleneck"] in ("decoding", "model", "reading")
+    assert 0 < 8_000 / found["expected_images_per_s"] < found["expected_seconds"]
+    assert 2e8 < found["actor_memory_bytes"] < 5e9
+    assert any(line.startswith(f"bottleneck: {found['bottleneck']}") for line in said.lines)
+    assert said.lines[-1] == "plan: nothing was written to the output"
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_plan_of_training_says_what_it_would_take_and_keeps_nothing(tmp_path: Path) -> None:
+    said = Recorder()
+    found = train(training(tmp_path, plan=True), recipe="test", console=said)
+    assert list(tmp_path.iterdir()) == []
+    assert (found["plan"], found["images"], found["bottleneck"]) == (True, 1_797, "training")
+    assert [phase["epochs"] for phase in found["phases"]] == [12, 4]
+    assert found["expected_seconds"] > sum(phase["seconds"] for phase in found["phases"])
+    assert 2e8 < found["worker_memory_bytes"] < 5e9
+    assert said.lines[-1] == "plan: nothing was kept"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
-def test_scoring_is_as_fast_as_its_plan_said(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    plans, said = [], Recorder()
-    plan = scoring(bundle, tmp_path / "table", photos, plan=True)
-    plans.append(score(plan, console=said))
-    assert not (tmp_path / "table").exists()
+def test_scoring_takes_as_long_as_its_plan_said(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    plan = score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
     done = score(scoring(bundle, tmp_path / "table", photos), console=Recorder())
-    names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
-    plans.append(score(plan, console=Recorder()))
-    assert sorted(path.name for path in (tmp_path / "table").rglob("*")) == names
-    assert_expected(done["images_per_s"], [found["expected_images_per_s"] for found in plans])
-    first = plans[0]
-    assert first["plan"]
-    assert (first["images"], first["bottleneck"], first["cpus_per_gpu"]) == (8_000, "decoding", None)
-    assert 2e8 < first["actor_memory_bytes"] < 5e9
+    assert_expected(done["seconds"], plan["expected_seconds"])
     size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
-    assert size / 2 < first["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
-    assert any(line.startswith("bottleneck: decoding") for line in said.lines)
-    assert said.lines[-1] == "plan: no image was scored, and nothing written to the output"
+    assert size / 2 < plan["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
+    names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
+    fresh = replace(scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1))
+    assert score(fresh, console=Recorder())["decode_images_per_s_per_core"] > 0
+    assert sorted(path.name for path in (tmp_path / "table").rglob("*")) == names
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
-def test_images_that_tasks_decode_are_planned_too(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    job = scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1)
-    found = score(job, console=Recorder())
-    assert found["expected_images_per_s"] == pytest.approx(found["decode_images_per_s_per_core"], rel=0.01)
-    assert found["bottleneck"] == "decoding"
+def test_training_takes_as_long_as_its_plan_said(tmp_path: Path) -> None:
+    plan = train(training(tmp_path, plan=True), recipe="test", console=Recorder())
+    done = train(training(tmp_path), recipe="test", console=Recorder())
+    assert_expected(done["seconds"], plan["expected_seconds"])
 
 
-@pytest.mark.usefixtures("two_cpus")
 @pytest.mark.slow
-def test_a_plan_refuses_what_the_job_would_refuse(tmp_path: Path, bundle: Path, photos: Path) -> None:
+@pytest.mark.usefixtures("two_cpus")
+def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Path) -> None:
     with pytest.raises(ResourceError, match=r"Received: actors=9"):
         score(scoring(bundle, tmp_path / "table", photos, plan=True, actors=9), console=Recorder())
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing"):
+        score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
+    (tmp_path / "nothing" / "text.jpg").write_text("no image")
+    with pytest.raises(ConfigError, match=r"none of 1 sampled images can be used, such as .*text\.jpg: unsupported"):
         score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_scoring(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    console = Recorder(at="measuring", then=lambda: signal.raise_signal(signal.SIGTERM))
+    console = Recorder(at="scoring", then=lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="stopped") as raised:
         score(scoring(bundle, tmp_path / "table", photos, plan=True), console=console)
     assert raised.value.exit_code == 143
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_cpus")
-def test_training_is_as_fast_as_its_plan_said(tmp_path: Path) -> None:
-    said, plan = Recorder(), training(tmp_path, plan=True)
-    plans = [train(plan, recipe="test", console=said)]
-    assert list(tmp_path.iterdir()) == []
-    done = train(training(tmp_path), recipe="test", console=Recorder())
-    plans.append(train(plan, recipe="test", console=Recorder()))
-    assert_expected(done["images_per_s"], [found["images_per_s"] for found in plans])
-    first = plans[0]
-    assert (first["plan"], first["images"], first["bottleneck"]) == (True, 1_797, "training")
-    steps = done["train_images"] // 64
-    assert [(phase["epochs"], phase["steps"]) for phase in first["phases"]] == [(12, steps), (4, steps)]
-    assert first["expected_seconds"] > sum(phase["seconds"] for phase in first["phases"])
-    assert 2e8 < first["worker_memory_bytes"] < 5e9
-    assert said.lines[-1] == "plan: nothing was kept"
 
 
 @pytest.mark.slow
@@ -467,14 +338,13 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
     assert found["decode_images_per_s_per_core"] > 50
     assert found["features_images_per_s"] > 1
     assert [phase["name"] for phase in found["phases"]] == ["head"]
-    assert found["images_per_s"] == pytest.approx(found["phases"][0]["images_per_s"], rel=0.01)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_training(tmp_path: Path) -> None:
-    console = Recorder(at="training on", then=lambda: signal.raise_signal(signal.SIGINT))
+    console = Recorder(at="training", then=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped") as raised:
         train(training(tmp_path, plan=True), recipe="test", console=console)
     assert raised.value.exit_code == 130

@@ -46,7 +46,7 @@ from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.on_ray.scoring.score import _Scoring, score
+from mnist_dist.on_ray.scoring.score import Scoring, score
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
@@ -833,7 +833,7 @@ def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_pa
     generation.begin(lambda uri: write_manifest(uri, manifest_rows(["a.png", "b.png", "c.png"]), shard_size=2))
     for shard in (0, 1):
         storage.write_bytes(generation.shard_uri(shard), b"rows")
-    scoring = object.__new__(_Scoring)
+    scoring = object.__new__(Scoring)
     scoring.console = Recorder()
     actors = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)
     scoring._score(generation, EngineChoice(), actors, Resources(by_node=((1, 0),)))

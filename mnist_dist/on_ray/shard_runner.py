@@ -27,7 +27,7 @@ from mnist_dist.data.markers import FORESEEN, Attempt, Markers
 from mnist_dist.data.steady_speed import SteadySpeed
 from mnist_dist.errors import DecoderStuck, MnistDistError, WorkersFailed, first_line
 from mnist_dist.on_ray.actors import Actors
-from mnist_dist.on_ray.tasks import SILENCE_S, words_of
+from mnist_dist.on_ray.tasks import SILENCE_S, peak_memory_bytes, words_of
 from mnist_dist.session import POLL_S, Session
 from mnist_dist.side_thread import SideThread
 
@@ -82,6 +82,8 @@ class ShardReport(Generic[Content]):
     ended_at: float
     process: str
     """Which process did it."""
+    memory_bytes: int
+    """Most that it has held so far."""
     content: Content
     """What the worker has to say."""
 
@@ -360,7 +362,14 @@ class _Shards:
                 self._begun_again.discard(shard)
             content = self._worker.work(shard, given, attempt=attempt, counter=counter)
         process = f"{os.uname().nodename}-{os.getpid()}"
-        return ShardReport(shard=shard, began_at=began_at, ended_at=time.time(), process=process, content=content)
+        return ShardReport(
+            shard=shard,
+            began_at=began_at,
+            ended_at=time.time(),
+            process=process,
+            memory_bytes=peak_memory_bytes(),
+            content=content,
+        )
 
     def outcome(self, shard: int, work: SideThread) -> Any:
         """What the work gave, or its error; Ray drops the answer of a call that it repeats, so that is also left as an

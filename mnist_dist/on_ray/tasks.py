@@ -1,5 +1,7 @@
 """Waiting for Ray tasks, and what a failure of Ray means to a person."""
 
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -69,3 +71,9 @@ def _taken(tasks: Sequence[Any]) -> list[Any]:
         if isinstance(cause, MnistDistError):
             raise cause from error
         raise WorkersFailed(words_of(error)) from error
+
+
+def peak_memory_bytes() -> int:
+    """Most that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import pyarrow as pa
@@ -32,6 +32,11 @@ class Times:
     read_s: float = 0.0
     decode_s: float = 0.0
     model_s: float = 0.0
+    decode_cpu_s: float = 0.0
+    """Of cores, in the threads that decode."""
+
+    def __add__(self, other: "Times") -> "Times":
+        return Times(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,13 @@ class DecodePool:
         if isinstance(encoded.data, ImageError):
             return encoded.data
         with self._slots:
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.thread_time()
             try:
                 return decode(encoded.data)
             except ImageError as error:
                 return ImageError(error.status, error.message)  # without the traceback, which holds the image
             finally:
-                self._count(decode_s=time.perf_counter() - began)
+                self._count(decode_s=time.perf_counter() - began, decode_cpu_s=time.thread_time() - cpu_began)
 
     def _decode_here(self, data: bytes) -> Decoded:
         """Decodes in this thread, under the eyes of `check_times`."""
@@ -143,11 +148,12 @@ class DecodePool:
         finally:
             del self._begun[thread]
 
-    def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0) -> None:
+    def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0, decode_cpu_s: float = 0.0) -> None:
         with self._times_lock:
             self.times.read_s += read_s
             self._read += read_s > 0
             self.times.decode_s += decode_s
+            self.times.decode_cpu_s += decode_cpu_s
             self._grow()
 
     def _grow(self) -> None:

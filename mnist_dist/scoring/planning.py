@@ -1,67 +1,60 @@
-"""What a scoring job will take, from what one of its actors was measured to do: pure arithmetic.
+"""What a scoring job will take, from how the job itself went on a sample: which sample, and the arithmetic.
 
-Owns: the bottleneck, the balance between decoding and the model, the expected speed and duration. Does not own: the
-measurements (`measuring`), or where they are made (`on_ray/scoring/plan.py`).
+Does not own: running the sample (`on_ray/scoring/plan.py`).
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist.data.sampling import RUN_ROWS, spread_rows
+from mnist_dist.scoring.decoding import Times
+
+STREAM_ROWS = 256  # of a compressed archive, from its start: later ones would have everything before them read
+
 Stage = Literal["decoding", "model", "reading"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """What one actor was measured to do, alone on its cores."""
-
-    images: int
-    """That were sampled and decoded."""
-    not_ok: int
-    """Of those, the ones that cannot be used."""
-    read_s: float
-    """Of a reading thread for one image, the first time that it is read."""
-    decode_s: float
-    """Of a core for one image."""
-    model_images_per_s: float
-    """On ready batches, with nothing beside it."""
-    pipeline_images_per_s: float
-    """All of the actor's work at once: the model, what makes rows of its answers, and in the actor's threads reading
-    and decoding, where they are its part."""
-    row_s: float
-    """To make a row of the table and write it."""
-    row_bytes: float
-    """Of a row on disk."""
-    measured_s: float
-    """That the measurement took, once the model was open."""
-    memory_bytes: int
-    """Most that the process held."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Means:
-    """What the job takes of the cluster."""
+    """What a job takes of the cluster."""
 
     actors: int
-    cores_of_actor: float
-    gpus_of_actor: float
-    decode_cores: float
+    units: float
+    """GPUs of an actor, or its cores where it has no GPU."""
+    decode_cores: int
     """That decode, over all actors or tasks."""
     reading_threads: int
     """Over all actors or tasks."""
-    decode_in_tasks: bool
-    """Decoding has cores of its own; else it shares the actors'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRun:
+    """How the job went on a sample."""
+
+    images: int
+    ok: int
+    images_per_s: float
+    start_s: float
+    """Until the first image: Ray, the actors, the model."""
+    commit_s: float
+    table_bytes: int
+    times: Times
+    """Summed over all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a job will do."""
+    """What the whole job will take."""
 
-    images_per_s: float
     bottleneck: Stage
-    decode_images_per_s: float
-    """Of all cores that decode, had they nothing else to do."""
+    decode_images_per_s_per_core: float
     model_images_per_s: float
-    """Of all actors, had their cores nothing else to do."""
+    """Of all actors."""
     balance: float
     """Cores that decode as fast as one GPU takes images, or else as one core of the model does."""
     scoring_s: float
@@ -71,31 +64,51 @@ class Forecast:
     table_bytes: int
 
 
-def forecast(pace: Pace, means: Means, *, images: int, start_s: float) -> Forecast:
-    """What a job will do.
+def busy_s(times: Times, means: Means) -> dict[Stage, float]:
+    """How long each stage was busy, shared out over what works on it."""
+    return {
+        "model": times.model_s / means.actors,
+        "decoding": times.decode_cpu_s / means.decode_cores,
+        "reading": times.read_s / means.reading_threads,
+    }
+
+
+def forecast(run: SampleRun, means: Means, *, images: int) -> Forecast:
+    """Extrapolates a sample of at least one usable image to so many images."""
+    busy = busy_s(run.times, means)
+    decoding = run.images / max(run.times.decode_cpu_s, 1e-9)
+    model = means.actors * run.ok / max(run.times.model_s, 1e-9)
+    scoring_s, factor = images / run.images_per_s, images / run.images
+    return Forecast(
+        bottleneck=max(busy, key=lambda stage: busy[stage]),
+        decode_images_per_s_per_core=decoding,
+        model_images_per_s=model,
+        balance=model / (means.actors * means.units) / decoding,
+        scoring_s=scoring_s,
+        commit_s=run.commit_s * factor,
+        seconds=run.start_s + scoring_s + run.commit_s * factor,
+        table_bytes=round(run.table_bytes * factor),
+    )
+
+
+def sample(table: pa.Table, *, images: int) -> pa.Table:
+    """Rows of a manifest that are spread over all of it; of compressed archives the first ones.
 
     Args:
-        pace: of one actor.
-        means: how many there are, and what decodes for them.
-        images: to be scored.
-        start_s: listing, Ray, and the actors up to the first image.
+        table: `manifest.COLUMNS`, at least one row.
+        images: how many, at most.
     """
-    decoding = means.decode_cores / pace.decode_s
-    model = means.actors * pace.model_images_per_s
-    reading = means.reading_threads / pace.read_s
-    of_actors = means.actors * pace.pipeline_images_per_s
-    rate = min(of_actors, reading, *([decoding] if means.decode_in_tasks else []))
-    scoring_s = images / rate
-    commit_s = images * pace.row_s  # rows are read and written once more, by the driver
-    units = means.gpus_of_actor or means.cores_of_actor
-    return Forecast(
-        images_per_s=rate,
-        bottleneck="reading" if reading <= rate else "decoding" if decoding < model else "model",
-        decode_images_per_s=decoding,
-        model_images_per_s=model,
-        balance=pace.model_images_per_s / units * pace.decode_s,
-        scoring_s=scoring_s,
-        commit_s=commit_s,
-        seconds=start_s + scoring_s + commit_s,
-        table_bytes=round(images * pace.row_bytes),
-    )
+    cheap = np.flatnonzero(_is_cheap(table))
+    return table.take(pa.array(cheap[spread_rows(len(cheap), most=max(images, RUN_ROWS))]))
+
+
+def _is_cheap(table: pa.Table) -> npt.NDArray[np.bool_]:
+    """Rows that are read without most of a compressed archive."""
+    is_stream = pc.fill_null(pc.equal(table["packing"], "stream"), False).to_numpy()
+    if not is_stream.any():
+        return np.ones(len(table), np.bool_)
+    archives = table["archive"].combine_chunks().dictionary_encode()
+    codes = archives.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.diff(codes, prepend=codes[0] - 1))
+    place = np.arange(len(codes)) - np.repeat(starts, np.diff(starts, append=len(codes)))
+    return np.asarray(~is_stream | (place < STREAM_ROWS))

@@ -40,7 +40,7 @@ class TrainTask:
     """There is no backbone at all: every phase is one of the head, on `features`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
-    """At most so many steps an epoch and batches an evaluation, and one epoch a phase (dry run). None: all."""
+    """At most so many steps an epoch and batches an evaluation (dry run, plan). None: all."""
     files: LogFiles | None = None
     """Where rank 0 logs; None in all others."""
     began_at: float = field(default_factory=time.time)
@@ -78,7 +78,7 @@ class PhaseRun:
         self, phase: Phase, *, task: TrainTask, built: Built, state: State, restored: Checkpoint | None
     ) -> None:
         self.phase, self.task, self.state, self._built = phase, task, state, built
-        self.epochs = 1 if task.steps_limit else phase.epochs
+        self.epochs = phase.epochs
         self.steps_per_call = 1
         self.wish_to_stop = False
         """This worker's."""

@@ -37,8 +37,8 @@ def resolve_on_workers(
     return found
 
 
-def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> None:
-    """Computes the shards that no earlier run has finished, and closes the cache.
+def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> float | None:
+    """Computes the shards that no earlier run has finished, and closes the cache; images/s of them.
 
     Args:
         plan: of `plan_features`; its records are finished.
@@ -53,7 +53,8 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
     """
     cache = plan.cache
     if cache.is_finished():
-        return
+        return None
+    images_per_s = None
     if missing := cache.missing():
         work = ShardWork(
             worker=FeatureWorker(plan, cpus=int(actors.cpus)),
@@ -63,8 +64,11 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
             actors=actors,
         )
         done = cache.rows - sum(len(plan.rows_of(shard)) for shard in missing)
-        run_shards(work, missing, session, title=title, done=done, total=cache.rows)
+        reports = run_shards(work, missing, session, title=title, done=done, total=cache.rows).reports
+        seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
+        images_per_s = (cache.rows - done) / max(seconds, 1e-9) if reports else None
     cache.finish(plan.model)
+    return images_per_s
 
 
 class FeatureWorker:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnist_dist import storage
-from mnist_dist.config import DataConfig, ModelConfig, RunConfig, TrainJob
+from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.sources import Source, image_spec, open_source
@@ -49,6 +49,8 @@ class DecodedData:
     fingerprint: str
     bad: int
     """Unreadable images."""
+    core_s: float = 0.0
+    """Of cores that decoded what was not decoded yet."""
 
 
 def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Console) -> Listed:
@@ -83,15 +85,16 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
 
 
 @contextmanager
-def scratch_storage(run: RunConfig, name: str) -> Iterator[str]:
-    """URI of a folder that every node sees where the run's storage is such, and that is deleted afterwards.
+def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
+    """URI of a folder that every node sees where they see the place, and that is deleted afterwards.
 
     Args:
-        run: whose storage it takes the place of.
+        place: URI of the folder that it is like.
+        is_shared: all nodes see the place, though it is local.
         name: what it is for.
     """
-    remote = storage.is_remote(run.storage) or run.storage_is_shared
-    uri = storage.join(run.storage, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
+    remote = storage.is_remote(place) or is_shared
+    uri = storage.join(place, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
     try:
         yield storage.absolute(uri)
     finally:
@@ -114,7 +117,7 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
         ServiceError: the storage failed, not an image.
     """
     plan = listed.plan
-    decode_missing(plan, listed.source, session)
+    core_s = decode_missing(plan, listed.source, session)
     index = read_index(plan.cache)
     return DecodedData(
         source=listed.source,
@@ -122,6 +125,7 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
         index=index,
         fingerprint=fingerprint(index, plan.class_names),
         bad=_judge_bad_images(index, plan, data, console=session.console),
+        core_s=core_s,
     )
 
 

@@ -12,8 +12,8 @@ MAX_DEATHS = 3
 """Of a process over the same shard: out of memory, or with its node."""
 
 
-def decode_missing(plan: RecordPlan, source: Source, session: Session) -> None:
-    """Decodes the shards that no earlier run has finished, and closes the cache.
+def decode_missing(plan: RecordPlan, source: Source, session: Session) -> float:
+    """Decodes the shards that no earlier run has finished, and closes the cache; s of cores that it took.
 
     Args:
         plan: of `plan_records`.
@@ -25,9 +25,9 @@ def decode_missing(plan: RecordPlan, source: Source, session: Session) -> None:
         ServiceError: the storage failed, not an image.
         WorkersFailed: processes died again and again over the same shard.
     """
-    cache = plan.cache
+    cache, core_s = plan.cache, 0.0
     if cache.is_finished():
-        return
+        return core_s
     shards = [] if source.pixels is not None else cache.missing()
     if shards:
         uris = source.table["uri"].to_pylist()
@@ -39,8 +39,10 @@ def decode_missing(plan: RecordPlan, source: Source, session: Session) -> None:
             given=lambda shard: uris[cache.rows_of(shard)],
         )
         left = sum(len(uris[cache.rows_of(shard)]) for shard in shards)
-        run_shards(work, shards, session, title="decoding", done=cache.rows - left, total=cache.rows)
+        ran = run_shards(work, shards, session, title="decoding", done=cache.rows - left, total=cache.rows)
+        core_s = sum(report.ended_at - report.began_at for report in ran.reports)
     finish(plan, source)
+    return core_s
 
 
 class DecodingWorker:

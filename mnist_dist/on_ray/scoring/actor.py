@@ -6,7 +6,7 @@
 
 import shutil
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class DecodedShard:
     images: list[Decoded | ImageError]
     size_bytes: list[int | None]
     etags: list[str | None]
+    times: Times
 
 
 class ScoringWorker:
@@ -80,11 +81,12 @@ class ScoringWorker:
             shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
         self._suspects: set[int] = set()
-        self._manifest_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._manifest: Manifest | None = None
+        self._times_elsewhere = Times()
 
     def work(self, shard: int, given: DecodedShard | None, *, attempt: Attempt, counter: "Counter") -> Times:
-        """Scores a shard and puts its rows; the times of the whole process, since it began."""
+        """Scores a shard and puts its rows; the times of the process since it began, and of what decoded for it."""
         if attempt.is_suspect:
             self._suspects.add(shard)
         rows = self._shards().read(shard)
@@ -95,13 +97,15 @@ class ScoringWorker:
             outcomes = self._scorer.classify(
                 given.images, size_bytes=given.size_bytes, etags=given.etags, progress=counter.add
             )
+            with self._lock:
+                self._times_elsewhere += given.times
         self._write(shard, rows, outcomes)
         self._suspects.discard(shard)
-        return replace(self._scorer.times)
+        return self._scorer.times + self._times_elsewhere
 
     def _shards(self) -> Manifest:
         """The manifest, which is there when the first shard is."""
-        with self._manifest_lock:
+        with self._lock:
             if self._manifest is None:
                 self._manifest = Manifest(self._task.generation.manifest_uri)
             return self._manifest
@@ -144,4 +148,4 @@ class DecodingWorker:
         with DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool:
             pool.begin(rows, found, isolated=attempt.is_suspect)
             found.wait(pool)
-        return DecodedShard(found.images, found.size_bytes, found.etags)
+        return DecodedShard(found.images, found.size_bytes, found.etags, pool.times)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich import filesize
 
@@ -31,7 +32,7 @@ from mnist_dist.on_ray.cluster import Resources, check_storage, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.scoring.commit import commit, rejudge, replay
-from mnist_dist.scoring.decoding import Times
+from mnist_dist.scoring.decoding import Threads, Times
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -42,6 +43,7 @@ from mnist_dist.scoring.manifest import (
     choose_shard_size,
     write_manifest,
 )
+from mnist_dist.scoring.planning import Means, busy_s
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
@@ -92,7 +94,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         return plan_score(job, bundle, output=output, console=console)
     storage.check_writable(job.output)
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
-        scoring = _Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
+        scoring = Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
         return scoring.run_to_end()
 
 
@@ -141,7 +143,7 @@ def _say_what_was_found(listing: Listing, console: Console) -> None:
         console.line(f"  {'; '.join(said)}")
 
 
-class _Scoring:
+class Scoring:
     """One driver's work on an output."""
 
     def __init__(
@@ -162,6 +164,7 @@ class _Scoring:
         self.discarded = 0  # number of a generation of another job that was thrown away
         self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
         self.steady_images_per_s: float | None = None
+        self.reports: list[ShardReport[Times]] = []
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
@@ -225,7 +228,7 @@ class _Scoring:
             with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
                 have = await_actors(have, self.job.run, self.session)
                 actors = choose_actors(have, self.job.run)
-                engine = self._engine(_noted(unfinished.plan), actors, have)
+                engine = self.choose_engine(_noted(unfinished.plan), actors, have)
                 self._score(unfinished, engine, actors, have)
         return self._commit(unfinished)
 
@@ -241,7 +244,7 @@ class _Scoring:
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
         listing = SideThread(
-            lambda: find_work(self.job, self.output, before=before, progress=self._note_found), name="listing"
+            lambda: find_work(self.job, self.output, before=before, progress=self.note_found), name="listing"
         )
         listing.start()
         listing.join(LIST_BEFORE_RAY_S)
@@ -251,19 +254,39 @@ class _Scoring:
         with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
             have = await_actors(have, self.job.run, self.session)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
-            engine = self._engine(self._asked(before), actors, have, images=rows)
+            engine = self.choose_engine(self._asked(before), actors, have, images=rows)
             generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
-            self._wait_for(listing)
+            self.wait_for(listing)
             if not len(listing.result().table):
                 return self._nothing_new(before)
             self._begin(generation, listing.result(), before, actors=actors, have=have)
             self._score(generation, engine, actors, have)
         return self._commit(generation)
 
-    def _note_found(self, images: int) -> None:
+    def score_sample(
+        self, rows: pa.Table, engine: EngineChoice, actors: Actors, have: Resources, *, shard_size: int
+    ) -> Committed:
+        """Scores and commits some rows, as a new table; for a plan.
+
+        Args:
+            rows: `manifest.COLUMNS`, then the carried columns.
+            engine: for the model.
+            actors: what is taken.
+            have: what the cluster has.
+            shard_size: rows of a shard.
+        """
+        generation = self.output.reserve(self._plan(None, engine))
+        self._check_what_was_found(Work(None, rows, replaces_all=True), generation, nodes=have.nodes)
+        generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size))
+        self._score(generation, engine, actors, have)
+        return self._commit(generation)
+
+    def note_found(self, images: int) -> None:
+        """So many images were found so far."""
         self.found = images
 
-    def _wait_for(self, listing: SideThread) -> None:
+    def wait_for(self, listing: SideThread) -> None:
+        """Waits for a listing, and shows how far it is."""
         with self.console.progress("listing") as bar:
             while listing.is_alive():
                 listing.join(0.5)
@@ -284,9 +307,10 @@ class _Scoring:
             self.console.line("the table keeps its engine, keras; --mode fresh chooses again")
         return noted
 
-    def _engine(
+    def choose_engine(
         self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
     ) -> EngineChoice:
+        """The engine for what is asked, converted where that is worth it; None: the images are still being listed."""
         check_job_storage(self.job, nodes=have.nodes)
         if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
             raise ResumeConflict(
@@ -400,9 +424,10 @@ class _Scoring:
         )
         ran = run_shards(work, left, self.session, title="scoring", done=rows_done, total=rows)
         self.steady_images_per_s = ran.steady_images_per_s
-        self._note_how_it_went(ran.reports, actors, images=rows - rows_done)
+        self.reports = ran.reports
+        self._note_how_it_went(ran.reports, means_of(actors, have), images=rows - rows_done)
 
-    def _note_how_it_went(self, reports: "list[ShardReport[Times]]", actors: Actors, *, images: int) -> None:
+    def _note_how_it_went(self, reports: "list[ShardReport[Times]]", means: Means, *, images: int) -> None:
         if not reports:
             return
         # from the first shard's begin to the last one's end
@@ -412,7 +437,7 @@ class _Scoring:
         self.console.line(
             f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s"
             f"{f' ({steady:,.1f} once under way)' if steady else ''}; slowest stage: "
-            f"{slowest_stage(reports, actors, seconds=seconds)}"
+            f"{slowest_stage(reports, means, seconds=seconds)}"
         )
 
     # --- the table ---------------------------------------------------------------------------------------------------
@@ -525,13 +550,28 @@ def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors:
         )
 
 
-def slowest_stage(reports: "list[ShardReport[Times]]", actors: Actors, *, seconds: float) -> str:
-    """Which stage was busy most of the time, over all actors."""
+def means_of(actors: Actors, have: Resources) -> Means:
+    """What decodes for the actors: their own threads, or a task on each whole core that they leave."""
+    cores = max(1, int(actors.cpus))
+    processes, decoding = actors.count, cores
+    if actors.decode_in_tasks:
+        processes, decoding = max(1, int(have.cpus - actors.count * actors.cpus)), 1
+    return Means(
+        actors=actors.count,
+        units=actors.gpus or cores,
+        decode_cores=processes * decoding,
+        reading_threads=processes * (decoding + Threads(decoding=decoding).reading),
+    )
+
+
+def total_times(reports: "list[ShardReport[Times]]") -> Times:
+    """Of all processes together."""
     newest = {report.process: report.content for report in reports}  # a process' times count from its start
-    shares = {
-        "the model": sum(times.model_s for times in newest.values()) / actors.count,
-        "decoding": sum(times.decode_s for times in newest.values()) / actors.count / max(1.0, actors.cpus),
-        "reading": sum(times.read_s for times in newest.values()) / actors.count / max(1.0, actors.cpus),
-    }
-    stage = max(shares, key=lambda name: shares[name])
-    return f"{stage} (busy {min(1.0, shares[stage] / seconds):.0%} of the time)"
+    return sum(newest.values(), start=Times())
+
+
+def slowest_stage(reports: "list[ShardReport[Times]]", means: Means, *, seconds: float) -> str:
+    """Which stage was busy most of the time, over all actors."""
+    busy = busy_s(total_times(reports), means)
+    stage = max(busy, key=lambda stage: busy[stage])
+    return f"{stage} (busy {min(1.0, busy[stage] / seconds):.0%} of the time)"

@@ -32,6 +32,8 @@ class WorkerTask:
     """s since the epoch."""
     command: str
     """That was typed, for the report."""
+    steps_limit: int | None = None
+    """At most so many steps an epoch, and batches an evaluation, for a dry run or a plan, which leave no bundle."""
     validated_only: bool = False
     """Train and validate; leave the test and the bundle to a later run of the same job."""
 

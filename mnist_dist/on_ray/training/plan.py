@@ -1,60 +1,47 @@
-"""The plan of a training: a sample is decoded, each phase is trained on it for some seconds, and nothing is kept.
+"""The plan of a training: the run itself on a sample, in a scratch storage that is deleted.
 
-Owns: what is asked of the cluster, and what is said. Does not own: the measurements in the workers (`plan_worker`), or
-what follows from them (`training/planning.py`).
+Owns: the sample, and what is said. Does not own: the run (`train.py`), or what follows from the times of its epochs
+(`training/planning.py`).
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
+from rich import filesize
 
 from mnist_dist import storage
-from mnist_dist.config import TrainJob, require
-from mnist_dist.console import Bar, Console, Stop, command_line
-from mnist_dist.data.records import RecordPlan, decode_shard, fingerprint, finish, plan_records, read_index
+from mnist_dist.config import DataConfig, TrainJob
+from mnist_dist.console import Console, Stop, duration
+from mnist_dist.data.records import plan_records
 from mnist_dist.data.sampling import spread_rows
-from mnist_dist.data.sources import Source
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import ConfigError, WorkersFailed
+from mnist_dist.errors import ConfigError
 from mnist_dist.lock import Lock
-from mnist_dist.on_ray.cluster import Resources, Share, await_workers, connected, share
-from mnist_dist.on_ray.data.features import compute_missing, feature_actors
-from mnist_dist.on_ray.data.prepare import (
-    DecodedData,
-    Listed,
-    check_places,
-    list_data,
-    plan_job_features,
-    scratch_storage,
-)
-from mnist_dist.on_ray.tasks import wait_for
-from mnist_dist.on_ray.training.attempt import Attempt
-from mnist_dist.on_ray.training.board import make_board
-from mnist_dist.on_ray.training.messages import WorkerTask
-from mnist_dist.on_ray.training.plan_found import Found, result_of, say
-from mnist_dist.training.features import FeaturePlan
-from mnist_dist.training.planning import PHASE_S, PhasePace, Sizes, endless, forecast_phases
+from mnist_dist.on_ray.cluster import connected, resources
+from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
+from mnist_dist.on_ray.training.train import Training
+from mnist_dist.session import Session
+from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
 
 SAMPLE_BYTES = 256 * 2**20  # of decoded pixels
-LEAST_SAMPLE, MOST_SAMPLE = 1_024, 60_000
-SAMPLE_OF_FEATURES = 1_024  # VGG16 on two cores computes so many in half a minute
-LEAST_STEPS = 4  # of an epoch of the sample
-USUAL_DECODE_S = 10.0  # of a sample: for the bar; so is the next
-USUAL_START_S = 20.0  # of the workers, to their first step
+MIN_SAMPLE, MAX_SAMPLE = 1_024, 60_000
+MAX_SAMPLE_OF_FEATURES = 1_024  # VGG16 on two cores computes so many in half a minute
+FIRST_STEPS = 8  # of an epoch
+EPOCHS = 2  # of a phase; in the first one everything is traced
+ENOUGH_S = 4.0  # of an epoch's steps; a run whose epochs are shorter is followed by one with more steps
+WANTED_S = 8.0
 
 
-def plan_train(job: TrainJob, *, console: Console) -> dict[str, Any]:
+def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """Says what a training would take, and what would hold it up.
 
     Args:
-        job: checked; with absolute weights.
+        job: checked.
+        recipe: the recipe's name.
         console: what a person sees.
 
     Returns:
@@ -65,209 +52,131 @@ def plan_train(job: TrainJob, *, console: Console) -> dict[str, Any]:
 
     Raises:
         ConfigError: a flag, the data, the weights or the cluster do not fit.
+        TooManyBadImages: more images of the sample are unreadable than `max_bad_fraction`.
         WorkersFailed: a worker failed.
         Interrupted: a signal.
     """
     began = time.monotonic()
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
-    with scratch_storage(job.run, "plan") as root, Stop(console) as stop:
+    with (
+        scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,
+        Stop(console) as stop,
+        Lock(storage.join(root, "lock"), what=root) as lock,
+        connected(verbose=job.run.verbose, stop=stop),
+    ):
         mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
-        with connected(verbose=job.run.verbose, stop=stop) as have:
-            have = await_workers(have, job.run, console=console, stop=stop)
-            check_places(listed, job.data, root=job.run.storage, is_shared=job.run.storage_is_shared, nodes=have.nodes)
-            found = _Measurement(mine, listed, have, console=console, stop=stop).found(began=began)
-    say(found, console=console)
-    return {**result_of(found), "seconds": round(time.monotonic() - began, 2)}
+        plan = _Plan(mine, listed, Session(console=console, stop=stop, lock=lock), recipe=recipe)
+        found = plan.result(ready_s=time.monotonic() - began)
+    console.line("plan: nothing was kept")
+    return {**found, "seconds": round(time.monotonic() - began, 2)}
 
 
-class _Measurement:
+class _Plan:
     """One look at a training on the cluster at hand."""
 
-    def __init__(self, job: TrainJob, listed: Listed, have: Resources, *, console: Console, stop: Stop) -> None:
-        self._job, self._listed, self._have, self._console, self._stop = job, listed, have, console, stop
+    def __init__(self, job: TrainJob, listed: Listed, session: Session, *, recipe: str) -> None:
+        self._job, self._session, self._recipe = job, session, recipe
         self._sizes = sizes_of(listed.source.table["split"], job)
+        self._sample = self._sampled(listed)
+        phases = replace(job.phases, epochs=(EPOCHS,))
+        fit = replace(job.fit, early_stopping_patience=None, plateau_patience=None)
+        self._short = replace(job, phases=phases, fit=fit)
 
-    def found(self, *, began: float) -> Found:
-        """Measures everything, one after the other; `began`: when the plan did, s."""
-        asked, batch = self._job.run, self._job.fit.batch_size
-        mine = share(self._have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
-        require(
-            mine.workers <= batch <= self._sizes.train,
-            f"batch_size is at least the number of workers ({mine.workers}) and at most that of training images "
-            f"({self._sizes.train:,})",
-            batch_size=batch,
-        )
-        connected_s = time.monotonic() - began
-        decoded, decode_s = self._decode()
-        splits = sample_splits(decoded.index, self._sizes)
-        features, features_rate = self._compute(decoded, splits) if self._job.uses_features else (None, None)
-        workers_began = time.monotonic()
-        metrics = self._train(decoded, splits, features, mine)
-        workers_s = time.monotonic() - workers_began
-        paces = [PhasePace(**pace) for pace in metrics["phases"]]
-        phases = forecast_phases(self._job, paces, sizes=self._sizes)
-        return Found(
-            images=len(self._listed.source.table),
-            share=mine,
-            have=self._have,
-            decode_s=decode_s,
-            features_images_per_s=features_rate,
-            features_images=self._sizes.train + self._sizes.validation if features else 0,
-            phases=phases,
-            start_s=connected_s + workers_s - sum(pace.measured_s for pace in paces),
-            test_s=self._test_s(paces[-1], features_rate),
-            memory_bytes=metrics["memory_bytes"],
-        )
+    def result(self, *, ready_s: float) -> dict[str, Any]:
+        """What is to be said of the job, measured on the sample; `ready_s`: to list, and to connect."""
+        first, result = self._run(FIRST_STEPS)
+        decode_s, features_rate = first.decode_core_s / len(self._sample.source.table), first.features_images_per_s
+        training, epochs = first, _epochs_of(result)
+        slowest_s = max(epoch.train_s for epoch in epochs)
+        if slowest_s < ENOUGH_S and epochs[0].steps == FIRST_STEPS:
+            training, result = self._run(round(FIRST_STEPS * WANTED_S / slowest_s))
+            epochs = _epochs_of(result)
+        sizes, batch, steps = self._sizes, self._job.fit.batch_size, epochs[0].steps
+        validated = min(result["validation_images"], steps * batch)
+        phases = forecast_phases(self._job, epochs, sizes=sizes, validated=validated)
+        features_images = sizes.train + sizes.validation
+        parts = {
+            "decoding": sizes.images * decode_s / max(1.0, resources().cpus),
+            "features": features_images / features_rate if features_rate else 0.0,
+            "training": sum(phase.seconds for phase in phases),
+        }
+        # starting, tracing, the last validation and the test, as long as they took of the sample
+        sample_s = EPOCHS * sum(epoch.train_s + epoch.validation_s + epoch.save_s for epoch in epochs)
+        rest_s = max(0.0, result["seconds"] - training.prepared_s - sample_s)
+        whole = sizes.validation + sizes.test - validated - min(result["test_images"], steps * batch)
+        rest_s += max(0, whole) * (epochs[-1].validation_s / validated + (1 / features_rate if features_rate else 0.0))
+        found = {
+            "plan": True,
+            "images": sizes.images,
+            "bottleneck": max(parts, key=lambda name: parts[name]),
+            "decode_images_per_s_per_core": round(1 / decode_s, 2) if decode_s else None,
+            "features_images_per_s": features_rate and round(features_rate, 2),
+            "images_per_s": round(overall_images_per_s(phases), 2),
+            "phases": [{k: round(v, 2) if isinstance(v, float) else v for k, v in vars(p).items()} for p in phases],
+            "cpus_per_gpu": None,
+            "expected_seconds": round(ready_s + rest_s + sum(parts.values()), 1),
+            "worker_memory_bytes": result["memory_bytes"],
+            "workers": result["workers"],
+        }
+        balance = sizes.images * decode_s / (parts["features"] + parts["training"])
+        if training.has_gpus:
+            found["cpus_per_gpu"] = round(balance / result["workers"], 2)
+        self._say(found, parts, balance=balance)
+        return found
 
-    def _test_s(self, pace: PhasePace, features_rate: float | None) -> float:
-        """Validation and test of the whole network, once more, on images."""
-        image_s = pace.validation_image_s or 1 / pace.images_per_s
-        image_s += 1 / features_rate if features_rate else 0.0
-        return (self._sizes.validation + self._sizes.test) * image_s
-
-    def _decode(self) -> tuple[DecodedData, float | None]:
-        """The decoded sample, and what a core takes for an image of it."""
-        source, spec = self._listed.source, self._listed.plan.spec
-        table = source.table
-        rows = spread_rows(len(table), most=self._sample_size(), run_rows=64)
-        if source.pixels is None:
-            source = replace(source, table=table.take(pa.array(rows)))
-        plan = plan_records(source, spec, storage=self._job.run.storage, max_pixels=self._listed.plan.max_pixels)
-        seconds = self._decode_shards(plan, source) if source.pixels is None else None
-        finish(plan, source)
-        index = read_index(plan.cache)
-        bad = sum(status != "ok" for status in index["status"].to_pylist())
-        data = DecodedData(
-            source=source, plan=plan, index=index, fingerprint=fingerprint(index, plan.class_names), bad=bad
-        )
-        return data, None if seconds is None else seconds / plan.cache.rows
-
-    def _sample_size(self) -> int:
-        """Images: enough for some steps, few enough to be decoded in seconds; of those in memory, all."""
-        source, batch = self._listed.source, self._job.fit.batch_size
-        if source.pixels is not None:
-            return len(source.table)
-        share_of_training = self._sizes.train / len(source.table)
-        least = int(LEAST_STEPS * batch / share_of_training) + 1
-        most = SAMPLE_OF_FEATURES if self._job.uses_features else MOST_SAMPLE
-        by_bytes = max(LEAST_SAMPLE, SAMPLE_BYTES // self._listed.plan.spec.image_bytes)
-        return max(least, min(by_bytes, most))
-
-    def _decode_shards(self, plan: RecordPlan, source: Source) -> float:
-        """Seconds of cores, over all shards."""
-        cache, uris = plan.cache, source.table["uri"].to_pylist()
-        self._console.line(f"decoding {cache.rows:,} images")
-        decode = ray.remote(num_cpus=1, max_retries=0)(_timed_decode)
-        tasks = [decode.remote(plan, shard, uris[cache.rows_of(shard)]) for shard in cache.missing()]
-        seconds = wait_for(tasks, title="decoding", expected_s=USUAL_DECODE_S, console=self._console, stop=self._stop)
-        return float(sum(seconds))
-
-    def _compute(self, decoded: DecodedData, splits: Splits) -> tuple[FeaturePlan, float]:
-        """The features of the sample, by one actor, and how many images all actors would take a second."""
-        features = plan_job_features(self._job, decoded, splits, have=self._have)
-        actors = feature_actors(self._have)
-        with self._console.progress("features") as shown:
-            bar = TimedBar(shown)
-            compute_missing(features, actors=replace(actors, count=1), bar=bar, stop=self._stop)
-        return features, actors.count * bar.per_s()
-
-    def _train(self, decoded: DecodedData, splits: Splits, features: FeaturePlan | None, mine: Share) -> dict[str, Any]:
-        """What the workers measured."""
-        run = Run(storage.join(self._job.run.storage, "plan"))
-        task = WorkerTask(
-            job=endless(self._job),
-            records=decoded.plan,
-            splits=splits,
-            features=features,
-            fingerprint=decoded.fingerprint,
-            run=run.uri,
-            checkpoint=None,
-            board=make_board(),
-            cpus=mine.cpus,
-            gpu=mine.gpu,
+    def _run(self, steps: int) -> tuple[Training, dict[str, Any]]:
+        """The run on the sample, with so many steps an epoch at most."""
+        run = Run(storage.join(self._job.run.storage, f"plan-{steps}"))
+        training = Training(
+            self._short,
+            self._session,
+            recipe=self._recipe,
+            run=run,
             began_at=time.time(),
-            command=command_line(),
+            steps_limit=steps,
+            split=self._split,
         )
-        self._console.line(
-            f"training on {len(splits.train):,} images: {mine.workers} worker(s) of {mine.cpus:g} CPU"
-            f"{' and a GPU' if mine.gpu else ''}, of {self._have}"
-        )
-        shown = _Unsaid(self._console, expected_s=USUAL_START_S + PHASE_S * len(task.job.phases.phases()))
-        with Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-            result = Attempt(task, name="attempt-0001", share=mine, loop=_worker_loop).run_to_end(
-                console=shown, stop=self._stop, lock=lock
+        return training, training.run_to_end(self._sample, {})
+
+    def _split(self, decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits:
+        return sample_splits(decoded.index, self._sizes)
+
+    def _sampled(self, listed: Listed) -> Listed:
+        """Images enough for some steps, few enough to be decoded in seconds."""
+        source, spec, batch = listed.source, listed.plan.spec, self._job.fit.batch_size
+        least = FIRST_STEPS * batch * len(source.table) // max(1, self._sizes.train) + 1
+        most = MAX_SAMPLE_OF_FEATURES if self._job.uses_features else MAX_SAMPLE
+        by_bytes = max(MIN_SAMPLE, SAMPLE_BYTES // spec.image_bytes)
+        rows = spread_rows(len(source.table), most=max(least, min(by_bytes, most)), run_rows=64)
+        pixels = None if source.pixels is None else source.pixels[rows]
+        source = replace(source, table=source.table.take(pa.array(rows)), pixels=pixels)
+        root, max_pixels = self._job.run.storage, self._job.data.max_pixels
+        return Listed(source=source, plan=plan_records(source, spec, storage=root, max_pixels=max_pixels))
+
+    def _say(self, found: dict[str, Any], parts: dict[str, float], *, balance: float) -> None:
+        line = self._session.console.line
+        for name, rate in (
+            ("decoding", found["decode_images_per_s_per_core"]),
+            ("features", found["features_images_per_s"]),
+        ):
+            if rate:
+                line(f"{name}: {rate:,.1f} images/s{' a core' * (name == 'decoding')}, {duration(parts[name])}, once")
+        for phase in found["phases"]:
+            line(
+                f"{phase['name']}: {phase['images_per_s']:,.1f} images/s, {phase['steps']:,} steps and "
+                f"{duration(phase['epoch_s'])} an epoch, {duration(phase['seconds'])} for {phase['epochs']} epochs"
             )
-        if result.error is not None:
-            raise result.error
-        if result.metrics is None:
-            self._stop.check()
-            raise WorkersFailed("the workers stopped without having been asked to")
-        return result.metrics
+        cores = found["cpus_per_gpu"] or balance
+        unit = " a GPU" if found["cpus_per_gpu"] else ""
+        also = f"; with {cores:,.2g} core(s){unit} decoding takes as long as the rest" if balance else ""
+        line(f"bottleneck: {found['bottleneck']}{also}")
+        memory = filesize.decimal(found["worker_memory_bytes"])
+        line(f"expected: {duration(found['expected_seconds'])} from start to end; memory: {memory} a worker")
 
 
-class _Unsaid(Console):
-    """A console that leaves out the epochs of a training that is none, and whose bar is moved by the clock.
-
-    Args:
-        console: shows the rest.
-        expected_s: how long the training should take.
-    """
-
-    def __init__(self, console: Console, *, expected_s: float) -> None:
-        super().__init__(verbose=console.verbose, terminal=console.terminal)
-        self._console, self._expected_s = console, expected_s
-
-    def line(self, text: str) -> None:
-        if not text.startswith("epoch "):
-            self._console.line(text)
-
-    @contextmanager
-    def progress(self, title: str) -> Iterator[Bar]:
-        with self._console.progress(title) as bar:
-            yield _ClockBar(bar, total_s=self._expected_s)
-
-
-class _ClockBar(Bar):
-    def __init__(self, bar: Bar, *, total_s: float) -> None:
-        self._bar, self._total_s, self._began = bar, total_s, time.monotonic()
-
-    def update(self, *, done: float, total: float, note: str = "") -> None:
-        elapsed = time.monotonic() - self._began
-        self._bar.update(done=min(elapsed, self._total_s), total=self._total_s, note=note.partition("/")[0])
-
-
-class TimedBar(Bar):
-    """A bar that notes when how much was done.
-
-    Args:
-        bar: is moved, too.
-    """
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar, self._began = bar, time.monotonic()
-        self._marks: list[tuple[float, float]] = []
-
-    def update(self, *, done: float, total: float, note: str = "") -> None:
-        self._marks.append((time.monotonic(), done))
-        self._bar.update(done=done, total=total, note=note)
-
-    def per_s(self) -> float:
-        """Speed from the first mark to the last; from the begin where there is one mark only."""
-        first = self._marks[0] if len(self._marks) > 1 else (self._began, 0.0)
-        return (self._marks[-1][1] - first[1]) / max(self._marks[-1][0] - first[0], 1e-9)
-
-
-def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.training.plan_worker import measure  # loads TensorFlow, which the driver never does
-
-    return measure(config["task"])
-
-
-def _timed_decode(plan: RecordPlan, shard: int, uris: list[str]) -> float:
-    """Decodes a shard as the job does; how long that took, s."""
-    began = time.perf_counter()
-    decode_shard(plan, shard, uris)
-    return time.perf_counter() - began
+def _epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
+    """The last epoch of each phase."""
+    return [EpochTimes(**epoch) for epoch in result["epoch_times"][EPOCHS - 1 :: EPOCHS]]
 
 
 def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:
@@ -287,13 +196,12 @@ def sample_splits(index: pa.Table, sizes: Sizes) -> Splits:
         ConfigError: too few images can be used.
     """
     readable = np.flatnonzero([status == "ok" for status in index["status"].to_pylist()])
-    if len(readable) < 2:
+    if len(readable) < 3:
         problem = next((error for error in index["error"].to_pylist() if error), "")
         raise ConfigError(
-            f"a plan needs two images that can be used. Received: {len(readable)} of {len(index)} {problem}"
+            f"a plan needs three images that can be used. Received: {len(readable)} of {len(index)} {problem}"
         )
-    count = max(1, round(len(readable) * sizes.validation / (sizes.train + sizes.validation + sizes.test)))
-    chosen = np.zeros(len(readable), np.bool_)
-    chosen[np.linspace(0, len(readable) - 1, count).astype(np.int64)] = True
-    none = np.zeros(0, np.int64)
-    return Splits(readable[~chosen], readable[chosen], none, duplicates=0, duplicate_pairs=(), dropped=0)
+    readable = np.random.default_rng(0).permutation(readable)
+    counts = [max(1, round(len(readable) * part / sizes.images)) for part in (sizes.validation, sizes.test)]
+    val, test, train = np.split(readable, np.cumsum(counts))
+    return Splits(np.sort(train), np.sort(val), np.sort(test), duplicates=0, duplicate_pairs=(), dropped=0)

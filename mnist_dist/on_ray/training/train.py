@@ -8,7 +8,7 @@ checkpoint of an earlier attempt (the driver was killed), else the start. A fini
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,6 @@ from mnist_dist.on_ray.data.prepare import (
 from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
-from mnist_dist.on_ray.training.plan import plan_train
 from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
@@ -71,7 +70,9 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     began_at = time.time()
     check_job(job)
     if job.run.plan:
-        return plan_train(with_absolute_weights(job), console=console)
+        from mnist_dist.on_ray.training.plan import plan_train  # only here: it runs a `Training` of this module
+
+        return plan_train(job, recipe=recipe, console=console)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
     features = job.run.feature_type if job.uses_features else None
@@ -121,22 +122,51 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     began_at = time.time()
     wanted = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
     limit = min(job.data.limit, wanted) if job.data.limit else wanted
-    with scratch_storage(job.run, "dry-run") as scratch:
-        job = replace(job, run=replace(job.run, storage=scratch, name="dry-run"), data=replace(job.data, limit=limit))
+    with scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="dry-run") as scratch:
+        job = replace(
+            job,
+            run=replace(job.run, storage=scratch, name="dry-run"),
+            data=replace(job.data, limit=limit),
+            phases=replace(job.phases, epochs=(1,)),
+        )
         run = Run(storage.join(scratch, "dry-run"))
         with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
             session = Session(console=console, stop=stop, lock=lock)
-            training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
+            training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console), {})
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
 
 
 class Training:
-    """One driver's attempt at a run."""
+    """One driver's attempt at a run.
 
-    def __init__(self, job: TrainJob, session: Session, *, recipe: str, run: Run, began_at: float) -> None:
+    Args:
+        job: what to train.
+        session: of the job.
+        recipe: the recipe's name.
+        run: where everything is kept.
+        began_at: s since the epoch.
+        steps_limit: see `WorkerTask`.
+        split: splits the decoded images.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        session: Session,
+        *,
+        recipe: str,
+        run: Run,
+        began_at: float,
+        steps_limit: int | None = None,
+        split: Callable[..., Splits] = split,
+    ) -> None:
         self.job, self.session, self.recipe, self.run, self.began_at = job, session, recipe, run, began_at
+        self.steps_limit, self._split = steps_limit, split
+        self.decode_core_s = self.prepared_s = 0.0  # of cores to decode; s that decoding and features took
+        self.features_images_per_s: float | None = None
+        self.has_gpus = False
 
     def run_to_end(self, listed: Listed, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
@@ -152,8 +182,10 @@ class Training:
                 workers=mine.workers,
             )
             is_new = self.run.begin({**facts, "records": plan.cache.key})
+            began = time.monotonic()
             decoded = decode(listed, self.job.data, self.session)
-            splits = split(decoded, self.job.data, console=self.session.console)
+            self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpu
+            splits = self._split(decoded, self.job.data, console=self.session.console)
             require(
                 self.job.fit.batch_size <= len(splits.train),
                 f"batch_size is at most the number of training images ({len(splits.train):,})",
@@ -164,7 +196,8 @@ class Training:
             if self.job.uses_features:
                 job = with_absolute_weights(self.job)
                 features = plan_job_features(job, decoded, splits, have=have)
-                compute_missing(features, self.session, actors=feature_actors(have))
+                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(have))
+            self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
@@ -214,6 +247,7 @@ class Training:
             gpu=mine.gpu,
             began_at=self.began_at,
             command=command or command_line(),
+            steps_limit=self.steps_limit,
             validated_only=validated_only,
         )
         attempt = Attempt(task, name=self.run.next_attempt(), share=mine)

@@ -22,6 +22,7 @@ from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import build_classifier, fetch_published_weights
 from mnist_dist.on_ray.data.features import node_folder
+from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
 from mnist_dist.on_ray.training.bundling import Finished, make_bundle
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
@@ -33,6 +34,7 @@ from mnist_dist.training.feed import Images, World
 from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask
+from mnist_dist.training.planning import TimedHost
 from mnist_dist.training.precision import resolve_precision
 
 
@@ -110,10 +112,11 @@ def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), workers=context.get_world_size())
-    records = open_records(task.records, local_dir=scratch if task.job.run.dry_run else node_folder())
+    records = open_records(task.records, local_dir=scratch if task.steps_limit else node_folder())
     if task.job.model.weights == "imagenet":
         fetch_published_weights(task.job.model)
-    trainer = Trainer(train_task(task, records, is_first=world.rank == 0), host=host, world=world)
+    timed = TimedHost(host)
+    trainer = Trainer(train_task(task, records, is_first=world.rank == 0), host=timed, world=world)
     checkpoint = _last_checkpoint(task, scratch)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -121,6 +124,8 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     if not outcome.finished:
         return WorkerResult(stopped=True)
     metrics = _finish(task, trainer, outcome, records, scratch)
+    if task.job.run.plan:
+        metrics |= {"epoch_times": timed.noted(), "memory_bytes": peak_memory_bytes()}
     return WorkerResult(metrics=metrics)
 
 
@@ -145,7 +150,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
         images=images,
         features=features,
         precision=broadcast_from_rank_zero(mine),
-        steps_limit=1 if job.run.dry_run else None,
+        steps_limit=task.steps_limit,
         files=_log_files(task) if is_first else None,
         began_at=task.began_at,
     )
@@ -181,7 +186,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     if not task.validated_only:
         tested = predict_test(trainer, final.network, scratch=storage.join(task.run, "_test"))
         test = {f"test_{name}": value for name, value in tested.metrics.items()}
-        if trainer.world.rank == 0 and not job.run.dry_run:
+        if trainer.world.rank == 0 and task.steps_limit is None:
             finished = Finished(
                 classifier=final,
                 history=state.history,
