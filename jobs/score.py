@@ -19,10 +19,14 @@ def main() -> dict[str, Any]:
     _, job = console.parse({"score": ScoreJob}, command=COMMAND, default="score", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
+    if job.run.plan:
+        from mnist_dist.on_ray.scoring.plan import plan_score
+
+        return plan_score(job, console=shown)
     from mnist_dist.on_ray.scoring.score import score  # after `quiet`: Ray reads the environment when it is imported
 
     result = score(job, console=shown)
-    if not job.run.dry_run and not result.get("plan"):
+    if not job.run.dry_run:
         shown.line(
             f"table: {result['output']}\n"
             f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/part-*.parquet' GROUP BY 1\"\n"

@@ -19,11 +19,13 @@ def main() -> dict[str, Any]:
     recipe, job = console.parse(TRAINING_RECIPES, command=COMMAND, default="quickstart", also=listing.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
+    if job.run.plan:
+        from mnist_dist.on_ray.training.plan import plan_train
+
+        return plan_train(job, recipe=recipe, console=shown)
     from mnist_dist.on_ray.training.train import train  # after `quiet`: Ray reads the environment when it is imported
 
     result = train(job, recipe=recipe, console=shown)
-    if result.get("plan"):
-        return result
     shown.line(
         f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} on {result['test_images']:,} "
         f"images; {result['epochs']} epochs in {result['seconds']:.0f} s"

@@ -31,8 +31,9 @@ from mnist_dist.data.sampling import spread_rows
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.scoring.plan import plan_score
 from mnist_dist.on_ray.scoring.score import means_of, score
-from mnist_dist.on_ray.training.plan import sample_splits, sizes_of
+from mnist_dist.on_ray.training.plan import plan_train, sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
@@ -253,7 +254,7 @@ def test_a_plan_of_scoring_says_what_it_would_take_and_leaves_the_output_alone(
     tmp_path: Path, bundle: Path, photos: Path
 ) -> None:
     said = Recorder()
-    found = score(scoring(bundle, tmp_path / "table", photos, plan=True), console=said)
+    found = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=said)
     assert list(tmp_path.iterdir()) == []
     assert (found["plan"], found["images"], found["cpus_per_gpu"]) == (True, 8_000, None)
     assert found["bottleneck"] in ("decoding", "model", "reading")
@@ -266,7 +267,7 @@ def test_a_plan_of_scoring_says_what_it_would_take_and_leaves_the_output_alone(
 @pytest.mark.usefixtures("two_cpus")
 def test_a_plan_of_training_says_what_it_would_take_and_keeps_nothing(tmp_path: Path) -> None:
     said = Recorder()
-    found = train(training(tmp_path, plan=True), recipe="test", console=said)
+    found = plan_train(training(tmp_path, plan=True), recipe="test", console=said)
     assert list(tmp_path.iterdir()) == []
     assert (found["plan"], found["images"], found["bottleneck"]) == (True, 1_797, "training")
     assert [phase["epochs"] for phase in found["phases"]] == [12, 4]
@@ -278,21 +279,21 @@ def test_a_plan_of_training_says_what_it_would_take_and_keeps_nothing(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
 def test_scoring_takes_as_long_as_its_plan_said(tmp_path: Path, bundle: Path, photos: Path) -> None:
-    plan = score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
+    plan = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
     done = score(scoring(bundle, tmp_path / "table", photos), console=Recorder())
     assert_expected(done["seconds"], plan["expected_seconds"])
     size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
     assert size / 2 < plan["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
     names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
     fresh = replace(scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1))
-    assert score(fresh, console=Recorder())["decode_images_per_s_per_core"] > 0
+    assert plan_score(fresh, console=Recorder())["decode_images_per_s_per_core"] > 0
     assert sorted(path.name for path in (tmp_path / "table").rglob("*")) == names
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
 def test_training_takes_as_long_as_its_plan_said(tmp_path: Path) -> None:
-    plan = train(training(tmp_path, plan=True), recipe="test", console=Recorder())
+    plan = plan_train(training(tmp_path, plan=True), recipe="test", console=Recorder())
     done = train(training(tmp_path), recipe="test", console=Recorder())
     assert_expected(done["seconds"], plan["expected_seconds"])
 
@@ -301,13 +302,13 @@ def test_training_takes_as_long_as_its_plan_said(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_cpus")
 def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Path) -> None:
     with pytest.raises(ResourceError, match=r"Received: actors=9"):
-        score(scoring(bundle, tmp_path / "table", photos, plan=True, actors=9), console=Recorder())
+        plan_score(scoring(bundle, tmp_path / "table", photos, plan=True, actors=9), console=Recorder())
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing"):
-        score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
+        plan_score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
     (tmp_path / "nothing" / "text.jpg").write_text("no image")
     with pytest.raises(ConfigError, match=r"none of 1 sampled images can be used, such as .*text\.jpg: unsupported"):
-        score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
+        plan_score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
 
 
 @pytest.mark.slow
@@ -315,7 +316,7 @@ def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Pat
 def test_a_signal_ends_a_plan_of_scoring(tmp_path: Path, bundle: Path, photos: Path) -> None:
     console = Recorder(at="scoring", then=lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="stopped") as raised:
-        score(scoring(bundle, tmp_path / "table", photos, plan=True), console=console)
+        plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=console)
     assert raised.value.exit_code == 143
     assert list(tmp_path.iterdir()) == []
 
@@ -333,7 +334,7 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
         model=ModelConfig(backbone="mobilenet_v2", alpha=0.35, image_size_px=32),
         phases=PhasesConfig(epochs=(2,), learning_rate=(1e-3,), trainable=("head",)),
     )
-    found = train(job, recipe="test", console=Recorder())
+    found = plan_train(job, recipe="test", console=Recorder())
     assert found["workers"] == 2
     assert found["decode_images_per_s_per_core"] > 50
     assert found["features_images_per_s"] > 1
@@ -346,6 +347,6 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
 def test_a_signal_ends_a_plan_of_training(tmp_path: Path) -> None:
     console = Recorder(at="training", then=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped") as raised:
-        train(training(tmp_path, plan=True), recipe="test", console=console)
+        plan_train(training(tmp_path, plan=True), recipe="test", console=console)
     assert raised.value.exit_code == 130
     assert list(tmp_path.iterdir()) == []

@@ -17,11 +17,12 @@ from mnist_dist.console import Console, Stop, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
 from mnist_dist.lock import Lock
-from mnist_dist.models.bundle import Bundle
+from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
-from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, means_of, total_times
+from mnist_dist.on_ray.scoring.engine import check_job_storage
+from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, check_output_is_outside, means_of, total_times
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
@@ -35,13 +36,11 @@ WANTED_S = 15.0  # of the larger one
 SHARDS = 8  # of a sample, for each actor, where that leaves whole batches
 
 
-def plan_score(job: ScoreJob, bundle: Bundle, *, output: Output, console: Console) -> dict[str, Any]:
+def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     """Says what the job would take, and what would hold it up.
 
     Args:
         job: what would be scored.
-        bundle: opened.
-        output: where the table is or would be.
         console: what a person sees.
 
     Returns:
@@ -57,6 +56,9 @@ def plan_score(job: ScoreJob, bundle: Bundle, *, output: Output, console: Consol
         Interrupted: a signal.
     """
     began_at = time.time()
+    check_job_storage(job, nodes=1)
+    check_output_is_outside(job)
+    bundle, output = load_bundle(job.bundle), Output(storage.absolute(job.output))
     parent = output.uri.rpartition("/")[0]
     with (
         scratch_storage(

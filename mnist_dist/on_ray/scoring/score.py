@@ -83,22 +83,18 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     """
     began_at = time.time()
     check_job_storage(job, nodes=1)
-    _check_output_is_outside(job)
+    check_output_is_outside(job)
     bundle = load_bundle(job.bundle)
     output = Output(storage.absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
-    if job.run.plan:
-        from mnist_dist.on_ray.scoring.plan import plan_score  # only here: it loads Ray Data
-
-        return plan_score(job, bundle, output=output, console=console)
     storage.check_writable(job.output)
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
         scoring = Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
         return scoring.run_to_end()
 
 
-def _check_output_is_outside(job: ScoreJob) -> None:
+def check_output_is_outside(job: ScoreJob) -> None:
     """A table inside of what is listed would be listed the next time."""
     output = storage.absolute(job.output)
     for uri in job.inputs.input:

@@ -22,7 +22,7 @@ from mnist_dist.errors import ConfigError
 from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
-from mnist_dist.on_ray.training.train import Training
+from mnist_dist.on_ray.training.train import Training, check_job
 from mnist_dist.session import Session
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
@@ -40,7 +40,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     """Says what a training would take, and what would hold it up.
 
     Args:
-        job: checked.
+        job: what would be trained.
         recipe: the recipe's name.
         console: what a person sees.
 
@@ -57,6 +57,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
         Interrupted: a signal.
     """
     began = time.monotonic()
+    check_job(job)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,

@@ -69,10 +69,6 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         return _dry_run(job, recipe=recipe, console=console)
     began_at = time.time()
     check_job(job)
-    if job.run.plan:
-        from mnist_dist.on_ray.training.plan import plan_train  # only here: it runs a `Training` of this module
-
-        return plan_train(job, recipe=recipe, console=console)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
     features = job.run.feature_type if job.uses_features else None
