@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -126,8 +127,7 @@ def commit_it(output: Output, generation: Generation, **other: Any) -> Committed
     arguments: dict[str, Any] = {
         "shards": len(shards_of(generation)),
         "schema": prediction_schema(ALL, carried=CARRIED),
-        "superseded": True,
-        "replace_all": False,
+        "keep_old": True,
         "judge": lambda counts, rows: True,
         "summary": {"seconds": 1.5},
         "check": nothing,
@@ -143,8 +143,7 @@ class Case:
 
     before: tuple[str, ...]
     uris: tuple[str, ...]
-    superseded: bool = True
-    replace_all: bool = False
+    keep_old: bool = True
     ok: bool = True
     was_ok: bool = True
 
@@ -169,8 +168,7 @@ class Case:
         return commit_it(
             output,
             generation,
-            superseded=self.superseded,
-            replace_all=self.replace_all,
+            keep_old=self.keep_old,
             judge=self.judge_by(self.ok),
             step=step,
         )
@@ -184,8 +182,8 @@ CASES = {
     "first": Case((), ("b00", "b01", "b02")),
     # of the three old files the first stays, of the second two rows do, and nothing of the third
     "retry": Case(OLD, ("a05", "a06", *OLD[8:], "b00"), was_ok=False),
-    "increment": Case(OLD, ("b00", "b01", "b02"), superseded=False, ok=False),
-    "fresh": Case(OLD, (*OLD[3:7], "b00"), replace_all=True),
+    "increment": Case(OLD, ("b00", "b01", "b02"), ok=False),
+    "fresh": Case(OLD, (*OLD[3:7], "b00"), keep_old=False),
 }
 
 
@@ -265,7 +263,7 @@ def steps_of(case: Case, uri: str) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_there_is_exactly_one_row_for_each_image(finished: dict[str, Seen], name: str) -> None:
     case, seen = CASES[name], finished[name]
-    kept = () if case.replace_all else tuple(uri for uri in case.before if uri not in case.uris)
+    kept = () if not case.keep_old else tuple(uri for uri in case.before if uri not in case.uris)
     assert seen.rows["uri"].to_pylist() == seen.listed["uri"].to_pylist()
     models = dict(zip(seen.rows["uri"].to_pylist(), seen.rows["model_id"].to_pylist(), strict=True))
     assert models == dict.fromkeys(kept, "old") | dict.fromkeys(case.uris, "new")
@@ -530,7 +528,7 @@ def test_a_driver_that_lost_the_lock_stops(
     generation = output.unfinished()
     assert generation is not None
     with pytest.raises(Locked, match="another driver has taken over"):
-        commit_it(output, generation, replace_all=True, check=check)
+        commit_it(output, generation, keep_old=False, check=check)
     assert generation.is_committing is (calls > 1)
     if calls < 3:  # the last one is asked when only the mark is missing
         assert read_predictions(output.uri).equals(before)
@@ -589,6 +587,27 @@ def test_a_shard_that_is_damaged_or_missing_is_refused(output: Output) -> None:
         commit_it(output, generation)
     with pytest.raises(MnistDistError, match=r"manifest.parquet has 1 shards, not 2"):
         commit_it(output, generation, shards=2)
+
+
+def test_rows_of_a_table_without_a_column_that_is_a_default_now_stay_with_nulls(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    old = ("uri", "status", "error", "confidence", "size_bytes", "etag", "model_id", "scored_at", "label")
+    columns = TableConfig(columns=old)
+    generation = put_generation(output, OLD, model_id="old", table=columns)
+    commit_it(output, generation, schema=prediction_schema(columns, carried=CARRIED))
+    table = TableConfig()
+    schema = prediction_schema(table, carried=CARRIED)
+    before = read_predictions(output.uri)
+    commit_it(output, put_generation(output, ("a05", "b00"), model_id="new", table=table), schema=schema)
+    rows = read_predictions(output.uri)
+    assert rows.schema.equals(schema)
+    assert sorted(rows["uri"].to_pylist()) == sorted([*OLD, "b00"])
+    kept = rows.filter(pc.equal(rows["model_id"], "old"))
+    assert kept.select(before.column_names).equals(before.filter(pc.not_equal(before["uri"], "a05")))
+    assert kept["width"].null_count == kept["probabilities"].null_count == len(kept) == 11
+    assert all(
+        pq.read_schema(Path(output.uri) / name).equals(schema) for name in names_in(output.uri) if "part-" in name
+    )
 
 
 def test_rows_of_other_columns_do_not_join_a_table(output: Output) -> None:

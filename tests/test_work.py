@@ -72,8 +72,7 @@ class Place:
             generation,
             shards=shards,
             schema=schema,
-            superseded=True,
-            replace_all=work.replaces_all,
+            keep_old=True,
             judge=lambda counts, rows: True,
             summary={},
             check=lambda: None,
@@ -150,7 +149,6 @@ def test_without_a_table_everything_is_scored(place: Place) -> None:
     for settings in ({}, {"mode": "incremental"}, {"mode": "fresh"}, {"retry_failed": True}):
         work = place.find(**settings)
         assert place.names(work) == [f"images/{name}.png" for name in "abcd"]
-        assert work.replaces_all
         assert work.listing is not None
         assert work.table.schema.equals(COLUMNS)
 
@@ -159,7 +157,6 @@ def test_a_fresh_start_scores_everything_again(folder: Place) -> None:
     folder.score(folder.find())
     work = folder.find(mode="fresh")
     assert folder.names(work) == [f"images/{name}.png" for name in "abcd"]
-    assert work.replaces_all
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
@@ -187,7 +184,6 @@ def test_an_increment_is_what_is_new_or_changed(place: Place) -> None:
     storage.delete(storage.join(place.root, "images/c.png"))
     work = place.find(mode="incremental")
     assert place.names(work) == ["images/0.png", "images/b.png"]
-    assert not work.replaces_all
     place.score(work)
     assert place.statuses() == {f"images/{name}.png": "ok" for name in "0abcd"}  # the row of what is gone stays
     assert place.names(place.find(mode="incremental")) == []
@@ -296,7 +292,6 @@ def test_bad_rows_are_scored_again(place: Place) -> None:
     place.put("images/0.png", b"new, and not looked at")
     work = place.find(retry_failed=True)
     assert place.names(work) == ["images/a.png", "images/d.png"]
-    assert not work.replaces_all
     place.score(work, bad={"images/d.png": "denied"})
     assert place.statuses() == {
         "images/a.png": "ok",
@@ -310,7 +305,7 @@ def test_bad_rows_are_scored_again(place: Place) -> None:
 def test_without_bad_rows_there_is_nothing_to_do(folder: Place) -> None:
     folder.score(folder.find(), bad={"images/b.png": "unsupported"})
     work = folder.find(retry_failed=True)
-    assert (work.listing, len(work.table), work.replaces_all) == (None, 0, False)
+    assert (work.listing, len(work.table)) == (None, 0)
     assert work.table.schema.equals(COLUMNS)
 
 

@@ -59,8 +59,7 @@ def commit(
     *,
     shards: int,
     schema: pa.Schema,
-    superseded: bool,
-    replace_all: bool,
+    keep_old: bool,
     judge: Callable[[Mapping[str, int], int], bool],
     summary: Mapping[str, Any],
     check: Callable[[], None],
@@ -75,8 +74,7 @@ def commit(
         generation: whose shards become rows.
         shards: how many it has.
         schema: of the table.
-        superseded: the images may have rows in the old table, which these replace.
-        replace_all: nothing of the old table stays.
+        keep_old: the rows of the old table stay, but for those of images that are in the generation.
         judge: whether the table is good enough, of the rows by status and all rows.
         summary: what `_summary.json` says beside the counts; JSON values.
         check: raises Locked when another driver has taken over.
@@ -93,7 +91,7 @@ def commit(
     if not generation.is_committing:
         check()  # what an earlier try has built is cleared away, and must not be another driver's
         building = Building(output, generation, schema=schema, part_bytes=part_bytes, step=step)
-        table = building.build(shards=shards, superseded=superseded, replace_all=replace_all, progress=progress)
+        table = building.build(shards=shards, keep_old=keep_old, progress=progress)
         counts = table.counts()
         decision = _Decision(
             generation=generation.number,

@@ -23,8 +23,10 @@ from mnist_dist.errors import ConfigError, DataError, MnistDistError
 from mnist_dist.scoring.generations import MANIFEST, Committed, Generation, Output, Step
 from mnist_dist.scoring.predictions import (
     STATUSES,
+    fits,
     read_row_groups,
     table_schema,
+    widened,
 )
 
 PART_BYTES = 128 * 2**20  # few enough files of 10 million rows, and small enough to be read in parallel
@@ -96,9 +98,7 @@ class Building:
     part_bytes: int = field(kw_only=True)
     step: Step = field(kw_only=True)
 
-    def build(
-        self, *, shards: int, superseded: bool, replace_all: bool, progress: Callable[[int, int], None]
-    ) -> NewTable:
+    def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
         self.step("clear out")
         storage.delete_tree(self.generation.out_uri)
         with contextlib.ExitStack() as stack:
@@ -107,22 +107,21 @@ class Building:
             table = NewTable(stack.enter_context(pq.ParquetWriter(file, LISTED, compression="zstd")))
             manifest = stack.enter_context(_parquet(self.generation.manifest_uri, scratch / "new"))
             committed = self.output.committed()
-            if committed and replace_all:
-                table.removed += committed.files
-            elif committed:
+            if committed and keep_old:
                 old = stack.enter_context(_parquet(storage.join(self.output.uri, MANIFEST), scratch / "old"))
-                gone = manifest.read(["uri"])["uri"] if superseded else None
-                self._keep(committed, table, old=old, gone=gone)
+                self._keep(committed, table, old=old, gone=manifest.read(["uri"])["uri"])
+            elif committed:
+                table.removed += committed.files
             self._write(table, "", self._new_rows(manifest, shards, progress))
             if not table.files:
                 self._write_part(table, self._name("", 0), iter(()))  # readers find the columns in it
         return table
 
-    def _keep(
-        self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, gone: pa.ChunkedArray | None
-    ) -> None:
-        """Takes over the old files, or what is left of them without the rows of the images in `gone`."""
-        if not table_schema(self.output.uri).equals(self.schema):
+    def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, gone: pa.ChunkedArray) -> None:
+        """Takes over the old files, or what is left of them without the rows of the images in `gone`. Where the table
+        had no such default column yet, all of them are written again, with nulls in it."""
+        schema = table_schema(self.output.uri)
+        if not fits(schema, self.schema):
             raise ConfigError(
                 f"the table has the same columns as before, or is made afresh (mode fresh). Received: "
                 f"{', '.join(self.schema.names)}"
@@ -132,16 +131,15 @@ class Building:
         touched = []
         for index, name in enumerate(committed.files):
             listed = old.read_row_group(index)
-            if gone is not None and pc.any(pc.is_in(listed["uri"], value_set=gone)).as_py():
+            if not schema.equals(self.schema) or pc.any(pc.is_in(listed["uri"], value_set=gone)).as_py():
                 touched.append(index)
             else:
                 table.note(name, listed)
         table.removed += [committed.files[index] for index in touched]
-        if gone is not None:
-            left = itertools.chain.from_iterable(
-                self._left_rows(committed.files[index], old.read_row_group(index), gone) for index in touched
-            )
-            self._write(table, "kept-", left)
+        left = itertools.chain.from_iterable(
+            self._left_rows(committed.files[index], old.read_row_group(index), gone) for index in touched
+        )
+        self._write(table, "kept-", left)
 
     def _left_rows(self, name: str, listed: pa.Table, gone: pa.ChunkedArray) -> Iterator[_Rows]:
         for rows in read_row_groups(storage.join(self.output.uri, name)):
@@ -149,7 +147,7 @@ class Building:
             if not rows["uri"].equals(its["uri"]):
                 raise DataError(f"{self.output.uri}: {name} does not hold what {MANIFEST} says; make it afresh")
             left = pc.invert(pc.is_in(rows["uri"], value_set=gone))
-            yield _Rows(rows.filter(left), its.filter(left))
+            yield _Rows(widened(rows, self.schema).filter(left), its.filter(left))
 
     def _new_rows(self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]) -> Iterator[_Rows]:
         if manifest.num_row_groups != shards:

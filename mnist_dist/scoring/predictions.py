@@ -140,6 +140,21 @@ def prediction_schema(table: TableConfig, *, carried: pa.Schema) -> pa.Schema:
     return pa.schema([field for field in CONTRACT if field.name in (*ALWAYS, *chosen)] + [*flagged, *carried])
 
 
+def fits(old: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether rows of an old table can stay in one of this schema: it has the same columns, but perhaps not those that
+    have become defaults since."""
+    known = [field for field in schema if field.name in old.names or field.name not in CONTRACT.names]
+    return bool(pa.schema(known).equals(old))
+
+
+def widened(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of an old table in the columns of one that they fit; null where they had none."""
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows.select(schema.names).cast(schema)
+
+
 def prediction_rows(
     schema: pa.Schema,
     *,

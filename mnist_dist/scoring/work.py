@@ -33,8 +33,6 @@ class Work:
     """What was found; None where nothing is bad that could be scored again."""
     table: pa.Table
     """What of it is scored: rows of the manifest, perhaps none."""
-    replaces_all: bool
-    """The rows of earlier generations go, whichever images they are of."""
 
 
 def find_work(
@@ -55,8 +53,8 @@ def find_work(
         return _bad_rows(job, output)
     listing = list_inputs(job.inputs, progress=progress)
     if before is None or job.mode == "fresh":
-        return Work(listing, listing.table, replaces_all=True)
-    return Work(listing, new_rows(_looked_up(listing.table), output), replaces_all=False)
+        return Work(listing, listing.table)
+    return Work(listing, new_rows(_looked_up(listing.table), output))
 
 
 def new_rows(found: pa.Table, output: Output) -> pa.Table:
@@ -126,9 +124,9 @@ def _bad_rows(job: ScoreJob, output: Output) -> Work:
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
     bad = bad.filter(pa.array([not is_archive(uri) for uri in bad["uri"].to_pylist()], pa.bool_()))
     if not len(bad):
-        return Work(None, COLUMNS.empty_table(), replaces_all=False)
+        return Work(None, COLUMNS.empty_table())
     with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:
         path = Path(folder) / "failed.parquet"
         pq.write_table(bad, path)
         listing = list_inputs(InputConfig(input=(str(path),), carry=job.inputs.carry, all_files=True))
-    return Work(listing, listing.table, replaces_all=False)
+    return Work(listing, listing.table)

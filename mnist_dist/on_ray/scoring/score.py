@@ -44,7 +44,7 @@ from mnist_dist.scoring.manifest import (
     write_manifest,
 )
 from mnist_dist.scoring.planning import Means, busy_s
-from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema, table_schema
+from mnist_dist.scoring.predictions import NOT_BAD, fits, prediction_schema, table_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
 from mnist_dist.session import Session
@@ -272,7 +272,7 @@ class Scoring:
             shard_size: rows of a shard.
         """
         generation = self.output.reserve(self._plan(None, engine))
-        self._check_what_was_found(Work(None, rows, replaces_all=True), generation, nodes=have.nodes)
+        self._check_what_was_found(Work(None, rows), generation, nodes=have.nodes)
         generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size))
         self._score(generation, engine, actors, have)
         return self._commit(generation)
@@ -329,7 +329,7 @@ class Scoring:
             "model_id": self.bundle.info.model_id,
             "settings": self._settings(),
             "mode": self.job.mode,
-            "replaces_all": before is None or self.job.mode == "fresh",
+            "keep_old": before is not None and self.job.mode != "fresh",
             **engine.noted(),
             KERAS_BACKEND: _keras_backend(),
             "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
@@ -341,7 +341,7 @@ class Scoring:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
         if work.listing is not None:
             _say_what_was_found(work.listing, self.console)
-        if before is not None and not generation.plan["replaces_all"]:
+        if before is not None and generation.plan["keep_old"]:
             self.console.line(f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows")
         self._check_what_was_found(work, generation, nodes=have.nodes)
         check_room(
@@ -361,7 +361,7 @@ class Scoring:
     def _check_what_was_found(self, work: Work, generation: Generation, *, nodes: int) -> None:
         """Raises ConfigError where the images cannot be seen by all nodes, hold the output, or do not fit the table."""
         schema = prediction_schema(self.job.table, carried=carried_schema(work.table))
-        if not generation.plan["replaces_all"] and not schema.equals(table_schema(self.output.uri)):
+        if generation.plan["keep_old"] and not fits(table_schema(self.output.uri), schema):
             raise ConfigError(
                 f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
                 f"Received: {', '.join(schema.names)}"
@@ -453,8 +453,7 @@ class Scoring:
                 generation,
                 shards=shards,
                 schema=prediction_schema(self.job.table, carried=carried),
-                superseded=not generation.plan["replaces_all"],
-                replace_all=generation.plan["replaces_all"],
+                keep_old=generation.plan["keep_old"],
                 judge=self._judge,
                 summary=summary,
                 check=lambda: self._check(generation),
@@ -513,8 +512,6 @@ def _keras_backend() -> str:
 
 def _noted(plan: Mapping[str, Any]) -> EngineConfig:
     """The engine that a plan or a summary names."""
-    if "precision" not in plan:  # of a time with one engine
-        return EngineConfig(engine="keras", precision="float32")
     return EngineConfig(engine=plan["engine"], precision=plan["precision"])
 
 
