@@ -10,10 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist.config import TableConfig
+from mnist_dist.scoring.generations import Plan
 from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
 
 ALL = TableConfig()
 MODEL = "model-1"
+
+
+def plan_of(model_id: str = "m", *, keep_old: bool = True) -> Plan:
+    """What a generation of a job without settings is."""
+    began_at = "2030-01-02T00:00:00+00:00"
+    return Plan(model_id=model_id, settings={}, mode="continue", keep_old=keep_old, began_at=began_at)
 
 
 def scored_rows(

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from scored import plan_of
 
 from mnist_dist import storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
-from mnist_dist.scoring.commit import commit, rejudge, replay
-from mnist_dist.scoring.generations import Committed, Generation, Output
+from mnist_dist.scoring.commit import commit, rejudge, resume
+from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import COLUMNS, write_manifest
 from mnist_dist.scoring.parts import LISTED
 from mnist_dist.scoring.predictions import STATUSES, Outcomes, prediction_rows, prediction_schema, read_predictions
@@ -90,7 +91,7 @@ def put_shard(generation: Generation, shard: int, rows: pa.Table) -> None:
     storage.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
 
 
-def begun_by(output: Output, plan: Mapping[str, Any], manifest: Callable[[str], None]) -> Generation:
+def begun_by(output: Output, plan: Plan, manifest: Callable[[str], None]) -> Generation:
     generation = output.reserve(plan)
     generation.begin(manifest)
     return generation
@@ -103,11 +104,11 @@ def put_generation(
     model_id: str = "m",
     table: TableConfig = ALL,
     shard_size: int = SHARD_SIZE,
+    keep_old: bool = True,
 ) -> Generation:
     """A generation all of whose shards are done."""
-    generation = begun_by(
-        output, {"model_id": model_id}, lambda uri: write_manifest(uri, manifest_of(uris), shard_size=shard_size)
-    )
+    plan = plan_of(model_id, keep_old=keep_old)
+    generation = begun_by(output, plan, lambda uri: write_manifest(uri, manifest_of(uris), shard_size=shard_size))
     for shard, planned in enumerate(shards_of(generation)):
         put_shard(generation, shard, scored(planned, table=table, model_id=model_id))
     return generation
@@ -127,9 +128,9 @@ def commit_it(output: Output, generation: Generation, **other: Any) -> Committed
     arguments: dict[str, Any] = {
         "shards": len(shards_of(generation)),
         "schema": prediction_schema(ALL, carried=CARRIED),
-        "keep_old": True,
         "judge": lambda counts, rows: True,
-        "summary": {"seconds": 1.5},
+        "bundle": "models/b",
+        "images_per_s": 1.5,
         "check": nothing,
         "progress": nothing,
         "part_bytes": TINY,
@@ -152,26 +153,21 @@ class Case:
         if self.before:
             judge = self.judge_by(self.was_ok)
             commit_it(output, put_generation(output, self.before, model_id="old"), judge=judge)
-        put_generation(output, self.uris, model_id="new", shard_size=2)
+        put_generation(output, self.uris, model_id="new", shard_size=2, keep_old=self.keep_old)
 
     def go_on(self, uri: str, step: Callable[[str], None] = nothing) -> Committed:
         """What a driver does that finds the output as it is."""
         output = Output(uri)
-        output.sweep()
-        generation = output.unfinished()
-        if generation is None:
-            committed = output.committed()
-            assert committed is not None
-            return committed
-        if generation.is_committing:
-            return replay(output, generation, check=nothing, step=step)
-        return commit_it(
+        resumed = resume(
             output,
-            generation,
-            keep_old=self.keep_old,
-            judge=self.judge_by(self.ok),
+            is_mine=lambda generation: True,
+            complete=lambda generation: commit_it(output, generation, judge=self.judge_by(self.ok), step=step),
+            check=nothing,
             step=step,
         )
+        committed = resumed.committed or output.committed()
+        assert committed is not None
+        return committed
 
     @staticmethod
     def judge_by(ok: bool) -> Callable[[Mapping[str, int], int], bool]:
@@ -308,8 +304,8 @@ def test_the_summary_counts_the_whole_table_and_shows_examples(finished: dict[st
     summary = json.loads(finished["increment"].summary)
     assert summary["statuses"] == dict.fromkeys(STATUSES, 0) | {"ok": 10, "missing": 5}
     assert summary["examples"] == {"missing": [{"uri": uri, "error": "it is gone"} for uri in ("a02", "a05", "a08")]}
-    named = {name: summary[name] for name in ("generation", "rows", "model_id", "seconds")}
-    assert named == {"generation": 2, "rows": 15, "model_id": "new", "seconds": 1.5}
+    named = {name: summary[name] for name in ("generation", "rows", "model_id", "bundle", "images_per_s")}
+    assert named == {"generation": 2, "rows": 15, "model_id": "new", "bundle": "models/b", "images_per_s": 1.5}
     assert summary["files"] == json.loads(finished["increment"].mark)["files"]
 
 
@@ -528,7 +524,7 @@ def test_a_driver_that_lost_the_lock_stops(
     generation = output.unfinished()
     assert generation is not None
     with pytest.raises(Locked, match="another driver has taken over"):
-        commit_it(output, generation, keep_old=False, check=check)
+        commit_it(output, generation, check=check)
     assert generation.is_committing is (calls > 1)
     if calls < 3:  # the last one is asked when only the mark is missing
         assert read_predictions(output.uri).equals(before)
@@ -694,8 +690,8 @@ def test_an_output_begins_with_nothing(empty: Output) -> None:
 
 
 def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Output) -> None:
-    begun = begun_by(empty, {"model_id": "m", "nested": {"a": [1]}}, write_nothing)
-    assert begun == Generation(1, f"{empty.uri}/_work/g0001", {"model_id": "m", "nested": {"a": [1]}})
+    begun = begun_by(empty, plan_of(), write_nothing)
+    assert begun == Generation(1, f"{empty.uri}/_work/g0001", plan_of())
     assert empty.unfinished() == begun
     for shard in (0, 7, 1_234_567):
         storage.write_bytes(begun.shard_uri(shard), b"rows")
@@ -705,11 +701,6 @@ def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Outpu
     assert not begun.is_committing
 
 
-def test_a_plan_names_the_model(empty: Output) -> None:
-    with pytest.raises(ValueError, match=r"a plan has a model_id. Received: engine"):
-        begun_by(empty, {"engine": "keras"}, write_nothing)
-
-
 def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
     def die(uri: str) -> None:
         write_nothing(uri)
@@ -717,16 +708,16 @@ def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
 
     storage.write_bytes(empty.lock_uri, b"{}")
     with pytest.raises(Died):
-        begun_by(empty, {"model_id": "m"}, die)
+        begun_by(empty, plan_of(), die)
     assert empty.unfinished() is None
     assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/lock"]
-    begun_by(empty, {"model_id": "m"}, write_nothing)
+    begun_by(empty, plan_of(), write_nothing)
     assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/g0001/plan.json", "_work/lock"]
 
 
 def test_a_number_is_not_used_again_where_workers_may_still_write(empty: Output) -> None:
-    assert empty.reserve({"model_id": "m"}).number == 1
-    assert empty.reserve({"model_id": "m"}, above=3).number == 4
+    assert empty.reserve(plan_of()).number == 1
+    assert empty.reserve(plan_of(), above=3).number == 4
     assert empty.unfinished() is None
 
 
@@ -739,7 +730,7 @@ def test_a_generation_that_is_discarded_leaves_the_table(output: Output) -> None
 
 
 def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
-    generation = begun_by(empty, {"model_id": "m"}, write_nothing)
+    generation = begun_by(empty, plan_of(), write_nothing)
     storage.write_bytes(generation.commit_uri, b"{}")
     with pytest.raises(MnistDistError, match="is brought to its end first"):
         empty.discard(generation)
@@ -747,15 +738,15 @@ def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
 
 def test_a_number_is_never_used_again(empty: Output) -> None:
     storage.write_bytes(f"{empty.uri}/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
-    assert begun_by(empty, {"model_id": "m"}, write_nothing).number == 5
-    assert begun_by(empty, {"model_id": "m"}, write_nothing).number == 6
+    assert begun_by(empty, plan_of(), write_nothing).number == 5
+    assert begun_by(empty, plan_of(), write_nothing).number == 6
     newest = empty.unfinished()
     assert newest is not None
     assert newest.number == 6
 
 
 def test_what_is_left_of_a_published_generation_is_debris(output: Output) -> None:
-    left = Generation(1, f"{output.uri}/_work/g0001", {})
+    left = Generation(1, f"{output.uri}/_work/g0001", plan_of())
     storage.write_bytes(f"{left.uri}/plan.json", b"{}")
     storage.write_bytes(left.commit_uri, b"{}")
     assert output.unfinished() is None

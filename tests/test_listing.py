@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows
 from harness import Recorder, run_command
-from scored import one_hot, scored_rows
+from scored import one_hot, plan_of, scored_rows
 
 from mnist_dist import listing, storage
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
@@ -89,7 +89,7 @@ def put_trials(run: Run, *status: Status, folder: str = "trials") -> None:
 
 def begun_table(uri: str, *, images: int) -> tuple[Output, Generation]:
     output = Output(uri)
-    generation = output.reserve({"model_id": "m"})
+    generation = output.reserve(plan_of())
     rows = manifest_rows([f"{generation.number}-{index:02d}.png" for index in range(images)])
     generation.begin(lambda to: write_manifest(to, rows, shard_size=SHARD_SIZE))
     return output, generation
@@ -115,9 +115,9 @@ def committed_table(uri: str, *, images: int, good: bool = True) -> Output:
         generation,
         shards=shards,
         schema=prediction_schema(TableConfig(), carried=pa.schema([])),
-        keep_old=False,
         judge=lambda counts, rows: good,
-        summary={},
+        bundle="b",
+        images_per_s=None,
         check=lambda: None,
         progress=lambda done, total: None,
     )

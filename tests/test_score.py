@@ -27,6 +27,7 @@ import pytest
 from corpus import manifest_rows
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
 from PIL import Image
+from scored import plan_of
 
 from mnist_dist import load_bundle, storage
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
@@ -829,7 +830,7 @@ def test_help_names_every_flag_with_its_default() -> None:
 
 
 def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_path: Path) -> None:
-    generation = Output(str(tmp_path)).reserve({"model_id": "m"})
+    generation = Output(str(tmp_path)).reserve(plan_of())
     generation.begin(lambda uri: write_manifest(uri, manifest_rows(["a.png", "b.png", "c.png"]), shard_size=2))
     for shard in (0, 1):
         storage.write_bytes(generation.shard_uri(shard), b"rows")

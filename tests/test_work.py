@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import colour_png, tar_of
+from scored import plan_of
 
 from mnist_dist import storage
 from mnist_dist.config import InputConfig, ScoreJob, TableConfig
@@ -58,7 +59,7 @@ class Place:
     def score(self, work: Work, bad: Mapping[str, str] | None = None) -> None:
         """Makes rows of the work, ok but for the statuses in `bad`, and commits them."""
         assert len(work.table)
-        generation = self.output.reserve({"model_id": "m"})
+        generation = self.output.reserve(plan_of())
         generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=SHARD_SIZE))
         with Manifest(generation.manifest_uri) as manifest:
             schema = prediction_schema(self.table, carried=manifest.carried)
@@ -72,9 +73,9 @@ class Place:
             generation,
             shards=shards,
             schema=schema,
-            keep_old=True,
             judge=lambda counts, rows: True,
-            summary={},
+            bundle="b",
+            images_per_s=None,
             check=lambda: None,
             progress=lambda done, total: None,
         )

@@ -45,7 +45,7 @@ from mnist_dist.config import InputConfig, require
 from mnist_dist.console import Console
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring import listed
-from mnist_dist.scoring.generations import MANIFEST, Output
+from mnist_dist.scoring.generations import MANIFEST, Output, Plan
 from mnist_dist.scoring.inputs import list_inputs
 from mnist_dist.scoring.listed import Row
 from mnist_dist.scoring.manifest import MIN_SHARD, Manifest, choose_shard_size, write_manifest
@@ -278,7 +278,8 @@ def write_unfinished(folder: str, rows: int) -> Figures:
     """An output whose generation has nine shards of ten done; they are empty, since a driver reads only their names."""
     found = listed_table(0, rows)
     size = choose_shard_size(rows, total_bytes=pc.sum(found["size_bytes"]).as_py())
-    generation = Output(folder).reserve({"model_id": "benchmark"})
+    plan = Plan(model_id="benchmark", settings={}, mode="fresh", keep_old=False, began_at="")
+    generation = Output(folder).reserve(plan)
     generation.begin(lambda uri: write_manifest(uri, found, shard_size=size))
     rows_left = 0
     with Manifest(generation.manifest_uri) as manifest:

@@ -6,18 +6,27 @@ which whoever calls this holds.
 Any driver that dies leaves either the old table, or a `commit.json` from which the next one goes on (`replay`).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
 import pyarrow as pa
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
 from mnist_dist.errors import MnistDistError
-from mnist_dist.scoring.generations import MANIFEST, PART, SUMMARY, Committed, Generation, Output, Step, no_step
+from mnist_dist.scoring.generations import (
+    MANIFEST,
+    PART,
+    SUMMARY,
+    Committed,
+    Generation,
+    Origin,
+    Output,
+    Step,
+    Summary,
+    no_step,
+)
 from mnist_dist.scoring.parts import PART_BYTES, Building
 from mnist_dist.scoring.predictions import (
     FAILED,
@@ -35,18 +44,18 @@ class _Decision:
     """What `commit.json` holds: all that is still to be done needs nothing else."""
 
     generation: int
-    add: list[str]
-    remove: list[str]
-    files: list[str]
+    add: tuple[str, ...]
+    remove: tuple[str, ...]
+    files: tuple[str, ...]
     rows: int
     model_id: str
     ok: bool
-    summary: dict[str, Any]
+    summary: Summary
 
     def mark(self) -> Mark:
         return Mark(
             generation=self.generation,
-            files=tuple(self.files),
+            files=self.files,
             rows=self.rows,
             model_id=self.model_id,
             failed=not self.ok,
@@ -59,9 +68,9 @@ def commit(
     *,
     shards: int,
     schema: pa.Schema,
-    keep_old: bool,
     judge: Callable[[Mapping[str, int], int], bool],
-    summary: Mapping[str, Any],
+    bundle: str,
+    images_per_s: float | None,
     check: Callable[[], None],
     progress: Callable[[int, int], None],
     part_bytes: int = PART_BYTES,
@@ -74,9 +83,9 @@ def commit(
         generation: whose shards become rows.
         shards: how many it has.
         schema: of the table.
-        keep_old: the rows of the old table stay, but for those of images that are in the generation.
         judge: whether the table is good enough, of the rows by status and all rows.
-        summary: what `_summary.json` says beside the counts; JSON values.
+        bundle: its URI, for the summary.
+        images_per_s: of the generation's scoring, for the summary.
         check: raises Locked when another driver has taken over.
         progress: is told how many shards are through, and of how many.
         part_bytes: about how large a file becomes.
@@ -91,29 +100,31 @@ def commit(
     if not generation.is_committing:
         check()  # what an earlier try has built is cleared away, and must not be another driver's
         building = Building(output, generation, schema=schema, part_bytes=part_bytes, step=step)
-        table = building.build(shards=shards, keep_old=keep_old, progress=progress)
+        table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts = table.counts()
+        plan, files = generation.plan, tuple(table.files)
         decision = _Decision(
             generation=generation.number,
-            add=table.added,
-            remove=table.removed,
-            files=table.files,
+            add=tuple(table.added),
+            remove=tuple(table.removed),
+            files=files,
             rows=table.rows,
-            model_id=generation.plan["model_id"],
+            model_id=plan.model_id,
             ok=judge(counts, table.rows),
-            summary={
-                **summary,
-                "generation": generation.number,
-                "rows": table.rows,
-                "files": table.files,
-                "statuses": counts,
-                "examples": table.examples,
-                "model_id": generation.plan["model_id"],
-            },
+            summary=Summary(
+                **{field.name: getattr(plan, field.name) for field in fields(Origin)},
+                bundle=bundle,
+                images_per_s=images_per_s,
+                generation=generation.number,
+                rows=table.rows,
+                files=files,
+                statuses=counts,
+                examples=table.examples,
+            ),
         )
         check()
         step("write commit.json")
-        storage.write_bytes(generation.commit_uri, json.dumps(asdict(decision), indent=2).encode())
+        documents.write(generation.commit_uri, decision)
     return replay(output, generation, check=check, step=step)
 
 
@@ -125,12 +136,56 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None],
         Locked: see `check`.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    decision = _Decision(**json.loads(storage.read_bytes(generation.commit_uri)))
+    decision = documents.read(generation.commit_uri, _Decision)
     mark = read_mark(output.uri)
     if mark is None or mark.generation != decision.generation:  # else all that is left is to sweep
         _publish(output, generation, decision, check=check, step=step)
     output.sweep_published(step=step)
     return Committed(**asdict(decision.mark()), summary=decision.summary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What became of work that was begun in an output."""
+
+    committed: Committed | None = None
+    """The table of this job's own generation."""
+    discarded: int = 0
+    """Number of another job's generation that was thrown away: its workers may still write."""
+
+
+def resume(
+    output: Output,
+    *,
+    is_mine: Callable[[Generation], bool],
+    complete: Callable[[Generation], Committed],
+    check: Callable[[], None],
+    step: Step = no_step,
+) -> Resumed:
+    """Brings to its end what was begun in an output, after what killed drivers left there was swept away.
+
+    A commit that was begun is replayed, whosever it is, since the table before it is gone. An unfinished generation of
+    this job is completed, one of another job is discarded.
+
+    Args:
+        output: whose lock the caller holds.
+        is_mine: whether a generation is this job's; raises where another's must not be thrown away.
+        complete: scores what is left of a generation, and commits it.
+        check: raises Locked when another driver has taken over.
+        step: see `Step`.
+    """
+    output.sweep()
+    unfinished = output.unfinished()
+    if unfinished is None:
+        return Resumed()
+    mine = is_mine(unfinished)
+    if unfinished.is_committing:
+        committed = replay(output, unfinished, check=check, step=step)
+        return Resumed(committed=committed if mine else None)
+    if mine:
+        return Resumed(committed=complete(unfinished))
+    output.discard(unfinished)
+    return Resumed(discarded=unfinished.number)
 
 
 def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
@@ -159,7 +214,7 @@ def _publish(
         step(f"delete {name}")
         storage.delete(storage.join(output.uri, name))
     step(f"write {SUMMARY}")
-    storage.write_bytes(storage.join(output.uri, SUMMARY), json.dumps(decision.summary, indent=2).encode())
+    documents.write(storage.join(output.uri, SUMMARY), decision.summary)
     check()
     step(f"write {decision.mark().name}")
     decision.mark().write(output.uri)

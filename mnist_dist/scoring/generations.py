@@ -20,13 +20,14 @@ anything here holds.
 A generation whose number is not above that of the mark is published: what is left of it is debris.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
+from mnist_dist.config import EngineName, EnginePrecision
+from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring.predictions import (
     FAILED,
@@ -49,6 +50,57 @@ def no_step(name: str) -> None:
     """The step that nobody watches."""
 
 
+Mode = Literal["continue", "incremental", "fresh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What makes the rows of a table."""
+
+    model_id: str
+    settings: dict[str, Any]
+    """Those of the job that decide its rows (`ScoreJob.settings`), as JSON values."""
+    engine: EngineName = "keras"
+    precision: EnginePrecision = "float32"
+    engine_check: Check | None = None
+    keras_backend: str = "tensorflow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Origin):
+    """`plan.json`: what a generation is; written once, when it begins."""
+
+    mode: Mode
+    keep_old: bool
+    """The rows of the old table stay, but for those of images that are in the generation."""
+    began_at: str
+    """ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A row that is not ok."""
+
+    uri: str
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Origin):
+    """`_summary.json`: what the table is, for people and for the next job."""
+
+    bundle: str
+    """URI."""
+    images_per_s: float | None
+    generation: int
+    rows: int
+    files: tuple[str, ...]
+    statuses: dict[str, int]
+    """Rows of each status."""
+    examples: dict[str, list[Example]]
+    """A few rows of each status but ok."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Committed:
     """A complete table."""
@@ -60,8 +112,8 @@ class Committed:
     model_id: str
     failed: bool
     """It was judged to hold too many bad rows."""
-    summary: dict[str, Any]
-    """What `_summary.json` says."""
+    summary: Summary | None
+    """None where somebody deleted it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +122,7 @@ class Generation:
 
     number: int
     uri: str
-    plan: dict[str, Any]
-    """Written once, when it began; `model_id` is in it."""
+    plan: Plan
 
     @property
     def manifest_uri(self) -> str:
@@ -97,7 +148,7 @@ class Generation:
             manifest: writes the manifest to the URI that it is given.
         """
         manifest(self.manifest_uri)
-        storage.write_bytes(storage.join(self.uri, _PLAN), json.dumps(self.plan, indent=2).encode())
+        documents.write(storage.join(self.uri, _PLAN), self.plan)
 
     def shard_uri(self, shard: int) -> str:
         return storage.join(self.uri, f"shard-{shard:06d}.parquet")
@@ -132,9 +183,9 @@ class Output:
         if mark is None:
             return None
         try:
-            summary = dict(json.loads(storage.read_bytes(storage.join(self.uri, SUMMARY))))
+            summary = documents.read(storage.join(self.uri, SUMMARY), Summary)
         except FileNotFoundError:  # somebody deleted it; the table does not need it
-            summary = {}
+            summary = None
         return Committed(**asdict(mark), summary=summary)
 
     def unfinished(self) -> Generation | None:
@@ -145,24 +196,19 @@ class Output:
         if number <= published:
             return None
         uri = self._generation_uri(number)
-        return Generation(number, uri, dict(json.loads(storage.read_bytes(storage.join(uri, _PLAN)))))
+        return Generation(number, uri, documents.read(storage.join(uri, _PLAN), Plan))
 
-    def reserve(self, plan: Mapping[str, Any], *, above: int = 0) -> Generation:
+    def reserve(self, plan: Plan, *, above: int = 0) -> Generation:
         """A new generation, after all that was ever here; it counts from its `begin` on.
 
         Args:
-            plan: what must be the same when the work goes on; JSON values, `model_id` among them.
+            plan: what must be the same when the work is resumed.
             above: a number that is not used again: of a generation whose workers may still write.
-
-        Raises:
-            ValueError: the plan names no model.
         """
-        if "model_id" not in plan:  # or the commit would find out, after all the work
-            raise ValueError(f"a plan has a model_id. Received: {', '.join(plan)}")
         self.sweep()
         parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
         number = max([above, self._published(), *self._generations(), *parts]) + 1
-        return Generation(number, self._generation_uri(number), dict(plan))
+        return Generation(number, self._generation_uri(number), plan)
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and the work in it.

@@ -88,9 +88,9 @@ def _counts(committed: Committed | None) -> dict[str, Any]:
     """Rows of the table that is there."""
     if committed is None:
         return {"rows": None, "ok": None, "errors": None}
-    statuses = committed.summary.get("statuses")
-    if statuses is None:  # somebody deleted the summary; the table does not need it
+    if committed.summary is None:  # the table does not need it
         return {"rows": committed.rows, "ok": None, "errors": None}
+    statuses = committed.summary.statuses
     errors = sum(count for status, count in statuses.items() if status not in NOT_BAD)
     return {"rows": committed.rows, "ok": statuses.get("ok", 0), "errors": errors}
 

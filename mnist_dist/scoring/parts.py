@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mnist_dist import storage
 from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import ConfigError, DataError, MnistDistError
-from mnist_dist.scoring.generations import MANIFEST, Committed, Generation, Output, Step
+from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output, Step
 from mnist_dist.scoring.predictions import (
     STATUSES,
     fits,
@@ -64,7 +64,7 @@ class NewTable:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     rows: int = 0
-    examples: dict[str, list[dict[str, str | None]]] = field(default_factory=dict)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     def note(self, name: str, listed: pa.Table) -> None:
@@ -85,7 +85,7 @@ class NewTable:
         examples = self.examples.setdefault(status, [])
         if len(examples) < EXAMPLES:
             rows = listed.select(["uri", "error"]).filter(pc.equal(listed["status"], status))
-            examples += rows.slice(0, EXAMPLES - len(examples)).to_pylist()
+            examples += [Example(**row) for row in rows.slice(0, EXAMPLES - len(examples)).to_pylist()]
 
 
 @dataclass(frozen=True)

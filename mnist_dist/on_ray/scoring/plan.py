@@ -153,13 +153,12 @@ class _Plan:
         scoring = self._scoring(self._job, f"sample-{len(rows)}")
         batch = self._job.run.batch_size
         shard_size = max(1, len(rows) // (SHARDS * actors.count * batch)) * batch
-        done = scoring.score_sample(rows, engine, actors, have, shard_size=shard_size)
-        ok = done.summary["statuses"].get("ok", 0)
+        summary = scoring.score_sample(rows, engine, actors, have, shard_size=shard_size)
+        ok = summary.statuses.get("ok", 0)
         if not ok:
-            status, (example, *_) = next((s, e) for s, e in done.summary["examples"].items() if e)
+            status, (example, *_) = next((s, e) for s, e in summary.examples.items() if e)
             raise ConfigError(
-                f"none of {len(rows):,} sampled images can be used, such as {example['uri']}: "
-                f"{status}: {example['error']}"
+                f"none of {len(rows):,} sampled images can be used, such as {example.uri}: {status}: {example.error}"
             )
         self._memory_bytes = max(report.memory_bytes for report in scoring.reports)
         return SampleRun(

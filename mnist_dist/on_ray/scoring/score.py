@@ -31,9 +31,9 @@ from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, check_storage, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
-from mnist_dist.scoring.commit import commit, rejudge, replay
+from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Threads, Times
-from mnist_dist.scoring.generations import Committed, Generation, Output
+from mnist_dist.scoring.generations import Committed, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
     MAX_SHARD,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 from mnist_dist.side_thread import SideThread
 
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # loaded while Ray starts
-KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras, and what a plan calls it
+KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
@@ -164,29 +164,28 @@ class Scoring:
 
     def run_to_end(self) -> dict[str, Any]:
         """Does what is left to do, and gives the result."""
-        self.output.sweep()
-        unfinished = self.output.unfinished()
-        committed = self._go_on(unfinished) if unfinished is not None else None
-        if committed is not None and self.job.mode != "incremental":
-            return self._result(committed)
+        resumed = resume(self.output, is_mine=self._is_mine, complete=self._complete, check=self.session.confirm_lock)
+        self.discarded = resumed.discarded
+        if resumed.committed is not None and self.job.mode != "incremental":
+            return self._result(self._judged(resumed.committed))
         before = self.output.committed()
         if before is not None and self.job.mode != "fresh":
-            if not before.summary:
-                raise DataError(
-                    f"_summary.json, which says what made the table, is gone; --mode fresh makes another. "
-                    f"Received: {self.output.uri!r}"
-                )
-            self._check_same(before.summary, but=("inputs",) if self.job.mode == "incremental" else ())
+            self._check_same(self._summary(before), but=("inputs",) if self.job.mode == "incremental" else ())
         if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
             return self._finished_before(before)
         return self._result(self._run_new(before))
 
     # --- what there is to do -----------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return {"model_id": self.bundle.info.model_id, **self.job.settings()}
+    def _summary(self, before: Committed) -> Summary:
+        if before.summary is None:
+            raise DataError(
+                f"_summary.json, which says what made the table, is gone; --mode fresh makes another. "
+                f"Received: {self.output.uri!r}"
+            )
+        return before.summary
 
-    def _check_same(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> None:
+    def _check_same(self, theirs: Origin, *, but: tuple[str, ...] = ()) -> None:
         """Raises ResumeConflict where the job is not the one that made what is there."""
         lines = self._differences(theirs, but=but)
         if lines:
@@ -196,35 +195,40 @@ class Scoring:
                 f"input, or --mode fresh for everything anew):\n  {shown}"
             )
 
-    def _differences(self, theirs: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:
-        ours = {name: value for name, value in self._settings().items() if name not in but}
-        lines = differences(ours, {name: theirs["settings"].get(name) for name in ours})
-        asked = {name: value for name, value in asdict(self.job.engine).items() if value != "auto" and name not in but}
-        if theirs.get("engine") == "keras" and theirs.get(KERAS_BACKEND):
-            asked[KERAS_BACKEND] = _keras_backend()
-        return lines + differences(asked, {name: theirs.get(name) for name in asked})
+    def _differences(self, theirs: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
+        ours = {"model_id": self.bundle.info.model_id, **self.job.settings()}
+        known = {"model_id": theirs.model_id, **theirs.settings}
+        for name, value in asdict(self.job.engine).items():
+            if value != "auto":
+                ours[name], known[name] = value, getattr(theirs, name)
+        if theirs.engine == "keras":
+            ours[KERAS_BACKEND], known[KERAS_BACKEND] = _keras_backend(), theirs.keras_backend
+        wanted = [name for name in ours if name not in but]
+        return differences({name: ours[name] for name in wanted}, {name: known.get(name) for name in wanted})
 
-    def _go_on(self, unfinished: Generation) -> Committed | None:
-        """Finishes a generation; None where it is not this job's, and was thrown away or only committed."""
-        fresh = self.job.mode == "fresh"
-        is_mine = not self._differences(unfinished.plan) and (unfinished.plan["mode"] == "fresh" or not fresh)
-        if unfinished.is_committing:  # whoever's it is: the table before it is gone
+    def _is_mine(self, unfinished: Generation) -> bool:
+        """Whether this job resumes a generation.
+
+        Raises:
+            ResumeConflict: it is another job's, which only mode fresh throws away.
+        """
+        fresh, is_committing = self.job.mode == "fresh", unfinished.is_committing
+        is_mine = not self._differences(unfinished.plan) and (unfinished.plan.mode == "fresh" or not fresh)
+        if is_committing:
             self.console.line(f"finishing the commit of {self.output.uri}")
-            committed = replay(self.output, unfinished, check=self.lock.check)
-            return self._judged(committed) if is_mine else None
-        if not is_mine:
-            if not fresh:
-                self._check_same(unfinished.plan)
-            self.output.discard(unfinished)
-            self.discarded = unfinished.number
-            return None
+        elif not is_mine and not fresh:
+            self._check_same(unfinished.plan)
+        return is_mine
+
+    def _complete(self, unfinished: Generation) -> Committed:
+        """Scores what is left of a generation, and commits it."""
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
                 have = await_actors(have, self.job.run, self.session)
                 actors = choose_actors(have, self.job.run)
-                engine = self.choose_engine(_noted(unfinished.plan), actors, have)
+                engine = self.choose_engine(_engine_of(unfinished.plan), actors, have)
                 self._score(unfinished, engine, actors, have)
         return self._commit(unfinished)
 
@@ -234,7 +238,7 @@ class Scoring:
 
     def _judged(self, before: Committed) -> Committed:
         """A table of an earlier run, by the share of bad rows that is allowed now."""
-        ok = self._judge(before.summary["statuses"], before.rows)
+        ok = self._judge(self._summary(before).statuses, before.rows)
         return rejudge(self.output, before, ok=ok) if ok == before.failed else before
 
     def _run_new(self, before: Committed | None) -> Committed:
@@ -261,7 +265,7 @@ class Scoring:
 
     def score_sample(
         self, rows: pa.Table, engine: EngineChoice, actors: Actors, have: Resources, *, shard_size: int
-    ) -> Committed:
+    ) -> Summary:
         """Scores and commits some rows, as a new table; for a plan.
 
         Args:
@@ -275,7 +279,7 @@ class Scoring:
         self._check_what_was_found(Work(None, rows), generation, nodes=have.nodes)
         generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size))
         self._score(generation, engine, actors, have)
-        return self._commit(generation)
+        return self._summary(self._commit(generation))
 
     def note_found(self, images: int) -> None:
         """So many images were found so far."""
@@ -284,10 +288,9 @@ class Scoring:
     def wait_for(self, listing: SideThread) -> None:
         """Waits for a listing, and shows how far it is."""
         with self.console.progress("listing") as bar:
-            while listing.is_alive():
-                listing.join(0.5)
-                self.stop.check()
-                bar.update(done=0, total=1, note=f"{self.found:,} images so far")
+            self.session.watch(
+                listing.ended, show=lambda: bar.update(done=0, total=1, note=f"{self.found:,} images so far")
+            )
 
     def _nothing_new(self, before: Committed | None) -> Committed:
         assert before is not None, "without a table, a listing that finds nothing raises"
@@ -298,7 +301,7 @@ class Scoring:
         """The engine for a new generation: that of the rows which stay, if there are some."""
         if before is None or self.job.mode == "fresh":
             return self.job.engine
-        noted = _noted(before.summary)
+        noted = _engine_of(self._summary(before))
         if noted.engine == "keras" and self.job.engine.engine == "auto":
             self.console.line("the table keeps its engine, keras; --mode fresh chooses again")
         return noted
@@ -321,19 +324,21 @@ class Scoring:
             have=have,
             images=images,
             fallback=storage.join(self.output.uri, ENGINES_FOLDER),
-            session=Session(console=self.console, stop=self.stop),
+            session=self.session,
         )
 
-    def _plan(self, before: Committed | None, engine: EngineChoice) -> dict[str, Any]:
-        return {
-            "model_id": self.bundle.info.model_id,
-            "settings": self._settings(),
-            "mode": self.job.mode,
-            "keep_old": before is not None and self.job.mode != "fresh",
-            **engine.noted(),
-            KERAS_BACKEND: _keras_backend(),
-            "began_at": datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
-        }
+    def _plan(self, before: Committed | None, engine: EngineChoice) -> Plan:
+        return Plan(
+            model_id=self.bundle.info.model_id,
+            settings=self.job.settings(),
+            engine=engine.engine,
+            precision=engine.precision,
+            engine_check=engine.check,
+            keras_backend=_keras_backend(),
+            mode=self.job.mode,
+            keep_old=before is not None and self.job.mode != "fresh",
+            began_at=datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
+        )
 
     def _begin(
         self, generation: Generation, work: Work, before: Committed | None, *, actors: Actors, have: Resources
@@ -341,7 +346,7 @@ class Scoring:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
         if work.listing is not None:
             _say_what_was_found(work.listing, self.console)
-        if before is not None and generation.plan["keep_old"]:
+        if before is not None and generation.plan.keep_old:
             self.console.line(f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows")
         self._check_what_was_found(work, generation, nodes=have.nodes)
         check_room(
@@ -361,7 +366,7 @@ class Scoring:
     def _check_what_was_found(self, work: Work, generation: Generation, *, nodes: int) -> None:
         """Raises ConfigError where the images cannot be seen by all nodes, hold the output, or do not fit the table."""
         schema = prediction_schema(self.job.table, carried=carried_schema(work.table))
-        if generation.plan["keep_old"] and not fits(table_schema(self.output.uri), schema):
+        if generation.plan.keep_old and not fits(table_schema(self.output.uri), schema):
             raise ConfigError(
                 f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
                 f"Received: {', '.join(schema.names)}"
@@ -441,21 +446,15 @@ class Scoring:
     def _commit(self, generation: Generation) -> Committed:
         with Manifest(generation.manifest_uri) as manifest:
             shards, carried = manifest.shards, manifest.carried
-        summary = {
-            "settings": self._settings(),
-            "bundle": storage.absolute(self.job.bundle),
-            **{name: generation.plan.get(name) for name in (*EngineChoice().noted(), KERAS_BACKEND)},
-            "images_per_s": self._images_per_s(),
-        }
         with self.console.progress("committing") as bar:
             return commit(
                 self.output,
                 generation,
                 shards=shards,
                 schema=prediction_schema(self.job.table, carried=carried),
-                keep_old=generation.plan["keep_old"],
                 judge=self._judge,
-                summary=summary,
+                bundle=storage.absolute(self.job.bundle),
+                images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
             )
@@ -478,7 +477,8 @@ class Scoring:
         Raises:
             TooManyBadImages: the table was judged bad.
         """
-        statuses = committed.summary["statuses"]
+        summary = self._summary(committed)
+        statuses = summary.statuses
         result = {
             "output": self.output.uri,
             "images": committed.rows,
@@ -493,9 +493,9 @@ class Scoring:
             "model_id": committed.model_id,
         }
         self.console.line(f"{committed.rows:,} rows: " + ", ".join(f"{v:,} {k}" for k, v in statuses.items() if v))
-        for status, examples in committed.summary["examples"].items():
+        for status, examples in summary.examples.items():
             for example in examples:
-                self.console.line(f"  {status}: {example['uri']}: {example['error']}")
+                self.console.line(f"  {status}: {example.uri}: {example.error}")
         if committed.failed:
             raise TooManyBadImages(
                 f"{_bad(statuses):,} of {committed.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
@@ -510,9 +510,9 @@ def _keras_backend() -> str:
     return os.environ.get(KERAS_BACKEND) or "tensorflow"
 
 
-def _noted(plan: Mapping[str, Any]) -> EngineConfig:
-    """The engine that a plan or a summary names."""
-    return EngineConfig(engine=plan["engine"], precision=plan["precision"])
+def _engine_of(origin: Origin) -> EngineConfig:
+    """The engine that made rows."""
+    return EngineConfig(engine=origin.engine, precision=origin.precision)
 
 
 def _bad(statuses: Mapping[str, int]) -> int:
