@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from scored import plan_of
 from mnist_dist import storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
-from mnist_dist.scoring.commit import commit, rejudge, resume
+from mnist_dist.scoring.commit import Resumed, commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import COLUMNS, write_manifest
 from mnist_dist.scoring.parts import LISTED
@@ -243,7 +243,7 @@ def dying_at(count: int, die: Callable[[], object]) -> Callable[[str], None]:
     return step
 
 
-def raise_died() -> None:
+def raise_died() -> Never:
     raise Died
 
 
@@ -450,6 +450,32 @@ def test_a_reader_sees_the_old_table_or_none_or_the_new_one(
 
     CASES[name].go_on(uri, look)
     assert [kind for kind, _ in itertools.groupby(seen)] == (["old", "none", "new"] if old else ["none", "new"])
+
+
+def resume_as_another_job(output: Output) -> Resumed:
+    return resume(output, is_mine=lambda generation: False, complete=lambda generation: raise_died(), check=nothing)
+
+
+def test_the_generation_of_another_job_is_discarded_and_its_number_not_used_again(
+    templates: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(templates["increment"], tmp_path / "output")
+    output = Output(str(tmp_path / "output"))
+    before = output.committed()
+    assert resume_as_another_job(output) == Resumed(discarded=2)
+    assert (output.committed(), output.unfinished()) == (before, None)
+    assert resume_as_another_job(output) == Resumed()
+
+
+def test_a_commit_that_was_begun_is_finished_by_another_job_too(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path
+) -> None:
+    shutil.copytree(templates["increment"], tmp_path / "output")
+    uri = str(tmp_path / "output")
+    with pytest.raises(Died):
+        CASES["increment"].go_on(uri, lambda name: raise_died() if name == "delete _SUCCESS" else None)
+    assert resume_as_another_job(Output(uri)) == Resumed()  # the table is not that job's
+    assert Seen.of(uri) == finished["increment"]
 
 
 def kill_in(name: str, uri: str, count: int) -> None:

@@ -31,6 +31,7 @@ from scored import plan_of
 
 from mnist_dist import load_bundle, storage
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
+from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
     BundleError,
@@ -51,6 +52,7 @@ from mnist_dist.on_ray.scoring.score import Scoring, score
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
+from mnist_dist.session import Session
 
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
 
@@ -554,6 +556,19 @@ def test_other_inputs_are_added_in_mode_incremental(table: ScoreJob, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_table_of_a_time_before_a_column_is_added_to(table: ScoreJob, tmp_path: Path) -> None:
+    part = Path(table.output) / "part-g0001-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["etag"]), part)
+    before = rows_of(table.output)
+    noise(81).save(tmp_path / "one.png")
+    inputs = InputConfig(input=(*table.inputs.input, str(tmp_path / "one.png")))
+    assert score(replace(table, mode="incremental", inputs=inputs), console=Recorder())["skipped"] == 17
+    after = rows_of(table.output)
+    assert after.pop(str(tmp_path / "one.png"))["etag"]
+    assert after == {uri: {**row, "etag": None} for uri, row in before.items()}
+
+
+@pytest.mark.slow
 def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, other_bundle: Path) -> None:
     before, during = without_time(rows_of(table.output)), {}
     fresh = replace(table, mode="fresh", bundle=str(other_bundle))
@@ -835,7 +850,9 @@ def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_pa
     for shard in (0, 1):
         storage.write_bytes(generation.shard_uri(shard), b"rows")
     scoring = object.__new__(Scoring)
-    scoring.console = Recorder()
+    console = Recorder()
     actors = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)
-    scoring._score(generation, EngineChoice(), actors, Resources(by_node=((1, 0),)))
-    assert scoring.console.lines == []
+    with Stop(console) as stop:
+        scoring.session = Session(console=console, stop=stop)
+        scoring._score(generation, EngineChoice(), actors, Resources(by_node=((1, 0),)))
+    assert console.lines == []

@@ -132,15 +132,12 @@ class _Plan:
         }
 
     def _scoring(self, job: ScoreJob, name: str) -> Scoring:
-        session, output = self._session, Output(storage.join(self._root, name))
-        assert session.lock is not None
+        output = Output(storage.join(self._root, name))
         return Scoring(
             job,
             self._bundle,
             output=output,
-            console=session.console,
-            stop=session.stop,
-            lock=session.lock,
+            session=self._session,
             began_at=time.time(),
         )
 

@@ -90,8 +90,8 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         return _dry_run(job, output, console=console)
     storage.check_writable(job.output)
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
-        scoring = Scoring(job, bundle, output=output, console=console, stop=stop, lock=lock, began_at=began_at)
-        return scoring.run_to_end()
+        session = Session(console=console, stop=stop, lock=lock)
+        return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
 
 
 def check_output_is_outside(job: ScoreJob) -> None:
@@ -148,14 +148,11 @@ class Scoring:
         bundle: Bundle,
         *,
         output: Output,
-        console: Console,
-        stop: Stop,
-        lock: Lock,
+        session: Session,
         began_at: float,
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
-        self.session = Session(console=console, stop=stop, lock=lock)
-        self.console, self.stop, self.lock, self.began_at = console, stop, lock, began_at
+        self.session, self.began_at = session, began_at
         self.found = 0  # images, by a listing under way
         self.discarded = 0  # number of a generation of another job that was thrown away
         self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
@@ -215,7 +212,7 @@ class Scoring:
         fresh, is_committing = self.job.mode == "fresh", unfinished.is_committing
         is_mine = not self._differences(unfinished.plan) and (unfinished.plan.mode == "fresh" or not fresh)
         if is_committing:
-            self.console.line(f"finishing the commit of {self.output.uri}")
+            self.session.console.line(f"finishing the commit of {self.output.uri}")
         elif not is_mine and not fresh:
             self._check_same(unfinished.plan)
         return is_mine
@@ -225,7 +222,7 @@ class Scoring:
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
-            with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
+            with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as have:
                 have = await_actors(have, self.job.run, self.session)
                 actors = choose_actors(have, self.job.run)
                 engine = self.choose_engine(_engine_of(unfinished.plan), actors, have)
@@ -233,7 +230,9 @@ class Scoring:
         return self._commit(unfinished)
 
     def _finished_before(self, before: Committed) -> dict[str, Any]:
-        self.console.line(f"{self.output.uri} is finished; --mode incremental scores what is new, --mode fresh all")
+        self.session.console.line(
+            f"{self.output.uri} is finished; --mode incremental scores what is new, --mode fresh all"
+        )
         return self._result(self._judged(before))
 
     def _judged(self, before: Committed) -> Committed:
@@ -251,7 +250,7 @@ class Scoring:
         rows = None if listing.is_alive() else len(listing.result().table)
         if rows == 0:
             return self._nothing_new(before)
-        with connected(verbose=self.job.run.verbose, stop=self.stop, meanwhile=WITH_RAY_DATA) as have:
+        with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as have:
             have = await_actors(have, self.job.run, self.session)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
             engine = self.choose_engine(self._asked(before), actors, have, images=rows)
@@ -287,14 +286,14 @@ class Scoring:
 
     def wait_for(self, listing: SideThread) -> None:
         """Waits for a listing, and shows how far it is."""
-        with self.console.progress("listing") as bar:
+        with self.session.console.progress("listing") as bar:
             self.session.watch(
                 listing.ended, show=lambda: bar.update(done=0, total=1, note=f"{self.found:,} images so far")
             )
 
     def _nothing_new(self, before: Committed | None) -> Committed:
         assert before is not None, "without a table, a listing that finds nothing raises"
-        self.console.line(f"{self.output.uri}: there is nothing to score")
+        self.session.console.line(f"{self.output.uri}: there is nothing to score")
         return self._judged(before)
 
     def _asked(self, before: Committed | None) -> EngineConfig:
@@ -303,7 +302,7 @@ class Scoring:
             return self.job.engine
         noted = _engine_of(self._summary(before))
         if noted.engine == "keras" and self.job.engine.engine == "auto":
-            self.console.line("the table keeps its engine, keras; --mode fresh chooses again")
+            self.session.console.line("the table keeps its engine, keras; --mode fresh chooses again")
         return noted
 
     def choose_engine(
@@ -345,9 +344,11 @@ class Scoring:
     ) -> None:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
         if work.listing is not None:
-            _say_what_was_found(work.listing, self.console)
+            _say_what_was_found(work.listing, self.session.console)
         if before is not None and generation.plan.keep_old:
-            self.console.line(f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows")
+            self.session.console.line(
+                f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows"
+            )
         self._check_what_was_found(work, generation, nodes=have.nodes)
         check_room(
             self.job,
@@ -407,7 +408,7 @@ class Scoring:
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
         if not left:  # what the workers of an earlier driver still put
             return
-        self.console.line(
+        self.session.console.line(
             f"scoring {rows - rows_done:,} images in {len(left):,} shards"
             f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, of {have}"
@@ -435,7 +436,7 @@ class Scoring:
         seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
         self.scored, self.scoring_s = self.scored + images, self.scoring_s + seconds
         steady = self.steady_images_per_s
-        self.console.line(
+        self.session.console.line(
             f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s"
             f"{f' ({steady:,.1f} once under way)' if steady else ''}; slowest stage: "
             f"{slowest_stage(reports, means, seconds=seconds)}"
@@ -446,7 +447,7 @@ class Scoring:
     def _commit(self, generation: Generation) -> Committed:
         with Manifest(generation.manifest_uri) as manifest:
             shards, carried = manifest.shards, manifest.carried
-        with self.console.progress("committing") as bar:
+        with self.session.console.progress("committing") as bar:
             return commit(
                 self.output,
                 generation,
@@ -461,8 +462,8 @@ class Scoring:
 
     def _check(self, generation: Generation) -> None:
         if not generation.is_committing:  # from then on there is no table until the commit is through
-            self.stop.check()
-        self.lock.check()
+            self.session.stop.check()
+        self.session.confirm_lock()
 
     def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
         """Whether a table is good enough."""
@@ -492,10 +493,11 @@ class Scoring:
             "generation": committed.generation,
             "model_id": committed.model_id,
         }
-        self.console.line(f"{committed.rows:,} rows: " + ", ".join(f"{v:,} {k}" for k, v in statuses.items() if v))
+        counts = ", ".join(f"{count:,} {status}" for status, count in statuses.items() if count)
+        self.session.console.line(f"{committed.rows:,} rows: {counts}")
         for status, examples in summary.examples.items():
             for example in examples:
-                self.console.line(f"  {status}: {example.uri}: {example.error}")
+                self.session.console.line(f"  {status}: {example.uri}: {example.error}")
         if committed.failed:
             raise TooManyBadImages(
                 f"{_bad(statuses):,} of {committed.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
