@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mnist_dist.config import InputConfig
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
 from mnist_dist.scoring import listed
-from mnist_dist.scoring.inputs import Listing, _Search, list_inputs
+from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.listed import BATCH_ROWS, Row
 from mnist_dist.scoring.manifest import COLUMNS
 
@@ -213,7 +213,7 @@ def test_an_unknown_scheme_is_an_error_of_the_storage() -> None:
         found("http://example.org/a.png")
 
 
-def search(*names: str, scan: Sequence[storage.Entry] | Exception, **settings: Any) -> Listing:
+def search(name: str, *, scan: Iterable[storage.Entry] | Exception, told: list[int] | None = None) -> Listing:
     """With a storage that gives these entries, or fails."""
 
     def entries(uri: str) -> Iterator[storage.Entry]:
@@ -221,7 +221,9 @@ def search(*names: str, scan: Sequence[storage.Entry] | Exception, **settings: A
             raise scan
         yield from scan
 
-    return _Search(InputConfig(input=names, **settings), stdin=None, progress=None, scan=entries).listing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "scan_entries", entries)
+        return list_inputs(InputConfig(input=(name,)), progress=None if told is None else told.append)
 
 
 def test_a_bucket_that_may_not_be_listed_is_named() -> None:
@@ -748,8 +750,7 @@ def test_the_same_inputs_give_the_same_table(root: str) -> None:
 def test_progress_tells_how_many_images_there_are_so_far(s3: str) -> None:
     told: list[int] = []
     entries = (storage.Entry(f"{s3}/{number:05d}.{'png' if number % 2 else 'txt'}", 1, "e") for number in range(4_500))
-    config = InputConfig(input=(s3,))
-    _Search(config, stdin=None, progress=told.append, scan=lambda uri: entries).listing()
+    search(s3, scan=entries, told=told)
     assert told[:4] == [500, 1_000, 1_500, 2_000]
     assert told[-1] == 2_250
     lines = io.StringIO("".join(f"{s3}/{number}.png\n" for number in range(2_500)))
@@ -794,7 +795,7 @@ import sys, time
 from pathlib import Path
 from mnist_dist import storage
 from mnist_dist.config import InputConfig
-from mnist_dist.scoring.inputs import _Search
+from mnist_dist.scoring.inputs import list_inputs
 
 def scan(uri):
     for number in range(images):
@@ -808,7 +809,8 @@ def peak_mib():  # not by getrusage: its figure may be that of the process which
 
 images, inputs = int(sys.argv[1]), tuple(sys.argv[2:])
 before, start = peak_mib(), time.monotonic()
-listing = _Search(InputConfig(input=inputs), stdin=None, progress=None, scan=scan).listing()
+storage.scan_entries = scan
+listing = list_inputs(InputConfig(input=inputs))
 assert len(listing.table) == images * len(set(inputs)), len(listing.table)
 assert listing.by_suffix == {".jpg": len(listing.table)}
 print(peak_mib() - before, peak_mib(), round(time.monotonic() - start, 1))

@@ -50,8 +50,6 @@ _MAGIC = re.compile(r"[*?\[]")
 _ESCAPED = re.compile(r"\[([*?\[])\]")
 _GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
 
-Scan = Callable[[str], Iterator[storage.Entry]]
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -92,7 +90,7 @@ def list_inputs(
         DataError: an input is not there, may not be listed or is no readable list; nothing was found.
         ServiceError, StorageError: see `storage`.
     """
-    return _Search(config, stdin=stdin, progress=progress, scan=storage.scan_entries).listing()
+    return _Search(config, stdin=stdin, progress=progress).listing()
 
 
 @dataclass(frozen=True)
@@ -116,18 +114,14 @@ class _Search:
 
     Args:
         config, stdin, progress: of `list_inputs`.
-        scan: gives what is at or below a URI, as `storage.scan_entries`.
     """
 
-    def __init__(
-        self, config: InputConfig, *, stdin: TextIO | None, progress: Callable[[int], None] | None, scan: Scan
-    ) -> None:
+    def __init__(self, config: InputConfig, *, stdin: TextIO | None, progress: Callable[[int], None] | None) -> None:
         self._config = config
         self._choice = Choice.of(config)
         self._carried = tuple(dict.fromkeys(config.carried))
         self._stdin = stdin
         self._progress = progress or (lambda images: None)
-        self._scan = scan
         self._images = 0
         self._archives: dict[str, int] = {}
         """The archives that were looked into, and how many members of each are replaced by later ones."""
@@ -165,7 +159,7 @@ class _Search:
         return table
 
     def _scanned(self, place: _Place) -> pa.Table:
-        entries = _matching(place.uri, self._scan) if place.kind == "glob" else self._scan(place.uri)
+        entries = _matching(place.uri) if place.kind == "glob" else storage.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
             raise _not_there(place.name, place.uri)
@@ -316,16 +310,16 @@ def _not_there(name: str, uri: str) -> DataError:
 # --- globs -----------------------------------------------------------------------------------------------------------
 
 
-def _matching(pattern: str, scan: Scan) -> Iterator[storage.Entry]:
+def _matching(pattern: str) -> Iterator[storage.Entry]:
     """The files that match, and those in folders that do; of S3, which has no folders, the keys that match."""
     remote = storage.is_remote(pattern)
     if not remote and "**" not in pattern.split("/"):
         for path in sorted(glob.glob(pattern, include_hidden=True)):
-            yield from scan(path)
+            yield from storage.scan_entries(path)
         return
     # not by `glob`: it walks a loop of links forty times over, and several loops for ever
     regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
-    for entry in scan(_literal_folder(pattern) or "/"):
+    for entry in storage.scan_entries(_literal_folder(pattern) or "/"):
         if regex.fullmatch(entry.uri):
             yield entry
 
