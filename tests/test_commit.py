@@ -293,10 +293,13 @@ def test_there_is_exactly_one_row_for_each_image(finished: dict[str, Seen], name
 def test_only_files_with_rows_that_changed_are_written(
     finished: dict[str, Seen], name: str, files: list[str], mark: str
 ) -> None:
-    values = json.loads(finished[name].mark)
-    assert values.pop("files") == files
-    generation = 1 if name == "first" else 2
-    assert values == {"generation": generation, "rows": len(finished[name].rows), "model_id": "new"}
+    assert json.loads(finished[name].mark) == {
+        "generation": 1 if name == "first" else 2,
+        "files": files,
+        "rows": len(finished[name].rows),
+        "model_id": "new",
+        "failed": mark == "_FAILED",
+    }
     assert sorted(finished[name].names) == sorted([*files, "_manifest.parquet", "_summary.json", mark])
 
 
@@ -330,7 +333,7 @@ def test_columns_that_the_table_leaves_out_are_those_of_the_listing(tmp_path: Pa
         {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None},
     ]
     again = put_generation(output, ("b00",), table=table)
-    assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).rows == 2
+    assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).mark.rows == 2
 
 
 def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
@@ -342,8 +345,8 @@ def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
         part_bytes=2**20,
         progress=lambda done, total: shown.append((done, total)),
     )
-    assert committed.files == ("part-g0001-00000.parquet",)
-    assert pq.read_metadata(tmp_path / committed.files[0]).num_row_groups == 1
+    assert committed.mark.files == ("part-g0001-00000.parquet",)
+    assert pq.read_metadata(tmp_path / committed.mark.files[0]).num_row_groups == 1
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -358,7 +361,7 @@ def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     columns = [planned["uri"], pa.repeat("ok", rows), vectors.cast(schema.field("embedding").type)]
     put_shard(generation, 0, pa.table(columns, schema=schema))
     committed = commit_it(output, generation, schema=schema, part_bytes=2**30)
-    metadata = pq.read_metadata(tmp_path / committed.files[0])
+    metadata = pq.read_metadata(tmp_path / committed.mark.files[0])
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [50, 50]
     assert read_predictions(tmp_path, columns=["uri"])["uri"].to_pylist() == planned["uri"].to_pylist()
 
@@ -366,9 +369,9 @@ def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
 def test_a_table_may_have_no_rows(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     committed = commit_it(output, put_generation(output, ()))
-    assert (committed.rows, len(committed.files)) == (0, 1)
+    assert (committed.mark.rows, len(committed.mark.files)) == (0, 1)
     assert read_predictions(tmp_path).schema.equals(prediction_schema(ALL, carried=CARRIED))
-    assert commit_it(output, put_generation(output, ("b00",))).rows == 1
+    assert commit_it(output, put_generation(output, ("b00",))).mark.rows == 1
     assert read_predictions(tmp_path)["uri"].to_pylist() == ["b00"]
 
 
@@ -669,9 +672,9 @@ def test_a_table_is_judged_by_what_is_in_all_of_it(tmp_path: Path) -> None:
         asked.append((counts["ok"], counts["missing"], counts["denied"], rows))
         return counts["missing"] <= 2
 
-    assert not commit_it(output, put_generation(output, ("b01", "b02")), judge=judge).failed
+    assert not commit_it(output, put_generation(output, ("b01", "b02")), judge=judge).mark.failed
     committed = commit_it(output, put_generation(output, ("b02", "b05", "b08")), judge=judge)
-    assert committed.failed
+    assert committed.mark.failed
     assert asked == [(1, 1, 0, 2), (1, 3, 0, 4)]
     assert output.committed() == committed
     assert len(read_predictions(output.uri)) == 4
@@ -682,7 +685,7 @@ def test_a_table_is_judged_anew_without_scoring(request: pytest.FixtureRequest, 
     output = Output(str(tmp_path) if root == "local" else request.getfixturevalue("s3"))
     good = commit_it(output, put_generation(output, ("b01", "b02")))
     bad = rejudge(output, good, ok=False)
-    assert bad.failed
+    assert bad.mark.failed
     assert output.committed() == bad
     assert {"_FAILED", "_SUCCESS"}.intersection(names_in(output.uri)) == {"_FAILED"}
     assert rejudge(output, bad, ok=True) == output.committed() == good

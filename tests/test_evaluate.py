@@ -15,6 +15,7 @@ from mnist_dist import storage
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
+from mnist_dist.scoring.predictions import Mark
 
 NAMES = ("ant", "bee", "cat")
 KEYS = {"report", "images", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece"}
@@ -137,8 +138,7 @@ def test_a_report_is_written_by_whoever_is_handed_in(table: str) -> None:
 def test_tables_and_results_may_be_on_s3(s3: str) -> None:
     rows = scored_rows(URIS, one_hot(PREDICTED, 3), NAMES)
     storage.write_bytes(f"{s3}/t/part", _parquet(rows))
-    mark = {"generation": 1, "files": ["part"], "rows": 8, "model_id": "m"}
-    storage.write_bytes(f"{s3}/t/_FAILED", json.dumps(mark).encode())
+    Mark(generation=1, files=("part",), rows=8, model_id="m", failed=True).write(f"{s3}/t")
     result, lines, _ = run(predictions=f"{s3}/t")
     assert result["accuracy"] == pytest.approx(6 / 8)
     assert result["output"] == f"{s3}/t-evaluation"

@@ -1,7 +1,6 @@
 """predictions: the table's columns, the rows of a shard, and reading them."""
 
 import datetime
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -229,8 +228,8 @@ def test_embeddings_that_were_asked_for_are_given() -> None:
 
 
 def put_mark(root: str, files: list[str], *, name: str = "_SUCCESS", generation: int = 1) -> None:
-    mark = {"generation": generation, "files": files, "rows": 0, "model_id": "m"}
-    storage.write_bytes(storage.join(root, name), json.dumps(mark).encode())
+    failed = name == "_FAILED"
+    predictions.Mark(generation=generation, files=tuple(files), rows=0, model_id="m", failed=failed).write(root)
 
 
 def put_part(root: str, name: str, rows: pa.Table) -> None:

@@ -9,7 +9,7 @@ Any driver that dies leaves either the old table, or a `commit.json` from which 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pyarrow as pa
 
@@ -43,23 +43,10 @@ _LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY)})\.[0-
 class _Decision:
     """What `commit.json` holds: all that is still to be done needs nothing else."""
 
-    generation: int
     add: tuple[str, ...]
     remove: tuple[str, ...]
-    files: tuple[str, ...]
-    rows: int
-    model_id: str
-    ok: bool
+    mark: Mark
     summary: Summary
-
-    def mark(self) -> Mark:
-        return Mark(
-            generation=self.generation,
-            files=self.files,
-            rows=self.rows,
-            model_id=self.model_id,
-            failed=not self.ok,
-        )
 
 
 def commit(
@@ -104,13 +91,15 @@ def commit(
         counts = table.counts()
         plan, files = generation.plan, tuple(table.files)
         decision = _Decision(
-            generation=generation.number,
             add=tuple(table.added),
             remove=tuple(table.removed),
-            files=files,
-            rows=table.rows,
-            model_id=plan.model_id,
-            ok=judge(counts, table.rows),
+            mark=Mark(
+                generation=generation.number,
+                files=files,
+                rows=table.rows,
+                model_id=plan.model_id,
+                failed=not judge(counts, table.rows),
+            ),
             summary=Summary(
                 **{field.name: getattr(plan, field.name) for field in fields(Origin)},
                 bundle=bundle,
@@ -138,10 +127,10 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None],
     """
     decision = documents.read(generation.commit_uri, _Decision)
     mark = read_mark(output.uri)
-    if mark is None or mark.generation != decision.generation:  # else all that is left is to sweep
+    if mark is None or mark.generation != decision.mark.generation:  # else all that is left is to sweep
         _publish(output, generation, decision, check=check, step=step)
     output.sweep_published(step=step)
-    return Committed(**asdict(decision.mark()), summary=decision.summary)
+    return Committed(mark=decision.mark, summary=decision.summary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,16 +179,10 @@ def resume(
 
 def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
     """Marks a table as good or failed without scoring anything; called again where it was killed midway."""
-    mark = Mark(
-        generation=committed.generation,
-        files=committed.files,
-        rows=committed.rows,
-        model_id=committed.model_id,
-        failed=not ok,
-    )
+    mark = replace(committed.mark, failed=not ok)
     mark.write(output.uri)  # before the other one goes: a table without a mark would be lost
     storage.delete(storage.join(output.uri, SUCCESS if mark.failed else FAILED))
-    return Committed(**asdict(mark), summary=committed.summary)
+    return replace(committed, mark=mark)
 
 
 def _publish(
@@ -216,16 +199,16 @@ def _publish(
     step(f"write {SUMMARY}")
     documents.write(storage.join(output.uri, SUMMARY), decision.summary)
     check()
-    step(f"write {decision.mark().name}")
-    decision.mark().write(output.uri)
+    step(f"write {decision.mark.name}")
+    decision.mark.write(output.uri)
 
 
 def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
     """What no table names: of generations whose `_work` somebody deleted, and of writes that were killed."""
     for name in output.names():
         match = PART.fullmatch(name)
-        is_part = match is not None and int(match[1]) <= decision.generation
-        if (is_part and name not in decision.files) or _LEFT_BY_KILLED.fullmatch(name):
+        is_part = match is not None and int(match[1]) <= decision.mark.generation
+        if (is_part and name not in decision.mark.files) or _LEFT_BY_KILLED.fullmatch(name):
             yield name
 
 

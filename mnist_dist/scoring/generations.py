@@ -22,7 +22,7 @@ A generation whose number is not above that of the mark is published: what is le
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mnist_dist import documents, storage
@@ -33,6 +33,7 @@ from mnist_dist.scoring.predictions import (
     FAILED,
     LOCK,
     WORK,
+    Mark,
     read_mark,
 )
 
@@ -105,13 +106,7 @@ class Summary(Origin):
 class Committed:
     """A complete table."""
 
-    generation: int
-    files: tuple[str, ...]
-    """Names in the output, in the order of the rows."""
-    rows: int
-    model_id: str
-    failed: bool
-    """It was judged to hold too many bad rows."""
+    mark: Mark
     summary: Summary | None
     """None where somebody deleted it."""
 
@@ -186,7 +181,7 @@ class Output:
             summary = documents.read(storage.join(self.uri, SUMMARY), Summary)
         except FileNotFoundError:  # somebody deleted it; the table does not need it
             summary = None
-        return Committed(**asdict(mark), summary=summary)
+        return Committed(mark=mark, summary=summary)
 
     def unfinished(self) -> Generation | None:
         """The newest generation that was completely begun and is not published."""

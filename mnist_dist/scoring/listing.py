@@ -77,11 +77,11 @@ def _state(committed: Committed | None, shards: Mapping[str, int] | None, *, dri
         return "running"
     if shards is not None or committed is None:
         return "stopped" if committed is not None or (shards or {}).get("shards_done") else "new"
-    return "failed" if committed.failed else "finished"
+    return "failed" if committed.mark.failed else "finished"
 
 
 def _number(committed: Committed | None, unfinished: Generation | None) -> int | None:
-    return unfinished.number if unfinished is not None else committed.generation if committed is not None else None
+    return unfinished.number if unfinished is not None else committed.mark.generation if committed is not None else None
 
 
 def _counts(committed: Committed | None) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def _counts(committed: Committed | None) -> dict[str, Any]:
     if committed is None:
         return {"rows": None, "ok": None, "errors": None}
     if committed.summary is None:  # the table does not need it
-        return {"rows": committed.rows, "ok": None, "errors": None}
+        return {"rows": committed.mark.rows, "ok": None, "errors": None}
     statuses = committed.summary.statuses
     errors = sum(count for status, count in statuses.items() if status not in NOT_BAD)
-    return {"rows": committed.rows, "ok": statuses.get("ok", 0), "errors": errors}
+    return {"rows": committed.mark.rows, "ok": statuses.get("ok", 0), "errors": errors}
 
 
 def _progress_in_words(

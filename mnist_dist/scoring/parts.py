@@ -111,7 +111,7 @@ class Building:
                 old = stack.enter_context(_parquet(storage.join(self.output.uri, MANIFEST), scratch / "old"))
                 self._keep(committed, table, old=old, gone=manifest.read(["uri"])["uri"])
             elif committed:
-                table.removed += committed.files
+                table.removed += committed.mark.files
             self._write(table, "", self._new_rows(manifest, shards, progress))
             if not table.files:
                 self._write_part(table, self._name("", 0), iter(()))  # readers find the columns in it
@@ -126,18 +126,18 @@ class Building:
                 f"the table has the same columns as before, or is made afresh (mode fresh). Received: "
                 f"{', '.join(self.schema.names)}"
             )
-        if old.num_row_groups != len(committed.files):
+        if old.num_row_groups != len(committed.mark.files):
             raise DataError(f"{self.output.uri}/{MANIFEST} is not that of the table there; make it afresh (mode fresh)")
         touched = []
-        for index, name in enumerate(committed.files):
+        for index, name in enumerate(committed.mark.files):
             listed = old.read_row_group(index)
             if not schema.equals(self.schema) or pc.any(pc.is_in(listed["uri"], value_set=gone)).as_py():
                 touched.append(index)
             else:
                 table.note(name, listed)
-        table.removed += [committed.files[index] for index in touched]
+        table.removed += [committed.mark.files[index] for index in touched]
         left = itertools.chain.from_iterable(
-            self._left_rows(committed.files[index], old.read_row_group(index), gone) for index in touched
+            self._left_rows(committed.mark.files[index], old.read_row_group(index), gone) for index in touched
         )
         self._write(table, "kept-", left)
 

@@ -10,7 +10,6 @@ never changes under its name, so a reader sees one table or the next, or is told
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError
 
@@ -89,6 +88,7 @@ class Mark:
 
     generation: int
     files: tuple[str, ...]
+    """Names in the folder, in the order of the rows."""
     rows: int
     model_id: str
     failed: bool
@@ -96,13 +96,7 @@ class Mark:
 
     def write(self, root: str) -> None:
         """Puts the mark into the folder of the table."""
-        values = {
-            "generation": self.generation,
-            "files": list(self.files),
-            "rows": self.rows,
-            "model_id": self.model_id,
-        }
-        storage.write_bytes(storage.join(root, self.name), json.dumps(values, indent=2).encode())
+        documents.write(storage.join(root, self.name), self)
 
     @property
     def name(self) -> str:
@@ -321,20 +315,11 @@ def read_mark(uri: str) -> Mark | None:
     """
     for name in (SUCCESS, FAILED, SUCCESS):  # again: a table judged anew meanwhile has had a mark all the time
         try:
-            data = storage.read_bytes(storage.join(uri, name))
+            return documents.read(storage.join(uri, name), Mark)
         except FileNotFoundError:
             continue
-        try:
-            values = json.loads(data)
-            return Mark(
-                generation=values["generation"],
-                files=tuple(values["files"]),
-                rows=values["rows"],
-                model_id=values["model_id"],
-                failed=name == FAILED,
-            )
-        except (ValueError, KeyError, TypeError) as err:
-            raise DataError(f"{storage.join(uri, name)} is not the mark of a prediction table: {err!r}") from err
+        except DataError as err:  # such as the empty one of Spark
+            raise DataError(f"{storage.join(uri, name)} is not the mark of a prediction table: {err}") from err
     return None
 
 

@@ -1,6 +1,6 @@
 """The scoring job, the driver's side: what there is to score, the shards that are not done, the commit.
 
-Loads neither TensorFlow nor Keras. `shards.py` runs the shards, `actor.py` is what the workers do, `scoring/commit.py`
+Loads neither TensorFlow nor Keras. `shard_runner.py` runs the shards, `actor.py` is what the workers do, `scoring/commit.py`
 owns what lies in the output.
 
 In what order a job goes on: a commit that was begun is replayed; else an unfinished generation is finished, without
@@ -48,10 +48,10 @@ from mnist_dist.scoring.predictions import NOT_BAD, fits, prediction_schema, tab
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
 from mnist_dist.session import Session
+from mnist_dist.side_thread import SideThread
 
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import ShardReport
-from mnist_dist.side_thread import SideThread
 
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # loaded while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras
@@ -110,7 +110,7 @@ def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, An
     _say_what_was_found(listing, console)
     committed = output.committed()
     if committed is not None:
-        console.line(f"{output.uri} holds {committed.rows:,} rows of the model {committed.model_id[:12]}")
+        console.line(f"{output.uri} holds {committed.mark.rows:,} rows of the model {committed.mark.model_id[:12]}")
     console.line("dry run: nothing was written")
     return {
         "output": output.uri,
@@ -237,8 +237,8 @@ class Scoring:
 
     def _judged(self, before: Committed) -> Committed:
         """A table of an earlier run, by the share of bad rows that is allowed now."""
-        ok = self._judge(self._summary(before).statuses, before.rows)
-        return rejudge(self.output, before, ok=ok) if ok == before.failed else before
+        ok = self._judge(self._summary(before).statuses, before.mark.rows)
+        return rejudge(self.output, before, ok=ok) if ok == before.mark.failed else before
 
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
@@ -347,7 +347,7 @@ class Scoring:
             _say_what_was_found(work.listing, self.session.console)
         if before is not None and generation.plan.keep_old:
             self.session.console.line(
-                f"{len(work.table):,} images are scored now; the table holds {before.rows:,} rows"
+                f"{len(work.table):,} images are scored now; the table holds {before.mark.rows:,} rows"
             )
         self._check_what_was_found(work, generation, nodes=have.nodes)
         check_room(
@@ -479,28 +479,28 @@ class Scoring:
             TooManyBadImages: the table was judged bad.
         """
         summary = self._summary(committed)
-        statuses = summary.statuses
+        mark, statuses = committed.mark, summary.statuses
         result = {
             "output": self.output.uri,
-            "images": committed.rows,
+            "images": mark.rows,
             "ok": statuses.get("ok", 0),
             "errors": _bad(statuses),
-            "skipped": committed.rows - self.scored,
+            "skipped": mark.rows - self.scored,
             "images_per_s": self._images_per_s(),
             "steady_images_per_s": self.steady_images_per_s and round(self.steady_images_per_s, 2),
             "seconds": round(time.time() - self.began_at, 2),
             "statuses": statuses,
-            "generation": committed.generation,
-            "model_id": committed.model_id,
+            "generation": mark.generation,
+            "model_id": mark.model_id,
         }
         counts = ", ".join(f"{count:,} {status}" for status, count in statuses.items() if count)
-        self.session.console.line(f"{committed.rows:,} rows: {counts}")
+        self.session.console.line(f"{mark.rows:,} rows: {counts}")
         for status, examples in summary.examples.items():
             for example in examples:
                 self.session.console.line(f"  {status}: {example.uri}: {example.error}")
-        if committed.failed:
+        if mark.failed:
             raise TooManyBadImages(
-                f"{_bad(statuses):,} of {committed.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
+                f"{_bad(statuses):,} of {mark.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
                 f"allows {self.job.run.max_bad_fraction:.2%}. The table is complete, marked _FAILED: {self.output.uri}",
                 result,
             )
