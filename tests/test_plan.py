@@ -276,21 +276,28 @@ def test_a_plan_of_training_says_what_it_would_take_and_keeps_nothing(tmp_path: 
     assert said.lines[-1] == "plan: nothing was kept"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # a machine that is busy for a while makes one of the two slower
 @pytest.mark.usefixtures("two_cpus")
 def test_scoring_takes_as_long_as_its_plan_said(tmp_path: Path, bundle: Path, photos: Path) -> None:
     plan = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
     done = score(scoring(bundle, tmp_path / "table", photos), console=Recorder())
     assert_expected(done["seconds"], plan["expected_seconds"])
-    size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
-    assert size / 2 < plan["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
-    names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
-    fresh = replace(scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1))
-    assert plan_score(fresh, console=Recorder())["decode_images_per_s_per_core"] > 0
-    assert sorted(path.name for path in (tmp_path / "table").rglob("*")) == names
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_cpus")
+def test_a_plan_leaves_a_table_alone_also_where_tasks_decode(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    plan = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
+    score(scoring(bundle, tmp_path / "table", photos), console=Recorder())
+    size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
+    assert size / 2 < plan["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
+    names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
+    in_tasks = scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1)
+    assert plan_score(in_tasks, console=Recorder())["decode_images_per_s_per_core"] > 0
+    assert sorted(path.name for path in (tmp_path / "table").rglob("*")) == names
+
+
+@pytest.mark.chaos  # see above
 @pytest.mark.usefixtures("two_cpus")
 def test_training_takes_as_long_as_its_plan_said(tmp_path: Path) -> None:
     plan = plan_train(training(tmp_path, plan=True), recipe="test", console=Recorder())

@@ -510,9 +510,12 @@ def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
     assert score(replace(table, run=run, shard_size=2), console=Recorder())["skipped"] == 17
 
 
-def test_without_its_summary_a_table_is_read_but_not_gone_on_with(table: ScoreJob) -> None:
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_without_its_summary_a_table_is_read_but_not_resumed(table: ScoreJob, content: str | None) -> None:
     (Path(table.output) / "_summary.json").unlink()
-    with pytest.raises(DataError, match=r"_summary.json, .* is gone; --mode fresh .*Received: '.*table'"):
+    if content is not None:
+        (Path(table.output) / "_summary.json").write_text(content)
+    with pytest.raises(DataError, match=r"_summary.json, .* is gone or damaged; --mode fresh .*Received: '.*table'"):
         score(table, console=Recorder())
     assert len(rows_of(table.output)) == 17
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from mnist_dist import documents, storage
 from mnist_dist.config import EngineName, EnginePrecision
 from mnist_dist.engines.conversion import Check
-from mnist_dist.errors import MnistDistError
+from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
     FAILED,
     LOCK,
@@ -108,7 +108,7 @@ class Committed:
 
     mark: Mark
     summary: Summary | None
-    """None where somebody deleted it."""
+    """None where somebody deleted or damaged it."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Output:
             return None
         try:
             summary = documents.read(storage.join(self.uri, SUMMARY), Summary)
-        except FileNotFoundError:  # somebody deleted it; the table does not need it
+        except (FileNotFoundError, DataError):  # somebody deleted or damaged it; the table does not need it
             summary = None
         return Committed(mark=mark, summary=summary)
 

@@ -1,10 +1,10 @@
 """The scoring job, the driver's side: what there is to score, the shards that are not done, the commit.
 
-Loads neither TensorFlow nor Keras. `shard_runner.py` runs the shards, `actor.py` is what the workers do, `scoring/commit.py`
-owns what lies in the output.
+Loads neither TensorFlow nor Keras. `shard_runner.py` runs the shards, `actor.py` is what the workers do,
+`scoring/commit.py` owns what lies in the output.
 
-In what order a job goes on: a commit that was begun is replayed; else an unfinished generation is finished, without
-listing anything; else a finished table is returned, or a new generation is begun.
+In what order a job resumes: a commit that was begun is replayed; else an unfinished generation is finished, without
+listing anything (`commit.resume`); else a finished table is returned, or a new generation is begun.
 """
 
 import os
@@ -177,7 +177,7 @@ class Scoring:
     def _summary(self, before: Committed) -> Summary:
         if before.summary is None:
             raise DataError(
-                f"_summary.json, which says what made the table, is gone; --mode fresh makes another. "
+                f"_summary.json, which says what made the table, is gone or damaged; --mode fresh makes another. "
                 f"Received: {self.output.uri!r}"
             )
         return before.summary
