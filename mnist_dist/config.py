@@ -294,7 +294,7 @@ class RunConfig(SharedRunConfig):
     dry_run: bool = False
     """Check everything, train one step of each phase, leave nothing."""
     plan: bool = False
-    """Decode a sample, train on it for some seconds on the cluster, say what is slowest and how long all of it would
+    """Run the job on a sample, in a scratch storage on the cluster, say what is slowest and how long all of it would
     take, and leave nothing."""
 
     def __post_init__(self) -> None:
@@ -459,8 +459,8 @@ class ScoreRunConfig:
     dry_run: bool = False
     """List, check and say what would be done; write nothing."""
     plan: bool = False
-    """List, time decoding and model on a sample by one actor on the cluster, say what is slowest and how long all of it
-    would take; write nothing to the output."""
+    """Run the job on a sample, into a scratch output on the cluster, say what is slowest and how long all of it would
+    take; write nothing to the output."""
     verbose: bool = False
     """Show what Ray and TensorFlow print."""
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from rich import filesize
 
 from mnist_dist import storage
-from mnist_dist.config import EngineConfig, ScoreJob, differences
+from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
@@ -82,6 +82,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         Interrupted: a signal; what was scored is kept.
     """
     began_at = time.time()
+    require(not job.run.plan, "a plan is made by plan_score", plan=True)
     check_job_storage(job, nodes=1)
     check_output_is_outside(job)
     bundle = load_bundle(job.bundle)

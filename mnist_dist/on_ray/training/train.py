@@ -65,6 +65,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         WorkersFailed: workers failed more often than `max_failures`.
         Interrupted: a signal; the run is saved.
     """
+    require(not job.run.plan, "a plan is made by plan_train", plan=True)
     if job.run.dry_run:
         return _dry_run(job, recipe=recipe, console=console)
     began_at = time.time()
