@@ -20,8 +20,9 @@ from PIL import Image
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console
 from mnist_dist.data.images import ImageSpec
-from mnist_dist.models.bundle import write_bundle
+from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import build_classifier
+from mnist_dist.models.history import Epoch
 
 ROOT = Path(__file__).parents[1]
 SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
@@ -166,18 +167,12 @@ def write_spread_bundle(path: Path, *, images: Sequence[Image.Image], seed: int)
     kernel, bias = logits.get_weights()
     mean = np.log(np.asarray(model(np.stack([np.asarray(image) for image in images])))).mean(axis=0)
     logits.set_weights([kernel * 50, (bias - mean) * 50])
-    write_bundle(
-        path,
-        model=model,
-        class_names=CLASSES,
-        spec=SPEC,
-        backbone="cnn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
+    info = BundleInfo(class_names=CLASSES, spec=SPEC, backbone="cnn")
+    write_bundle(path, model, info)
     return path
+
+
+def an_epoch(number: int, **fields: Any) -> Epoch:
+    """A line of a history; fields are those of `Epoch`."""
+    values = {"loss": 0.5, "accuracy": 0.5, "val_loss": 0.5, "val_accuracy": 0.5, "learning_rate": 0.01}
+    return Epoch(**{"epoch": number, "phase": "train", **values, **fields})

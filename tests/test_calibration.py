@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnist_dist.data.images import Pixels
+from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines.calibration import (
     MAX_IMAGES,
     RANDOM_IMAGES,
@@ -31,22 +31,8 @@ HEIGHT, WIDTH, CHANNELS = 3, 5, 1
 
 def bundle_at(folder: Path) -> Bundle:
     """A bundle as far as its images go: nothing here looks at the model."""
-    info = BundleInfo(
-        model_id="1f",
-        class_names=("ant", "bee"),
-        height_px=HEIGHT,
-        width_px=WIDTH,
-        channels=CHANNELS,
-        resize="stretch",
-        backbone="cnn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        versions={},
-        created_at="2030-01-02T03:04:05+00:00",
-    )
+    spec = ImageSpec(height_px=HEIGHT, width_px=WIDTH, channels=CHANNELS)
+    info = BundleInfo(class_names=("ant", "bee"), spec=spec, backbone="cnn", model_id="1f")
     return Bundle(folder, info)
 
 

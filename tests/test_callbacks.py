@@ -8,20 +8,17 @@ from typing import Any
 
 import keras
 import pytest
+from harness import an_epoch
 
 from mnist_dist.config import FitConfig
-from mnist_dist.training.callbacks import (
-    REMEMBERED,
-    LogFiles,
-    callback_states,
-    history_csv,
-    make_callbacks,
-    restore_callbacks,
-)
+from mnist_dist.models.history import history_csv
+from mnist_dist.training.callbacks import REMEMBERED, LogFiles, callback_states, make_callbacks, restore_callbacks
 
 CONFIG = FitConfig(early_stopping_patience=4, plateau_patience=2, plateau_factor=0.25)
 # Better, worse, a little better (below ReduceLROnPlateau's least change), and four times worse in the end.
 LOSSES = [0.9, 0.7, 0.8, 0.75, 0.5, 0.49995, 0.6, 0.4, 0.41, 0.45, 0.42, 0.43, 0.3]
+
+HEADER = "epoch,phase,loss,accuracy,val_loss,val_accuracy,learning_rate"
 
 
 class Phase:
@@ -141,22 +138,22 @@ def test_callbacks_without_a_state_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_history_is_a_line_an_epoch() -> None:
-    history = [{"epoch": 1, "phase": "head, cold", "loss": 0.5}, {"epoch": 2, "phase": "all", "loss": 1 / 3}]
-    text = history_csv(history)
-    assert text.splitlines()[:2] == ["epoch,phase,loss", '1,"head, cold",0.5']
+    history = [an_epoch(1, phase="head, cold", loss=0.5), an_epoch(2, phase="all", loss=1 / 3)]
+    text = history_csv(history).decode()
+    assert text.splitlines()[:2] == [HEADER, '1,"head, cold",0.5,0.5,0.5,0.5,0.01']
     rows = list(csv.DictReader(text.splitlines()))
     assert [(int(row["epoch"]), row["phase"], float(row["loss"])) for row in rows] == [
         (1, "head, cold", 0.5),
         (2, "all", 1 / 3),
     ]
-    assert history_csv([]) == ""
+    assert history_csv([]).decode() == f"{HEADER}\n"
 
 
 def test_the_history_file_holds_every_epoch_so_far(tmp_path: Path) -> None:
-    path, history = tmp_path / "run" / "history.csv", [{"epoch": 1, "loss": 0.5}]
+    path, history = tmp_path / "run" / "history.csv", [an_epoch(1)]
     (callback,) = make_callbacks(FitConfig(), files=LogFiles(history=str(path)), history=history)
     callback.on_epoch_end(0, {"loss": 0.5})
-    assert path.read_text() == "epoch,loss\n1,0.5\n"
-    history.append({"epoch": 2, "loss": 0.25})
+    assert path.read_text() == f"{HEADER}\n1,train,0.5,0.5,0.5,0.5,0.01\n"
+    history.append(an_epoch(2, loss=0.25))
     callback.on_epoch_end(1, {"loss": 0.25})
-    assert path.read_text() == history_csv(history)
+    assert path.read_bytes() == history_csv(history)

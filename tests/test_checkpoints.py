@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import an_epoch
 
 from mnist_dist.errors import StorageError
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State, read_checkpoint, write_checkpoint
@@ -27,8 +28,8 @@ def state(**fields: object) -> State:
         "global_step": 57,
         "epoch_sums": [0.1 + 0.2, 7.0, 8.0],
         "learning_rate": 1e-3 / 3,
-        "history": [{"epoch": 1, "phase": "head", "loss": 0.1, "val_loss": 1 / 3}],
-        "best": {"epoch": 1, "phase": "head", "loss": 0.1, "val_loss": 1 / 3},
+        "history": [an_epoch(1, phase="head", val_loss=1 / 3)],
+        "best": an_epoch(1, phase="head", val_loss=1 / 3),
         "callbacks": {"EarlyStopping": {"wait": 1, "best": 1 / 3, "best_epoch": None}},
         "timed_images": 640,
         "timed_s": 0.7,

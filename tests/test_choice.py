@@ -45,7 +45,7 @@ from mnist_dist.engines.conversion import Answers, Check, compare, smallest_fast
 from mnist_dist.engines.engine import KerasEngine
 from mnist_dist.engines.formats import FORMATS, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed, StorageError
-from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
 
@@ -645,20 +645,9 @@ def train(path: Path, *, seed: int, calibration: int = 1_797 - TRAINED) -> Bundl
     classifier.network.fit(pixels[:TRAINED].astype(np.float32), labels[:TRAINED], batch_size=64, epochs=4, verbose=0)
     kept = slice(TRAINED, TRAINED + calibration)
     encoded = pa.array([image.tobytes() for image in pixels[kept]], pa.binary())
-    write_bundle(
-        path,
-        model=classifier.model,
-        class_names=NAMES,
-        spec=SPEC,
-        backbone="cnn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=pa.table({"label": labels[kept], "pixels": encoded}) if calibration else None,
-    )
+    info = BundleInfo(class_names=NAMES, spec=SPEC, backbone="cnn")
+    images = pa.table({"label": labels[kept], "pixels": encoded}) if calibration else None
+    write_bundle(path, classifier.model, info, calibration=images)
     return load_bundle(path)
 
 

@@ -11,7 +11,7 @@ import pytest
 from mnist_dist.config import ModelConfig, Pooling
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, WeightsError
-from mnist_dist.models.bundle import write_bundle
+from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier, set_trainable
 
 SPEC = ImageSpec(height_px=14, width_px=12, channels=1)
@@ -183,20 +183,8 @@ def test_an_unknown_part_to_train_is_refused() -> None:
 
 
 def write_cnn_bundle(path: Path, classifier: Classifier, backbone: str) -> None:
-    write_bundle(
-        path,
-        model=classifier.model,
-        class_names=["a", "b", "c"],
-        spec=SPEC,
-        backbone=backbone,
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="epoch\n",
-        calibration=None,
-    )
+    info = BundleInfo(class_names=("a", "b", "c"), spec=SPEC, backbone=backbone)
+    write_bundle(path, classifier.model, info)
 
 
 def test_weights_start_from_a_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines import engine as engines
 from mnist_dist.engines.engine import KerasEngine, Outputs, best_images_per_s, calls_per_s
-from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
 
 # b = images of a call, D = features
@@ -50,20 +50,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def write(path: Path, backbone: str, **head: Any) -> Written:
     config = ModelConfig(backbone=backbone, **head)
     classifier = build_classifier(config, spec=SPEC, num_classes=len(NAMES), seed=3)
-    write_bundle(
-        path,
-        model=classifier.model,
-        class_names=NAMES,
-        spec=SPEC,
-        backbone=backbone,
-        weights="none",
-        config={},
-        data_fingerprint="sha256:1f",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
+    info = BundleInfo(class_names=NAMES, spec=SPEC, backbone=backbone)
+    write_bundle(path, classifier.model, info)
     return Written(load_bundle(path), classifier)
 
 

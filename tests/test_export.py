@@ -30,7 +30,7 @@ from mnist_dist.engines.export import EXPORT_FILE, export_bundle
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine
 from mnist_dist.errors import BundleError, ConfigError, DataError, Interrupted, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
-from mnist_dist.models.bundle import all_layers, load_bundle, write_bundle
+from mnist_dist.models.bundle import BundleInfo, all_layers, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 
 # b = images of a call
@@ -72,20 +72,8 @@ def write(path: Path, *, spec: ImageSpec, images: int, config: ModelConfig | Non
     said = np.log(np.asarray(classifier.model(pixels)))
     factor = 1 / said.std(axis=0).mean()
     logits.set_weights([kernel * factor, (bias - said.mean(axis=0)) * factor])
-    write_bundle(
-        path,
-        model=classifier.model,
-        class_names=NAMES,
-        spec=spec,
-        backbone=config.backbone,
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=calibration(spec, images) if images else None,
-    )
+    info = BundleInfo(class_names=NAMES, spec=spec, backbone=config.backbone)
+    write_bundle(path, classifier.model, info, calibration=calibration(spec, images) if images else None)
     return path
 
 
@@ -194,7 +182,7 @@ def test_the_file_says_what_it_is(exported: Exported, bundle: Path) -> None:
     assert (facts["format"], facts["model_id"], facts["class_names"]) == ("saved_model", info.model_id, list(NAMES))
     assert facts["input"] == {"name": "image", "dtype": "uint8", "shape": [None, 12, 14, 1]}
     assert facts["output"]["shape"] == [None, len(NAMES)]
-    assert (facts["resize"], facts["tolerance"], facts["check"]["images_per_call"]) == (info.resize, 1e-4, 8)
+    assert (facts["resize"], facts["tolerance"], facts["check"]["images_per_call"]) == (info.spec.resize, 1e-4, 8)
     assert {"python", "keras", "tensorflow"} <= facts["versions"].keys()
     assert exported.result["path"] == str(exported.folder / facts["file"])
 

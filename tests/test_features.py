@@ -36,6 +36,7 @@ from mnist_dist.data.records import finish as finish_records
 from mnist_dist.data.sources import image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, Interrupted, WeightsError
 from mnist_dist.models.classifier import build_classifier, build_head_alone
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
 from mnist_dist.on_ray.training.train import train
@@ -163,7 +164,7 @@ class Quiet:
     def progress(self, _: Position) -> bool:
         return False
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
+    def epoch_ended(self, epoch: Epoch) -> None:
         pass
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -200,20 +201,20 @@ def head_task(
     return TrainTask(job=job, spec=SPEC, class_names=CLASSES, images=images, features=features, **fields)
 
 
-def history(task: TrainTask) -> list[dict[str, Any]]:
+def history(task: TrainTask) -> list[Epoch]:
     outcome = Trainer(task, host=Quiet(), world=World()).run()
     assert outcome.finished
     return outcome.state.history
 
 
-def check_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], *, tolerance: float) -> None:
+def check_same(ours: list[Epoch], theirs: list[Epoch], *, tolerance: float) -> None:
     """Losses within the relative tolerance; accuracies within two images, which may lie on a border of classes."""
-    assert [line["phase"] for line in ours] == [line["phase"] for line in theirs]
+    assert [line.phase for line in ours] == [line.phase for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
-        assert mine["val_loss"] == pytest.approx(other["val_loss"], rel=tolerance)
-        assert mine["accuracy"] == pytest.approx(other["accuracy"], abs=2.1 / TRAIN)
-        assert mine["val_accuracy"] == pytest.approx(other["val_accuracy"], abs=2.1 / VALIDATION)
+        assert mine.loss == pytest.approx(other.loss, rel=tolerance)
+        assert mine.val_loss == pytest.approx(other.val_loss, rel=tolerance)
+        assert mine.accuracy == pytest.approx(other.accuracy, abs=2.1 / TRAIN)
+        assert mine.val_accuracy == pytest.approx(other.val_accuracy, abs=2.1 / VALIDATION)
 
 
 STORED = [("float16", 1e-3), ("float32", 1e-5)]
@@ -223,18 +224,18 @@ HEAD_THEN_TUNED = PhasesConfig(epochs=(2, 1), learning_rate=(0.01, 0.002), train
 
 
 @pytest.fixture(scope="module")
-def without_cache(images: Images) -> list[dict[str, Any]]:
+def without_cache(images: Images) -> list[Epoch]:
     """The history of two epochs of the head and one of fine-tuning, all of them on pixels."""
     lines = history(head_task(images, phases=HEAD_THEN_TUNED))
-    assert [line["phase"] for line in lines] == ["head", "head", "fine-tune"]
-    assert lines[2]["loss"] < lines[1]["loss"] < lines[0]["loss"]
+    assert [line.phase for line in lines] == ["head", "head", "fine-tune"]
+    assert lines[2].loss < lines[1].loss < lines[0].loss
     return lines
 
 
 @pytest.mark.parametrize(("stored_as", "tolerance"), STORED)
 def test_the_head_learns_from_features_what_it_learns_from_pixels_and_a_fine_tune_goes_on_from_it(
     images: Images,
-    without_cache: list[dict[str, Any]],
+    without_cache: list[Epoch],
     tmp_path: Path,
     stored_as: FeatureType,
     tolerance: float,
@@ -267,7 +268,7 @@ def test_a_phase_of_the_head_alone_reads_no_pixels(images: Images, tmp_path: Pat
 
 
 def test_a_head_alone_learns_what_it_learns_under_its_backbone(
-    images: Images, without_cache: list[dict[str, Any]], tmp_path: Path
+    images: Images, without_cache: list[Epoch], tmp_path: Path
 ) -> None:
     features = features_of(images, tmp_path, model=HEADED, stored_as="float32")
     alone = history(head_task(features, features=features, head_alone=True))

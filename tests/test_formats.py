@@ -19,7 +19,7 @@ from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import Engine, KerasEngine, padded
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
-from mnist_dist.models.bundle import Bundle, load_bundle, write_bundle
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
 
@@ -60,20 +60,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     factor = 1 / said.std(axis=0).mean()
     logits.set_weights([kernel * factor, (bias - said.mean(axis=0)) * factor])
     path = tmp_path_factory.mktemp("bundles") / "bundle"
-    write_bundle(
-        path,
-        model=classifier.model,
-        class_names=NAMES,
-        spec=SPEC,
-        backbone="cnn_bn",
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
+    info = BundleInfo(class_names=NAMES, spec=SPEC, backbone="cnn_bn")
+    write_bundle(path, classifier.model, info)
     return load_bundle(path)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows
-from harness import Recorder, run_command
+from harness import Recorder, an_epoch, run_command
 from scored import one_hot, plan_of, scored_rows
 
 from mnist_dist import listing, storage
@@ -21,6 +21,7 @@ from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
 from mnist_dist.errors import StorageError
 from mnist_dist.listing import ListJob, Row, ago, rows_below
 from mnist_dist.lock import Lock, holder_of
+from mnist_dist.models.history import history_csv
 from mnist_dist.s3_reads import FastReads
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Generation, Output
@@ -30,7 +31,6 @@ from mnist_dist.scoring.predictions import prediction_schema
 from mnist_dist.search.listing import search_row
 from mnist_dist.search.trials import Status, Trial, TrialRecords
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
-from mnist_dist.training.callbacks import history_csv
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
 from mnist_dist.training.runs import Run, run_row
 
@@ -62,8 +62,8 @@ def begun_run(root: str, name: str) -> Run:
 
 def end_epoch(run: Run, number: int) -> None:
     """As the loop: a line of the history for each epoch so far."""
-    lines = [{"epoch": epoch, "val_accuracy": 0.5 + epoch / 100} for epoch in range(1, number + 1)]
-    storage.write_bytes(storage.join(run.uri, "history.csv"), history_csv(lines).encode())
+    lines = [an_epoch(epoch, val_accuracy=0.5 + epoch / 100) for epoch in range(1, number + 1)]
+    storage.write_bytes(storage.join(run.uri, "history.csv"), history_csv(lines))
 
 
 def save_checkpoint(run: Run, scratch: Path) -> None:
@@ -342,7 +342,9 @@ def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: byte
 def test_a_damaged_search_and_a_damaged_table_are_rows_that_say_so(tmp_path: Path) -> None:
     run = begun_search(str(tmp_path), "search")
     storage.write_bytes(storage.join(run.uri, "trials", "000000.json"), b"{}")
-    assert words(the_search(str(tmp_path)))[::2] == ("unreadable", "KeyError: 'history'")
+    state, _, reason = words(the_search(str(tmp_path)))
+    assert state == "unreadable"
+    assert "000000.json is not a Trial" in reason
     table = committed_table(str(tmp_path / "scores"), images=5)
     storage.write_bytes(storage.join(table.uri, "_SUCCESS"), b"")
     state, _, reason = words(the_table(str(tmp_path)))

@@ -17,7 +17,8 @@ from mnist_dist.data.batches import epoch_order
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import build_classifier
-from mnist_dist.training.callbacks import LogFiles, history_csv
+from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Images, World, train_chunk
 from mnist_dist.training.host import Position
@@ -58,7 +59,7 @@ class Notes:
     def __init__(self, folder: Path, *, stop_at: int | None = None) -> None:
         self.folder, self.stop_at = folder, stop_at
         self.positions: list[Position] = []
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Epoch] = []
         self.saved: list[Path] = []
 
     def progress(self, position: Position) -> bool:
@@ -66,8 +67,8 @@ class Notes:
         done = len(self.lines) * position.steps + position.step
         return self.stop_at is not None and done >= self.stop_at
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
+    def epoch_ended(self, epoch: Epoch) -> None:
+        self.lines.append(epoch)
 
     def save(self, checkpoint: Checkpoint) -> None:
         folder = self.folder / f"{len(self.saved):03d}-{checkpoint.state.global_step:06d}"
@@ -123,15 +124,13 @@ def test_the_history_has_a_line_an_epoch(two_phases: tuple[Trainer, Outcome, Not
     _, outcome, notes = two_phases
     assert outcome.finished
     assert outcome.state.history == notes.lines
-    assert [(line["epoch"], line["phase"]) for line in notes.lines] == [
+    assert [(line.epoch, line.phase) for line in notes.lines] == [
         *((1, "train"), (2, "train")),
         *((3, "fine-tune"), (4, "fine-tune"), (5, "fine-tune")),
     ]
-    keys = ["epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
-    assert [list(line) for line in notes.lines] == [keys] * 5
     # each phase falls along a cosine of its own; a line has the rate of the epoch's last step
     falls = [peak * (1 + np.cos(np.pi * s / n)) / 2 for peak, s, n in [(0.01, 10, 22), (0.01, 21, 22), (0.02, 10, 33)]]
-    assert [line["learning_rate"] for line in notes.lines[:3]] == pytest.approx(falls, rel=1e-6)
+    assert [line.learning_rate for line in notes.lines[:3]] == pytest.approx(falls, rel=1e-6)
 
 
 def test_progress_counts_from_1_within_the_phase(two_phases: tuple[Trainer, Outcome, Notes]) -> None:
@@ -139,8 +138,8 @@ def test_progress_counts_from_1_within_the_phase(two_phases: tuple[Trainer, Outc
     first, last = notes.positions[0], notes.positions[-1]
     assert (first.phase, first.epoch, first.epochs, first.step, first.steps) == ("train", 1, 2, 1, 11)
     assert (last.phase, last.epoch, last.epochs, last.step, last.steps) == ("fine-tune", 3, 3, 11, 11)
-    assert last.loss == notes.lines[-1]["loss"]
-    assert last.accuracy == notes.lines[-1]["accuracy"]
+    assert last.loss == notes.lines[-1].loss
+    assert last.accuracy == notes.lines[-1].accuracy
     assert last.images_per_s > 0
 
 
@@ -177,9 +176,9 @@ def test_the_loop_takes_the_steps_that_the_pure_functions_name(images: Images, t
 def test_training_learns_its_images_by_heart(images: Images, tmp_path: Path) -> None:
     phases = PhasesConfig(epochs=(40,), learning_rate=(3e-3,))
     notes = run(small_task(images, phases=phases, optimizer=OptimizerConfig()), tmp_path)[2]
-    assert notes.lines[0]["accuracy"] < 0.6
-    assert notes.lines[-1]["accuracy"] > 0.95
-    assert notes.lines[-1]["loss"] < 0.3 < notes.lines[-1]["val_loss"]
+    assert notes.lines[0].accuracy < 0.6
+    assert notes.lines[-1].accuracy > 0.95
+    assert notes.lines[-1].loss < 0.3 < notes.lines[-1].val_loss
 
 
 def test_validation_metrics_are_those_of_the_weights_after_the_epoch(
@@ -192,8 +191,8 @@ def test_validation_metrics_are_those_of_the_weights_after_the_epoch(
         trainer.network.set_weights(checkpoint.weights)
         logits = trainer.network(pixels, training=False)
         losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-        assert line["val_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
-        assert line["val_accuracy"] == np.mean(np.argmax(logits, axis=1) == labels)
+        assert line.val_loss == pytest.approx(float(np.mean(losses)), rel=1e-5)
+        assert line.val_accuracy == np.mean(np.argmax(logits, axis=1) == labels)
 
 
 def test_a_split_is_evaluated_with_the_network_given(two_phases: tuple[Trainer, Outcome, Notes]) -> None:
@@ -201,8 +200,8 @@ def test_a_split_is_evaluated_with_the_network_given(two_phases: tuple[Trainer, 
     trainer.network.set_weights(outcome.best)
     assert outcome.state.best is not None
     found = trainer.evaluate(trainer.task.images.validation, trainer.network)
-    assert found["loss"] == pytest.approx(outcome.state.best["val_loss"], rel=1e-6)
-    assert found["accuracy"] == outcome.state.best["val_accuracy"]
+    assert found["loss"] == pytest.approx(outcome.state.best.val_loss, rel=1e-6)
+    assert found["accuracy"] == outcome.state.best.val_accuracy
 
 
 def test_a_dry_run_takes_one_step_of_each_phase(images: Images, tmp_path: Path) -> None:
@@ -218,7 +217,7 @@ def test_a_dry_run_takes_one_step_of_each_phase(images: Images, tmp_path: Path) 
 def test_the_step_computes_in_bfloat16_where_it_is_told_to(images: Images, tmp_path: Path) -> None:
     trainer, outcome, notes = run(small_task(images, precision="bfloat16"), tmp_path)
     assert trainer.built.classifier.backbone.layers[-1].compute_dtype == "bfloat16"
-    assert np.isfinite(notes.lines[0]["val_loss"])
+    assert np.isfinite(notes.lines[0].val_loss)
     assert {array.dtype for array in outcome.best} == {np.dtype(np.float32)}
 
 
@@ -252,7 +251,7 @@ def test_the_best_epoch_is_chosen_on_validation_and_the_next_phase_starts_from_i
     phases = PhasesConfig(epochs=(6, 1), learning_rate=(0.1, STILL))
     fit = FitConfig(batch_size=11, seed=5, best_metric=metric)
     trainer, outcome, notes = run(small_task(images, phases=phases, fit=fit), tmp_path)
-    values = [line[metric] for line in notes.lines[:6]]
+    values = [getattr(line, metric) for line in notes.lines[:6]]
     best = int(np.argmin(values) if metric == "val_loss" else np.argmax(values))
     assert best < 5, "the last epoch is the best: this proves nothing"
     assert outcome.state.best == notes.lines[best]
@@ -278,7 +277,7 @@ def test_early_stopping_ends_its_phase_and_the_next_one_begins_afresh(images: Im
     fit = FitConfig(batch_size=11, early_stopping_patience=2)
     _, outcome, notes = run(small_task(images, phases=phases, fit=fit), tmp_path)
     assert outcome.finished
-    assert [line["phase"] for line in notes.lines] == ["train"] * 3 + ["fine-tune"] * 2
+    assert [line.phase for line in notes.lines] == ["train"] * 3 + ["fine-tune"] * 2
 
 
 @pytest.mark.slow
@@ -288,11 +287,11 @@ def test_a_plateau_lowers_the_rate_also_after_a_restore(images: Images, tmp_path
     task = small_task(images, phases=phases, fit=fit)
     _, _, notes = run(task, tmp_path / "whole")
     expected = [1, 1, 1 / 4, 1 / 16, 1 / 64, 2, 2]
-    assert [line["learning_rate"] / STILL for line in notes.lines] == pytest.approx(expected, rel=1e-6)
+    assert [line.learning_rate / STILL for line in notes.lines] == pytest.approx(expected, rel=1e-6)
     for epoch in (3, 5):
         restored = notes.checkpoints()[epoch - 1]
         _, outcome, _ = run(task, tmp_path / f"from-{epoch}", restored=restored)
-        rates = [line["learning_rate"] / STILL for line in outcome.state.history]
+        rates = [line.learning_rate / STILL for line in outcome.state.history]
         assert rates == pytest.approx(expected, rel=1e-6)
 
 
@@ -307,7 +306,7 @@ def test_tensorboard_reads_what_is_written(images: Images, tmp_path: Path) -> No
         for metric in ("loss", "accuracy"):
             found = events.Tensors(f"epoch_{metric}")
             points = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in found}
-            expected = {line["epoch"] - 1: line[f"{prefix}{metric}"] for line in notes.lines}
+            expected = {line.epoch - 1: getattr(line, f"{prefix}{metric}") for line in notes.lines}
             assert points == pytest.approx(expected, rel=1e-6)
 
 
@@ -315,10 +314,10 @@ def test_the_history_file_has_no_epoch_twice_after_a_restore(images: Images, tmp
     path = tmp_path / "history.csv"
     task = small_task(images, phases=PhasesConfig(epochs=(2, 1)), files=LogFiles(history=str(path)))
     first = run(task, tmp_path / "first")[2]
-    assert path.read_text() == history_csv(first.lines)
+    assert path.read_bytes() == history_csv(first.lines)
     again = run(task, tmp_path / "again", restored=first.checkpoints()[0])[1]
-    assert path.read_text() == history_csv(again.state.history)
-    assert [line["epoch"] for line in again.state.history] == [1, 2, 3]
+    assert path.read_bytes() == history_csv(again.state.history)
+    assert [line.epoch for line in again.state.history] == [1, 2, 3]
 
 
 # --- losses that are no numbers --------------------------------------------------------------------------------------
@@ -365,8 +364,7 @@ class Whole:
         assert relative_difference(outcome.best, self.outcome.best) <= 1e-6
         assert len(outcome.state.history) == len(self.outcome.state.history)
         for ours, theirs in zip(outcome.state.history, self.outcome.state.history, strict=True):
-            assert ours.pop("phase") == theirs["phase"]
-            assert ours == pytest.approx({key: theirs[key] for key in ours}, rel=1e-6)
+            assert asdict(ours) == pytest.approx(asdict(theirs), rel=1e-6)
 
 
 def whole_run(task: TrainTask, folder: Path) -> Whole:
@@ -394,7 +392,7 @@ def test_the_whole_run_has_something_to_lose(whole: Whole) -> None:
     within = [state for state in states if state.step]
     assert any(state.learning_rate for state in within)
     assert any(state.callbacks and state.callbacks["EarlyStopping"]["wait"] for state in within)
-    assert any(state.best and state.best["epoch"] < state.epochs_done for state in states)
+    assert any(state.best and state.best.epoch < state.epochs_done for state in states)
 
 
 def test_no_two_checkpoints_are_of_one_step(whole: Whole) -> None:
@@ -404,12 +402,12 @@ def test_no_two_checkpoints_are_of_one_step(whole: Whole) -> None:
 
 def test_every_checkpoint_holds_the_weights_of_the_best_epoch_so_far(whole: Whole) -> None:
     checkpoints = whole.notes.checkpoints()
-    ends = {c.state.history[-1]["epoch"]: c.weights for c in checkpoints if c.state.step == 0}
+    ends = {c.state.history[-1].epoch: c.weights for c in checkpoints if c.state.step == 0}
     assert len(ends) == 5
     for checkpoint in checkpoints:
         if checkpoint.state.best is not None:
             assert checkpoint.best is not None
-            assert relative_difference(checkpoint.best, ends[checkpoint.state.best["epoch"]]) == 0
+            assert relative_difference(checkpoint.best, ends[checkpoint.state.best.epoch]) == 0
 
 
 # Within the first epoch, at its end, within the second; at the first phase's end, within the second phase.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from harness import Recorder
+from harness import Recorder, an_epoch
 from PIL import Image
 from scored import one_hot, scored_rows, write_scored
 
@@ -21,6 +21,7 @@ from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.evaluation.pages import TrainingFacts, evaluation_page, training_page, write_evaluation_page
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import Example, Page, render
+from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.on_ray.training.bundling import test_metrics as metrics_of_test
 from mnist_dist.on_ray.training.tested import Predicted
 
@@ -194,20 +195,22 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
         rows=np.arange(9), labels=np.array([0, 1, 2] * 3, np.int32), logits=logits_of([0, 1, 2] * 2 + [1] * 3)
     )
     metrics = metrics_of_test(tested, records)
-    line = {"phase": "train", "loss": 1.0, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.5}
     example = Example(name="digits/1", predicted="ant", confidence=0.9, truth="bee", pixels=records.pixels[1])
     facts = TrainingFacts(
         name="a run",
         command="python -m jobs.train <x>",
-        backbone="cnn",
-        weights="none",
-        config={"fit": {"seed": 3}},
-        versions={"keras": "3.15"},
-        created_at="2030-01-02",
-        fingerprint="f" * 64,
-        history=[{"epoch": epoch, **line} for epoch in (1, 2, 3)],
+        bundle=BundleInfo(
+            class_names=records.class_names,
+            spec=records.spec,
+            backbone="cnn",
+            config={"fit": {"seed": 3}},
+            data_fingerprint="f" * 64,
+            validation={"accuracy": 0.5, "loss": 1.0},
+            versions={"keras": "3.15"},
+            created_at="2030-01-02",
+        ),
+        history=[an_epoch(number) for number in (1, 2, 3)],
         counts={"train": np.array([5, 6, 7]), "test": np.array([3, 3, 3])},
-        validation={"accuracy": 0.5, "loss": 1.0},
         samples=[],
         predictions=[example],
         mistakes=[example],

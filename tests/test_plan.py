@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from corpus import manifest_rows
-from harness import Recorder, write_spread_bundle
+from harness import Recorder, an_epoch, write_spread_bundle
 from PIL import Image
 
 from mnist_dist.config import (
@@ -29,6 +29,7 @@ from mnist_dist.config import (
 from mnist_dist.console import duration
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.scoring.plan import plan_score
@@ -135,7 +136,7 @@ class Notes:
     def progress(self, position: Position) -> bool:
         return position.step == 3
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
+    def epoch_ended(self, epoch: Epoch) -> None:
         self.now += 0.25
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -151,10 +152,10 @@ def test_each_part_of_an_epoch_is_noted() -> None:
         assert timed.progress(position)
         assert not timed.progress(replace(position, step=4))
         notes.now += 3  # validation
-        timed.epoch_ended({"phase": "head"})
+        timed.epoch_ended(an_epoch(1, phase="head"))
         timed.save(Checkpoint(state=State(), weights=[], optimizer=[], best=None))
-    expected = {"phase": "head", "steps": 4, "validation_s": 3.0, "save_s": 1.5}
-    assert timed.noted() == [{**expected, "train_s": 7.0}, {**expected, "train_s": 2.0}]
+    expected = EpochTimes(phase="head", steps=4, train_s=7.0, validation_s=3.0, save_s=1.5)
+    assert timed.epochs == [expected, replace(expected, train_s=2.0)]
 
 
 def test_an_epoch_is_its_steps_its_validation_and_its_checkpoint() -> None:

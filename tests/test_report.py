@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from harness import an_epoch
 
 from mnist_dist.evaluation import figures
 from mnist_dist.evaluation.report import Example, Gallery, Headline, Page, Shown, Table, picture, render, write_page
+from mnist_dist.models.history import Epoch
 
 NAMES = [f"class {number}" for number in range(7)]
 HOSTILE = "<script>alert(1)</script>.png"
@@ -21,16 +23,16 @@ def some_pixels(height_px: int, width_px: int, channels: int) -> npt.NDArray[np.
     return np.random.default_rng(height_px).integers(0, 256, (height_px, width_px, channels), np.uint8)
 
 
-def history() -> list[dict[str, Any]]:
+def history() -> list[Epoch]:
     return [
-        {
-            "epoch": epoch,
-            "phase": "head" if epoch < 4 else "fine-tune",
-            "loss": 1 / epoch,
-            "accuracy": 1 - 0.5 / epoch,
-            "val_loss": 1.2 / epoch,
-            "val_accuracy": 1 - 0.6 / epoch,
-        }
+        an_epoch(
+            epoch,
+            phase="head" if epoch < 4 else "fine-tune",
+            loss=1 / epoch,
+            accuracy=1 - 0.5 / epoch,
+            val_loss=1.2 / epoch,
+            val_accuracy=1 - 0.6 / epoch,
+        )
         for epoch in range(1, 9)
     ]
 

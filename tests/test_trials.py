@@ -1,6 +1,5 @@
 """trials: their records, their order, their errors; and what comes next, also after a driver was killed."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -8,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import an_epoch
 
 from mnist_dist.errors import ServiceError
+from mnist_dist.on_ray.search.trial import Report
 from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials
 from mnist_dist.search.trials import Status, Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
@@ -30,20 +31,18 @@ def made(number: int, accuracy: float | None = 0.5, loss: float | None = 1.0, st
 
 def report(
     accuracy: float, *, finished: bool = True, error: str | None = None, epochs: int = 3, outage: bool = False
-) -> dict[str, Any]:
-    """What a trial's process says after an epoch, among what Ray Tune adds."""
-    return {
-        "accuracy": accuracy,
-        "loss": 1 - accuracy,
-        "epochs": epochs,
-        "parameters": 1_234,
-        "seconds": 0.123456,
-        "finished": finished,
-        "history": json.dumps([{"epoch": epoch} for epoch in range(1, epochs + 1)]),
-        "error": error,
-        "outage": outage,
-        "pid": 17,
-    }
+) -> Report:
+    return Report(
+        accuracy=accuracy,
+        loss=1 - accuracy,
+        epochs=epochs,
+        parameters=1_234,
+        seconds=0.123456,
+        finished=finished,
+        history=tuple(an_epoch(number) for number in range(1, epochs + 1)),
+        error=error,
+        outage=outage,
+    )
 
 
 def accuracy_of(number: int) -> float:
@@ -78,7 +77,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         parameters=321,
         seconds=1.25,
         error=None,
-        history=({"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.25}),
+        history=(an_epoch(1, loss=1.5), an_epoch(2, loss=1.25)),
     )
     records.write(replace(trial, status="running"))
     records.write(trial)
@@ -147,7 +146,7 @@ def test_a_trial_that_ends_is_recorded_with_what_it_found(tmp_path: Path) -> Non
     assert [trial.val_loss for trial in found.values()] == [0.25, 0.5, None, None]
     assert [trial.error for trial in found.values()] == [None, None, "the loss is no number", DIED]
     assert (found[0].epochs, found[0].parameters, found[0].seconds) == (3, 1_234, 0.123)
-    assert found[0].history == ({"epoch": 1}, {"epoch": 2}, {"epoch": 3})
+    assert found[0].history == (an_epoch(1), an_epoch(2), an_epoch(3))
 
 
 def test_an_epoch_is_known_but_not_recorded(tmp_path: Path) -> None:

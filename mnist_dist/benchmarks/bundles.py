@@ -71,22 +71,11 @@ def _hush() -> None:
 
 def _write_random_bundle(path: Path, model: str) -> None:
     from mnist_dist.data.images import ImageSpec
-    from mnist_dist.models.bundle import write_bundle
+    from mnist_dist.models.bundle import BundleInfo, write_bundle
     from mnist_dist.models.classifier import build_classifier
 
     size_px = CASES[model].size_px
     spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
-    write_bundle(
-        path,
-        model=build_classifier(ModelConfig(backbone=model), spec=spec, num_classes=NUM_CLASSES, seed=0).model,
-        class_names=[f"class-{number}" for number in range(NUM_CLASSES)],
-        spec=spec,
-        backbone=model,
-        weights="none",
-        config={},
-        data_fingerprint="none",
-        validation={},
-        test={},
-        history_csv="",
-        calibration=None,
-    )
+    network = build_classifier(ModelConfig(backbone=model), spec=spec, num_classes=NUM_CLASSES, seed=0).model
+    class_names = tuple(f"class-{number}" for number in range(NUM_CLASSES))
+    write_bundle(path, network, BundleInfo(class_names=class_names, spec=spec, backbone=model))

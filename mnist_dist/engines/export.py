@@ -210,7 +210,7 @@ def _converted(job: ExportJob, conversion: Conversion) -> Export:
         class_names=tuple(info.class_names),
         input=Tensor(name=answers.input_name, dtype="uint8", shape=(None, *info.spec.shape)),
         output=Tensor(name=answers.output_name, dtype="float32", shape=(None, len(info.class_names))),
-        resize=info.resize,
+        resize=info.spec.resize,
         size_bytes=_size_bytes(str(files)),
         check=check,
         keras_images_per_s=keras.images_per_s,

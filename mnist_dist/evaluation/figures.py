@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mnist_dist.models.history import Epoch
+
 INK = "#22313f"
 """Of text, axes and lines that are no data."""
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -42,18 +44,14 @@ class Picture:
     """Where it lies."""
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and accuracy over the epochs, training and validation, the phases marked.
-
-    Args:
-        history: a mapping per epoch: `epoch`, `phase`, `loss`, `accuracy`, `val_loss`, `val_accuracy`.
-    """
+def training_curves(history: Sequence[Epoch]) -> Figure:
+    """Loss and accuracy over the epochs, training and validation, the phases marked."""
     figure, axes = _figure(8.0, 3.4, columns=2)
-    epochs = [line["epoch"] for line in history]
+    epochs = [line.epoch for line in history]
     for ax, metric, unit in zip(axes, ("loss", "accuracy"), ("cross-entropy, nats", "share of images"), strict=True):
         marker = "o" if len(history) < 30 else ""
         for prefix, label, colour in (("", "training", BLUE), ("val_", "validation", ORANGE)):
-            values = [line[f"{prefix}{metric}"] for line in history]
+            values = [getattr(line, f"{prefix}{metric}") for line in history]
             ax.plot(epochs, values, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=label)
         _mark_phases(ax, history)
         ax.set_title(metric.capitalize(), **_STYLE)
@@ -64,13 +62,13 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _mark_phases(ax: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+def _mark_phases(ax: Axes, history: Sequence[Epoch]) -> None:
     for before, line in itertools.pairwise(history):
-        if line["phase"] != before["phase"]:
-            ax.axvline(line["epoch"] - 0.5, color=INK, linewidth=0.8, linestyle=":")
+        if line.phase != before.phase:
+            ax.axvline(line.epoch - 0.5, color=INK, linewidth=0.8, linestyle=":")
             ax.annotate(
-                f" {line['phase']}",
-                (line["epoch"] - 0.5, 0.02),
+                f" {line.phase}",
+                (line.epoch - 0.5, 0.02),
                 xycoords=("data", "axes fraction"),
                 color=INK,
                 fontsize=8,

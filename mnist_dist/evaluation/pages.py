@@ -29,7 +29,8 @@ from mnist_dist.evaluation.report import (
     write_page,
 )
 from mnist_dist.evaluation.tables import read_provenance
-from mnist_dist.models.bundle import REPORT_FILE
+from mnist_dist.models.bundle import REPORT_FILE, BundleInfo
+from mnist_dist.models.history import Epoch
 
 MOST_CLASSES = 200
 """Classes in the table of a page; the worst ones where there are more."""
@@ -42,16 +43,10 @@ class TrainingFacts:
     name: str
     """Of the run."""
     command: str
-    backbone: str
-    weights: str
-    config: Mapping[str, Any]
-    versions: Mapping[str, str]
-    created_at: str
-    fingerprint: str
-    history: Sequence[Mapping[str, Any]]
+    bundle: BundleInfo
+    history: Sequence[Epoch]
     counts: Mapping[str, npt.NDArray[np.int64]]
     """Images of each class by split, `int64 [K]`."""
-    validation: Mapping[str, float]
     samples: Sequence[figures.Picture]
     """Some training images."""
     predictions: Sequence[Example]
@@ -69,7 +64,7 @@ class TrainingFacts:
 
 def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
     """The page of a bundle; `metrics` are of the test images."""
-    report = classification_report(metrics)
+    report, bundle = classification_report(metrics), facts.bundle
     shown = [
         Shown(
             name="training_curves",
@@ -91,7 +86,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
     speed = f"{facts.images_per_s:,.0f} images/s" if facts.images_per_s else "not measured"
     return Page(
         title=facts.name,
-        subtitle=f"{facts.backbone}, weights {facts.weights}; {facts.created_at}",
+        subtitle=f"{bundle.backbone}, weights {bundle.weights}; {bundle.created_at}",
         headlines=[
             *_headlines(metrics, of="test"),
             Headline(label="parameters", value=f"{facts.parameters:,}"),
@@ -112,12 +107,12 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
         tables=_tables(metrics),
         facts=[
             ("command", facts.command),
-            ("data fingerprint", facts.fingerprint),
-            ("validation", f"accuracy {facts.validation['accuracy']:.4f}, loss {facts.validation['loss']:.4f}"),
-            *((f"version of {name}", version) for name, version in facts.versions.items()),
+            ("data fingerprint", bundle.data_fingerprint),
+            ("validation", f"accuracy {bundle.validation['accuracy']:.4f}, loss {bundle.validation['loss']:.4f}"),
+            *((f"version of {name}", version) for name, version in bundle.versions.items()),
         ],
         texts={
-            "configuration": json.dumps(facts.config, indent=2),
+            "configuration": json.dumps(bundle.config, indent=2),
             "architecture": facts.architecture,
             **({"classification report": report} if report else {}),
         },

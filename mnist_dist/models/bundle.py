@@ -12,15 +12,14 @@ so a folder without it is unfinished. A finished bundle is never written again. 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes
 
 import atexit
-import dataclasses
 import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +28,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import storage
-from mnist_dist.config import ResizeRule
+from mnist_dist import documents, storage
 from mnist_dist.data.images import ImageSpec, decode_image, match_channels, resize_pixels
-from mnist_dist.errors import BundleError, ConfigError
+from mnist_dist.errors import BundleError, ConfigError, DataError
+from mnist_dist.models.history import Epoch, history_csv
 
 if TYPE_CHECKING:
     import keras
@@ -54,43 +53,32 @@ class BundleInfo:
     """What `bundle.json` says.
 
     Args:
-        format_version: of the folder; this package reads 1.
-        model_id: sha256 of the file model.keras, hex.
         class_names: in the order of the probabilities.
-        height_px: of the model's input.
-        width_px: of the model's input.
-        channels: 1 (grey) or 3 (RGB).
-        resize: how an image of another shape becomes the input.
+        spec: what the model takes.
         backbone: its name in the table.
         weights: what the training started from.
-        config: the job's configuration.
+        config: the job's configuration, as JSON values.
         data_fingerprint: of the data it was trained on.
         validation: metrics on the validation images.
         test: metrics on the test images.
+        model_id: sha256 of the file model.keras, hex; `write_bundle` fills in this and what follows.
         versions: of Python and of the packages that wrote it.
         created_at: ISO 8601, UTC.
+        format_version: of the folder; this package reads 1.
     """
 
-    format_version: int = FORMAT_VERSION
-    model_id: str
     class_names: tuple[str, ...]
-    height_px: int
-    width_px: int
-    channels: int
-    resize: ResizeRule
+    spec: ImageSpec
     backbone: str
-    weights: str
-    config: Mapping[str, Any]
-    data_fingerprint: str
-    validation: Mapping[str, float]
-    test: Mapping[str, float]
-    versions: Mapping[str, str]
-    created_at: str
-
-    @property
-    def spec(self) -> ImageSpec:
-        """What the model takes, for the functions that decode and resize."""
-        return ImageSpec(height_px=self.height_px, width_px=self.width_px, channels=self.channels, resize=self.resize)
+    weights: str = "none"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = "none"
+    validation: Mapping[str, float] = field(default_factory=dict)
+    test: Mapping[str, float] = field(default_factory=dict)
+    model_id: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created_at: str = ""
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -162,18 +150,11 @@ class Bundle:
 
 def write_bundle(
     path: Path,
-    *,
     model: "keras.Model",
-    class_names: Sequence[str],
-    spec: ImageSpec,
-    backbone: str,
-    weights: str,
-    config: Mapping[str, Any],
-    data_fingerprint: str,
-    validation: Mapping[str, float],
-    test: Mapping[str, float],
-    history_csv: str,
-    calibration: "pa.Table | None",
+    info: BundleInfo,
+    *,
+    history: Iterable[Epoch] = (),
+    calibration: "pa.Table | None" = None,
 ) -> BundleInfo:
     """Writes a local folder under a temporary name beside `path` and renames it when it is complete.
 
@@ -182,48 +163,30 @@ def write_bundle(
     Args:
         path: the folder to be; must not hold a finished bundle.
         model: `Classifier.model`, in float32; its BatchNorm is synchronised over workers no longer.
-        class_names: in the order of the model's outputs.
-        spec: what the model takes.
-        backbone: its name in the table.
-        weights: what the training started from.
-        config: the job's configuration, as JSON types.
-        data_fingerprint: of the data.
-        validation: metrics on the validation images.
-        test: metrics on the test images.
-        history_csv: the text of history.csv, one line an epoch.
+        info: what is known of it; its id, versions and time are filled in.
+        history: the epochs of the training.
         calibration: held-out images for engine checks and int8; None leaves the file out.
+
+    Returns:
+        The info as it was written.
 
     Raises:
         BundleError: the path is taken, or the model does not fit the class names, the spec or the float32 policy.
     """
     _check_free(path)
-    _check_model(model, class_names=class_names, spec=spec)
+    _check_model(model, info)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(storage.temporary_name(path.name))
     try:
         temporary.mkdir()
         _unsynchronize(model)
         model.save(temporary / MODEL_FILE)
-        (temporary / HISTORY_FILE).write_text(history_csv, encoding="utf-8")
+        (temporary / HISTORY_FILE).write_bytes(history_csv(history))
         if calibration is not None:
             _write_parquet(calibration, temporary / CALIBRATION_FILE)
-        info = BundleInfo(
-            model_id=_sha256(temporary / MODEL_FILE),
-            class_names=tuple(class_names),
-            height_px=spec.height_px,
-            width_px=spec.width_px,
-            channels=spec.channels,
-            resize=spec.resize,
-            backbone=backbone,
-            weights=weights,
-            config=config,
-            data_fingerprint=data_fingerprint,
-            validation=validation,
-            test=test,
-            versions=_versions(),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        (temporary / BUNDLE_FILE).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
+        created_at = datetime.now(UTC).isoformat(timespec="seconds")
+        info = replace(info, model_id=_sha256(temporary / MODEL_FILE), versions=_versions(), created_at=created_at)
+        (temporary / BUNDLE_FILE).write_bytes(documents.encode(info))
         shutil.rmtree(path, ignore_errors=True)  # what an interrupted copy may have left; `_check_free` saw no bundle
         temporary.rename(path)
     finally:
@@ -272,8 +235,8 @@ def _read_info(path: Path, *, named: str) -> BundleInfo:
         hint = f" (did you mean {named.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
         raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {named!r}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values["format_version"]
+        data = file.read_bytes()
+        version = json.loads(data)["format_version"]
     except (ValueError, KeyError, TypeError) as err:
         raise BundleError(f"{file} is no JSON object with a format_version: {err}. Received: {named!r}") from err
     if version != FORMAT_VERSION:
@@ -281,14 +244,10 @@ def _read_info(path: Path, *, named: str) -> BundleInfo:
             f"bundles of format {FORMAT_VERSION} can be read; a newer mnist_dist reads newer ones. "
             f"Received: format_version={version} in {named!r}"
         )
-    known = {field.name for field in dataclasses.fields(BundleInfo)}
     try:
-        return BundleInfo(
-            **{name: value for name, value in values.items() if name in known and name != "class_names"},
-            class_names=tuple(values["class_names"]),
-        )
-    except (KeyError, TypeError) as err:
-        raise BundleError(f"{file} lacks a field: {err}. Received: {named!r}") from err
+        return documents.decode(data, BundleInfo, uri=str(file))
+    except DataError as err:
+        raise BundleError(f"{err}. Received: {named!r}") from err
 
 
 def _pixels(image: Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
@@ -329,7 +288,8 @@ def _check_free(path: Path) -> None:
         raise BundleError(f"the folder for a bundle is new or empty. Received: {str(path)!r}, which holds {unknown}")
 
 
-def _check_model(model: "keras.Model", *, class_names: Sequence[str], spec: ImageSpec) -> None:
+def _check_model(model: "keras.Model", info: BundleInfo) -> None:
+    class_names, spec = info.class_names, info.spec
     expected = ((None, spec.height_px, spec.width_px, spec.channels), (None, len(class_names)))
     found = (tuple(model.input_shape), tuple(model.output_shape))
     if expected != found or len(set(class_names)) != len(class_names):

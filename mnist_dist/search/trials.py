@@ -14,16 +14,15 @@ result.json              written last
 A trial whose record says `running` was under way when its driver died: it is run again from its start.
 """
 
-import dataclasses
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
+from mnist_dist.models.history import Epoch
 
 Status = Literal["running", "done", "stopped", "failed"]
 """stopped: by the scheduler, or by the end of the budget; its best epoch counts all the same."""
@@ -48,7 +47,7 @@ class Trial:
     seconds: float = 0.0
     """Of training."""
     error: str | None = None
-    history: tuple[dict[str, Any], ...] = field(default=())
+    history: tuple[Epoch, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float, int]:
@@ -77,16 +76,15 @@ class TrialRecords:
 
     def write(self, trial: Trial) -> None:
         """Puts a trial's record in place of what was there."""
-        values = json.dumps(dataclasses.asdict(trial), indent=1).encode()
-        storage.write_bytes(storage.join(self.uri, f"{trial.number:06d}.json"), values)
+        documents.write(self._record_uri(trial.number), trial)
 
     def read(self) -> dict[int, Trial]:
         """All trials by number, in order."""
         names = (entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri))
         numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
         with ThreadPoolExecutor(THREADS) as pool:
-            return dict(zip(numbers, pool.map(self._trial, numbers), strict=True))
+            read = pool.map(lambda number: documents.read(self._record_uri(number), Trial), numbers)
+            return dict(zip(numbers, read, strict=True))
 
-    def _trial(self, number: int) -> Trial:
-        values: Mapping[str, Any] = json.loads(storage.read_bytes(storage.join(self.uri, f"{number:06d}.json")))
-        return Trial(**{**values, "history": tuple(values["history"])})
+    def _record_uri(self, number: int) -> str:
+        return storage.join(self.uri, f"{number:06d}.json")

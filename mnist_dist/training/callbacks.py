@@ -4,8 +4,6 @@ Keras' callbacks have no `get_state`, so what EarlyStopping and ReduceLROnPlatea
 name; a test holds the names against the installed Keras.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import keras
 
 from mnist_dist import storage
 from mnist_dist.config import FitConfig
+from mnist_dist.models.history import Epoch, history_csv
 
 REMEMBERED = {
     "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch"),
@@ -37,20 +36,20 @@ class HistoryFile(keras.callbacks.Callback):
 
     Args:
         uri: of the CSV file.
-        history: grows by a line before each epoch ends.
+        history: grows before each epoch ends.
     """
 
-    def __init__(self, uri: str, history: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, uri: str, history: Sequence[Epoch]) -> None:
         super().__init__()
         self._uri, self._history = uri, history
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Writes the file in one step."""
-        storage.write_bytes(self._uri, history_csv(self._history).encode())
+        storage.write_bytes(self._uri, history_csv(self._history))
 
 
 def make_callbacks(
-    config: FitConfig, *, files: LogFiles | None, history: Sequence[Mapping[str, Any]]
+    config: FitConfig, *, files: LogFiles | None, history: Sequence[Epoch]
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of one phase, all on validation loss; files only where they are given (rank 0)."""
     callbacks: list[keras.callbacks.Callback] = []
@@ -83,16 +82,6 @@ def restore_callbacks(callbacks: Sequence[keras.callbacks.Callback], states: Map
     for callback in callbacks:
         for key, value in states.get(type(callback).__name__, {}).items():
             setattr(callback, key, value)
-
-
-def history_csv(history: Sequence[Mapping[str, Any]]) -> str:
-    """The history as CSV, one line an epoch."""
-    text = io.StringIO()
-    if history:
-        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-    return text.getvalue()
 
 
 def _plain(value: Any) -> Any:

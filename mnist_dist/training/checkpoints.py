@@ -11,8 +11,6 @@ best.npz         weights of the best epoch (absent where the best epoch is the o
 of a data iterator or a random generator is kept: both are functions of (seed, epoch, step).
 """
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist import documents
 from mnist_dist.errors import StorageError
+from mnist_dist.models.history import Epoch
 
 STATE_FILE = "state.json"
 Arrays = list[npt.NDArray[Any]]
@@ -43,9 +43,8 @@ class State:
     """Of the unfinished epoch: loss summed over images, correct predictions, images."""
     learning_rate: float | None = None
     """What ReduceLROnPlateau has made of the phase's rate; None: unchanged."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    """The history's line of the best epoch."""
+    history: list[Epoch] = field(default_factory=list)
+    best: Epoch | None = None
     best_is_current: bool = False
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     timed_images: int = 0
@@ -75,7 +74,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     _write_arrays(folder / "optimizer.npz", checkpoint.optimizer)
     if checkpoint.best is not None and not checkpoint.state.best_is_current:
         _write_arrays(folder / "best.npz", checkpoint.best)
-    (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(checkpoint.state)))
+    (folder / STATE_FILE).write_bytes(documents.encode(checkpoint.state))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -83,10 +82,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         StorageError: the folder is no finished checkpoint.
+        DataError: its state is damaged.
     """
     if not (folder / STATE_FILE).exists():
         raise StorageError(f"A checkpoint holds {STATE_FILE}, written last. Received: {folder}")
-    state = State(**json.loads((folder / STATE_FILE).read_text()))
+    state = documents.decode((folder / STATE_FILE).read_bytes(), State, uri=str(folder / STATE_FILE))
     weights = _read_arrays(folder / "weights.npz")
     best = weights if state.best_is_current else None
     if best is None and (folder / "best.npz").exists():

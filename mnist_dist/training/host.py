@@ -1,8 +1,9 @@
 """What the training loop needs of its surroundings, and what it tells them. Loads neither TensorFlow nor Ray."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from mnist_dist.models.history import Epoch
 from mnist_dist.training.checkpoints import Checkpoint
 
 
@@ -26,8 +27,8 @@ class Host(Protocol):
     def progress(self, position: Position) -> bool:
         """Takes note of the position; True: stop after the next call. Called often, so it must be quick."""
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
-        """Takes note of a finished epoch (a line of the history)."""
+    def epoch_ended(self, epoch: Epoch) -> None:
+        """Takes note of a finished epoch."""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keeps a checkpoint. Every worker calls it, in the same order, with the same state."""

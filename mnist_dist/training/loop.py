@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import keras
 import numpy as np
@@ -26,6 +25,7 @@ from mnist_dist.data.batches import epoch_order
 from mnist_dist.errors import TrainingDiverged
 from mnist_dist.models.augmentation import build_augmentation
 from mnist_dist.models.classifier import Classifier, build_classifier, build_head_alone
+from mnist_dist.models.history import Epoch
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import EvaluationBatch, Images, TrainChunk, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
@@ -86,8 +86,8 @@ class Trainer:
         finished = self.state.phase == len(self.task.job.phases.phases())
         return Outcome(finished=finished, state=self.state, best=self.best)
 
-    def epochs(self) -> Iterator[dict[str, Any]]:
-        """Trains as `run` does, an epoch each time; yields its line of the history."""
+    def epochs(self) -> Iterator[Epoch]:
+        """Trains as `run` does, an epoch each time."""
         phases = self.task.job.phases.phases()
         while self.state.phase < len(phases):
             index = self.state.phase
@@ -130,7 +130,7 @@ class Trainer:
             return indices
         return indices[: self.task.steps_limit * self.task.job.fit.batch_size]
 
-    def _run_phase(self, phase: Phase) -> Iterator[dict[str, Any]]:
+    def _run_phase(self, phase: Phase) -> Iterator[Epoch]:
         """Trains a phase to its end or until asked to stop."""
         index, state, restored = self.state.phase, self.state, self._restored
         self._restored = None
@@ -205,38 +205,41 @@ class Trainer:
             return False
         return self.state.global_step // every > (self.state.global_step - steps) // every
 
-    def _end_epoch(self, run: PhaseRun) -> dict[str, Any]:
-        """Validates, keeps the best, lets the callbacks decide, saves; the epoch's line of the history."""
+    def _end_epoch(self, run: PhaseRun) -> Epoch:
+        """Validates, keeps the best, lets the callbacks decide, saves."""
         metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
         loss, hits, images = self.state.epoch_sums
-        line: dict[str, Any] = {
-            "epoch": self.state.epochs_done + 1,
-            "phase": run.phase.name,
-            "loss": loss / images,
-            "accuracy": hits / images,
-            "val_loss": metrics["loss"],
-            "val_accuracy": metrics["accuracy"],
-            "learning_rate": run.last_rate,
-        }
-        if not math.isfinite(line["val_loss"]):
+        epoch = Epoch(
+            epoch=self.state.epochs_done + 1,
+            phase=run.phase.name,
+            loss=loss / images,
+            accuracy=hits / images,
+            val_loss=metrics["loss"],
+            val_accuracy=metrics["accuracy"],
+            learning_rate=run.last_rate,
+        )
+        if not math.isfinite(epoch.val_loss):
             raise TrainingDiverged(
-                f"The validation loss is {line['val_loss']} in phase {run.phase.name!r}, epoch {self.state.epoch + 1}"
+                f"The validation loss is {epoch.val_loss} in phase {run.phase.name!r}, epoch {self.state.epoch + 1}"
             )
-        self.state.best_is_current = self._is_better(line)
+        self.state.best_is_current = self._is_better(epoch)
         if self.state.best_is_current:
-            self.state.best, self.best = line, self._weights()
-        self.state.history.append(line)
+            self.state.best, self.best = epoch, self._weights()
+        self.state.history.append(epoch)
         self.state.epoch, self.state.step, self.state.epoch_sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
         self.state.epochs_done += 1
-        run.end_epoch(line)
-        self.host.epoch_ended(line)
+        run.end_epoch(epoch)
+        self.host.epoch_ended(epoch)
         self._save(run)
-        return line
+        return epoch
 
-    def _is_better(self, line: dict[str, Any]) -> bool:
-        metric = self.task.job.fit.best_metric
-        sign = -1.0 if metric == "val_loss" else 1.0
-        return self.state.best is None or sign * line[metric] > sign * self.state.best[metric]
+    def _is_better(self, epoch: Epoch) -> bool:
+        best = self.state.best
+        if best is None:
+            return True
+        if self.task.job.fit.best_metric == "val_loss":
+            return epoch.val_loss < best.val_loss
+        return epoch.val_accuracy > best.val_accuracy
 
     def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)

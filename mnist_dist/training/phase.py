@@ -5,8 +5,8 @@ Owns: what is new in each phase. Does not own: the order of epochs, validation, 
 """
 
 import time
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mnist_dist.config import Phase, TrainJob
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.classifier import Classifier, set_trainable
+from mnist_dist.models.history import Epoch
 from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import Images, TrainChunk, World
@@ -149,11 +150,12 @@ class PhaseRun:
         """The phase's rate, or what ReduceLROnPlateau has made of it."""
         return self.state.learning_rate or self.phase.learning_rate
 
-    def end_epoch(self, line: dict[str, Any]) -> None:
+    def end_epoch(self, epoch: Epoch) -> None:
         """Lets the callbacks decide, and puts into the state what they decided and remember."""
         state = self.state
         before = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
-        self.callbacks.on_epoch_end(line["epoch"] - 1, {k: v for k, v in line.items() if k not in ("epoch", "phase")})
+        logs = {name: value for name, value in asdict(epoch).items() if name not in ("epoch", "phase")}
+        self.callbacks.on_epoch_end(epoch.epoch - 1, logs)
         after = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
         if after != before:
             state.learning_rate = self.rate() * after / before

@@ -5,10 +5,10 @@ Does not own: running the sample (`on_ray/training/plan.py`).
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from mnist_dist.config import TrainJob
+from mnist_dist.models.history import Epoch
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.host import Host, Position
 
@@ -36,34 +36,30 @@ class TimedHost:
         self._host, self._clock = host, clock
         self._began = self._last = clock()
         self._position: Position | None = None
-        self._epochs: list[EpochTimes] = []
+        self.epochs: list[EpochTimes] = []
 
     def progress(self, position: Position) -> bool:
         self._position, self._last = position, self._clock()
         return self._host.progress(position)
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
+    def epoch_ended(self, epoch: Epoch) -> None:
         assert self._position is not None
-        self._epochs.append(
+        self.epochs.append(
             EpochTimes(
-                phase=line["phase"],
+                phase=epoch.phase,
                 steps=self._position.steps,
                 train_s=self._last - self._began,
                 validation_s=self._clock() - self._last,
             )
         )
-        self._host.epoch_ended(line)
+        self._host.epoch_ended(epoch)
 
     def save(self, checkpoint: Checkpoint) -> None:
         began = self._clock()
         self._host.save(checkpoint)
         self._began = self._clock()
-        if self._epochs:
-            self._epochs[-1].save_s = self._began - began
-
-    def noted(self) -> list[dict[str, Any]]:
-        """The epochs, as they travel to the driver."""
-        return [asdict(epoch) for epoch in self._epochs]
+        if self.epochs:
+            self.epochs[-1].save_s = self._began - began
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from mnist_dist.benchmarks.peers.task import Stamps, Task
 
 def classifier(task: Task) -> Any:
     """Pixels -> a struct of class and confidence, in batches."""
-    info = task.info()
-    height_px, width_px = info["height_px"], info["width_px"]
+    spec = task.info()["spec"]
+    height_px, width_px = spec["height_px"], spec["width_px"]
     answer = DataType.struct({"predicted_class": DataType.string(), "confidence": DataType.float32()})
 
     @daft.cls(max_concurrency=1)
@@ -42,9 +42,9 @@ def classifier(task: Task) -> Any:
 def main() -> None:
     """Classifies all images."""
     task = Task.from_command_line()
-    info = task.info()
+    spec = task.info()["spec"]
     files = daft.from_glob_path(f"{task.images}/*.jpg")
-    pixels = files["path"].download().decode_image(mode="RGB").resize(info["width_px"], info["height_px"])
+    pixels = files["path"].download().decode_image(mode="RGB").resize(spec["width_px"], spec["height_px"])
     images = files.select(files["path"].alias("uri"), pixels.alias("image"))
     images.select("uri", classifier(task).classify(images["image"])).write_parquet(task.output)
 

@@ -35,7 +35,7 @@ def main() -> None:
     info = task.info()
     ray.init(address="local", include_dashboard=False)
     images = ray.data.read_images(
-        task.images, size=(info["height_px"], info["width_px"]), mode="RGB", include_paths=True
+        task.images, size=(info["spec"]["height_px"], info["spec"]["width_px"]), mode="RGB", include_paths=True
     )
     images.map_batches(
         Classifier,

@@ -27,7 +27,7 @@ def images_of(task: Task, *, in_order: bool = False) -> Any:
         in_order: of the paths; else as they come.
     """
     info = task.info()
-    size = (info["height_px"], info["width_px"])
+    size = (info["spec"]["height_px"], info["spec"]["width_px"])
 
     def read(path: Any) -> tuple[Any, Any]:
         pixels = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)

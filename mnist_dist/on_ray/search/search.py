@@ -6,7 +6,6 @@ one that is complete. Loads neither TensorFlow nor Keras.
 Validation images alone decide, among trials and among finalists; the winner alone meets the test images, once.
 """
 
-import json
 import re
 import tempfile
 import time
@@ -19,14 +18,14 @@ from typing import Any
 import numpy as np
 import ray
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
 from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.lock import Lock
-from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -438,7 +437,7 @@ class _Search:
             with tempfile.TemporaryDirectory() as scratch:
                 storage.download_folder(its_bundle, Path(scratch))
                 storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
-        return dict(json.loads(storage.read_bytes(storage.join(bundle, BUNDLE_FILE)))["test"])
+        return dict(documents.read(storage.join(bundle, BUNDLE_FILE), BundleInfo).test)
 
     def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
         """Goes on with the winner's run, which has only the test and the bundle left."""

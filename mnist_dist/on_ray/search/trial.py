@@ -4,8 +4,6 @@ What is foreseen or not, an error of a trial is its result: raised, it would cos
 loaded. Only a process that dies is told by Ray itself.
 """
 
-import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from mnist_dist.config import TrainJob
 from mnist_dist.data.records import RecordPlan, Records, open_records
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.storage import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
@@ -25,8 +24,8 @@ from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
 from mnist_dist.training.host import Position
 
 OUTAGES = (ServiceError, StorageError, PermissionError)
-ACCURACY, EPOCHS = "accuracy", "training_iteration"
-"""What a report calls the best epoch's validation accuracy; what Ray Tune calls the number of reports."""
+REPORT, ACCURACY, EPOCHS = "report", "accuracy", "training_iteration"
+"""The whole report; the best epoch's validation accuracy, for the scheduler; Ray Tune's own count of the reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class TrialTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a trial says after each epoch."""
+    """What a trial says after each epoch, under the key `REPORT` of what Ray Tune hands on."""
 
     accuracy: float
     """Of the best epoch so far, validation, 0-1."""
@@ -62,8 +61,7 @@ class Report:
     """Of what is trained."""
     seconds: float
     finished: bool
-    history: str
-    """JSON."""
+    history: tuple[Epoch, ...]
     error: str | None = None
     outage: bool = False
     """The error is one of the storage, not of the trial: the search ends, and the same command runs the trial again."""
@@ -87,7 +85,7 @@ class TrialProcess(tune.Trainable):
         """Begins another trial in the same process."""
         self._config, self._seconds = config, 0.0
         self._trainer: Any = None
-        self._epochs: Iterator[dict[str, Any]] = iter(())
+        self._epochs: Iterator[Epoch] = iter(())
         return True
 
     def step(self) -> dict[str, Any]:
@@ -101,7 +99,7 @@ class TrialProcess(tune.Trainable):
         except Exception as error:  # the one border of a trial: its error is recorded, the search goes on
             report = self._failure(error)
         self._seconds += time.monotonic() - began
-        return {**dataclasses.asdict(report), "done": report.finished}
+        return {REPORT: report, ACCURACY: report.accuracy, "done": report.finished}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing is kept: an unfinished trial is run again from its start."""
@@ -167,16 +165,16 @@ class TrialProcess(tune.Trainable):
 
     def _report(self, seconds: float) -> Report:
         state, classifier = self._trainer.state, self._trainer.built.classifier
-        best, phases = state.best or {}, self._config["job"].phases.phases()
+        best, phases = state.best, self._config["job"].phases.phases()
         heads_only = all(phase.trainable == "head" for phase in phases)
         return Report(
-            accuracy=best["val_accuracy"],
-            loss=best["val_loss"],
+            accuracy=best.val_accuracy,
+            loss=best.val_loss,
             epochs=state.epochs_done,
             parameters=(classifier.head if heads_only else classifier.network).count_params(),
             seconds=seconds,
             finished=state.phase == len(phases),
-            history=json.dumps(state.history),
+            history=tuple(state.history),
         )
 
     def _failure(self, error: BaseException) -> Report:
@@ -190,7 +188,7 @@ class TrialProcess(tune.Trainable):
             parameters=0,
             seconds=self._seconds,
             finished=True,
-            history=json.dumps(history),
+            history=tuple(history),
             error=shown,
             outage=is_outage(error),
         )
@@ -207,7 +205,7 @@ class _Nobody:
     def progress(self, position: Position) -> bool:
         return False
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
+    def epoch_ended(self, epoch: Epoch) -> None:
         pass
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -4,10 +4,8 @@ Ray Tune decides where and when a trial runs and which one is stopped early. Wha
 trials, is ours (`search/`): a search that was killed goes on from the records, not from Ray Tune's own state.
 """
 
-import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +16,7 @@ from ray.tune.search import Searcher
 from mnist_dist import storage
 from mnist_dist.console import View
 from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
-from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, TrialProcess, TrialTask
+from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, REPORT, Report, TrialProcess, TrialTask
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.search.trials import Status, Trial, TrialRecords, usable
@@ -81,20 +79,20 @@ class Trials:
         self.running.add(trial.number)
         return trial
 
-    def note(self, number: int, report: Mapping[str, Any]) -> None:
+    def note(self, number: int, report: Report) -> None:
         """Takes note of an epoch, without a record."""
         self.known[number] = replace(self.known[number], **_found(report))
 
-    def end(self, number: int, report: Mapping[str, Any] | None) -> None:
+    def end(self, number: int, report: Report | None) -> None:
         """Records how a trial ended; `report`: its last one, or None where its process died."""
         trial = self.known[number]
-        if report is not None and report["outage"]:
-            self.fail(ServiceError(f"trial {number}: {report['error']}"))
+        if report is not None and report.outage:
+            self.fail(ServiceError(f"trial {number}: {report.error}"))
             return
         if report is None:
             trial = replace(trial, status="failed", error=DIED, val_accuracy=None, val_loss=None)
         else:
-            trial = replace(trial, status=_status(report), error=report["error"], **_found(report))
+            trial = replace(trial, status=_status(report), error=report.error, **_found(report))
         self._put(trial)
         self._proposer.tell(number, trial.val_accuracy)
         self.done_here += 1
@@ -131,21 +129,21 @@ class Trials:
         self.known[trial.number] = trial
 
 
-def _status(report: Mapping[str, Any]) -> Status:
-    if report["error"]:
+def _status(report: Report) -> Status:
+    if report.error:
         return "failed"
-    return "done" if report["finished"] else "stopped"
+    return "done" if report.finished else "stopped"
 
 
-def _found(report: Mapping[str, Any]) -> dict[str, Any]:
-    failed = report["error"] is not None
+def _found(report: Report) -> dict[str, Any]:
+    failed = report.error is not None
     return {
-        "val_accuracy": None if failed else report["accuracy"],
-        "val_loss": None if failed else report["loss"],
-        "epochs": report["epochs"],
-        "parameters": report["parameters"],
-        "seconds": round(report["seconds"], 3),
-        "history": tuple(json.loads(report["history"])),
+        "val_accuracy": None if failed else report.accuracy,
+        "val_loss": None if failed else report.loss,
+        "epochs": report.epochs,
+        "parameters": report.parameters,
+        "seconds": round(report.seconds, 3),
+        "history": report.history,
     }
 
 
@@ -167,13 +165,13 @@ class _Asker(Searcher):
         return {"architecture": architecture, "job": with_absolute_weights(job)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._trials.note(self._numbers[trial_id], result)
+        self._trials.note(self._numbers[trial_id], result[REPORT])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
         ended_by_us = self._trials.stopped or (self._trials.over and not result and not error)
         if number in self._trials.running and not ended_by_us:
-            self._trials.end(number, None if error or not result else result)
+            self._trials.end(number, None if error or not result else result[REPORT])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the records are the state."""

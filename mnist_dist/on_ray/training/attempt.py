@@ -79,10 +79,10 @@ class Attempt:
     def _show(self, bar: Bar, session: Session) -> None:
         """Shows what is new, or what is waited for where nothing is."""
         position, epochs, silent_s = ray.get(self._task.board.take.remote())
-        for line in epochs:
+        for one in epochs:
             session.console.line(
-                f"epoch {line['epoch']} ({line['phase']}): loss {line['loss']:.4f}, accuracy {line['accuracy']:.4f}, "
-                f"validation loss {line['val_loss']:.4f}, validation accuracy {line['val_accuracy']:.4f}"
+                f"epoch {one.epoch} ({one.phase}): loss {one.loss:.4f}, accuracy {one.accuracy:.4f}, "
+                f"validation loss {one.val_loss:.4f}, validation accuracy {one.val_accuracy:.4f}"
             )
         if position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.cluster import on_this_node
 from mnist_dist.training.host import Position
 
@@ -21,18 +22,18 @@ class Board:
 
     def __init__(self) -> None:
         self._position: Position | None = None
-        self._epochs: list[dict[str, Any]] = []
+        self._epochs: list[Epoch] = []
         self._stop = False
         self._heard_at = time.monotonic()
 
-    def post(self, position: Position | None, epochs: list[dict[str, Any]]) -> bool:
+    def post(self, position: Position | None, epochs: list[Epoch]) -> bool:
         """Puts up what is new; returns whether to stop."""
         self._position = position
         self._epochs += epochs
         self._heard_at = time.monotonic()
         return self._stop
 
-    def take(self) -> tuple[Position | None, list[dict[str, Any]], float]:
+    def take(self) -> tuple[Position | None, list[Epoch], float]:
         """The newest position, the epochs that finished since the last call, and for how many s nobody has posted."""
         epochs, self._epochs = self._epochs, []
         return self._position, epochs, time.monotonic() - self._heard_at
@@ -54,7 +55,7 @@ class Poster:
         self._board = board
         self._lock = threading.Lock()
         self._position: Position | None = None
-        self._epochs: list[dict[str, Any]] = []
+        self._epochs: list[Epoch] = []
         self._closed = threading.Event()
         self.stop = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="board")
@@ -64,10 +65,10 @@ class Poster:
         """Replaces the position that is posted next."""
         self._position = position
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, epoch: Epoch) -> None:
         """Adds a finished epoch to what is posted next."""
         with self._lock:
-            self._epochs.append(line)
+            self._epochs.append(epoch)
 
     def close(self) -> None:
         """Posts what is left and ends the thread."""

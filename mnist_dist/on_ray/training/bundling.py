@@ -5,7 +5,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,11 @@ from mnist_dist.evaluation.metrics import Example as Scored
 from mnist_dist.evaluation.pages import TrainingFacts, training_page
 from mnist_dist.evaluation.report import Example, write_page
 from mnist_dist.evaluation.tables import Classes
-from mnist_dist.models.bundle import BUNDLE_FILE, write_bundle
+from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, write_bundle
 from mnist_dist.models.classifier import Classifier
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
-from mnist_dist.training.callbacks import history_csv
 
 CALIBRATION_IMAGES = 2_000
 SHOWN, SAMPLES = 24, 24
@@ -36,7 +35,7 @@ class Finished:
 
     classifier: Classifier
     """In float32, with the best weights."""
-    history: Sequence[Mapping[str, Any]]
+    history: Sequence[Epoch]
     validation: Mapping[str, float]
     tested: Predicted
     precision: str
@@ -59,31 +58,27 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         return  # a finished bundle is never saved again
     info = write_bundle(
         folder,
-        model=finished.classifier.model,
-        class_names=records.class_names,
-        spec=records.spec,
-        backbone=job.model.backbone,
-        weights=job.model.weights,
-        config=job.settings(),
-        data_fingerprint=task.fingerprint,
-        validation=finished.validation,
-        test=finished.tested.metrics,
-        history_csv=history_csv(list(finished.history)),
+        finished.classifier.model,
+        BundleInfo(
+            class_names=records.class_names,
+            spec=records.spec,
+            backbone=job.model.backbone,
+            weights=job.model.weights,
+            config=job.settings(),
+            data_fingerprint=task.fingerprint,
+            validation=finished.validation,
+            test=finished.tested.metrics,
+        ),
+        history=finished.history,
         calibration=_calibration(task.splits, records) if job.run.calibration else None,
     )
     metrics = test_metrics(finished.tested, records)
     facts = TrainingFacts(
         name=task.run.rpartition("/")[2],
         command=task.command,
-        backbone=job.model.backbone,
-        weights=job.model.weights,
-        config=info.config,
-        versions=info.versions,
-        created_at=info.created_at,
-        fingerprint=task.fingerprint,
+        bundle=info,
         history=finished.history,
         counts=_counts(task.splits, records),
-        validation=finished.validation,
         samples=_samples(task.splits, records, seed=job.fit.seed),
         predictions=_predictions(finished.tested, records),
         mistakes=_with_pixels(metrics.mistakes, records),

@@ -177,7 +177,7 @@ class _Plan:
 
 def _epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
     """The last epoch of each phase."""
-    return [EpochTimes(**epoch) for epoch in result["epoch_times"][EPOCHS - 1 :: EPOCHS]]
+    return list(result["epoch_times"][EPOCHS - 1 :: EPOCHS])
 
 
 def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:

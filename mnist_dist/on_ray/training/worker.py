@@ -21,6 +21,7 @@ from mnist_dist.data.records import Records, open_records
 from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.classifier import build_classifier, fetch_published_weights
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
@@ -77,13 +78,13 @@ class RayHost:
         self._poster.position(position)
         return self._poster.stop
 
-    def epoch_ended(self, line: dict[str, Any]) -> None:
+    def epoch_ended(self, epoch: Epoch) -> None:
         if self._poster is not None:
-            self._poster.epoch(line)
+            self._poster.epoch(epoch)
 
     def save(self, checkpoint: Checkpoint) -> None:
         name = f"checkpoint-{checkpoint.state.global_step:09d}"
-        metrics = {"global_step": checkpoint.state.global_step, **(checkpoint.state.history or [{}])[-1]}
+        metrics = {"global_step": checkpoint.state.global_step}
         if self._poster is None:
             ray.train.report(metrics, checkpoint_dir_name=name)
             return
@@ -125,7 +126,7 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
         return WorkerResult(stopped=True)
     metrics = _finish(task, trainer, outcome, records, scratch)
     if task.job.run.plan:
-        metrics |= {"epoch_times": timed.noted(), "memory_bytes": peak_memory_bytes()}
+        metrics |= {"epoch_times": timed.epochs, "memory_bytes": peak_memory_bytes()}
     return WorkerResult(metrics=metrics)
 
 
@@ -202,7 +203,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
         **test,
         "validation_accuracy": validation["accuracy"],
         "validation_loss": validation["loss"],
-        "best_epoch": state.best["epoch"] if state.best else None,
+        "best_epoch": state.best.epoch if state.best else None,
         "epochs": state.epochs_done,
         "images_per_s": speed,
         "precision": trainer.task.precision,
