@@ -175,6 +175,7 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
         export = _converted(job, conversion)
         documents.write(f"{files}/{EXPORT_FILE}", export)
         session.check()
+        session.confirm_lock()
         for name in (export.file, *FORMATS[job.format].others):  # of an upload that broke off
             storage.delete_tree(storage.join(job.output_uri, name))
         storage.upload_folder(files, job.output_uri, last=EXPORT_FILE)
