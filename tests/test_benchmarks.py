@@ -222,7 +222,7 @@ def test_a_part_is_called_for_as_long_as_the_task_says(tmp_path: Path) -> None:
     calls: list[float] = []
     began = time.monotonic()
     call_again_and_again(lambda: calls.append(time.monotonic()), task)
-    assert 0.05 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.05
     (_, nothing), *stamps = read_stamps(task)
     assert nothing == 0
     assert {images for _, images in stamps} == {3}

@@ -20,7 +20,7 @@ from mnist_dist.engines.steps import run_step
 from mnist_dist.errors import Interrupted, StepFailed
 from mnist_dist.session import Session
 
-SECONDS = 60.0  # for a process that imports little, where many run
+SECONDS = 300.0  # for a process that imports little, where many run
 SOME_STEPS = """
 import os, signal, sys, time
 from pathlib import Path

@@ -229,8 +229,12 @@ def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raises ConfigError, with both sizes, where the folder's disk has too little room beside what the folder holds."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    held = [file for file in folder.glob("*") if not file.name.endswith(".tmp")] if folder.exists() else []
-    missing_bytes = needed_bytes - sum(file.stat().st_size for file in held)
+    held_bytes = 0
+    for file in folder.glob("*"):
+        if file.name.endswith(_SUFFIXES):
+            with contextlib.suppress(FileNotFoundError):  # another job clears the folder away
+                held_bytes += file.stat().st_size
+    missing_bytes = needed_bytes - held_bytes
     free_bytes = shutil.disk_usage(there).free
     if missing_bytes > free_bytes:
         raise ConfigError(

@@ -105,7 +105,7 @@ class Worker(Protocol[ContentOut]):
             shard: its number.
             given: what `ShardWork.given` or the worker before has for it; None where there is neither.
             attempt: how often it was begun.
-            counter: is told how far it is.
+            counter: counts the images that are done.
         """
 
 

@@ -34,7 +34,7 @@ TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """What every worker is told."""
+    """What every worker is given."""
 
     bundle: str
     """URI."""
