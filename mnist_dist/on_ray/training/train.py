@@ -1,6 +1,6 @@
 """The training job, the driver's side: checks, decoding, splits, Ray Train, the result.
 
-Loads neither TensorFlow nor Keras: a wrong flag is reported in a second. `on_ray/training/worker.py` is the workers' side.
+Loads neither TensorFlow nor Keras: a wrong flag is reported in a second. `worker.py` is the workers' side.
 
 In what order a run goes on: Ray Train's own checkpoint (the group of workers was restarted), else the newest complete
 checkpoint of an earlier attempt (the driver was killed), else the start. A finished run is returned at once.
