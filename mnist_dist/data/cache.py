@@ -33,6 +33,8 @@ from mnist_dist.storage import exists, is_remote, join, list_entries, read_bytes
 
 MAX_SHARDS = 4_096
 """Each is a memory map of every process that reads; Linux gives a process 65,530."""
+_LARGE_ROW_BYTES = 16_384
+"""From here on a row costs more to copy twice than to be fetched by a call of its own."""
 _SUFFIXES = (".arrow", ".parquet", ".json")  # beside markers of shards that processes are at
 
 
@@ -57,6 +59,10 @@ class ShardRows:
             return np.asarray(first[numbers])
         of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
         found = np.empty((len(places), *first.shape[1:]), first.dtype)
+        if first[0].nbytes >= _LARGE_ROW_BYTES:
+            for row, (shard, place) in enumerate(zip(of_shard.tolist(), places.tolist(), strict=True)):
+                found[row] = self._shards[shard][place]
+            return found.reshape(*np.shape(numbers), *first.shape[1:])
         of_shard = of_shard.astype(np.uint16)  # of so few bits, which NumPy sorts in linear time
         shards, counts = np.unique(of_shard, return_counts=True)
         order = np.argsort(of_shard, kind="stable")
