@@ -517,6 +517,12 @@ class ScoreJob:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 
+    @classmethod
+    def completed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that an older version noted: what it did not know yet has its default, which changes no row."""
+        defaults = cls(bundle="", output="-", inputs=InputConfig(input=("-",))).settings()
+        return {name: {**values, **settings.get(name, {})} for name, values in defaults.items()}
+
 
 def _names(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for value in values for name in value.replace(",", " ").split())

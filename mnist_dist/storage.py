@@ -19,6 +19,7 @@ StorageError         a URI that can never work: unknown scheme, no such bucket
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -46,6 +47,7 @@ _S3 = "s3://"
 _FILE = "file://"
 _MAX_POOL_CONNECTIONS = 64
 _MAX_ATTEMPTS = 8
+_NAME_CHARACTERS = 100  # of a name that a temporary name keeps: file systems take 255 bytes
 _BODY_ATTEMPTS = 4
 _PAGE = 1000  # the most keys that a page of S3's ListObjectsV2 holds
 _DELETE_BATCH = 1000  # the most keys that S3's DeleteObjects takes
@@ -428,6 +430,14 @@ def upload_folder(local: Path, uri: str, *, last: str | None = None) -> None:
             _client().upload_fileobj(file, address["Bucket"], address["Key"])
 
 
+def delete_leftovers(uri: str) -> None:
+    """Deletes what killed `upload_folder`s left beside a local folder; nobody else may be uploading there."""
+    if not is_remote(uri):
+        folder = _local(uri)
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name[:_NAME_CHARACTERS])}.*.tmp"):
+            delete_tree(str(leftover))
+
+
 def download_folder(uri: str, local: Path) -> None:
     """Copies everything below `uri` into the folder `local`, each file in one step.
 
@@ -502,7 +512,7 @@ def _read_descriptor(descriptor: int, most_bytes: int) -> bytes:
 
 def temporary_name(name: str) -> str:
     """A name beside `name` that nobody else uses, hidden, for what is not finished."""
-    return f".{name[:100]}.{uuid.uuid4().hex[:12]}.tmp"
+    return f".{name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:12]}.tmp"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from mnist_dist import storage
+from mnist_dist.data import cache as data_cache
 from mnist_dist.data.cache import MAX_SHARDS, Cache, ShardRows, column_of
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import DataError, ServiceError
@@ -155,7 +156,7 @@ def test_a_damaged_shard_is_refused_with_the_folder_to_delete(tmp_path: Path, da
         values(cache, tmp_path)
 
 
-@pytest.mark.parametrize("mark", [b"", b"{}", b'{"key": 7, "description": null}'])
+@pytest.mark.parametrize("mark", [b"", b"{}", b'{"key": 7, "description": null, "made": ""}'])
 def test_a_damaged_mark_is_refused_with_the_folder_to_delete(tmp_path: Path, mark: bytes) -> None:
     cache = filled(planned(tmp_path))
     (Path(cache.root) / "numbers.json").write_bytes(mark)
@@ -194,6 +195,24 @@ def test_a_download_that_was_killed_is_made_again(s3: str, tmp_path: Path) -> No
     assert not list(copy.glob(".*"))
 
 
+def test_a_cache_that_was_made_again_replaces_the_copy_of_a_node(s3: str, tmp_path: Path) -> None:
+    cache = filled(planned(s3))
+    values(cache, tmp_path)
+    storage.delete_tree(cache.root)  # some rows could not be read, say
+    for shard in range(cache.shards):
+        cache.put(shard, pa.table({"number": column_of(-numbers()[cache.rows_of(shard)])}))
+    cache.finish(DESCRIPTION)
+    np.testing.assert_array_equal(values(cache, tmp_path), -numbers())
+
+
+def test_what_failed_runs_left_is_cleared_away_at_the_end(place: str) -> None:
+    cache = planned(place)
+    for name in ("shard-000001.decoding.begun", "shard-000001.abcdef.error"):
+        storage.write_bytes(f"{cache.root}/{name}", b"of a process that died")
+    filled(cache)
+    assert names(cache.root) == ["numbers.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
+
+
 def shard_rows(*sizes: int) -> ShardRows:
     ends = np.cumsum(sizes)
     return ShardRows([numbers()[end - size : end] for end, size in zip(ends, sizes, strict=True)])
@@ -205,7 +224,11 @@ def shard_rows(*sizes: int) -> ShardRows:
     [np.int64(15), 0, np.array([19]), np.arange(20), np.array([[13, 0], [14, 6]]), np.zeros((2, 0), np.int64)],
     ids=str,
 )
-def test_rows_are_gathered_in_the_shape_of_their_numbers(sizes: tuple[int, ...], wanted: Any) -> None:
+@pytest.mark.parametrize("large_row_bytes", [0, 10**6])
+def test_rows_are_gathered_in_the_shape_of_their_numbers(
+    sizes: tuple[int, ...], wanted: Any, large_row_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_cache, "_LARGE_ROW_BYTES", large_row_bytes)
     rows = shard_rows(*sizes)
     assert rows.shape == (20, WIDTH)
     np.testing.assert_array_equal(rows[wanted], numbers()[wanted])
@@ -213,6 +236,10 @@ def test_rows_are_gathered_in_the_shape_of_their_numbers(sizes: tuple[int, ...],
 
 
 @pytest.mark.parametrize(("sizes", "row"), [((20,), 20), ((7, 7, 6), 20), ((7, 7, 6), 21), ((7, 7, 6), -1)])
-def test_a_row_that_is_not_there_is_refused(sizes: tuple[int, ...], row: int) -> None:
+@pytest.mark.parametrize("large_row_bytes", [0, 10**6])
+def test_a_row_that_is_not_there_is_refused(
+    sizes: tuple[int, ...], row: int, large_row_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_cache, "_LARGE_ROW_BYTES", large_row_bytes)
     with pytest.raises(IndexError, match=r"out of (bounds|range)"):
         shard_rows(*sizes)[np.array([3, row])]

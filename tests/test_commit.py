@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -742,6 +743,13 @@ def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
     assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/lock"]
     begun_by(empty, plan_of(), write_nothing)
     assert names_in(empty.uri) == ["_work/g0001/manifest.parquet", "_work/g0001/plan.json", "_work/lock"]
+
+
+def test_work_whose_plan_is_damaged_names_the_folder_to_delete(empty: Output) -> None:
+    begun = begun_by(empty, plan_of(), write_nothing)
+    storage.write_bytes(f"{begun.uri}/plan.json", b"{}")
+    with pytest.raises(DataError, match=rf"plan\.json is not a Plan: .*; delete {re.escape(begun.uri)}, unfinished"):
+        empty.unfinished()
 
 
 def test_a_number_is_not_used_again_where_workers_may_still_write(empty: Output) -> None:

@@ -342,10 +342,12 @@ def test_killed_in_the_middle_it_looks_unfinished_and_the_same_command_does_it(b
     job.wait()
     until(lambda: not step.is_running())  # it ends with its driver
     assert not (run / "export-saved_model").exists()
+    (run / ".export-saved_model.0123456789ab.tmp").mkdir()  # had it been killed while it published
 
     code, result, _ = run_command(*command)
     assert (code, result["job"], result["path"]) == (0, "export", str(run / "export-saved_model" / "saved_model"))
     assert rest(run) == ["bundle", "export-saved_model"]
+    assert not list(run.glob(".*.tmp"))
 
 
 @pytest.mark.slow

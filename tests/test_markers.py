@@ -23,6 +23,12 @@ def test_deaths_are_counted_by_driver_and_by_all(folder: str) -> None:
     assert first.begin("shard-000008.scoring") == Attempt(1, 1)
 
 
+def test_drivers_at_the_same_work_do_not_hide_each_other_s_deaths(folder: str) -> None:
+    first, second = (Markers(folder, run_id=run_id, max_deaths=5) for run_id in ("one", "two"))
+    attempts = [markers.begin("shard-000007.decoding") for markers in (first, second, first, second, first)]
+    assert [attempt.of_run for attempt in attempts] == [1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("attempt", "suspect"),
     [(Attempt(1, 1), False), (Attempt(1, 2), False), (Attempt(2, 2), True), (Attempt(1, 3), True)],

@@ -505,6 +505,16 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
     assert without_time(rows_of(table.output)) == before
 
 
+def test_a_setting_that_an_older_version_did_not_know_has_its_default(table: ScoreJob) -> None:
+    path = Path(table.output) / "_summary.json"
+    summary = json.loads(path.read_text())
+    del summary["settings"]["table"]["top_k"]
+    path.write_text(json.dumps(summary))
+    assert score(table, console=Recorder())["skipped"] == 17
+    with pytest.raises(ResumeConflict, match=r"table.top_k: 2 now, 0 in the run"):
+        score(replace(table, table=TableConfig(top_k=2)), console=Recorder())
+
+
 def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
     run = replace(table.run, actors=2, cpus_per_actor=1.0, batch_size=3, decode="tasks", max_failures=0, verbose=True)
     assert score(replace(table, run=run, shard_size=2), console=Recorder())["skipped"] == 17

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from mnist_dist.data.markers import Attempt
 from mnist_dist.errors import ConfigError, Interrupted, MnistDistError, WorkersFailed
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import connected
-from mnist_dist.on_ray.shard_runner import Counter, Ran, ShardWork, run_shards
+from mnist_dist.on_ray.shard_runner import SECONDS_BETWEEN_ANSWERS, Counter, Ran, ShardWork, run_shards
 from mnist_dist.session import Session
 
 TWO_ACTORS = Actors(count=2, cpus=0.5, gpus=0, decode_in_tasks=False)
@@ -58,6 +60,15 @@ class Squaring:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "die once" if not attempt.is_suspect:
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "die after an answer, then raise":
+                if attempt.is_suspect:
+                    raise MnistDistError(f"shard {shard} is wrong")
+                counter.add(1, 0)
+                time.sleep(4 * SECONDS_BETWEEN_ANSWERS)  # an answer with news is sent meanwhile
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "never end":
+                (self._folder / "begun").touch()
+                threading.Event().wait()
         (self._folder / f"{shard}").write_text(f"{shard**2}")
         counter.add(10, 1)
         return shard**2 + (given or 0)
@@ -67,9 +78,7 @@ def thousand_of(shard: int) -> int:
     return 1000 * shard
 
 
-def run(
-    folder: Path, *, signal_number: int | None = None, wrong: dict[int, str] | None = None, **more: Any
-) -> Ran[int]:
+def run(folder: Path, *, stop: Stop | None = None, wrong: dict[int, str] | None = None, **more: Any) -> Ran[int]:
     work = ShardWork(
         worker=Squaring(folder, wrong=wrong),
         done=lambda: {int(path.name) for path in folder.iterdir() if path.name.isdigit()},
@@ -77,10 +86,8 @@ def run(
         max_deaths=1,
         actors=TWO_ACTORS,
     )
-    with Stop(Recorder()) as stop:
-        stop.signal_number = signal_number
-        session = Session(console=Recorder(), stop=stop)
-        return run_shards(replace(work, **more), SHARDS, session, title="squaring", done=22, total=77)
+    session = Session(console=Recorder(), stop=stop or Stop(Recorder()))
+    return run_shards(replace(work, **more), SHARDS, session, title="squaring", done=22, total=77)
 
 
 @pytest.mark.parametrize("more", [{}, {"actors": None}, {"shards_at_once": 2}], ids=["actors", "tasks", "two at once"])
@@ -113,6 +120,12 @@ def test_an_error_is_raised_as_it_was(
         run(tmp_path, wrong={3: wrong}, **more)
 
 
+@pytest.mark.parametrize("more", [{}, {"actors": None}], ids=["actors", "tasks"])
+def test_an_error_of_a_second_try_with_fewer_answers_is_raised_as_it_was(tmp_path: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(MnistDistError, match=r"^shard 3 is wrong$"):
+        run(tmp_path, wrong={3: "die after an answer, then raise"}, **more)
+
+
 def test_an_error_of_the_task_before_is_raised_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(MnistDistError, match=r"^shard 4 is wrong$"):
         run(tmp_path, before=Squaring(tmp_path, wrong={4: "raise"}))
@@ -131,6 +144,23 @@ def test_a_shard_that_ends_every_process_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it(tmp_path: Path) -> None:
+    stop = Stop(Recorder())
+    stop.signal_number = signal.SIGTERM
     with pytest.raises(Interrupted, match="same command"):
-        run(tmp_path, signal_number=signal.SIGTERM)
+        run(tmp_path, stop=stop)
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("more", [{}, {"actors": None}], ids=["actors", "tasks"])
+def test_a_signal_ends_ray_data_though_a_shard_has_no_news(tmp_path: Path, more: dict[str, Any]) -> None:
+    with Stop(Recorder()) as stop:
+
+        def send_signal() -> None:
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.05)
+            stop.signal_number = signal.SIGTERM
+
+        threading.Thread(target=send_signal, daemon=True).start()
+        with pytest.raises(Interrupted):
+            run(tmp_path, stop=stop, wrong={3: "never end"}, **more)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray-data"]

@@ -18,6 +18,7 @@ shard-NNNNNN.arrow   Arrow IPC, uncompressed, to be memory-mapped; one atomic pu
 import contextlib
 import fcntl
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +29,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnist_dist import documents
+from mnist_dist.data import markers
 from mnist_dist.errors import ConfigError, DataError, ServiceError
-from mnist_dist.storage import exists, is_remote, join, list_entries, read_bytes, write_bytes
+from mnist_dist.storage import delete, delete_tree, exists, is_remote, join, list_entries, read_bytes, write_bytes
 
 MAX_SHARDS = 4_096
 """Each is a memory map of every process that reads; Linux gives a process 65,530."""
+_ROWS = (".arrow", ".parquet")  # an index of the rows may lie beside them
 _LARGE_ROW_BYTES = 16_384
 """From here on a row costs more to copy twice than to be fetched by a call of its own."""
-_SUFFIXES = (".arrow", ".parquet", ".json")  # beside markers of shards that processes are at
 
 
 class ShardRows:
@@ -58,12 +60,12 @@ class ShardRows:
         if len(self._shards) == 1:
             return np.asarray(first[numbers])
         of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
+        of_shard = of_shard.astype(np.uint16)  # of so few bits, which NumPy sorts in linear time
         found = np.empty((len(places), *first.shape[1:]), first.dtype)
         if first[0].nbytes >= _LARGE_ROW_BYTES:
             for row, (shard, place) in enumerate(zip(of_shard.tolist(), places.tolist(), strict=True)):
                 found[row] = self._shards[shard][place]
             return found.reshape(*np.shape(numbers), *first.shape[1:])
-        of_shard = of_shard.astype(np.uint16)  # of so few bits, which NumPy sorts in linear time
         shards, counts = np.unique(of_shard, return_counts=True)
         order = np.argsort(of_shard, kind="stable")
         for shard, some in zip(shards, np.split(order, np.cumsum(counts)[:-1]), strict=False):
@@ -78,6 +80,8 @@ class CacheMark:
     key: str
     description: Any
     """Of the rows, for people."""
+    made: str
+    """A random name of this making: the same key made again may hold other rows, where an image could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,15 @@ class Cache:
         """
         if not self.is_finished():
             self.check_complete()
-            documents.write(self._mark, CacheMark(self.key, description))
+            documents.write(self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
+            for entry in list_entries(self.root):  # what failed and killed runs left
+                if entry.uri.endswith(markers.SUFFIXES):
+                    delete(entry.uri)
+
+    def discard(self) -> None:
+        """Deletes the cache, its mark first; a job that has opened it keeps what it has mapped or copied."""
+        delete(self._mark)
+        delete_tree(self.root)
 
     def on_node(self, local_dir: Path) -> "Cache":
         """The finished cache where this node can map it: itself, or a copy of what lies on S3.
@@ -171,10 +183,11 @@ class Cache:
         if is_remote(self.storage):
             here = replace(self, storage=str(local_dir))
             Path(here.root).mkdir(parents=True, exist_ok=True)
+            mark = self._checked_mark()
             with _node_lock(Path(here.root) / "lock"):
-                if not here.is_finished():
-                    self._download(Path(here.root))
-        here._check_mark()
+                if not here.is_finished() or read_bytes(here._mark) != mark:
+                    self._download(Path(here.root), mark)
+        here._checked_mark()
         return here
 
     def read(self, shard: int, columns: Sequence[str]) -> pa.Table:
@@ -207,24 +220,27 @@ class Cache:
     def _mark(self) -> str:
         return join(self.root, f"{self.what}.json")
 
-    def _check_mark(self) -> None:
+    def _checked_mark(self) -> bytes:
         try:
-            found = documents.read(self._mark, CacheMark).key
+            mark = read_bytes(self._mark)
+            found = documents.decode(mark, CacheMark, uri=self._mark).key
         except FileNotFoundError as err:
             raise DataError(f"no finished {self.what}. Received: {self.root!r}") from err
         except DataError as err:
             raise DataError(f"{err}; delete the folder") from err
         if found != self.key:
             raise DataError(f"{self.root}: {self.what} of {self.key}. Received: {found}; delete the folder")
+        return mark
 
-    def _download(self, folder: Path) -> None:
-        self._check_mark()
+    def _download(self, folder: Path, mark: bytes) -> None:
+        Path(folder / f"{self.what}.json").unlink(missing_ok=True)  # the copy of a cache that was made before
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
             leftover.unlink(missing_ok=True)
-        entries = [entry for entry in list_entries(self.root) if entry.uri.endswith(_SUFFIXES)]
+        entries = [entry for entry in list_entries(self.root) if entry.uri.endswith(_ROWS)]
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
-        for entry in sorted(entries, key=lambda entry: entry.uri == self._mark):  # what completes them, last
+        for entry in entries:
             write_bytes(str(folder / entry.uri.rpartition("/")[2]), read_bytes(entry.uri))
+        write_bytes(str(folder / f"{self.what}.json"), mark)
 
 
 def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
@@ -237,7 +253,7 @@ def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     held_bytes = 0
     for file in folder.glob("*"):
-        if file.name.endswith(_SUFFIXES):
+        if file.name.endswith(_ROWS):
             with contextlib.suppress(FileNotFoundError):  # another job clears the folder away
                 held_bytes += file.stat().st_size
     missing_bytes = needed_bytes - held_bytes

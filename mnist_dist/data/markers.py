@@ -17,6 +17,8 @@ from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, Worker
 
 FORESEEN = (MnistDistError, OSError)
 """What ends work without ending its process."""
+SUFFIXES = (".begun", ".error")
+"""Of what lies beside shards, and means nothing once they are all done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,8 @@ class Attempt:
 class _Marker:
     """What lies in the folder while a piece of work is under way."""
 
-    run_id: str
-    of_run: int
-    of_all: int
+    begun: dict[str, int]
+    """Driver -> how often its workers have begun the work."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ class Markers:
         try:
             before = documents.read(uri, _Marker)
         except FileNotFoundError:
-            before = _Marker(self.run_id, 0, 0)
-        attempt = Attempt(before.of_run + 1 if before.run_id == self.run_id else 1, before.of_all + 1)
+            before = _Marker({})
+        begun = {**before.begun, self.run_id: before.begun.get(self.run_id, 0) + 1}
+        attempt = Attempt(begun[self.run_id], sum(begun.values()))
         if attempt.of_run > self.max_deaths + 1:
             raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
-        documents.write(uri, _Marker(self.run_id, attempt.of_run, attempt.of_all))
+        documents.write(uri, _Marker(begun))
         return attempt
 
     @contextlib.contextmanager

@@ -176,6 +176,8 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
         documents.write(f"{files}/{EXPORT_FILE}", export)
         session.check()
         session.confirm_lock()
+        _check_free(job.output_uri, job.format)  # somebody else may have put something there meanwhile
+        storage.delete_leftovers(job.output_uri)
         for name in (export.file, *FORMATS[job.format].others):  # of an upload that broke off
             storage.delete_tree(storage.join(job.output_uri, name))
         storage.upload_folder(files, job.output_uri, last=EXPORT_FILE)

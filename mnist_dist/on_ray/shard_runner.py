@@ -34,6 +34,7 @@ from mnist_dist.side_thread import SideThread
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_ANSWERS = 0.5
+MAX_ANSWERS_WITHOUT_NEWS = 4  # then one all the same: only between answers can Ray Data be told to end
 GIVE_UP_S = 30.0  # for the next answer, with which Ray Data ends: left alone, its thread starts another Ray
 Content = TypeVar("Content")
 ContentOut = TypeVar("ContentOut", covariant=True)
@@ -208,10 +209,11 @@ class _Progress(Generic[Content]):
             answer = self.answers.get()
             if isinstance(answer, BaseException):
                 raise answer
-            self._first_answer_at = self._first_answer_at or time.monotonic()
             if isinstance(answer, ShardReport):
                 self.reports.append(answer)
             else:
+                if answer.images:
+                    self._first_answer_at = self._first_answer_at or time.monotonic()
                 self._note(answer)
         self._say_what_is_waited_for()
         images = self._ok + self._other
@@ -319,8 +321,6 @@ class _Shards:
     def __init__(self, worker: Worker[Any], markers: Markers) -> None:
         self._worker, self._markers = worker, markers
         self._failure: Exception | None = None
-        self._opened_again = False
-        self._begun_again: set[int] = set()  # shards; and until the marker was read
 
     def open(self, name: str | None) -> None:
         """Opens the worker; an error is the answer to every shard. A death counts where there is a name for it."""
@@ -328,9 +328,7 @@ class _Shards:
             if name is None:
                 self._worker.open()
                 return
-            self._opened_again = True
-            with self._markers.trying(name) as attempt:
-                self._opened_again = attempt.of_run > 1
+            with self._markers.trying(name):
                 self._worker.open()
         except Exception as error:
             self._failure = self._readable(error)
@@ -340,14 +338,18 @@ class _Shards:
         counter = Counter(shard)
         work = SideThread(lambda: self.report(shard, given, counter), name=f"shard-{shard}")
         work.start()
-        told = 0
+        told = without_news = 0
         while not work.ended(SECONDS_BETWEEN_ANSWERS):
-            if (now := counter.progress()).images != told:
-                told = now.images
+            now, without_news = counter.progress(), without_news + 1
+            if now.images != told or without_news > MAX_ANSWERS_WITHOUT_NEWS:
+                told, without_news = now.images, 0
                 yield _block(now)
         if (now := counter.progress()).images != told:
             yield _block(now)
-        yield _block(self.outcome(shard, work))
+        outcome = self.outcome(shard, work)
+        yield _block(outcome)
+        if isinstance(outcome, Exception):  # Ray drops answers of a call that it repeats: as many as there were before
+            self._markers.note_failure(shard, outcome)
 
     def report(self, shard: int, given: Any, counter: Counter) -> ShardReport[Any]:
         """Does a shard."""
@@ -356,10 +358,7 @@ class _Shards:
         if isinstance(given, BaseException):
             raise given
         began_at = time.time()
-        self._begun_again.add(shard)
         with self._markers.trying(f"shard-{shard:06d}.{self._worker.title}") as attempt:
-            if attempt.of_run == 1:
-                self._begun_again.discard(shard)
             content = self._worker.work(shard, given, attempt=attempt, counter=counter)
         process = f"{os.uname().nodename}-{os.getpid()}"
         return ShardReport(
@@ -372,15 +371,11 @@ class _Shards:
         )
 
     def outcome(self, shard: int, work: SideThread) -> Any:
-        """What the work gave, or its error; Ray drops the answer of a call that it repeats, so that is also left as an
-        object."""
+        """What the work gave, or its error."""
         if isinstance(work.error, DecoderStuck):
             os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
         if isinstance(work.error, Exception):
-            error = self._readable(work.error)
-            if self._opened_again or shard in self._begun_again:
-                self._markers.note_failure(shard, error)
-            return error
+            return self._readable(work.error)
         return work.result()
 
     def _readable(self, error: Exception) -> Exception:

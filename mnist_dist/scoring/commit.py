@@ -173,6 +173,7 @@ def resume(
         return Resumed(committed=committed if mine else None)
     if mine:
         return Resumed(committed=complete(unfinished))
+    check()
     output.discard(unfinished)
     return Resumed(discarded=unfinished.number)
 

@@ -184,14 +184,21 @@ class Output:
         return Committed(mark=mark, summary=summary)
 
     def unfinished(self) -> Generation | None:
-        """The newest generation that was completely begun and is not published."""
+        """The newest generation that was completely begun and is not published.
+
+        Raises:
+            DataError: its plan is damaged.
+        """
         published = self._published()
         numbers = [number for number, names in self._generations().items() if _PLAN in names]
         number = max(numbers, default=0)
         if number <= published:
             return None
         uri = self._generation_uri(number)
-        return Generation(number, uri, documents.read(storage.join(uri, _PLAN), Plan))
+        try:
+            return Generation(number, uri, documents.read(storage.join(uri, _PLAN), Plan))
+        except DataError as err:
+            raise DataError(f"{err}; delete {uri}, unfinished work, to begin it anew") from err
 
     def reserve(self, plan: Plan, *, above: int = 0) -> Generation:
         """A new generation, after all that was ever here; it counts from its `begin` on.

@@ -124,22 +124,23 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
         plan=plan,
         index=index,
         fingerprint=fingerprint(index, plan.class_names),
-        bad=_judge_bad_images(index, plan, data, console=session.console),
+        bad=_judge_bad_images(index, plan, data, session),
         core_s=core_s,
     )
 
 
-def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, *, console: Console) -> int:
+def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, session: Session) -> int:
     """Names the unreadable images, and fails where they are too many; how many there are."""
     bad = bad_records(index)
     if bad:
-        console.line(f"{len(bad):,} unreadable images are left out")
+        session.console.line(f"{len(bad):,} unreadable images are left out")
     for uri, status, error in bad[:NAMED_BAD_IMAGES]:
-        console.line(f"  {uri}: {status}: {error}")
+        session.console.line(f"  {uri}: {status}: {error}")
     if len(bad) <= data.max_bad_fraction * index.num_rows:
         return len(bad)
     if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
-        storage.delete_tree(plan.cache.root)  # the next run reads them anew
+        session.confirm_lock()
+        plan.cache.discard()  # the next run reads them anew
     raise TooManyBadImages(
         f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: {bad[0][2]}); "
         f"--max-bad-fraction allows {data.max_bad_fraction:.2%}: delete them, or allow more"

@@ -195,7 +195,7 @@ class Scoring:
 
     def _differences(self, theirs: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
         ours = {"model_id": self.bundle.info.model_id, **self.job.settings()}
-        known = {"model_id": theirs.model_id, **theirs.settings}
+        known = {"model_id": theirs.model_id, **ScoreJob.completed(theirs.settings)}
         for name, value in asdict(self.job.engine).items():
             if value != "auto":
                 ours[name], known[name] = value, getattr(theirs, name)
@@ -258,10 +258,11 @@ class Scoring:
             have = await_actors(have, self.job.run, self.session)
             actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
             engine = self.choose_engine(self._asked(before), actors, have, images=rows)
-            generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
             self.wait_for(listing)
             if not len(listing.result().table):
                 return self._nothing_new(before)
+            self.session.confirm_lock()
+            generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
             self._begin(generation, listing.result(), before, actors=actors, have=have)
             self._score(generation, engine, actors, have)
         return self._commit(generation)
