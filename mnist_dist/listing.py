@@ -1,8 +1,8 @@
 """What lies below a storage, a row for each run, search or prediction table: state, progress, result.
 
-Owns: `--list` on the command line, the row and how it is shown, going through a storage's folders. Does not own: what
-a run, a search or a table looks like (`training/runs.py`, `search/listing.py`, `scoring/listing.py` read theirs).
-Reads only, takes no lock, and loads neither Ray nor TensorFlow.
+Owns: `--list` on the command line, the row and how it is shown, going through a storage's folders, and `run.json`,
+which tells a run from a search. Does not own: what else a run, a search or a table looks like (`training/runs.py`,
+`search/listing.py`, `scoring/listing.py` read theirs). Reads only, takes no lock, and loads neither Ray nor TensorFlow.
 
 ```
 finished     the result is there
@@ -14,7 +14,6 @@ unreadable   damaged or denied; in place of the result stands why
 ```
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,10 @@ from typing import Any, Literal
 
 import tyro
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
+from mnist_dist.config import FeatureType
 from mnist_dist.console import Console
+from mnist_dist.documents import Document
 from mnist_dist.errors import DataError, MnistDistError, StorageError, first_line
 from mnist_dist.lock import Holder, holder_of
 
@@ -51,6 +52,19 @@ class ListJob:
     """Folder or `s3://` prefix to look in."""
     verbose: bool = False
     """Show where an unexpected error comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What decides the result of a run or a search: `run.json`."""
+
+    recipe: str
+    settings: Mapping[str, Any]
+    """Of the job, as JSON values."""
+    features: FeatureType | None
+    """How features are stored; None: there are none."""
+    records: str | None = None
+    """Names the images, by the keys of their record caches; None: not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +119,15 @@ class Folder:
         below = (storage.list_level(storage.join(self.uri, name)).files for name in names)
         return max((*self.files.values(), *(time for files in below for time in files.values())), default=None)
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object of the folder, or None.
+    def read(self, name: str, kind: type[Document]) -> Document | None:
+        """A document of the folder, or None.
 
         Raises:
             DataError: it is damaged.
         """
         if name not in self.files:
             return None
-        try:
-            return dict(json.loads(storage.read_bytes(storage.join(self.uri, name))))
-        except (ValueError, TypeError) as err:
-            raise DataError(f"{name} is not a JSON object: {err}") from err
+        return documents.read(storage.join(self.uri, name), kind)
 
     def driver(self) -> Holder | None:
         """Who is at work on the run or search, if anybody is."""
@@ -160,8 +171,8 @@ def is_search(folder: Folder) -> bool | None:
         return True
     if any(name.startswith(ATTEMPT) for name in folder.folders):
         return False
-    facts = folder.read_json("run.json")
-    return None if facts is None else "search" in facts["settings"]
+    facts = folder.read("run.json", RunFacts)
+    return None if facts is None else "search" in facts.settings
 
 
 def is_run(folder: Folder) -> bool:

@@ -19,7 +19,7 @@ from scored import one_hot, plan_of, scored_rows
 from mnist_dist import listing, storage
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
 from mnist_dist.errors import StorageError
-from mnist_dist.listing import ListJob, Row, ago, rows_below
+from mnist_dist.listing import ListJob, Row, RunFacts, ago, rows_below
 from mnist_dist.lock import Lock, holder_of
 from mnist_dist.models.history import history_csv
 from mnist_dist.s3_reads import FastReads
@@ -29,7 +29,7 @@ from mnist_dist.scoring.listing import DEPTH, table_row
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import prediction_schema
 from mnist_dist.search.listing import search_row
-from mnist_dist.search.trials import Status, Trial, TrialRecords
+from mnist_dist.search.trials import Status, Trial, TrialRecords, TrialsOver
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
 from mnist_dist.training.runs import Run, run_row
@@ -56,7 +56,7 @@ def leave_lock(uri: str) -> None:
 
 def begun_run(root: str, name: str) -> Run:
     run = Run(storage.join(root, name))
-    run.begin({"recipe": "quickstart", "settings": TRAIN.settings(), "features": None, "records": "abc"})
+    run.begin(RunFacts(recipe="quickstart", settings=TRAIN.settings(), features=None, records="abc"))
     return run
 
 
@@ -75,7 +75,7 @@ def save_checkpoint(run: Run, scratch: Path) -> None:
 
 def begun_search(root: str, name: str, job: SearchJob = SEARCH) -> Run:
     run = Run(storage.join(root, name))
-    run.begin({"recipe": "search-digits", "settings": job.settings(), "features": None, "records": "abc"})
+    run.begin(RunFacts(recipe="search-digits", settings=job.settings(), features=None, records="abc"))
     return run
 
 
@@ -228,7 +228,7 @@ def test_a_search_whose_finalists_all_failed_has_failed(tmp_path: Path) -> None:
 def test_trials_that_ended_early_are_all_there_are(tmp_path: Path) -> None:
     run = begun_search(str(tmp_path), "first")
     put_trials(run, "done", "stopped")
-    run.write("trials.json", {"trials": 2})
+    run.write("trials.json", TrialsOver(2))
     assert the_search(str(tmp_path)).progress == "2 of 2 trials"
 
 
@@ -322,9 +322,9 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("run.json", b"{", "run.json is not a JSON object"),
-        ("run.json", b"{}", "KeyError: 'settings'"),
-        ("result.json", b"[1]", "result.json is not a JSON object"),
+        ("run.json", b"{", "run.json is not a RunFacts"),
+        ("run.json", b"{}", "missing required field `recipe`"),
+        ("result.json", b"[1]", "result.json is not a dict"),
         ("history.csv", b"epoch\n1\n", "KeyError: 'val_accuracy'"),
         ("history.csv", b"epoch,val_accuracy\n1,much\n", "could not convert string to float"),
         ("lock", b"\xff", "the lock is damaged"),

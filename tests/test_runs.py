@@ -1,14 +1,17 @@
 """runs: the folder of a training run, local and on S3."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mnist_dist import storage
 from mnist_dist.errors import ResumeConflict
+from mnist_dist.listing import RunFacts
 from mnist_dist.training.runs import Run
 
-FACTS = {"recipe": "quickstart", "settings": {"fit": {"seed": 1, "batch_size": 64}}, "records": "abc"}
+SETTINGS = {"fit": {"seed": 1, "batch_size": 64}}
+FACTS = RunFacts(recipe="quickstart", settings=SETTINGS, features=None, records="abc")
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -42,18 +45,18 @@ def test_a_run_begins_once_and_then_goes_on(run: Run) -> None:
 
 
 def test_a_run_that_has_saved_nothing_binds_nobody(run: Run) -> None:
-    run.begin({**FACTS, "recipe": "refused"})
+    run.begin(replace(FACTS, recipe="refused"))
     assert run.begin(FACTS) is True
     save_something(run)
     run.compare(FACTS)
     with pytest.raises(ResumeConflict, match="'refused' now, 'quickstart' in the run"):
-        run.compare({**FACTS, "recipe": "refused"})
+        run.compare(replace(FACTS, recipe="refused"))
 
 
 def test_a_run_of_other_settings_is_refused_with_each_difference(run: Run) -> None:
     run.begin(FACTS)
     save_something(run)
-    other = {"recipe": "mnist-cnn", "settings": {"fit": {"seed": 2, "batch_size": 64}}, "records": "abc"}
+    other = replace(FACTS, recipe="mnist-cnn", settings={"fit": {"seed": 2, "batch_size": 64}})
     with pytest.raises(ResumeConflict, match=r"holds another run") as caught:
         run.begin(other)
     assert str(caught.value).splitlines() == [
@@ -64,14 +67,14 @@ def test_a_run_of_other_settings_is_refused_with_each_difference(run: Run) -> No
     assert run.begin(FACTS) is False
 
 
-def test_facts_that_are_not_given_are_not_compared(run: Run) -> None:
+def test_images_are_compared_once_they_are_known(run: Run) -> None:
     run.begin(FACTS)
     save_something(run)
-    assert run.begin({"recipe": "quickstart"}) is False
+    assert run.begin(replace(FACTS, records=None)) is False
     with pytest.raises(
         ResumeConflict, match=r"\n  data: images were added, removed or touched .* since the run began$"
     ):
-        run.begin({"records": "xyz"})
+        run.begin(replace(FACTS, records="xyz"))
 
 
 def test_a_run_has_a_result_once_it_is_finished(run: Run) -> None:

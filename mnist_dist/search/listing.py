@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnist_dist import storage
-from mnist_dist.listing import TRIALS, Folder, Row, driver_values, is_run, is_search, state_of
-from mnist_dist.search.trials import Trial, TrialRecords, usable
+from mnist_dist.listing import TRIALS, Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.search.trials import Trial, TrialRecords, TrialsOver, usable
 
 FINALISTS = "finalists"
 
@@ -19,10 +19,11 @@ def search_row(folder: Folder) -> Row | None:
     """
     if not is_run(folder) or is_search(folder) is False:
         return None
-    facts, result, driver = folder.read_json("run.json"), folder.read_json("result.json"), folder.driver()
+    facts, driver = folder.read("run.json", RunFacts), folder.driver()
+    result = folder.read("result.json", dict[str, Any])
     trials = _records(folder, TRIALS) if result is None else {}  # there may be thousands, and the result counts them
     finalists = _records(folder, FINALISTS)
-    asked = _Asked(facts, folder.read_json("trials.json"))
+    asked = _Asked(facts, folder.read("trials.json", TrialsOver))
     state = state_of(is_finished=result is not None, driver=driver, is_saved=bool(trials))
     if state == "stopped" and asked.is_lost(trials, finalists):
         state = "failed"
@@ -34,7 +35,7 @@ def search_row(folder: Folder) -> Row | None:
         result=_best_in_words(trials, result),
         updated_s=folder.updated_with(*folder.folders & {TRIALS, FINALISTS}),
         numbers={
-            "recipe": facts["recipe"] if facts is not None else None,
+            "recipe": facts.recipe if facts is not None else None,
             **_counts(trials, result),
             "trials": asked.trials,
             "finalists_done": len(finalists),
@@ -57,9 +58,9 @@ class _Asked:
         over: of `trials.json`, or None: trials are still to come.
     """
 
-    def __init__(self, facts: Mapping[str, Any] | None, over: Mapping[str, Any] | None) -> None:
-        search = facts["settings"]["search"] if facts is not None else {}
-        self.trials: int | None = over["trials"] if over is not None else search.get("trials")
+    def __init__(self, facts: RunFacts | None, over: TrialsOver | None) -> None:
+        search = facts.settings["search"] if facts is not None else {}
+        self.trials: int | None = over.trials if over is not None else search.get("trials")
         self.finalists: int | None = search.get("finalists")
         self._is_exact = over is not None or search.get("algorithm") != "grid"  # a grid may have fewer
 

@@ -56,6 +56,13 @@ class Trial:
         return (-accuracy, self.val_loss if self.val_loss is not None else float("inf"), self.number)
 
 
+@dataclass(frozen=True)
+class TrialsOver:
+    """`trials.json`: all trials have ended."""
+
+    trials: int
+
+
 def usable(trials: Iterable[Trial]) -> list[Trial]:
     """The trials that came to something, the best first."""
     return sorted(

@@ -10,24 +10,20 @@ result.json        written last
 """
 
 import csv
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
 from mnist_dist.config import PhasesConfig, differences
+from mnist_dist.documents import Document
 from mnist_dist.errors import ResumeConflict
-from mnist_dist.listing import Folder, Row, driver_values, is_run, is_search, state_of
+from mnist_dist.listing import Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
 from mnist_dist.training.checkpoints import STATE_FILE
 
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
 CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FILE) + "$")
-
-
-RECORDS = "records"
-"""The fact that names the images: the key of their record cache."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,9 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         """The result where the run is finished, else None."""
-        return self.read("result.json")
+        return self.read("result.json", dict[str, Any])
 
-    def begin(self, facts: Mapping[str, Any]) -> bool:
+    def begin(self, facts: RunFacts) -> bool:
         """Notes what decides the result; True: the run is new, False: it goes on.
 
         Raises:
@@ -57,20 +53,19 @@ class Run:
         self.write("run.json", facts)
         return True
 
-    def compare(self, facts: Mapping[str, Any]) -> bool:
-        """Holds the facts that are given against those of the run, where it has saved something already; whether so.
+    def compare(self, facts: RunFacts) -> bool:
+        """Holds facts against those of the run, where it has saved something already; whether so.
 
         Raises:
             ResumeConflict: the folder holds a run of other facts; the message shows each difference.
         """
         if not self._is_begun():
             return False
-        there = self.read("run.json")
+        there = self.read("run.json", RunFacts)
         if there is None:
             return True
-        named = {key: value for key, value in facts.items() if key != RECORDS}
-        lines = differences(named, {key: there.get(key) for key in named})
-        if facts.get(RECORDS, there.get(RECORDS)) != there.get(RECORDS):
+        lines = differences(asdict(replace(facts, records=there.records)), asdict(there))
+        if facts.records not in (None, there.records):
             lines.append("data: images were added, removed or touched (names, sizes, times) since the run began")
         if lines:
             shown = "\n  ".join(lines)
@@ -110,16 +105,20 @@ class Run:
         """Everything in the folder, relative to it."""
         return [entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri)]
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON object of the folder, or None."""
+    def read(self, name: str, kind: type[Document]) -> Document | None:
+        """A document of the folder, or None.
+
+        Raises:
+            DataError: it is damaged.
+        """
         try:
-            return dict(json.loads(storage.read_bytes(storage.join(self.uri, name))))
+            return documents.read(storage.join(self.uri, name), kind)
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, values: Mapping[str, Any]) -> None:
-        """Puts a JSON object into the folder."""
-        storage.write_bytes(storage.join(self.uri, name), json.dumps(values, indent=2).encode())
+    def write(self, name: str, document: Any) -> None:
+        """Puts a document into the folder."""
+        documents.write(storage.join(self.uri, name), document)
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -134,7 +133,8 @@ def run_row(folder: Folder) -> Row | None:
     """
     if not is_run(folder) or is_search(folder):
         return None
-    facts, result, driver = folder.read_json("run.json"), folder.read_json("result.json"), folder.driver()
+    facts, driver = folder.read("run.json", RunFacts), folder.driver()
+    result = folder.read("result.json", dict[str, Any])
     history, epochs = _read_history(folder), _epochs_asked(facts)
     is_saved = bool(history) or (result is None and Run(folder.uri).newest_checkpoint() is not None)
     if result is not None:
@@ -149,7 +149,7 @@ def run_row(folder: Folder) -> Row | None:
         result=_accuracy_in_words(test, val),
         updated_s=folder.updated_s,
         numbers={
-            "recipe": facts["recipe"] if facts is not None else None,
+            "recipe": facts.recipe if facts is not None else None,
             "epochs_done": done,
             "epochs": epochs,
             "val_accuracy": val,
@@ -166,11 +166,11 @@ def _read_history(folder: Folder) -> list[dict[str, str]]:
     return list(csv.DictReader(storage.read_bytes(storage.join(folder.uri, "history.csv")).decode().splitlines()))
 
 
-def _epochs_asked(facts: Mapping[str, Any] | None) -> int | None:
+def _epochs_asked(facts: RunFacts | None) -> int | None:
     """Over all phases; where training is stopped early, fewer are done. None: not known yet."""
     if facts is None:
         return None
-    phases = PhasesConfig(**{name: tuple(values) for name, values in facts["settings"]["phases"].items()})
+    phases = PhasesConfig(**{name: tuple(values) for name, values in facts.settings["phases"].items()})
     return sum(phase.epochs for phase in phases.phases())
 
 

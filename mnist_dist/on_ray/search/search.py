@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
+from mnist_dist.listing import RunFacts
 from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
@@ -44,7 +45,7 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
-from mnist_dist.search.trials import Trial, TrialRecords, distinct_errors, usable
+from mnist_dist.search.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan
@@ -84,8 +85,7 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
             check_job(backbone_job(architecture, job))
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
-    features = job.run.feature_type if job.run.feature_cache else None
-    facts = {"recipe": recipe, "settings": job.settings(), "features": features}
+    facts = _facts(job, recipe)
     run.compare(facts)
     finished = run.result()
     if finished is not None:
@@ -97,6 +97,11 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
         run.finish(result)
     return result
+
+
+def _facts(job: SearchJob, recipe: str) -> RunFacts:
+    features = job.run.feature_type if job.run.feature_cache else None
+    return RunFacts(recipe=recipe, settings=job.settings(), features=features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
         stage = _Search(job, session, run=run, began_at=time.time())
         with connected(verbose=job.run.verbose, stop=stop) as have:
             have = stage.enter(have)
-            trials = stage.try_all(stage.prepare({}, have=have), have=have)
+            trials = stage.try_all(stage.prepare(_facts(job, recipe), have=have), have=have)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
 
 
@@ -157,7 +162,7 @@ class _Search:
         self.architectures = [one for space in job.backbones for one in architectures_of(space)]
         self.finalist_records = TrialRecords(storage.join(run.uri, "finalists"))
 
-    def run_to_end(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
         """All steps that are left, and the result."""
         asked = self.job.run
         with connected(verbose=asked.verbose, stop=self.session.stop) as have:
@@ -207,7 +212,7 @@ class _Search:
 
     # --- data ---
 
-    def prepare(self, facts: Mapping[str, Any], *, have: Resources) -> _Data:
+    def prepare(self, facts: RunFacts, *, have: Resources) -> _Data:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_data(job.data, console=self.console)
@@ -215,7 +220,7 @@ class _Search:
         for some in listed.values():
             check_places(some, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=have.nodes)
         keys = sorted({some.plan.cache.key for some in listed.values()})
-        is_new = self.run.begin({**facts, "records": "-".join(key[:16] for key in keys)})
+        is_new = self.run.begin(replace(facts, records="-".join(key[:16] for key in keys)))
         self.console.line(f"{'searching' if is_new else 'going on with'} {self.run.uri}, on {have}")
         by_key = {some.plan.cache.key: some for some in listed.values()}
         decoded = {key: decode(some, job.data, self.session) for key, some in by_key.items()}
@@ -260,7 +265,7 @@ class _Search:
 
     def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
         records = TrialRecords(storage.join(self.run.uri, "trials"))
-        if self.run.read("trials.json") is None:
+        if self.run.read("trials.json", TrialsOver) is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
             task = TrialTask(
                 prepared={
@@ -282,7 +287,7 @@ class _Search:
             )
             known = trials.known
             if usable(known.values()):
-                self.run.write("trials.json", {"trials": len(known)})
+                self.run.write("trials.json", TrialsOver(len(known)))
         else:
             known = records.read()
         errors = distinct_errors(known.values())
@@ -300,7 +305,7 @@ class _Search:
 
     def _measure(self, data: _Data, trials: Mapping[int, Trial], *, have: Resources) -> dict[str, Speed]:
         """How fast each architecture scores, one after the other while nothing else runs."""
-        known = {name: Speed(**values) for name, values in (self.run.read("speeds.json") or {}).items()}
+        known = self.run.read("speeds.json", dict[str, Speed]) or {}
         tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
         missing = [one for one in self.architectures if one.name in tried - known.keys()]
         if missing:
@@ -313,7 +318,7 @@ class _Search:
             title = f"speed of scoring of {len(missing)} architecture(s)"
             (found,) = wait_for([asked], self.session, title=title, expected_s=USUAL_SPEED_S * len(missing))
             known |= found
-            self.run.write("speeds.json", {name: asdict(speed) for name, speed in known.items()})
+            self.run.write("speeds.json", known)
         return known
 
     # --- finalists ---

@@ -137,7 +137,7 @@ class _Plan:
             steps_limit=steps,
             split=self._split,
         )
-        return training, training.run_to_end(self._sample, {})
+        return training, training.run_to_end(self._sample)
 
     def _split(self, decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits:
         return sample_splits(decoded.index, self._sizes)

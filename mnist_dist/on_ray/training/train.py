@@ -8,7 +8,7 @@ checkpoint of an earlier attempt (the driver was killed), else the start. A fini
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
+from mnist_dist.listing import RunFacts
 from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.models.bundle import REPORT_FILE
@@ -72,9 +73,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     check_job(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(storage.join(storage.absolute(job.run.storage), name))
-    features = job.run.feature_type if job.uses_features else None
-    facts = {"recipe": recipe, "settings": job.settings(), "features": features}
-    run.compare(facts)
+    run.compare(_facts(job, recipe))
     finished = run.result()
     if finished is not None:
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
@@ -84,7 +83,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
         session = Session(console=console, stop=stop, lock=lock)
         training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
-        result = training.run_to_end(listed, facts)
+        result = training.run_to_end(listed)
         run.finish(result)
     return result
 
@@ -130,9 +129,14 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
             session = Session(console=console, stop=stop, lock=lock)
             training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
-            result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console), {})
+            result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console))
     console.line("dry run: everything fits; nothing was kept")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
+
+
+def _facts(job: TrainJob, recipe: str) -> RunFacts:
+    features = job.run.feature_type if job.uses_features else None
+    return RunFacts(recipe=recipe, settings=job.settings(), features=features)
 
 
 class Training:
@@ -165,7 +169,7 @@ class Training:
         self.features_images_per_s: float | None = None
         self.has_gpus = False
 
-    def run_to_end(self, listed: Listed, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def run_to_end(self, listed: Listed) -> dict[str, Any]:
         """Decodes what is not decoded, trains, and gives the result."""
         asked, plan = self.job.run, listed.plan
         with connected(verbose=asked.verbose, stop=self.session.stop) as have:
@@ -178,7 +182,7 @@ class Training:
                 batch_size=self.job.fit.batch_size,
                 workers=mine.workers,
             )
-            is_new = self.run.begin({**facts, "records": plan.cache.key})
+            is_new = self.run.begin(replace(_facts(self.job, self.recipe), records=plan.cache.key))
             began = time.monotonic()
             decoded = decode(listed, self.job.data, self.session)
             self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpu
