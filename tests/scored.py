@@ -3,14 +3,18 @@
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mnist_dist import documents
 from mnist_dist.config import TableConfig
-from mnist_dist.scoring.generations import Plan
+from mnist_dist.data.images import ImageSpec
+from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.scoring.generations import Plan, Summary
 from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
 
 ALL = TableConfig()
@@ -21,6 +25,31 @@ def plan_of(model_id: str = "m", *, keep_old: bool = True) -> Plan:
     """What a generation of a job without settings is."""
     began_at = "2030-01-02T00:00:00+00:00"
     return Plan(model_id=model_id, settings={}, mode="continue", keep_old=keep_old, began_at=began_at)
+
+
+def write_bundle_info(folder: Path, names: Sequence[str], *, model_id: str = MODEL, **known: Any) -> str:
+    """The `bundle.json` of a bundle, without its model; the folder's path."""
+    folder.mkdir()
+    spec = ImageSpec(height_px=10, width_px=12, channels=3)
+    info = BundleInfo(**{"class_names": tuple(names), "spec": spec, "backbone": "cnn", "model_id": model_id, **known})
+    documents.write(str(folder / "bundle.json"), info)
+    return str(folder)
+
+
+def write_summary(table: str, *, bundle: str, model_id: str = MODEL) -> None:
+    """A `_summary.json` that remembers a bundle."""
+    summary = Summary(
+        model_id=model_id,
+        settings={},
+        bundle=bundle,
+        images_per_s=None,
+        generation=1,
+        rows=0,
+        files=(),
+        statuses={},
+        examples={},
+    )
+    documents.write(f"{table}/_summary.json", summary)
 
 
 def scored_rows(

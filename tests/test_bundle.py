@@ -208,6 +208,7 @@ def test_a_damaged_or_newer_bundle_is_not_opened(tmp_path: Path) -> None:
             json.dumps({name: values[name] for name in values if name != "backbone"}),
             r"missing required field .backbone",
         ),
+        (json.dumps(values | {"model_id": ""}), r"names no model_id, the sha256 of model.keras"),
     ]:
         manifest.write_text(text)
         with pytest.raises(BundleError, match=message):

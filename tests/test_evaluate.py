@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from harness import ROOT, Recorder, run_command
-from scored import one_hot, scored_rows, write_scored
+from scored import one_hot, scored_rows, write_bundle_info, write_scored
 
 from mnist_dist import storage
 from mnist_dist.errors import ConfigError, DataError
@@ -96,10 +96,7 @@ def test_classes_that_nobody_predicted_are_told(tmp_path: Path) -> None:
     assert values["metrics"]["unknown"] == {"cat": 2}
     assert any(line.startswith("note: 1 of 3 classes were never predicted and have no name") for line in lines)
     assert result["accuracy"] == pytest.approx(4 / 5)
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    (bundle / "bundle.json").write_text(json.dumps({"class_names": NAMES, "model_id": "model-1"}))
-    result, lines, values = run(predictions=table, bundle=str(bundle))
+    result, lines, values = run(predictions=table, bundle=write_bundle_info(tmp_path / "bundle", NAMES))
     assert result["accuracy"] == pytest.approx(4 / 7)
     assert not any("never predicted" in line for line in lines)
 

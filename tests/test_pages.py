@@ -1,7 +1,6 @@
 """What stands on the pages of a bundle and of an evaluated table."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pytest
 from harness import Recorder, an_epoch
 from PIL import Image
-from scored import one_hot, scored_rows, write_scored
+from scored import one_hot, scored_rows, write_bundle_info, write_scored, write_summary
 
 from mnist_dist.data.cache import ShardRows
 from mnist_dist.data.images import ImageSpec
@@ -232,21 +231,17 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
 
 def test_the_page_of_a_table_says_how_it_came_to_be(tmp_path: Path) -> None:
     table = table_of(tmp_path, [0, 1, 2, 0, 1, 2, 0])
-    bundle = {
-        "class_names": CLASSES,
-        "model_id": "model-1",
-        "backbone": "cnn",
-        "data_fingerprint": "f" * 64,
-        "versions": {"keras": "3.15"},
-        "config": {"fit": {"seed": 3}},
-    }
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(bundle))
-    summary = {"bundle": str(tmp_path / "bundle"), "model_id": "model-1", "engine": "keras float32"}
-    (Path(table) / "_summary.json").write_text(json.dumps(summary))
+    bundle = write_bundle_info(
+        tmp_path / "bundle",
+        CLASSES,
+        data_fingerprint="f" * 64,
+        versions={"keras": "3.15"},
+        config={"fit": {"seed": 3}},
+    )
+    write_summary(table, bundle=bundle)
     _, page = page_of(EvaluateJob(predictions=table))
     facts = dict(page.facts)
-    assert (facts["engine"], facts["backbone"], facts["version of keras"]) == ("keras float32", "cnn", "3.15")
+    assert (facts["engine"], facts["backbone"], facts["version of keras"]) == ("keras", "cnn", "3.15")
     assert facts["data fingerprint of the training"] == "f" * 64
     assert '"seed": 3' in page.texts["configuration"]
     (tmp_path / "bundle" / "bundle.json").write_text("no JSON")

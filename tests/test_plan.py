@@ -33,7 +33,8 @@ from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.scoring.plan import plan_score
-from mnist_dist.on_ray.scoring.score import means_of, score
+from mnist_dist.on_ray.scoring.score import score
+from mnist_dist.on_ray.scoring.stages import means_of
 from mnist_dist.on_ray.training.plan import plan_train, sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.scoring.decoding import Times

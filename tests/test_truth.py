@@ -1,6 +1,5 @@
 """truth and tables: where labels and class names come from, and which class a label is."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scored import MODEL, one_hot, scored_rows, write_scored
+from scored import MODEL, one_hot, scored_rows, write_bundle_info, write_scored, write_summary
 
 from mnist_dist import storage
 from mnist_dist.config import TableConfig
@@ -19,12 +18,6 @@ from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_
 
 NAMES = ("ant", "bee", "cat")
 URIS = ["/data/ant/1.png", "/data/bee/2.png", "/data/bee/3.png", "s3://bucket/cat/4.png"]
-
-
-def write_bundle_json(folder: Path, names: tuple[str, ...], *, model_id: str = MODEL) -> str:
-    folder.mkdir()
-    (folder / "bundle.json").write_text(json.dumps({"class_names": names, "model_id": model_id}))
-    return str(folder)
 
 
 def some_rows(**other: Any) -> pa.Table:
@@ -85,17 +78,17 @@ def test_class_names_where_columns_were_left_out(tmp_path: Path, columns: str, c
 
 
 def test_a_bundle_names_the_classes(tmp_path: Path) -> None:
-    table, bundle = write_scored(tmp_path / "t", some_rows()), write_bundle_json(tmp_path / "b", NAMES)
+    table, bundle = write_scored(tmp_path / "t", some_rows()), write_bundle_info(tmp_path / "b", NAMES)
     assert open_table(table, bundle=bundle).classes == Classes(NAMES)
-    storage.write_bytes(f"{table}/_summary.json", json.dumps({"bundle": bundle}).encode())
+    write_summary(table, bundle=bundle)
     assert open_table(table, bundle=None).classes == Classes(NAMES)  # which the table remembers
 
 
 def test_a_remembered_bundle_that_is_gone_or_another_now_is_not_used(tmp_path: Path) -> None:
     table = write_scored(tmp_path / "t", some_rows())
-    other = write_bundle_json(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
+    other = write_bundle_info(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
     for remembered in (other, str(tmp_path / "gone")):
-        storage.write_bytes(f"{table}/_summary.json", json.dumps({"bundle": remembered}).encode())
+        write_summary(table, bundle=remembered)
         assert open_table(table, bundle=None).classes.names[:2] == ("ant", "bee")
     with pytest.raises(DataError, match=r"the one that made the table, model model-1. Received: '.*b', model-2"):
         open_table(table, bundle=other)

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from mnist_dist.evaluation.report import (
 from mnist_dist.evaluation.tables import read_provenance
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
+from mnist_dist.scoring.generations import Summary
 
 MOST_CLASSES = 200
 """Classes in the table of a page; the worst ones where there are more."""
@@ -184,8 +184,8 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     summary, bundle = read_provenance(table.uri)
     texts = {"classification report": evaluation.classification_report} if evaluation.classification_report else {}
     for title, values in (
-        ("settings of the scoring", summary.get("settings")),
-        ("configuration", bundle.get("config")),
+        ("settings of the scoring", summary and summary.settings),
+        ("configuration", bundle and bundle.config),
     ):
         texts |= {title: json.dumps(values, indent=2)} if values else {}
     return Page(
@@ -209,17 +209,22 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     )
 
 
-def _of_provenance(summary: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[tuple[str, str]]:
     """How the table came to be, as far as that is still known."""
-    facts = [
-        ("bundle", summary.get("bundle")),
-        ("engine", summary.get("engine")),
-        ("scoring, images/s", summary.get("images_per_s")),
-        ("backbone", bundle.get("backbone")),
-        ("weights", bundle.get("weights")),
-        ("data fingerprint of the training", bundle.get("data_fingerprint")),
-        *((f"version of {name}", version) for name, version in dict(bundle.get("versions") or {}).items()),
-    ]
+    facts: list[tuple[str, object]] = []
+    if summary is not None:
+        facts += [
+            ("bundle", summary.bundle),
+            ("engine", summary.engine),
+            ("scoring, images/s", summary.images_per_s),
+        ]
+    if bundle is not None:
+        facts += [
+            ("backbone", bundle.backbone),
+            ("weights", bundle.weights),
+            ("data fingerprint of the training", bundle.data_fingerprint),
+            *((f"version of {name}", version) for name, version in bundle.versions.items()),
+        ]
     return [(name, str(value)) for name, value in facts if value is not None]
 
 

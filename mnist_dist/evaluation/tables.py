@@ -5,21 +5,19 @@ reading (`scoring/predictions`), or the truth (`truth`).
 """
 
 import functools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist import storage
-from mnist_dist.errors import BundleError, DataError, MnistDistError
-from mnist_dist.models.bundle import BUNDLE_FILE
-from mnist_dist.scoring.generations import SUMMARY
+from mnist_dist import documents, storage
+from mnist_dist.errors import DataError, MnistDistError
+from mnist_dist.models.bundle import BundleInfo, read_bundle_info
+from mnist_dist.scoring.generations import SUMMARY, Summary
 from mnist_dist.scoring.predictions import iter_predictions, read_mark, table_schema
 
 # n = rows of a batch, K = classes
@@ -189,42 +187,33 @@ def probabilities(batch: pa.RecordBatch, classes: Classes) -> tuple[npt.NDArray[
 
 
 def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
-    root = storage.absolute(bundle)
-    try:
-        values = json.loads(storage.read_bytes(storage.join(root, BUNDLE_FILE)))
-        names, made = tuple(map(str, values["class_names"])), values["model_id"]
-    except FileNotFoundError as err:
-        raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {bundle!r}") from err
-    except (ValueError, KeyError, TypeError) as err:
-        raise BundleError(f"{storage.join(root, BUNDLE_FILE)} is not that of a bundle: {err!r}") from err
-    if made != model_id:
-        raise DataError(f"the bundle is the one that made the table, model {model_id}. Received: {bundle!r}, {made}")
-    return names
+    info = read_bundle_info(bundle)
+    if info.model_id != model_id:
+        raise DataError(
+            f"the bundle is the one that made the table, model {model_id}. Received: {bundle!r}, {info.model_id}"
+        )
+    return info.class_names
 
 
 def _names_of_own_bundle(root: str, model_id: str) -> tuple[str, ...] | None:
     """Of the bundle that `_summary.json` remembers; None where it is not there any more, or is not said."""
     try:
-        summary: dict[str, Any] = json.loads(storage.read_bytes(storage.join(root, SUMMARY)))
-        return _names_of_bundle(summary["bundle"], model_id)
-    except (OSError, MnistDistError, ValueError, KeyError, TypeError) as err:  # nothing that anybody asked for
+        return _names_of_bundle(documents.read(storage.join(root, SUMMARY), Summary).bundle, model_id)
+    except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: the class names are those of its rows, since its bundle cannot be read: %s", root, err)
         return None
 
 
-def read_provenance(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `_summary.json` says, and the `bundle.json` of the model that it names; empty where they are gone."""
-    found: list[dict[str, Any]] = []
+def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
+    """What `_summary.json` says, and the `bundle.json` of the model that it names; None where they are gone."""
+    summary = None
     try:
-        summary = dict(json.loads(storage.read_bytes(storage.join(root, SUMMARY))))
-        found.append(summary)
-        bundle = dict(json.loads(storage.read_bytes(storage.join(storage.absolute(summary["bundle"]), BUNDLE_FILE))))
-        if bundle.get("model_id") == summary.get("model_id"):
-            found.append(bundle)
-    except (OSError, MnistDistError, ValueError, KeyError, TypeError) as err:  # nothing that anybody asked for
+        summary = documents.read(storage.join(root, SUMMARY), Summary)
+        info = read_bundle_info(summary.bundle)
+    except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: its provenance cannot be read: %s", root, err)
-    summary, bundle = [*found, {}, {}][:2]
-    return summary, bundle
+        return summary, None
+    return summary, info if info.model_id == summary.model_id else None
 
 
 def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:

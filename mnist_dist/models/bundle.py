@@ -216,6 +216,23 @@ def load_bundle(uri: str | os.PathLike[str]) -> Bundle:
     return Bundle(path, info)
 
 
+def read_bundle_info(uri: str) -> BundleInfo:
+    """What a bundle says of itself; its model is not looked at.
+
+    Args:
+        uri: a folder or an `s3://` prefix.
+
+    Raises:
+        BundleError: there is no bundle, it is unfinished, or of a newer format.
+        PermissionError, ServiceError, StorageError: see `storage`.
+    """
+    try:
+        data = storage.read_bytes(storage.join(storage.absolute(uri), BUNDLE_FILE))
+    except FileNotFoundError as err:
+        raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
+    return _decode_info(data, named=uri)
+
+
 def _download(uri: str) -> Path:
     path = Path(tempfile.mkdtemp(prefix="mnist_dist-bundle-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)  # not earlier: engines read the files when they like
@@ -234,20 +251,27 @@ def _read_info(path: Path, *, named: str) -> BundleInfo:
         why = "is unfinished" if (path / MODEL_FILE).exists() else "is not a bundle"
         hint = f" (did you mean {named.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
         raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {named!r}")
+    return _decode_info(file.read_bytes(), named=named)
+
+
+def _decode_info(data: bytes, *, named: str) -> BundleInfo:
+    file = storage.join(named, BUNDLE_FILE)
     try:
-        data = file.read_bytes()
         version = json.loads(data)["format_version"]
     except (ValueError, KeyError, TypeError) as err:
-        raise BundleError(f"{file} is no JSON object with a format_version: {err}. Received: {named!r}") from err
+        raise BundleError(f"{file} is no JSON object with a format_version: {err!r}. Received: {named!r}") from err
     if version != FORMAT_VERSION:
         raise BundleError(
             f"bundles of format {FORMAT_VERSION} can be read; a newer mnist_dist reads newer ones. "
             f"Received: format_version={version} in {named!r}"
         )
     try:
-        return documents.decode(data, BundleInfo, uri=str(file))
+        info = documents.decode(data, BundleInfo, uri=file)
     except DataError as err:
         raise BundleError(f"{err}. Received: {named!r}") from err
+    if not info.model_id:
+        raise BundleError(f"{file} names no model_id, the sha256 of {MODEL_FILE}. Received: {named!r}")
+    return info
 
 
 def _pixels(image: Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:

@@ -21,8 +21,10 @@ from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
+from mnist_dist.on_ray.scoring.checks import check_output_is_outside
 from mnist_dist.on_ray.scoring.engine import check_job_storage
-from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, check_output_is_outside, means_of, total_times
+from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring
+from mnist_dist.on_ray.scoring.stages import means_of, total_times
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample

@@ -8,14 +8,12 @@ listing anything (`commit.resume`); else a finished table is returned, or a new 
 """
 
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich import filesize
@@ -24,15 +22,17 @@ from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice
-from mnist_dist.errors import ConfigError, DataError, ResourceError, ResumeConflict, TooManyBadImages
+from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
 from mnist_dist.lock import Lock
-from mnist_dist.models.bundle import MODEL_FILE, Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
-from mnist_dist.on_ray.cluster import Resources, check_storage, connected
+from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
+from mnist_dist.on_ray.scoring.checks import check_found, check_output_is_outside, check_room
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
+from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
-from mnist_dist.scoring.decoding import Threads, Times
+from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.generations import Committed, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -43,8 +43,8 @@ from mnist_dist.scoring.manifest import (
     choose_shard_size,
     write_manifest,
 )
-from mnist_dist.scoring.planning import Means, busy_s
-from mnist_dist.scoring.predictions import NOT_BAD, fits, prediction_schema, table_schema
+from mnist_dist.scoring.planning import Means
+from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
 from mnist_dist.session import Session
@@ -57,9 +57,6 @@ WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # loaded while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras
 ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
 LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
-ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
-PROCESS_BYTES = 2**30  # of an actor, beside its model
-MODEL_COPIES = 4  # of the weights in an actor: file, Keras, constants, scratch
 SHOWN_SUFFIXES = 5
 
 
@@ -93,14 +90,6 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
         session = Session(console=console, stop=stop, lock=lock)
         return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
-
-
-def check_output_is_outside(job: ScoreJob) -> None:
-    """A table inside of what is listed would be listed the next time."""
-    output = storage.absolute(job.output)
-    for uri in job.inputs.input:
-        if uri != "-" and f"{output}/".startswith(f"{storage.absolute(uri).rstrip('/')}/"):
-            raise ConfigError(f"the output lies outside of the input {uri!r}. Received: output={job.output!r}")
 
 
 def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, Any]:
@@ -280,7 +269,7 @@ class Scoring:
             shard_size: rows of a shard.
         """
         generation = self.output.reserve(self._plan(None, engine))
-        self._check_what_was_found(Work(None, rows), generation, nodes=have.nodes)
+        check_found(self.job, rows, self.output, keep_old=False, nodes=have.nodes)
         generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size))
         self._score(generation, engine, actors, have)
         return self._summary(self._commit(generation))
@@ -354,7 +343,7 @@ class Scoring:
             self.session.console.line(
                 f"{len(work.table):,} images are scored now; the table holds {before.mark.rows:,} rows"
             )
-        self._check_what_was_found(work, generation, nodes=have.nodes)
+        check_found(self.job, work.table, self.output, keep_old=generation.plan.keep_old, nodes=have.nodes)
         check_room(
             self.job,
             self.bundle,
@@ -368,25 +357,6 @@ class Scoring:
             most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
         generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=size))
-
-    def _check_what_was_found(self, work: Work, generation: Generation, *, nodes: int) -> None:
-        """Raises ConfigError where the images cannot be seen by all nodes, hold the output, or do not fit the table."""
-        schema = prediction_schema(self.job.table, carried=carried_schema(work.table))
-        if generation.plan.keep_old and not fits(table_schema(self.output.uri), schema):
-            raise ConfigError(
-                f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
-                f"Received: {', '.join(schema.names)}"
-            )
-        uris = work.table["uri"]
-        inside = uris.filter(pc.starts_with(uris, pattern=f"{self.output.uri}/"))
-        if len(inside):
-            raise ConfigError(
-                f"the output lies outside of the input, which names {inside[0].as_py()!r}. "
-                f"Received: output={self.job.output!r}"
-            )
-        local = uris.filter(pc.invert(pc.starts_with(uris, pattern="s3://")))
-        if len(local):
-            check_storage(local[0].as_py(), is_shared=self.job.run.storage_is_shared, nodes=nodes, name="input")
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -524,54 +494,3 @@ def _engine_of(origin: Origin) -> EngineConfig:
 
 def _bad(statuses: Mapping[str, int]) -> int:
     return sum(count for status, count in statuses.items() if status not in NOT_BAD)
-
-
-def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors: int) -> None:
-    """Looks at free disk and memory of this node before the work.
-
-    Raises:
-        ResourceError: there is less than the job will take, by an estimate that is rather low.
-    """
-    weights = (bundle.path / MODEL_FILE).stat().st_size
-    needed = actors * (PROCESS_BYTES + MODEL_COPIES * weights)
-    free = psutil.virtual_memory().available
-    if free < needed:
-        raise ResourceError(
-            f"{actors} actor(s) take about {needed / 1e9:.1f} GB of memory. Received: {free / 1e9:.1f} GB free"
-        )
-    if storage.is_remote(output):
-        return
-    row_bytes = ROW_BYTES + 4 * len(bundle.info.class_names)
-    needed, free = 2 * rows * row_bytes, shutil.disk_usage(output).free  # shards, and the parts made of them
-    if free < needed:
-        raise ResourceError(
-            f"{rows:,} rows take about {needed / 1e9:.1f} GB of disk while they are written. "
-            f"Received: {free / 1e9:.1f} GB free below {output!r}"
-        )
-
-
-def means_of(actors: Actors, have: Resources) -> Means:
-    """What decodes for the actors: their own threads, or a task on each whole core that they leave."""
-    cores = max(1, int(actors.cpus))
-    processes, decoding = actors.count, cores
-    if actors.decode_in_tasks:
-        processes, decoding = max(1, int(have.cpus - actors.count * actors.cpus)), 1
-    return Means(
-        actors=actors.count,
-        units=actors.gpus or cores,
-        decode_cores=processes * decoding,
-        reading_threads=processes * (decoding + Threads(decoding=decoding).reading),
-    )
-
-
-def total_times(reports: "list[ShardReport[Times]]") -> Times:
-    """Of all processes together."""
-    newest = {report.process: report.content for report in reports}  # a process' times count from its start
-    return sum(newest.values(), start=Times())
-
-
-def slowest_stage(reports: "list[ShardReport[Times]]", means: Means, *, seconds: float) -> str:
-    """Which stage was busy most of the time, over all actors."""
-    busy = busy_s(total_times(reports), means)
-    stage = max(busy, key=lambda stage: busy[stage])
-    return f"{stage} (busy {min(1.0, busy[stage] / seconds):.0%} of the time)"
