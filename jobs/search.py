@@ -1,44 +1,6 @@
-"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle.
+"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle."""
 
-python -m jobs.search --list [--storage URI]: the searches below a storage.
-"""
-
-from typing import Any
-
-from mnist_dist import console, listing
-from mnist_dist.recipes import SEARCH_RECIPES
-
-COMMAND = "python -m jobs.search"
-
-
-def main() -> dict[str, Any]:
-    """Parses, searches, says what won; returns the job's JSON keys."""
-    asked = listing.asked(COMMAND)
-    if asked is not None:
-        return show_searches(asked)
-    recipe, job = console.parse(SEARCH_RECIPES, command=COMMAND, default="search-digits", also=listing.HELP)
-    shown = console.Console(verbose=job.run.verbose)
-    console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.search.search import search  # after `quiet`: Ray reads the environment when it is imported
-
-    result = search(job, recipe=recipe, console=shown)
-    best = result["best"]
-    shown.line(
-        f"winner: trial {best['trial']}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
-        f"{best['test_accuracy']:.4f}, loss {best['test_loss']:.4f}; {result['trials']} trials in "
-        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}\n"
-        f"report: {result['bundle']}/report.html"
-    )
-    return result
-
-
-def show_searches(asked: listing.ListJob) -> dict[str, Any]:
-    """Shows the searches below a storage; returns the job's JSON keys."""
-    from mnist_dist.search.listing import search_row  # only here: who searches need not wait for it
-
-    rows = listing.rows_below(asked.storage, search_row)
-    return listing.show(rows, job=asked, what="searches", console=console.Console(verbose=asked.verbose))
-
+from mnist_dist.commands import run_job
 
 if __name__ == "__main__":
-    console.run(main, job="search")
+    run_job("search")

@@ -11,31 +11,47 @@ and a table of predictions is read, whatever else lies in its folder, with
 
     mnist_dist.read_predictions("predictions", columns=["uri", "predicted_class"])
 
+What the commands do, functions do, too (`mnist_dist.api`):
+
+    trained = mnist_dist.train("quickstart", storage="runs", name="first", epochs=[5])
+    scored = mnist_dist.score(bundle=trained.values["bundle"], input="photos", output="predictions")
+    scored.table().to_pandas()
+
 Importing the package imports neither Ray nor Keras, TensorFlow or pyarrow: the names below are looked up when they
 are first used (PEP 562).
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mnist_dist.api import evaluate, export, score, search, train
     from mnist_dist.models.bundle import load_bundle
     from mnist_dist.scoring.predictions import read_predictions
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_bundle", "read_predictions"]
+__all__ = [
+    "__version__",
+    "evaluate",
+    "export",
+    "load_bundle",
+    "read_predictions",
+    "score",
+    "search",
+    "train",
+]
+_MODULES = {
+    "load_bundle": "mnist_dist.models.bundle",
+    "read_predictions": "mnist_dist.scoring.predictions",
+    **dict.fromkeys(("evaluate", "export", "score", "search", "train"), "mnist_dist.api"),
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_bundle":
-        from mnist_dist.models.bundle import load_bundle
-
-        return load_bundle
-    if name == "read_predictions":
-        from mnist_dist.scoring.predictions import read_predictions
-
-        return read_predictions
-    raise AttributeError(f"module 'mnist_dist' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mnist_dist' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

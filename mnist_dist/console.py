@@ -50,11 +50,17 @@ class Console:
     Args:
         verbose: show what Ray and TensorFlow print, and tracebacks.
         terminal: whether bars can be drawn; None: as stderr says.
+        silent: show nothing at all.
+        embedded: the job runs inside a person's own Python process, which a second signal must not end.
     """
 
-    def __init__(self, *, verbose: bool = False, terminal: bool | None = None) -> None:
-        self.verbose = verbose
-        self._rich = RichConsole(stderr=True, force_terminal=terminal, highlight=False, emoji=False, soft_wrap=True)
+    def __init__(
+        self, *, verbose: bool = False, terminal: bool | None = None, silent: bool = False, embedded: bool = False
+    ) -> None:
+        self.verbose, self.silent, self.embedded = verbose, silent, embedded
+        self._rich = RichConsole(
+            stderr=True, force_terminal=terminal, highlight=False, emoji=False, soft_wrap=True, quiet=silent
+        )
 
     @property
     def terminal(self) -> bool:
@@ -85,7 +91,8 @@ class Console:
 
     def table(self, rows: "Sequence[Sequence[str]]") -> None:
         """Prints rows of cells, the first one column titles."""
-        wide = RichConsole(stderr=True, width=None if self.terminal else LOG_COLUMNS, highlight=False, emoji=False)
+        width = None if self.terminal else LOG_COLUMNS
+        wide = RichConsole(stderr=True, width=width, highlight=False, emoji=False, quiet=self.silent)
         wide.print(make_table(rows))
 
 
@@ -152,6 +159,8 @@ def duration(seconds: float) -> str:
 class Stop:
     """Notes SIGINT and SIGTERM while it is entered; a second signal ends the process at once.
 
+    Outside of the main thread, where Python takes no signals, none is noted.
+
     Attributes:
         signal_number: of the first signal, or None.
     """
@@ -168,8 +177,9 @@ class Stop:
 
     def take_signals(self) -> None:
         """Takes the signals again, after something else (such as `ray.init`) took them."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def check(self) -> None:
         """Raises Interrupted where a signal has come; for stretches of work that can end anywhere."""
@@ -177,13 +187,18 @@ class Stop:
             raise Interrupted(self.signal_number, f"stopped; the same command goes on: {command_line()}")
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal_number is not None:
+            if self._console.embedded:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.signal_number = number
+        if self._console.silent:
+            return
         # not by `line`: the main thread may be in the middle of one, and Python's files refuse to be entered twice
         begin = "\r\x1b[2K" if self._console.terminal else ""
         os.write(
@@ -196,7 +211,7 @@ def parse(
     *,
     command: str,
     default: str,
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str],
     also: str | None = None,
 ) -> tuple[str, Job]:
     """The recipe that a command line names, with its flags applied.
@@ -205,7 +220,7 @@ def parse(
         recipes: builder of each recipe's job by name.
         command: such as `python -m jobs.train`.
         default: the recipe where none is named.
-        argv: the arguments; None: of this process.
+        argv: the arguments.
         also: what the help says beside the recipe: of flags that are taken before this is called.
 
     Returns:
@@ -215,7 +230,7 @@ def parse(
         ConfigError: no such recipe.
         SystemExit: 0 after `--help`, 2 for flags that tyro refuses.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(argv)
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
         name = default
     else:
@@ -289,9 +304,14 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 def command_line() -> str:
     """The command line of this process, to be typed again."""
-    main = sys.modules["__main__"].__spec__
-    module = ["-m", main.name] if main is not None else [sys.argv[0]]
-    return shlex.join([os.path.basename(sys.executable), *module, *sys.argv[1:]])
+    main, python = sys.modules["__main__"].__spec__, os.path.basename(sys.executable)
+    if main is not None:
+        program = [python, "-m", main.name.removesuffix(".__main__")]
+    elif sys.argv[0].endswith(".py"):
+        program = [python, sys.argv[0]]
+    else:  # an installed command
+        program = [os.path.basename(sys.argv[0])]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def quiet(*, verbose: bool) -> None:
@@ -300,6 +320,30 @@ def quiet(*, verbose: bool) -> None:
     logging.getLogger("mnist_dist").setLevel(logging.INFO if verbose else logging.WARNING)
     if verbose:
         return
+    _quiet_packages()
+    warnings.filterwarnings("ignore")
+    _filter_native_lines()
+
+
+@contextmanager
+def quieted() -> Iterator[None]:
+    """As `quiet`, for a block of a person's own process: afterwards its stderr and its warnings are as they were."""
+    _quiet_packages()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown, (read_end, write_end) = os.dup(STDERR), os.pipe()
+        os.dup2(write_end, STDERR)
+        os.close(write_end)
+        lines = _Filter(read_end, shown)
+        lines.start()
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            lines.end()
+
+
+def _quiet_packages() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -309,8 +353,6 @@ def quiet(*, verbose: bool) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Ray Tune, which then says nothing at verbose=0
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by the search
-    warnings.filterwarnings("ignore")
-    _filter_native_lines()
 
 
 def _filter_native_lines() -> None:

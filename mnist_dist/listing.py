@@ -14,7 +14,6 @@ unreadable   damaged or denied; in place of the result stands why
 ```
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -257,20 +256,19 @@ def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None =
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def asked(command: str, argv: Sequence[str] | None = None) -> ListJob | None:
+def asked(command: str, argv: Sequence[str]) -> ListJob | None:
     """What a command line with `--list` asks for; None: it has none.
 
     Args:
         command: such as `python -m jobs.train`.
-        argv: the arguments; None: of this process.
+        argv: the arguments.
 
     Raises:
         SystemExit: 0 after `--help`, 2 for anything else beside `--list`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if ASK not in arguments:
+    if ASK not in argv:
         return None
-    return tyro.cli(ListJob, args=[one for one in arguments if one != ASK], prog=f"{command} {ASK}")
+    return tyro.cli(ListJob, args=[one for one in argv if one != ASK], prog=f"{command} {ASK}")
 
 
 def show(rows: Sequence[Row], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:

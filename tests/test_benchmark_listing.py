@@ -7,9 +7,9 @@ import boto3
 import pytest
 from harness import Recorder
 
+from benchmarks import listing
+from benchmarks.listing import ListingBenchmark, Server, etag_of, key_of, running_server, size_of
 from mnist_dist import storage
-from mnist_dist.benchmarks import listing
-from mnist_dist.benchmarks.listing import ListingBenchmark, Server, etag_of, key_of, running_server, size_of
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.scoring.generations import Output
 

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mnist_dist import storage
-from mnist_dist.benchmarks import seaweedfs
-from mnist_dist.benchmarks.peers.decode import Counter
-from mnist_dist.benchmarks.peers.task import WARM_UP_CALLS, Stamps, Task, call_again_and_again, read_stamps
-from mnist_dist.benchmarks.photos import link_photos, write_photos, write_tar
-from mnist_dist.benchmarks.programs import last_json, peak_memory_bytes, run_program, tree_memory_bytes
-from mnist_dist.benchmarks.score import (
+from benchmarks import seaweedfs
+from benchmarks.peers.decode import Counter
+from benchmarks.peers.task import WARM_UP_CALLS, Stamps, Task, call_again_and_again, read_stamps
+from benchmarks.photos import link_photos, write_photos, write_tar
+from benchmarks.programs import last_json, peak_memory_bytes, run_program, tree_memory_bytes
+from benchmarks.score import (
     BFLOAT16,
     DEFAULT_ENGINE,
     PROGRAMS,
@@ -29,7 +28,8 @@ from mnist_dist.benchmarks.score import (
     our_job,
     steady_images_per_s,
 )
-from mnist_dist.benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
+from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
+from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.images import ImageSpec

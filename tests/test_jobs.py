@@ -96,10 +96,10 @@ def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> No
 
 
 @pytest.mark.parametrize(
-    "job", ["train", *(pytest.param(job, marks=pytest.mark.slow) for job in ("quickstart", "benchmark"))]
+    "module", ["jobs.train", *(pytest.param(one, marks=pytest.mark.slow) for one in ("jobs.quickstart", "benchmarks"))]
 )
-def test_help_names_every_flag_with_its_default(job: str) -> None:
-    with Command(f"jobs.{job}", "--help") as command:
+def test_help_names_every_flag_with_its_default(module: str) -> None:
+    with Command(module, "--help") as command:
         assert command.ended()[0] == 0
         shown = command.stdout()
     flags = re.findall(r"^│ (--[a-z0-9-]+)", shown, re.MULTILINE)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mnist_dist"
-# ground floor <- data <- models <- engines <- training, search, scoring <- evaluation <- on_ray <- benchmarks, jobs
+# ground floor <- data <- models <- engines <- training, tuning, scoring <- evaluation <- on_ray <- commands, api
+# <- jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(
         (
@@ -36,22 +37,25 @@ FLOORS = {
     "data": 1,
     "models": 2,
     "engines": 3,
-    **dict.fromkeys(("training", "search", "scoring"), 4),
+    **dict.fromkeys(("training", "tuning", "scoring"), 4),
     "evaluation": 5,
     "on_ray": 6,
-    "benchmarks": 7,
-    "jobs": 8,  # beside the benchmarks in the picture; `jobs/benchmark.py` runs them
+    "keywords": 0,
+    "results": 7,
+    "commands": 7,
+    **dict.fromkeys(("api", "__main__"), 8),
+    **dict.fromkeys(("jobs", "benchmarks"), 8),
 }
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
     f"{PACKAGE}.engines.formats",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
-    f"{PACKAGE}.benchmarks.train",
-    f"{PACKAGE}.benchmarks.peers.model",
-    f"{PACKAGE}.benchmarks.peers.tf_data",
+    "benchmarks.train",
+    "benchmarks.peers.model",
+    "benchmarks.peers.tf_data",
 }
-RAY_OF_PEERS = {f"{PACKAGE}.benchmarks.peers.ray_recipe", f"{PACKAGE}.benchmarks.peers.start"}
+RAY_OF_PEERS = {"benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
 """What is measured beside us, written as its own users would."""
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 
@@ -72,7 +76,7 @@ def name_of(path: Path) -> str:
 
 TREES = {
     name_of(path): ast.parse(path.read_text())
-    for folder in (PACKAGE, "jobs")
+    for folder in (PACKAGE, "jobs", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
@@ -102,7 +106,7 @@ def part_of(module: str) -> str:
 
 
 def own(imports: list[Import]) -> list[Import]:
-    return [found for found in imports if found.name.split(".")[0] in (PACKAGE, "jobs")]
+    return [found for found in imports if found.name.split(".")[0] in (PACKAGE, "jobs", "benchmarks")]
 
 
 def importers(package: str, *, lazy: bool = True) -> set[str]:

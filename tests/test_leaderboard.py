@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist.search.leaderboard import (
+from mnist_dist.search_config import BackboneSpace, SearchJob, SearchSpace, Trained
+from mnist_dist.tuning.leaderboard import (
     SCHEMA,
     Speed,
     make_leaderboard,
@@ -19,9 +20,8 @@ from mnist_dist.search.leaderboard import (
     parquet_bytes,
     shown_rows,
 )
-from mnist_dist.search.space import architecture_of
-from mnist_dist.search.trials import Status, Trial
-from mnist_dist.search_config import BackboneSpace, SearchJob, SearchSpace, Trained
+from mnist_dist.tuning.space import architecture_of
+from mnist_dist.tuning.trials import Status, Trial
 
 JOB = SearchJob(
     space=SearchSpace(

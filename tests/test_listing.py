@@ -28,11 +28,11 @@ from mnist_dist.scoring.generations import Generation, Output
 from mnist_dist.scoring.listing import DEPTH, table_row
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import prediction_schema
-from mnist_dist.search.listing import search_row
-from mnist_dist.search.trials import Status, Trial, TrialRecords, TrialsOver
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
 from mnist_dist.training.runs import Run, run_row
+from mnist_dist.tuning.listing import search_row
+from mnist_dist.tuning.trials import Status, Trial, TrialRecords, TrialsOver
 
 TRAIN = TrainJob(phases=PhasesConfig(epochs=(3, 4), trainable=("head", "all")))
 SEARCH = SearchJob(
@@ -443,9 +443,8 @@ def test_listing_loads_neither_ray_nor_tensorflow(job: str, tmp_path: Path) -> N
     begun_table(str(tmp_path / "scores"), images=5)
     code = f"""
 import json, sys
-from jobs.{job} import main
-sys.argv = ["jobs.{job}", "--list", "--storage", {str(tmp_path)!r}]
-assert len(main()["runs"]) == 1
+from mnist_dist.commands.{job} import main
+assert len(main(["--list", "--storage", {str(tmp_path)!r}], program="mnist-dist {job}")["runs"]) == 1
 print(json.dumps(sorted({{"ray", "tensorflow", "keras"}} & set(sys.modules))))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)

@@ -19,9 +19,9 @@ from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig
 from mnist_dist.errors import Interrupted, ResourceError, ResumeConflict, StorageError, WorkersFailed
 from mnist_dist.on_ray.search.search import search
-from mnist_dist.search.leaderboard import SCHEMA
-from mnist_dist.search.trials import Trial, TrialRecords
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.tuning.leaderboard import SCHEMA
+from mnist_dist.tuning.trials import Trial, TrialRecords
 
 TRIALS = 5
 SETTINGS = f"--limit 900 --trials {TRIALS} --trial-epochs 2 --finalists 2 --finalist-epochs 2 --name run"

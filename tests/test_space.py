@@ -11,7 +11,8 @@ import pytest
 from mnist_dist.config import TrainJob
 from mnist_dist.errors import ConfigError
 from mnist_dist.recipes import SEARCH_RECIPES, search_backbones
-from mnist_dist.search.space import (
+from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace, Trained
+from mnist_dist.tuning.space import (
     Architecture,
     GridDraw,
     Proposer,
@@ -21,7 +22,6 @@ from mnist_dist.search.space import (
     describe,
     train_job,
 )
-from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace, Trained
 
 Algorithm = Literal["tpe", "random"]
 ALGORITHMS: tuple[Algorithm, ...] = ("tpe", "random")

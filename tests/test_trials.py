@@ -12,8 +12,8 @@ from harness import an_epoch
 from mnist_dist.errors import ServiceError
 from mnist_dist.on_ray.search.trial import Report
 from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials
-from mnist_dist.search.trials import Status, Trial, TrialRecords, distinct_errors, usable
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
+from mnist_dist.tuning.trials import Status, Trial, TrialRecords, distinct_errors, usable
 
 NEVER = math.inf
 AT_ONCE = -math.inf

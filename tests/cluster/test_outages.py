@@ -19,9 +19,9 @@ from PIL import Image
 
 from mnist_dist.on_ray.search.tuning import DIED
 from mnist_dist.scoring.predictions import read_predictions
-from mnist_dist.search.trials import TrialRecords
 from mnist_dist.training.checkpoints import read_checkpoint
 from mnist_dist.training.runs import Run
+from mnist_dist.tuning.trials import TrialRecords
 
 _REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]

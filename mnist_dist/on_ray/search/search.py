@@ -43,13 +43,13 @@ from mnist_dist.on_ray.search.tuning import Trials, run_trials
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
-from mnist_dist.search.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
-from mnist_dist.search.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
-from mnist_dist.search.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
+from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
+from mnist_dist.tuning.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
+from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 
 PATIENCE_S = 30.0  # with finalists that were asked to stop
 LOCK_PATIENCE_S = 70.0  # a lock that nobody renews is taken over after 60 s

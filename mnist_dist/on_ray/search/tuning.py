@@ -18,11 +18,11 @@ from mnist_dist.console import View
 from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, REPORT, Report, TrialProcess, TrialTask
 from mnist_dist.on_ray.training.train import with_absolute_weights
-from mnist_dist.search.space import Proposer, architecture_of, describe, train_job
-from mnist_dist.search.trials import Status, Trial, TrialRecords, usable
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.tuning.space import Proposer, architecture_of, describe, train_job
+from mnist_dist.tuning.trials import Status, Trial, TrialRecords, usable
 
 SHOWN_TRIALS = 8
 REDUCTION = 3

@@ -1,29 +1,30 @@
-"""python -m jobs.benchmark train|score|search|seeds|listing [--flags]: measures the figures that the README states."""
+"""python -m benchmarks train|score|search|reference|listing [--flags]: measures the figures that the README states."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks import listing, reference, score, search, train
+from benchmarks.listing import ListingBenchmark
+from benchmarks.reference import ReferenceBenchmark
+from benchmarks.score import ScoreBenchmark
+from benchmarks.search import SearchBenchmark
+from benchmarks.train import TrainBenchmark
 from mnist_dist import console
-from mnist_dist.benchmarks import listing, score, search, seeds, train
-from mnist_dist.benchmarks.listing import ListingBenchmark
-from mnist_dist.benchmarks.score import ScoreBenchmark
-from mnist_dist.benchmarks.search import SearchBenchmark
-from mnist_dist.benchmarks.seeds import SeedsBenchmark
-from mnist_dist.benchmarks.train import TrainBenchmark
 
-Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | SeedsBenchmark | ListingBenchmark
+Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
-    "seeds": SeedsBenchmark,
+    "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
 }
 
 
 def main() -> dict[str, Any]:
     """Parses, measures, prints the table; returns the job's JSON keys."""
-    _, benchmark = console.parse(BENCHMARKS, command="python -m jobs.benchmark", default="train")
+    _, benchmark = console.parse(BENCHMARKS, argv=sys.argv[1:], command="python -m benchmarks", default="train")
     shown = console.Console(verbose=benchmark.verbose)
     console.quiet(verbose=benchmark.verbose)
     if isinstance(benchmark, ScoreBenchmark):
@@ -32,9 +33,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
-    elif isinstance(benchmark, SeedsBenchmark):
-        result = seeds.measure(benchmark, console=shown)
-        shown.line(seeds.table(result))
+    elif isinstance(benchmark, ReferenceBenchmark):
+        result = reference.measure(benchmark, console=shown)
+        shown.line(reference.table(result))
     elif isinstance(benchmark, ListingBenchmark):
         result = listing.measure(benchmark, console=shown)
         shown.table(listing.table(result))

@@ -29,14 +29,14 @@ from typing import Any, Literal
 
 import pyarrow.dataset
 
+from benchmarks import seaweedfs
+from benchmarks.bundles import CASES, make_bundle, ready_engine
+from benchmarks.peers.task import Task, read_stamps
+from benchmarks.photos import link_photos, write_photos, write_tar
+from benchmarks.programs import last_json, peak_memory_bytes, run_program
+from benchmarks.score_table import TITLES, Figures, Round, ratios, summary
+from benchmarks.score_table import table as table  # the job prints it
 from mnist_dist import processor, storage
-from mnist_dist.benchmarks import seaweedfs
-from mnist_dist.benchmarks.bundles import CASES, make_bundle, ready_engine
-from mnist_dist.benchmarks.peers.task import Task, read_stamps
-from mnist_dist.benchmarks.photos import link_photos, write_photos, write_tar
-from mnist_dist.benchmarks.programs import last_json, peak_memory_bytes, run_program
-from mnist_dist.benchmarks.score_table import TITLES, Figures, Round, ratios, summary
-from mnist_dist.benchmarks.score_table import table as table  # the job prints it
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
 from mnist_dist.data.steady_speed import SETTLING
@@ -208,7 +208,7 @@ class _Bench:
         choice, rounds = self.choices[model, DEFAULT_ENGINE], []
         for number in range(self.benchmark.rounds):
             with self._task(model, images) as task:
-                bare = run_program(["mnist_dist.benchmarks.peers.start", task.to_argument()], Path(task.scratch))
+                bare = run_program(["benchmarks.peers.start", task.to_argument()], Path(task.scratch))
             with self._task(model, images) as task:
                 ours = run_program(our_job(task, DEFAULT_ENGINE), Path(task.scratch))
                 engine = check_ours(task, SMALL_IMAGES, choice)["engine"]
@@ -270,7 +270,7 @@ class _Bench:
             task = dataclasses.replace(task, engine=choice.engine, precision=choice.precision, engine_uri=choice.uri)
             if PROGRAMS[peer] == "engine":
                 task = dataclasses.replace(task, batch_size=choice.batch_size(task.batch_size))
-            program = f"mnist_dist.benchmarks.peers.{PROGRAMS[peer]}"
+            program = f"benchmarks.peers.{PROGRAMS[peer]}"
             seconds = run_program([program, task.to_argument()], Path(task.scratch))
             steady = steady_images_per_s(read_stamps(task))
             if peer in PARTS:

@@ -1,7 +1,7 @@
 """The threads of our job that read and decode, alone: one per core, no model, no table."""
 
+from benchmarks.peers.task import Stamps, Task
 from mnist_dist import processor
-from mnist_dist.benchmarks.peers.task import Stamps, Task
 from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.images import Decoded
 from mnist_dist.errors import ImageError

@@ -1,7 +1,7 @@
 """KerasTuner's random search of a head on a frozen backbone, as its users would write it: `fit` on arrays, every trial
 through the whole network.
 
-Run as `python -m mnist_dist.benchmarks.peers.keras_tuner_search ARGUMENT`, the argument a JSON object: `arrays` (an
+Run as `python -m benchmarks.peers.keras_tuner_search ARGUMENT`, the argument a JSON object: `arrays` (an
 .npz of pixels, labels, val_pixels, val_labels), `scratch`, `alpha`, `size_px`, `trials`, `epochs`, `seed` and the
 values of the space. Prints `{"seconds": ..., "best": ...}` as its last line: the search alone, without start-up.
 """

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.programs import last_json, run_program
 from mnist_dist import processor
-from mnist_dist.benchmarks.programs import last_json, run_program
 from mnist_dist.config import DataConfig, require
 from mnist_dist.console import Console
 from mnist_dist.data.sources import open_source
@@ -26,7 +26,7 @@ from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, Sea
 
 Case = Literal["cache", "vgg16"]
 SMALL = BackboneSpace(backbone="mobilenet", alpha=(0.25,), image_size_px=(96,))
-PEER = "mnist_dist.benchmarks.peers.keras_tuner_search"
+PEER = "benchmarks.peers.keras_tuner_search"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The table of the seed systems, from finished runs."""
+"""The table of the reference systems, from finished runs."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from harness import Recorder
 
-from mnist_dist.benchmarks import search, seeds
-from mnist_dist.benchmarks.search import SearchBenchmark
-from mnist_dist.benchmarks.seeds import SEEDS, SeedsBenchmark
+from benchmarks import reference, search
+from benchmarks.reference import REFERENCE_SYSTEMS, ReferenceBenchmark
+from benchmarks.search import SearchBenchmark
 from mnist_dist.errors import ConfigError
 from mnist_dist.recipes import TRAINING_RECIPES
 
@@ -20,8 +20,8 @@ def finish(storage: Path, name: str, *, recipe: str, accuracy: float | None, los
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def test_every_seed_has_a_recipe() -> None:
-    assert {seed.recipe for seed in SEEDS} <= TRAINING_RECIPES.keys()
+def test_every_reference_system_has_a_recipe() -> None:
+    assert {system.recipe for system in REFERENCE_SYSTEMS} <= TRAINING_RECIPES.keys()
 
 
 def test_runs_of_one_recipe_are_brought_together(tmp_path: Path) -> None:
@@ -31,20 +31,20 @@ def test_runs_of_one_recipe_are_brought_together(tmp_path: Path) -> None:
     finish(tmp_path, "d", recipe="quickstart", accuracy=0.5)
     (tmp_path / "a" / "deeper").mkdir()
     finish(tmp_path / "a", "deeper/e", recipe="mnist-cnn", accuracy=0.1)
-    result = seeds.measure(SeedsBenchmark(storage=str(tmp_path)), console=Recorder())
+    result = reference.measure(ReferenceBenchmark(storage=str(tmp_path)), console=Recorder())
     rows = {row["recipe"]: row for row in result["rows"]}
-    assert len(rows) == len(SEEDS)
+    assert len(rows) == len(REFERENCE_SYSTEMS)
     cnn = rows["mnist-cnn"]
     assert (cnn["runs"], cnn["accuracy"], cnn["loss"]) == (2, pytest.approx(0.97), pytest.approx(0.2))
-    table = seeds.table(result)
+    table = reference.table(result)
     assert "**97.00 %** (96.00 to 98.00, 2 runs)" in table
     assert "**90.00 %** |" in table
-    assert table.count("not run") == len(SEEDS) - 2
+    assert table.count("not run") == len(REFERENCE_SYSTEMS) - 2
 
 
 def test_no_finished_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^no finished run of mnist-vgg16, .* Received: storage="):
-        seeds.measure(SeedsBenchmark(storage=str(tmp_path)), console=Recorder())
+        reference.measure(ReferenceBenchmark(storage=str(tmp_path)), console=Recorder())
 
 
 # --- the benchmark of searching --------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import keras
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist.benchmarks.peers.model import answers_of, load_model
-from mnist_dist.benchmarks.peers.task import Stamps, Task
-from mnist_dist.benchmarks.peers.tf_data import images_of, paths_of
+from benchmarks.peers.model import answers_of, load_model
+from benchmarks.peers.task import Stamps, Task
+from benchmarks.peers.tf_data import images_of, paths_of
 
 
 class NoteBatches(keras.callbacks.Callback):

@@ -2,8 +2,8 @@
 
 import ray
 
-from mnist_dist.benchmarks.peers.model import Model
-from mnist_dist.benchmarks.peers.task import Task
+from benchmarks.peers.model import Model
+from benchmarks.peers.task import Task
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import daft
 from daft import DataType
 
-from mnist_dist.benchmarks.peers.task import Stamps, Task
+from benchmarks.peers.task import Stamps, Task
 
 
 def classifier(task: Task) -> Any:
@@ -22,7 +22,7 @@ def classifier(task: Task) -> Any:
         """Holds the model."""
 
         def __init__(self, task: Task) -> None:
-            from mnist_dist.benchmarks.peers.model import Model
+            from benchmarks.peers.model import Model
 
             self._model, self._stamps = Model(task), Stamps(task)
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist.search.space import Architecture
-from mnist_dist.search.trials import Trial
+from mnist_dist.tuning.space import Architecture
+from mnist_dist.tuning.trials import Trial
 
 PARAMETERS = {
     "trained": pa.string(),

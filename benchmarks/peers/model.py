@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.benchmarks.peers.task import Task
+from benchmarks.peers.task import Task
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mnist_dist.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedsBenchmark:
+class ReferenceBenchmark:
     """Which runs to look at."""
 
     storage: str = "runs"
@@ -21,7 +21,7 @@ class SeedsBenchmark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seed:
+class ReferenceSystem:
     """A published system: `recipe` is ours for it."""
 
     what: str
@@ -29,16 +29,16 @@ class Seed:
     recipe: str
 
 
-SEEDS = (
-    Seed(what="VGG16 at 224 px, frozen, dense softmax", published="near-perfect", recipe="mnist-vgg16"),
-    Seed(
+REFERENCE_SYSTEMS = (
+    ReferenceSystem(what="VGG16 at 224 px, frozen, dense softmax", published="near-perfect", recipe="mnist-vgg16"),
+    ReferenceSystem(
         what="MobileNetV2 at 32 px, head, then fine-tuned", published="84.13 %, loss 0.56", recipe="mnist-mobilenet-v2"
     ),
-    Seed(what="the same, all layers trained", published="", recipe="mnist-mobilenet-v2-tuned"),
-    Seed(what="frozen convolutions, new head", published="over 99 %", recipe="mnist-conv-transfer"),
-    Seed(what="MLP 784-128-64-10", published="98.23 %", recipe="mnist-mlp"),
-    Seed(what="CNN, 421,642 parameters", published="99.07 %", recipe="mnist-cnn"),
-    Seed(
+    ReferenceSystem(what="the same, all layers trained", published="", recipe="mnist-mobilenet-v2-tuned"),
+    ReferenceSystem(what="frozen convolutions, new head", published="over 99 %", recipe="mnist-conv-transfer"),
+    ReferenceSystem(what="MLP 784-128-64-10", published="98.23 %", recipe="mnist-mlp"),
+    ReferenceSystem(what="CNN, 421,642 parameters", published="99.07 %", recipe="mnist-cnn"),
+    ReferenceSystem(
         what="CNN with BatchNorm, 459,210 parameters, EarlyStopping, ReduceLROnPlateau, best checkpoint",
         published="99.2 %, loss 0.03",
         recipe="mnist-cnn-bn",
@@ -46,16 +46,16 @@ SEEDS = (
 )
 
 
-def measure(benchmark: SeedsBenchmark, *, console: Console) -> dict[str, Any]:
+def measure(benchmark: ReferenceBenchmark, *, console: Console) -> dict[str, Any]:
     """Looks up the finished runs of each recipe.
 
     Raises:
         ConfigError: there is none.
     """
     results = _results(benchmark.storage)
-    rows = [_row(seed, results.get(seed.recipe, [])) for seed in SEEDS]
+    rows = [_row(system, results.get(system.recipe, [])) for system in REFERENCE_SYSTEMS]
     if not any(row["runs"] for row in rows):
-        names = ", ".join(seed.recipe for seed in SEEDS)
+        names = ", ".join(system.recipe for system in REFERENCE_SYSTEMS)
         raise ConfigError(f"no finished run of {names} there. Received: storage={benchmark.storage!r}")
     for row in rows:
         if not row["runs"]:
@@ -100,9 +100,14 @@ def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _row(seed: Seed, results: list[dict[str, Any]]) -> dict[str, Any]:
-    command = f"python -m jobs.train {seed.recipe} --data-dir IDX_FOLDER"
-    row: dict[str, Any] = {"what": seed.what, "published": seed.published, "recipe": seed.recipe, "command": command}
+def _row(system: ReferenceSystem, results: list[dict[str, Any]]) -> dict[str, Any]:
+    command = f"python -m jobs.train {system.recipe} --data-dir IDX_FOLDER"
+    row: dict[str, Any] = {
+        "what": system.what,
+        "published": system.published,
+        "recipe": system.recipe,
+        "command": command,
+    }
     row["runs"] = len(results)
     if results:
         accuracies = [result["test_accuracy"] for result in results]

@@ -1,7 +1,7 @@
 """The model alone: always the same ready batch, nothing to read, nothing to write. What all others are measured by."""
 
-from mnist_dist.benchmarks.peers.model import Model
-from mnist_dist.benchmarks.peers.task import Task, call_again_and_again
+from benchmarks.peers.model import Model
+from benchmarks.peers.task import Task, call_again_and_again
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import psutil
 
 from mnist_dist.errors import MnistDistError
 
-ROOT = Path(__file__).parents[2]  # where `python -m jobs.score` is found
+ROOT = Path(__file__).parents[1]  # where `python -m jobs.score` is found
 SECONDS_BETWEEN_SAMPLES = 0.5
 TIMEOUT_S = 7_200
 SHOWN_LINES = 20  # of a program that failed

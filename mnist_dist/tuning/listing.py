@@ -5,7 +5,7 @@ from typing import Any
 
 from mnist_dist import storage
 from mnist_dist.listing import TRIALS, Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
-from mnist_dist.search.trials import Trial, TrialRecords, TrialsOver, usable
+from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, usable
 
 FINALISTS = "finalists"
 

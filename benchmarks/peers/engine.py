@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mnist_dist.benchmarks.peers.task import Task, call_again_and_again
+from benchmarks.peers.task import Task, call_again_and_again
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.models.bundle import load_bundle
 

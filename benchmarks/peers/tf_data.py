@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from mnist_dist.benchmarks.peers.model import Model
-from mnist_dist.benchmarks.peers.task import Stamps, Task
+from benchmarks.peers.model import Model
+from benchmarks.peers.task import Stamps, Task
 
 
 def paths_of(task: Task) -> list[str]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import ray
 
-from mnist_dist.benchmarks.peers.task import Stamps, Task
+from benchmarks.peers.task import Stamps, Task
 
 
 class Classifier:
     """Holds the model."""
 
     def __init__(self, task: Task) -> None:
-        from mnist_dist.benchmarks.peers.model import Model
+        from benchmarks.peers.model import Model
 
         self._model, self._stamps = Model(task), Stamps(task)
 

@@ -1,0 +1,154 @@
+"""The Python API: what the commands do, as functions that return small result objects.
+
+Each takes the flags of its command as keyword arguments, prints nothing unless `show` is set, and raises the exceptions
+of `errors.py`. Called again with the same arguments, it resumes what was stopped, and returns at once what is finished.
+
+SIGINT (Ctrl-C, a notebook's stop button) saves what is there and raises `Interrupted`; a second one raises
+KeyboardInterrupt.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+from mnist_dist import console
+from mnist_dist.config import ScoreJob, TrainJob
+from mnist_dist.errors import ConfigError
+from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.export_config import ExportFormat, ExportJob
+from mnist_dist.keywords import job_of, takes_fields_of
+from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.results import EvaluateResult, ExportResult, ScoreResult, SearchResult, TrainResult
+from mnist_dist.search_config import SearchJob
+
+Uri = str | PathLike[str]
+
+
+@takes_fields_of(TrainJob)
+def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> TrainResult:
+    """Fine-tunes a classifier, as `mnist-dist train` does.
+
+    Args:
+        recipe: named settings, which the flags change; `mnist_dist.recipes.TRAINING_RECIPES` has them.
+        show: report progress on stderr.
+        **flags: the flags of the command, such as `data`, `backbone`, `epochs`, `storage`, `name`, `workers`.
+
+    Raises:
+        ConfigError: a flag, the data or the cluster does not fit; found before any work.
+        ResumeConflict: the run's folder holds a run of other settings.
+        Locked: another driver is at work on it.
+        Interrupted: a signal came; everything is saved.
+        MnistDistError: see `errors`.
+    """
+    job = job_of(TrainJob, flags, base=_recipe(TRAINING_RECIPES, recipe))
+    with _shown(show, verbose=job.run.verbose) as shown:
+        if job.run.plan:
+            from mnist_dist.on_ray.training.plan import plan_train
+
+            return TrainResult(plan_train(job, recipe=recipe, console=shown))
+        from mnist_dist.on_ray.training.train import train as run
+
+        return TrainResult(run(job, recipe=recipe, console=shown))
+
+
+@takes_fields_of(SearchJob)
+def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -> SearchResult:
+    """Searches backbones and hyperparameters, as `mnist-dist search` does.
+
+    Args:
+        recipe: named settings, which the flags change; `mnist_dist.recipes.SEARCH_RECIPES` has them.
+        show: report progress on stderr.
+        **flags: the flags of the command, such as `data`, `trials`, `storage`, `name`.
+
+    Raises:
+        ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
+    """
+    job = job_of(SearchJob, flags, base=_recipe(SEARCH_RECIPES, recipe))
+    with _shown(show, verbose=job.run.verbose) as shown:
+        from mnist_dist.on_ray.search.search import search as run
+
+        return SearchResult(run(job, recipe=recipe, console=shown))
+
+
+@takes_fields_of(ScoreJob)
+def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = False, **flags: Any) -> ScoreResult:
+    """Scores images into a prediction table with exactly one row per image, as `mnist-dist score` does.
+
+    Args:
+        bundle: the trained model, a folder or an `s3://` prefix.
+        input: folders, globs, prefixes, archives or lists of URIs.
+        output: folder or `s3://` prefix of the table.
+        show: report progress on stderr.
+        **flags: the other flags of the command, such as `mode`, `top_k`, `engine`, `max_bad_fraction`.
+
+    Raises:
+        TooManyBadImages: more rows are bad than `max_bad_fraction` allows; the table is there.
+        ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
+    """
+    job = job_of(ScoreJob, {"bundle": bundle, "input": input, "output": output, **flags})
+    with _shown(show, verbose=job.run.verbose) as shown:
+        if job.run.plan:
+            from mnist_dist.on_ray.scoring.plan import plan_score
+
+            return ScoreResult(plan_score(job, console=shown))
+        from mnist_dist.on_ray.scoring.score import score as run
+
+        return ScoreResult(run(job, console=shown))
+
+
+@takes_fields_of(EvaluateJob)
+def evaluate(predictions: Uri | None = None, *, show: bool = False, **flags: Any) -> EvaluateResult:
+    """Computes the metrics of a prediction table, or compares two, as `mnist-dist evaluate` does.
+
+    Args:
+        predictions: the table; None: `bundle` scores the images of `input` first.
+        show: report progress and a short table on stderr.
+        **flags: the other flags of the command, such as `labels`, `compare`, `output`.
+
+    Raises:
+        DataError: there is no finished table, or the truth cannot be read.
+        ConfigError, Interrupted, MnistDistError: see `train`.
+    """
+    job = job_of(EvaluateJob, {"predictions": predictions, **flags})
+    with _shown(show, verbose=job.verbose) as shown:
+        from mnist_dist.commands.evaluate import run
+
+        return EvaluateResult({**run(job, shown), "predictions": job.table_uri})
+
+
+@takes_fields_of(ExportJob)
+def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: Any) -> ExportResult:
+    """Converts a bundle's model to another runtime and compares the two, as `mnist-dist export` does.
+
+    Args:
+        bundle: the trained model, a folder or an `s3://` prefix.
+        format: `saved_model`, `onnx`, `openvino` or `litert`.
+        show: report progress on stderr.
+        **flags: the other flags of the command: `output`, `tolerance`, `batch_size`.
+
+    Raises:
+        BundleError: there is no bundle.
+        ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
+    """
+    job = job_of(ExportJob, {"bundle": bundle, "format": format, **flags})
+    with _shown(show, verbose=job.verbose) as shown:
+        from mnist_dist.engines.export import export_bundle
+
+        return ExportResult(export_bundle(job, console=shown))
+
+
+def _recipe(recipes: "dict[str, Callable[[], Any]]", name: str) -> Any:
+    if name not in recipes:
+        raise ConfigError(f"the recipes are {', '.join(recipes)}. Received: {name!r}")
+    return recipes[name]()
+
+
+@contextmanager
+def _shown(show: bool, *, verbose: bool) -> Iterator[console.Console]:
+    shown = console.Console(verbose=verbose, silent=not show, embedded=True)
+    if verbose:
+        yield shown
+        return
+    with console.quieted():
+        yield shown

@@ -1,0 +1,40 @@
+"""mnist-dist evaluate --predictions URI | --bundle DIR --input URI: says what a table, or a bundle, is worth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mnist_dist import console
+from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
+from mnist_dist.evaluate_config import EvaluateJob
+
+
+def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
+    """Parses, evaluates, shows the short of it; returns the job's JSON keys."""
+    _, job = console.parse({"evaluate": EvaluateJob}, argv=arguments, command=program, default="evaluate")
+    shown = console.Console(verbose=job.verbose)
+    console.quiet(verbose=job.verbose)
+    return run(job, shown)
+
+
+def run(job: EvaluateJob, shown: console.Console) -> dict[str, Any]:
+    """Scores first where images were named, evaluates, writes the page; returns the job's JSON keys."""
+    from mnist_dist.evaluation.evaluate import evaluate  # after parsing: `--help` need not wait for scikit-learn
+    from mnist_dist.evaluation.pages import write_evaluation_page
+
+    if job.input:
+        _score(job, shown)
+    result = evaluate(job, console=shown, report=write_evaluation_page)
+    shown.line(f"report: {result['report']}")
+    return result
+
+
+def _score(job: EvaluateJob, shown: console.Console) -> None:
+    """Scores the images, or goes on with it."""
+    from mnist_dist.evaluation.evaluate import check_named
+    from mnist_dist.on_ray.scoring.score import score  # only here: evaluating a table needs no Ray
+
+    check_named(job)
+    has_labels = job.labels is None and all(uri.lower().endswith((".csv", ".parquet")) for uri in job.input)
+    inputs = InputConfig(input=job.input, carry=(job.label_column,) if has_labels else ())
+    run = ScoreRunConfig(verbose=job.verbose)
+    score(ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, run=run), console=shown)

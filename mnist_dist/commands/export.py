@@ -1,0 +1,17 @@
+"""mnist-dist export --bundle DIR --format F: a bundle's model for another runtime, run there and compared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mnist_dist import console
+from mnist_dist.export_config import ExportJob
+
+
+def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
+    """Parses, exports, says where the file is; returns the job's JSON keys."""
+    _, job = console.parse({"export": ExportJob}, argv=arguments, command=program, default="export")
+    shown = console.Console(verbose=job.verbose)
+    console.quiet(verbose=job.verbose)
+    from mnist_dist.engines.export import export_bundle
+
+    return export_bundle(job, console=shown)

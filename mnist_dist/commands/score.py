@@ -1,0 +1,42 @@
+"""mnist-dist score --bundle DIR --input URI [URI ...] --output URI: scores images into a Parquet table.
+
+mnist-dist score --list [--storage URI]: the prediction tables below a folder or prefix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mnist_dist import console, listing
+from mnist_dist.config import ScoreJob
+
+
+def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
+    """Parses, scores, says where the table is and how to read it; returns the job's JSON keys."""
+    asked = listing.asked(program, arguments)
+    if asked is not None:
+        return show_tables(asked)
+    _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=listing.HELP)
+    shown = console.Console(verbose=job.run.verbose)
+    console.quiet(verbose=job.run.verbose)
+    if job.run.plan:
+        from mnist_dist.on_ray.scoring.plan import plan_score
+
+        return plan_score(job, console=shown)
+    from mnist_dist.on_ray.scoring.score import score  # after `quiet`: Ray reads the environment when it is imported
+
+    result = score(job, console=shown)
+    if not job.run.dry_run:
+        shown.line(
+            f"table: {result['output']}\n"
+            f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/part-*.parquet' GROUP BY 1\"\n"
+            f"  python -c \"import pandas; print(pandas.read_parquet('{result['output']}'))\""
+        )
+    return result
+
+
+def show_tables(asked: listing.ListJob) -> dict[str, Any]:
+    """Shows the prediction tables below a folder or prefix; returns the job's JSON keys."""
+    from mnist_dist.scoring.listing import DEPTH, table_row  # only here: it loads pyarrow
+
+    rows = listing.rows_below(asked.storage, table_row, depth=DEPTH)
+    return listing.show(rows, job=asked, what="prediction tables", console=console.Console(verbose=asked.verbose))

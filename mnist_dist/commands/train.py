@@ -1,0 +1,44 @@
+"""mnist-dist train [RECIPE] [--flags]: fine-tunes a classifier on Ray Train and writes it as a bundle.
+
+mnist-dist train --list [--storage URI]: the training runs below a storage.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mnist_dist import console, listing
+from mnist_dist.recipes import TRAINING_RECIPES
+
+
+def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
+    """Parses, trains, says what came of it; returns the job's JSON keys."""
+    asked = listing.asked(program, arguments)
+    if asked is not None:
+        return show_runs(asked)
+    recipe, job = console.parse(
+        TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=listing.HELP
+    )
+    shown = console.Console(verbose=job.run.verbose)
+    console.quiet(verbose=job.run.verbose)
+    if job.run.plan:
+        from mnist_dist.on_ray.training.plan import plan_train
+
+        return plan_train(job, recipe=recipe, console=shown)
+    from mnist_dist.on_ray.training.train import train  # after `quiet`: Ray reads the environment when it is imported
+
+    result = train(job, recipe=recipe, console=shown)
+    shown.line(
+        f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} on {result['test_images']:,} "
+        f"images; {result['epochs']} epochs in {result['seconds']:.0f} s"
+    )
+    if result["bundle"] is not None:
+        shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
+    return result
+
+
+def show_runs(asked: listing.ListJob) -> dict[str, Any]:
+    """Shows the training runs below a storage; returns the job's JSON keys."""
+    from mnist_dist.training.runs import run_row  # only here: what trains imports it when it begins
+
+    rows = listing.rows_below(asked.storage, run_row)
+    return listing.show(rows, job=asked, what="training runs", console=console.Console(verbose=asked.verbose))

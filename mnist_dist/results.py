@@ -1,0 +1,167 @@
+"""What the functions of the Python API return: the job's figures, and ways to the files behind them."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mnist_dist.models.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Args:
+        values: the keys of the job's JSON line, as the command prints them.
+    """
+
+    values: Mapping[str, Any]
+
+    @property
+    def seconds(self) -> float | None:
+        """From the job's start to its end, earlier drivers included; None where the job does not tell."""
+        return cast("float | None", self.values.get("seconds"))
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(_shown(value))}</td></tr>"
+            for name, value in self.values.items()
+        )
+        return f"<table>{rows}</table>"
+
+
+class TrainResult(Result):
+    """A finished training run."""
+
+    @property
+    def uri(self) -> str:
+        """The run's folder."""
+        return str(self.values["run_dir"])
+
+    @property
+    def test_accuracy(self) -> float:
+        """Of the test images, 0-1."""
+        return float(self.values["test_accuracy"])
+
+    @property
+    def test_loss(self) -> float:
+        """Mean cross-entropy of the test images, nats."""
+        return float(self.values["test_loss"])
+
+    def bundle(self) -> "Bundle":
+        """The trained model; see `load_bundle`."""
+        return _bundle(self.values["bundle"])
+
+
+class SearchResult(Result):
+    """A finished search."""
+
+    @property
+    def uri(self) -> str:
+        """The search's folder."""
+        return str(self.values["run_dir"])
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The winner: `trial`, `config`, `val_accuracy`, `val_loss`, `test_accuracy`, `test_loss`, `ms_per_image`."""
+        return cast(Mapping[str, Any], self.values["best"])
+
+    def bundle(self) -> "Bundle":
+        """The winner's model; see `load_bundle`."""
+        return _bundle(self.values["bundle"])
+
+    def table(self) -> "pa.Table":
+        """The leaderboard: a row per trial, the best first."""
+        return _parquet(self.values["leaderboard"])
+
+
+class ScoreResult(Result):
+    """A finished prediction table."""
+
+    @property
+    def uri(self) -> str:
+        """The output's folder."""
+        return str(self.values["output"])
+
+    @property
+    def images(self) -> int:
+        """Rows of the table."""
+        return int(self.values["images"])
+
+    @property
+    def statuses(self) -> Mapping[str, int]:
+        """Rows of each status."""
+        return cast(Mapping[str, int], self.values["statuses"])
+
+    def table(self, columns: "list[str] | None" = None) -> "pa.Table":
+        """The rows; see `read_predictions`.
+
+        Args:
+            columns: their names; None: all.
+        """
+        from mnist_dist.scoring.predictions import read_predictions
+
+        return read_predictions(self.uri, columns=columns)
+
+
+class EvaluateResult(Result):
+    """A finished evaluation. Figures are None where there is no truth, or a column was left out of the table."""
+
+    @property
+    def uri(self) -> str:
+        """The folder of the results."""
+        return str(self.values["output"])
+
+    @property
+    def report(self) -> str:
+        """URI of the HTML page."""
+        return str(self.values["report"])
+
+    @property
+    def accuracy(self) -> float | None:
+        """0-1."""
+        return cast("float | None", self.values["accuracy"])
+
+    def table(self) -> "pa.Table":
+        """The prediction table that was evaluated; see `read_predictions`."""
+        from mnist_dist.scoring.predictions import read_predictions
+
+        return read_predictions(self.values["predictions"])
+
+
+class ExportResult(Result):
+    """A finished export."""
+
+    @property
+    def uri(self) -> str:
+        """The folder of the export."""
+        return str(self.values["output"])
+
+    @property
+    def path(self) -> str:
+        """What the runtime opens."""
+        return str(self.values["path"])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bundle(uri: str) -> "Bundle":
+    from mnist_dist.models.bundle import load_bundle
+
+    return load_bundle(uri)
+
+
+def _parquet(uri: str) -> "pa.Table":
+    import pyarrow.parquet as pq
+
+    from mnist_dist import storage
+
+    with storage.open_binary(uri) as file:
+        return pq.read_table(file)
