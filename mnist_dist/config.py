@@ -23,6 +23,8 @@ ResizeRule = Literal["stretch", "crop"]
 EngineName = Literal["keras", "openvino", "onnx"]
 EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
+LOCK_WAIT_S = 90.0
+"""A lock is taken over after 60 s of silence, which is noticed within a second, by clocks that may differ a little."""
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -263,6 +265,8 @@ class SharedRunConfig:
     without augmentation, and for trials."""
     feature_type: FeatureType = "float16"
     """Of the values in that cache."""
+    lock_wait_s: float = LOCK_WAIT_S
+    """Wait so long, s, for the lock of a driver that may be lost; it is taken over after 60 s of silence. 0: fail."""
     wait_for_nodes_s: float = 0.0
     """Wait so long, s, for a growing cluster to have room for what the other flags name (unnamed: one process of 1 CPU
     and no GPU). 0: take what is there."""
@@ -275,6 +279,7 @@ class SharedRunConfig:
         require(cpus is None or cpus > 0, "cpus_per_worker is positive", cpus_per_worker=cpus)
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
         require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
+        require(self.lock_wait_s >= 0, "lock_wait_s is 0 or above", lock_wait_s=self.lock_wait_s)
         require(
             self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")),
             "name is a single folder name",
@@ -453,6 +458,8 @@ class ScoreRunConfig:
     """Deaths of a worker over the same shard after which the job gives up."""
     storage_is_shared: bool = False
     """Local folders are the same on every node (NFS and the like)."""
+    lock_wait_s: float = LOCK_WAIT_S
+    """Wait so long, s, for the lock of a driver that may be lost; it is taken over after 60 s of silence. 0: fail."""
     wait_for_nodes_s: float = 0.0
     """Wait so long, s, for a growing cluster to have room for `actors` of `cpus_per_actor` and `gpus_per_actor`
     (unnamed: one, of 1 CPU and no GPU). 0: take what is there."""
@@ -478,6 +485,7 @@ class ScoreRunConfig:
         require(self.max_failures >= 0, "max_failures is 0 or above", max_failures=self.max_failures)
         require(not (self.plan and self.dry_run), "plan and dry_run are two things", plan=True, dry_run=True)
         require(self.wait_for_nodes_s >= 0, "wait_for_nodes_s is 0 or above", wait_for_nodes_s=self.wait_for_nodes_s)
+        require(self.lock_wait_s >= 0, "lock_wait_s is 0 or above", lock_wait_s=self.lock_wait_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mnist_dist import storage
-from mnist_dist.config import require
+from mnist_dist.config import LOCK_WAIT_S, require
 
 ExportFormat = Literal["saved_model", "onnx", "openvino", "litert"]
 
@@ -29,6 +29,8 @@ class ExportJob:
     """Largest absolute difference of a probability to the Keras model's; above it the job fails."""
     batch_size: int = 32
     """Images per call while both are compared and measured."""
+    lock_wait_s: float = LOCK_WAIT_S
+    """Wait so long, s, for the lock of a driver that may be lost; it is taken over after 60 s of silence. 0: fail."""
     verbose: bool = False
     """Show what TensorFlow and the converters print."""
 
@@ -36,6 +38,7 @@ class ExportJob:
         require(bool(self.bundle), "bundle is a folder or an s3:// prefix", bundle=self.bundle)
         require(self.output != "", "output is a folder or an s3:// prefix", output=self.output)
         require(0 <= self.tolerance < 1, "tolerance is in [0, 1)", tolerance=self.tolerance)
+        require(self.lock_wait_s >= 0, "lock_wait_s is 0 or above", lock_wait_s=self.lock_wait_s)
         require(self.batch_size >= 1, "batch_size is at least 1", batch_size=self.batch_size)
         bundle = storage.absolute(self.bundle)
         is_inside = f"{self.output_uri}/".startswith(f"{bundle}/")

@@ -27,7 +27,7 @@ from mnist_dist import documents, storage
 from mnist_dist.config import FeatureType
 from mnist_dist.console import Console
 from mnist_dist.documents import Document
-from mnist_dist.errors import DataError, MnistDistError, StorageError, first_line
+from mnist_dist.errors import MnistDistError, StorageError, first_line
 from mnist_dist.lock import Holder, holder_of
 
 State = Literal["finished", "running", "stopped", "failed", "new", "unreadable"]
@@ -143,10 +143,7 @@ def living(lock_uri: str) -> Holder | None:
     Raises:
         DataError: the lock is damaged.
     """
-    try:
-        holder = holder_of(lock_uri)
-    except (ValueError, TypeError, LookupError) as err:
-        raise DataError(f"the lock is damaged: {err!r}") from err
+    holder = holder_of(lock_uri)
     return holder if holder is not None and holder.is_alive else None
 
 

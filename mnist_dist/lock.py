@@ -1,50 +1,69 @@
 """One driver at a time: a lock that lies beside the work, on local storage and S3 alike.
 
 The lock is one small JSON object, created only where there is none. Its holder renews it; a holder that is silent for
-60 s, or a process of this host that is dead, loses it to the next who asks. Whoever is about to publish something
-calls `check` first.
+60 s, or a process of this host that is dead, loses it to the next who asks. Whoever asks while the holder may only be
+lost waits, until it is silent for long enough or renews the lock. Whoever is about to publish something calls `check`
+first.
 """
 
-import json
 import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from mnist_dist import storage
+from mnist_dist import documents, storage
+from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Locked, ServiceError
 
 log = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
 SECONDS_BETWEEN_BEATS = 10.0
+SECONDS_BETWEEN_LOOKS = 1.0  # of one who waits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock, or left it behind."""
+    """Who holds a lock, or left it behind: what the object says."""
 
+    id: str
     host: str
     pid: int
-    is_alive: bool
-    """He may still be at work: heard of within the last 60 s, and no dead process of this host."""
+    time: float
+    """When the lock was last renewed, s since the epoch, by the holder's clock."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the holder may still be at work: heard of within the last 60 s, and no dead process of this host."""
+        if self.is_of_this_host and not _is_process(self.pid):
+            return False
+        return time.time() - self.time < SILENCE_S
+
+    @property
+    def is_of_this_host(self) -> bool:
+        return self.host == _host()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, last heard of {time.time() - self.time:.0f} s ago"
 
 
 def holder_of(uri: str) -> Holder | None:
     """Who holds the lock at `uri`, or None; takes nothing and changes nothing.
 
     Raises:
-        ValueError, TypeError, KeyError: the object there is no lock.
+        DataError: the object there is no lock.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    holder = _read(uri)
-    if holder is None:
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
         return None
-    return Holder(host=str(holder["host"]), pid=int(holder["pid"]), is_alive=_is_alive(holder))
+    if not data:  # where there are no hard links: somebody is just writing it
+        return Holder(id="", host="", pid=0, time=time.time())
+    return documents.decode(data, Holder, uri=uri)
 
 
 class Lock:
@@ -53,37 +72,67 @@ class Lock:
     Args:
         uri: of the lock object.
         what: what is locked, for messages.
+        wait_s: how long to wait, s, for a holder that may be lost.
+        console: where it is said that there is something to wait for.
+        stop: ends the waiting.
 
     Attributes:
         lost: another driver was seen to hold it.
 
     Raises:
-        Locked: on entering, another driver holds it; on `check`, it was taken away.
+        Locked: on entering, another driver is at work, or was heard of within the last 60 s even after the waiting; on
+            `check`, the lock was taken away.
+        Interrupted: a signal came while it waited.
     """
 
-    def __init__(self, uri: str, *, what: str) -> None:
-        self._uri, self._what = uri, what
-        self._owner = {"id": uuid.uuid4().hex, "host": _host(), "pid": os.getpid()}
+    def __init__(
+        self, uri: str, *, what: str, wait_s: float = 0.0, console: Console | None = None, stop: Stop | None = None
+    ) -> None:
+        self._uri, self._what, self._wait_s, self._console, self._stop = uri, what, wait_s, console, stop
+        self._owner = Holder(id=uuid.uuid4().hex, host=_host(), pid=os.getpid(), time=0.0)
         self.lost = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def __enter__(self) -> "Lock":
         while not storage.create_bytes(self._uri, self._content()):
-            holder = _read(self._uri)
+            holder = holder_of(self._uri)
             if holder is None:
                 continue
-            if holder["id"] == self._owner["id"]:
+            if holder.id == self._owner.id:
                 break  # our own put, whose answer was lost and which was tried again
-            if _is_alive(holder):
-                raise Locked(
-                    f"another driver is at work on {self._what}: process {holder['pid']} on {holder['host']}, last "
-                    f"heard of {time.time() - holder['time']:.0f} s ago"
-                )
-            log.info("taking over %s from process %s on %s", self._uri, holder["pid"], holder["host"])
+            if holder.is_alive and not self._falls_silent(holder):
+                continue
+            log.info("taking over %s from %s", self._uri, holder)
             storage.delete(self._uri)
         self._thread.start()
         return self
+
+    def _falls_silent(self, holder: Holder) -> bool:
+        """Waits for a holder that may be lost; whether it is. False: the lock is free.
+
+        Raises:
+            Locked: the holder is at work, or it may be even after the waiting.
+            Interrupted: a signal came.
+        """
+        began = time.monotonic()
+        if self._wait_s and not holder.is_of_this_host and self._console is not None:
+            self._console.line(
+                f"waiting up to {self._wait_s:g} s for the lock of {self._what}: it is held by {holder}, and is taken "
+                f"over after {SILENCE_S:g} s of silence"
+            )
+        while not holder.is_of_this_host and time.monotonic() - began < self._wait_s:
+            if self._stop is not None:
+                self._stop.check()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            now = holder_of(self._uri)
+            if now is None:
+                return False
+            if now != holder:
+                break
+            if not now.is_alive or time.monotonic() - began >= SILENCE_S:
+                return True
+        raise Locked(f"another driver is at work on {self._what}: {holder}")
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
@@ -107,28 +156,11 @@ class Lock:
                 log.warning("the lock %s could not be renewed: %s", self._uri, error)
 
     def _is_ours(self) -> bool:
-        holder = _read(self._uri)
-        return holder is not None and holder["id"] == self._owner["id"]
+        holder = holder_of(self._uri)
+        return holder is not None and holder.id == self._owner.id
 
     def _content(self) -> bytes:
-        return json.dumps({**self._owner, "time": time.time()}).encode()
-
-
-def _read(uri: str) -> dict[str, Any] | None:
-    try:
-        data = storage.read_bytes(uri)
-    except FileNotFoundError:
-        return None
-    if not data:  # where there are no hard links: somebody is just writing it
-        return {"id": "", "host": "", "pid": 0, "time": time.time()}
-    return dict(json.loads(data))
-
-
-def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the holder may still be at work; a number of a dead process may belong to another by now."""
-    if holder["host"] == _host() and not _is_process(holder["pid"]):
-        return False
-    return bool(time.time() - holder["time"] < SILENCE_S)
+        return documents.encode(replace(self._owner, time=time.time()))
 
 
 def _host() -> str:

@@ -4,7 +4,8 @@ Owns: the one loop that waits for work in another thread or process while progre
 lock is watched. Does not own: the work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mnist_dist.console import Console, Stop
@@ -71,3 +72,13 @@ class Session:
             self.check_lock()
             if show is not None:
                 show()
+
+
+@contextmanager
+def locked_session(console: Console, *, lock_uri: str, what: str, wait_s: float = 0.0) -> Iterator[Session]:
+    """A session that takes the signals and holds a lock; see `Lock`."""
+    with (
+        Stop(console) as stop,
+        Lock(lock_uri, what=what, wait_s=wait_s, console=console, stop=stop) as lock,
+    ):
+        yield Session(console=console, stop=stop, lock=lock)

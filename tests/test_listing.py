@@ -327,7 +327,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
         ("result.json", b"[1]", "result.json is not a dict"),
         ("history.csv", b"epoch\n1\n", "KeyError: 'val_accuracy'"),
         ("history.csv", b"epoch,val_accuracy\n1,much\n", "could not convert string to float"),
-        ("lock", b"\xff", "the lock is damaged"),
+        ("lock", b"\xff", "lock is not a Holder"),
     ],
 )
 def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: bytes, reason: str) -> None:

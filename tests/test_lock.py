@@ -2,15 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from harness import Recorder
 
 from mnist_dist import storage
-from mnist_dist.errors import Locked
+from mnist_dist.console import Stop
+from mnist_dist.errors import Interrupted, Locked
 from mnist_dist.lock import Lock, _host
 
 
@@ -52,6 +56,60 @@ def test_another_host_loses_it_after_a_minute_of_silence_only(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=61)
     with Lock(uri, what="the run") as lock:
         lock.check()
+
+
+def waiting(uri: str, console: Recorder, *, wait_s: float = 90.0) -> Lock:
+    return Lock(uri, what="the run", wait_s=wait_s, console=console)
+
+
+def test_one_who_waits_takes_over_when_the_holder_has_been_silent_for_long_enough(uri: str) -> None:
+    leave_lock(uri, host="elsewhere", pid=1, age_s=58)
+    console = Recorder()
+    with waiting(uri, console) as lock:
+        lock.check()
+    assert len(console.lines) == 1
+    assert "waiting up to 90 s for the lock of the run: it is held by process 1 on elsewhere" in console.lines[0]
+
+
+def test_a_clock_that_is_ahead_does_not_keep_a_lost_holder_alive(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_dist.lock.SILENCE_S", 2.0)
+    leave_lock(uri, host="elsewhere", pid=1, age_s=-3600)
+    with waiting(uri, Recorder()) as lock:
+        lock.check()
+
+
+def test_one_who_waits_is_refused_once_the_holder_renews_its_lock(uri: str) -> None:
+    leave_lock(uri, host="elsewhere", pid=1, age_s=5)
+    renew = partial(leave_lock, uri, host="elsewhere", pid=1, age_s=0)
+    with pytest.raises(Locked, match="at work on the run: process 1 on elsewhere"):
+        waiting(uri, Recorder(at="waiting", then=renew)).__enter__()
+
+
+def test_one_who_waits_gets_a_lock_that_is_left(uri: str) -> None:
+    leave_lock(uri, host="elsewhere", pid=1, age_s=5)
+    with waiting(uri, Recorder(at="waiting", then=partial(storage.delete, uri))) as lock:
+        lock.check()
+
+
+def test_one_who_waited_in_vain_is_refused(uri: str) -> None:
+    leave_lock(uri, host="elsewhere", pid=1, age_s=5)
+    with pytest.raises(Locked, match="at work on the run"):
+        waiting(uri, Recorder(), wait_s=0.5).__enter__()
+
+
+def test_a_living_process_of_this_host_is_not_waited_for(uri: str) -> None:
+    console = Recorder()
+    with Lock(uri, what="the run"), pytest.raises(Locked, match=f"process {os.getpid()} on"):
+        waiting(uri, console).__enter__()
+    assert console.lines == []
+
+
+def test_a_signal_ends_the_waiting(uri: str) -> None:
+    leave_lock(uri, host="elsewhere", pid=1, age_s=5)
+    stop = Stop(Recorder())
+    stop.signal_number = signal.SIGTERM
+    with pytest.raises(Interrupted, match="same command"):
+        Lock(uri, what="the run", wait_s=90.0, stop=stop).__enter__()
 
 
 def test_a_holder_that_lost_it_is_told_and_leaves_the_new_one_alone(uri: str) -> None:

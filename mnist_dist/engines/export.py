@@ -18,15 +18,14 @@ import msgspec
 
 from mnist_dist import documents, processor, storage
 from mnist_dist.config import differences
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.formats import FORMATS, check_installed
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
-from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, load_bundle
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 
 EXPORT_FILE = "export.json"
 
@@ -92,8 +91,8 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
         _check_free(output, job.format)
         calibration_of(bundle)  # which may be none
         parent, _, name = output.rpartition("/")
-        with Stop(console) as stop, Lock(f"{parent}/.{name}.lock", what=output) as lock:
-            session = Session(console=console, stop=stop, lock=lock)
+        lock_uri = f"{parent}/.{name}.lock"
+        with locked_session(console, lock_uri=lock_uri, what=output, wait_s=job.lock_wait_s) as session:
             export = _finished(job, bundle) or _export(job, bundle, session)
     return {
         "output": output,

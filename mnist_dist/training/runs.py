@@ -35,6 +35,10 @@ class Run:
     """A run that has saved no object of such a name binds nobody: its command may have been refused."""
 
     @property
+    def lock_uri(self) -> str:
+        return storage.join(self.uri, "lock")
+
+    @property
     def bundle(self) -> str:
         return storage.join(self.uri, "bundle")
 

@@ -13,10 +13,9 @@ from rich import filesize
 
 from mnist_dist import storage
 from mnist_dist.config import ScoreJob
-from mnist_dist.console import Console, Stop, duration
+from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
-from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
@@ -29,7 +28,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.work import Work, find_work
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 
 FIRST_IMAGES = 256  # for each actor
@@ -66,10 +65,8 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         scratch_storage(
             output.uri if parent == "s3:/" else parent, is_shared=job.run.storage_is_shared, name="plan"
         ) as root,
-        Stop(console) as stop,
-        Lock(storage.join(root, "lock"), what=root) as lock,
+        locked_session(console, lock_uri=storage.join(root, "lock"), what=root) as session,
     ):
-        session = Session(console=console, stop=stop, lock=lock)
         plan = _Plan(job, bundle, session, root=root, began_at=began_at)
         table = plan.find_work(output).table
         if not len(table):

@@ -20,10 +20,9 @@ from rich import filesize
 
 from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
-from mnist_dist.console import Console, Stop
+from mnist_dist.console import Console
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
-from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
@@ -47,7 +46,7 @@ from mnist_dist.scoring.planning import Means
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 
 if TYPE_CHECKING:
@@ -87,8 +86,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
     storage.check_writable(job.output)
-    with Stop(console) as stop, Lock(output.lock_uri, what=output.uri) as lock:
-        session = Session(console=console, stop=stop, lock=lock)
+    with locked_session(console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s) as session:
         return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
 
 

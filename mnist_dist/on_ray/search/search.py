@@ -44,7 +44,7 @@ from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search_config import SearchJob
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
@@ -92,8 +92,10 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         console.line(f"{run.uri} is finished; another --name or --seed searches anew")
         return finished
     storage.check_writable(job.run.storage)
-    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        session = Session(console=console, stop=stop, lock=lock)
+    with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
+        finished = run.result()  # by a driver that was waited for
+        if finished is not None:
+            return finished
         result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
         run.finish(result)
     return result
@@ -141,10 +143,9 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     """
     check_space(job)
     run = Run(storage.join(storage.absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
-    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        session = Session(console=console, stop=stop, lock=lock)
+    with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
         stage = _Search(job, session, run=run, began_at=time.time())
-        with connected(verbose=job.run.verbose, stop=stop) as have:
+        with connected(verbose=job.run.verbose, stop=session.stop) as have:
             have = stage.enter(have)
             trials = stage.try_all(stage.prepare(_facts(job, recipe), have=have), have=have)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}

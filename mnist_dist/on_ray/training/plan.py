@@ -14,16 +14,15 @@ from rich import filesize
 
 from mnist_dist import storage
 from mnist_dist.config import DataConfig, TrainJob
-from mnist_dist.console import Console, Stop, duration
+from mnist_dist.console import Console, duration
 from mnist_dist.data.records import plan_records
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError
-from mnist_dist.lock import Lock
 from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
 from mnist_dist.on_ray.training.train import Training, check_job
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
 
@@ -61,12 +60,11 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,
-        Stop(console) as stop,
-        Lock(storage.join(root, "lock"), what=root) as lock,
-        connected(verbose=job.run.verbose, stop=stop),
+        locked_session(console, lock_uri=storage.join(root, "lock"), what=root) as session,
+        connected(verbose=job.run.verbose, stop=session.stop),
     ):
         mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
-        plan = _Plan(mine, listed, Session(console=console, stop=stop, lock=lock), recipe=recipe)
+        plan = _Plan(mine, listed, session, recipe=recipe)
         found = plan.result(ready_s=time.monotonic() - began)
     console.line("plan: nothing was kept")
     return {**found, "seconds": round(time.monotonic() - began, 2)}

@@ -14,13 +14,12 @@ from typing import Any
 
 from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
-from mnist_dist.console import Console, Stop, command_line
+from mnist_dist.console import Console, command_line
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.listing import RunFacts
-from mnist_dist.lock import Lock
 from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
@@ -37,7 +36,7 @@ from mnist_dist.on_ray.data.prepare import (
 from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
-from mnist_dist.session import Session
+from mnist_dist.session import Session, locked_session
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -80,8 +79,10 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         return finished
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     storage.check_writable(job.run.storage)
-    with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-        session = Session(console=console, stop=stop, lock=lock)
+    with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
+        finished = run.result()  # by a driver that was waited for
+        if finished is not None:
+            return finished
         training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
         result = training.run_to_end(listed)
         run.finish(result)
@@ -126,8 +127,7 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
             phases=replace(job.phases, epochs=(1,)),
         )
         run = Run(storage.join(scratch, "dry-run"))
-        with Stop(console) as stop, Lock(storage.join(run.uri, "lock"), what=run.uri) as lock:
-            session = Session(console=console, stop=stop, lock=lock)
+        with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
             training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console))
     console.line("dry run: everything fits; nothing was kept")
