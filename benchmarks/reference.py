@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mnist_dist import storage
 from mnist_dist.console import Console
 from mnist_dist.errors import ConfigError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +85,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
     """Results of finished runs by recipe; of each recipe those that trained on most images."""
-    root = storage.absolute(uri)
+    root = absolute(uri)
     found: dict[str, list[dict[str, Any]]] = {}
-    for entry in storage.list_entries(root):
+    for entry in ANYWHERE.list_entries(root):
         inside = entry.uri.removeprefix(f"{root}/")
         if inside.count("/") != 1 or not inside.endswith("/result.json"):
             continue
-        result = json.loads(storage.read_bytes(entry.uri))
+        result = json.loads(ANYWHERE.read_bytes(entry.uri))
         if "recipe" in result and result.get("test_accuracy") is not None:
             found.setdefault(result["recipe"], []).append(result)
     largest = {recipe: max(result["train_images"] for result in results) for recipe, results in found.items()}

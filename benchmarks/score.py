@@ -36,13 +36,15 @@ from benchmarks.photos import link_photos, write_photos, write_tar
 from benchmarks.programs import last_json, peak_memory_bytes, run_program
 from benchmarks.score_table import TITLES, Figures, Round, ratios, summary
 from benchmarks.score_table import table as table  # the job prints it
-from mnist_dist import processor, storage
+from mnist_dist import processor
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
 from mnist_dist.data.steady_speed import SETTLING
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.scoring.generations import SUMMARY
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 ModelName = Literal["mobilenet_v2", "vgg16", "cnn"]
 Peer = Literal[
@@ -171,9 +173,9 @@ class _Bench:
             make_bundle(folder / model, model)
             self._prepare_engines(model)
         if bucket:
-            storage.upload_folder(folder / "photos", storage.join(bucket, "photos"))
+            ANYWHERE.upload_folder(folder / "photos", join(bucket, "photos"))
         for name in [name for model in benchmark.models for name in (model, f"{model}.engines")] if bucket else ():
-            storage.upload_folder(folder / name, storage.join(bucket, name))
+            ANYWHERE.upload_folder(folder / name, join(bucket, name))
 
     def image_kb(self) -> float:
         """Average size of a photograph."""
@@ -290,9 +292,9 @@ class _Bench:
     def _on_s3(self, task: Task, model: str) -> Task:
         return dataclasses.replace(
             task,
-            bundle=storage.join(self.bucket, model),
-            images=storage.join(self.bucket, "photos"),
-            table=storage.join(self.bucket, f"table-{uuid.uuid4().hex}"),
+            bundle=join(self.bucket, model),
+            images=join(self.bucket, "photos"),
+            table=join(self.bucket, f"table-{uuid.uuid4().hex}"),
         )
 
     @contextlib.contextmanager
@@ -329,7 +331,7 @@ def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
     line = last_json(Path(task.scratch))
     if (line["images"], line["ok"]) != (count, count):
         raise MnistDistError(f"our job scores each of {count} images. Received: {line}")
-    told = json.loads(storage.read_bytes(storage.join(task.output, SUMMARY)))
+    told = json.loads(ANYWHERE.read_bytes(join(task.output, SUMMARY)))
     engine = {name: told[name] for name in ready.noted()}
     # a check of its own would have measured another speed; on GPUs there is none
     if engine["engine_check"] not in (None, ready.noted()["engine_check"]):

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mnist_dist import storage
 from mnist_dist.errors import MnistDistError
+from mnist_dist.store.anywhere import ANYWHERE
 
 BUCKET = "benchmark"
 START_TIMEOUT_S = 60.0
@@ -109,13 +109,13 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(settings)
     os.environ.pop("AWS_SESSION_TOKEN", None)
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        storage.forget_clients()
+        ANYWHERE.forget_clients()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -5,8 +5,8 @@ Owns: the fields of the job, as `config.py` owns those of training and scoring.
 
 from dataclasses import dataclass
 
-from mnist_dist import storage
 from mnist_dist.config import require
+from mnist_dist.store.uris import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +32,4 @@ class DoctorJob:
         require(bool(self.storage), "storage is a folder or an s3:// prefix", storage=self.storage)
         require(self.bundle != "", "bundle is a folder or an s3:// prefix", bundle=self.bundle)
         for uri in (self.storage, self.bundle or "", self.weights):
-            storage.is_remote(uri)  # an unknown scheme
+            is_remote(uri)  # an unknown scheme

@@ -8,11 +8,10 @@ field that a document has and the class has not is ignored; one that is missing 
 """
 
 import json
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from mnist_dist import storage
 from mnist_dist.errors import DataError
 
 Document = TypeVar("Document")
@@ -40,20 +39,27 @@ def decode(data: bytes, kind: type[Document], *, uri: str) -> Document:
         raise DataError(f"{uri} is not a {kind.__name__}: {err}") from err
 
 
-def read(uri: str, kind: type[Document]) -> Document:
+class Objects(Protocol):
+    """What is needed of a store."""
+
+    def read_bytes(self, uri: str) -> bytes: ...
+    def write_bytes(self, uri: str, data: bytes) -> None: ...
+
+
+def read(store: Objects, uri: str, kind: type[Document]) -> Document:
     """The dataclass that lies at a URI.
 
     Raises:
         DataError: see `decode`.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    return decode(storage.read_bytes(uri), kind, uri=uri)
+    return decode(store.read_bytes(uri), kind, uri=uri)
 
 
-def write(uri: str, document: Any) -> None:
+def write(store: Objects, uri: str, document: Any) -> None:
     """Puts a dataclass at a URI, whole or not at all.
 
     Raises:
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    storage.write_bytes(uri, encode(document))
+    store.write_bytes(uri, encode(document))

@@ -5,8 +5,8 @@ Owns: the fields of the job, as `config.py` owns those of training and scoring.
 
 from dataclasses import dataclass
 
-from mnist_dist import storage
 from mnist_dist.config import require
+from mnist_dist.store.uris import absolute, join
 
 LABEL_COLUMN = "label"
 
@@ -55,7 +55,7 @@ class EvaluateJob:
             predictions=self.predictions,
         )
         require(
-            self.compare is None or storage.absolute(self.compare) != table,
+            self.compare is None or absolute(self.compare) != table,
             "compare is another table",
             compare=self.compare,
         )
@@ -64,12 +64,12 @@ class EvaluateJob:
     def output_uri(self) -> str:
         """Where the results go, as every process sees it."""
         if self.output is None:
-            return f"{storage.absolute(self.predictions or self.bundle or '')}-evaluation"
-        return storage.absolute(self.output)
+            return f"{absolute(self.predictions or self.bundle or '')}-evaluation"
+        return absolute(self.output)
 
     @property
     def table_uri(self) -> str:
         """The prediction table that is evaluated, as every process sees it."""
         if self.predictions is None:
-            return storage.join(self.output_uri, "predictions")
-        return storage.absolute(self.predictions)
+            return join(self.output_uri, "predictions")
+        return absolute(self.predictions)

@@ -7,8 +7,8 @@ Does not own: the formats themselves (`engines/formats.py`).
 from dataclasses import dataclass
 from typing import Literal
 
-from mnist_dist import storage
 from mnist_dist.config import LOCK_WAIT_S, require
+from mnist_dist.store.uris import absolute
 
 ExportFormat = Literal["saved_model", "onnx", "openvino", "litert"]
 
@@ -40,7 +40,7 @@ class ExportJob:
         require(0 <= self.tolerance < 1, "tolerance is in [0, 1)", tolerance=self.tolerance)
         require(self.lock_wait_s >= 0, "lock_wait_s is 0 or above", lock_wait_s=self.lock_wait_s)
         require(self.batch_size >= 1, "batch_size is at least 1", batch_size=self.batch_size)
-        bundle = storage.absolute(self.bundle)
+        bundle = absolute(self.bundle)
         is_inside = f"{self.output_uri}/".startswith(f"{bundle}/")
         require(not is_inside, "a finished bundle is never written to: output lies outside of it", output=self.output)
 
@@ -48,7 +48,7 @@ class ExportJob:
     def output_uri(self) -> str:
         """Where the export goes, as every process sees it."""
         if self.output is not None:
-            return storage.absolute(self.output)
-        parent, _, name = storage.absolute(self.bundle).rpartition("/")
+            return absolute(self.output)
+        parent, _, name = absolute(self.bundle).rpartition("/")
         require(not parent.endswith(":/"), "output is given where the bundle is a whole bucket", bundle=self.bundle)
         return f"{parent}/export-{self.format}" if name == "bundle" else f"{parent}/{name}-export-{self.format}"

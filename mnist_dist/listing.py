@@ -23,12 +23,14 @@ from typing import Any, Literal
 
 import tyro
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.config import FeatureType
 from mnist_dist.console import Console
 from mnist_dist.documents import Document
 from mnist_dist.errors import MnistDistError, StorageError, first_line
-from mnist_dist.lock import Holder, holder_of
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Holder, holder_of
+from mnist_dist.store.uris import absolute, join
 
 State = Literal["finished", "running", "stopped", "failed", "new", "unreadable"]
 ASK = "--list"
@@ -115,7 +117,7 @@ class Folder:
 
     def updated_with(self, *names: str) -> float | None:
         """As `updated_s`, with the files of the folders of these names below it."""
-        below = (storage.list_level(storage.join(self.uri, name)).files for name in names)
+        below = (ANYWHERE.list_level(join(self.uri, name)).files for name in names)
         return max((*self.files.values(), *(time for files in below for time in files.values())), default=None)
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
@@ -126,11 +128,11 @@ class Folder:
         """
         if name not in self.files:
             return None
-        return documents.read(storage.join(self.uri, name), kind)
+        return documents.read(ANYWHERE, join(self.uri, name), kind)
 
     def driver(self) -> Holder | None:
         """Who is at work on the run or search, if anybody is."""
-        return living(storage.join(self.uri, "lock")) if "lock" in self.files else None
+        return living(join(self.uri, "lock")) if "lock" in self.files else None
 
 
 RowOf = Callable[[Folder], Row | None]
@@ -193,7 +195,7 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[Row]:
         StorageError: there is no such storage, or it cannot be listed.
         ServiceError: the storage failed.
     """
-    root = storage.absolute(uri)
+    root = absolute(uri)
     try:
         top = _open("", root, most=None)
     except OSError as err:
@@ -218,7 +220,7 @@ def _names_below(folder: Folder) -> list[str]:
 
 def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, Row | None]:
     """A folder and its row; neither where it is gone meanwhile."""
-    uri = storage.join(root, name)
+    uri = join(root, name)
     try:
         folder = _open(name, uri, most=MOST_NAMES)
     except FileNotFoundError:
@@ -229,7 +231,7 @@ def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, Row | Non
 
 
 def _open(name: str, uri: str, *, most: int | None) -> Folder:
-    level = storage.list_level(uri, most=most)
+    level = ANYWHERE.list_level(uri, max_names=most)
     return Folder(name=name, uri=uri, folders=frozenset(level.folders), files=level.files)
 
 
@@ -277,7 +279,7 @@ def show(rows: Sequence[Row], *, job: ListJob, what: str, console: Console) -> d
         what: the rows are, in the plural.
         console: where they are shown.
     """
-    root, now = storage.absolute(job.storage), time.time()
+    root, now = absolute(job.storage), time.time()
     console.line(f"{what} below {root}: {len(rows):,}" if rows else f"no {what} below {root}")
     if rows:
         console.table([TITLES, *(_cells(row, now=now) for row in rows)])

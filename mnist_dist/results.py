@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from mnist_dist.store.anywhere import ANYWHERE
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -161,7 +163,5 @@ def _bundle(uri: str) -> "Bundle":
 def _parquet(uri: str) -> "pa.Table":
     import pyarrow.parquet as pq
 
-    from mnist_dist import storage
-
-    with storage.open_binary(uri) as file:
+    with ANYWHERE.open_binary(uri) as file:
         return pq.read_table(file)

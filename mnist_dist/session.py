@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.lock import Lock
+from mnist_dist.store.lock import Lock
 
 POLL_S = 0.5  # how soon a signal is heard and a bar moves; work that ends is noticed at once
 

@@ -23,6 +23,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.history import Epoch
+from mnist_dist.store.anywhere import ANYWHERE
 
 ROOT = Path(__file__).parents[1]
 SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
@@ -150,6 +151,16 @@ def run_command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any
     """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
     with Command(*arguments, **environment) as command:
         return command.ended()
+
+
+def s3_client() -> Any:
+    """boto3's client that `ANYWHERE` has in this process."""
+    return ANYWHERE.of("s3://bucket")._client  # type: ignore[attr-defined]
+
+
+def fast_reads() -> Any:
+    """The quick client that `ANYWHERE` has in this process."""
+    return ANYWHERE.of("s3://bucket")._of_this_process().fast_reads()  # type: ignore[attr-defined]
 
 
 def is_alive(pid: int) -> bool:

@@ -16,6 +16,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.scoring.generations import Plan, Summary
 from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
+from mnist_dist.store.anywhere import ANYWHERE
 
 ALL = TableConfig()
 MODEL = "model-1"
@@ -32,7 +33,7 @@ def write_bundle_info(folder: Path, names: Sequence[str], *, model_id: str = MOD
     folder.mkdir()
     spec = ImageSpec(height_px=10, width_px=12, channels=3)
     info = BundleInfo(**{"class_names": tuple(names), "spec": spec, "backbone": "cnn", "model_id": model_id, **known})
-    documents.write(str(folder / "bundle.json"), info)
+    documents.write(ANYWHERE, str(folder / "bundle.json"), info)
     return str(folder)
 
 
@@ -49,7 +50,7 @@ def write_summary(table: str, *, bundle: str, model_id: str = MODEL) -> None:
         statuses={},
         examples={},
     )
-    documents.write(f"{table}/_summary.json", summary)
+    documents.write(ANYWHERE, f"{table}/_summary.json", summary)
 
 
 def scored_rows(

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist import storage
 from mnist_dist.data.archives import (
     ARCHIVE_SUFFIXES,
     ArchiveIndex,
@@ -29,6 +28,7 @@ from mnist_dist.data.archives import (
     split_member,
 )
 from mnist_dist.errors import ImageError, ServiceError
+from mnist_dist.store.anywhere import ANYWHERE
 
 MOST_BYTES = 2**20
 BLOCK_BYTES = 512
@@ -159,7 +159,7 @@ def test_a_tar_gives_its_files(tmp_path: Path, suffix: str, format: int) -> None
     uri = put(tmp_path, COMPRESSIONS[suffix](tar_bytes(FILES.items(), format=format)), f"shard{suffix}")
     index = index_archive(uri)
     assert (index.problem, index.duplicates) == (None, 0)
-    assert index.entry == storage.entry_of(uri)
+    assert index.entry == ANYWHERE.entry_of(uri)
     assert {member.packing for member in index.members} == {"tar" if suffix == ".tar" else "stream"}
     assert [member.size_bytes for member in index.members] == [len(data) for data in FILES.values()]
     assert read(uri, index) == FILES
@@ -364,7 +364,7 @@ def test_what_the_storage_says_of_the_archive_is_said_of_each_member(
         raise error
 
     for name in ("entry_of", "open_binary", "read_range"):
-        monkeypatch.setattr(storage, name, fail)  # not by a file's mode: root may read everything
+        monkeypatch.setattr(ANYWHERE, name, fail)  # not by a file's mode: root may read everything
     assert set(read(uri, index).values()) == {word}
     assert status(index_archive(uri).problem) == word
 
@@ -380,7 +380,7 @@ def test_a_failing_service_is_no_value(
         raise ServiceError("no connection")
 
     for name in ("open_binary", "read_range"):
-        monkeypatch.setattr(storage, name, fail)
+        monkeypatch.setattr(ANYWHERE, name, fail)
     with pytest.raises(ServiceError, match="no connection"):
         read(uri, index)
     with pytest.raises(ServiceError, match="no connection"):
@@ -581,7 +581,7 @@ def test_a_damaged_local_header_is_unreadable(tmp_path: Path) -> None:
 def test_a_local_header_that_leads_beyond_the_archive_is_truncated(root: str) -> None:
     data = zip_bytes([("a.png", b"abc"), ("b.png", b"de")])
     second = data.rindex(b"PK\3\4")
-    storage.write_bytes(f"{root}/shard.zip", patched(data, second + 28, b"\xff\xff"))
+    ANYWHERE.write_bytes(f"{root}/shard.zip", patched(data, second + 28, b"\xff\xff"))
     assert statuses(f"{root}/shard.zip") == ("ok", ["ok", "truncated"])
 
 
@@ -695,17 +695,17 @@ def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypat
     files = {f"{n // 2:06d}.{'jpg' if n % 2 else 'cls'}": random_bytes(5000 + n) for n in range(300)}
     data = zip_bytes(files.items()) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files.items()))
     uri = f"{root}/shard{suffix}"
-    storage.write_bytes(uri, data)
+    ANYWHERE.write_bytes(uri, data)
     index = index_archive(uri)
     groups = member_groups(index.members, most_bytes=2**19)
     ranges: list[tuple[int, int]] = []
-    read_range = storage.read_range
+    read_range = ANYWHERE.read_range
 
     def counted(uri: str, start: int, length: int) -> bytes:
         ranges.append((start, length))
         return read_range(uri, start, length)
 
-    monkeypatch.setattr(storage, "read_range", counted)
+    monkeypatch.setattr(ANYWHERE, "read_range", counted)
     members = [index.members[group.start : group.stop] for group in groups]
     images = [image for group in members for image in read_members(uri, group, most_bytes=MOST_BYTES)]
     assert images == list(files.values())

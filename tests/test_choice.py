@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from test_calibration import write_table
 from test_score_kills import SHARD, Job, rows_of, squares
 
-from mnist_dist import documents, processor, storage
+from mnist_dist import documents, processor
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec
@@ -48,6 +48,7 @@ from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
 
 # N = images that are compared, K = classes
 
@@ -512,14 +513,14 @@ def test_beside_a_bundle_that_cannot_be_written_it_is_kept_in_the_second_place(
 @pytest.fixture
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place that nobody here may read, as one of another person's."""
-    place, really = tmp_path / "locked", storage.exists
+    place, really = tmp_path / "locked", ANYWHERE.exists
 
     def exists(uri: str) -> bool:
         if uri.startswith(str(place)):
             raise PermissionError(13, "Permission denied", uri)
         return really(uri)
 
-    monkeypatch.setattr(storage, "exists", exists)
+    monkeypatch.setattr(ANYWHERE, "exists", exists)
     return place
 
 
@@ -547,7 +548,7 @@ def test_an_outage_of_the_storage_is_no_place_that_cannot_be_read(
     def exists(uri: str) -> bool:
         raise ServiceError(f"{uri}: no connection")
 
-    monkeypatch.setattr(storage, "exists", exists)
+    monkeypatch.setattr(ANYWHERE, "exists", exists)
     with pytest.raises(ServiceError, match="no connection"):
         prepare(light, tmp_path)
 
@@ -559,7 +560,7 @@ def test_a_model_that_another_job_puts_at_the_same_time_is_left_there(
         shutil.copytree(local, uri)  # the other's
         raise OSError(39, "Directory not empty", uri)
 
-    monkeypatch.setattr(storage, "upload_folder", late)
+    monkeypatch.setattr(ANYWHERE, "upload_folder", late)
     assert Path(str(prepare(light, tmp_path / "engines").uri), "model.xml").is_file()
 
 
@@ -569,7 +570,7 @@ def test_a_model_that_cannot_be_kept_is_no_end_of_a_job_that_keras_can_do(
     def full(local: Path, uri: str, *, last: str | None = None) -> None:
         raise PermissionError(13, "Permission denied", uri)
 
-    monkeypatch.setattr(storage, "upload_folder", full)
+    monkeypatch.setattr(ANYWHERE, "upload_folder", full)
     console = Recorder()
     assert prepare(light, tmp_path / "engines", console=console) == EngineChoice()
     assert "cannot be written: [Errno 13]" in console.lines[-1]
@@ -581,14 +582,14 @@ def test_what_lies_where_nothing_can_be_written_is_used_but_a_new_check_goes_els
     light: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps
 ) -> None:
     first, second = tmp_path / "bundle.engines", tmp_path / "output" / "_engines"
-    found, really = prepare(light, first), storage.check_writable
+    found, really = prepare(light, first), ANYWHERE.check_writable
 
     def check(uri: str) -> None:
         if uri.startswith(str(first)):
             raise StorageError(f"read-only. Received: {uri!r}")
         really(uri)
 
-    monkeypatch.setattr(storage, "check_writable", check)
+    monkeypatch.setattr(ANYWHERE, "check_writable", check)
     assert prepare(light, first, second) == prepare(light, second, first, worth_it=False) == found
     assert not second.exists()
     (place_of(light, first) / "openvino-float32.json").write_text("{}")
@@ -773,8 +774,8 @@ def test_what_only_some_ask_for(converted: Engines, tmp_path: Path, flags: dict[
 @pytest.mark.slow
 def test_engines_may_lie_on_s3(converted: Engines, s3: str) -> None:
     prefix = f"{s3}/bundle.engines"
-    storage.upload_folder(converted.folder, f"{prefix}/{converted.folder.name}")
-    storage.delete(f"{prefix}/{converted.folder.name}/openvino-float32.json")
+    ANYWHERE.upload_folder(converted.folder, f"{prefix}/{converted.folder.name}")
+    ANYWHERE.delete(f"{prefix}/{converted.folder.name}/openvino-float32.json")
     found = prepare(converted.bundle, prefix, engine="openvino", precision="float32")
     assert found.uri == f"{prefix}/{converted.folder.name}/openvino"
     opened = open_engine(found, converted.bundle, batch_size=BATCH, cpus=1)

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import pytest
 from scored import plan_of
 
-from mnist_dist import storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
 from mnist_dist.scoring.commit import Resumed, commit, rejudge, resume
@@ -30,6 +29,8 @@ from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import COLUMNS, write_manifest
 from mnist_dist.scoring.parts import LISTED
 from mnist_dist.scoring.predictions import STATUSES, Outcomes, prediction_rows, prediction_schema, read_predictions
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)
 CLASSES = ("ant", "bee", "cat")
@@ -89,7 +90,7 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
 def put_shard(generation: Generation, shard: int, rows: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer)
-    storage.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
+    ANYWHERE.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
 
 
 def begun_by(output: Output, plan: Plan, manifest: Callable[[str], None]) -> Generation:
@@ -117,7 +118,7 @@ def put_generation(
 
 def shards_of(generation: Generation) -> list[pa.Table]:
     """The manifest, shard by shard."""
-    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(generation.manifest_uri))) as file:
+    with pq.ParquetFile(pa.BufferReader(ANYWHERE.read_bytes(generation.manifest_uri))) as file:
         return [file.read_row_group(shard) for shard in range(file.num_row_groups)]
 
 
@@ -219,19 +220,19 @@ class Seen:
         mark = "_SUCCESS" if "_SUCCESS" in names else "_FAILED"
         return Seen(
             names=names,
-            mark=storage.read_bytes(storage.join(uri, mark)),
-            summary=storage.read_bytes(storage.join(uri, "_summary.json")),
+            mark=ANYWHERE.read_bytes(join(uri, mark)),
+            summary=ANYWHERE.read_bytes(join(uri, "_summary.json")),
             rows=read_predictions(uri),
             listed=listed_in(uri),
         )
 
 
 def names_in(uri: str) -> list[str]:
-    return [entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri)]
+    return [entry.uri.removeprefix(f"{uri}/") for entry in ANYWHERE.list_entries(uri)]
 
 
 def listed_in(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "_manifest.parquet"))))
+    return pq.read_table(pa.BufferReader(ANYWHERE.read_bytes(join(uri, "_manifest.parquet"))))
 
 
 def dying_at(count: int, die: Callable[[], object]) -> Callable[[str], None]:
@@ -506,7 +507,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_finishes(
 
 @pytest.mark.parametrize("count", some_are_slow([1, 5, 13, 15, 17, 20, 22, 23, 24, 26], quick={13, 20}))
 def test_the_same_on_s3(templates: dict[str, Path], finished: dict[str, Seen], s3: str, count: int) -> None:
-    storage.upload_folder(templates["retry"], s3)
+    ANYWHERE.upload_folder(templates["retry"], s3)
     with pytest.raises(Died):
         CASES["retry"].go_on(s3, dying_at(count, raise_died))
     CASES["retry"].go_on(s3)
@@ -516,11 +517,11 @@ def test_the_same_on_s3(templates: dict[str, Path], finished: dict[str, Seen], s
 def test_a_move_on_s3_that_died_between_copy_and_delete_is_made_again(
     templates: dict[str, Path], finished: dict[str, Seen], s3: str
 ) -> None:
-    storage.upload_folder(templates["retry"], s3)
+    ANYWHERE.upload_folder(templates["retry"], s3)
     with pytest.raises(Died):
         CASES["retry"].go_on(s3, dying_at(20, raise_died))
     name = "part-g0002-00003.parquet"
-    storage.write_bytes(f"{s3}/{name}", storage.read_bytes(f"{s3}/_work/g0002/out/{name}"))
+    ANYWHERE.write_bytes(f"{s3}/{name}", ANYWHERE.read_bytes(f"{s3}/_work/g0002/out/{name}"))
     CASES["retry"].go_on(s3)
     assert Seen.of(s3) == finished["retry"]
 
@@ -605,10 +606,10 @@ def test_a_shard_that_is_not_that_of_the_manifest_is_refused(
 
 def test_a_shard_that_is_damaged_or_missing_is_refused(output: Output) -> None:
     generation = put_generation(output, ("a01", "b01"))
-    storage.write_bytes(generation.shard_uri(0), b"no table")
+    ANYWHERE.write_bytes(generation.shard_uri(0), b"no table")
     with pytest.raises(MnistDistError, match=r"shard-000000.parquet is not readable; delete it and run"):
         commit_it(output, generation)
-    storage.delete(generation.shard_uri(0))
+    ANYWHERE.delete(generation.shard_uri(0))
     with pytest.raises(MnistDistError, match=r"a shard that is to be published is not there. Received: .*-000000"):
         commit_it(output, generation)
     with pytest.raises(MnistDistError, match=r"manifest.parquet has 1 shards, not 2"):
@@ -695,7 +696,7 @@ def test_a_table_is_judged_anew_without_scoring(request: pytest.FixtureRequest, 
 
 def test_judging_that_was_killed_midway_leaves_a_table_and_is_swept(output: Output) -> None:
     committed = output.committed()
-    storage.write_bytes(f"{output.uri}/_FAILED", storage.read_bytes(f"{output.uri}/_SUCCESS"))
+    ANYWHERE.write_bytes(f"{output.uri}/_FAILED", ANYWHERE.read_bytes(f"{output.uri}/_SUCCESS"))
     assert output.committed() == committed
     output.sweep()
     assert "_FAILED" not in names_in(output.uri)
@@ -710,7 +711,7 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
 
 
 def write_nothing(uri: str) -> None:
-    storage.write_bytes(uri, b"manifest")
+    ANYWHERE.write_bytes(uri, b"manifest")
 
 
 def test_an_output_begins_with_nothing(empty: Output) -> None:
@@ -724,8 +725,8 @@ def test_a_generation_is_found_again_with_its_plan_and_what_is_done(empty: Outpu
     assert begun == Generation(1, f"{empty.uri}/_work/g0001", plan_of())
     assert empty.unfinished() == begun
     for shard in (0, 7, 1_234_567):
-        storage.write_bytes(begun.shard_uri(shard), b"rows")
-    storage.write_bytes(f"{begun.uri}/shard-000008.scoring.begun", b"{}")
+        ANYWHERE.write_bytes(begun.shard_uri(shard), b"rows")
+    ANYWHERE.write_bytes(f"{begun.uri}/shard-000008.scoring.begun", b"{}")
     assert begun.done_shards() == {0, 7, 1_234_567}
     assert begun.shard_uri(7).endswith("/g0001/shard-000007.parquet")
     assert not begun.is_committing
@@ -736,7 +737,7 @@ def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
         write_nothing(uri)
         raise Died
 
-    storage.write_bytes(empty.lock_uri, b"{}")
+    ANYWHERE.write_bytes(empty.lock_uri, b"{}")
     with pytest.raises(Died):
         begun_by(empty, plan_of(), die)
     assert empty.unfinished() is None
@@ -747,7 +748,7 @@ def test_a_generation_without_a_plan_was_never_begun(empty: Output) -> None:
 
 def test_work_whose_plan_is_damaged_names_the_folder_to_delete(empty: Output) -> None:
     begun = begun_by(empty, plan_of(), write_nothing)
-    storage.write_bytes(f"{begun.uri}/plan.json", b"{}")
+    ANYWHERE.write_bytes(f"{begun.uri}/plan.json", b"{}")
     with pytest.raises(DataError, match=rf"plan\.json is not a Plan: .*; delete {re.escape(begun.uri)}, unfinished"):
         empty.unfinished()
 
@@ -768,13 +769,13 @@ def test_a_generation_that_is_discarded_leaves_the_table(output: Output) -> None
 
 def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
     generation = begun_by(empty, plan_of(), write_nothing)
-    storage.write_bytes(generation.commit_uri, b"{}")
+    ANYWHERE.write_bytes(generation.commit_uri, b"{}")
     with pytest.raises(MnistDistError, match="is brought to its end first"):
         empty.discard(generation)
 
 
 def test_a_number_is_never_used_again(empty: Output) -> None:
-    storage.write_bytes(f"{empty.uri}/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
+    ANYWHERE.write_bytes(f"{empty.uri}/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
     assert begun_by(empty, plan_of(), write_nothing).number == 5
     assert begun_by(empty, plan_of(), write_nothing).number == 6
     newest = empty.unfinished()
@@ -784,8 +785,8 @@ def test_a_number_is_never_used_again(empty: Output) -> None:
 
 def test_what_is_left_of_a_published_generation_is_debris(output: Output) -> None:
     left = Generation(1, f"{output.uri}/_work/g0001", plan_of())
-    storage.write_bytes(f"{left.uri}/plan.json", b"{}")
-    storage.write_bytes(left.commit_uri, b"{}")
+    ANYWHERE.write_bytes(f"{left.uri}/plan.json", b"{}")
+    ANYWHERE.write_bytes(left.commit_uri, b"{}")
     assert output.unfinished() is None
     output.sweep()
     assert not any(name.startswith("_work/g") for name in names_in(output.uri))

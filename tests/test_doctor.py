@@ -18,7 +18,6 @@ import ray
 from harness import ROOT, Recorder, run_command
 from ray.cluster_utils import Cluster
 
-from mnist_dist import storage
 from mnist_dist.console import Stop
 from mnist_dist.doctor_config import DoctorJob
 from mnist_dist.errors import ConfigError
@@ -28,6 +27,7 @@ from mnist_dist.on_ray.doctor import doctor
 from mnist_dist.on_ray.doctor.checks import GIB, MIB, Check, Expected, Pins, node_checks, read_pins
 from mnist_dist.on_ray.doctor.facts import Facts, KerasFacts, Question, S3Facts, gather
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
 
 INSTALLED = {"ray": "2.60.0", "tensorflow": "2.21.0", "keras": "3.15.1", "numpy": "2.4.6"}
 PINS = Pins(versions={**INSTALLED, "mypy": "2.4.1"}, needed=tuple(INSTALLED))
@@ -254,16 +254,16 @@ def s3_checks(prefix: str) -> dict[str, Check]:
 def test_an_s3_that_works(s3: str) -> None:
     found = s3_checks(s3)
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(found, "ok")
-    assert list(storage.list_entries(s3)) == []
+    assert list(ANYWHERE.list_entries(s3)) == []
 
 
 def test_wrong_credentials(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     try:
         found = s3_checks(s3)
     finally:
-        storage.forget_clients()
+        ANYWHERE.forget_clients()
     assert {name for name, check in found.items() if check.status == "failed"} == {"storage", "s3 credentials"}
     assert "AWS_ACCESS_KEY_ID" in found["s3 credentials"].remedy
     assert "somebody-else" not in str(found)
@@ -380,4 +380,4 @@ def test_every_node_of_a_cluster_reaches_s3_also_its_head_without_cpus(s3: str) 
         found = statuses(result, name)
         assert len(found.keys() - {"driver", "all"}) == 2, name
         assert set(found.values()) == {"ok"}, name
-    assert list(storage.list_entries(s3)) == []
+    assert list(ANYWHERE.list_entries(s3)) == []

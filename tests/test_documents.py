@@ -9,6 +9,7 @@ import pytest
 
 from mnist_dist import documents
 from mnist_dist.errors import DataError
+from mnist_dist.store.anywhere import ANYWHERE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Outer:
 def test_a_document_is_read_as_it_was_written(tmp_path: Path) -> None:
     uri = str(tmp_path / "a.json")
     document = Outer(names=("a", "b"), inner=Inner(precision="int8", difference=0.5), values={"k": [1, None, "x"]})
-    documents.write(uri, document)
-    assert documents.read(uri, Outer) == document
+    documents.write(ANYWHERE, uri, document)
+    assert documents.read(ANYWHERE, uri, Outer) == document
 
 
 def test_a_number_that_is_none_stays_one() -> None:

@@ -11,11 +11,12 @@ import pytest
 from harness import ROOT, Recorder, run_command
 from scored import one_hot, scored_rows, write_bundle_info, write_scored
 
-from mnist_dist import storage
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.scoring.predictions import Mark
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 NAMES = ("ant", "bee", "cat")
 KEYS = {"report", "images", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece"}
@@ -40,7 +41,7 @@ def run(**fields: Any) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
     """The job's answer, the lines that a person sees, and what `metrics.json` says."""
     console = Recorder()
     result = evaluate(EvaluateJob(**fields), console=console)
-    return result, console.lines, json.loads(storage.read_bytes(storage.join(result["output"], "metrics.json")))
+    return result, console.lines, json.loads(ANYWHERE.read_bytes(join(result["output"], "metrics.json")))
 
 
 def test_folders_are_the_truth(table: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +135,7 @@ def test_a_report_is_written_by_whoever_is_handed_in(table: str) -> None:
 
 def test_tables_and_results_may_be_on_s3(s3: str) -> None:
     rows = scored_rows(URIS, one_hot(PREDICTED, 3), NAMES)
-    storage.write_bytes(f"{s3}/t/part", _parquet(rows))
+    ANYWHERE.write_bytes(f"{s3}/t/part", _parquet(rows))
     Mark(generation=1, files=("part",), rows=8, model_id="m", failed=True).write(f"{s3}/t")
     result, lines, _ = run(predictions=f"{s3}/t")
     assert result["accuracy"] == pytest.approx(6 / 8)

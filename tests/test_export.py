@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 from harness import ROOT, Recorder, run_command
 
-from mnist_dist import storage
 from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines.export import EXPORT_FILE, export_bundle
@@ -32,6 +31,7 @@ from mnist_dist.errors import BundleError, ConfigError, DataError, Interrupted, 
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import BundleInfo, all_layers, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
+from mnist_dist.store.anywhere import ANYWHERE
 
 # b = images of a call
 
@@ -400,15 +400,15 @@ def test_impossible_exports_are_refused(changes: dict[str, Any], message: str) -
 
 @pytest.mark.slow
 def test_bundle_and_export_may_lie_on_s3(bundle: Path, s3: str) -> None:
-    storage.upload_folder(bundle, f"{s3}/run/bundle", last="bundle.json")
+    ANYWHERE.upload_folder(bundle, f"{s3}/run/bundle", last="bundle.json")
     job = ExportJob(bundle=f"{s3}/run/bundle", format="saved_model")
-    storage.write_bytes(f"{job.output_uri}/saved_model/assets/left", b"of an upload that broke off")
+    ANYWHERE.write_bytes(f"{job.output_uri}/saved_model/assets/left", b"of an upload that broke off")
     result = export_bundle(job, console=Recorder())
 
     assert result["path"] == f"{s3}/run/export-saved_model/saved_model"
-    names = {entry.uri.removeprefix(f"{job.output_uri}/") for entry in storage.list_entries(job.output_uri)}
+    names = {entry.uri.removeprefix(f"{job.output_uri}/") for entry in ANYWHERE.list_entries(job.output_uri)}
     assert {"export.json", "saved_model/saved_model.pb"} <= names
     assert "saved_model/assets/left" not in names
     assert export_bundle(job, console=Recorder()) == result
-    left = {entry.uri.removeprefix(f"{s3}/run/") for entry in storage.list_entries(f"{s3}/run")}
+    left = {entry.uri.removeprefix(f"{s3}/run/") for entry in ANYWHERE.list_entries(f"{s3}/run")}
     assert {name.partition("/")[0] for name in left} == {"bundle", "export-saved_model"}

@@ -17,7 +17,6 @@ import pytest
 import ray
 from harness import Recorder, run_command
 
-from mnist_dist import storage
 from mnist_dist.config import (
     DataConfig,
     FeatureType,
@@ -41,6 +40,8 @@ from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import (
     Extractor,
@@ -140,7 +141,7 @@ def put_sentinel(plan: FeaturePlan, width: int) -> None:
 
 
 def names(uri: str) -> list[str]:
-    return sorted(entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri))
+    return sorted(entry.uri.removeprefix(f"{uri}/") for entry in ANYWHERE.list_entries(uri))
 
 
 def write_weights(
@@ -732,13 +733,13 @@ def test_features_too_large_for_float16_name_the_flag(cluster: None, tmp_path: P
 @pytest.mark.slow
 def test_a_job_keeps_its_features_on_s3_and_finds_them_there(s3: str) -> None:
     flags = ["--limit=400", "--trainable=head", "--epochs=1", "--batch-size=30", "--workers=1"]
-    before: list[storage.Entry] = []
+    before: list[Entry] = []
     for name in ("first", "second"):
         arguments = ["jobs.train", "quickstart", "--storage", s3, "--name", name, *flags]
         code, result, err = run_command(*arguments)
         assert code == 0, err
         assert result["epochs"] == 1
-        entries = sorted(storage.list_entries(f"{s3}/_features"), key=lambda entry: entry.uri)
+        entries = sorted(ANYWHERE.list_entries(f"{s3}/_features"), key=lambda entry: entry.uri)
         assert entries[0].uri.endswith("/features.json")
         assert len(entries) == 3
         assert entries == (before or entries)

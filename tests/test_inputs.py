@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
@@ -27,6 +26,9 @@ from mnist_dist.scoring import listed
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.listed import BATCH_ROWS, Row
 from mnist_dist.scoring.manifest import COLUMNS
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.uris import join
 
 MANY = 1_000_000
 MOST_GROWTH_MIB = 700
@@ -40,7 +42,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def put(root: str, *names: str) -> None:
     """Files of 3, 4, 5, ... bytes."""
     for size, name in enumerate(names, start=3):
-        storage.write_bytes(storage.join(root, name), bytes(size))
+        ANYWHERE.write_bytes(join(root, name), bytes(size))
 
 
 def tar_of(*names: str) -> bytes:
@@ -78,12 +80,12 @@ def rows_of(listing: Listing) -> dict[str, dict[str, Any]]:
 def write_parquet(path: str, /, **columns: Any) -> str:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
-    storage.write_bytes(path, buffer.getvalue())
+    ANYWHERE.write_bytes(path, buffer.getvalue())
     return path
 
 
 def write_text(uri: str, text: str) -> str:
-    storage.write_bytes(uri, text.encode())
+    ANYWHERE.write_bytes(uri, text.encode())
     return uri
 
 
@@ -113,7 +115,7 @@ def test_a_folder_gives_its_images_at_any_depth_sorted_hidden_ones_too(root: str
 
 def test_size_and_etag_are_those_of_the_listing(root: str) -> None:
     put(root, "a.png", "b/c.png")
-    entries = {entry.uri: entry for entry in storage.scan_entries(root)}
+    entries = {entry.uri: entry for entry in ANYWHERE.scan_entries(root)}
     listing = found(root)
     assert listing.total_bytes == 3 + 4
     for uri, row in rows_of(listing).items():
@@ -173,7 +175,7 @@ def test_a_name_that_is_no_unicode_is_a_row_that_says_so(tmp_path: Path) -> None
 
 
 def test_what_is_listed_out_of_order_is_sorted(s3: str) -> None:
-    entries = [storage.Entry(f"{s3}/{name}.png", size, name) for size, name in enumerate("cab", start=5)]
+    entries = [Entry(f"{s3}/{name}.png", size, name) for size, name in enumerate("cab", start=5)]
     assert rows_of(search(s3, scan=entries)) == {
         entry.uri: dict.fromkeys(COLUMNS.names) | dataclasses.asdict(entry) for entry in sorted(entries, key=str)
     }
@@ -213,18 +215,16 @@ def test_an_unknown_scheme_is_an_error_of_the_storage() -> None:
         found("http://example.org/a.png")
 
 
-def search(
-    *names: str, scan: Iterable[storage.Entry] | Exception, progress: Callable[[int], None] | None = None
-) -> Listing:
+def search(*names: str, scan: Iterable[Entry] | Exception, progress: Callable[[int], None] | None = None) -> Listing:
     """With a storage that gives these entries, or fails."""
 
-    def entries(uri: str) -> Iterator[storage.Entry]:
+    def entries(uri: str) -> Iterator[Entry]:
         if isinstance(scan, Exception):
             raise scan
         yield from scan
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(storage, "scan_entries", entries)
+        patched.setattr(ANYWHERE, "scan_entries", entries)
         return list_inputs(InputConfig(input=names), progress=progress)
 
 
@@ -258,8 +258,8 @@ def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
 
 
 def test_thousands_of_endings_do_not_fill_the_memory(s3: str) -> None:
-    entries = [storage.Entry(f"{s3}/x.{number}", 1, "e") for number in range(3_000)]
-    entries.append(storage.Entry(f"{s3}/y.png", 2, "f"))
+    entries = [Entry(f"{s3}/x.{number}", 1, "e") for number in range(3_000)]
+    entries.append(Entry(f"{s3}/y.png", 2, "f"))
     listing = search(s3, scan=entries)
     assert (len(listing.table), listing.others) == (1, 3_000)
 
@@ -280,7 +280,7 @@ def test_a_name_that_exists_is_no_glob(root: str) -> None:
     assert names_in(found(f"{root}/a[1].png"), root) == ["a[1].png"]
     assert names_in(found(f"{root}/b*"), root) == ["b*/x.png"]
     assert names_in(found(f"{root}/q?.png"), root) == ["q?.png"]
-    storage.delete(f"{root}/a[1].png")
+    ANYWHERE.delete(f"{root}/a[1].png")
     assert names_in(found(f"{root}/a[1].png"), root) == ["a1.png"]
 
 
@@ -391,7 +391,7 @@ def test_a_list_asks_disks_but_not_s3_for_sizes(s3: str, tmp_path: Path) -> None
     uris = [f"{s3}/a.png", f"{s3}/nowhere", f"{tmp_path}/b.png", f"{tmp_path}/nowhere", f"{tmp_path}/folder"]
     rows = rows_of(found(write_parquet(f"{tmp_path}/list.parquet", uri=uris)))
     assert sorted(rows) == sorted(uris)
-    entry = storage.entry_of(f"{tmp_path}/b.png")
+    entry = ANYWHERE.entry_of(f"{tmp_path}/b.png")
     for uri, row in rows.items():
         known = dataclasses.asdict(entry) if uri == entry.uri else {"uri": uri}
         assert row == dict.fromkeys(COLUMNS.names) | known
@@ -538,8 +538,8 @@ def test_a_carried_column_may_not_hide_one_of_ours(tmp_path: Path, name: str) ->
 
 
 def test_an_archive_gives_its_members_in_its_own_order(root: str) -> None:
-    storage.write_bytes(f"{root}/s/a.tar", tar_of("z.png", "d/y.JPG", "d/note.txt", "inner.zip", "noending", "b.png"))
-    storage.write_bytes(f"{root}/s/b.zip", zip_of("q.png", "p.png"))
+    ANYWHERE.write_bytes(f"{root}/s/a.tar", tar_of("z.png", "d/y.JPG", "d/note.txt", "inner.zip", "noending", "b.png"))
+    ANYWHERE.write_bytes(f"{root}/s/b.zip", zip_of("q.png", "p.png"))
     put(f"{root}/s", "a-b.png", "a.tar.png", "c.png")
     inside = ["a.tar!z.png", "a.tar!d/y.JPG", "a.tar!b.png"]
     expected = [f"s/{name}" for name in ["a-b.png", *inside, "a.tar.png", "b.zip!q.png", "b.zip!p.png", "c.png"]]
@@ -554,13 +554,13 @@ def test_an_archive_gives_its_members_in_its_own_order(root: str) -> None:
 def test_a_member_has_all_that_is_needed_to_read_it(tmp_path: Path) -> None:
     uri = f"{tmp_path}/a.tar"
     data = tar_of("x.png", "y.png")
-    storage.write_bytes(uri, data)
-    storage.write_bytes(f"{tmp_path}/b.zip", zip_of("z.png"))
+    ANYWHERE.write_bytes(uri, data)
+    ANYWHERE.write_bytes(f"{tmp_path}/b.zip", zip_of("z.png"))
     rows = rows_of(found(str(tmp_path)))
     row = rows[f"{uri}!y.png"]
     assert (row["size_bytes"], row["archive"], row["packing"]) == (31, uri, "tar")
     assert data[row["offset"] :][: row["stored_bytes"]] == bytes([31]) * 31
-    assert row["etag"] == storage.entry_of(uri).etag
+    assert row["etag"] == ANYWHERE.entry_of(uri).etag
     assert (row["status"], row["error"], row["crc32"]) == (None, None, None)
     row = rows[f"{tmp_path}/b.zip!z.png"]
     assert (row["size_bytes"], row["packing"]) == (40, "deflated")
@@ -568,7 +568,7 @@ def test_a_member_has_all_that_is_needed_to_read_it(tmp_path: Path) -> None:
 
 
 def test_a_later_member_of_the_same_name_counts(tmp_path: Path) -> None:
-    storage.write_bytes(f"{tmp_path}/a.tar", tar_of("x.png", "y.png", "x.png"))
+    ANYWHERE.write_bytes(f"{tmp_path}/a.tar", tar_of("x.png", "y.png", "x.png"))
     listing = found(str(tmp_path))
     assert names_in(listing, str(tmp_path)) == ["a.tar!y.png", "a.tar!x.png"]
     assert listing.table["size_bytes"].to_pylist() == [31, 32]
@@ -577,8 +577,8 @@ def test_a_later_member_of_the_same_name_counts(tmp_path: Path) -> None:
 
 def test_a_damaged_archive_is_a_row_beside_its_readable_members(root: str) -> None:
     data = tar_of("x.png", "y.png", "z.png")
-    storage.write_bytes(f"{root}/a.tar", data[: 2 * 1024 + 5])
-    storage.write_bytes(f"{root}/b.zip", b"no zip at all")
+    ANYWHERE.write_bytes(f"{root}/a.tar", data[: 2 * 1024 + 5])
+    ANYWHERE.write_bytes(f"{root}/b.zip", b"no zip at all")
     rows = rows_of(found(root, include=("*.png",)))
     assert [uri.removeprefix(f"{root}/") for uri in rows] == ["a.tar", "a.tar!x.png", "a.tar!y.png", "b.zip"]
     row = rows[f"{root}/a.tar"]
@@ -592,7 +592,7 @@ def test_a_damaged_archive_is_a_row_beside_its_readable_members(root: str) -> No
 def test_a_member_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     data = bytearray(zip_of("x.png", "y.png"))
     data[data.index(b"PK\1\2") + 8] |= 1  # the flag of an encrypted member
-    storage.write_bytes(f"{tmp_path}/a.zip", bytes(data))
+    ANYWHERE.write_bytes(f"{tmp_path}/a.zip", bytes(data))
     rows = rows_of(found(str(tmp_path)))
     assert [row["status"] for row in rows.values()] == ["unreadable", None]
     assert [row["error"] is None for row in rows.values()] == [False, True]
@@ -606,8 +606,8 @@ def test_an_archive_that_is_gone_is_a_row(tmp_path: Path) -> None:
 
 
 def test_a_list_picks_members_and_opens_archives(root: str) -> None:
-    storage.write_bytes(f"{root}/a.tar", tar_of("1.png", "2.txt", "3.png", "4.png"))
-    storage.write_bytes(f"{root}/b.zip", zip_of("x.png", "note.txt", "y.png"))
+    ANYWHERE.write_bytes(f"{root}/a.tar", tar_of("1.png", "2.txt", "3.png", "4.png"))
+    ANYWHERE.write_bytes(f"{root}/b.zip", zip_of("x.png", "note.txt", "y.png"))
     picked = ["b.zip", "a.tar!4.png", "a.tar!lost.png", "a.tar!2.txt", "no.tar!x.png"]
     uris = [f"{root}/{name}" for name in picked]
     listing = found(write_parquet(f"{root}/list.parquet", uri=uris, n=[10, 11, 12, 13, 14]), carry=("n",))
@@ -629,7 +629,7 @@ def test_an_archive_is_opened_once_for_all_members_that_are_picked(tmp_path: Pat
 
 def test_more_archives_than_threads_stay_in_order(root: str) -> None:
     for number in range(20):
-        storage.write_bytes(f"{root}/{number:02d}.tar", tar_of(*(f"{name}.png" for name in "cab"[: 1 + number % 3])))
+        ANYWHERE.write_bytes(f"{root}/{number:02d}.tar", tar_of(*(f"{name}.png" for name in "cab"[: 1 + number % 3])))
     put(root, "07.png")
     uris = names_in(found(root), root)
     assert [uri.partition("!")[0] for uri in uris] == sorted(uri.partition("!")[0] for uri in uris)
@@ -642,7 +642,7 @@ def test_more_archives_than_threads_stay_in_order(root: str) -> None:
 
 def test_all_files_takes_everything_but_archives(root: str) -> None:
     put(root, "a.png", "b.txt", "c", "list.csv")
-    storage.write_bytes(f"{root}/d.tar", tar_of("x.png", "y.txt", "inner.tar"))
+    ANYWHERE.write_bytes(f"{root}/d.tar", tar_of("x.png", "y.txt", "inner.tar"))
     listing = found(root, all_files=True)
     assert names_in(listing, root) == ["a.png", "b.txt", "c", "d.tar!x.png", "d.tar!y.txt", "list.csv"]
     assert listing.others == 1
@@ -650,7 +650,7 @@ def test_all_files_takes_everything_but_archives(root: str) -> None:
 
 def test_include_and_exclude_look_at_the_uri_and_at_its_last_part(root: str) -> None:
     put(root, "cats/1.png", "cats/2.jpg", "dogs/1.png", "dogs/1.PNG", "old/cats.png")
-    storage.write_bytes(f"{root}/t.tar", tar_of("cats/1.png", "2.png"))
+    ANYWHERE.write_bytes(f"{root}/t.tar", tar_of("cats/1.png", "2.png"))
 
     def chosen(*, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
         return names_in(found(root, include=include, exclude=exclude), root)
@@ -709,7 +709,7 @@ def test_a_sample_stays_the_same_however_images_are_named(tmp_path: Path) -> Non
 
 def test_inputs_of_all_kinds_come_in_the_order_given(root: str, tmp_path: Path) -> None:
     put(root, "f/b.png", "f/a.png", "g/1.png", "g/2.png", "x.dat")
-    storage.write_bytes(f"{root}/t.zip", zip_of("n.png", "m.png"))
+    ANYWHERE.write_bytes(f"{root}/t.zip", zip_of("n.png", "m.png"))
     manifest = write_text(f"{tmp_path}/own.txt", f"{root}/l2.png\n{root}/l1.png\n")
     listing = list_inputs(
         InputConfig(input=(f"{root}/x.dat", manifest, f"{root}/g/*.png", f"{root}/t.zip", "-", f"{root}/f")),
@@ -732,7 +732,7 @@ def test_inputs_of_all_kinds_come_in_the_order_given(root: str, tmp_path: Path) 
 
 def test_what_is_named_twice_counts_once_where_it_came_first(root: str) -> None:
     put(root, "a.png", "b.png", "c.png")
-    storage.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png", "x.png"))
+    ANYWHERE.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png", "x.png"))
     listing = found(f"{root}/c.png", root, f"{root}/t.tar", root, f"{root}/", f"{root}/a*")
     assert names_in(listing, root) == ["c.png", "a.png", "b.png", "t.tar!y.png", "t.tar!x.png"]
     assert listing.named_twice == 1 + 2 + 5 + 5 + 1
@@ -745,13 +745,13 @@ def test_what_is_named_twice_counts_once_where_it_came_first(root: str) -> None:
 
 def test_the_same_inputs_give_the_same_table(root: str) -> None:
     put(root, "a.png", "b/c.png", "d.png")
-    storage.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png"))
+    ANYWHERE.write_bytes(f"{root}/t.tar", tar_of("x.png", "y.png"))
     assert found(root, f"{root}/b").table.equals(found(root, f"{root}/b").table)
 
 
 def test_progress_tells_how_many_images_there_are_so_far(s3: str) -> None:
     told: list[int] = []
-    entries = (storage.Entry(f"{s3}/{number:05d}.{'png' if number % 2 else 'txt'}", 1, "e") for number in range(4_500))
+    entries = (Entry(f"{s3}/{number:05d}.{'png' if number % 2 else 'txt'}", 1, "e") for number in range(4_500))
     search(s3, scan=entries, progress=told.append)
     assert told[:4] == [500, 1_000, 1_500, 2_000]
     assert told[-1] == 2_250
@@ -795,14 +795,13 @@ def test_many_small_batches_become_few() -> None:
 LISTS_MANY = """
 import sys, time
 from pathlib import Path
-from mnist_dist import storage
 from mnist_dist.config import InputConfig
 from mnist_dist.scoring.inputs import list_inputs
 
 def scan(uri):
     for number in range(images):
         folder, name = divmod(number, 1000)
-        yield storage.Entry(
+        yield Entry(
             f"{uri}/2024/camera-{folder:06d}/frame_{name:09d}.jpg", 100_000 + number, f"{number * 2654435761:032x}")
 
 def peak_mib():  # not by getrusage: its figure may be that of the process which started this one
@@ -811,7 +810,7 @@ def peak_mib():  # not by getrusage: its figure may be that of the process which
 
 images, inputs = int(sys.argv[1]), tuple(sys.argv[2:])
 before, start = peak_mib(), time.monotonic()
-storage.scan_entries = scan
+ANYWHERE.scan_entries = scan
 listing = list_inputs(InputConfig(input=inputs))
 assert len(listing.table) == images * len(set(inputs)), len(listing.table)
 assert listing.by_suffix == {".jpg": len(listing.table)}

@@ -10,41 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mnist_dist"
-# ground floor <- data <- models <- engines <- training, tuning, scoring <- evaluation <- on_ray <- commands, api
-# <- jobs, benchmarks
+# ground floor <- store <- data <- models <- engines <- training, tuning, scoring <- evaluation <- on_ray <- commands
+# <- api, jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(
-        (
-            "errors",
-            "config",
-            "search_config",
-            "evaluate_config",
-            "export_config",
-            "doctor_config",
-            "recipes",
-            "console",
-            "side_thread",
-            "session",
-            "documents",
-            "processor",
-            "storage",
-            "s3_reads",
-            "lock",
-            "listing",
-        ),
-        0,
+        ("errors", "config", "search_config", "recipes", "console", "side_thread", "processor", "keywords"), 0
     ),
-    "data": 1,
-    "models": 2,
-    "engines": 3,
-    **dict.fromkeys(("training", "tuning", "scoring"), 4),
-    "evaluation": 5,
-    "on_ray": 6,
-    "keywords": 0,
-    "results": 7,
-    "commands": 7,
-    **dict.fromkeys(("api", "__main__"), 8),
-    **dict.fromkeys(("jobs", "benchmarks"), 8),
+    "documents": 1,
+    "store": 2,
+    **dict.fromkeys(("session", "listing", "evaluate_config", "export_config", "doctor_config"), 3),
+    "data": 4,
+    "models": 5,
+    "engines": 6,
+    **dict.fromkeys(("training", "tuning", "scoring"), 7),
+    "evaluation": 8,
+    "on_ray": 9,
+    **dict.fromkeys(("commands", "results"), 10),
+    **dict.fromkeys(("api", "jobs", "benchmarks", "__main__"), 11),
 }
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",

@@ -13,22 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows
-from harness import Recorder, an_epoch, run_command
+from harness import Recorder, an_epoch, run_command, s3_client
 from scored import one_hot, plan_of, scored_rows
 
-from mnist_dist import listing, storage
+from mnist_dist import listing
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
 from mnist_dist.errors import StorageError
 from mnist_dist.listing import ListJob, Row, RunFacts, ago, rows_below
-from mnist_dist.lock import Lock, holder_of
 from mnist_dist.models.history import history_csv
-from mnist_dist.s3_reads import FastReads
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Generation, Output
 from mnist_dist.scoring.listing import DEPTH, table_row
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import prediction_schema
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Lock, holder_of
+from mnist_dist.store.s3_reads import FastReads
+from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
 from mnist_dist.training.runs import Run, run_row
 from mnist_dist.tuning.listing import search_row
@@ -42,7 +44,7 @@ SEARCH = SearchJob(
 CLASSES = ("ant", "bee", "cat")
 SHARD_SIZE = 4
 KILLED_DRIVER = (
-    "import os, sys; from mnist_dist.lock import Lock; Lock(sys.argv[1], what='it').__enter__(); os._exit(9)"
+    "import os, sys; from mnist_dist.store.lock import Lock; Lock(sys.argv[1], what='it').__enter__(); os._exit(9)"
 )
 
 
@@ -55,7 +57,7 @@ def leave_lock(uri: str) -> None:
 
 
 def begun_run(root: str, name: str) -> Run:
-    run = Run(storage.join(root, name))
+    run = Run(join(root, name))
     run.begin(RunFacts(recipe="quickstart", settings=TRAIN.settings(), features=None, records="abc"))
     return run
 
@@ -63,18 +65,18 @@ def begun_run(root: str, name: str) -> Run:
 def end_epoch(run: Run, number: int) -> None:
     """As the loop: a line of the history for each epoch so far."""
     lines = [an_epoch(epoch, val_accuracy=0.5 + epoch / 100) for epoch in range(1, number + 1)]
-    storage.write_bytes(storage.join(run.uri, "history.csv"), history_csv(lines))
+    ANYWHERE.write_bytes(join(run.uri, "history.csv"), history_csv(lines))
 
 
 def save_checkpoint(run: Run, scratch: Path) -> None:
     scratch.mkdir()
     arrays = [np.zeros(3, np.float32)]
     write_checkpoint(scratch, Checkpoint(state=State(step=7), weights=arrays, optimizer=arrays, best=None))
-    storage.upload_folder(scratch, storage.join(run.uri, run.next_attempt(), "checkpoint-000000007"), last=STATE_FILE)
+    ANYWHERE.upload_folder(scratch, join(run.uri, run.next_attempt(), "checkpoint-000000007"), last=STATE_FILE)
 
 
 def begun_search(root: str, name: str, job: SearchJob = SEARCH) -> Run:
-    run = Run(storage.join(root, name))
+    run = Run(join(root, name))
     run.begin(RunFacts(recipe="search-digits", settings=job.settings(), features=None, records="abc"))
     return run
 
@@ -84,7 +86,7 @@ def put_trials(run: Run, *status: Status, folder: str = "trials") -> None:
     for number, word in enumerate(status):
         accuracy = None if word in ("running", "failed") else 0.9 - abs(number - 2) / 100
         trial = Trial(number=number, params={}, status=word, val_accuracy=accuracy, val_loss=1.0)
-        TrialRecords(storage.join(run.uri, folder)).write(trial)
+        TrialRecords(join(run.uri, folder)).write(trial)
 
 
 def begun_table(uri: str, *, images: int) -> tuple[Output, Generation]:
@@ -97,12 +99,12 @@ def begun_table(uri: str, *, images: int) -> tuple[Output, Generation]:
 
 def put_shards(generation: Generation, *shards: int) -> None:
     """In each, the first image is missing."""
-    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(generation.manifest_uri))) as manifest:
+    with pq.ParquetFile(pa.BufferReader(ANYWHERE.read_bytes(generation.manifest_uri))) as manifest:
         for shard in shards:
             uris = manifest.read_row_group(shard)["uri"].to_pylist()
             status = ["missing"] + ["ok"] * (len(uris) - 1)
             rows = scored_rows(uris, one_hot([1] * len(uris), 3), CLASSES, status=status, model_id="m")
-            with storage.new_object(generation.shard_uri(shard)) as file:
+            with ANYWHERE.new_object(generation.shard_uri(shard)) as file:
                 pq.write_table(rows, file)
 
 
@@ -158,7 +160,7 @@ def test_a_training_run_is_told_from_its_begin_to_its_result(root: str, tmp_path
     assert words(the_run(root)) == ("stopped", "0 of 7 epochs", "")
     end_epoch(run, 2)
     assert words(the_run(root)) == ("stopped", "2 of 7 epochs", "validation accuracy 0.5200 so far")
-    with Lock(storage.join(run.uri, "lock"), what=run.uri):
+    with Lock(join(run.uri, "lock"), what=run.uri):
         assert words(the_run(root)) == ("running", "2 of 7 epochs", "validation accuracy 0.5200 so far")
         assert the_run(root).numbers["driver"]["pid"] == os.getpid()
     run.finish({"epochs": 6, "test_accuracy": 0.97, "validation_accuracy": 0.96})
@@ -170,8 +172,8 @@ def test_a_training_run_is_told_from_its_begin_to_its_result(root: str, tmp_path
 def test_a_killed_driver_is_not_at_work(root: str) -> None:
     run = begun_run(root, "first")
     end_epoch(run, 1)
-    leave_lock(storage.join(run.uri, "lock"))
-    holder = holder_of(storage.join(run.uri, "lock"))
+    leave_lock(join(run.uri, "lock"))
+    holder = holder_of(join(run.uri, "lock"))
     assert holder is not None
     assert not holder.is_alive
     assert the_run(root).state == "stopped"
@@ -192,7 +194,7 @@ def test_a_search_is_told_from_its_begin_to_its_result(root: str) -> None:
         "3 of 5 trials, 1 failed",
         "trial 2: validation accuracy 0.9000 so far",
     )
-    with Lock(storage.join(run.uri, "lock"), what=run.uri):
+    with Lock(join(run.uri, "lock"), what=run.uri):
         assert the_search(root).state == "running"
     put_trials(run, "done", "failed", "stopped", "done", "done")
     put_trials(run, "done", folder="finalists")
@@ -233,7 +235,7 @@ def test_trials_that_ended_early_are_all_there_are(tmp_path: Path) -> None:
 
 
 def test_a_prediction_table_is_told_from_its_begin_to_its_result(root: str) -> None:
-    output, generation = begun_table(storage.join(root, "scores"), images=10)
+    output, generation = begun_table(join(root, "scores"), images=10)
     assert words(the_table(root)) == ("new", "0 of 3 shards, 0 of 10 rows of generation 1", "")
     put_shards(generation, 0, 2)
     row = the_table(root)
@@ -258,7 +260,7 @@ def test_a_table_of_too_many_bad_rows_has_failed(tmp_path: Path) -> None:
 
 
 def test_a_table_may_be_the_folder_itself_or_lie_in_a_run(root: str) -> None:
-    table = committed_table(storage.join(begun_run(root, "first").uri, "predictions"), images=5)
+    table = committed_table(join(begun_run(root, "first").uri, "predictions"), images=5)
     assert the_table(root).name == "first/predictions"
     assert the_table(table.uri).name == ""
     assert the_table(table.uri).uri == table.uri
@@ -268,9 +270,9 @@ def test_only_what_is_asked_for_is_listed_and_the_newest_first(root: str) -> Non
     begun_run(root, "training")
     put_trials(begun_search(root, "searching"), "done")
     begun_search(root, "new-search")
-    committed_table(storage.join(root, "scores"), images=5)
+    committed_table(join(root, "scores"), images=5)
     for name in ("_records/abc/run.json", ".hidden/run.json", "bundle/bundle.json", "spark/_SUCCESS", "run.json.txt"):
-        storage.write_bytes(storage.join(root, name), b"{}")
+        ANYWHERE.write_bytes(join(root, name), b"{}")
     assert [row.name for row in rows_below(root, run_row)] == ["training"]
     assert {row.name for row in rows_below(root, search_row)} == {"searching", "new-search"}
     assert [row.name for row in rows_below(root, table_row, depth=DEPTH)] == ["scores"]
@@ -301,7 +303,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
         end_epoch(run, 7)
         run.finish({"epochs": 7, "test_accuracy": 0.97})
     for number in range(30):
-        storage.write_bytes(f"{s3}/_records/{number}/pixels.npy", b"1")
+        ANYWHERE.write_bytes(f"{s3}/_records/{number}/pixels.npy", b"1")
     asked, really = [], FastReads._get
 
     def noted(reads: FastReads, *arguments: Any) -> Any:
@@ -309,7 +311,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
         return really(reads, *arguments)
 
     monkeypatch.setattr(FastReads, "_get", noted)
-    events = storage._client().meta.events
+    events = s3_client().meta.events
     events.register("before-call.s3", lambda model, **_: asked.append(model.name), unique_id="count")
     try:
         assert len(rows_below(s3, run_row)) == 2
@@ -331,7 +333,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
     ],
 )
 def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: bytes, reason: str) -> None:
-    storage.write_bytes(storage.join(begun_run(root, "broken").uri, name), content)
+    ANYWHERE.write_bytes(join(begun_run(root, "broken").uri, name), content)
     begun_run(root, "whole")
     rows = {row.name: row for row in rows_below(root, run_row)}
     assert rows["whole"].state == "new"
@@ -341,12 +343,12 @@ def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: byte
 
 def test_a_damaged_search_and_a_damaged_table_are_rows_that_say_so(tmp_path: Path) -> None:
     run = begun_search(str(tmp_path), "search")
-    storage.write_bytes(storage.join(run.uri, "trials", "000000.json"), b"{}")
+    ANYWHERE.write_bytes(join(run.uri, "trials", "000000.json"), b"{}")
     state, _, reason = words(the_search(str(tmp_path)))
     assert state == "unreadable"
     assert "000000.json is not a Trial" in reason
     table = committed_table(str(tmp_path / "scores"), images=5)
-    storage.write_bytes(storage.join(table.uri, "_SUCCESS"), b"")
+    ANYWHERE.write_bytes(join(table.uri, "_SUCCESS"), b"")
     state, _, reason = words(the_table(str(tmp_path)))
     assert state == "unreadable"
     assert "is not the mark of a prediction table" in reason
@@ -354,7 +356,7 @@ def test_a_damaged_search_and_a_damaged_table_are_rows_that_say_so(tmp_path: Pat
 
 def test_a_table_without_its_summary_is_still_a_table(tmp_path: Path) -> None:
     table = committed_table(str(tmp_path / "scores"), images=5)
-    storage.delete(storage.join(table.uri, "_summary.json"))
+    ANYWHERE.delete(join(table.uri, "_summary.json"))
     assert words(the_table(str(tmp_path))) == ("finished", "generation 1", "5 rows")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from harness import Recorder
 
-from mnist_dist import storage
 from mnist_dist.console import Stop
 from mnist_dist.errors import Interrupted, Locked
-from mnist_dist.lock import Lock, _host
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Lock, _host
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -26,7 +26,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def leave_lock(uri: str, *, host: str, pid: int, age_s: float) -> None:
     holder = {"id": "other", "host": host, "pid": pid, "time": time.time() - age_s}
-    storage.write_bytes(uri, json.dumps(holder).encode())
+    ANYWHERE.write_bytes(uri, json.dumps(holder).encode())
 
 
 def dead_process() -> int:
@@ -40,7 +40,7 @@ def test_a_held_lock_is_refused_and_a_left_one_is_free(uri: str) -> None:
         Lock(uri, what="the run").__enter__()
     with Lock(uri, what="the run") as lock:
         lock.check()
-    assert not storage.exists(uri)
+    assert not ANYWHERE.exists(uri)
 
 
 def test_a_dead_process_of_this_host_loses_it_at_once(uri: str) -> None:
@@ -72,7 +72,7 @@ def test_one_who_waits_takes_over_when_the_holder_has_been_silent_for_long_enoug
 
 
 def test_a_clock_that_is_ahead_does_not_keep_a_lost_holder_alive(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.lock.SILENCE_S", 2.0)
+    monkeypatch.setattr("mnist_dist.store.lock.SILENCE_S", 2.0)
     leave_lock(uri, host="elsewhere", pid=1, age_s=-3600)
     with waiting(uri, Recorder()) as lock:
         lock.check()
@@ -87,7 +87,7 @@ def test_one_who_waits_is_refused_once_the_holder_renews_its_lock(uri: str) -> N
 
 def test_one_who_waits_gets_a_lock_that_is_left(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=5)
-    with waiting(uri, Recorder(at="waiting", then=partial(storage.delete, uri))) as lock:
+    with waiting(uri, Recorder(at="waiting", then=partial(ANYWHERE.delete, uri))) as lock:
         lock.check()
 
 
@@ -117,18 +117,18 @@ def test_a_holder_that_lost_it_is_told_and_leaves_the_new_one_alone(uri: str) ->
         leave_lock(uri, host="elsewhere", pid=1, age_s=0)
         with pytest.raises(Locked, match="another driver has taken over the run"):
             lock.check()
-    assert json.loads(storage.read_bytes(uri))["id"] == "other"
+    assert json.loads(ANYWHERE.read_bytes(uri))["id"] == "other"
 
 
 def test_a_put_whose_answer_was_lost_is_known_again(uri: str) -> None:
     lock = Lock(uri, what="the run")
-    storage.write_bytes(uri, lock._content())
+    ANYWHERE.write_bytes(uri, lock._content())
     with lock:
         lock.check()
 
 
 def test_one_of_many_creates_an_object(uri: str) -> None:
-    assert storage.create_bytes(uri, b"first")
-    assert not storage.create_bytes(uri, b"second")
-    assert storage.read_bytes(uri) == b"first"
-    assert [entry.uri for entry in storage.list_entries(uri.removesuffix("/lock"))] == [uri]
+    assert ANYWHERE.create_bytes(uri, b"first")
+    assert not ANYWHERE.create_bytes(uri, b"second")
+    assert ANYWHERE.read_bytes(uri) == b"first"
+    assert [entry.uri for entry in ANYWHERE.list_entries(uri.removesuffix("/lock"))] == [uri]

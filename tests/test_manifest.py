@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows
 
-from mnist_dist import storage
 from mnist_dist.scoring.manifest import (
     COLUMNS,
     MAX_SHARD,
@@ -23,6 +22,7 @@ from mnist_dist.scoring.manifest import (
     shard_bounds,
     write_manifest,
 )
+from mnist_dist.store.uris import join
 
 Run = tuple[int, str | None, str | None]
 """How many rows side by side, of which archive, packed how."""
@@ -43,7 +43,7 @@ def sizes(*runs: Run, shard_size: int) -> list[int]:
 @pytest.fixture(params=["local", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     root = str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path)
-    return storage.join(root, "work", "manifest.parquet")
+    return join(root, "work", "manifest.parquet")
 
 
 def test_what_was_written_is_read_shard_by_shard(uri: str) -> None:

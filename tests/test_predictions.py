@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import mnist_dist
-from mnist_dist import storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.scoring import predictions
@@ -25,6 +24,8 @@ from mnist_dist.scoring.predictions import (
     prediction_schema,
     read_predictions,
 )
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 NOW = datetime.datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
 NOTHING = pa.schema([])
@@ -235,7 +236,7 @@ def put_mark(root: str, files: list[str], *, name: str = "_SUCCESS", generation:
 def put_part(root: str, name: str, rows: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, row_group_size=2)
-    storage.write_bytes(storage.join(root, name), buffer.getvalue().to_pybytes())
+    ANYWHERE.write_bytes(join(root, name), buffer.getvalue().to_pybytes())
 
 
 @pytest.fixture
@@ -279,19 +280,19 @@ def test_batches_are_no_larger_than_a_row_group(root: str) -> None:
 
 
 def test_a_table_that_was_judged_bad_is_read_like_any_other(root: str, rows: pa.Table) -> None:
-    storage.delete(storage.join(root, "_SUCCESS"))
+    ANYWHERE.delete(join(root, "_SUCCESS"))
     put_mark(root, ["part-g0001-00001.parquet"], name="_FAILED")
     assert read_predictions(root).equals(rows.slice(1))
 
 
 def test_without_a_mark_there_is_no_table(root: str) -> None:
-    storage.delete(storage.join(root, "_SUCCESS"))
+    ANYWHERE.delete(join(root, "_SUCCESS"))
     with pytest.raises(DataError, match=r"there is no prediction table.*Received: '.*'"):
         read_predictions(root)
-    storage.write_bytes(storage.join(root, "_work/lock"), b"{}")
+    ANYWHERE.write_bytes(join(root, "_work/lock"), b"{}")
     with pytest.raises(DataError, match="there is no prediction table"):
         next(iter_predictions(root))
-    storage.write_bytes(storage.join(root, "_work/g0001/plan.json"), b"{}")
+    ANYWHERE.write_bytes(join(root, "_work/g0001/plan.json"), b"{}")
     with pytest.raises(DataError, match="is not finished: a scoring job is at work on it, or was stopped"):
         read_predictions(root)
 
@@ -326,7 +327,7 @@ def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows
     def replace() -> None:
         put_part(root, "part-g0002-00000.parquet", rows)
         put_mark(root, ["part-g0002-00000.parquet"], generation=2)
-        storage.delete(storage.join(root, "part-g0001-00001.parquet"))
+        ANYWHERE.delete(join(root, "part-g0001-00001.parquet"))
 
     batches = iter_predictions(root)
     next(batches)
@@ -342,13 +343,13 @@ def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows
             replace()
             return super().__iter__()
 
-    storage.write_bytes(storage.join(root, "part-g0001-00001.parquet"), b"soon gone")
+    ANYWHERE.write_bytes(join(root, "part-g0001-00001.parquet"), b"soon gone")
     put_part(root, "part-g0001-00001.parquet", rows.slice(1))
     assert read_predictions(root, columns=Late(["uri"])).equals(rows.select(["uri"]))
 
 
 def test_a_table_judged_anew_has_a_mark_all_the_time(root: str) -> None:
-    storage.delete(storage.join(root, "_SUCCESS"))
+    ANYWHERE.delete(join(root, "_SUCCESS"))
     assert predictions.read_mark(root) is None
     put_mark(root, ["x"], name="_FAILED")
     found = predictions.read_mark(root)

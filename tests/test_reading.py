@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 from corpus import manifest_rows, tar_of
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import ImageError, ServiceError, StorageError
 from mnist_dist.scoring.inputs import list_inputs
 from mnist_dist.scoring.reading import Encoded, plan_reads
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 MOST_BYTES = 1000
 MEMBERS = {"a.png": b"first", "b/c.png": b"the second", "d.png": bytes(MOST_BYTES + 1), "e.png": b"", "f.png": b"last"}
@@ -32,8 +33,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def put(root: str, name: str, data: bytes) -> str:
-    uri = storage.join(root, name)
-    storage.write_bytes(uri, data)
+    uri = join(root, name)
+    ANYWHERE.write_bytes(uri, data)
     return uri
 
 
@@ -74,13 +75,13 @@ def requests(rows: pa.Table) -> list[list[int]]:
 def test_a_file_is_its_bytes(root: str) -> None:
     uri = put(root, "ä b#?.png", b"some bytes")
     found = read_one(uri)
-    assert (found.data, found.size_bytes, found.etag) == (b"some bytes", 10, storage.entry_of(uri).etag)
+    assert (found.data, found.size_bytes, found.etag) == (b"some bytes", 10, ANYWHERE.entry_of(uri).etag)
 
 
 def test_a_missing_file_is_missing(root: str) -> None:
     put(root, "x.png", b"x")
     for name in ("nowhere/x.png", "x.png/y.png"):
-        found = read_one(storage.join(root, name))
+        found = read_one(join(root, name))
         assert error_of(found) == "missing: no such file"
         assert (found.size_bytes, found.etag) == (None, None)
 
@@ -208,7 +209,7 @@ def test_members_are_read_with_one_request(root: str) -> None:
     found = read(rows)
     assert words(found) == OF_MEMBERS
     assert [item.size_bytes for item in found] == [len(data) for data in MEMBERS.values()]
-    assert {item.etag for item in found} == {storage.entry_of(archive).etag}
+    assert {item.etag for item in found} == {ANYWHERE.entry_of(archive).etag}
 
 
 def test_far_members_are_read_each_by_its_own_request(root: str) -> None:
@@ -273,7 +274,7 @@ def test_an_archive_that_changed_is_not_read(root: str, name: str) -> None:
     mode = "w:gz" if name.endswith("gz") else "w"
     archive = put(root, name, tar_of(MEMBERS, mode))
     rows = listed(archive)
-    storage.write_bytes(archive, tar_of({"other.png": b"other", **MEMBERS}, mode))
+    ANYWHERE.write_bytes(archive, tar_of({"other.png": b"other", **MEMBERS}, mode))
     found = read(rows)
     assert {error_of(item) for item in found} == {
         "failed: the archive changed since it was listed (--mode incremental lists it again)"
@@ -284,7 +285,7 @@ def test_an_archive_that_changed_is_not_read(root: str, name: str) -> None:
 def test_an_archive_that_is_gone_is_missing(root: str) -> None:
     archive = put(root, "x.tar", tar_of(MEMBERS))
     rows = listed(archive)
-    storage.delete(archive)
+    ANYWHERE.delete(archive)
     assert words(read(rows)) == ["missing"] * 5
 
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist import storage
 from mnist_dist.config import DataConfig
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.records import (
@@ -30,6 +29,7 @@ from mnist_dist.data.records import (
 )
 from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, ServiceError
+from mnist_dist.store.anywhere import ANYWHERE
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 COUNT = 150  # of images: two shards of 64 and one of 22, with the smallest shards
@@ -87,7 +87,7 @@ def decoded(images: Path, root: str, local_dir: Path) -> Records:
 
 
 def names(uri: str) -> list[str]:
-    return [entry.uri.removeprefix(f"{uri}/") for entry in storage.list_entries(uri)]
+    return [entry.uri.removeprefix(f"{uri}/") for entry in ANYWHERE.list_entries(uri)]
 
 
 def test_images_are_decoded_in_shards_and_opened_by_row(images: Path, root: str, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist import storage
 from mnist_dist.errors import ResumeConflict
 from mnist_dist.listing import RunFacts
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 from mnist_dist.training.runs import Run
 
 SETTINGS = {"fit": {"seed": 1, "batch_size": 64}}
@@ -21,20 +22,20 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def run(root: str) -> Run:
-    return Run(storage.join(root, "first"))
+    return Run(join(root, "first"))
 
 
 def put(run: Run, *names: str) -> None:
     for name in names:
-        storage.write_bytes(storage.join(run.uri, name), b"{}")
+        ANYWHERE.write_bytes(join(run.uri, name), b"{}")
 
 
 def names(run: Run) -> list[str]:
-    return [entry.uri.removeprefix(f"{run.uri}/") for entry in storage.list_entries(run.uri)]
+    return [entry.uri.removeprefix(f"{run.uri}/") for entry in ANYWHERE.list_entries(run.uri)]
 
 
 def save_something(run: Run) -> None:
-    storage.write_bytes(storage.join(run.uri, "attempt-0001/checkpoint-000000007/state.json"), b"{}")
+    ANYWHERE.write_bytes(join(run.uri, "attempt-0001/checkpoint-000000007/state.json"), b"{}")
 
 
 def test_a_run_begins_once_and_then_goes_on(run: Run) -> None:
@@ -132,7 +133,7 @@ def test_clearing_without_a_complete_checkpoint_leaves_no_attempt(run: Run) -> N
 
 @pytest.mark.parametrize("name", ["attempt-0007", "checkpoint-3", "a+b(c)"])
 def test_a_run_may_have_any_name(root: str, name: str) -> None:
-    run = Run(storage.join(root, name))
+    run = Run(join(root, name))
     put(
         run, "run.json", "attempt-0001/checkpoint-000000003/state.json", "attempt-0002/checkpoint-000000004/weights.npz"
     )
@@ -143,7 +144,7 @@ def test_a_run_may_have_any_name(root: str, name: str) -> None:
 
 
 def test_runs_beside_each_other_do_not_see_each_other(root: str, run: Run) -> None:
-    put(Run(storage.join(root, "first-too")), "attempt-0005/checkpoint-000000009/state.json", "result.json")
+    put(Run(join(root, "first-too")), "attempt-0005/checkpoint-000000009/state.json", "result.json")
     assert run.next_attempt() == "attempt-0001"
     assert run.newest_checkpoint() is None
     assert run.result() is None

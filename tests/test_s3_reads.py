@@ -13,9 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import fast_reads, s3_client
 
-from mnist_dist import s3_reads, storage
-from mnist_dist.s3_reads import FAILURES_IN_A_ROW, PAUSE_S, FastReads
+from mnist_dist.store import s3_reads
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.s3_reads import FAILURES_IN_A_ROW, PAUSE_S, FastReads
 
 BODY = bytes(range(256)) * 40
 ETAG = "of-this-body"
@@ -79,8 +81,9 @@ def place(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def quick(uri: str, *, most_bytes: int = 1_000_000) -> tuple[int, str, bytes | None] | None:
-    return storage._fast_reads().read(*place(uri), most_bytes=most_bytes)
+def quick(uri: str, *, max_bytes: int = 1_000_000) -> tuple[int, str, bytes | None] | None:
+    found: tuple[int, str, bytes | None] | None = fast_reads().read(*place(uri), max_bytes=max_bytes)
+    return found
 
 
 # --- the same as botocore's, from a real server ----------------------------------------------------------------------
@@ -89,23 +92,23 @@ def quick(uri: str, *, most_bytes: int = 1_000_000) -> tuple[int, str, bytes | N
 @pytest.fixture
 def by_botocore(s3_server: str) -> Iterator[list[str]]:
     """What botocore was asked for, of new clients: each path of a GET of an object."""
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     asked = list[str]()
-    events = storage._client().meta.events
+    events = s3_client().meta.events
     events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request.url))
     yield asked
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 10_000, 3_000_000])
 def test_an_object_is_the_one_that_botocore_reads(s3: str, by_botocore: list[str], size_bytes: int) -> None:
     uri = f"{s3}/deep/er/a.bin"
-    storage.write_bytes(uri, (BODY * (size_bytes // len(BODY) + 1))[:size_bytes])
-    entry, data = storage.read_object(uri, most_bytes=size_bytes)
-    assert storage.read_bytes(uri) == data
+    ANYWHERE.write_bytes(uri, (BODY * (size_bytes // len(BODY) + 1))[:size_bytes])
+    entry, data = ANYWHERE.read_object(uri, max_bytes=size_bytes)
+    assert ANYWHERE.read_bytes(uri) == data
     assert by_botocore == []
     bucket, key = place(uri)
-    answer = storage._client().get_object(Bucket=bucket, Key=key)
+    answer = s3_client().get_object(Bucket=bucket, Key=key)
     assert len(by_botocore) == 1
     assert (entry.uri, entry.size_bytes, entry.etag) == (uri, answer["ContentLength"], answer["ETag"].strip('"'))
     assert data == answer["Body"].read()
@@ -116,67 +119,67 @@ def test_an_object_is_the_one_that_botocore_reads(s3: str, by_botocore: list[str
 )
 def test_a_range_is_the_one_that_botocore_reads(s3: str, by_botocore: list[str], start: int, length: int) -> None:
     uri = f"{s3}/a.bin"
-    storage.write_bytes(uri, BODY)
-    found = storage.read_range(uri, start, length)
+    ANYWHERE.write_bytes(uri, BODY)
+    found = ANYWHERE.read_range(uri, start, length)
     assert by_botocore == []
     bucket, key = place(uri)
-    answer = storage._client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+    answer = s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
     assert found == answer["Body"].read() == BODY[start : start + length]
 
 
 @pytest.mark.parametrize("start", [len(BODY), len(BODY) + 7])
 def test_a_range_after_the_end_is_empty(s3: str, by_botocore: list[str], start: int) -> None:
     uri = f"{s3}/a.bin"
-    storage.write_bytes(uri, BODY)
-    assert storage._fast_reads().read_range(*place(uri), start, start + 5) is None
-    assert storage.read_range(uri, start, 5) == b""
+    ANYWHERE.write_bytes(uri, BODY)
+    assert fast_reads().read_range(*place(uri), start, start + 5) is None
+    assert ANYWHERE.read_range(uri, start, 5) == b""
     assert len(by_botocore) == 1
 
 
 def test_an_encoded_object_stays_encoded(s3: str, by_botocore: list[str]) -> None:
     bucket, key = place(f"{s3}/a.gz")
-    storage._client().put_object(Bucket=bucket, Key=key, Body=b"not even gzip", ContentEncoding="gzip")
-    assert storage.read_bytes(f"{s3}/a.gz") == b"not even gzip"
+    s3_client().put_object(Bucket=bucket, Key=key, Body=b"not even gzip", ContentEncoding="gzip")
+    assert ANYWHERE.read_bytes(f"{s3}/a.gz") == b"not even gzip"
     assert by_botocore == []
 
 
 def test_odd_keys_are_told_apart(s3: str, by_botocore: list[str]) -> None:
     keys = [f"{s3}/files/{name}" for name in ODD_NAMES] + [f"{s3}/folders/{name}/x" for name in ODD_NAMES]
     for uri in keys:
-        storage.write_bytes(uri, uri.encode())
-    reads = storage._fast_reads()
+        ANYWHERE.write_bytes(uri, uri.encode())
+    reads = fast_reads()
     for uri in keys:
-        size, _, data = reads.read(*place(uri), most_bytes=9_999) or (None, None, None)
+        size, _, data = reads.read(*place(uri), max_bytes=9_999) or (None, None, None)
         assert (uri, size, data) == (uri, len(uri.encode()), uri.encode())
         assert (uri, reads.read_range(*place(uri), 0, 9_999)) == (uri, uri.encode())
     assert by_botocore == []
 
 
 def test_a_missing_object_is_file_not_found_and_no_failure(s3: str, by_botocore: list[str]) -> None:
-    storage.write_bytes(f"{s3}/there", BODY)
+    ANYWHERE.write_bytes(f"{s3}/there", BODY)
     for number in range(2 * FAILURES_IN_A_ROW):
         with pytest.raises(FileNotFoundError, match="no such object"):
-            storage.read_bytes(f"{s3}/missing{number}")
+            ANYWHERE.read_bytes(f"{s3}/missing{number}")
         with pytest.raises(FileNotFoundError, match="no such object"):
-            storage.read_range(f"{s3}/missing{number}", 1, 2)
+            ANYWHERE.read_range(f"{s3}/missing{number}", 1, 2)
     by_botocore.clear()
-    assert storage.read_bytes(f"{s3}/there") == BODY
+    assert ANYWHERE.read_bytes(f"{s3}/there") == BODY
     assert by_botocore == []
 
 
 def test_many_threads_read_their_own_bytes(s3: str, by_botocore: list[str]) -> None:
     expected = {f"{s3}/{number}": bytes([number]) * (1_000 + 5_000 * number) for number in range(24)}
     for uri, data in expected.items():
-        storage.write_bytes(uri, data)
+        ANYWHERE.write_bytes(uri, data)
     start = threading.Barrier(8)
 
     def read_all(first: int) -> None:
         start.wait()
         uris = list(expected)
         for uri in uris[first:] + uris[:first]:
-            entry, data = storage.read_object(uri, most_bytes=1_000_000)
+            entry, data = ANYWHERE.read_object(uri, max_bytes=1_000_000)
             assert (entry.size_bytes, data) == (len(expected[uri]), expected[uri])
-            assert storage.read_range(uri, 500, 700) == expected[uri][500:1_200]
+            assert ANYWHERE.read_range(uri, 500, 700) == expected[uri][500:1_200]
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read_all, range(8)))
@@ -287,9 +290,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     for name, value in {**settings, **nowhere, "AWS_DEFAULT_REGION": "eu-central-1"}.items():
         monkeypatch.setenv(name, value)
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     yield one
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     one.is_closed.set()
     one.shutdown()
     one.server_close()
@@ -309,23 +312,23 @@ fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @fault
 def test_what_fails_is_read_by_botocore_and_whole(server: Server, fault: Answer) -> None:
     server.to_quick = fault
-    entry, data = storage.read_object(URI, most_bytes=len(BODY))
+    entry, data = ANYWHERE.read_object(URI, max_bytes=len(BODY))
     assert (entry.size_bytes, entry.etag, data) == (len(BODY), ETAG, BODY)
-    assert storage.read_bytes(URI) == BODY
+    assert ANYWHERE.read_bytes(URI) == BODY
     assert (server.by(is_quick=True), server.by(is_quick=False)) == (2, 2)
 
 
 def test_an_error_is_the_one_that_botocore_is_told(server: Server) -> None:
     server.to_quick, server.to_botocore = FAULTS["unavailable"], FAULTS["denied"]
     with pytest.raises(PermissionError, match="AccessDenied"):
-        storage.read_bytes(URI)
+        ANYWHERE.read_bytes(URI)
     with pytest.raises(PermissionError, match="AccessDenied"):
-        storage.read_range(URI, 3, 4)
+        ANYWHERE.read_range(URI, 3, 4)
 
 
 def test_a_whole_object_is_no_range(server: Server) -> None:
     """A server that knows no ranges sends everything."""
-    assert storage._fast_reads().read_range("bucket", "a/key", 100, 200) is None
+    assert fast_reads().read_range("bucket", "a/key", 100, 200) is None
 
 
 @dataclass
@@ -352,7 +355,7 @@ def test_failures_in_a_row_leave_the_bucket_to_botocore_for_a_while(server: Serv
     asked = server.by(is_quick=True)
     assert asked == FAILURES_IN_A_ROW
     clock.now_s += PAUSE_S - 1
-    assert storage.read_bytes(URI) == BODY
+    assert ANYWHERE.read_bytes(URI) == BODY
     assert (server.by(is_quick=True), server.by(is_quick=False)) == (asked, 1)
     assert quick("s3://another-bucket/key") == (len(BODY), ETAG, BODY)
     clock.now_s += 2
@@ -389,7 +392,7 @@ def test_a_success_in_between_sets_the_count_back(server: Server) -> None:
 def test_of_a_larger_object_the_body_is_not_transferred(server: Server) -> None:
     body = bytes(64 * 1024 * 1024)
     server.to_quick = Answer(body=body)
-    entry, data = storage.read_object(URI, most_bytes=len(body) - 1)
+    entry, data = ANYWHERE.read_object(URI, max_bytes=len(body) - 1)
     assert (entry.size_bytes, entry.etag, data) == (len(body), ETAG, None)
     assert server.is_sent.wait(30)
     assert server.sent_bytes < len(body) / 2  # what the sockets hold
@@ -400,23 +403,23 @@ def test_a_server_that_says_nothing_is_given_up(server: Server, monkeypatch: pyt
     monkeypatch.setattr(s3_reads, "SILENCE_S", 1)
     server.to_quick = Answer(is_silent=True)
     assert quick(URI) is None
-    assert storage.read_bytes(URI) == BODY
+    assert ANYWHERE.read_bytes(URI) == BODY
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", ".", "..", "a/.", "a/./b", "../a", "a/../b"])
 def test_a_key_that_is_no_path_is_left_to_botocore(server: Server, key: str) -> None:
-    reads = storage._fast_reads()
-    assert reads.read("bucket", key, most_bytes=10) is None
+    reads = fast_reads()
+    assert reads.read("bucket", key, max_bytes=10) is None
     assert reads.read_range("bucket", key, 0, 10) is None
     assert server.asked == []
     if key:
-        assert storage.read_bytes(f"s3://bucket/{key}") == BODY
+        assert ANYWHERE.read_bytes(f"s3://bucket/{key}") == BODY
         assert [(asked.path, asked.is_quick) for asked in server.asked] == [(f"/bucket/{key}", False)]
 
 
 @pytest.mark.parametrize("bucket", [".", "..", "x#y", "x?y", "x y", "x%20y", "ü", "x\\..\\y"])
 def test_a_bucket_that_is_none_is_left_to_botocore(server: Server, bucket: str) -> None:
-    assert storage._fast_reads().read(bucket, "bucket/key", most_bytes=10) is None
+    assert fast_reads().read(bucket, "bucket/key", max_bytes=10) is None
     assert server.asked == []
 
 
@@ -425,12 +428,12 @@ def test_forgotten_clients_are_made_anew(server: Server, monkeypatch: pytest.Mon
     other.to_quick = Answer(body=b"from the other")
     monkeypatch.setenv("AWS_ENDPOINT_URL", other.url)
     try:
-        storage.forget_clients()
-        assert storage.read_bytes(URI) == b"from the other"
+        ANYWHERE.forget_clients()
+        assert ANYWHERE.read_bytes(URI) == b"from the other"
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        assert storage.read_bytes(URI) == b"from the other"
-        storage.forget_clients()
-        assert storage.read_bytes(URI) == BODY
+        assert ANYWHERE.read_bytes(URI) == b"from the other"
+        ANYWHERE.forget_clients()
+        assert ANYWHERE.read_bytes(URI) == BODY
     finally:
         other.shutdown()
         other.server_close()
@@ -439,12 +442,11 @@ def test_forgotten_clients_are_made_anew(server: Server, monkeypatch: pytest.Mon
 
 FORKED = """
 import os, signal, sys
-from mnist_dist import storage
-before = storage.read_bytes("s3://bucket/a/key")
+before = ANYWHERE.read_bytes("s3://bucket/a/key")
 child = os.fork()
 if not child:
     signal.alarm(30)  # its default ends the process, even one that hangs
-    os._exit(0 if storage.read_bytes("s3://bucket/a/key") == before else 1)
+    os._exit(0 if ANYWHERE.read_bytes("s3://bucket/a/key") == before else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -483,7 +485,7 @@ def reads_of(session: Session, endpoint: str) -> FastReads:
 
 def read_until(reads: FastReads, is_so: Callable[[], bool]) -> None:
     while not is_so():
-        assert reads.read("bucket", "key", most_bytes=99_999) is not None
+        assert reads.read("bucket", "key", max_bytes=99_999) is not None
         time.sleep(0.1)
 
 
@@ -491,7 +493,7 @@ def test_credentials_are_kept_from_read_to_read(server: Server) -> None:
     session = Session(token="first token")
     reads = reads_of(session, server.url)
     for _ in range(3):
-        reads.read("bucket", "key", most_bytes=99_999)
+        reads.read("bucket", "key", max_bytes=99_999)
     assert session.looks == 1
     assert "Credential=first/" in server.asked[-1].authorization
     assert "/eu-central-1/s3/" in server.asked[-1].authorization
@@ -502,7 +504,7 @@ def test_credentials_that_change_are_used(server: Server, monkeypatch: pytest.Mo
     monkeypatch.setattr(s3_reads, "CREDENTIALS_S", 300)  # asked for again when five minutes are left of it
     session = Session(token="first token")
     reads = reads_of(session, server.url)
-    reads.read("bucket", "key", most_bytes=99_999)
+    reads.read("bucket", "key", max_bytes=99_999)
     assert server.asked[-1].token == "first token"
     session.access_key, session.token = "second", None
     read_until(reads, lambda: "Credential=second/" in server.asked[-1].authorization)
@@ -515,14 +517,14 @@ def test_credentials_are_asked_for_again_within_a_minute_or_so() -> None:
 
 def test_a_token_of_the_session_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of the session")
-    assert storage.read_bytes(URI) == BODY
+    assert ANYWHERE.read_bytes(URI) == BODY
     assert [(asked.is_quick, asked.token) for asked in server.asked] == [(True, "of the session")]
 
 
 def test_credentials_that_cannot_be_had_are_a_failure(server: Server) -> None:
     session = Session(error=RuntimeError("the metadata service is gone"))
     reads = reads_of(session, server.url)
-    assert reads.read("bucket", "key", most_bytes=10) is None
+    assert reads.read("bucket", "key", max_bytes=10) is None
     assert server.asked == []
     session.error = None
     read_until(reads, lambda: len(server.asked) > 0)
@@ -530,7 +532,7 @@ def test_credentials_that_cannot_be_had_are_a_failure(server: Server) -> None:
 
 def test_without_credentials_nothing_is_asked(server: Server) -> None:
     reads = reads_of(Session(access_key=None), server.url)
-    assert reads.read("bucket", "key", most_bytes=10) is None
+    assert reads.read("bucket", "key", max_bytes=10) is None
     assert reads.read_range("bucket", "key", 0, 10) is None
     assert server.connections == 0
 
@@ -541,9 +543,9 @@ def test_certificates_of_ones_own_are_left_to_botocore(
 ) -> None:
     monkeypatch.setenv(variable, "/certificates.pem")
     encrypted = reads_of(Session(), server.url.replace("http://", "https://"))
-    assert encrypted.read("bucket", "key", most_bytes=10) is None
+    assert encrypted.read("bucket", "key", max_bytes=10) is None
     assert server.connections == 0
-    assert reads_of(Session(), server.url).read("bucket", "key", most_bytes=99_999) == (len(BODY), ETAG, BODY)
+    assert reads_of(Session(), server.url).read("bucket", "key", max_bytes=99_999) == (len(BODY), ETAG, BODY)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +569,7 @@ def test_variables_that_only_obstore_knows_change_nothing(
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     reads = reads_of(Session(), server.url)
-    assert reads.read("bucket", "key", most_bytes=99_999) == (len(BODY), ETAG, BODY)
+    assert reads.read("bucket", "key", max_bytes=99_999) == (len(BODY), ETAG, BODY)
     assert [(asked.path, asked.token) for asked in server.asked] == [("/bucket/key", None)]
     assert "Credential=first/" in server.asked[0].authorization
     assert "/eu-central-1/s3/" in server.asked[0].authorization
@@ -578,5 +580,5 @@ def test_a_variable_that_obstore_refuses_leaves_the_bucket_to_botocore(
     server: Server, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "something else")
-    assert storage.read_bytes(URI) == BODY
+    assert ANYWHERE.read_bytes(URI) == BODY
     assert server.by(is_quick=False) == 1

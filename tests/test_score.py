@@ -29,7 +29,7 @@ from harness import CLASSES, Command, Recorder, private_ray, run_command, write_
 from PIL import Image
 from scored import plan_of
 
-from mnist_dist import load_bundle, storage
+from mnist_dist import load_bundle
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
@@ -44,7 +44,6 @@ from mnist_dist.errors import (
     StorageError,
     TooManyBadImages,
 )
-from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
@@ -53,6 +52,8 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Lock
 
 NOISE = re.compile(r"oneDNN|cuda|absl|I0000|WARNING|INFO|pid=|Usage stats|Warning", re.IGNORECASE)
 
@@ -384,7 +385,7 @@ def test_s3_archives_and_files_in_any_mixture_into_a_table_on_s3(
     client.put_object(Bucket=bucket, Key=f"{prefix}/in/empty.png", Body=b"")
     client.upload_file(str(tmp_path / "archives" / "c.zip"), bucket, f"{prefix}/in/c.zip")
     (tmp_path / "list.txt").write_text(f"{s3}/in/0.png\n{s3}/absent.png\n{tmp_path}/archives/a.tar!in/40.png\n")
-    storage.upload_folder(bundle, f"{s3}/bundle", last="bundle.json")
+    ANYWHERE.upload_folder(bundle, f"{s3}/bundle", last="bundle.json")
     inputs = (f"{s3}/in", f"{tmp_path}/archives/*.t*", tmp_path / "list.txt")
     job = replace(job_of(bundle, f"{s3}/table", *inputs), bundle=f"{s3}/bundle")
 
@@ -401,14 +402,14 @@ def test_s3_archives_and_files_in_any_mixture_into_a_table_on_s3(
         for name, data in members.items():
             row = rows[f"{place}!{name}"]
             assert row["size_bytes"] == len(data)
-            assert row["etag"] == storage.entry_of(place).etag
+            assert row["etag"] == ANYWHERE.entry_of(place).etag
             if data == b"no":
                 assert row["status"] == "unsupported"
             else:
                 (tmp_path / "member").write_bytes(data)
                 assert_predicted(row, tmp_path / "member", opened)
-    assert storage.exists(f"{s3}/table/_SUCCESS")
-    assert not storage.exists(f"{s3}/table/_work")
+    assert ANYWHERE.exists(f"{s3}/table/_SUCCESS")
+    assert not ANYWHERE.exists(f"{s3}/table/_work")
     again = score(job, console=Recorder())
     assert (again["images"], again["skipped"]) == (14, 14)
 
@@ -861,7 +862,7 @@ def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_pa
     generation = Output(str(tmp_path)).reserve(plan_of())
     generation.begin(lambda uri: write_manifest(uri, manifest_rows(["a.png", "b.png", "c.png"]), shard_size=2))
     for shard in (0, 1):
-        storage.write_bytes(generation.shard_uri(shard), b"rows")
+        ANYWHERE.write_bytes(generation.shard_uri(shard), b"rows")
     scoring = object.__new__(Scoring)
     console = Recorder()
     actors = Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False)

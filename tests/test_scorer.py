@@ -19,7 +19,6 @@ import pyarrow as pa
 import pytest
 from corpus import DANGERS, H, W, colour_png, danger, every_format, manifest_rows, slow_pgm, tar_of
 
-from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.images import Decoded, ImageSpec, Pixels, decode_image
 from mnist_dist.engines.engine import Outputs
@@ -29,6 +28,7 @@ from mnist_dist.scoring.decoding import Threads
 from mnist_dist.scoring.inputs import list_inputs
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer
+from mnist_dist.store.anywhere import ANYWHERE
 
 # b = images of a call, H = height px, W = width px, C = channels
 
@@ -208,7 +208,7 @@ def test_a_cropped_image_is_that_of_training(files: pa.Table) -> None:
     with scoring(ColourEngine(7, spec=spec), spec=spec) as scorer:
         outcomes = scorer.score(files)
     assert outcomes.embeddings is not None
-    images = [decode_image(storage.read_bytes(uri), spec).pixels.ravel() for uri in files["uri"].to_pylist()]
+    images = [decode_image(ANYWHERE.read_bytes(uri), spec).pixels.ravel() for uri in files["uri"].to_pylist()]
     np.testing.assert_array_equal(outcomes.embeddings, images)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Interrupted, Locked
-from mnist_dist.lock import Lock
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.store.lock import Lock
 
 CONSOLE = Console(terminal=False)
 

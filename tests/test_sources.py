@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist import storage
 from mnist_dist.config import DataConfig
 from mnist_dist.data import sources
 from mnist_dist.data.arrays import parse_idx
 from mnist_dist.data.sources import Source, image_spec, map_in_threads, open_source, read_encoded
 from mnist_dist.errors import DataError, ImageError, ServiceError, StorageError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 
 def png(value: int = 0, *, height: int = 6, width: int = 9, mode: str = "RGB") -> bytes:
@@ -33,7 +34,7 @@ def png(value: int = 0, *, height: int = 6, width: int = 9, mode: str = "RGB") -
 
 def put_images(root: str, *names: str) -> None:
     for value, name in enumerate(names):
-        storage.write_bytes(storage.join(root, name), png(value))
+        ANYWHERE.write_bytes(join(root, name), png(value))
 
 
 def columns(source: Source) -> tuple[list[str], list[str], list[str | None]]:
@@ -84,7 +85,7 @@ def write_mnist(
     for name, data in mnist_files().items():
         data = (replaced or {}).get(name.split("-idx")[0].replace("-", "_"), data)
         name = name.replace("-idx", ".idx") if dotted else name
-        storage.write_bytes(storage.join(root, name + ".gz" * zipped), gzip.compress(data) if zipped else data)
+        ANYWHERE.write_bytes(join(root, name + ".gz" * zipped), gzip.compress(data) if zipped else data)
     return DataConfig(data="mnist", data_dir=root)
 
 
@@ -180,10 +181,10 @@ def test_the_real_mnist_is_read(mnist_dir: Path) -> None:
 
 def test_one_subfolder_is_one_class(root: str) -> None:
     put_images(root, "b/2.png", "a/x/1.PNG", "a/3.jpeg", "b/_4.png")
-    storage.write_bytes(storage.join(root, "b/.DS_Store"), b"x")
-    storage.write_bytes(storage.join(root, "a/.hidden/1.png"), b"x")
-    storage.write_bytes(storage.join(root, "readme.txt"), b"x")
-    storage.write_bytes(storage.join(root, "cover.png"), b"x")
+    ANYWHERE.write_bytes(join(root, "b/.DS_Store"), b"x")
+    ANYWHERE.write_bytes(join(root, "a/.hidden/1.png"), b"x")
+    ANYWHERE.write_bytes(join(root, "readme.txt"), b"x")
+    ANYWHERE.write_bytes(join(root, "cover.png"), b"x")
     source = open_source(DataConfig(data=root))
     assert columns(source) == (["a/3.jpeg", "a/x/1.PNG", "b/2.png", "b/_4.png"], ["a", "a", "b", "b"], [None] * 4)
     assert source.pixels is None
@@ -263,7 +264,7 @@ def test_a_limit_is_the_same_sample_of_each_split(tmp_path: Path) -> None:
 def write_parquet(uri: str, rows: pa.Table, row_group_size: int = 3) -> None:
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, row_group_size=row_group_size)
-    storage.write_bytes(uri, buffer.getvalue())
+    ANYWHERE.write_bytes(uri, buffer.getvalue())
 
 
 def rows(labels: list[Any], *, struct_column: bool = False, kind: pa.DataType | None = None) -> pa.Table:
@@ -275,7 +276,7 @@ def rows(labels: list[Any], *, struct_column: bool = False, kind: pa.DataType | 
 
 @pytest.mark.parametrize("struct_column", [False, True])
 def test_a_parquet_file_is_read_row_by_row(root: str, struct_column: bool) -> None:
-    uri = storage.join(root, "data.parquet")
+    uri = join(root, "data.parquet")
     write_parquet(uri, rows(["cat", "dog", "ant", "cat", "dog", "ant", "ant"], struct_column=struct_column))
     source = open_source(DataConfig(data=uri))
     assert source.class_names == ("ant", "cat", "dog")
@@ -325,7 +326,7 @@ def hugging_face(table: pa.Table, names: list[str]) -> pa.Table:
 def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> None:
     for name, labels in (("train-00000-of-00002", [0, 2]), ("train-00001-of-00002", [1, 1, 0]), ("test-0", [2, 1])):
         table = hugging_face(rows(labels, struct_column=True), ["cat", "ant", "bee"])
-        write_parquet(storage.join(root, f"data/{name}.parquet"), table)
+        write_parquet(join(root, f"data/{name}.parquet"), table)
     source = open_source(DataConfig(data=root))
     assert source.class_names == ("cat", "ant", "bee")
     assert source.table["label"].to_pylist() == [2, 1, 0, 2, 1, 1, 0]
@@ -369,9 +370,9 @@ def test_rows_that_cannot_be_read_are_values(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_values_in_order(root: str) -> None:
-    storage.write_bytes(storage.join(root, "a"), b"1")
-    storage.write_bytes(storage.join(root, "b"), b"")
-    uris = [storage.join(root, name) for name in ("a", "missing", "b", "a")]
+    ANYWHERE.write_bytes(join(root, "a"), b"1")
+    ANYWHERE.write_bytes(join(root, "b"), b"")
+    uris = [join(root, name) for name in ("a", "missing", "b", "a")]
     results = [r.status if isinstance(r, ImageError) else r for r in read_encoded(uris, None)]
     assert results == [b"1", "missing", "empty", b"1"]
 
@@ -380,7 +381,7 @@ def test_a_file_without_permission_is_denied(monkeypatch: pytest.MonkeyPatch) ->
     def read(uri: str) -> bytes:
         raise PermissionError(13, "access denied", uri)
 
-    monkeypatch.setattr(storage, "read_bytes", read)  # not by a file's mode: root may read everything
+    monkeypatch.setattr(ANYWHERE, "read_bytes", read)  # not by a file's mode: root may read everything
     result = next(read_encoded(["s3://b/k"], None))
     assert isinstance(result, ImageError)
     assert (result.status, result.message) == ("denied", "access denied")
@@ -396,7 +397,7 @@ def test_no_connection_is_not_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(uri: str) -> bytes:
         raise ServiceError("no connection")
 
-    monkeypatch.setattr(storage, "read_bytes", read)
+    monkeypatch.setattr(ANYWHERE, "read_bytes", read)
     with pytest.raises(ServiceError, match="no connection"):
         list(read_encoded(["a", "b"], None))
 
@@ -457,21 +458,21 @@ def test_small_uniform_images_keep_their_size(
     tmp_path: Path, size: tuple[int, int], options: dict[str, Any], expected: tuple[int, int, int]
 ) -> None:
     for name in ("a/1.png", "a/2.png", "b/1.png"):
-        storage.write_bytes(str(tmp_path / name), png(height=size[0], width=size[1]))
+        ANYWHERE.write_bytes(str(tmp_path / name), png(height=size[0], width=size[1]))
     (tmp_path / "b" / "2.png").write_bytes(b"unreadable")
     assert spec_of(str(tmp_path), **options) == expected
 
 
 def test_images_of_several_sizes_and_modes_get_the_backbones(tmp_path: Path) -> None:
-    storage.write_bytes(str(tmp_path / "a/1.png"), png(mode="L"))
-    storage.write_bytes(str(tmp_path / "b/1.png"), png(mode="LA"))
+    ANYWHERE.write_bytes(str(tmp_path / "a/1.png"), png(mode="L"))
+    ANYWHERE.write_bytes(str(tmp_path / "b/1.png"), png(mode="LA"))
     assert spec_of(str(tmp_path)) == (6, 9, 1)
-    storage.write_bytes(str(tmp_path / "b/2.png"), png(height=7))
+    ANYWHERE.write_bytes(str(tmp_path / "b/2.png"), png(height=7))
     assert spec_of(str(tmp_path), backbone=40) == (40, 40, 3)
 
 
 def test_a_source_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/1.png"):
-        storage.write_bytes(str(tmp_path / name), b"")
+        ANYWHERE.write_bytes(str(tmp_path / name), b"")
     with pytest.raises(DataError, match=r"none of 2 probed images can be read\. Received: empty"):
         spec_of(str(tmp_path))

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from scored import MODEL, one_hot, scored_rows, write_bundle_info, write_scored, write_summary
 
-from mnist_dist import storage
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
 from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_truth, folder_names
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute
 
 NAMES = ("ant", "bee", "cat")
 URIS = ["/data/ant/1.png", "/data/bee/2.png", "/data/bee/3.png", "s3://bucket/cat/4.png"]
@@ -184,8 +185,8 @@ def test_labels_are_found_by_uri(label_file: str) -> None:
 
 
 def test_labels_on_s3_are_read(s3: str) -> None:
-    storage.write_bytes(f"{s3}/labels.csv", b"uri,label\na.png,ant\n/b.tar!x/b.png,bee\n")
-    uris = [storage.absolute("a.png"), "/b.tar!x/b.png"]  # a relative path is what scoring makes of it
+    ANYWHERE.write_bytes(f"{s3}/labels.csv", b"uri,label\na.png,ant\n/b.tar!x/b.png,bee\n")
+    uris = [absolute("a.png"), "/b.tar!x/b.png"]  # a relative path is what scoring makes of it
     assert LabelFile(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
 
 

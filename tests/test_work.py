@@ -13,7 +13,6 @@ import pytest
 from corpus import colour_png, tar_of
 from scored import plan_of
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import DataError
 from mnist_dist.scoring.commit import commit
@@ -21,6 +20,8 @@ from mnist_dist.scoring.generations import Committed, Output
 from mnist_dist.scoring.manifest import COLUMNS, Manifest, write_manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema, read_predictions
 from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote, join
 
 NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)
 CLASSES = ("ant", "bee")
@@ -39,18 +40,18 @@ class Place:
 
     def __init__(self, root: str, *, carry: tuple[str, ...] = (), table: TableConfig = ALL) -> None:
         self.root, self.carry, self.table = root, carry, table
-        self.output = Output(storage.join(root, "output"))
+        self.output = Output(join(root, "output"))
 
     def put(self, name: str, data: bytes = b"an image") -> str:
-        uri = storage.join(self.root, name)
-        storage.write_bytes(uri, data)
+        uri = join(self.root, name)
+        ANYWHERE.write_bytes(uri, data)
         return uri
 
     def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Work:
         job = ScoreJob(
             bundle="b",
             output=self.output.uri,
-            inputs=InputConfig(input=inputs or (storage.join(self.root, "images"),), carry=self.carry),
+            inputs=InputConfig(input=inputs or (join(self.root, "images"),), carry=self.carry),
             table=self.table,
             **settings,
         )
@@ -65,7 +66,7 @@ class Place:
             schema = prediction_schema(self.table, carried=manifest.carried)
             for shard in range(manifest.shards):
                 rows = self._scored(schema, manifest.read(shard), bad or {})
-                with storage.new_object(generation.shard_uri(shard)) as file:
+                with ANYWHERE.new_object(generation.shard_uri(shard)) as file:
                     pq.write_table(rows, file)
             shards = manifest.shards
         commit(
@@ -112,7 +113,7 @@ class Place:
         if row["archive"] is not None or row["status"] is not None:
             return row
         try:
-            entry = storage.entry_of(row["uri"])
+            entry = ANYWHERE.entry_of(row["uri"])
         except (FileNotFoundError, PermissionError):
             return {"size_bytes": None, "etag": None}
         return {"size_bytes": entry.size_bytes, "etag": entry.etag}
@@ -172,7 +173,7 @@ def test_nothing_to_list_is_an_error_in_every_mode(folder: Place) -> None:
     folder.score(folder.find())
     for mode in ("incremental", "fresh"):
         with pytest.raises(DataError, match="there is no such file"):
-            folder.find(storage.join(folder.root, "nowhere"), mode=mode)
+            folder.find(join(folder.root, "nowhere"), mode=mode)
 
 
 # --- increments ------------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_an_increment_is_what_is_new_or_changed(place: Place) -> None:
     place.score(place.find())
     place.put("images/0.png", b"new")
     place.put("images/b.png", b"changed")
-    storage.delete(storage.join(place.root, "images/c.png"))
+    ANYWHERE.delete(join(place.root, "images/c.png"))
     work = place.find(mode="incremental")
     assert place.names(work) == ["images/0.png", "images/b.png"]
     place.score(work)
@@ -193,7 +194,7 @@ def test_an_increment_is_what_is_new_or_changed(place: Place) -> None:
 def test_a_change_of_the_same_size_is_a_change(place: Place) -> None:
     place.score(place.find())
     uri = place.put("images/b.png", b"B" * 10)
-    if not storage.is_remote(uri):
+    if not is_remote(uri):
         os.utime(uri, (1, 1))  # a clock that ticks slowly would show the time of before
     assert place.names(place.find(mode="incremental")) == ["images/b.png"]
 
@@ -206,7 +207,7 @@ def test_a_bad_row_that_did_not_change_is_not_scored_again(folder: Place) -> Non
 def test_an_increment_may_be_of_other_inputs(folder: Place) -> None:
     folder.score(folder.find())
     other = folder.put("more/a.png")
-    work = folder.find(other, storage.join(folder.root, "images/a.png"), mode="incremental")
+    work = folder.find(other, join(folder.root, "images/a.png"), mode="incremental")
     assert folder.names(work) == ["more/a.png"]
     folder.score(work)
     assert len(folder.statuses()) == 5
@@ -237,9 +238,9 @@ def test_a_damaged_archive_is_known(folder: Place) -> None:
 
 def listed(place: Place, *names: str, **columns: Any) -> str:
     """A list of images in Parquet."""
-    uri = storage.join(place.root, "list.parquet")
-    with storage.new_object(uri) as file:
-        pq.write_table(pa.table({"uri": [storage.join(place.root, name) for name in names], **columns}), file)
+    uri = join(place.root, "list.parquet")
+    with ANYWHERE.new_object(uri) as file:
+        pq.write_table(pa.table({"uri": [join(place.root, name) for name in names], **columns}), file)
     return uri
 
 
@@ -248,7 +249,7 @@ def test_what_a_list_names_is_looked_up(place: Place) -> None:
     uri = listed(place, *names)
     first = place.find(uri)
     assert place.names(first) == names
-    if storage.is_remote(place.root):
+    if is_remote(place.root):
         assert first.table["etag"].null_count == 4
     place.score(first, bad={names[3]: "missing"})
     assert len(place.find(uri, mode="incremental").table) == 0
@@ -256,7 +257,7 @@ def test_what_a_list_names_is_looked_up(place: Place) -> None:
     place.put("images/nowhere.png", b"there now")
     work = place.find(uri, mode="incremental")
     assert place.names(work) == [names[0], names[3]]
-    entries = [storage.entry_of(found) for found in work.table["uri"].to_pylist()]
+    entries = [ANYWHERE.entry_of(found) for found in work.table["uri"].to_pylist()]
     assert work.table["etag"].to_pylist() == [entry.etag for entry in entries]
     assert work.table["size_bytes"].to_pylist() == [7, 9]
     assert work.table.schema.equals(COLUMNS)
@@ -264,7 +265,7 @@ def test_what_a_list_names_is_looked_up(place: Place) -> None:
 
 def test_what_is_no_address_of_an_image_is_not_looked_up(folder: Place, s3: str) -> None:
     uri = listed(folder, "images/a.png")
-    with storage.new_object(uri) as file:
+    with ANYWHERE.new_object(uri) as file:
         pq.write_table(pa.table({"uri": ["s3://bucket", "gs://bucket/a.png", f"{s3}/a.tar", "s3:///a.png"]}), file)
     folder.score(folder.find(uri))
     assert set(folder.statuses().values()) == {"unsupported", "missing"}
@@ -328,7 +329,7 @@ def test_members_are_scored_again_but_not_whole_archives(place: Place) -> None:
 def test_a_bad_row_whose_image_is_gone_stays_a_row(folder: Place) -> None:
     folder.put("images/x.tar", tar_of({"1.png": b"first", "2.png": b"second"}))
     folder.score(folder.find(), bad={"images/a.png": "failed", "images/x.tar!1.png": "failed"})
-    storage.delete(storage.join(folder.root, "images/a.png"))
+    ANYWHERE.delete(join(folder.root, "images/a.png"))
     folder.put("images/x.tar", tar_of({"2.png": b"second"}))
     work = folder.find(retry_failed=True)
     assert folder.names(work) == ["images/a.png", "images/x.tar!1.png"]
@@ -340,7 +341,7 @@ def test_what_a_row_carries_is_kept_when_it_is_scored_again(place: Place) -> Non
     days = pa.array([1, None, 3, 4], pa.date32())
     names = [f"images/{name}.png" for name in "badc"]
     place.score(place.find(listed(place, *names, label=["x", "y", None, "z"], when=days)), bad=BAD)
-    storage.delete(storage.join(place.root, "list.parquet"))
+    ANYWHERE.delete(join(place.root, "list.parquet"))
     work = place.find(retry_failed=True)
     assert dict(zip(place.names(work), work.table["label"].to_pylist(), strict=True)) == {
         "images/a.png": "y",

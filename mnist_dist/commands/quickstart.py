@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mnist_dist import console, storage
+from mnist_dist import console
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.data.arrays import write_digits
 from mnist_dist.recipes import quickstart
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 SCORED_IMAGES = 500
 
@@ -36,13 +38,13 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     job = replace(job, run=replace(job.run, storage=asked.storage, name="quickstart", verbose=asked.verbose))
     with connected(verbose=asked.verbose):
         trained = train(job, recipe="quickstart", console=shown)
-        images = storage.join(trained["run_dir"], "digits.tar")
-        if not storage.exists(images):  # written again, it would be another archive to a job that goes on
+        images = join(trained["run_dir"], "digits.tar")
+        if not ANYWHERE.exists(images):  # written again, it would be another archive to a job that goes on
             write_digits(images, count=SCORED_IMAGES)
         scoring = ScoreJob(
             bundle=trained["bundle"],
             inputs=InputConfig(input=(images,)),
-            output=storage.join(trained["run_dir"], "predictions"),
+            output=join(trained["run_dir"], "predictions"),
             run=ScoreRunConfig(verbose=asked.verbose),
         )
         scored = score(scoring, console=shown)

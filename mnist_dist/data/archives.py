@@ -26,8 +26,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal, cast
 
-from mnist_dist import storage
 from mnist_dist.errors import ImageError, MnistDistError, ServiceError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.local import is_service_error
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 """Lower-case name endings of the archives that are read."""
@@ -84,7 +86,7 @@ class Member:
 class ArchiveIndex:
     """What an archive holds."""
 
-    entry: storage.Entry
+    entry: Entry
     """Of the archive, as it was when it was listed."""
     members: tuple[Member, ...]
     """In the order of their offset; of members with the same name only the last."""
@@ -121,13 +123,13 @@ def index_archive(uri: str) -> ArchiveIndex:
     Raises:
         ServiceError, StorageError: see `storage`.
     """
-    entry, listing, problem = storage.Entry(uri, 0, ""), _Listing(), None
+    entry, listing, problem = Entry(uri, 0, ""), _Listing(), None
     try:
         with _image_errors():
-            entry = storage.entry_of(uri)
+            entry = ANYWHERE.entry_of(uri)
             if entry.size_bytes == 0:
                 raise ImageError("empty", "the archive has no bytes")
-            with storage.open_binary(uri) as file:
+            with ANYWHERE.open_binary(uri) as file:
                 _list_archive(file, entry, listing)
     except ImageError as err:
         problem = _bare(err)
@@ -218,7 +220,7 @@ def _image_errors() -> Iterator[None]:
     except MemoryError as err:
         raise ImageError("too_large", "the memory does not hold it") from err
     except Exception as err:  # the border: damaged bytes raise whatever the decoders happen to raise
-        if isinstance(err, OSError) and storage.is_service_error(err):
+        if isinstance(err, OSError) and is_service_error(err):
             raise ServiceError(f"an archive cannot be read further: {err}") from err
         # a decompressor's OSError is its own word on the bytes and has no number
         status = "failed" if isinstance(err, OSError) and err.errno is not None else "unreadable"
@@ -245,7 +247,7 @@ class _Listing:
         self.members[member.name] = member
 
 
-def _list_archive(file: BinaryIO, entry: storage.Entry, listing: _Listing) -> None:
+def _list_archive(file: BinaryIO, entry: Entry, listing: _Listing) -> None:
     magic = file.read(_MAGIC_BYTES)
     file.seek(0)
     unpacked = _decompressed(file, magic)
@@ -452,7 +454,7 @@ def _images_of_group(uri: str, members: Sequence[Member]) -> Iterator[bytes | Im
     start, stop = min(extent.start for extent in extents), max(extent.stop for extent in extents)
     try:
         with _image_errors():
-            fetched = memoryview(storage.read_range(uri, start, stop - start))
+            fetched = memoryview(ANYWHERE.read_range(uri, start, stop - start))
     except ImageError as err:
         yield from itertools.repeat(_bare(err), len(members))
         return
@@ -490,7 +492,7 @@ def _zip_data(uri: str, member: Member, data: memoryview) -> memoryview:
     start = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
     stop = start + member.stored_bytes
     if len(data) < stop:  # a long extra field, or the end of the archive; from the header on, so that it is no range
-        data = memoryview(storage.read_range(uri, member.offset, stop))  # beyond the end, which S3 refuses
+        data = memoryview(ANYWHERE.read_range(uri, member.offset, stop))  # beyond the end, which S3 refuses
     _check_whole(data[start:stop], member.stored_bytes)
     return data[start:stop]
 
@@ -529,7 +531,7 @@ def _streamed_images(uri: str, members: Sequence[Member]) -> Iterator[bytes | Im
 def _images_of_pass(uri: str, members: Sequence[Member]) -> Iterator[bytes | ImageError]:
     done = 0
     try:
-        with _image_errors(), storage.open_binary(uri) as file:
+        with _image_errors(), ANYWHERE.open_binary(uri) as file:
             magic = file.read(_MAGIC_BYTES)
             file.seek(0)
             with _decompressed(file, magic) or contextlib.nullcontext(file) as stream:

@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mnist_dist import storage
 from mnist_dist.data.images import Pixels
 from mnist_dist.errors import DataError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 _DIGIT_NAMES = tuple("0123456789")
 # Source: the README of zalandoresearch/fashion-mnist, section Labels
@@ -89,7 +90,7 @@ def write_digits(uri: str, *, count: int) -> None:
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     _, (digits,) = read_arrays("digits", None)
-    with storage.new_object(uri) as file, tarfile.open(fileobj=file, mode="w") as archive:
+    with ANYWHERE.new_object(uri) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for number, (pixels, label) in enumerate(zip(digits.images[:count], digits.labels, strict=False)):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
@@ -193,7 +194,7 @@ def _read_idx_pair(name: str, folder: str, split: str) -> ArrayPart:
 
 def _read_idx(name: str, folder: str, stem: str, dimensions: int) -> tuple[Pixels, str]:
     names = [f"{stem}{separator}idx{dimensions}-ubyte{end}" for separator in "-." for end in ("", ".gz")]
-    data, uri = _read_first([storage.join(folder, file) for file in names], f"{name} in {folder}")
+    data, uri = _read_first([join(folder, file) for file in names], f"{name} in {folder}")
     if uri.endswith(".gz"):
         try:
             data = gzip.decompress(data)
@@ -205,7 +206,7 @@ def _read_idx(name: str, folder: str, stem: str, dimensions: int) -> tuple[Pixel
 def _read_first(uris: Sequence[str], place: str) -> tuple[bytes, str]:
     for uri in uris:
         try:
-            return storage.read_bytes(uri), uri
+            return ANYWHERE.read_bytes(uri), uri
         except FileNotFoundError:
             continue
         except PermissionError as err:

@@ -31,7 +31,8 @@ import pyarrow as pa
 from mnist_dist import documents
 from mnist_dist.data import markers
 from mnist_dist.errors import ConfigError, DataError, ServiceError
-from mnist_dist.storage import delete, delete_tree, exists, is_remote, join, list_entries, read_bytes, write_bytes
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote, join
 
 MAX_SHARDS = 4_096
 """Each is a memory map of every process that reads; Linux gives a process 65,530."""
@@ -119,11 +120,11 @@ class Cache:
 
     def is_finished(self) -> bool:
         """Whether the cache can be opened."""
-        return exists(self._mark)
+        return ANYWHERE.exists(self._mark)
 
     def missing(self) -> list[int]:
         """The shards that are still to be put; none where the cache is finished."""
-        there = {entry.uri.rpartition("/")[2] for entry in list_entries(self.root)}
+        there = {entry.uri.rpartition("/")[2] for entry in ANYWHERE.list_entries(self.root)}
         if f"{self.what}.json" in there:
             return []
         return [shard for shard in range(self.shards) if _shard_name(shard) not in there]
@@ -137,7 +138,7 @@ class Cache:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
+        ANYWHERE.write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
 
     def check_complete(self) -> None:
         """Raises ServiceError where shards are missing; the same command makes them."""
@@ -156,15 +157,15 @@ class Cache:
         """
         if not self.is_finished():
             self.check_complete()
-            documents.write(self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
-            for entry in list_entries(self.root):  # what failed and killed runs left
+            documents.write(ANYWHERE, self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
+            for entry in ANYWHERE.list_entries(self.root):  # what failed and killed runs left
                 if entry.uri.endswith(markers.SUFFIXES):
-                    delete(entry.uri)
+                    ANYWHERE.delete(entry.uri)
 
     def discard(self) -> None:
         """Deletes the cache, its mark first; a job that has opened it keeps what it has mapped or copied."""
-        delete(self._mark)
-        delete_tree(self.root)
+        ANYWHERE.delete(self._mark)
+        ANYWHERE.delete_tree(self.root)
 
     def on_node(self, local_dir: Path) -> "Cache":
         """The finished cache where this node can map it: itself, or a copy of what lies on S3.
@@ -185,7 +186,7 @@ class Cache:
             Path(here.root).mkdir(parents=True, exist_ok=True)
             mark = self._checked_mark()
             with _node_lock(Path(here.root) / "lock"):
-                if not here.is_finished() or read_bytes(here._mark) != mark:
+                if not here.is_finished() or ANYWHERE.read_bytes(here._mark) != mark:
                     self._download(Path(here.root), mark)
         here._checked_mark()
         return here
@@ -198,7 +199,7 @@ class Cache:
             FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
         """
         uri = join(self.root, _shard_name(shard))
-        data = read_bytes(uri) if is_remote(uri) else None
+        data = ANYWHERE.read_bytes(uri) if is_remote(uri) else None
         try:
             with pa.memory_map(uri) if data is None else pa.BufferReader(data) as file:
                 table = pa.ipc.open_file(file).read_all().select(columns)
@@ -222,7 +223,7 @@ class Cache:
 
     def _checked_mark(self) -> bytes:
         try:
-            mark = read_bytes(self._mark)
+            mark = ANYWHERE.read_bytes(self._mark)
             found = documents.decode(mark, CacheMark, uri=self._mark).key
         except FileNotFoundError as err:
             raise DataError(f"no finished {self.what}. Received: {self.root!r}") from err
@@ -236,11 +237,11 @@ class Cache:
         Path(folder / f"{self.what}.json").unlink(missing_ok=True)  # the copy of a cache that was made before
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
             leftover.unlink(missing_ok=True)
-        entries = [entry for entry in list_entries(self.root) if entry.uri.endswith(_ROWS)]
+        entries = [entry for entry in ANYWHERE.list_entries(self.root) if entry.uri.endswith(_ROWS)]
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
         for entry in entries:
-            write_bytes(str(folder / entry.uri.rpartition("/")[2]), read_bytes(entry.uri))
-        write_bytes(str(folder / f"{self.what}.json"), mark)
+            ANYWHERE.write_bytes(str(folder / entry.uri.rpartition("/")[2]), ANYWHERE.read_bytes(entry.uri))
+        ANYWHERE.write_bytes(str(folder / f"{self.what}.json"), mark)
 
 
 def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:

@@ -12,8 +12,10 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 FORESEEN = (MnistDistError, OSError)
 """What ends work without ending its process."""
@@ -69,14 +71,14 @@ class Markers:
         """
         uri = self._marker_uri(work)
         try:
-            before = documents.read(uri, _Marker)
+            before = documents.read(ANYWHERE, uri, _Marker)
         except FileNotFoundError:
             before = _Marker({})
         begun = {**before.begun, self.run_id: before.begun.get(self.run_id, 0) + 1}
         attempt = Attempt(begun[self.run_id], sum(begun.values()))
         if attempt.of_run > self.max_deaths + 1:
             raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
-        documents.write(uri, _Marker(begun))
+        documents.write(ANYWHERE, uri, _Marker(begun))
         return attempt
 
     @contextlib.contextmanager
@@ -99,12 +101,12 @@ class Markers:
     def note_failure(self, shard: int, error: BaseException) -> None:
         """Leaves the error of a shard where the driver finds it."""
         with contextlib.suppress(OSError, ServiceError):
-            storage.write_bytes(self._failure_uri(shard), pickle.dumps(error))
+            ANYWHERE.write_bytes(self._failure_uri(shard), pickle.dumps(error))
 
     def failure_of(self, shard: int) -> BaseException:
         """What a worker left of a shard that is not done."""
         try:
-            error: BaseException = pickle.loads(storage.read_bytes(self._failure_uri(shard)))
+            error: BaseException = pickle.loads(ANYWHERE.read_bytes(self._failure_uri(shard)))
         except FileNotFoundError:
             return WorkersFailed(f"shard {shard} was not done, and nobody said why; run the same command to resume")
         return error
@@ -112,10 +114,10 @@ class Markers:
     def _take_back(self, work: str) -> None:
         """Removes a marker; where the storage fails it stays, which costs the next process its speed alone."""
         with contextlib.suppress(OSError, ServiceError):
-            storage.delete(self._marker_uri(work))
+            ANYWHERE.delete(self._marker_uri(work))
 
     def _marker_uri(self, work: str) -> str:
-        return storage.join(self.folder, f"{work}.begun")
+        return join(self.folder, f"{work}.begun")
 
     def _failure_uri(self, shard: int) -> str:
-        return storage.join(self.folder, f"shard-{shard:06d}.{self.run_id}.error")
+        return join(self.folder, f"shard-{shard:06d}.{self.run_id}.error")

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.errors import DataError, ImageError
+from mnist_dist.store.anywhere import ANYWHERE
 
 PARQUET_SUFFIX = ".parquet"
 _BYTES_FIELD = "bytes"
@@ -113,7 +113,7 @@ def _images_of_group(
 
 @contextlib.contextmanager
 def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    with storage.open_binary(uri) as stream:
+    with ANYWHERE.open_binary(uri) as stream:
         try:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:

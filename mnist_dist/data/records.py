@@ -28,7 +28,8 @@ from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
 from mnist_dist.data.images import ImageSpec, Pixels, decode_image, match_channels, resize_pixels
 from mnist_dist.data.sources import Source, map_in_threads, read_encoded
 from mnist_dist.errors import DataError, ImageError
-from mnist_dist.storage import absolute, is_remote, join, read_bytes, write_bytes
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)
 _FORMAT_VERSION = 3
@@ -140,7 +141,7 @@ def finish(plan: RecordPlan, source: Source) -> None:
         index = index.append_column(name, described[name])
     buffer = io.BytesIO()
     pq.write_table(index, buffer)
-    write_bytes(join(cache.root, _INDEX), buffer.getvalue())
+    ANYWHERE.write_bytes(join(cache.root, _INDEX), buffer.getvalue())
     cache.finish(plan.spec)
 
 
@@ -168,7 +169,7 @@ def read_index(cache: Cache) -> pa.Table:
         DataError: it does not fit the records.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
     """
-    index = pq.read_table(pa.BufferReader(read_bytes(join(cache.root, _INDEX))))
+    index = pq.read_table(pa.BufferReader(ANYWHERE.read_bytes(join(cache.root, _INDEX))))
     if len(index) != cache.rows:
         raise DataError(f"{cache.root}: {_INDEX} has {cache.rows} rows. Received: {len(index)}; delete the folder")
     return index

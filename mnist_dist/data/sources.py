@@ -23,12 +23,14 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.config import DataConfig, require
 from mnist_dist.data.arrays import NAMED_ARRAYS, read_arrays
 from mnist_dist.data.images import IMAGE_SUFFIXES, ImageSpec, Pixels, probe_image
 from mnist_dist.data.parquet import PARQUET_SUFFIX, LabelColumn, read_labels, read_rows
 from mnist_dist.errors import DataError, ImageError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.uris import absolute
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -168,9 +170,9 @@ def map_in_threads(
 def _open(config: DataConfig) -> Source:
     if config.data in NAMED_ARRAYS:
         return _open_arrays(config.data, config.data_dir)
-    root = storage.absolute(config.data)
+    root = absolute(config.data)
     try:
-        entries = list(storage.list_entries(root))
+        entries = list(ANYWHERE.list_entries(root))
     except PermissionError as err:
         raise DataError(f"the data may not be listed: {err}. Received: data={config.data!r}") from err
     if not entries:
@@ -182,7 +184,7 @@ def _open(config: DataConfig) -> Source:
 
 
 def _check_there_is_something(data: str, root: str) -> None:
-    if storage.exists(root):
+    if ANYWHERE.exists(root):
         raise DataError(f"the folder of images is empty. Received: data={data!r}")
     raise DataError(
         f"data is one of {', '.join(KNOWN_DATA)}, or an existing folder, s3:// prefix or Parquet file."
@@ -217,9 +219,7 @@ def _suffix(uri: str) -> str:
     return "." + name.rpartition(".")[2] if "." in name else ""
 
 
-def _table(
-    records: Sequence[tuple[storage.Entry, str]], labels: Sequence[int], splits: Sequence[str | None]
-) -> pa.Table:
+def _table(records: Sequence[tuple[Entry, str]], labels: Sequence[int], splits: Sequence[str | None]) -> pa.Table:
     """A table of `TABLE_SCHEMA`; a record is the file that holds it, and its own URI."""
     columns = [
         [uri for _, uri in records],
@@ -254,7 +254,7 @@ def _class_order(value: object) -> tuple[int, str]:
 
 def _read_file(uri: str) -> bytes | ImageError:
     try:
-        return storage.read_bytes(uri) or ImageError("empty", "the file has no bytes")
+        return ANYWHERE.read_bytes(uri) or ImageError("empty", "the file has no bytes")
     except OSError as err:
         return image_error(err)
 
@@ -291,7 +291,7 @@ def _open_arrays(name: str, data_dir: str | None) -> Source:
     image_bytes = math.prod(pixels.shape[1:])
     uris = [f"{name}/{part.split or 'all'}/{row:05d}" for part in parts for row in range(len(part.images))]
     table = _table(
-        [(storage.Entry(uri, image_bytes, ""), uri) for uri in uris],
+        [(Entry(uri, image_bytes, ""), uri) for uri in uris],
         [int(label) for part in parts for label in part.labels],
         [part.split for part in parts for _ in part.labels],
     )
@@ -301,7 +301,7 @@ def _open_arrays(name: str, data_dir: str | None) -> Source:
 # --- folders of images -----------------------------------------------------------------------------------------------
 
 
-def _open_folder(root: str, entries: Sequence[storage.Entry]) -> Source:
+def _open_folder(root: str, entries: Sequence[Entry]) -> Source:
     listed = [(entry, entry.uri.removeprefix(root).strip("/").split("/")) for entry in entries]
     images = [(entry, parts) for entry, parts in listed if _is_image(parts)]
     if len(images) < len(listed):
@@ -329,7 +329,7 @@ def _is_image(parts: Sequence[str]) -> bool:
     return _suffix(parts[-1]) in IMAGE_SUFFIXES and not any(part.startswith(".") for part in parts)
 
 
-def _is_split_layout(root: str, images: Sequence[tuple[storage.Entry, Sequence[str]]]) -> bool:
+def _is_split_layout(root: str, images: Sequence[tuple[Entry, Sequence[str]]]) -> bool:
     """Whether the folders at the top are splits, not classes: `train` is among them and holds folders."""
     if not any(_SPLIT_NAMES.get(parts[0].lower()) == "train" and len(parts) >= 3 for _, parts in images):
         return False
@@ -343,7 +343,7 @@ def _is_split_layout(root: str, images: Sequence[tuple[storage.Entry, Sequence[s
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def _open_parquet(root: str, entries: Sequence[storage.Entry], config: DataConfig) -> Source:
+def _open_parquet(root: str, entries: Sequence[Entry], config: DataConfig) -> Source:
     files = [entry for entry in entries if _suffix(entry.uri) == PARQUET_SUFFIX]
     columns = [
         read_labels(file.uri, image_column=config.image_column, label_column=config.label_column) for file in files
@@ -358,7 +358,7 @@ def _open_parquet(root: str, entries: Sequence[storage.Entry], config: DataConfi
     return Source(name=root, class_names=class_names, table=table, image_column=config.image_column)
 
 
-def _parquet_splits(root: str, files: Sequence[storage.Entry]) -> list[str | None]:
+def _parquet_splits(root: str, files: Sequence[Entry]) -> list[str | None]:
     """By a folder's or file's name, as Hugging Face has it: `test/0.parquet`, `test-00000-of-00001.parquet`."""
     splits: list[str | None] = []
     for entry in files:

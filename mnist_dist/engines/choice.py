@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mnist_dist import documents, processor, storage
+from mnist_dist import documents, processor
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import Probabilities, calibration_of
@@ -33,6 +33,8 @@ from mnist_dist.engines.formats import FORMATS, ConvertedEngine, check_installed
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 MAX_DIFFERENCE = 1e-4  # of a probability, in float32
 MIN_AGREEMENT = 0.995  # of the top class, in bfloat16, and
@@ -209,7 +211,7 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
         return EngineChoice()
     for choice in fitting:
         check_installed(f"engine {choice.engine} in {choice.precision}", _packages(choice))
-    all_caches = [_Cache(storage.join(place, bundle.info.model_id[:16]), request.cpus) for place in request.places]
+    all_caches = [_Cache(join(place, bundle.info.model_id[:16]), request.cpus) for place in request.places]
     caches = _readable(all_caches)
     known = [caches[0].known(choice) for choice in fitting] if caches else fitting
     if not all(choice.check for choice in known) and (named or request.worth_it):
@@ -245,7 +247,7 @@ def _readable(caches: Iterable["_Cache"]) -> list["_Cache"]:
 def _writable(caches: Iterable["_Cache"], all_caches: Iterable["_Cache"]) -> "_Cache":
     for cache in caches:
         with contextlib.suppress(OSError, MnistDistError):
-            storage.check_writable(cache.uri)
+            ANYWHERE.check_writable(cache.uri)
             return cache
     names = " or ".join(cache.uri for cache in all_caches)
     raise StorageError(f"converted models are kept in a folder that can be read and written. Received: {names}")
@@ -336,20 +338,20 @@ class _Cache:
     cpus: int
 
     def is_begun(self) -> bool:
-        return storage.exists(self._check_uri(EngineChoice()))
+        return ANYWHERE.exists(self._check_uri(EngineChoice()))
 
     def folder(self, choice: EngineChoice) -> str:
         """URI of a converted model."""
-        return storage.join(self.uri, f"{choice.engine}-int8" if choice.precision == "int8" else choice.engine)
+        return join(self.uri, f"{choice.engine}-int8" if choice.precision == "int8" else choice.engine)
 
     def has_model(self, choice: EngineChoice) -> bool:
-        return storage.exists(storage.join(self.folder(choice), FORMATS[choice.engine].file))
+        return ANYWHERE.exists(join(self.folder(choice), FORMATS[choice.engine].file))
 
     def known(self, choice: EngineChoice) -> EngineChoice:
         """The choice with what an earlier check found, where that still holds."""
         uri = None if choice.engine == "keras" else self.folder(choice)
         try:
-            kept = documents.read(self._check_uri(choice), _Kept)
+            kept = documents.read(ANYWHERE, self._check_uri(choice), _Kept)
         except (FileNotFoundError, DataError):
             return replace(choice, uri=uri)
         holds = kept == self._kept(choice, kept.check) and (uri is None or self.has_model(choice))
@@ -357,7 +359,7 @@ class _Cache:
 
     def keep(self, choice: EngineChoice, check: Check) -> EngineChoice:
         """The choice with what its check found, which is written down."""
-        documents.write(self._check_uri(choice), self._kept(choice, check))
+        documents.write(ANYWHERE, self._check_uri(choice), self._kept(choice, check))
         return replace(choice, check=check)
 
     def publish(self, choice: EngineChoice, folder: Path) -> None:
@@ -365,13 +367,13 @@ class _Cache:
         if self.has_model(choice):
             return
         try:
-            storage.upload_folder(folder, self.folder(choice), last=FORMATS[choice.engine].file)
+            ANYWHERE.upload_folder(folder, self.folder(choice), last=FORMATS[choice.engine].file)
         except OSError as err:
             if not self.has_model(choice):  # else another job put its own there just now
                 raise StorageError(f"{self.uri} cannot be written: {err}") from err
 
     def _check_uri(self, choice: EngineChoice) -> str:
-        return storage.join(self.uri, f"{choice.engine}-{choice.precision}.json")
+        return join(self.uri, f"{choice.engine}-{choice.precision}.json")
 
     def _kept(self, choice: EngineChoice, check: Check) -> _Kept:
         return _Kept(check=check, versions=versions_of(_packages(choice)), cpu=processor.name(), cpus=self.cpus)

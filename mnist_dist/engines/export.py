@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from mnist_dist import documents, processor, storage
+from mnist_dist import documents, processor
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
@@ -26,6 +26,8 @@ from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.session import Session, locked_session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote, join
 
 EXPORT_FILE = "export.json"
 
@@ -96,7 +98,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
             export = _finished(job, bundle) or _export(job, bundle, session)
     return {
         "output": output,
-        "path": storage.join(output, export.file),
+        "path": join(output, export.file),
         **{key: getattr(export, key) for key in ("format", "model_id", "size_bytes", "keras_images_per_s")},
         **msgspec.to_builtins(export.check),
     }
@@ -113,7 +115,7 @@ def _finished(job: ExportJob, bundle: Bundle) -> Export | None:
         ConfigError: it is, but damaged.
     """
     try:
-        found = documents.read(storage.join(job.output_uri, EXPORT_FILE), Export)
+        found = documents.read(ANYWHERE, join(job.output_uri, EXPORT_FILE), Export)
     except FileNotFoundError:
         return None
     ours = {"model_id": bundle.info.model_id, "format": job.format}
@@ -137,15 +139,15 @@ def _finished(job: ExportJob, bundle: Bundle) -> Export | None:
 
 def _size_bytes(output: str) -> int:
     """Of everything in the folder but `export.json`."""
-    mark = storage.join(output, EXPORT_FILE)
-    return sum(entry.size_bytes for entry in storage.list_entries(output) if entry.uri != mark)
+    mark = join(output, EXPORT_FILE)
+    return sum(entry.size_bytes for entry in ANYWHERE.list_entries(output) if entry.uri != mark)
 
 
 def _check_free(output: str, format: ExportFormat) -> None:
     """Whatever lies there without an `export.json` is not ours, but for the files of an upload that broke off."""
-    row, remote = FORMATS[format], storage.is_remote(output)
+    row, remote = FORMATS[format], is_remote(output)
     ours = {row.file, *row.others} if remote else set()
-    names = {entry.uri.removeprefix(f"{output}/").partition("/")[0] for entry in storage.scan_entries(output)}
+    names = {entry.uri.removeprefix(f"{output}/").partition("/")[0] for entry in ANYWHERE.scan_entries(output)}
     if names - ours or (not remote and Path(output).is_dir() and any(Path(output).iterdir())):
         raise ConfigError(
             f"the folder for an export is new or empty. Received: {output!r}, which holds {sorted(names - ours)[:5]}"
@@ -172,17 +174,17 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
             session=session,
         )
         export = _converted(job, conversion)
-        documents.write(f"{files}/{EXPORT_FILE}", export)
+        documents.write(ANYWHERE, f"{files}/{EXPORT_FILE}", export)
         session.check()
         session.confirm_lock()
         _check_free(job.output_uri, job.format)  # somebody else may have put something there meanwhile
-        storage.delete_leftovers(job.output_uri)
+        ANYWHERE.delete_leftovers(job.output_uri)
         for name in (export.file, *FORMATS[job.format].others):  # of an upload that broke off
-            storage.delete_tree(storage.join(job.output_uri, name))
-        storage.upload_folder(files, job.output_uri, last=EXPORT_FILE)
+            ANYWHERE.delete_tree(join(job.output_uri, name))
+        ANYWHERE.upload_folder(files, job.output_uri, last=EXPORT_FILE)
     check = export.check
     session.console.line(
-        f"{storage.join(job.output_uri, export.file)}: {export.size_bytes / 1e6:.1f} MB, differs by at most "
+        f"{join(job.output_uri, export.file)}: {export.size_bytes / 1e6:.1f} MB, differs by at most "
         f"{check.max_abs_difference:.2g}, same top class for {check.agreement:.2%} of {check.images} images, "
         f"{check.images_per_s:.1f} images/s (Keras: {export.keras_images_per_s:.1f})"
     )

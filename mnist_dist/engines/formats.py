@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import storage
 from mnist_dist.config import EnginePrecision
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines.engine import Outputs, padded
 from mnist_dist.errors import ConfigError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote
 
 MAX_STREAMS = 4  # each holds a batch and its activations
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what an int8 file leaves in floating point
@@ -119,11 +120,11 @@ class ConvertedEngine:
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
     """The folder, or a copy of it for as long as it is read."""
-    if not storage.is_remote(uri):
+    if not is_remote(uri):
         yield Path(uri)
         return
     with tempfile.TemporaryDirectory(prefix="mnist_dist-engine-") as scratch:
-        storage.download_folder(uri, Path(scratch))
+        ANYWHERE.download_folder(uri, Path(scratch))
         yield Path(scratch)
 
 

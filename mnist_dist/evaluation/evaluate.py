@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import DataError
 from mnist_dist.evaluate_config import EvaluateJob
@@ -25,6 +24,8 @@ from mnist_dist.evaluation.tables import ScoredTable, open_table
 from mnist_dist.evaluation.truth import Truth, find_truth
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
         truth = find_truth(table, labels=job.labels, label_column=job.label_column)
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
-        storage.check_writable(job.output_uri)
+        ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
         has_truth = metrics.labelled > 0
         comparison = None
@@ -113,7 +114,7 @@ def check_named(job: EvaluateJob) -> None:
     Raises:
         DataError: the labels or the other table are not there.
     """
-    if job.labels is not None and not storage.exists(job.labels):
+    if job.labels is not None and not ANYWHERE.exists(job.labels):
         raise DataError(f"there is no such file. Received: labels={job.labels!r}")
     if job.compare is not None:
         open_table(job.compare, bundle=None)
@@ -165,8 +166,8 @@ def _finish(evaluation: Evaluation, *, console: Console, report: Report | None) 
     """Writes the files, the page last, since its pictures may take long; shows the short of it."""
     metrics, output = evaluation.metrics, evaluation.output
     for name in (METRICS_FILE, CLASSIFICATION_REPORT_FILE):  # of an earlier evaluation
-        storage.delete(storage.join(output, name))
-    storage.delete_tree(storage.join(output, "figures"))
+        ANYWHERE.delete(join(output, name))
+    ANYWHERE.delete_tree(join(output, "figures"))
     if evaluation.classification_report is not None:
         _write(output, CLASSIFICATION_REPORT_FILE, evaluation.classification_report)
     _write(output, METRICS_FILE, json.dumps(evaluation.to_json(), indent=2, allow_nan=False))
@@ -186,7 +187,7 @@ def _finish(evaluation: Evaluation, *, console: Console, report: Report | None) 
 
 
 def _write(output: str, name: str, text: str) -> None:
-    storage.write_bytes(storage.join(output, name), text.encode())
+    ANYWHERE.write_bytes(join(output, name), text.encode())
 
 
 # --- what a person sees ----------------------------------------------------------------------------------------------

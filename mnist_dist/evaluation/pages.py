@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import storage
 from mnist_dist.console import command_line
 from mnist_dist.evaluation import figures
 from mnist_dist.evaluation.comparison import Comparison
@@ -31,6 +30,8 @@ from mnist_dist.evaluation.tables import read_provenance
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
 from mnist_dist.scoring.generations import Summary
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 MOST_CLASSES = 200
 """Classes in the table of a page; the worst ones where there are more."""
@@ -130,9 +131,9 @@ def write_evaluation_page(evaluation: Evaluation) -> str:
         write_page(page, Path(scratch))
         for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == REPORT_FILE):  # the page last
             if path.is_file():
-                uri = storage.join(evaluation.output, path.relative_to(scratch).as_posix())
-                storage.write_bytes(uri, path.read_bytes())
-    return storage.join(evaluation.output, REPORT_FILE)
+                uri = join(evaluation.output, path.relative_to(scratch).as_posix())
+                ANYWHERE.write_bytes(uri, path.read_bytes())
+    return join(evaluation.output, REPORT_FILE)
 
 
 def evaluation_page(evaluation: Evaluation) -> Page:

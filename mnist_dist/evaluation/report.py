@@ -20,9 +20,9 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mnist_dist import storage
 from mnist_dist.evaluation.figures import png, svg
 from mnist_dist.models.bundle import REPORT_FILE
+from mnist_dist.store.anywhere import ANYWHERE
 
 FIGURES_FOLDER = "figures"
 PICTURE_PX = 112
@@ -114,11 +114,11 @@ def write_page(page: Page, folder: Path) -> Path:
     """Writes `report.html` and `figures/` into a local folder; the page last. Gives its path."""
     (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
     for shown in page.figures:
-        storage.write_bytes(str(folder / FIGURES_FOLDER / f"{shown.name}.png"), png(shown.figure))
+        ANYWHERE.write_bytes(str(folder / FIGURES_FOLDER / f"{shown.name}.png"), png(shown.figure))
     for name, text in page.files.items():
-        storage.write_bytes(str(folder / FIGURES_FOLDER / name), text.encode())
+        ANYWHERE.write_bytes(str(folder / FIGURES_FOLDER / name), text.encode())
     path = folder / REPORT_FILE
-    storage.write_bytes(str(path), render(page).encode())
+    ANYWHERE.write_bytes(str(path), render(page).encode())
     return path
 
 

@@ -14,11 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.models.bundle import BundleInfo, read_bundle_info
 from mnist_dist.scoring.generations import SUMMARY, Summary
 from mnist_dist.scoring.predictions import iter_predictions, read_mark, table_schema
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
 
 # n = rows of a batch, K = classes
 
@@ -102,7 +104,7 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
         BundleError: there is no such bundle.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    root = storage.absolute(uri)
+    root = absolute(uri)
     try:
         schema = table_schema(root)
     except FileNotFoundError as err:
@@ -198,7 +200,7 @@ def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
 def _names_of_own_bundle(root: str, model_id: str) -> tuple[str, ...] | None:
     """Of the bundle that `_summary.json` remembers; None where it is not there any more, or is not said."""
     try:
-        return _names_of_bundle(documents.read(storage.join(root, SUMMARY), Summary).bundle, model_id)
+        return _names_of_bundle(documents.read(ANYWHERE, join(root, SUMMARY), Summary).bundle, model_id)
     except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: the class names are those of its rows, since its bundle cannot be read: %s", root, err)
         return None
@@ -208,7 +210,7 @@ def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
     """What `_summary.json` says, and the `bundle.json` of the model that it names; None where they are gone."""
     summary = None
     try:
-        summary = documents.read(storage.join(root, SUMMARY), Summary)
+        summary = documents.read(ANYWHERE, join(root, SUMMARY), Summary)
         info = read_bundle_info(summary.bundle)
     except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: its provenance cannot be read: %s", root, err)

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.data.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import LABEL_COLUMN
 from mnist_dist.evaluation.tables import ScoredTable
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
 from mnist_dist.scoring.choice import row_of_line
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import are_remote
 
 # n = rows of a batch
 
@@ -177,7 +178,7 @@ def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
     ending = next((suffix for suffix in (_PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
     if ending is None:
         raise DataError(f"labels are a .parquet, .csv or .tsv file. Received: {uri!r}")
-    with _readable(uri), storage.open_binary(uri) as stream:
+    with _readable(uri), ANYWHERE.open_binary(uri) as stream:
         if ending == _PARQUET_SUFFIX:
             with pq.ParquetFile(stream) as file:
                 _check_names(uri, file.schema_arrow.names)
@@ -217,7 +218,7 @@ def _is_label(kind: pa.DataType) -> bool:
 def _absolute(uris: pa.Array) -> pa.Array:
     """As scoring names what a list names."""
     plain = pc.and_(
-        pc.or_(pc.starts_with(uris, "/"), pc.starts_with(uris, "s3://")),
+        pc.or_(pc.starts_with(uris, "/"), are_remote(uris)),
         pc.invert(pc.match_substring_regex(uris, "[^:]//|^//|/[.]{1,2}/|/$")),
     )
     if pc.all(plain, skip_nulls=False).as_py():

@@ -28,10 +28,12 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.data.images import ImageSpec, decode_image, match_channels, resize_pixels
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, is_remote, join, temporary_name
 
 if TYPE_CHECKING:
     import keras
@@ -158,7 +160,7 @@ def write_bundle(
 ) -> BundleInfo:
     """Writes a local folder under a temporary name beside `path` and renames it when it is complete.
 
-    To publish it elsewhere: `storage.upload_folder(path, uri, last="bundle.json")`.
+    To publish it elsewhere: `ANYWHERE.upload_folder(path, uri, last="bundle.json")`.
 
     Args:
         path: the folder to be; must not hold a finished bundle.
@@ -176,7 +178,7 @@ def write_bundle(
     _check_free(path)
     _check_model(model, info)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(storage.temporary_name(path.name))
+    temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.mkdir()
         _unsynchronize(model)
@@ -204,7 +206,7 @@ def load_bundle(uri: str | os.PathLike[str]) -> Bundle:
         BundleError: there is no bundle, it is unfinished or damaged, or of a newer format.
     """
     named = os.fspath(uri)
-    path = _download(named) if storage.is_remote(named) else Path(storage.absolute(named))
+    path = _download(named) if is_remote(named) else Path(absolute(named))
     info = _read_info(path, named=named)
     model_file = path / MODEL_FILE
     found = _sha256(model_file) if model_file.is_file() else "no such file"
@@ -227,7 +229,7 @@ def read_bundle_info(uri: str) -> BundleInfo:
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     try:
-        data = storage.read_bytes(storage.join(storage.absolute(uri), BUNDLE_FILE))
+        data = ANYWHERE.read_bytes(join(absolute(uri), BUNDLE_FILE))
     except FileNotFoundError as err:
         raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
     return _decode_info(data, named=uri)
@@ -237,7 +239,7 @@ def _download(uri: str) -> Path:
     path = Path(tempfile.mkdtemp(prefix="mnist_dist-bundle-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)  # not earlier: engines read the files when they like
     try:
-        storage.download_folder(uri, path)
+        ANYWHERE.download_folder(uri, path)
     except FileNotFoundError as err:
         raise BundleError(f"there is no bundle. Received: {uri!r}") from err
     return path
@@ -255,7 +257,7 @@ def _read_info(path: Path, *, named: str) -> BundleInfo:
 
 
 def _decode_info(data: bytes, *, named: str) -> BundleInfo:
-    file = storage.join(named, BUNDLE_FILE)
+    file = join(named, BUNDLE_FILE)
     try:
         version = json.loads(data)["format_version"]
     except (ValueError, KeyError, TypeError) as err:
@@ -277,7 +279,7 @@ def _decode_info(data: bytes, *, named: str) -> BundleInfo:
 def _pixels(image: Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """`uint8 [H, W, C]` as the model takes it."""
     if not isinstance(image, np.ndarray):
-        return decode_image(storage.read_bytes(os.fspath(image)), spec).pixels
+        return decode_image(ANYWHERE.read_bytes(os.fspath(image)), spec).pixels
     return resize_pixels(match_channels(_checked_pixels(image), spec.channels), spec)
 
 

@@ -26,7 +26,6 @@ from typing import Literal
 
 import keras
 
-from mnist_dist import storage
 from mnist_dist.config import ModelConfig, Pooling
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, MnistDistError, WeightsError
@@ -43,6 +42,7 @@ from mnist_dist.models.backbones import (
     published_weights_url,
 )
 from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
+from mnist_dist.store.anywhere import ANYWHERE
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ def _build_from_imagenet(row: Backbone, config: ModelConfig, *, shape: Shape) ->
 
 
 def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:
-    if not storage.exists(weights):
+    if not ANYWHERE.exists(weights):
         raise WeightsError(
             f"weights for {name}: there is no such file or bundle. Allowed are imagenet, none, a .weights.h5 file "
             f"(keras.Model.save_weights of the network without its top) or the folder of a bundle. "
@@ -337,7 +337,7 @@ def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:
 def _load_weights_file_at(backbone: keras.Model, uri: str, *, name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = storage.local_path(uri, Path(scratch))
+            path = ANYWHERE.local_path(uri, Path(scratch))
         except (FileNotFoundError, PermissionError) as err:
             raise WeightsError(f"weights for {name} cannot be read: {err}. Received: weights={uri!r}") from err
         _load_weights_file(backbone, path, name=name, uri=uri)

@@ -23,7 +23,7 @@ from mnist_dist.console import Stop
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
-from mnist_dist.storage import absolute, is_remote
+from mnist_dist.store.uris import absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
 CONTROLLER_POLL_S = "0.5"  # of Ray Train's controller, which else looks every 2 s and delays each report by that

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig
 from mnist_dist.data.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.scoring import listed
 from mnist_dist.scoring.listed import Row
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.uris import absolute, is_remote
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _MOST_SUFFIXES = 1_000  # counted one by one; names that end in numbers would fill the memory
@@ -107,7 +109,7 @@ class Choice:
         return kept
 
 
-def row_of_entry(entry: storage.Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> Row | None:
+def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> Row | None:
     """The row of a listed file, or of an archive that is still to be opened; None: it is left out, and counted."""
     uri = entry.uri
     if _suffix(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
@@ -127,16 +129,16 @@ def row_of_line(line: str) -> Row:
     """
     scheme, _, rest = line.partition("://")
     try:
-        remote = storage.is_remote(line)
+        remote = is_remote(line)
     except StorageError:
         return Row(line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://")
     if remote and not all(rest.partition("/")[::2]):
         return Row(line, status="unsupported", error="an image on S3 is s3://bucket/key")
     member = split_member(line)
     if member is not None:
-        archive = storage.absolute(member[0])
+        archive = absolute(member[0])
         return Row(f"{archive}{SEPARATOR}{member[1]}", archive=archive)
-    uri = storage.absolute(line)
+    uri = absolute(line)
     if is_archive(uri):
         return Row(uri, archive=uri)
     return Row(uri) if remote else _row_of_path(uri)
@@ -186,7 +188,7 @@ def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
 
 def _row_of_path(path: str) -> Row:
     try:
-        entry = storage.entry_of(path)
+        entry = ANYWHERE.entry_of(path)
     except OSError:  # whoever reads it finds out why
         return Row(path)
     except ValueError as err:  # a path with a zero byte cannot even be read

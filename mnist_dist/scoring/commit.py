@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import pyarrow as pa
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring.generations import (
     MANIFEST,
@@ -34,6 +34,8 @@ from mnist_dist.scoring.predictions import (
     Mark,
     read_mark,
 )
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 THREADS = 8  # that move files: on object stores a request waits far longer than it works
 _LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY)})\.[0-9a-f]+\.tmp")
@@ -113,7 +115,7 @@ def commit(
         )
         check()
         step("write commit.json")
-        documents.write(generation.commit_uri, decision)
+        documents.write(ANYWHERE, generation.commit_uri, decision)
     return replay(output, generation, check=check, step=step)
 
 
@@ -125,7 +127,7 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None],
         Locked: see `check`.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    decision = documents.read(generation.commit_uri, _Decision)
+    decision = documents.read(ANYWHERE, generation.commit_uri, _Decision)
     mark = read_mark(output.uri)
     if mark is None or mark.generation != decision.mark.generation:  # else all that is left is to sweep
         _publish(output, generation, decision, check=check, step=step)
@@ -182,7 +184,7 @@ def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
     """Marks a table as good or failed without scoring anything; called again where it was killed midway."""
     mark = replace(committed.mark, failed=not ok)
     mark.write(output.uri)  # before the other one goes: a table without a mark would be lost
-    storage.delete(storage.join(output.uri, SUCCESS if mark.failed else FAILED))
+    ANYWHERE.delete(join(output.uri, SUCCESS if mark.failed else FAILED))
     return replace(committed, mark=mark)
 
 
@@ -192,13 +194,13 @@ def _publish(
     check()
     for name in (SUCCESS, FAILED):  # from here on there is no table, until the mark is put again
         step(f"delete {name}")
-        storage.delete(storage.join(output.uri, name))
+        ANYWHERE.delete(join(output.uri, name))
     _move_all([*decision.add, MANIFEST], generation.out_uri, output.uri, step=step)
     for name in sorted({*decision.remove, *_orphans(output, decision)}):
         step(f"delete {name}")
-        storage.delete(storage.join(output.uri, name))
+        ANYWHERE.delete(join(output.uri, name))
     step(f"write {SUMMARY}")
-    documents.write(storage.join(output.uri, SUMMARY), decision.summary)
+    documents.write(ANYWHERE, join(output.uri, SUMMARY), decision.summary)
     check()
     step(f"write {decision.mark.name}")
     decision.mark.write(output.uri)
@@ -218,14 +220,14 @@ def _move_all(names: Iterable[str], source: str, target: str, *, step: Step) -> 
         moves = []
         for name in names:
             step(f"move {name}")
-            moves.append(pool.submit(_move, storage.join(source, name), storage.join(target, name)))
+            moves.append(pool.submit(_move, join(source, name), join(target, name)))
         for move in moves:
             move.result()
 
 
 def _move(source: str, target: str) -> None:
     try:
-        storage.move(source, target)
+        ANYWHERE.move(source, target)
     except FileNotFoundError as err:
-        if not storage.exists(target):
+        if not ANYWHERE.exists(target):
             raise MnistDistError(f"a file that was to be published is neither at {source} nor at {target}") from err

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.config import EngineName, EnginePrecision
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, MnistDistError
@@ -36,6 +36,8 @@ from mnist_dist.scoring.predictions import (
     Mark,
     read_mark,
 )
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
 
 MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
 _PLAN = "plan.json"
@@ -121,20 +123,20 @@ class Generation:
 
     @property
     def manifest_uri(self) -> str:
-        return storage.join(self.uri, "manifest.parquet")
+        return join(self.uri, "manifest.parquet")
 
     @property
     def out_uri(self) -> str:
-        return storage.join(self.uri, "out")
+        return join(self.uri, "out")
 
     @property
     def commit_uri(self) -> str:
-        return storage.join(self.uri, "commit.json")
+        return join(self.uri, "commit.json")
 
     @property
     def is_committing(self) -> bool:
         """Whether its commit was begun, which then must be brought to its end (`replay`)."""
-        return storage.exists(self.commit_uri)
+        return ANYWHERE.exists(self.commit_uri)
 
     def begin(self, manifest: Callable[[str], None]) -> None:
         """Writes down what is to be done: from here on it is there.
@@ -143,14 +145,14 @@ class Generation:
             manifest: writes the manifest to the URI that it is given.
         """
         manifest(self.manifest_uri)
-        documents.write(storage.join(self.uri, _PLAN), self.plan)
+        documents.write(ANYWHERE, join(self.uri, _PLAN), self.plan)
 
     def shard_uri(self, shard: int) -> str:
-        return storage.join(self.uri, f"shard-{shard:06d}.parquet")
+        return join(self.uri, f"shard-{shard:06d}.parquet")
 
     def done_shards(self) -> set[int]:
         """The shards that are there, by one listing."""
-        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in storage.scan_entries(self.uri))
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.scan_entries(self.uri))
         return {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
 
 
@@ -162,11 +164,11 @@ class Output:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = storage.absolute(uri)
+        self.uri = absolute(uri)
 
     @property
     def lock_uri(self) -> str:
-        return storage.join(self.uri, LOCK)
+        return join(self.uri, LOCK)
 
     def committed(self) -> Committed | None:
         """The table, where there is a complete one.
@@ -178,7 +180,7 @@ class Output:
         if mark is None:
             return None
         try:
-            summary = documents.read(storage.join(self.uri, SUMMARY), Summary)
+            summary = documents.read(ANYWHERE, join(self.uri, SUMMARY), Summary)
         except (FileNotFoundError, DataError):  # somebody deleted or damaged it; the table does not need it
             summary = None
         return Committed(mark=mark, summary=summary)
@@ -196,7 +198,7 @@ class Output:
             return None
         uri = self._generation_uri(number)
         try:
-            return Generation(number, uri, documents.read(storage.join(uri, _PLAN), Plan))
+            return Generation(number, uri, documents.read(ANYWHERE, join(uri, _PLAN), Plan))
         except DataError as err:
             raise DataError(f"{err}; delete {uri}, unfinished work, to begin it anew") from err
 
@@ -227,7 +229,7 @@ class Output:
         self.sweep_published()
         mark = read_mark(self.uri)
         if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
-            storage.delete(storage.join(self.uri, FAILED))
+            ANYWHERE.delete(join(self.uri, FAILED))
         for number, names in self._generations().items():
             if _PLAN not in names:
                 self._delete(number)
@@ -242,15 +244,15 @@ class Output:
 
     def _delete(self, number: int) -> None:
         uri = self._generation_uri(number)
-        storage.delete(storage.join(uri, _PLAN))  # first: killed midway, what is left is debris
-        storage.delete_tree(uri)
+        ANYWHERE.delete(join(uri, _PLAN))  # first: killed midway, what is left is debris
+        ANYWHERE.delete_tree(uri)
 
     def _published(self) -> int:
         mark = read_mark(self.uri)
         return mark.generation if mark else 0
 
     def _generation_uri(self, number: int) -> str:
-        return storage.join(self.uri, WORK, f"g{number:04d}")
+        return join(self.uri, WORK, f"g{number:04d}")
 
     def _generations(self) -> dict[int, set[str]]:
         """The names in each generation's folder."""
@@ -262,5 +264,5 @@ class Output:
 
     def names(self, below: str = "") -> Iterator[str]:
         """Everything in the folder, relative to it."""
-        for entry in storage.scan_entries(storage.join(self.uri, below) if below else self.uri):
+        for entry in ANYWHERE.scan_entries(join(self.uri, below) if below else self.uri):
             yield entry.uri.removeprefix(f"{self.uri}/")

@@ -25,7 +25,6 @@ from typing import Literal, TextIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig, require
 from mnist_dist.data.archives import split_member
 from mnist_dist.data.images import IMAGE_SUFFIXES
@@ -37,6 +36,9 @@ from mnist_dist.scoring.listed import Row, Run
 from mnist_dist.scoring.manifest import COLUMNS, SHARD
 from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, TOP_K
 from mnist_dist.scoring.uri_lists import Lines
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.uris import absolute, is_remote
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
@@ -159,13 +161,13 @@ class _Search:
         return table
 
     def _scanned(self, place: _Place) -> pa.Table:
-        entries = _matching(place.uri) if place.kind == "glob" else storage.scan_entries(place.uri)
+        entries = _matching(place.uri) if place.kind == "glob" else ANYWHERE.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
             raise _not_there(place.name, place.uri)
         return listed.table_of(self._rows(itertools.chain([first] if first else [], entries), place))
 
-    def _rows(self, entries: Iterable[storage.Entry], place: _Place) -> Iterator[Row]:
+    def _rows(self, entries: Iterable[Entry], place: _Place) -> Iterator[Row]:
         for count, entry in enumerate(entries, start=1):
             row = row_of_entry(entry, self._choice, place.left_out, named=entry.uri == place.uri)
             if row is not None:
@@ -261,21 +263,21 @@ def _place_of(name: str) -> _Place:
     if name == _STDIN:
         return _Place(name, "stdin", name)
     with _errors_of(name):
-        return _remote_place(name) if storage.is_remote(name) else _local_place(name)
+        return _remote_place(name) if is_remote(name) else _local_place(name)
 
 
 def _remote_place(name: str) -> _Place:
-    uri = storage.absolute(name)
+    uri = absolute(name)
     if uri_lists.is_list(uri) and _is_object(uri):
         return _Place(name, "list", uri)
     is_plain = split_member(uri) is None and not _MAGIC.search(uri)
-    if is_plain or storage.exists(uri):  # whether there is anything shows when it is listed
+    if is_plain or ANYWHERE.exists(uri):  # whether there is anything shows when it is listed
         return _Place(name, "tree", uri)
     return _Place(name, "glob" if split_member(uri) is None else "line", uri)
 
 
 def _local_place(name: str) -> _Place:
-    path = storage.absolute(name)
+    path = absolute(name)
     if os.path.isfile(path) and uri_lists.is_list(path):
         return _Place(name, "list", path)
     if os.path.lexists(path):
@@ -289,7 +291,7 @@ def _local_place(name: str) -> _Place:
 
 def _is_object(uri: str) -> bool:
     try:
-        storage.entry_of(uri)
+        ANYWHERE.entry_of(uri)
     except FileNotFoundError:
         return False
     return True
@@ -297,7 +299,7 @@ def _is_object(uri: str) -> bool:
 
 def _absolute_pattern(name: str) -> str:
     """The working directory may have characters in its name that mean something in a glob."""
-    pattern = storage.absolute(name) if name.startswith("file://") else name
+    pattern = absolute(name) if name.startswith("file://") else name
     return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
 
 
@@ -310,16 +312,16 @@ def _not_there(name: str, uri: str) -> DataError:
 # --- globs -----------------------------------------------------------------------------------------------------------
 
 
-def _matching(pattern: str) -> Iterator[storage.Entry]:
+def _matching(pattern: str) -> Iterator[Entry]:
     """The files that match, and those in folders that do; of S3, which has no folders, the keys that match."""
-    remote = storage.is_remote(pattern)
+    remote = is_remote(pattern)
     if not remote and "**" not in pattern.split("/"):
         for path in sorted(glob.glob(pattern, include_hidden=True)):
-            yield from storage.scan_entries(path)
+            yield from ANYWHERE.scan_entries(path)
         return
     # not by `glob`: it walks a loop of links forty times over, and several loops for ever
     regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
-    for entry in storage.scan_entries(_literal_folder(pattern) or "/"):
+    for entry in ANYWHERE.scan_entries(_literal_folder(pattern) or "/"):
         if regex.fullmatch(entry.uri):
             yield entry
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_dist import storage
 from mnist_dist.listing import Folder, Row, State, driver_values, living
-from mnist_dist.lock import Holder
 from mnist_dist.scoring.generations import MANIFEST, PART, SUMMARY, Committed, Generation, Output
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import NOT_BAD, WORK
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Holder
+from mnist_dist.store.uris import join
 
 DEPTH = 2
 """Of folders: a table may lie in the folder of the run whose bundle made it."""
@@ -21,7 +22,7 @@ def table_row(folder: Folder) -> Row | None:
         OSError, ValueError, TypeError, LookupError: the folder is damaged.
         ServiceError: the storage failed.
     """
-    has_work = WORK in folder.folders and not _is_empty(storage.join(folder.uri, WORK))
+    has_work = WORK in folder.folders and not _is_empty(join(folder.uri, WORK))
     if not has_work and not _has_table(folder):
         return None
     output = Output(folder.uri)
@@ -46,7 +47,7 @@ def table_row(folder: Folder) -> Row | None:
 
 def _is_empty(uri: str) -> bool:
     """Whether nothing is in a folder: a refused command leaves it so, on a disk."""
-    level = storage.list_level(uri)
+    level = ANYWHERE.list_level(uri)
     return not level.folders and not level.files
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
+from mnist_dist.store.anywhere import ANYWHERE
 
 COLUMNS = pa.schema(
     [
@@ -51,7 +51,7 @@ class Manifest:
     """A written manifest, read shard by shard; may be used by several threads. Leaving it closes its file."""
 
     def __init__(self, uri: str) -> None:
-        self._bytes = storage.open_binary(uri)
+        self._bytes = ANYWHERE.open_binary(uri)
         self._file = pq.ParquetFile(self._bytes)
         self._lock = threading.Lock()
 
@@ -96,7 +96,7 @@ def write_manifest(uri: str, table: pa.Table, *, shard_size: int) -> None:
             whatever its size.
     """
     bounds = shard_bounds(table, shard_size=shard_size)
-    with storage.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
+    with ANYWHERE.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
         for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
             rows = table.slice(start, end - start)
             writer.write_table(

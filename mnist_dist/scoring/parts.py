@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import ConfigError, DataError, MnistDistError
 from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output, Step
@@ -28,6 +27,8 @@ from mnist_dist.scoring.predictions import (
     table_schema,
     widened,
 )
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 PART_BYTES = 128 * 2**20  # few enough files of 10 million rows, and small enough to be read in parallel
 PART_ROWS = 1_000_000  # of a file: what `_manifest.parquet` says of it is in memory at once
@@ -100,7 +101,7 @@ class Building:
 
     def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
         self.step("clear out")
-        storage.delete_tree(self.generation.out_uri)
+        ANYWHERE.delete_tree(self.generation.out_uri)
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             file = stack.enter_context(self._new_file(MANIFEST))
@@ -108,7 +109,7 @@ class Building:
             manifest = stack.enter_context(_parquet(self.generation.manifest_uri, scratch / "new"))
             committed = self.output.committed()
             if committed and keep_old:
-                old = stack.enter_context(_parquet(storage.join(self.output.uri, MANIFEST), scratch / "old"))
+                old = stack.enter_context(_parquet(join(self.output.uri, MANIFEST), scratch / "old"))
                 self._keep(committed, table, old=old, gone=manifest.read(["uri"])["uri"])
             elif committed:
                 table.removed += committed.mark.files
@@ -142,7 +143,7 @@ class Building:
         self._write(table, "kept-", left)
 
     def _left_rows(self, name: str, listed: pa.Table, gone: pa.ChunkedArray) -> Iterator[_Rows]:
-        for rows in read_row_groups(storage.join(self.output.uri, name)):
+        for rows in read_row_groups(join(self.output.uri, name)):
             its, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
             if not rows["uri"].equals(its["uri"]):
                 raise DataError(f"{self.output.uri}: {name} does not hold what {MANIFEST} says; make it afresh")
@@ -186,7 +187,7 @@ class Building:
     def _new_file(self, name: str) -> Iterator[BinaryIO]:
         """A file that is in `out` when the block ends without an error."""
         self.step(f"write {name}")
-        with storage.new_object(storage.join(self.generation.out_uri, name)) as file:
+        with ANYWHERE.new_object(join(self.generation.out_uri, name)) as file:
             yield file
             self.step(f"put {name}")
 
@@ -239,7 +240,7 @@ def _joined(held: Sequence[_Rows]) -> _Rows:
 
 def _read_shard(uri: str) -> bytes:
     try:
-        return storage.read_bytes(uri)
+        return ANYWHERE.read_bytes(uri)
     except FileNotFoundError as err:
         raise MnistDistError(f"a shard that is to be published is not there. Received: {uri!r}") from err
 
@@ -248,7 +249,7 @@ def _read_shard(uri: str) -> bytes:
 def _parquet(uri: str, scratch: Path) -> Iterator[pq.ParquetFile]:
     """A file that is read here and there."""
     try:
-        file = pq.ParquetFile(storage.local_path(uri, scratch))
+        file = pq.ParquetFile(ANYWHERE.local_path(uri, scratch))
     except (pa.ArrowInvalid, FileNotFoundError) as err:
         raise DataError(f"{uri} cannot be read: {err}") from err
     with file:

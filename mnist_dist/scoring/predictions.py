@@ -21,9 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
 
 # n = rows of a shard, s = those of them that are ok, K = classes, D = features of an embedding
 
@@ -96,7 +98,7 @@ class Mark:
 
     def write(self, root: str) -> None:
         """Puts the mark into the folder of the table."""
-        documents.write(storage.join(root, self.name), self)
+        documents.write(ANYWHERE, join(root, self.name), self)
 
     @property
     def name(self) -> str:
@@ -266,7 +268,7 @@ def read_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | No
         ConfigError: the table has no such column.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    root = storage.absolute(os.fspath(uri))
+    root = absolute(os.fspath(uri))
     mark = _mark_of(root)
     for _ in range(_READ_ATTEMPTS):
         try:
@@ -286,7 +288,7 @@ def iter_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | No
         DataError: there is no finished table, or a scoring job replaced it while it was read.
         ConfigError, PermissionError, ServiceError, StorageError: as `read_predictions`.
     """
-    root = storage.absolute(os.fspath(uri))
+    root = absolute(os.fspath(uri))
     mark = _mark_of(root)
     try:
         yield from _batches(root, mark, _chosen(_schema_of(root, mark), columns, root))
@@ -302,7 +304,7 @@ def table_schema(uri: str | os.PathLike[str]) -> pa.Schema:
         FileNotFoundError: it was replaced in this moment.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    root = storage.absolute(os.fspath(uri))
+    root = absolute(os.fspath(uri))
     return _schema_of(root, _mark_of(root))
 
 
@@ -315,11 +317,11 @@ def read_mark(uri: str) -> Mark | None:
     """
     for name in (SUCCESS, FAILED, SUCCESS):  # again: a table judged anew meanwhile has had a mark all the time
         try:
-            return documents.read(storage.join(uri, name), Mark)
+            return documents.read(ANYWHERE, join(uri, name), Mark)
         except FileNotFoundError:
             continue
         except DataError as err:  # such as the empty one of Spark
-            raise DataError(f"{storage.join(uri, name)} is not the mark of a prediction table: {err}") from err
+            raise DataError(f"{join(uri, name)} is not the mark of a prediction table: {err}") from err
     return None
 
 
@@ -339,8 +341,8 @@ def _mark_of(root: str) -> Mark:
     mark = read_mark(root)
     if mark is not None:
         return mark
-    work = storage.join(root, WORK)
-    if any(entry.uri != storage.join(root, LOCK) for entry in storage.scan_entries(work)):
+    work = join(root, WORK)
+    if any(entry.uri != join(root, LOCK) for entry in ANYWHERE.scan_entries(work)):
         raise DataError(
             f"the prediction table is not finished: a scoring job is at work on it, or was stopped and goes on with "
             f"the same command. Received: {root!r}"
@@ -359,19 +361,19 @@ def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.S
 
 
 def _schema_of(root: str, mark: Mark) -> pa.Schema:
-    with _open(storage.join(root, mark.files[0])) as file:
+    with _open(join(root, mark.files[0])) as file:
         return file.schema_arrow
 
 
 def _batches(root: str, mark: Mark, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for name in mark.files:
-        for rows in read_row_groups(storage.join(root, name), columns=schema.names):
+        for rows in read_row_groups(join(root, name), columns=schema.names):
             yield from rows.select(schema.names).to_batches()
 
 
 @contextlib.contextmanager
 def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    with storage.open_binary(uri) as stream:
+    with ANYWHERE.open_binary(uri) as stream:
         try:
             # the ranges of a row group are fetched together: on S3 a request for each column would wait for the last
             with pq.ParquetFile(stream, pre_buffer=True) as file:

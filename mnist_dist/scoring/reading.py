@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.data.archives import Member, Packing, member_groups, read_members
 from mnist_dist.data.sources import image_error
 from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,12 @@ def _known(problem: ImageError, size_bytes: int | None, etag: str | None) -> Cal
 def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
     def run() -> Iterator[Encoded]:
         try:
-            entry, data = storage.read_object(uri, most_bytes=most_bytes)
+            entry, data = ANYWHERE.read_object(uri, max_bytes=most_bytes)
         except OSError as error:
             yield Encoded(_status_of(error), None, None)
             return
         except StorageError as error:
-            if not uri.startswith("s3://"):
+            if not is_remote(uri):
                 raise
             # a bucket that a list names and that is not there
             yield Encoded(ImageError("missing", str(error)), None, None)
@@ -133,7 +134,7 @@ def _group(
 def _changed(archive: str, etag: str | None) -> ImageError | None:
     """Offsets of an archive that was written again since would give parts of other images."""
     try:
-        entry = storage.entry_of(archive)
+        entry = ANYWHERE.entry_of(archive)
     except OSError as error:
         return _status_of(error)
     if etag is not None and entry.etag != etag:

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.errors import DataError
 from mnist_dist.scoring.listed import BATCH_ROWS
+from mnist_dist.store.anywhere import ANYWHERE
 
 URI_COLUMN = "uri"
 _PARQUET_SUFFIX = ".parquet"
@@ -51,7 +51,7 @@ def column_names(uri: str) -> tuple[str, ...]:
     """
     if uri.lower().endswith(_TEXT_SUFFIXES):
         return ()
-    with _readable(uri), storage.open_binary(uri) as stream:
+    with _readable(uri), ANYWHERE.open_binary(uri) as stream:
         if uri.lower().endswith(_PARQUET_SUFFIX):
             schema = pq.read_schema(stream)
         else:
@@ -76,7 +76,7 @@ def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
         DataError: the file is not what its name says, or a row has no URI.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
     """
-    with storage.open_binary(uri) as stream:
+    with ANYWHERE.open_binary(uri) as stream:
         if uri.lower().endswith(_TEXT_SUFFIXES):
             # a name may be any bytes, and they come back when it is opened
             with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n") as lines:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.config import InputConfig, ScoreJob
 from mnist_dist.data.archives import is_archive
 from mnist_dist.data.sources import map_in_threads
@@ -20,6 +19,9 @@ from mnist_dist.scoring.generations import MANIFEST, Committed, Output
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import COLUMNS
 from mnist_dist.scoring.predictions import NOT_BAD, iter_predictions
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
+from mnist_dist.store.uris import are_remote, join
 
 LOOK_UP_THREADS = 32  # of requests for the size and etag of one object each
 LOOK_UP_AHEAD = 256
@@ -67,7 +69,7 @@ def new_rows(found: pa.Table, output: Output) -> pa.Table:
     Raises:
         FileNotFoundError, ServiceError, StorageError: see `storage`.
     """
-    with storage.open_binary(storage.join(output.uri, MANIFEST)) as file:
+    with ANYWHERE.open_binary(join(output.uri, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
     return found.filter(_is_new(found, known))
 
@@ -88,7 +90,7 @@ def _equal(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> pa.ChunkedArray:
 def _looked_up(table: pa.Table) -> pa.Table:
     """The table with size and etag of the objects that a list named, which no listing has told."""
     is_to_be_read = pc.and_(pc.is_null(table["etag"]), pc.is_null(table["status"]))
-    unknown = pc.and_(is_to_be_read, pc.starts_with(table["uri"], pattern="s3://")).to_numpy()
+    unknown = pc.and_(is_to_be_read, are_remote(table["uri"])).to_numpy()
     if not unknown.any():
         return table
     columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}
@@ -104,9 +106,9 @@ def _looked_up(table: pa.Table) -> pa.Table:
     return table
 
 
-def _entry_of(uri: str) -> storage.Entry | None:
+def _entry_of(uri: str) -> Entry | None:
     try:
-        return storage.entry_of(uri)
+        return ANYWHERE.entry_of(uri)
     except (FileNotFoundError, PermissionError):
         return None  # it will be read, and become a row that says so
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import keras
 
-from mnist_dist import storage
 from mnist_dist.config import FitConfig
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.store.anywhere import ANYWHERE
 
 REMEMBERED = {
     "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch"),
@@ -45,7 +45,7 @@ class HistoryFile(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Writes the file in one step."""
-        storage.write_bytes(self._uri, history_csv(self._history))
+        ANYWHERE.write_bytes(self._uri, history_csv(self._history))
 
 
 def make_callbacks(

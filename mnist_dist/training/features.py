@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.config import FeatureType, ModelConfig
 from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.errors import ConfigError
 from mnist_dist.models.backbones import find_backbone
 from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.feed import Rows
 
 BATCH_SIZE = 32
@@ -94,7 +95,7 @@ def plan_features(
     }
     cache = Cache(
         what="features",
-        storage=storage.absolute(root),
+        storage=absolute(root),
         key=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         rows=len(rows),
         min_shard_rows=_SHARD_ROWS,
@@ -110,8 +111,8 @@ def _weights_identity(model: ModelConfig, *, seed: int) -> str:
     if model.weights == "imagenet":
         return str(find_backbone(model.backbone).weights_published)
     is_file = model.weights.endswith((".h5", ".hdf5"))
-    uri = model.weights if is_file else storage.join(model.weights, BUNDLE_FILE)
-    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    uri = model.weights if is_file else join(model.weights, BUNDLE_FILE)
+    return hashlib.sha256(ANYWHERE.read_bytes(uri)).hexdigest()
 
 
 class Extractor:

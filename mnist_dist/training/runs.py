@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.config import PhasesConfig, differences
 from mnist_dist.documents import Document
 from mnist_dist.errors import ResumeConflict
 from mnist_dist.listing import Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
@@ -36,11 +38,11 @@ class Run:
 
     @property
     def lock_uri(self) -> str:
-        return storage.join(self.uri, "lock")
+        return join(self.uri, "lock")
 
     @property
     def bundle(self) -> str:
-        return storage.join(self.uri, "bundle")
+        return join(self.uri, "bundle")
 
     def result(self) -> dict[str, Any] | None:
         """The result where the run is finished, else None."""
@@ -90,7 +92,7 @@ class Run:
         found = [
             (int(match[2]), int(match[1]), name) for name in self._names() if (match := CHECKPOINT.fullmatch(name))
         ]
-        return storage.join(self.uri, max(found)[2].removesuffix(f"/{STATE_FILE}")) if found else None
+        return join(self.uri, max(found)[2].removesuffix(f"/{STATE_FILE}")) if found else None
 
     def next_attempt(self) -> str:
         """Name of an attempt that is not there yet."""
@@ -100,14 +102,14 @@ class Run:
     def clear_attempts(self) -> None:
         """Deletes all attempts but the one with the newest checkpoint."""
         kept = f"{self.newest_checkpoint()}/"
-        attempts = {storage.join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
+        attempts = {join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
         for attempt in sorted(attempts):
             if not kept.startswith(f"{attempt}/"):
-                storage.delete_tree(attempt)
+                ANYWHERE.delete_tree(attempt)
 
     def _names(self) -> list[str]:
         """Everything in the folder, relative to it."""
-        return [entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri)]
+        return [entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.list_entries(self.uri)]
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
         """A document of the folder, or None.
@@ -116,13 +118,13 @@ class Run:
             DataError: it is damaged.
         """
         try:
-            return documents.read(storage.join(self.uri, name), kind)
+            return documents.read(ANYWHERE, join(self.uri, name), kind)
         except FileNotFoundError:
             return None
 
     def write(self, name: str, document: Any) -> None:
         """Puts a document into the folder."""
-        documents.write(storage.join(self.uri, name), document)
+        documents.write(ANYWHERE, join(self.uri, name), document)
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def _read_history(folder: Folder) -> list[dict[str, str]]:
     """The epochs so far."""
     if "history.csv" not in folder.files:
         return []
-    return list(csv.DictReader(storage.read_bytes(storage.join(folder.uri, "history.csv")).decode().splitlines()))
+    return list(csv.DictReader(ANYWHERE.read_bytes(join(folder.uri, "history.csv")).decode().splitlines()))
 
 
 def _epochs_asked(facts: RunFacts | None) -> int | None:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_dist import storage
 from mnist_dist.listing import TRIALS, Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.store.uris import join
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, usable
 
 FINALISTS = "finalists"
@@ -47,7 +47,7 @@ def search_row(folder: Folder) -> Row | None:
 
 
 def _records(folder: Folder, name: str) -> dict[int, Trial]:
-    return TrialRecords(storage.join(folder.uri, name)).read() if name in folder.folders else {}
+    return TrialRecords(join(folder.uri, name)).read() if name in folder.folders else {}
 
 
 class _Asked:

@@ -21,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.models.history import Epoch
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 Status = Literal["running", "done", "stopped", "failed"]
 """stopped: by the scheduler, or by the end of the budget; its best epoch counts all the same."""
@@ -83,15 +85,15 @@ class TrialRecords:
 
     def write(self, trial: Trial) -> None:
         """Puts a trial's record in place of what was there."""
-        documents.write(self._record_uri(trial.number), trial)
+        documents.write(ANYWHERE, self._record_uri(trial.number), trial)
 
     def read(self) -> dict[int, Trial]:
         """All trials by number, in order."""
-        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in storage.list_entries(self.uri))
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.list_entries(self.uri))
         numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
         with ThreadPoolExecutor(THREADS) as pool:
-            read = pool.map(lambda number: documents.read(self._record_uri(number), Trial), numbers)
+            read = pool.map(lambda number: documents.read(ANYWHERE, self._record_uri(number), Trial), numbers)
             return dict(zip(numbers, read, strict=True))
 
     def _record_uri(self, number: int) -> str:
-        return storage.join(self.uri, f"{number:06d}.json")
+        return join(self.uri, f"{number:06d}.json")

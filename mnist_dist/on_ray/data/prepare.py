@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
@@ -24,6 +23,8 @@ from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan, plan_features
 
 NAMED_BAD_IMAGES = 10
@@ -80,7 +81,7 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
     spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
     if follows_images:
         check_size(backbone, min(spec.height_px, spec.width_px))
-    plan = plan_records(source, spec, storage=storage.absolute(root), max_pixels=data.max_pixels)
+    plan = plan_records(source, spec, storage=absolute(root), max_pixels=data.max_pixels)
     return Listed(source=source, plan=plan)
 
 
@@ -93,12 +94,12 @@ def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
         is_shared: all nodes see the place, though it is local.
         name: what it is for.
     """
-    remote = storage.is_remote(place) or is_shared
-    uri = storage.join(place, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
+    remote = is_remote(place) or is_shared
+    uri = join(place, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
     try:
-        yield storage.absolute(uri)
+        yield absolute(uri)
     finally:
-        storage.delete_tree(uri)
+        ANYWHERE.delete_tree(uri)
 
 
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:

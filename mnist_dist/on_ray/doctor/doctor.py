@@ -22,7 +22,6 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import mnist_dist
-from mnist_dist import storage
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.doctor_config import DoctorJob
@@ -34,6 +33,8 @@ from mnist_dist.on_ray.doctor import checks
 from mnist_dist.on_ray.doctor.checks import Check, Expected, Pins, Status, named
 from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
 from mnist_dist.session import Session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join, temporary_name
 
 ANSWER_TIMEOUT_S = KERAS_TIMEOUT_S + 30
 DRIVER, ALL = "driver", "all"
@@ -95,12 +96,12 @@ def _question(job: DoctorJob, pins: Pins) -> Question:
     is_published = job.weights == "imagenet"
     places = {}
     if job.weights != "none" and not is_published:
-        places["weights"] = storage.absolute(job.weights)
+        places["weights"] = absolute(job.weights)
     if job.bundle is not None:
-        places["bundle"] = storage.join(storage.absolute(job.bundle), BUNDLE_FILE)
+        places["bundle"] = join(absolute(job.bundle), BUNDLE_FILE)
     return Question(
         packages=tuple(dict.fromkeys((*pins.versions, *pins.needed))),
-        storage=storage.absolute(job.storage),
+        storage=absolute(job.storage),
         places=places,
         weights_url=published_weights_url(row, alpha=model.alpha, image_size_px=size_px) if is_published else None,
     )
@@ -126,12 +127,12 @@ def _probe(question: Question, driver: Facts) -> Iterator[Question]:
     if driver.storage_problem != "":
         yield question
         return
-    uri = storage.join(question.storage, storage.temporary_name("doctor"))
-    storage.write_bytes(uri, b"probe")
+    uri = join(question.storage, temporary_name("doctor"))
+    ANYWHERE.write_bytes(uri, b"probe")
     try:
         yield replace(question, places={**question.places, "storage": uri})
     finally:
-        storage.delete(uri)
+        ANYWHERE.delete(uri)
 
 
 def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Check, dict[str, Facts | str]]:

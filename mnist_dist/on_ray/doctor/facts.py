@@ -24,9 +24,10 @@ from typing import Any
 
 import psutil
 
-from mnist_dist import storage
 from mnist_dist.errors import first_line
 from mnist_dist.models.backbones import keras_models_folder
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import bucket_and_key, is_remote
 
 CONNECT_TIMEOUT_S = 5
 KERAS_TIMEOUT_S = 120.0  # importing takes 7 s of a core, and a first time reads half a GiB from the disk
@@ -126,12 +127,12 @@ class Facts:
 
 def gather(question: Question, *, with_keras: bool) -> Facts:
     """What this process finds; with Keras, it takes up to `KERAS_TIMEOUT_S`, else a few seconds at most."""
-    on_s3 = [uri for uri in (question.storage, *question.places.values()) if storage.is_remote(uri)]
+    on_s3 = [uri for uri in (question.storage, *question.places.values()) if is_remote(uri)]
     s3 = _s3_facts(on_s3[0]) if on_s3 else None
     return Facts(
         versions=_versions(question.packages),
         keras_backend=os.environ.get("KERAS_BACKEND", ""),
-        storage_problem=_reached(question.storage, s3, lambda: storage.check_writable(question.storage)),
+        storage_problem=_reached(question.storage, s3, lambda: ANYWHERE.check_writable(question.storage)),
         unseen={name: _reached(uri, s3, functools.partial(_see, uri)) for name, uri in question.places.items()},
         s3=s3,
         free_memory_bytes=_free_memory_bytes(),
@@ -154,13 +155,13 @@ def _tried(action: Callable[[], object]) -> str:
 
 def _reached(uri: str, s3: S3Facts | None, action: Callable[[], object]) -> str | None:
     """None where it is known not to work, which S3's own retries would take minutes to find out."""
-    if storage.is_remote(uri) and (s3 is None or s3.problem or s3.credentials is None):
+    if is_remote(uri) and (s3 is None or s3.problem or s3.credentials is None):
         return None
     return _tried(action)
 
 
 def _see(uri: str) -> None:
-    if not storage.exists(uri):
+    if not ANYWHERE.exists(uri):
         raise FileNotFoundError(f"nothing there: {uri}")
 
 
@@ -201,7 +202,7 @@ def _free_memory_bytes() -> int:
 def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:
     """Of the temporary folders, where Ray spills to, and of a local storage; each disk once."""
     folders = [Path(os.environ.get("RAY_TMPDIR", "/tmp")), Path(tempfile.gettempdir())]
-    if not storage.is_remote(storage_uri):
+    if not is_remote(storage_uri):
         folders.append(Path(storage_uri))
     disks: dict[int, tuple[str, tuple[int, int]]] = {}
     for folder in folders:
@@ -222,7 +223,7 @@ def _weights_problem(url: str) -> str:
 def _s3_facts(uri: str) -> S3Facts:
     """Asks the endpoint for the bucket without credentials, once: whatever it answers, it answers, and with a date."""
     try:
-        return _ask_endpoint(uri.removeprefix("s3://").partition("/")[0])
+        return _ask_endpoint(bucket_and_key(uri)[0])
     except Exception as err:  # a broken AWS configuration, an endpoint that is no URL
         return S3Facts(problem=f"{type(err).__name__}: {first_line(err)}")
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist import storage
 from mnist_dist.config import DecodeConfig, TableConfig
 from mnist_dist.data.images import Decoded, ImageSpec
 from mnist_dist.data.markers import Attempt
@@ -25,6 +24,8 @@ from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.scorer import Scorer
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import is_remote
 
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import Counter  # loads Ray Data, which a driver does while Ray starts
@@ -77,7 +78,7 @@ class ScoringWorker:
         engine = open_engine(
             task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
         )
-        if storage.is_remote(task.bundle):
+        if is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
         self._suspects: set[int] = set()
@@ -122,7 +123,7 @@ class ScoringWorker:
             scored_at=datetime.now(UTC),
             carried=rows.select(carried.names),
         )
-        with storage.new_object(self._task.generation.shard_uri(shard)) as file:
+        with ANYWHERE.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")
 
 

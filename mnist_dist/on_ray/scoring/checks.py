@@ -6,7 +6,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist import storage
 from mnist_dist.config import ScoreJob
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.models.bundle import MODEL_FILE, Bundle
@@ -14,6 +13,7 @@ from mnist_dist.on_ray.cluster import check_storage
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import carried_schema
 from mnist_dist.scoring.predictions import fits, prediction_schema, table_schema
+from mnist_dist.store.uris import absolute, are_remote, is_remote
 
 ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
 PROCESS_BYTES = 2**30  # of an actor, beside its model
@@ -22,9 +22,9 @@ MODEL_COPIES = 4  # of the weights in an actor: file, Keras, constants, scratch
 
 def check_output_is_outside(job: ScoreJob) -> None:
     """A table inside of what is listed would be listed the next time."""
-    output = storage.absolute(job.output)
+    output = absolute(job.output)
     for uri in job.inputs.input:
-        if uri != "-" and f"{output}/".startswith(f"{storage.absolute(uri).rstrip('/')}/"):
+        if uri != "-" and f"{output}/".startswith(f"{absolute(uri).rstrip('/')}/"):
             raise ConfigError(f"the output lies outside of the input {uri!r}. Received: output={job.output!r}")
 
 
@@ -53,7 +53,7 @@ def check_found(job: ScoreJob, table: pa.Table, output: Output, *, keep_old: boo
         raise ConfigError(
             f"the output lies outside of the input, which names {inside[0].as_py()!r}. Received: output={job.output!r}"
         )
-    local = uris.filter(pc.invert(pc.starts_with(uris, pattern="s3://")))
+    local = uris.filter(pc.invert(are_remote(uris)))
     if len(local):
         check_storage(local[0].as_py(), is_shared=job.run.storage_is_shared, nodes=nodes, name="input")
 
@@ -71,7 +71,7 @@ def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors:
         raise ResourceError(
             f"{actors} actor(s) take about {needed / 1e9:.1f} GB of memory. Received: {free / 1e9:.1f} GB free"
         )
-    if storage.is_remote(output):
+    if is_remote(output):
         return
     row_bytes = ROW_BYTES + 4 * len(bundle.info.class_names)
     needed, free = 2 * rows * row_bytes, shutil.disk_usage(output).free  # shards, and the parts made of them

@@ -2,7 +2,6 @@
 
 import ray
 
-from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
@@ -11,6 +10,7 @@ from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.session import Session
+from mnist_dist.store.uris import absolute, is_bucket
 
 WORTH_CONVERTING = 2_000  # images: with fewer, converting and checking take longer than they save
 USUAL_S = 60.0  # for the bar
@@ -42,7 +42,7 @@ def job_engine(
     """
     request = EngineRequest(
         requested=asked,
-        places=places(storage.absolute(job.bundle), fallback),
+        places=places(absolute(job.bundle), fallback),
         gpu=actors.gpus > 0,
         batch_size=job.run.batch_size,
         cpus=max(1, int(actors.cpus)),
@@ -50,7 +50,7 @@ def job_engine(
     )
     if have.nodes == 1 or actors.gpus:
         return prepare_engine(bundle, request, session=session)
-    task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare).remote(storage.absolute(job.bundle), request)
+    task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare).remote(absolute(job.bundle), request)
     ((choice, lines),) = wait_for([task], session, title="engines", expected_s=USUAL_S)
     for line in lines:
         session.console.line(line)
@@ -60,8 +60,8 @@ def job_engine(
 
 def places(bundle_uri: str, fallback: str | None) -> tuple[str, ...]:
     """URIs where converted models of a bundle may be kept: beside it, unless it is a whole bucket, and the fallback."""
-    is_bucket = storage.is_remote(bundle_uri) and "/" not in bundle_uri.removeprefix("s3://")  # beside it: a stranger's
-    return (*(() if is_bucket else (f"{bundle_uri}.engines",)), *(() if fallback is None else (fallback,)))
+    # beside a bucket lies a stranger's
+    return (*(() if is_bucket(bundle_uri) else (f"{bundle_uri}.engines",)), *(() if fallback is None else (fallback,)))
 
 
 class _Heard(Console):

@@ -11,7 +11,6 @@ import psutil
 import pyarrow as pa
 from rich import filesize
 
-from mnist_dist import storage
 from mnist_dist.config import ScoreJob
 from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
@@ -30,6 +29,8 @@ from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.work import Work, find_work
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join, parent_of
 
 FIRST_IMAGES = 256  # for each actor
 ENOUGH_S = 5.0  # of scoring; a sample that is scored sooner is followed by a larger one
@@ -59,13 +60,10 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     began_at = time.time()
     check_job_storage(job, nodes=1)
     check_output_is_outside(job)
-    bundle, output = load_bundle(job.bundle), Output(storage.absolute(job.output))
-    parent = output.uri.rpartition("/")[0]
+    bundle, output = load_bundle(job.bundle), Output(absolute(job.output))
     with (
-        scratch_storage(
-            output.uri if parent == "s3:/" else parent, is_shared=job.run.storage_is_shared, name="plan"
-        ) as root,
-        locked_session(console, lock_uri=storage.join(root, "lock"), what=root) as session,
+        scratch_storage(parent_of(output.uri), is_shared=job.run.storage_is_shared, name="plan") as root,
+        locked_session(console, lock_uri=join(root, "lock"), what=root) as session,
     ):
         plan = _Plan(job, bundle, session, root=root, began_at=began_at)
         table = plan.find_work(output).table
@@ -131,7 +129,7 @@ class _Plan:
         }
 
     def _scoring(self, job: ScoreJob, name: str) -> Scoring:
-        output = Output(storage.join(self._root, name))
+        output = Output(join(self._root, name))
         return Scoring(
             job,
             self._bundle,
@@ -165,7 +163,7 @@ class _Plan:
             commit_s=time.time() - max(report.ended_at for report in scoring.reports),
             table_bytes=sum(
                 entry.size_bytes or 0
-                for entry in storage.list_entries(scoring.output.uri)
+                for entry in ANYWHERE.list_entries(scoring.output.uri)
                 if "/part-" in entry.uri and entry.uri.endswith(".parquet")
             ),
             times=total_times(scoring.reports),

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich import filesize
 
-from mnist_dist import storage
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console
 from mnist_dist.engines.choice import EngineChoice
@@ -48,6 +47,8 @@ from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.work import Work, find_work
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
 
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import ShardReport
@@ -82,10 +83,10 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_job_storage(job, nodes=1)
     check_output_is_outside(job)
     bundle = load_bundle(job.bundle)
-    output = Output(storage.absolute(job.output))
+    output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
-    storage.check_writable(job.output)
+    ANYWHERE.check_writable(job.output)
     with locked_session(console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s) as session:
         return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
 
@@ -314,7 +315,7 @@ class Scoring:
             actors=actors,
             have=have,
             images=images,
-            fallback=storage.join(self.output.uri, ENGINES_FOLDER),
+            fallback=join(self.output.uri, ENGINES_FOLDER),
             session=self.session,
         )
 
@@ -360,7 +361,7 @@ class Scoring:
 
     def _task(self, generation: Generation, engine: EngineChoice, actors: Actors) -> ScoreTask:
         return ScoreTask(
-            bundle=storage.absolute(self.job.bundle),
+            bundle=absolute(self.job.bundle),
             model_id=self.bundle.info.model_id,
             engine=engine,
             generation=generation,
@@ -427,7 +428,7 @@ class Scoring:
                 shards=shards,
                 schema=prediction_schema(self.job.table, carried=carried),
                 judge=self._judge,
-                bundle=storage.absolute(self.job.bundle),
+                bundle=absolute(self.job.bundle),
                 images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),

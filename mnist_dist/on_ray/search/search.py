@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.listing import RunFacts
-from mnist_dist.lock import Lock
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
@@ -45,6 +44,9 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.lock import Lock
+from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
@@ -84,14 +86,14 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         for architecture in architectures_of(space):
             check_job(backbone_job(architecture, job))
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
-    run = Run(storage.join(storage.absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
+    run = Run(join(absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
     facts = _facts(job, recipe)
     run.compare(facts)
     finished = run.result()
     if finished is not None:
         console.line(f"{run.uri} is finished; another --name or --seed searches anew")
         return finished
-    storage.check_writable(job.run.storage)
+    ANYWHERE.check_writable(job.run.storage)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
         finished = run.result()  # by a driver that was waited for
         if finished is not None:
@@ -142,7 +144,7 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
         ConfigError, WorkersFailed, Interrupted: see `search`.
     """
     check_space(job)
-    run = Run(storage.join(storage.absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
+    run = Run(join(absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
         stage = _Search(job, session, run=run, began_at=time.time())
         with connected(verbose=job.run.verbose, stop=session.stop) as have:
@@ -161,7 +163,7 @@ class _Search:
         hours = job.search.hours
         self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         self.architectures = [one for space in job.backbones for one in architectures_of(space)]
-        self.finalist_records = TrialRecords(storage.join(run.uri, "finalists"))
+        self.finalist_records = TrialRecords(join(run.uri, "finalists"))
 
     def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
         """All steps that are left, and the result."""
@@ -265,7 +267,7 @@ class _Search:
             return self._try(data, concurrent=_concurrent_trials(self.job, have))
 
     def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
-        records = TrialRecords(storage.join(self.run.uri, "trials"))
+        records = TrialRecords(join(self.run.uri, "trials"))
         if self.run.read("trials.json", TrialsOver) is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
             task = TrialTask(
@@ -431,19 +433,19 @@ class _Search:
         )
 
     def _finalist_uri(self, trial: Trial) -> str:
-        return storage.join(self.run.uri, "finalists", f"{trial.number:06d}")
+        return join(self.run.uri, "finalists", f"{trial.number:06d}")
 
     def _finish_winner(self, data: _Data, winner: Trial, *, mine: Share) -> dict[str, float]:
         """Tests the winner, and puts its bundle into the search's folder; its test metrics."""
-        its_bundle, bundle = storage.join(self._finalist_uri(winner), "bundle"), storage.join(self.run.uri, "bundle")
-        if not storage.exists(storage.join(its_bundle, BUNDLE_FILE)):
+        its_bundle, bundle = join(self._finalist_uri(winner), "bundle"), join(self.run.uri, "bundle")
+        if not ANYWHERE.exists(join(its_bundle, BUNDLE_FILE)):
             self._test(winner, data, mine=mine)
         self.session.confirm_lock()
-        if not storage.exists(storage.join(bundle, BUNDLE_FILE)):
+        if not ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
             with tempfile.TemporaryDirectory() as scratch:
-                storage.download_folder(its_bundle, Path(scratch))
-                storage.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
-        return dict(documents.read(storage.join(bundle, BUNDLE_FILE), BundleInfo).test)
+                ANYWHERE.download_folder(its_bundle, Path(scratch))
+                ANYWHERE.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
+        return dict(documents.read(ANYWHERE, join(bundle, BUNDLE_FILE), BundleInfo).test)
 
     def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
         """Goes on with the winner's run, which has only the test and the bundle left."""
@@ -467,14 +469,14 @@ class _Search:
             finalists=finalists,
             winner=winner,
         )
-        storage.write_bytes(self._leaderboard, parquet_bytes(table))
-        storage.write_bytes(storage.join(self.run.uri, "pareto.png"), pareto_figure(table))
+        ANYWHERE.write_bytes(self._leaderboard, parquet_bytes(table))
+        ANYWHERE.write_bytes(join(self.run.uri, "pareto.png"), pareto_figure(table))
         self.console.table(shown_rows(table))
         self.console.line("* Pareto front: no other trial is as accurate and as fast (pareto.png)")
 
     @property
     def _leaderboard(self) -> str:
-        return storage.join(self.run.uri, "leaderboard.parquet")
+        return join(self.run.uri, "leaderboard.parquet")
 
     def _result(
         self, trials: Mapping[int, Trial], winner: Trial, tested: Mapping[str, float], speeds: Mapping[str, Speed]
@@ -482,7 +484,7 @@ class _Search:
         speed = speeds.get(architecture_of(winner.params, self.job).name)
         return {
             "run_dir": self.run.uri,
-            "bundle": storage.join(self.run.uri, "bundle"),
+            "bundle": join(self.run.uri, "bundle"),
             "trials": len(trials),
             "failed": sum(trial.status == "failed" for trial in trials.values()),
             "best": {
@@ -565,7 +567,7 @@ def _patient_lock(run: str) -> Iterator[Lock]:
     with ExitStack() as stack:
         while True:
             try:
-                lock = stack.enter_context(Lock(storage.join(run, "lock"), what=run))
+                lock = stack.enter_context(Lock(join(run, "lock"), what=run))
                 break
             except Locked:
                 if time.monotonic() > until:

@@ -18,7 +18,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
-from mnist_dist.storage import is_service_error
+from mnist_dist.store.local import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
 from mnist_dist.training.host import Position

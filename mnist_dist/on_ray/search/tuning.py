@@ -13,7 +13,6 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from mnist_dist import storage
 from mnist_dist.console import View
 from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, REPORT, Report, TrialProcess, TrialTask
@@ -21,6 +20,8 @@ from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 from mnist_dist.tuning.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, usable
 
@@ -256,7 +257,7 @@ def run_trials(
         raise trials.error
     if trials.error is not None:
         raise WorkersFailed(f"trials could not be recorded: {trials.error}") from trials.error
-    storage.delete_tree(storage.join(uri, "tune"))
+    ANYWHERE.delete_tree(join(uri, "tune"))
     if fit.error is not None:
         words = first_line(fit.error)
         raise WorkersFailed(f"Ray Tune failed: {type(fit.error).__name__}: {words}") from fit.error

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mnist_dist import storage
 from mnist_dist.data.records import Records
 from mnist_dist.data.splits import Splits
 from mnist_dist.evaluation.figures import Picture
@@ -24,6 +23,8 @@ from mnist_dist.models.classifier import Classifier
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 
 CALIBRATION_IMAGES = 2_000
 SHOWN, SAMPLES = 24, 24
@@ -53,8 +54,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         records: the images.
         folder: local, not there yet.
     """
-    job, bundle = task.job, storage.join(task.run, "bundle")
-    if storage.exists(storage.join(bundle, BUNDLE_FILE)):
+    job, bundle = task.job, join(task.run, "bundle")
+    if ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
         return  # a finished bundle is never saved again
     info = write_bundle(
         folder,
@@ -91,7 +92,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         seconds=finished.seconds,
     )
     write_page(training_page(facts, metrics), folder)
-    storage.upload_folder(folder, bundle, last=BUNDLE_FILE)
+    ANYWHERE.upload_folder(folder, bundle, last=BUNDLE_FILE)
 
 
 def test_metrics(tested: Predicted, records: Records) -> Metrics:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from rich import filesize
 
-from mnist_dist import storage
 from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.console import Console, duration
 from mnist_dist.data.records import plan_records
@@ -23,6 +22,7 @@ from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
 from mnist_dist.on_ray.training.train import Training, check_job
 from mnist_dist.session import Session, locked_session
+from mnist_dist.store.uris import join
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
 
@@ -60,7 +60,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,
-        locked_session(console, lock_uri=storage.join(root, "lock"), what=root) as session,
+        locked_session(console, lock_uri=join(root, "lock"), what=root) as session,
         connected(verbose=job.run.verbose, stop=session.stop),
     ):
         mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
@@ -125,7 +125,7 @@ class _Plan:
 
     def _run(self, steps: int) -> tuple[Training, dict[str, Any]]:
         """The run on the sample, with so many steps an epoch at most."""
-        run = Run(storage.join(self._job.run.storage, f"plan-{steps}"))
+        run = Run(join(self._job.run.storage, f"plan-{steps}"))
         training = Training(
             self._short,
             self._session,

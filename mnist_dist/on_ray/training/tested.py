@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from ray.train.collective import barrier
 
-from mnist_dist import storage
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
 from mnist_dist.training.loop import Trainer
 
 
@@ -63,7 +64,7 @@ def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Pre
     if world.rank > 0:
         buffer = io.BytesIO()
         np.save(buffer, mine)
-        storage.write_bytes(storage.join(scratch, f"{world.rank}.npy"), buffer.getvalue())
+        ANYWHERE.write_bytes(join(scratch, f"{world.rank}.npy"), buffer.getvalue())
     barrier()
     if world.rank > 0:
         own = rows[world.rank :: world.workers]
@@ -71,7 +72,7 @@ def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Pre
     logits = np.zeros((len(rows), mine.shape[1]), np.float32)
     logits[:: world.workers] = mine
     for rank in range(1, world.workers):
-        part = np.load(io.BytesIO(storage.read_bytes(storage.join(scratch, f"{rank}.npy"))))
+        part = np.load(io.BytesIO(ANYWHERE.read_bytes(join(scratch, f"{rank}.npy"))))
         logits[rank :: world.workers] = part
-    storage.delete_tree(scratch)
+    ANYWHERE.delete_tree(scratch)
     return Predicted(rows=rows, labels=images.labels[rows], logits=logits)

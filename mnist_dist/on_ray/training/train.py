@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mnist_dist import storage
 from mnist_dist.config import TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.images import ImageSpec
@@ -37,6 +36,8 @@ from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 
@@ -71,14 +72,14 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     began_at = time.time()
     check_job(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
-    run = Run(storage.join(storage.absolute(job.run.storage), name))
+    run = Run(join(absolute(job.run.storage), name))
     run.compare(_facts(job, recipe))
     finished = run.result()
     if finished is not None:
         console.line(f"{run.uri} is finished; another --name or --seed trains anew")
         return finished
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
-    storage.check_writable(job.run.storage)
+    ANYWHERE.check_writable(job.run.storage)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
         finished = run.result()  # by a driver that was waited for
         if finished is not None:
@@ -101,12 +102,12 @@ def check_job(job: TrainJob) -> None:
         check_trainable(backbone, phase.trainable)
     weights = job.model.weights
     require(
-        weights in NAMED_WEIGHTS or storage.exists(weights),
+        weights in NAMED_WEIGHTS or ANYWHERE.exists(weights),
         "weights are imagenet, none, or the path or URI of a .weights.h5 file or of a bundle that is there",
         weights=weights,
     )
     require(
-        not (job.fit.tensorboard and storage.is_remote(job.run.storage)),
+        not (job.fit.tensorboard and is_remote(job.run.storage)),
         "tensorboard needs a local storage",
         storage=job.run.storage,
     )
@@ -115,7 +116,7 @@ def check_job(job: TrainJob) -> None:
 def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """One step of each phase in a scratch storage that is deleted afterwards."""
     check_job(job)
-    storage.check_writable(job.run.storage)
+    ANYWHERE.check_writable(job.run.storage)
     began_at = time.time()
     wanted = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
     limit = min(job.data.limit, wanted) if job.data.limit else wanted
@@ -126,7 +127,7 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
             data=replace(job.data, limit=limit),
             phases=replace(job.phases, epochs=(1,)),
         )
-        run = Run(storage.join(scratch, "dry-run"))
+        run = Run(join(scratch, "dry-run"))
         with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
             training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console))
@@ -267,7 +268,7 @@ class Training:
         return {
             "run_dir": self.run.uri,
             "bundle": self.run.bundle,
-            "report": storage.join(self.run.bundle, REPORT_FILE),
+            "report": join(self.run.bundle, REPORT_FILE),
             "recipe": self.recipe,
             "backbone": self.job.model.backbone,
             **metrics,
@@ -285,4 +286,4 @@ def with_absolute_weights(job: TrainJob) -> TrainJob:
     """For the workers, which have working directories of their own; what the run notes is what was typed."""
     if job.model.weights in NAMED_WEIGHTS:
         return job
-    return replace(job, model=replace(job.model, weights=storage.absolute(job.model.weights)))
+    return replace(job, model=replace(job.model, weights=absolute(job.model.weights)))

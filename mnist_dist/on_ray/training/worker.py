@@ -4,7 +4,6 @@ Ray Train calls `work` in each worker. What all workers find out alike (a loss t
 raised: raised errors restart the group, which would only find it again.
 """
 
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,6 @@ import numpy as np
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
-from mnist_dist import storage
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
@@ -28,6 +26,8 @@ from mnist_dist.on_ray.training.board import Poster
 from mnist_dist.on_ray.training.bundling import Finished, make_bundle
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.training.tested import predict_test
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join, uri_of_path
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.features import open_features
@@ -105,8 +105,7 @@ def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint
     """Puts a checkpoint in place with the file that completes it last, which Ray's own copy does not promise."""
     context = ray.train.get_context().get_storage()
     path = f"{context.experiment_fs_path}/{name}"
-    scheme = "" if os.path.isabs(path) else "s3://"
-    storage.upload_folder(Path(checkpoint.path), scheme + path, last=STATE_FILE)
+    ANYWHERE.upload_folder(Path(checkpoint.path), uri_of_path(path), last=STATE_FILE)
     return ray.train.Checkpoint(path, filesystem=context.storage_filesystem)
 
 
@@ -159,7 +158,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
 
 def _log_files(task: WorkerTask) -> LogFiles:
     tensorboard = Path(task.run) / "tensorboard" if task.job.fit.tensorboard else None
-    return LogFiles(history=storage.join(task.run, "history.csv"), tensorboard=tensorboard)
+    return LogFiles(history=join(task.run, "history.csv"), tensorboard=tensorboard)
 
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
@@ -171,7 +170,7 @@ def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
     if task.checkpoint is None:
         return None
     folder = scratch / "earlier"
-    storage.download_folder(task.checkpoint, folder)
+    ANYWHERE.download_folder(task.checkpoint, folder)
     return read_checkpoint(folder)
 
 
@@ -185,7 +184,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     speed = state.timed_images / state.timed_s if state.timed_s else None
     test: dict[str, float] = {}
     if not task.validated_only:
-        tested = predict_test(trainer, final.network, scratch=storage.join(task.run, "_test"))
+        tested = predict_test(trainer, final.network, scratch=join(task.run, "_test"))
         test = {f"test_{name}": value for name, value in tested.metrics.items()}
         if trainer.world.rank == 0 and task.steps_limit is None:
             finished = Finished(

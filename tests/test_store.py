@@ -13,8 +13,11 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from mnist_dist import storage
 from mnist_dist.errors import ServiceError, StorageError
+from mnist_dist.store import s3
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.local import atomic_file
+from mnist_dist.store.uris import absolute, is_remote, join
 
 
 @pytest.fixture(params=["local", "file", "s3"])
@@ -25,65 +28,65 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def names(uri: str) -> list[str]:
-    root = storage.absolute(uri)
-    return [entry.uri.removeprefix(f"{root}/") for entry in storage.list_entries(uri)]
+    root = absolute(uri)
+    return [entry.uri.removeprefix(f"{root}/") for entry in ANYWHERE.list_entries(uri)]
 
 
 def test_what_is_written_is_read_and_replaced(root: str) -> None:
-    uri = storage.join(root, "deep/er", "ä #1?.bin")
-    storage.write_bytes(uri, b"first")
-    storage.write_bytes(uri, b"second")
-    assert storage.read_bytes(uri) == b"second"
-    assert storage.exists(uri)
-    assert storage.exists(root)
+    uri = join(root, "deep/er", "ä #1?.bin")
+    ANYWHERE.write_bytes(uri, b"first")
+    ANYWHERE.write_bytes(uri, b"second")
+    assert ANYWHERE.read_bytes(uri) == b"second"
+    assert ANYWHERE.exists(uri)
+    assert ANYWHERE.exists(root)
     assert names(root) == ["deep/er/ä #1?.bin"]
 
 
 def test_a_listing_is_recursive_sorted_and_hides_nothing(root: str) -> None:
     written = ["a.txt", "a/b", "a/.hidden", "_SUCCESS", "a-b", "z/y/x"]
     for name in written:
-        storage.write_bytes(storage.join(root, name), name.encode())
-    entries = list(storage.list_entries(root))
+        ANYWHERE.write_bytes(join(root, name), name.encode())
+    entries = list(ANYWHERE.list_entries(root))
     assert names(root) == sorted(written)
     assert [entry.uri for entry in entries] == sorted(entry.uri for entry in entries)
     assert [entry.size_bytes for entry in entries] == [len(name) for name in sorted(written)]
     assert all(entry.etag for entry in entries)
-    assert [entry.uri for entry in storage.list_entries(entries[0].uri)] == [entries[0].uri]
-    assert list(storage.list_entries(storage.join(root, "nowhere"))) == []
+    assert [entry.uri for entry in ANYWHERE.list_entries(entries[0].uri)] == [entries[0].uri]
+    assert list(ANYWHERE.list_entries(join(root, "nowhere"))) == []
 
 
 def test_an_etag_changes_with_the_content(root: str) -> None:
-    uri = storage.join(root, "x")
-    storage.write_bytes(uri, b"1")
-    before = next(storage.list_entries(root)).etag
-    storage.write_bytes(uri, b"22")
-    assert next(storage.list_entries(root)).etag != before
+    uri = join(root, "x")
+    ANYWHERE.write_bytes(uri, b"1")
+    before = next(ANYWHERE.list_entries(root)).etag
+    ANYWHERE.write_bytes(uri, b"22")
+    assert next(ANYWHERE.list_entries(root)).etag != before
 
 
 def test_deleting_what_is_missing_is_fine(root: str) -> None:
     for name in ("a/1", "a/2", "ab"):
-        storage.write_bytes(storage.join(root, name), b"x")
-    storage.delete(storage.join(root, "a/1"))
-    storage.delete(storage.join(root, "a/1"))
+        ANYWHERE.write_bytes(join(root, name), b"x")
+    ANYWHERE.delete(join(root, "a/1"))
+    ANYWHERE.delete(join(root, "a/1"))
     assert names(root) == ["a/2", "ab"]
-    storage.delete_tree(storage.join(root, "a"))
-    storage.delete_tree(storage.join(root, "a"))
+    ANYWHERE.delete_tree(join(root, "a"))
+    ANYWHERE.delete_tree(join(root, "a"))
     assert names(root) == ["ab"]
-    assert not storage.exists(storage.join(root, "a"))
+    assert not ANYWHERE.exists(join(root, "a"))
 
 
 def test_reading_what_is_missing_is_file_not_found(root: str) -> None:
-    uri = storage.join(root, "missing")
-    for read in (storage.read_bytes, storage.open_binary):
+    uri = join(root, "missing")
+    for read in (ANYWHERE.read_bytes, ANYWHERE.open_binary):
         with pytest.raises(FileNotFoundError, match="missing"):
             read(uri)
 
 
 def test_a_binary_file_is_read_in_ranges(root: str) -> None:
-    uri = storage.join(root, "big")
+    uri = join(root, "big")
     data = os.urandom(3_000_017)
-    storage.write_bytes(uri, data)
-    with storage.open_binary(uri) as file:
+    ANYWHERE.write_bytes(uri, data)
+    with ANYWHERE.open_binary(uri) as file:
         assert file.seek(-17, os.SEEK_END) == 3_000_000
         assert file.read() == data[-17:]
         file.seek(1_234_567)
@@ -96,56 +99,56 @@ def test_a_folder_goes_up_and_comes_down_again(root: str, tmp_path: Path) -> Non
     (folder / "figures").mkdir(parents=True)
     (folder / "bundle.json").write_text("{}")
     (folder / "figures" / "a.svg").write_text("<svg/>")
-    target = storage.join(root, "models", "m1")
-    storage.write_bytes(storage.join(target, "keeper" if storage.is_remote(root) else "stale"), b"old")
-    storage.upload_folder(folder, target, last="bundle.json")
+    target = join(root, "models", "m1")
+    ANYWHERE.write_bytes(join(target, "keeper" if is_remote(root) else "stale"), b"old")
+    ANYWHERE.upload_folder(folder, target, last="bundle.json")
     assert set(names(target)) - {"keeper"} == {"bundle.json", "figures/a.svg"}
-    storage.download_folder(target, tmp_path / "down")
+    ANYWHERE.download_folder(target, tmp_path / "down")
     assert (tmp_path / "down" / "figures" / "a.svg").read_text() == "<svg/>"
-    assert not [name for name in names(storage.join(root, "models")) if name.startswith(".")]
+    assert not [name for name in names(join(root, "models")) if name.startswith(".")]
 
 
 def test_a_folder_without_its_last_file_is_not_uploaded(root: str, tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"w")
     with pytest.raises(FileNotFoundError, match=r"no file 'bundle\.json' to upload"):
-        storage.upload_folder(tmp_path, storage.join(root, "m"), last="bundle.json")
+        ANYWHERE.upload_folder(tmp_path, join(root, "m"), last="bundle.json")
     with pytest.raises(FileNotFoundError, match="no files below"):
-        storage.download_folder(storage.join(root, "nowhere"), tmp_path / "down")
+        ANYWHERE.download_folder(join(root, "nowhere"), tmp_path / "down")
 
 
 def test_a_local_path_has_the_bytes_and_the_name(root: str, tmp_path: Path) -> None:
-    uri = storage.join(root, "w.weights.h5")
-    storage.write_bytes(uri, b"weights")
-    path = storage.local_path(uri, tmp_path / "scratch")
+    uri = join(root, "w.weights.h5")
+    ANYWHERE.write_bytes(uri, b"weights")
+    path = ANYWHERE.local_path(uri, tmp_path / "scratch")
     assert path.name == "w.weights.h5"
     assert path.read_bytes() == b"weights"
-    assert path.is_relative_to(tmp_path / "scratch") == storage.is_remote(uri)
+    assert path.is_relative_to(tmp_path / "scratch") == is_remote(uri)
 
 
 def test_a_writable_storage_is_left_as_it_was(root: str) -> None:
-    storage.write_bytes(storage.join(root, "x"), b"x")
-    storage.check_writable(root)
+    ANYWHERE.write_bytes(join(root, "x"), b"x")
+    ANYWHERE.check_writable(root)
     assert names(root) == ["x"]
 
 
 def test_a_storage_below_a_file_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"the storage cannot be written: .*Not a directory.*Received: .*file/sub"):
-        storage.check_writable(str(tmp_path / "file" / "sub"))
+        ANYWHERE.check_writable(str(tmp_path / "file" / "sub"))
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "hdfs://x"])
 def test_an_unknown_scheme_names_the_known_ones(uri: str) -> None:
-    for function in (storage.read_bytes, storage.exists, storage.is_remote):
+    for function in (ANYWHERE.read_bytes, ANYWHERE.exists, is_remote):
         with pytest.raises(StorageError, match=rf"local path, file:///path or s3://bucket/prefix\. Received: '{uri}'"):
             function(uri)
 
 
 def test_joining_puts_one_slash_between_parts() -> None:
-    assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
-    assert storage.join("runs", "a") == "runs/a"
-    assert storage.join("file:///x%20y", "a") == "/x y/a"
-    assert storage.absolute("runs/") == f"{Path.cwd()}/runs"
+    assert join("s3://b/", "/a/", "c") == "s3://b/a/c"
+    assert join("runs", "a") == "runs/a"
+    assert join("file:///x%20y", "a") == "/x y/a"
+    assert absolute("runs/") == f"{Path.cwd()}/runs"
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 def test_a_link_to_itself_is_listed_and_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "loop").symlink_to("loop")
-    assert [(entry.uri, entry.size_bytes) for entry in storage.list_entries(str(tmp_path))] == [
+    assert [(entry.uri, entry.size_bytes) for entry in ANYWHERE.list_entries(str(tmp_path))] == [
         (f"{tmp_path}/a", 1),
         (f"{tmp_path}/loop", 0),
     ]
@@ -174,43 +177,43 @@ def test_an_object_is_created_once_also_where_there_are_no_hard_links(
         raise PermissionError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)  # no file system without them can be had in a test
-    assert storage.create_bytes(str(tmp_path / "x"), b"first")
-    assert not storage.create_bytes(str(tmp_path / "x"), b"second")
+    assert ANYWHERE.create_bytes(str(tmp_path / "x"), b"first")
+    assert not ANYWHERE.create_bytes(str(tmp_path / "x"), b"second")
     assert (tmp_path / "x").read_bytes() == b"first"
     assert names(str(tmp_path)) == ["x"]
 
 
 def test_a_write_that_fails_leaves_neither_file_nor_rest(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(TypeError, match="bytes-like"), storage.atomic_file(tmp_path / "x") as file:
+    with pytest.raises(TypeError, match="bytes-like"), atomic_file(tmp_path / "x") as file:
         file.writelines([b"new", "not bytes"])  # type: ignore[list-item]
     assert names(str(tmp_path)) == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
 def test_a_full_disk_is_a_service_error(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match="x: No space left"), storage.atomic_file(tmp_path / "x"):
+    with pytest.raises(ServiceError, match="x: No space left"), atomic_file(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_missing_bucket_is_a_storage_error(s3_server: str) -> None:
     with pytest.raises(StorageError, match=r"no such bucket.*s3://no-such-bucket/x"):
-        storage.read_bytes("s3://no-such-bucket/x")
-    with pytest.raises(StorageError, match="an S3 URI is"):
-        storage.read_bytes("s3://")
+        ANYWHERE.read_bytes("s3://no-such-bucket/x")
+    with pytest.raises(StorageError, match="the URI of an object is s3://bucket/key"):
+        ANYWHERE.read_bytes("s3://")
 
 
 @pytest.fixture
 def fresh_client(monkeypatch: pytest.MonkeyPatch, s3: str) -> Iterator[pytest.MonkeyPatch]:
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     yield monkeypatch
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
 
 
 def test_wrong_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
     fresh_client.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(ServiceError, match="credentials are not accepted"):
-        storage.read_bytes(f"{s3}/x")
+        ANYWHERE.read_bytes(f"{s3}/x")
 
 
 def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
@@ -218,7 +221,7 @@ def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.Monkey
     fresh_client.delenv("AWS_SECRET_ACCESS_KEY")
     fresh_client.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(ServiceError, match=r"[Cc]redentials"):
-        list(storage.list_entries(s3))
+        list(ANYWHERE.list_entries(s3))
 
 
 @pytest.mark.parametrize(
@@ -238,14 +241,14 @@ def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.Monkey
 )
 def test_each_answer_of_s3_has_its_meaning(status: int, code: str, kind: type[Exception]) -> None:
     answer = {"Error": {"Code": code, "Message": "said so"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(kind, match="s3://bucket/key"), storage._s3_errors("s3://bucket/key"):
+    with pytest.raises(kind, match="s3://bucket/key"), s3._errors("s3://bucket/key"):
         raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("call", ["AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials"])
 def test_credentials_that_are_refused_are_no_object_that_is(call: str) -> None:
     answer = {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
-    with pytest.raises(ServiceError, match="s3://bucket/key"), storage._s3_errors("s3://bucket/key"):
+    with pytest.raises(ServiceError, match="s3://bucket/key"), s3._errors("s3://bucket/key"):
         raise ClientError(answer, call)  # type: ignore[arg-type]
 
 
@@ -256,14 +259,14 @@ def test_a_token_that_is_gone_is_no_object_that_is(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/scoring")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    storage.forget_clients()
+    ANYWHERE.forget_clients()
     try:
         with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
-            storage.read_object("s3://bucket/key", most_bytes=10)
+            ANYWHERE.read_object("s3://bucket/key", max_bytes=10)
         with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
-            storage.entry_of("s3://bucket/key")
+            ANYWHERE.entry_of("s3://bucket/key")
     finally:
-        storage.forget_clients()
+        ANYWHERE.forget_clients()
 
 
 def test_no_connection_is_a_service_error() -> None:
@@ -275,17 +278,17 @@ def test_no_connection_is_a_service_error() -> None:
         aws_secret_access_key="b",
         config=Config(retries={"mode": "standard", "total_max_attempts": 1}),
     )
-    with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), storage._s3_errors("s3://b/k"):
+    with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), s3._errors("s3://b/k"):
         client.get_object(Bucket="b", Key="k")
 
 
 def test_an_object_is_read_with_what_it_was_then(root: str) -> None:
-    uri = storage.join(root, "a.bin")
-    storage.write_bytes(uri, b"seven..")
-    entry, data = storage.read_object(uri, most_bytes=7)
-    assert (entry, data) == (storage.entry_of(uri), b"seven..")
-    assert [entry] == list(storage.scan_entries(root))
-    entry, data = storage.read_object(uri, most_bytes=6)
+    uri = join(root, "a.bin")
+    ANYWHERE.write_bytes(uri, b"seven..")
+    entry, data = ANYWHERE.read_object(uri, max_bytes=7)
+    assert (entry, data) == (ANYWHERE.entry_of(uri), b"seven..")
+    assert [entry] == list(ANYWHERE.scan_entries(root))
+    entry, data = ANYWHERE.read_object(uri, max_bytes=6)
     assert (entry.size_bytes, data) == (7, None)
 
 
@@ -293,9 +296,9 @@ def test_an_object_is_read_with_what_it_was_then(root: str) -> None:
     ("start", "length", "found"), [(0, 3, b"abc"), (4, 9, b"ef"), (2, 0, b""), (6, 1, b""), (9, 2, b"")]
 )
 def test_a_range_ends_where_the_object_ends(root: str, start: int, length: int, found: bytes) -> None:
-    uri = storage.join(root, "a.bin")
-    storage.write_bytes(uri, b"abcdef")
-    assert storage.read_range(uri, start, length) == found
+    uri = join(root, "a.bin")
+    ANYWHERE.write_bytes(uri, b"abcdef")
+    assert ANYWHERE.read_range(uri, start, length) == found
 
 
 def _write_and_fail(file: BinaryIO) -> None:
@@ -304,46 +307,46 @@ def _write_and_fail(file: BinaryIO) -> None:
 
 
 def test_a_new_object_is_there_when_its_block_ends_well(root: str) -> None:
-    uri = storage.join(root, "sub/a.bin")
-    with storage.new_object(uri) as file:
+    uri = join(root, "sub/a.bin")
+    with ANYWHERE.new_object(uri) as file:
         file.write(b"12345")
         file.seek(1)
         file.write(b"_")
-        assert not storage.exists(uri)
-    assert storage.read_bytes(uri) == b"1_345"
-    with pytest.raises(UnsupportedOperation, match="midway"), storage.new_object(uri) as file:
+        assert not ANYWHERE.exists(uri)
+    assert ANYWHERE.read_bytes(uri) == b"1_345"
+    with pytest.raises(UnsupportedOperation, match="midway"), ANYWHERE.new_object(uri) as file:
         _write_and_fail(file)
-    assert storage.read_bytes(uri) == b"1_345"
+    assert ANYWHERE.read_bytes(uri) == b"1_345"
     assert names(root) == ["sub/a.bin"]
 
 
 def test_a_moved_object_takes_the_place_of_another(root: str) -> None:
-    source, target = storage.join(root, "a"), storage.join(root, "b")
-    storage.write_bytes(source, b"new")
-    storage.write_bytes(target, b"old")
-    storage.move(source, target)
+    source, target = join(root, "a"), join(root, "b")
+    ANYWHERE.write_bytes(source, b"new")
+    ANYWHERE.write_bytes(target, b"old")
+    ANYWHERE.move(source, target)
     assert names(root) == ["b"]
-    assert storage.read_bytes(target) == b"new"
+    assert ANYWHERE.read_bytes(target) == b"new"
     with pytest.raises(FileNotFoundError, match="a"):
-        storage.move(source, target)
+        ANYWHERE.move(source, target)
 
 
 def test_what_is_no_regular_file_is_refused_and_closed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="not a regular file"):
-        storage.read_object(str(tmp_path / "pipe"), most_bytes=10)
+        ANYWHERE.read_object(str(tmp_path / "pipe"), max_bytes=10)
     with pytest.raises(IsADirectoryError, match="a folder"):
-        storage.read_object(str(tmp_path), most_bytes=10)
+        ANYWHERE.read_object(str(tmp_path), max_bytes=10)
     with pytest.raises(FileNotFoundError, match="a folder"):
-        storage.entry_of(str(tmp_path))
+        ANYWHERE.entry_of(str(tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_level_shows_what_lies_directly_in_a_folder(root: str) -> None:
     for name in ("b/deep/x", "a/y", ".hidden/z", "_SUCCESS", "file"):
-        storage.write_bytes(storage.join(root, name), name.encode())
-    level = storage.list_level(root)
+        ANYWHERE.write_bytes(join(root, name), name.encode())
+    level = ANYWHERE.list_level(root)
     assert level.folders == (".hidden", "a", "b")
     assert sorted(level.files) == ["_SUCCESS", "file"]
     assert all(abs(modified_s - time.time()) < 3600 for modified_s in level.files.values())
@@ -351,14 +354,14 @@ def test_a_level_shows_what_lies_directly_in_a_folder(root: str) -> None:
 
 def test_a_level_of_many_names_is_looked_at_in_part(root: str) -> None:
     for number in range(7):
-        storage.write_bytes(storage.join(root, f"{number}"), b"1")
-    assert len(storage.list_level(root).files) == 7
-    assert len(storage.list_level(root, most=3).files) == 3
+        ANYWHERE.write_bytes(join(root, f"{number}"), b"1")
+    assert len(ANYWHERE.list_level(root).files) == 7
+    assert len(ANYWHERE.list_level(root, max_names=3).files) == 3
 
 
 def test_a_level_of_nothing_is_file_not_found(root: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such file|nothing below"):
-        storage.list_level(storage.join(root, "nowhere"))
-    storage.write_bytes(storage.join(root, "file"), b"1")
+        ANYWHERE.list_level(join(root, "nowhere"))
+    ANYWHERE.write_bytes(join(root, "file"), b"1")
     with pytest.raises(FileNotFoundError, match=r"Not a directory|nothing below"):
-        storage.list_level(storage.join(root, "file"))
+        ANYWHERE.list_level(join(root, "file"))

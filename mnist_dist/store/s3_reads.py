@@ -40,13 +40,13 @@ class FastReads:
         self._lock = threading.Lock()
         self._buckets: dict[str, _Bucket] = {}
 
-    def read(self, bucket: str, key: str, *, most_bytes: int) -> tuple[int, str, bytes | None] | None:
-        """Size, etag and bytes of an object, no bytes where they are more than `most_bytes`; None: ask botocore."""
+    def read(self, bucket: str, key: str, *, max_bytes: int) -> tuple[int, str, bytes | None] | None:
+        """Size, etag and bytes of an object, no bytes where they are more than `max_bytes`; None: ask botocore."""
         found = self._get(bucket, key, {})
         if found is None or found.meta["e_tag"] is None:
             return None
         size = found.meta["size"]
-        if size > most_bytes:
+        if size > max_bytes:
             self._bucket(bucket).note_success()
             return size, found.meta["e_tag"].strip('"'), None
         data = self._body(bucket, found)

@@ -14,9 +14,10 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from mnist_dist import documents, storage
+from mnist_dist import documents
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Locked, ServiceError
+from mnist_dist.store.anywhere import ANYWHERE
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def holder_of(uri: str) -> Holder | None:
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     try:
-        data = storage.read_bytes(uri)
+        data = ANYWHERE.read_bytes(uri)
     except FileNotFoundError:
         return None
     if not data:  # where there are no hard links: somebody is just writing it
@@ -95,7 +96,7 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def __enter__(self) -> "Lock":
-        while not storage.create_bytes(self._uri, self._content()):
+        while not ANYWHERE.create_bytes(self._uri, self._content()):
             holder = holder_of(self._uri)
             if holder is None:
                 continue
@@ -104,7 +105,7 @@ class Lock:
             if holder.is_alive and not self._falls_silent(holder):
                 continue
             log.info("taking over %s from %s", self._uri, holder)
-            storage.delete(self._uri)
+            ANYWHERE.delete(self._uri)
         self._thread.start()
         return self
 
@@ -138,7 +139,7 @@ class Lock:
         self._closed.set()
         self._thread.join()
         if self._is_ours():
-            storage.delete(self._uri)
+            ANYWHERE.delete(self._uri)
 
     def check(self) -> None:
         """Raises Locked where another driver has taken the lock away."""
@@ -151,7 +152,7 @@ class Lock:
                 if not self._is_ours():
                     self.lost = True
                     return
-                storage.write_bytes(self._uri, self._content())
+                ANYWHERE.write_bytes(self._uri, self._content())
             except (OSError, ServiceError) as error:  # the next beat may get through; `check` decides
                 log.warning("the lock %s could not be renewed: %s", self._uri, error)
 

@@ -1,0 +1,105 @@
+"""Every kind of store behind one: each URI goes to the store of its scheme."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO
+
+from mnist_dist.errors import StorageError
+from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.local import LocalStore
+from mnist_dist.store.s3 import S3Store
+from mnist_dist.store.uris import S3, scheme_of
+
+
+class Anywhere(Store):
+    """Routes by scheme.
+
+    Args:
+        stores: by scheme; the empty one is for local files.
+    """
+
+    def __init__(self, stores: Mapping[str, Store]) -> None:
+        self.stores = stores
+
+    def of(self, uri: str) -> Store:
+        """The store of a URI.
+
+        Raises:
+            StorageError: the scheme is unknown.
+        """
+        scheme = scheme_of(uri)
+        if scheme not in self.stores:
+            raise StorageError(f"no store of the scheme {scheme!r} was given. Received: {uri!r}")
+        return self.stores[scheme]
+
+    def __reduce__(self) -> "str | tuple[type[Anywhere], tuple[Mapping[str, Store]]]":
+        return "ANYWHERE" if self is ANYWHERE else (Anywhere, (self.stores,))  # each process has one, with its clients
+
+    def forget_clients(self) -> None:
+        for store in self.stores.values():
+            store.forget_clients()
+
+    def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
+        return self.of(uri).read_object(uri, max_bytes=max_bytes)
+
+    def read_bytes(self, uri: str) -> bytes:
+        return self.of(uri).read_bytes(uri)
+
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        return self.of(uri).read_range(uri, start, length)
+
+    def entry_of(self, uri: str) -> Entry:
+        return self.of(uri).entry_of(uri)
+
+    def exists(self, uri: str) -> bool:
+        return self.of(uri).exists(uri)
+
+    def scan_entries(self, uri: str) -> Iterator[Entry]:
+        return self.of(uri).scan_entries(uri)
+
+    def list_entries(self, uri: str) -> Iterator[Entry]:
+        return self.of(uri).list_entries(uri)
+
+    def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
+        return self.of(uri).list_level(uri, max_names=max_names)
+
+    def open_binary(self, uri: str) -> BinaryIO:
+        return self.of(uri).open_binary(uri)
+
+    def local_path(self, uri: str, scratch: Path) -> Path:
+        return self.of(uri).local_path(uri, scratch)
+
+    def download(self, uri: str, path: Path) -> None:
+        self.of(uri).download(uri, path)
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        self.of(uri).write_bytes(uri, data)
+
+    def create_bytes(self, uri: str, data: bytes) -> bool:
+        return self.of(uri).create_bytes(uri, data)
+
+    def upload(self, path: Path, uri: str) -> None:
+        self.of(uri).upload(path, uri)
+
+    def new_object(self, uri: str) -> AbstractContextManager[BinaryIO]:
+        return self.of(uri).new_object(uri)
+
+    def upload_folder(self, local: Path, uri: str, *, last: str | None = None) -> None:
+        self.of(uri).upload_folder(local, uri, last=last)
+
+    def delete_leftovers(self, uri: str) -> None:
+        self.of(uri).delete_leftovers(uri)
+
+    def move(self, source: str, target: str) -> None:
+        self.of(source).move(source, target)
+
+    def delete(self, uri: str) -> None:
+        self.of(uri).delete(uri)
+
+    def delete_tree(self, uri: str) -> None:
+        self.of(uri).delete_tree(uri)
+
+
+ANYWHERE = Anywhere({"": LocalStore(), S3: S3Store()})
+"""What jobs read and write with, unless they are given another store."""

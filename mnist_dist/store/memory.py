@@ -1,0 +1,110 @@
+"""Objects in this process's memory, for tests: what a bucket does, without a server."""
+
+import errno
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnist_dist.errors import StorageError
+from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.local import atomic_file
+from mnist_dist.store.uris import bucket_and_key
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    data: bytes
+    written_at: float
+
+
+class MemoryStore(Store):
+    """Objects by `memory://bucket/key`; every bucket is there."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, _Object] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> None:
+        raise StorageError("a store in memory cannot be seen from another process")
+
+    def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
+        entry, data = self.entry_of(uri), self.read_bytes(uri)
+        return entry, data if entry.size_bytes <= max_bytes else None
+
+    def read_bytes(self, uri: str) -> bytes:
+        return self._get(uri).data
+
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        return self.read_bytes(uri)[start : start + length]
+
+    def entry_of(self, uri: str) -> Entry:
+        data = self._get(uri).data
+        return Entry(uri, len(data), hashlib.sha256(data).hexdigest())
+
+    def exists(self, uri: str) -> bool:
+        return any(True for _ in self.scan_entries(uri))
+
+    def scan_entries(self, uri: str) -> Iterator[Entry]:
+        bucket_and_key(uri)
+        folder = uri.rstrip("/") + "/"
+        with self._lock:
+            names = [name for name in self._objects if name.startswith(folder)] or [
+                name for name in self._objects if name == uri
+            ]
+        for name in names:
+            yield self.entry_of(name)
+
+    def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
+        _, key = bucket_and_key(uri)
+        folder = uri.rstrip("/") + "/"
+        with self._lock:
+            below = {name.removeprefix(folder): one for name, one in self._objects.items() if name.startswith(folder)}
+        if key and not below:
+            raise FileNotFoundError(errno.ENOENT, "nothing below", uri)
+        folders = {name.partition("/")[0] for name in below if "/" in name}
+        files = {name: one.written_at for name, one in below.items() if "/" not in name}
+        return Level(tuple(sorted(folders)[:max_names]), dict(list(files.items())[:max_names]))
+
+    def download(self, uri: str, path: Path) -> None:
+        with atomic_file(path) as file:
+            file.write(self.read_bytes(uri))
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        self._check_key(uri)
+        with self._lock:
+            self._objects[uri] = _Object(bytes(data), time.time())
+
+    def create_bytes(self, uri: str, data: bytes) -> bool:
+        self._check_key(uri)
+        made = _Object(bytes(data), time.time())
+        with self._lock:
+            return self._objects.setdefault(uri, made) is made
+
+    def upload(self, path: Path, uri: str) -> None:
+        self.write_bytes(uri, path.read_bytes())
+
+    def move(self, source: str, target: str) -> None:
+        self.write_bytes(target, self.read_bytes(source))
+        self.delete(source)
+
+    def delete(self, uri: str) -> None:
+        with self._lock:
+            self._objects.pop(uri, None)
+
+    def delete_tree(self, uri: str) -> None:
+        for entry in list(self.scan_entries(uri)):
+            self.delete(entry.uri)
+
+    def _get(self, uri: str) -> _Object:
+        self._check_key(uri)
+        with self._lock:
+            if uri not in self._objects:
+                raise FileNotFoundError(errno.ENOENT, "no such object", uri)
+            return self._objects[uri]
+
+    def _check_key(self, uri: str) -> None:
+        if not bucket_and_key(uri)[1]:
+            raise StorageError(f"an object has a key. Received: {uri!r}")

@@ -1,0 +1,304 @@
+"""Objects of S3 and of servers that speak its protocol; settings and credentials come from the AWS default chain."""
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mnist_dist.errors import ServiceError, StorageError
+from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.local import atomic_file
+from mnist_dist.store.s3_pages import take_objects
+from mnist_dist.store.uris import S3, bucket_and_key
+
+if TYPE_CHECKING:
+    from mnist_dist.store.s3_reads import FastReads
+
+_MAX_POOL_CONNECTIONS = 64
+_MAX_ATTEMPTS = 8
+_BODY_ATTEMPTS = 4
+_PAGE = 1000  # the most keys that a page of S3's ListObjectsV2 holds
+_DELETE_BATCH = 1000  # the most keys that S3's DeleteObjects takes
+_CREDENTIAL_CODES = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+_CREDENTIAL_CALLS = ("AssumeRole", "CreateToken", "GetRoleCredentials", "GetSessionToken")  # of STS and SSO, not of S3
+_OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})  # such as a key of one's own encryption
+Value = TypeVar("Value")
+
+
+class S3Store(Store):
+    """Objects by `s3://` URI: boto3, and obstore for the reads that it can do (`s3_reads`)."""
+
+    def __init__(self) -> None:
+        self.forget_clients()
+
+    def __getstate__(self) -> None:
+        """Clients stay where they are."""
+
+    def __setstate__(self, state: None) -> None:
+        self.forget_clients()
+
+    def forget_clients(self) -> None:
+        """Drops the clients, so that the next call reads the AWS settings again."""
+        self._lock = threading.Lock()  # making a client is not thread-safe, the client is
+        self._clients: dict[int, _Clients] = {}
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read_bytes(self, uri: str) -> bytes:
+        _, data = self.read_object(uri, max_bytes=sys.maxsize)
+        assert data is not None
+        return data
+
+    def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
+        address = _address(uri)
+        fast = self._fast(uri, lambda reads: reads.read(address["Bucket"], address["Key"], max_bytes=max_bytes))
+        if fast is not None:
+            size_bytes, etag, data = fast
+            return Entry(uri, size_bytes, etag), data
+
+        def read() -> tuple[Entry, bytes | None]:
+            answer = self._client.get_object(**address)
+            entry = Entry(uri, answer["ContentLength"], answer["ETag"].strip('"'))
+            if entry.size_bytes > max_bytes:
+                answer["Body"].close()
+                return entry, None
+            return entry, bytes(answer["Body"].read())
+
+        return _body(uri, read)
+
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        from botocore.exceptions import ClientError
+
+        if length == 0:
+            return b""
+        address, stop = _address(uri), start + length
+        fast = self._fast(uri, lambda reads: reads.read_range(address["Bucket"], address["Key"], start, stop))
+        if fast is not None:
+            return fast
+        arguments = address | {"Range": f"bytes={start}-{stop - 1}"}
+
+        def read() -> bytes:
+            try:
+                return bytes(self._client.get_object(**arguments)["Body"].read())
+            except ClientError as err:
+                if err.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # the object ends before the range begins
+                    return b""
+                raise
+
+        return _body(uri, read)
+
+    def entry_of(self, uri: str) -> Entry:
+        try:
+            with _errors(uri):
+                head = self._client.head_object(**_address(uri))
+        except PermissionError:
+            self.read_range(uri, 0, 1)  # the answer to HEAD has no body: it does not say whether the object is denied
+            raise
+        return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
+
+    def exists(self, uri: str) -> bool:
+        try:
+            with _errors(uri):
+                self._client.head_object(**_address(uri))
+        except FileNotFoundError:
+            return any(self._entries_below(uri, page_size=1))
+        return True
+
+    def scan_entries(self, uri: str) -> Iterator[Entry]:
+        found = False
+        for entry in self._entries_below(uri):
+            found = True
+            yield entry
+        address = _address(uri)
+        if found or not address["Key"] or uri.endswith("/"):
+            return
+        with contextlib.suppress(FileNotFoundError), _errors(uri):
+            head = self._client.head_object(**address)
+            yield Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
+
+    def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
+        address = _address(uri.rstrip("/") + "/")
+        bucket, prefix = address["Bucket"], address["Key"]
+        with _errors(uri):
+            for page in self._pages(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": page_size}):
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # consoles put empty objects there to show a folder
+                        yield Entry(f"{S3}://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+    def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
+        address = _address(uri.rstrip("/") + "/")
+        prefix = address["Key"]
+        folders, files, is_there = list[str](), dict[str, float](), not prefix  # an empty bucket is there all the same
+        page_size = min(max_names or _PAGE, _PAGE)
+        with _errors(uri):
+            for page in self._pages(
+                Bucket=address["Bucket"], Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": page_size}
+            ):
+                is_there = is_there or "Contents" in page or "CommonPrefixes" in page
+                folders += [item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", ())]
+                objects = ((item["Key"].removeprefix(prefix), item) for item in page.get("Contents", ()))
+                # consoles put an empty object there, of the folder's own name
+                files |= {name: item["LastModified"].timestamp() for name, item in objects if name}
+                if max_names is not None and len(folders) + len(files) >= max_names:
+                    break
+        if not is_there:
+            raise FileNotFoundError(errno.ENOENT, "nothing below", uri)
+        return Level(tuple(sorted(folders)), files)
+
+    def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:
+        return iter(self._client.get_paginator("list_objects_v2").paginate(**arguments))
+
+    def download(self, uri: str, path: Path) -> None:
+        address = _address(uri)
+        with atomic_file(path) as file, _errors(uri):
+            self._client.download_fileobj(address["Bucket"], address["Key"], file)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        with _errors(uri):
+            self._client.put_object(**_address(uri), Body=data)
+
+    def create_bytes(self, uri: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        with _errors(uri):
+            try:
+                self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*")
+            except ClientError as err:
+                if err.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # a rival is at it, or was first
+                    return False
+                raise
+        return True
+
+    def upload(self, path: Path, uri: str) -> None:
+        address = _address(uri)
+        with path.open("rb") as file, _errors(uri):
+            self._client.upload_fileobj(file, address["Bucket"], address["Key"])
+
+    def move(self, source: str, target: str) -> None:
+        with _errors(source):
+            to = _address(target)
+            self._client.copy(_address(source), to["Bucket"], to["Key"])
+        self.delete(source)
+
+    def delete(self, uri: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _errors(uri):
+            self._client.delete_object(**_address(uri))
+
+    def delete_tree(self, uri: str) -> None:
+        bucket = _address(uri)["Bucket"]
+        keys = [{"Key": _address(entry.uri)["Key"]} for entry in self.list_entries(uri)]
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch: Any = {"Objects": keys[start : start + _DELETE_BATCH], "Quiet": True}
+            with _errors(uri):
+                answer = self._client.delete_objects(Bucket=bucket, Delete=batch)
+            for failure in answer.get("Errors", ()):
+                place = f"{S3}://{bucket}/{failure['Key']}"
+                raise PermissionError(errno.EACCES, f"not deleted ({failure.get('Code')})", place)
+
+    # --- clients -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _client(self) -> Any:
+        return self._of_this_process().client
+
+    def _of_this_process(self) -> "_Clients":
+        with self._lock:
+            if os.getpid() not in self._clients:  # connections do not survive a fork
+                self._clients = {os.getpid(): _Clients()}
+            return self._clients[os.getpid()]
+
+    def _fast(self, uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
+        """What the quick client gives, if it gives something."""
+        with _errors(uri):
+            return read(self._of_this_process().fast_reads())
+
+
+class _Clients:
+    """The clients of one process."""
+
+    def __init__(self) -> None:
+        from boto3.session import Session
+        from botocore.config import Config
+
+        retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
+        config = Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS)
+        self._session = Session()  # our own: boto3's default one keeps the first credentials it saw
+        self.client: Any = self._session.client("s3", config=config)
+        # by this pattern it comes before botocore looks for errors in the page, which parses all of it
+        self.client.meta.events.register("before-parse.*.ListObjectsV2", take_objects)
+        self._fast: FastReads | None = None
+        self._lock = threading.Lock()
+
+    def fast_reads(self) -> "FastReads":
+        """The quick client, made where it is first used."""
+        with self._lock:
+            if self._fast is None:
+                from mnist_dist.store.s3_reads import FastReads  # only here: it loads obstore
+
+                self._fast = FastReads(self._session, self.client)
+            return self._fast
+
+
+def _address(uri: str) -> dict[str, str]:
+    bucket, key = bucket_and_key(uri)
+    return {"Bucket": bucket, "Key": key}
+
+
+@contextlib.contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+
+    try:
+        yield
+    except ParamValidationError as err:
+        raise StorageError(f"{uri}: {err}") from err
+    except ClientError as err:
+        raise _meaning(err, uri) from err
+    except (BotoCoreError, RetriesExceededError, S3DownloadFailedError) as err:
+        raise ServiceError(f"{uri}: {err}") from err
+    except (FileNotFoundError, PermissionError) as err:  # not an object: a file that credentials are read from
+        raise ServiceError(f"{uri}: the credentials cannot be read: {err}") from err
+
+
+def _meaning(err: Any, uri: str) -> Exception:
+    code = str(err.response.get("Error", {}).get("Code", ""))
+    status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code == "NoSuchBucket":
+        return StorageError(f"there is no such bucket. Received: {uri!r}")
+    if code in _CREDENTIAL_CODES or str(err.operation_name).startswith(_CREDENTIAL_CALLS):
+        return ServiceError(f"{uri}: the credentials are not accepted: {err}")
+    if status == 404:
+        return FileNotFoundError(errno.ENOENT, "no such object", uri)
+    if status == 403:
+        return PermissionError(errno.EACCES, f"access denied ({code})", uri)
+    if code in _OBJECT_CODES:
+        return OSError(errno.EINVAL, f"refused ({code})", uri)
+    return ServiceError(f"{uri}: {err}")
+
+
+def _body(uri: str, read: Callable[[], Value]) -> Value:
+    """Reads again where a body broke off: botocore retries the request only."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    with _errors(uri):
+        for _ in range(_BODY_ATTEMPTS - 1):
+            with contextlib.suppress(HTTPClientError, IncompleteReadError):
+                return read()
+        return read()

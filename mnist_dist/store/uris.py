@@ -1,0 +1,113 @@
+"""URIs as text: which ones there are, joining them, making them absolute. Nothing is read or written.
+
+A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` of a store in `REMOTE`.
+"""
+
+import glob
+import os
+import urllib.parse
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnist_dist.errors import StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+S3, MEMORY = "s3", "memory"
+REMOTE = (S3, MEMORY)
+"""Schemes of stores whose objects are no local files."""
+_FILE = "file://"
+_NAME_CHARACTERS = 100  # of a name that a temporary name keeps: file systems take 255 bytes
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of a remote URI; empty: it is a local path.
+
+    Raises:
+        StorageError: the scheme is unknown.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if not separator or "/" in scheme or scheme == "file":
+        return ""
+    if scheme not in REMOTE:
+        raise StorageError(f"storage is a local path, {_FILE}/path or {S3}://bucket/prefix. Received: {uri!r}")
+    return scheme
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object that is no local file.
+
+    Raises:
+        StorageError: the scheme is unknown.
+    """
+    return scheme_of(uri) != ""
+
+
+def are_remote(uris: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """`is_remote` of each URI of a column, `bool [n]`; unknown schemes count as local."""
+    import pyarrow.compute as pc  # only here: commands that need no tables start without it
+
+    return pc.match_substring_regex(uris, f"^({'|'.join(REMOTE)})://")
+
+
+def bucket_and_key(uri: str) -> tuple[str, str]:
+    """The parts of a remote URI; the key may be empty.
+
+    Raises:
+        StorageError: it names no bucket.
+    """
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise StorageError(f"the URI of an object is {scheme}://bucket/key. Received: {uri!r}")
+    return bucket, key
+
+
+def is_bucket(uri: str) -> bool:
+    """Whether a URI names a whole bucket, beside which other people's lie."""
+    return is_remote(uri) and not bucket_and_key(uri)[1]
+
+
+def parent_of(uri: str) -> str:
+    """The folder that an absolute URI lies in; of a bucket, itself."""
+    return uri if is_bucket(uri) else uri.rpartition("/")[0]
+
+
+def uri_of_path(path: str) -> str:
+    """The URI of a path as pyarrow's file systems have it: absolute, or `bucket/key` of S3."""
+    return path if os.path.isabs(path) else f"{S3}://{path}"
+
+
+def path_of(uri: str) -> Path:
+    """The path of a local URI.
+
+    Raises:
+        StorageError: the scheme is unknown.
+    """
+    if uri.startswith(_FILE):
+        return Path(urllib.parse.unquote(uri.removeprefix(_FILE).removeprefix("localhost")))
+    scheme_of(uri)  # an unknown scheme is no path
+    return Path(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it, with one slash between each."""
+    base = uri if is_remote(uri) else str(path_of(uri))
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(uri: str) -> str:
+    """`uri` as every process sees it, whatever its working directory: local paths become absolute."""
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(path_of(uri))  # resolves no links, unlike Path
+
+
+def temporary_name(name: str) -> str:
+    """A name beside `name` that nobody else uses, hidden, for what is not finished."""
+    return f".{name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:12]}.tmp"
+
+
+def temporary_names(name: str) -> str:
+    """A glob of all the names that `temporary_name` gives for a name."""
+    return f".{glob.escape(name[:_NAME_CHARACTERS])}.*.tmp"
