@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -23,7 +24,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.history import Epoch
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, Anywhere
 
 ROOT = Path(__file__).parents[1]
 SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
@@ -151,6 +152,48 @@ def run_command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any
     """Runs `python -m ...` from the root of the project: exit code, JSON of stdout's last line, stderr."""
     with Command(*arguments, **environment) as command:
         return command.ended()
+
+
+class Watched(Anywhere):
+    """A store that calls back before each single change, with its name, such as `write plan.json` or `move a.parquet`:
+    a test's way to die there. Where one call has died, so have those of other threads that come later."""
+
+    def __init__(self, step: Callable[[str], object]) -> None:
+        super().__init__(ANYWHERE.stores)
+        self._step, self._lock, self._death = step, threading.Lock(), list[BaseException]()
+
+    def _change(self, what: str, uri: str) -> None:
+        with self._lock:
+            if self._death:
+                raise self._death[0]
+            try:
+                self._step(f"{what} {uri.rpartition('/')[2]}")
+            except BaseException as error:
+                self._death.append(error)
+                raise
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        self._change("write", uri)
+        super().write_bytes(uri, data)
+
+    @contextlib.contextmanager
+    def new_object(self, uri: str) -> Iterator[BinaryIO]:
+        self._change("write", uri)
+        with super().new_object(uri) as file:
+            yield file
+            self._change("put", uri)
+
+    def move(self, source: str, target: str) -> None:
+        self._change("move", target)
+        super().move(source, target)
+
+    def delete(self, uri: str) -> None:
+        self._change("delete", uri)
+        super().delete(uri)
+
+    def delete_tree(self, uri: str) -> None:
+        self._change("delete all of", uri)
+        super().delete_tree(uri)
 
 
 def s3_client() -> Any:

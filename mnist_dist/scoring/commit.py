@@ -23,9 +23,7 @@ from mnist_dist.scoring.generations import (
     Generation,
     Origin,
     Output,
-    Step,
     Summary,
-    no_step,
 )
 from mnist_dist.scoring.parts import PART_BYTES, Building
 from mnist_dist.scoring.predictions import (
@@ -34,7 +32,7 @@ from mnist_dist.scoring.predictions import (
     Mark,
     read_mark,
 )
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 THREADS = 8  # that move files: on object stores a request waits far longer than it works
@@ -63,7 +61,6 @@ def commit(
     check: Callable[[], None],
     progress: Callable[[int, int], None],
     part_bytes: int = PART_BYTES,
-    step: Step = no_step,
 ) -> Committed:
     """Makes the table of a generation all of whose shards are done; one that was begun is brought to its end.
 
@@ -78,7 +75,6 @@ def commit(
         check: raises Locked when another driver has taken over.
         progress: is told how many shards are through, and of how many.
         part_bytes: about how large a file becomes.
-        step: see `Step`.
 
     Raises:
         MnistDistError: a shard does not hold the rows of its manifest.
@@ -88,7 +84,7 @@ def commit(
     """
     if not generation.is_committing:
         check()  # what an earlier try has built is cleared away, and must not be another driver's
-        building = Building(output, generation, schema=schema, part_bytes=part_bytes, step=step)
+        building = Building(output, generation, schema=schema, part_bytes=part_bytes)
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts = table.counts()
         plan, files = generation.plan, tuple(table.files)
@@ -114,12 +110,11 @@ def commit(
             ),
         )
         check()
-        step("write commit.json")
-        documents.write(ANYWHERE, generation.commit_uri, decision)
-    return replay(output, generation, check=check, step=step)
+        documents.write(output.store, generation.commit_uri, decision)
+    return replay(output, generation, check=check)
 
 
-def replay(output: Output, generation: Generation, *, check: Callable[[], None], step: Step = no_step) -> Committed:
+def replay(output: Output, generation: Generation, *, check: Callable[[], None]) -> Committed:
     """Brings a commit to its end, however far it went; nothing of the old table is needed any more.
 
     Raises:
@@ -127,11 +122,11 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None],
         Locked: see `check`.
         PermissionError, ServiceError, StorageError: see `storage`.
     """
-    decision = documents.read(ANYWHERE, generation.commit_uri, _Decision)
-    mark = read_mark(output.uri)
+    decision = documents.read(output.store, generation.commit_uri, _Decision)
+    mark = read_mark(output.uri, store=output.store)
     if mark is None or mark.generation != decision.mark.generation:  # else all that is left is to sweep
-        _publish(output, generation, decision, check=check, step=step)
-    output.sweep_published(step=step)
+        _publish(output, generation, decision, check=check)
+    output.sweep_published()
     return Committed(mark=decision.mark, summary=decision.summary)
 
 
@@ -151,7 +146,6 @@ def resume(
     is_mine: Callable[[Generation], bool],
     complete: Callable[[Generation], Committed],
     check: Callable[[], None],
-    step: Step = no_step,
 ) -> Resumed:
     """Brings to its end what was begun in an output, after what killed drivers left there was swept away.
 
@@ -163,7 +157,6 @@ def resume(
         is_mine: whether a generation is this job's; raises where another's must not be thrown away.
         complete: scores what is left of a generation, and commits it.
         check: raises Locked when another driver has taken over.
-        step: see `Step`.
     """
     output.sweep()
     unfinished = output.unfinished()
@@ -171,7 +164,7 @@ def resume(
         return Resumed()
     mine = is_mine(unfinished)
     if unfinished.is_committing:
-        committed = replay(output, unfinished, check=check, step=step)
+        committed = replay(output, unfinished, check=check)
         return Resumed(committed=committed if mine else None)
     if mine:
         return Resumed(committed=complete(unfinished))
@@ -183,27 +176,21 @@ def resume(
 def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
     """Marks a table as good or failed without scoring anything; called again where it was killed midway."""
     mark = replace(committed.mark, failed=not ok)
-    mark.write(output.uri)  # before the other one goes: a table without a mark would be lost
-    ANYWHERE.delete(join(output.uri, SUCCESS if mark.failed else FAILED))
+    mark.write(output.uri, store=output.store)  # before the other one goes: a table without a mark would be lost
+    output.store.delete(join(output.uri, SUCCESS if mark.failed else FAILED))
     return replace(committed, mark=mark)
 
 
-def _publish(
-    output: Output, generation: Generation, decision: _Decision, *, check: Callable[[], None], step: Step
-) -> None:
+def _publish(output: Output, generation: Generation, decision: _Decision, *, check: Callable[[], None]) -> None:
     check()
     for name in (SUCCESS, FAILED):  # from here on there is no table, until the mark is put again
-        step(f"delete {name}")
-        ANYWHERE.delete(join(output.uri, name))
-    _move_all([*decision.add, MANIFEST], generation.out_uri, output.uri, step=step)
+        output.store.delete(join(output.uri, name))
+    _move_all([*decision.add, MANIFEST], generation.out_uri, output)
     for name in sorted({*decision.remove, *_orphans(output, decision)}):
-        step(f"delete {name}")
-        ANYWHERE.delete(join(output.uri, name))
-    step(f"write {SUMMARY}")
-    documents.write(ANYWHERE, join(output.uri, SUMMARY), decision.summary)
+        output.store.delete(join(output.uri, name))
+    documents.write(output.store, join(output.uri, SUMMARY), decision.summary)
     check()
-    step(f"write {decision.mark.name}")
-    decision.mark.write(output.uri)
+    decision.mark.write(output.uri, store=output.store)
 
 
 def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
@@ -215,19 +202,16 @@ def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
             yield name
 
 
-def _move_all(names: Iterable[str], source: str, target: str, *, step: Step) -> None:
+def _move_all(names: Iterable[str], source: str, output: Output) -> None:
     with ThreadPoolExecutor(THREADS) as pool:  # readers have no table meanwhile, and S3 has to copy
-        moves = []
-        for name in names:
-            step(f"move {name}")
-            moves.append(pool.submit(_move, join(source, name), join(target, name)))
+        moves = [pool.submit(_move, output.store, join(source, name), join(output.uri, name)) for name in names]
         for move in moves:
             move.result()
 
 
-def _move(source: str, target: str) -> None:
+def _move(store: Store, source: str, target: str) -> None:
     try:
-        ANYWHERE.move(source, target)
+        store.move(source, target)
     except FileNotFoundError as err:
-        if not ANYWHERE.exists(target):
+        if not store.exists(target):
             raise MnistDistError(f"a file that was to be published is neither at {source} nor at {target}") from err

@@ -22,7 +22,7 @@ A generation whose number is not above that of the mark is published: what is le
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_dist import documents
@@ -37,6 +37,7 @@ from mnist_dist.scoring.predictions import (
     read_mark,
 )
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
 
 MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
@@ -44,14 +45,6 @@ _PLAN = "plan.json"
 _GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
 PART = re.compile(r"part-g(\d+)-(?:kept-)?\d+\.parquet")
-
-Step = Callable[[str], None]
-"""Called with the name of each single change of the storage before it is made; a test's way to die there."""
-
-
-def no_step(name: str) -> None:
-    """The step that nobody watches."""
-
 
 Mode = Literal["continue", "incremental", "fresh"]
 
@@ -120,6 +113,7 @@ class Generation:
     number: int
     uri: str
     plan: Plan
+    store: Store = field(default=ANYWHERE, compare=False, repr=False)
 
     @property
     def manifest_uri(self) -> str:
@@ -136,7 +130,7 @@ class Generation:
     @property
     def is_committing(self) -> bool:
         """Whether its commit was begun, which then must be brought to its end (`replay`)."""
-        return ANYWHERE.exists(self.commit_uri)
+        return self.store.exists(self.commit_uri)
 
     def begin(self, manifest: Callable[[str], None]) -> None:
         """Writes down what is to be done: from here on it is there.
@@ -145,14 +139,14 @@ class Generation:
             manifest: writes the manifest to the URI that it is given.
         """
         manifest(self.manifest_uri)
-        documents.write(ANYWHERE, join(self.uri, _PLAN), self.plan)
+        documents.write(self.store, join(self.uri, _PLAN), self.plan)
 
     def shard_uri(self, shard: int) -> str:
         return join(self.uri, f"shard-{shard:06d}.parquet")
 
     def done_shards(self) -> set[int]:
         """The shards that are there, by one listing."""
-        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.scan_entries(self.uri))
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.scan_entries(self.uri))
         return {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
 
 
@@ -161,10 +155,11 @@ class Output:
 
     Args:
         uri: a folder or an `s3://` prefix.
+        store: where it lies.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = absolute(uri)
+    def __init__(self, uri: str, *, store: Store = ANYWHERE) -> None:
+        self.uri, self.store = absolute(uri), store
 
     @property
     def lock_uri(self) -> str:
@@ -176,11 +171,11 @@ class Output:
         Raises:
             DataError: the folder holds the mark of something else.
         """
-        mark = read_mark(self.uri)
+        mark = read_mark(self.uri, store=self.store)
         if mark is None:
             return None
         try:
-            summary = documents.read(ANYWHERE, join(self.uri, SUMMARY), Summary)
+            summary = documents.read(self.store, join(self.uri, SUMMARY), Summary)
         except (FileNotFoundError, DataError):  # somebody deleted or damaged it; the table does not need it
             summary = None
         return Committed(mark=mark, summary=summary)
@@ -198,7 +193,7 @@ class Output:
             return None
         uri = self._generation_uri(number)
         try:
-            return Generation(number, uri, documents.read(ANYWHERE, join(uri, _PLAN), Plan))
+            return Generation(number, uri, documents.read(self.store, join(uri, _PLAN), Plan), self.store)
         except DataError as err:
             raise DataError(f"{err}; delete {uri}, unfinished work, to begin it anew") from err
 
@@ -212,7 +207,7 @@ class Output:
         self.sweep()
         parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
         number = max([above, self._published(), *self._generations(), *parts]) + 1
-        return Generation(number, self._generation_uri(number), plan)
+        return Generation(number, self._generation_uri(number), plan, self.store)
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and the work in it.
@@ -227,28 +222,27 @@ class Output:
     def sweep(self) -> None:
         """Deletes what killed drivers left: generations published or never completely begun, a second mark."""
         self.sweep_published()
-        mark = read_mark(self.uri)
+        mark = read_mark(self.uri, store=self.store)
         if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
-            ANYWHERE.delete(join(self.uri, FAILED))
+            self.store.delete(join(self.uri, FAILED))
         for number, names in self._generations().items():
             if _PLAN not in names:
                 self._delete(number)
 
-    def sweep_published(self, *, step: Step = no_step) -> None:
+    def sweep_published(self) -> None:
         """Deletes generations that were published; of a driver that just lost the lock, that hurts nobody."""
         published = self._published()
         for number in sorted(self._generations()):
             if number <= published:
-                step(f"delete g{number:04d}")
                 self._delete(number)
 
     def _delete(self, number: int) -> None:
         uri = self._generation_uri(number)
-        ANYWHERE.delete(join(uri, _PLAN))  # first: killed midway, what is left is debris
-        ANYWHERE.delete_tree(uri)
+        self.store.delete(join(uri, _PLAN))  # first: killed midway, what is left is debris
+        self.store.delete_tree(uri)
 
     def _published(self) -> int:
-        mark = read_mark(self.uri)
+        mark = read_mark(self.uri, store=self.store)
         return mark.generation if mark else 0
 
     def _generation_uri(self, number: int) -> str:
@@ -264,5 +258,5 @@ class Output:
 
     def names(self, below: str = "") -> Iterator[str]:
         """Everything in the folder, relative to it."""
-        for entry in ANYWHERE.scan_entries(join(self.uri, below) if below else self.uri):
+        for entry in self.store.scan_entries(join(self.uri, below) if below else self.uri):
             yield entry.uri.removeprefix(f"{self.uri}/")

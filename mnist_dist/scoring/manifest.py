@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 COLUMNS = pa.schema(
     [
@@ -50,8 +51,8 @@ def carried_schema(table: pa.Table) -> pa.Schema:
 class Manifest:
     """A written manifest, read shard by shard; may be used by several threads. Leaving it closes its file."""
 
-    def __init__(self, uri: str) -> None:
-        self._bytes = ANYWHERE.open_binary(uri)
+    def __init__(self, uri: str, *, store: Store = ANYWHERE) -> None:
+        self._bytes = store.open_binary(uri)
         self._file = pq.ParquetFile(self._bytes)
         self._lock = threading.Lock()
 
@@ -86,7 +87,7 @@ class Manifest:
             return self._file.read_row_group(shard)
 
 
-def write_manifest(uri: str, table: pa.Table, *, shard_size: int) -> None:
+def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store = ANYWHERE) -> None:
     """Writes the manifest, cut into shards of nearly equal size.
 
     Args:
@@ -94,9 +95,10 @@ def write_manifest(uri: str, table: pa.Table, *, shard_size: int) -> None:
         table: `COLUMNS`, then the carried columns.
         shard_size: images of a shard at most; a compressed archive, which can only be read in one go, is one shard
             whatever its size.
+        store: where the file is to lie.
     """
     bounds = shard_bounds(table, shard_size=shard_size)
-    with ANYWHERE.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
+    with store.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
         for shard, (start, end) in enumerate(itertools.pairwise(bounds)):
             rows = table.slice(start, end - start)
             writer.write_table(

@@ -5,10 +5,12 @@ without the rows that are replaced, and which are new. Does not own: publishing 
 """
 
 import contextlib
+import functools
 import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import ConfigError, DataError, MnistDistError
-from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output, Step
+from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output
 from mnist_dist.scoring.predictions import (
     STATUSES,
     fits,
@@ -27,7 +29,7 @@ from mnist_dist.scoring.predictions import (
     table_schema,
     widened,
 )
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 PART_BYTES = 128 * 2**20  # few enough files of 10 million rows, and small enough to be read in parallel
@@ -97,19 +99,17 @@ class Building:
     generation: Generation
     schema: pa.Schema = field(kw_only=True)
     part_bytes: int = field(kw_only=True)
-    step: Step = field(kw_only=True)
 
     def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
-        self.step("clear out")
-        ANYWHERE.delete_tree(self.generation.out_uri)
+        self.output.store.delete_tree(self.generation.out_uri)
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             file = stack.enter_context(self._new_file(MANIFEST))
             table = NewTable(stack.enter_context(pq.ParquetWriter(file, LISTED, compression="zstd")))
-            manifest = stack.enter_context(_parquet(self.generation.manifest_uri, scratch / "new"))
+            manifest = stack.enter_context(_parquet(self.output.store, self.generation.manifest_uri, scratch / "new"))
             committed = self.output.committed()
             if committed and keep_old:
-                old = stack.enter_context(_parquet(join(self.output.uri, MANIFEST), scratch / "old"))
+                old = stack.enter_context(_parquet(self.output.store, join(self.output.uri, MANIFEST), scratch / "old"))
                 self._keep(committed, table, old=old, gone=manifest.read(["uri"])["uri"])
             elif committed:
                 table.removed += committed.mark.files
@@ -121,7 +121,7 @@ class Building:
     def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, gone: pa.ChunkedArray) -> None:
         """Takes over the old files, or what is left of them without the rows of the images in `gone`. Where the table
         had no such default column yet, all of them are written again, with nulls in it."""
-        schema = table_schema(self.output.uri)
+        schema = table_schema(self.output.uri, store=self.output.store)
         if not fits(schema, self.schema):
             raise ConfigError(
                 f"the table has the same columns as before, or is made afresh (mode fresh). Received: "
@@ -143,7 +143,7 @@ class Building:
         self._write(table, "kept-", left)
 
     def _left_rows(self, name: str, listed: pa.Table, gone: pa.ChunkedArray) -> Iterator[_Rows]:
-        for rows in read_row_groups(join(self.output.uri, name)):
+        for rows in read_row_groups(join(self.output.uri, name), store=self.output.store):
             its, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
             if not rows["uri"].equals(its["uri"]):
                 raise DataError(f"{self.output.uri}: {name} does not hold what {MANIFEST} says; make it afresh")
@@ -154,7 +154,8 @@ class Building:
         if manifest.num_row_groups != shards:
             raise MnistDistError(f"{self.generation.manifest_uri} has {manifest.num_row_groups} shards, not {shards}")
         uris = [self.generation.shard_uri(shard) for shard in range(shards)]
-        for shard, data in enumerate(map_in_threads(_read_shard, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
+        read = functools.partial(_read_shard, self.output.store)
+        for shard, data in enumerate(map_in_threads(read, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
             listed = manifest.read_row_group(shard, columns=list(_SOURCE_COLUMNS))
             rows = _rows_of_shard(uris[shard], data, schema=self.schema, expected=listed["uri"])
             yield _Rows(rows, _listed(rows, listed))
@@ -183,13 +184,9 @@ class Building:
         table.added.append(name)
         table.note(name, pa.concat_tables(listed))
 
-    @contextlib.contextmanager
-    def _new_file(self, name: str) -> Iterator[BinaryIO]:
+    def _new_file(self, name: str) -> AbstractContextManager[BinaryIO]:
         """A file that is in `out` when the block ends without an error."""
-        self.step(f"write {name}")
-        with ANYWHERE.new_object(join(self.generation.out_uri, name)) as file:
-            yield file
-            self.step(f"put {name}")
+        return self.output.store.new_object(join(self.generation.out_uri, name))
 
 
 def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.ChunkedArray) -> pa.Table:
@@ -238,18 +235,18 @@ def _joined(held: Sequence[_Rows]) -> _Rows:
     return _Rows(pa.concat_tables([item.rows for item in held]), pa.concat_tables([item.listed for item in held]))
 
 
-def _read_shard(uri: str) -> bytes:
+def _read_shard(store: Store, uri: str) -> bytes:
     try:
-        return ANYWHERE.read_bytes(uri)
+        return store.read_bytes(uri)
     except FileNotFoundError as err:
         raise MnistDistError(f"a shard that is to be published is not there. Received: {uri!r}") from err
 
 
 @contextlib.contextmanager
-def _parquet(uri: str, scratch: Path) -> Iterator[pq.ParquetFile]:
+def _parquet(store: Store, uri: str, scratch: Path) -> Iterator[pq.ParquetFile]:
     """A file that is read here and there."""
     try:
-        file = pq.ParquetFile(ANYWHERE.local_path(uri, scratch))
+        file = pq.ParquetFile(store.local_path(uri, scratch))
     except (pa.ArrowInvalid, FileNotFoundError) as err:
         raise DataError(f"{uri} cannot be read: {err}") from err
     with file:

@@ -25,6 +25,7 @@ from mnist_dist import documents
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
 
 # n = rows of a shard, s = those of them that are ok, K = classes, D = features of an embedding
@@ -96,9 +97,9 @@ class Mark:
     failed: bool
     """It holds more bad rows than its job allowed."""
 
-    def write(self, root: str) -> None:
+    def write(self, root: str, *, store: Store = ANYWHERE) -> None:
         """Puts the mark into the folder of the table."""
-        documents.write(ANYWHERE, join(root, self.name), self)
+        documents.write(store, join(root, self.name), self)
 
     @property
     def name(self) -> str:
@@ -256,12 +257,15 @@ def _lists(values: pa.Array, ok: npt.NDArray[np.bool_]) -> pa.ListArray:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> pa.Table:
+def read_predictions(
+    uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None, store: Store = ANYWHERE
+) -> pa.Table:
     """The whole prediction table, whatever else lies in its folder.
 
     Args:
         uri: the output of a scoring job: a folder or an `s3://` prefix.
         columns: the columns that are read, in this order. None: all.
+        store: where it lies.
 
     Raises:
         DataError: there is no finished table.
@@ -269,19 +273,21 @@ def read_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | No
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     root = absolute(os.fspath(uri))
-    mark = _mark_of(root)
+    mark = _mark_of(root, store)
     for _ in range(_READ_ATTEMPTS):
         try:
-            schema = _chosen(_schema_of(root, mark), columns, root)
-            return pa.Table.from_batches(_batches(root, mark, schema), schema)
+            schema = _chosen(_schema_of(root, mark, store), columns, root)
+            return pa.Table.from_batches(_batches(root, mark, schema, store), schema)
         except FileNotFoundError as err:
-            before, mark = mark, _mark_of(root)
+            before, mark = mark, _mark_of(root, store)
             if mark == before:
                 raise DataError(f"{root}: {mark.name} names a file that is not there: {err}") from err
     raise DataError(f"the table was replaced {_READ_ATTEMPTS} times while it was read. Received: {root!r}")
 
 
-def iter_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def iter_predictions(
+    uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None, store: Store = ANYWHERE
+) -> Iterator[pa.RecordBatch]:
     """As `read_predictions`, but batch by batch: no more than a row group is in memory.
 
     Raises:
@@ -289,14 +295,14 @@ def iter_predictions(uri: str | os.PathLike[str], *, columns: Sequence[str] | No
         ConfigError, PermissionError, ServiceError, StorageError: as `read_predictions`.
     """
     root = absolute(os.fspath(uri))
-    mark = _mark_of(root)
+    mark = _mark_of(root, store)
     try:
-        yield from _batches(root, mark, _chosen(_schema_of(root, mark), columns, root))
+        yield from _batches(root, mark, _chosen(_schema_of(root, mark, store), columns, root), store)
     except FileNotFoundError as err:
         raise DataError(f"{root}: the table was replaced while it was read; read it again: {err}") from err
 
 
-def table_schema(uri: str | os.PathLike[str]) -> pa.Schema:
+def table_schema(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> pa.Schema:
     """The columns of the table.
 
     Raises:
@@ -305,10 +311,10 @@ def table_schema(uri: str | os.PathLike[str]) -> pa.Schema:
         PermissionError, ServiceError, StorageError: see `storage`.
     """
     root = absolute(os.fspath(uri))
-    return _schema_of(root, _mark_of(root))
+    return _schema_of(root, _mark_of(root, store), store)
 
 
-def read_mark(uri: str) -> Mark | None:
+def read_mark(uri: str, *, store: Store = ANYWHERE) -> Mark | None:
     """What `_SUCCESS`, or else `_FAILED`, says; None where there is neither.
 
     Raises:
@@ -317,7 +323,7 @@ def read_mark(uri: str) -> Mark | None:
     """
     for name in (SUCCESS, FAILED, SUCCESS):  # again: a table judged anew meanwhile has had a mark all the time
         try:
-            return documents.read(ANYWHERE, join(uri, name), Mark)
+            return documents.read(store, join(uri, name), Mark)
         except FileNotFoundError:
             continue
         except DataError as err:  # such as the empty one of Spark
@@ -325,24 +331,24 @@ def read_mark(uri: str) -> Mark | None:
     return None
 
 
-def read_row_groups(uri: str, *, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_row_groups(uri: str, *, columns: Sequence[str] | None = None, store: Store = ANYWHERE) -> Iterator[pa.Table]:
     """One Parquet file, row group by row group.
 
     Raises:
         DataError: it is no Parquet file, or damaged.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
     """
-    with _open(uri) as file:
+    with _open(uri, store) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=columns)
 
 
-def _mark_of(root: str) -> Mark:
-    mark = read_mark(root)
+def _mark_of(root: str, store: Store) -> Mark:
+    mark = read_mark(root, store=store)
     if mark is not None:
         return mark
     work = join(root, WORK)
-    if any(entry.uri != join(root, LOCK) for entry in ANYWHERE.scan_entries(work)):
+    if any(entry.uri != join(root, LOCK) for entry in store.scan_entries(work)):
         raise DataError(
             f"the prediction table is not finished: a scoring job is at work on it, or was stopped and goes on with "
             f"the same command. Received: {root!r}"
@@ -360,20 +366,20 @@ def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.S
     return pa.schema([schema.field(name) for name in columns])
 
 
-def _schema_of(root: str, mark: Mark) -> pa.Schema:
-    with _open(join(root, mark.files[0])) as file:
+def _schema_of(root: str, mark: Mark, store: Store) -> pa.Schema:
+    with _open(join(root, mark.files[0]), store) as file:
         return file.schema_arrow
 
 
-def _batches(root: str, mark: Mark, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(root: str, mark: Mark, schema: pa.Schema, store: Store) -> Iterator[pa.RecordBatch]:
     for name in mark.files:
-        for rows in read_row_groups(join(root, name), columns=schema.names):
+        for rows in read_row_groups(join(root, name), columns=schema.names, store=store):
             yield from rows.select(schema.names).to_batches()
 
 
 @contextlib.contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    with ANYWHERE.open_binary(uri) as stream:
+def _open(uri: str, store: Store) -> Iterator[pq.ParquetFile]:
+    with store.open_binary(uri) as stream:
         try:
             # the ranges of a row group are fetched together: on S3 a request for each column would wait for the last
             with pq.ParquetFile(stream, pre_buffer=True) as file:
