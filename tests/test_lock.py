@@ -125,10 +125,3 @@ def test_a_put_whose_answer_was_lost_is_known_again(uri: str) -> None:
     ANYWHERE.write_bytes(uri, lock._content())
     with lock:
         lock.check()
-
-
-def test_one_of_many_creates_an_object(uri: str) -> None:
-    assert ANYWHERE.create_bytes(uri, b"first")
-    assert not ANYWHERE.create_bytes(uri, b"second")
-    assert ANYWHERE.read_bytes(uri) == b"first"
-    assert [entry.uri for entry in ANYWHERE.list_entries(uri.removesuffix("/lock"))] == [uri]

@@ -1,83 +1,93 @@
-"""storage: local paths and S3 alike."""
+"""The stores: one contract for local files, S3 and memory; then what only one of them has."""
 
 import errno
 import os
+import pickle
 import time
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import UnsupportedOperation
 from pathlib import Path
 from typing import BinaryIO
 
 import boto3
+import pyarrow as pa
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store import s3
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, Anywhere
 from mnist_dist.store.local import atomic_file
-from mnist_dist.store.uris import absolute, is_remote, join
+from mnist_dist.store.memory import MemoryStore
+from mnist_dist.store.s3 import S3Store
+from mnist_dist.store.uris import MEMORY, absolute, are_remote, is_bucket, is_remote, join, parent_of
+
+STORE = Anywhere({**ANYWHERE.stores, MEMORY: MemoryStore()})
 
 
-@pytest.fixture(params=["local", "file", "s3"])
+@pytest.fixture(params=["local", "file", "s3", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return str(request.getfixturevalue("s3"))
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/a"
     return str(tmp_path / "a store") if request.param == "local" else f"file://{tmp_path}/a%20store"
 
 
 def names(uri: str) -> list[str]:
     root = absolute(uri)
-    return [entry.uri.removeprefix(f"{root}/") for entry in ANYWHERE.list_entries(uri)]
+    return [entry.uri.removeprefix(f"{root}/") for entry in STORE.list_entries(uri)]
 
 
 def test_what_is_written_is_read_and_replaced(root: str) -> None:
     uri = join(root, "deep/er", "ä #1?.bin")
-    ANYWHERE.write_bytes(uri, b"first")
-    ANYWHERE.write_bytes(uri, b"second")
-    assert ANYWHERE.read_bytes(uri) == b"second"
-    assert ANYWHERE.exists(uri)
-    assert ANYWHERE.exists(root)
+    STORE.write_bytes(uri, b"first")
+    STORE.write_bytes(uri, b"second")
+    assert STORE.read_bytes(uri) == b"second"
+    assert STORE.exists(uri)
+    assert STORE.exists(root)
     assert names(root) == ["deep/er/ä #1?.bin"]
 
 
 def test_a_listing_is_recursive_sorted_and_hides_nothing(root: str) -> None:
     written = ["a.txt", "a/b", "a/.hidden", "_SUCCESS", "a-b", "z/y/x"]
     for name in written:
-        ANYWHERE.write_bytes(join(root, name), name.encode())
-    entries = list(ANYWHERE.list_entries(root))
+        STORE.write_bytes(join(root, name), name.encode())
+    entries = list(STORE.list_entries(root))
     assert names(root) == sorted(written)
     assert [entry.uri for entry in entries] == sorted(entry.uri for entry in entries)
     assert [entry.size_bytes for entry in entries] == [len(name) for name in sorted(written)]
     assert all(entry.etag for entry in entries)
-    assert [entry.uri for entry in ANYWHERE.list_entries(entries[0].uri)] == [entries[0].uri]
-    assert list(ANYWHERE.list_entries(join(root, "nowhere"))) == []
+    assert [entry.uri for entry in STORE.list_entries(entries[0].uri)] == [entries[0].uri]
+    assert list(STORE.list_entries(join(root, "nowhere"))) == []
 
 
 def test_an_etag_changes_with_the_content(root: str) -> None:
     uri = join(root, "x")
-    ANYWHERE.write_bytes(uri, b"1")
-    before = next(ANYWHERE.list_entries(root)).etag
-    ANYWHERE.write_bytes(uri, b"22")
-    assert next(ANYWHERE.list_entries(root)).etag != before
+    STORE.write_bytes(uri, b"1")
+    before = next(STORE.list_entries(root)).etag
+    STORE.write_bytes(uri, b"22")
+    assert next(STORE.list_entries(root)).etag != before
 
 
 def test_deleting_what_is_missing_is_fine(root: str) -> None:
     for name in ("a/1", "a/2", "ab"):
-        ANYWHERE.write_bytes(join(root, name), b"x")
-    ANYWHERE.delete(join(root, "a/1"))
-    ANYWHERE.delete(join(root, "a/1"))
+        STORE.write_bytes(join(root, name), b"x")
+    STORE.delete(join(root, "a/1"))
+    STORE.delete(join(root, "a/1"))
     assert names(root) == ["a/2", "ab"]
-    ANYWHERE.delete_tree(join(root, "a"))
-    ANYWHERE.delete_tree(join(root, "a"))
+    STORE.delete_tree(join(root, "a"))
+    STORE.delete_tree(join(root, "a"))
     assert names(root) == ["ab"]
-    assert not ANYWHERE.exists(join(root, "a"))
+    assert not STORE.exists(join(root, "a"))
 
 
 def test_reading_what_is_missing_is_file_not_found(root: str) -> None:
     uri = join(root, "missing")
-    for read in (ANYWHERE.read_bytes, ANYWHERE.open_binary):
+    for read in (STORE.read_bytes, STORE.open_binary):
         with pytest.raises(FileNotFoundError, match="missing"):
             read(uri)
 
@@ -85,8 +95,8 @@ def test_reading_what_is_missing_is_file_not_found(root: str) -> None:
 def test_a_binary_file_is_read_in_ranges(root: str) -> None:
     uri = join(root, "big")
     data = os.urandom(3_000_017)
-    ANYWHERE.write_bytes(uri, data)
-    with ANYWHERE.open_binary(uri) as file:
+    STORE.write_bytes(uri, data)
+    with STORE.open_binary(uri) as file:
         assert file.seek(-17, os.SEEK_END) == 3_000_000
         assert file.read() == data[-17:]
         file.seek(1_234_567)
@@ -100,10 +110,10 @@ def test_a_folder_goes_up_and_comes_down_again(root: str, tmp_path: Path) -> Non
     (folder / "bundle.json").write_text("{}")
     (folder / "figures" / "a.svg").write_text("<svg/>")
     target = join(root, "models", "m1")
-    ANYWHERE.write_bytes(join(target, "keeper" if is_remote(root) else "stale"), b"old")
-    ANYWHERE.upload_folder(folder, target, last="bundle.json")
+    STORE.write_bytes(join(target, "keeper" if is_remote(root) else "stale"), b"old")
+    STORE.upload_folder(folder, target, last="bundle.json")
     assert set(names(target)) - {"keeper"} == {"bundle.json", "figures/a.svg"}
-    ANYWHERE.download_folder(target, tmp_path / "down")
+    STORE.download_folder(target, tmp_path / "down")
     assert (tmp_path / "down" / "figures" / "a.svg").read_text() == "<svg/>"
     assert not [name for name in names(join(root, "models")) if name.startswith(".")]
 
@@ -111,35 +121,35 @@ def test_a_folder_goes_up_and_comes_down_again(root: str, tmp_path: Path) -> Non
 def test_a_folder_without_its_last_file_is_not_uploaded(root: str, tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"w")
     with pytest.raises(FileNotFoundError, match=r"no file 'bundle\.json' to upload"):
-        ANYWHERE.upload_folder(tmp_path, join(root, "m"), last="bundle.json")
+        STORE.upload_folder(tmp_path, join(root, "m"), last="bundle.json")
     with pytest.raises(FileNotFoundError, match="no files below"):
-        ANYWHERE.download_folder(join(root, "nowhere"), tmp_path / "down")
+        STORE.download_folder(join(root, "nowhere"), tmp_path / "down")
 
 
 def test_a_local_path_has_the_bytes_and_the_name(root: str, tmp_path: Path) -> None:
     uri = join(root, "w.weights.h5")
-    ANYWHERE.write_bytes(uri, b"weights")
-    path = ANYWHERE.local_path(uri, tmp_path / "scratch")
+    STORE.write_bytes(uri, b"weights")
+    path = STORE.local_path(uri, tmp_path / "scratch")
     assert path.name == "w.weights.h5"
     assert path.read_bytes() == b"weights"
     assert path.is_relative_to(tmp_path / "scratch") == is_remote(uri)
 
 
 def test_a_writable_storage_is_left_as_it_was(root: str) -> None:
-    ANYWHERE.write_bytes(join(root, "x"), b"x")
-    ANYWHERE.check_writable(root)
+    STORE.write_bytes(join(root, "x"), b"x")
+    STORE.check_writable(root)
     assert names(root) == ["x"]
 
 
 def test_a_storage_below_a_file_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"the storage cannot be written: .*Not a directory.*Received: .*file/sub"):
-        ANYWHERE.check_writable(str(tmp_path / "file" / "sub"))
+        STORE.check_writable(str(tmp_path / "file" / "sub"))
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "hdfs://x"])
 def test_an_unknown_scheme_names_the_known_ones(uri: str) -> None:
-    for function in (ANYWHERE.read_bytes, ANYWHERE.exists, is_remote):
+    for function in (STORE.read_bytes, STORE.exists, is_remote):
         with pytest.raises(StorageError, match=rf"local path, file:///path or s3://bucket/prefix\. Received: '{uri}'"):
             function(uri)
 
@@ -164,7 +174,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 def test_a_link_to_itself_is_listed_and_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "loop").symlink_to("loop")
-    assert [(entry.uri, entry.size_bytes) for entry in ANYWHERE.list_entries(str(tmp_path))] == [
+    assert [(entry.uri, entry.size_bytes) for entry in STORE.list_entries(str(tmp_path))] == [
         (f"{tmp_path}/a", 1),
         (f"{tmp_path}/loop", 0),
     ]
@@ -177,8 +187,8 @@ def test_an_object_is_created_once_also_where_there_are_no_hard_links(
         raise PermissionError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)  # no file system without them can be had in a test
-    assert ANYWHERE.create_bytes(str(tmp_path / "x"), b"first")
-    assert not ANYWHERE.create_bytes(str(tmp_path / "x"), b"second")
+    assert STORE.create_bytes(str(tmp_path / "x"), b"first")
+    assert not STORE.create_bytes(str(tmp_path / "x"), b"second")
     assert (tmp_path / "x").read_bytes() == b"first"
     assert names(str(tmp_path)) == ["x"]
 
@@ -198,22 +208,22 @@ def test_a_full_disk_is_a_service_error(tmp_path: Path) -> None:
 
 def test_a_missing_bucket_is_a_storage_error(s3_server: str) -> None:
     with pytest.raises(StorageError, match=r"no such bucket.*s3://no-such-bucket/x"):
-        ANYWHERE.read_bytes("s3://no-such-bucket/x")
+        STORE.read_bytes("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match="the URI of an object is s3://bucket/key"):
-        ANYWHERE.read_bytes("s3://")
+        STORE.read_bytes("s3://")
 
 
 @pytest.fixture
 def fresh_client(monkeypatch: pytest.MonkeyPatch, s3: str) -> Iterator[pytest.MonkeyPatch]:
-    ANYWHERE.forget_clients()
+    STORE.forget_clients()
     yield monkeypatch
-    ANYWHERE.forget_clients()
+    STORE.forget_clients()
 
 
 def test_wrong_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
     fresh_client.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(ServiceError, match="credentials are not accepted"):
-        ANYWHERE.read_bytes(f"{s3}/x")
+        STORE.read_bytes(f"{s3}/x")
 
 
 def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.MonkeyPatch) -> None:
@@ -221,7 +231,7 @@ def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.Monkey
     fresh_client.delenv("AWS_SECRET_ACCESS_KEY")
     fresh_client.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(ServiceError, match=r"[Cc]redentials"):
-        list(ANYWHERE.list_entries(s3))
+        list(STORE.list_entries(s3))
 
 
 @pytest.mark.parametrize(
@@ -259,14 +269,14 @@ def test_a_token_that_is_gone_is_no_object_that_is(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/scoring")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    ANYWHERE.forget_clients()
+    STORE.forget_clients()
     try:
         with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
-            ANYWHERE.read_object("s3://bucket/key", max_bytes=10)
+            STORE.read_object("s3://bucket/key", max_bytes=10)
         with pytest.raises(ServiceError, match=r"s3://bucket/key: the credentials cannot be read: .*token"):
-            ANYWHERE.entry_of("s3://bucket/key")
+            STORE.entry_of("s3://bucket/key")
     finally:
-        ANYWHERE.forget_clients()
+        STORE.forget_clients()
 
 
 def test_no_connection_is_a_service_error() -> None:
@@ -284,11 +294,11 @@ def test_no_connection_is_a_service_error() -> None:
 
 def test_an_object_is_read_with_what_it_was_then(root: str) -> None:
     uri = join(root, "a.bin")
-    ANYWHERE.write_bytes(uri, b"seven..")
-    entry, data = ANYWHERE.read_object(uri, max_bytes=7)
-    assert (entry, data) == (ANYWHERE.entry_of(uri), b"seven..")
-    assert [entry] == list(ANYWHERE.scan_entries(root))
-    entry, data = ANYWHERE.read_object(uri, max_bytes=6)
+    STORE.write_bytes(uri, b"seven..")
+    entry, data = STORE.read_object(uri, max_bytes=7)
+    assert (entry, data) == (STORE.entry_of(uri), b"seven..")
+    assert [entry] == list(STORE.scan_entries(root))
+    entry, data = STORE.read_object(uri, max_bytes=6)
     assert (entry.size_bytes, data) == (7, None)
 
 
@@ -297,8 +307,8 @@ def test_an_object_is_read_with_what_it_was_then(root: str) -> None:
 )
 def test_a_range_ends_where_the_object_ends(root: str, start: int, length: int, found: bytes) -> None:
     uri = join(root, "a.bin")
-    ANYWHERE.write_bytes(uri, b"abcdef")
-    assert ANYWHERE.read_range(uri, start, length) == found
+    STORE.write_bytes(uri, b"abcdef")
+    assert STORE.read_range(uri, start, length) == found
 
 
 def _write_and_fail(file: BinaryIO) -> None:
@@ -308,45 +318,97 @@ def _write_and_fail(file: BinaryIO) -> None:
 
 def test_a_new_object_is_there_when_its_block_ends_well(root: str) -> None:
     uri = join(root, "sub/a.bin")
-    with ANYWHERE.new_object(uri) as file:
+    with STORE.new_object(uri) as file:
         file.write(b"12345")
         file.seek(1)
         file.write(b"_")
-        assert not ANYWHERE.exists(uri)
-    assert ANYWHERE.read_bytes(uri) == b"1_345"
-    with pytest.raises(UnsupportedOperation, match="midway"), ANYWHERE.new_object(uri) as file:
+        assert not STORE.exists(uri)
+    assert STORE.read_bytes(uri) == b"1_345"
+    with pytest.raises(UnsupportedOperation, match="midway"), STORE.new_object(uri) as file:
         _write_and_fail(file)
-    assert ANYWHERE.read_bytes(uri) == b"1_345"
+    assert STORE.read_bytes(uri) == b"1_345"
     assert names(root) == ["sub/a.bin"]
 
 
 def test_a_moved_object_takes_the_place_of_another(root: str) -> None:
     source, target = join(root, "a"), join(root, "b")
-    ANYWHERE.write_bytes(source, b"new")
-    ANYWHERE.write_bytes(target, b"old")
-    ANYWHERE.move(source, target)
+    STORE.write_bytes(source, b"new")
+    STORE.write_bytes(target, b"old")
+    STORE.move(source, target)
     assert names(root) == ["b"]
-    assert ANYWHERE.read_bytes(target) == b"new"
+    assert STORE.read_bytes(target) == b"new"
     with pytest.raises(FileNotFoundError, match="a"):
-        ANYWHERE.move(source, target)
+        STORE.move(source, target)
+
+
+def test_one_of_many_creates_an_object(root: str) -> None:
+    uri = join(root, "lock")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: STORE.create_bytes(uri, f"{number}".encode()), range(8)))
+    assert sorted(made) == [False] * 7 + [True]
+    assert STORE.read_bytes(uri) == f"{made.index(True)}".encode()
+    assert names(root) == ["lock"]
+
+
+def test_a_file_goes_up_and_comes_down(root: str, tmp_path: Path) -> None:
+    (tmp_path / "up").write_bytes(b"bytes")
+    STORE.upload(tmp_path / "up", join(root, "deep", "x"))
+    STORE.download(join(root, "deep", "x"), tmp_path / "below" / "down")
+    assert (tmp_path / "below" / "down").read_bytes() == b"bytes"
+    with pytest.raises(FileNotFoundError, match="missing"):
+        STORE.download(join(root, "missing"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_a_killed_upload_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".m1.0123456789ab.tmp", ".m11.0123456789ab.tmp", "m1", ".m1.txt"):
+        (tmp_path / name).mkdir()
+    STORE.delete_leftovers(str(tmp_path / "m1"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m1.txt", ".m11.0123456789ab.tmp", "m1"]
+    STORE.delete_leftovers("s3://bucket/m1")  # asks nobody
+
+
+def test_a_store_crosses_processes_and_there_is_one_in_each() -> None:
+    assert pickle.loads(pickle.dumps(ANYWHERE)) is ANYWHERE
+    assert isinstance(pickle.loads(pickle.dumps(ANYWHERE.of("s3://b"))), S3Store)
+    with pytest.raises(StorageError, match="cannot be seen from another process"):
+        pickle.dumps(STORE)
+
+
+def test_a_scheme_without_a_store_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"no store of the scheme 'memory' was given. Received: 'memory://b/x'"):
+        ANYWHERE.read_bytes("memory://b/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_whole", "parent"),
+    [("s3://b", True, "s3://b"), ("s3://b/", True, "s3://b/"), ("s3://b/a", False, "s3://b"), ("/a/b", False, "/a")],
+)
+def test_a_bucket_has_no_parent(uri: str, is_whole: bool, parent: str) -> None:
+    assert (is_bucket(uri), parent_of(uri)) == (is_whole, parent)
+
+
+def test_remote_uris_of_a_column() -> None:
+    column = pa.chunked_array([["s3://b/x", "/a/s3://b"], ["memory://b/x", "file:///x", None]])
+    assert are_remote(column).to_pylist() == [True, False, True, False, None]
 
 
 def test_what_is_no_regular_file_is_refused_and_closed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="not a regular file"):
-        ANYWHERE.read_object(str(tmp_path / "pipe"), max_bytes=10)
+        STORE.read_object(str(tmp_path / "pipe"), max_bytes=10)
     with pytest.raises(IsADirectoryError, match="a folder"):
-        ANYWHERE.read_object(str(tmp_path), max_bytes=10)
+        STORE.read_object(str(tmp_path), max_bytes=10)
     with pytest.raises(FileNotFoundError, match="a folder"):
-        ANYWHERE.entry_of(str(tmp_path))
+        STORE.entry_of(str(tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_level_shows_what_lies_directly_in_a_folder(root: str) -> None:
     for name in ("b/deep/x", "a/y", ".hidden/z", "_SUCCESS", "file"):
-        ANYWHERE.write_bytes(join(root, name), name.encode())
-    level = ANYWHERE.list_level(root)
+        STORE.write_bytes(join(root, name), name.encode())
+    level = STORE.list_level(root)
     assert level.folders == (".hidden", "a", "b")
     assert sorted(level.files) == ["_SUCCESS", "file"]
     assert all(abs(modified_s - time.time()) < 3600 for modified_s in level.files.values())
@@ -354,14 +416,14 @@ def test_a_level_shows_what_lies_directly_in_a_folder(root: str) -> None:
 
 def test_a_level_of_many_names_is_looked_at_in_part(root: str) -> None:
     for number in range(7):
-        ANYWHERE.write_bytes(join(root, f"{number}"), b"1")
-    assert len(ANYWHERE.list_level(root).files) == 7
-    assert len(ANYWHERE.list_level(root, max_names=3).files) == 3
+        STORE.write_bytes(join(root, f"{number}"), b"1")
+    assert len(STORE.list_level(root).files) == 7
+    assert len(STORE.list_level(root, max_names=3).files) == 3
 
 
 def test_a_level_of_nothing_is_file_not_found(root: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such file|nothing below"):
-        ANYWHERE.list_level(join(root, "nowhere"))
-    ANYWHERE.write_bytes(join(root, "file"), b"1")
+        STORE.list_level(join(root, "nowhere"))
+    STORE.write_bytes(join(root, "file"), b"1")
     with pytest.raises(FileNotFoundError, match=r"Not a directory|nothing below"):
-        ANYWHERE.list_level(join(root, "file"))
+        STORE.list_level(join(root, "file"))
