@@ -29,6 +29,7 @@ from mnist_dist.console import Console
 from mnist_dist.documents import Document
 from mnist_dist.errors import MnistDistError, StorageError, first_line
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.lock import Holder, holder_of
 from mnist_dist.store.uris import absolute, join
 
@@ -109,6 +110,7 @@ class Folder:
     folders: frozenset[str]
     files: Mapping[str, float]
     """When each of its own files was written, s since the epoch, by name."""
+    store: Store = ANYWHERE
 
     @property
     def updated_s(self) -> float | None:
@@ -117,7 +119,7 @@ class Folder:
 
     def updated_with(self, *names: str) -> float | None:
         """As `updated_s`, with the files of the folders of these names below it."""
-        below = (ANYWHERE.list_level(join(self.uri, name)).files for name in names)
+        below = (self.store.list_level(join(self.uri, name)).files for name in names)
         return max((*self.files.values(), *(time for files in below for time in files.values())), default=None)
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
@@ -128,7 +130,7 @@ class Folder:
         """
         if name not in self.files:
             return None
-        return documents.read(ANYWHERE, join(self.uri, name), kind)
+        return documents.read(self.store, join(self.uri, name), kind)
 
     def driver(self) -> Holder | None:
         """Who is at work on the run or search, if anybody is."""

@@ -31,6 +31,7 @@ from mnist_dist.scoring.manifest import COLUMNS, write_manifest
 from mnist_dist.scoring.parts import LISTED
 from mnist_dist.scoring.predictions import STATUSES, Outcomes, prediction_rows, prediction_schema, read_predictions
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.memory import MemoryStore
 from mnist_dist.store.uris import join
 
 NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)
@@ -91,7 +92,7 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
 def put_shard(generation: Generation, shard: int, rows: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer)
-    ANYWHERE.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
+    generation.store.write_bytes(generation.shard_uri(shard), buffer.getvalue().to_pybytes())
 
 
 def begun_by(output: Output, plan: Plan, manifest: Callable[[str], None]) -> Generation:
@@ -111,7 +112,9 @@ def put_generation(
 ) -> Generation:
     """A generation all of whose shards are done."""
     plan = plan_of(model_id, keep_old=keep_old)
-    generation = begun_by(output, plan, lambda uri: write_manifest(uri, manifest_of(uris), shard_size=shard_size))
+    generation = begun_by(
+        output, plan, lambda uri: write_manifest(uri, manifest_of(uris), shard_size=shard_size, store=output.store)
+    )
     for shard, planned in enumerate(shards_of(generation)):
         put_shard(generation, shard, scored(planned, table=table, model_id=model_id))
     return generation
@@ -119,7 +122,7 @@ def put_generation(
 
 def shards_of(generation: Generation) -> list[pa.Table]:
     """The manifest, shard by shard."""
-    with pq.ParquetFile(pa.BufferReader(ANYWHERE.read_bytes(generation.manifest_uri))) as file:
+    with pq.ParquetFile(pa.BufferReader(generation.store.read_bytes(generation.manifest_uri))) as file:
         return [file.read_row_group(shard) for shard in range(file.num_row_groups)]
 
 
@@ -375,6 +378,17 @@ def test_a_table_may_have_no_rows(tmp_path: Path) -> None:
     assert read_predictions(tmp_path).schema.equals(prediction_schema(ALL, carried=CARRIED))
     assert commit_it(output, put_generation(output, ("b00",))).mark.rows == 1
     assert read_predictions(tmp_path)["uri"].to_pylist() == ["b00"]
+
+
+def test_a_table_is_made_in_any_store_that_is_given() -> None:
+    store = MemoryStore()
+    output = Output("memory://bucket/scores", store=store)
+    commit_it(output, put_generation(output, ("b00", "b01", "b02")))
+    commit_it(output, put_generation(output, ("b03",)))
+    assert sorted(read_predictions(output.uri, store=store)["uri"].to_pylist()) == ["b00", "b01", "b02", "b03"]
+    names = [entry.uri.rpartition("/")[2] for entry in store.list_entries(output.uri)]
+    assert {"_SUCCESS", "_manifest.parquet", "_summary.json"} < set(names)
+    assert not any("_work" in entry.uri for entry in store.list_entries(output.uri))
 
 
 # --- drivers that die ------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def index_archive(uri: str) -> ArchiveIndex:
         Its members, and its problem where it has one.
 
     Raises:
-        ServiceError, StorageError: see `storage`.
+        ServiceError, StorageError: see `store.base`.
     """
     entry, listing, problem = Entry(uri, 0, ""), _Listing(), None
     try:

@@ -67,7 +67,7 @@ def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[
 
     Raises:
         DataError: a file is missing or corrupt, or the download failed.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     data = NAMED_ARRAYS[name]
     parts = data.read(name, data_dir)
@@ -87,7 +87,7 @@ def write_digits(uri: str, *, count: int) -> None:
         count: images, at most 1,797.
 
     Raises:
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     _, (digits,) = read_arrays("digits", None)
     with ANYWHERE.new_object(uri) as file, tarfile.open(fileobj=file, mode="w") as archive:

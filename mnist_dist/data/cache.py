@@ -20,7 +20,7 @@ import fcntl
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mnist_dist import documents
 from mnist_dist.data import markers
 from mnist_dist.errors import ConfigError, DataError, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote, join
 
 MAX_SHARDS = 4_096
@@ -98,6 +99,7 @@ class Cache:
     rows: int
     min_shard_rows: int
     """Rows of each shard, unless these would be more than `MAX_SHARDS`."""
+    store: Store = field(default=ANYWHERE, compare=False, repr=False)
 
     @property
     def root(self) -> str:
@@ -120,11 +122,11 @@ class Cache:
 
     def is_finished(self) -> bool:
         """Whether the cache can be opened."""
-        return ANYWHERE.exists(self._mark)
+        return self.store.exists(self._mark)
 
     def missing(self) -> list[int]:
         """The shards that are still to be put; none where the cache is finished."""
-        there = {entry.uri.rpartition("/")[2] for entry in ANYWHERE.list_entries(self.root)}
+        there = {entry.uri.rpartition("/")[2] for entry in self.store.list_entries(self.root)}
         if f"{self.what}.json" in there:
             return []
         return [shard for shard in range(self.shards) if _shard_name(shard) not in there]
@@ -133,12 +135,12 @@ class Cache:
         """Stores a shard, whole or not at all.
 
         Raises:
-            PermissionError, ServiceError, StorageError: see `storage`.
+            PermissionError, ServiceError, StorageError: see `store.base`.
         """
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        ANYWHERE.write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
+        self.store.write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
 
     def check_complete(self) -> None:
         """Raises ServiceError where shards are missing; the same command makes them."""
@@ -157,15 +159,15 @@ class Cache:
         """
         if not self.is_finished():
             self.check_complete()
-            documents.write(ANYWHERE, self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
-            for entry in ANYWHERE.list_entries(self.root):  # what failed and killed runs left
+            documents.write(self.store, self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
+            for entry in self.store.list_entries(self.root):  # what failed and killed runs left
                 if entry.uri.endswith(markers.SUFFIXES):
-                    ANYWHERE.delete(entry.uri)
+                    self.store.delete(entry.uri)
 
     def discard(self) -> None:
         """Deletes the cache, its mark first; a job that has opened it keeps what it has mapped or copied."""
-        ANYWHERE.delete(self._mark)
-        ANYWHERE.delete_tree(self.root)
+        self.store.delete(self._mark)
+        self.store.delete_tree(self.root)
 
     def on_node(self, local_dir: Path) -> "Cache":
         """The finished cache where this node can map it: itself, or a copy of what lies on S3.
@@ -178,7 +180,7 @@ class Cache:
         Raises:
             DataError: the cache is not finished, damaged, or of another key.
             ConfigError: the node's disk has too little free space for it; with both sizes.
-            PermissionError, ServiceError, StorageError: see `storage`.
+            PermissionError, ServiceError, StorageError: see `store.base`.
         """
         here = self
         if is_remote(self.storage):
@@ -186,7 +188,7 @@ class Cache:
             Path(here.root).mkdir(parents=True, exist_ok=True)
             mark = self._checked_mark()
             with _node_lock(Path(here.root) / "lock"):
-                if not here.is_finished() or ANYWHERE.read_bytes(here._mark) != mark:
+                if not here.is_finished() or self.store.read_bytes(here._mark) != mark:
                     self._download(Path(here.root), mark)
         here._checked_mark()
         return here
@@ -196,10 +198,10 @@ class Cache:
 
         Raises:
             DataError: the shard is damaged.
-            FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+            FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
         """
         uri = join(self.root, _shard_name(shard))
-        data = ANYWHERE.read_bytes(uri) if is_remote(uri) else None
+        data = self.store.read_bytes(uri) if is_remote(uri) else None
         try:
             with pa.memory_map(uri) if data is None else pa.BufferReader(data) as file:
                 table = pa.ipc.open_file(file).read_all().select(columns)
@@ -223,7 +225,7 @@ class Cache:
 
     def _checked_mark(self) -> bytes:
         try:
-            mark = ANYWHERE.read_bytes(self._mark)
+            mark = self.store.read_bytes(self._mark)
             found = documents.decode(mark, CacheMark, uri=self._mark).key
         except FileNotFoundError as err:
             raise DataError(f"no finished {self.what}. Received: {self.root!r}") from err
@@ -237,11 +239,11 @@ class Cache:
         Path(folder / f"{self.what}.json").unlink(missing_ok=True)  # the copy of a cache that was made before
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
             leftover.unlink(missing_ok=True)
-        entries = [entry for entry in ANYWHERE.list_entries(self.root) if entry.uri.endswith(_ROWS)]
+        entries = [entry for entry in self.store.list_entries(self.root) if entry.uri.endswith(_ROWS)]
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
         for entry in entries:
-            ANYWHERE.write_bytes(str(folder / entry.uri.rpartition("/")[2]), ANYWHERE.read_bytes(entry.uri))
-        ANYWHERE.write_bytes(str(folder / f"{self.what}.json"), mark)
+            self.store.write_bytes(str(folder / entry.uri.rpartition("/")[2]), self.store.read_bytes(entry.uri))
+        self.store.write_bytes(str(folder / f"{self.what}.json"), mark)
 
 
 def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mnist_dist import documents
 from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 FORESEEN = (MnistDistError, OSError)
@@ -59,6 +60,7 @@ class Markers:
     folder: str
     run_id: str
     max_deaths: int
+    store: Store = ANYWHERE
 
     def begin(self, work: str) -> Attempt:
         """Puts the marker.
@@ -71,14 +73,14 @@ class Markers:
         """
         uri = self._marker_uri(work)
         try:
-            before = documents.read(ANYWHERE, uri, _Marker)
+            before = documents.read(self.store, uri, _Marker)
         except FileNotFoundError:
             before = _Marker({})
         begun = {**before.begun, self.run_id: before.begun.get(self.run_id, 0) + 1}
         attempt = Attempt(begun[self.run_id], sum(begun.values()))
         if attempt.of_run > self.max_deaths + 1:
             raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
-        documents.write(ANYWHERE, uri, _Marker(begun))
+        documents.write(self.store, uri, _Marker(begun))
         return attempt
 
     @contextlib.contextmanager
@@ -101,12 +103,12 @@ class Markers:
     def note_failure(self, shard: int, error: BaseException) -> None:
         """Leaves the error of a shard where the driver finds it."""
         with contextlib.suppress(OSError, ServiceError):
-            ANYWHERE.write_bytes(self._failure_uri(shard), pickle.dumps(error))
+            self.store.write_bytes(self._failure_uri(shard), pickle.dumps(error))
 
     def failure_of(self, shard: int) -> BaseException:
         """What a worker left of a shard that is not done."""
         try:
-            error: BaseException = pickle.loads(ANYWHERE.read_bytes(self._failure_uri(shard)))
+            error: BaseException = pickle.loads(self.store.read_bytes(self._failure_uri(shard)))
         except FileNotFoundError:
             return WorkersFailed(f"shard {shard} was not done, and nobody said why; run the same command to resume")
         return error
@@ -114,7 +116,7 @@ class Markers:
     def _take_back(self, work: str) -> None:
         """Removes a marker; where the storage fails it stays, which costs the next process its speed alone."""
         with contextlib.suppress(OSError, ServiceError):
-            ANYWHERE.delete(self._marker_uri(work))
+            self.store.delete(self._marker_uri(work))
 
     def _marker_uri(self, work: str) -> str:
         return join(self.folder, f"{work}.begun")

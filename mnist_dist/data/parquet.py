@@ -40,7 +40,7 @@ def read_labels(uri: str, *, image_column: str, label_column: str) -> LabelColum
 
     Raises:
         DataError: the file is no Parquet, a column is missing or of another type, or a label is null.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with _open(uri) as file:
         schema = file.schema_arrow
@@ -62,7 +62,7 @@ def read_rows(uris: Sequence[str], image_column: str) -> Iterator[bytes | ImageE
         The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `failed` or `unreadable`.
 
     Raises:
-        ServiceError, StorageError: see `storage`.
+        ServiceError, StorageError: see `store.base`.
     """
     addresses = [(uri, *uri.rsplit("!", 1)) for uri in uris]
     for file_uri, rows in itertools.groupby(addresses, key=lambda address: address[1]):

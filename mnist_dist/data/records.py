@@ -28,7 +28,6 @@ from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
 from mnist_dist.data.images import ImageSpec, Pixels, decode_image, match_channels, resize_pixels
 from mnist_dist.data.sources import Source, map_in_threads, read_encoded
 from mnist_dist.errors import DataError, ImageError
-from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ def finish(plan: RecordPlan, source: Source) -> None:
 
     Raises:
         ServiceError: shards are missing; the same command makes them.
-        PermissionError, StorageError: see `storage`.
+        PermissionError, StorageError: see `store.base`.
     """
     cache = plan.cache
     if cache.is_finished():
@@ -141,7 +140,7 @@ def finish(plan: RecordPlan, source: Source) -> None:
         index = index.append_column(name, described[name])
     buffer = io.BytesIO()
     pq.write_table(index, buffer)
-    ANYWHERE.write_bytes(join(cache.root, _INDEX), buffer.getvalue())
+    cache.store.write_bytes(join(cache.root, _INDEX), buffer.getvalue())
     cache.finish(plan.spec)
 
 
@@ -155,7 +154,7 @@ def open_records(plan: RecordPlan, *, local_dir: Path) -> Records:
     Raises:
         DataError: there are no finished records, or they are damaged.
         ConfigError: the node's disk has too little free space for them; with both sizes.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     cache = plan.cache.on_node(local_dir)
     pixels = [flat.reshape(-1, *plan.spec.shape) for flat in cache.values("pixels")]
@@ -167,9 +166,9 @@ def read_index(cache: Cache) -> pa.Table:
 
     Raises:
         DataError: it does not fit the records.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    index = pq.read_table(pa.BufferReader(ANYWHERE.read_bytes(join(cache.root, _INDEX))))
+    index = pq.read_table(pa.BufferReader(cache.store.read_bytes(join(cache.root, _INDEX))))
     if len(index) != cache.rows:
         raise DataError(f"{cache.root}: {_INDEX} has {cache.rows} rows. Received: {len(index)}; delete the folder")
     return index

@@ -81,7 +81,7 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         DataError: the data is unknown, empty, of one class only, corrupt, or inconsistent between its splits.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     _log.info("listing %s", config.data)
     source = _limited(_open(config), config)
@@ -106,7 +106,7 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
 
     Raises:
         DataError: none of the probed images can be read.
-        ServiceError: see `storage`.
+        ServiceError: see `store.base`.
     """
     array = source.pixels
     probes = _probe_array(array) if array is not None else _probe_files(source, config.max_pixels)

@@ -163,7 +163,7 @@ def compare_tables(
 
     Raises:
         DataError: a table says no predicted class, or was replaced meanwhile.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     for table in (first, second):
         if not {"predicted_index", "predicted_class", "probabilities"} & set(table.schema.names):

@@ -102,7 +102,7 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
     Raises:
         DataError: there is no finished table, or another bundle made it.
         BundleError: there is no such bundle.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(uri)
     try:

@@ -59,7 +59,7 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> 
     Raises:
         ConfigError: a column other than the usual one was named, and is not there.
         DataError: the file or the column holds no labels.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if labels is not None:
         return LabelFile(labels)
@@ -121,7 +121,7 @@ class LabelFile:
 
     Raises:
         DataError: it is no such file, or has two labels for an image.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
 
     guessed = False

@@ -33,6 +33,7 @@ from mnist_dist.data.images import ImageSpec, decode_image, match_channels, resi
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, is_remote, join, temporary_name
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def write_bundle(
 ) -> BundleInfo:
     """Writes a local folder under a temporary name beside `path` and renames it when it is complete.
 
-    To publish it elsewhere: `ANYWHERE.upload_folder(path, uri, last="bundle.json")`.
+    To publish it elsewhere: `store.upload_folder(path, uri, last="bundle.json")`.
 
     Args:
         path: the folder to be; must not hold a finished bundle.
@@ -196,17 +197,18 @@ def write_bundle(
     return info
 
 
-def load_bundle(uri: str | os.PathLike[str]) -> Bundle:
+def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bundle:
     """Opens a finished bundle and checks that its model is the one it was finished with.
 
     Args:
         uri: a folder, or an `s3://` prefix, which is copied to a temporary folder first.
+        store: where it lies.
 
     Raises:
         BundleError: there is no bundle, it is unfinished or damaged, or of a newer format.
     """
     named = os.fspath(uri)
-    path = _download(named) if is_remote(named) else Path(absolute(named))
+    path = _download(named, store) if is_remote(named) else Path(absolute(named))
     info = _read_info(path, named=named)
     model_file = path / MODEL_FILE
     found = _sha256(model_file) if model_file.is_file() else "no such file"
@@ -218,28 +220,29 @@ def load_bundle(uri: str | os.PathLike[str]) -> Bundle:
     return Bundle(path, info)
 
 
-def read_bundle_info(uri: str) -> BundleInfo:
+def read_bundle_info(uri: str, *, store: Store = ANYWHERE) -> BundleInfo:
     """What a bundle says of itself; its model is not looked at.
 
     Args:
         uri: a folder or an `s3://` prefix.
+        store: where it lies.
 
     Raises:
         BundleError: there is no bundle, it is unfinished, or of a newer format.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     try:
-        data = ANYWHERE.read_bytes(join(absolute(uri), BUNDLE_FILE))
+        data = store.read_bytes(join(absolute(uri), BUNDLE_FILE))
     except FileNotFoundError as err:
         raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
     return _decode_info(data, named=uri)
 
 
-def _download(uri: str) -> Path:
+def _download(uri: str, store: Store) -> Path:
     path = Path(tempfile.mkdtemp(prefix="mnist_dist-bundle-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)  # not earlier: engines read the files when they like
     try:
-        ANYWHERE.download_folder(uri, path)
+        store.download_folder(uri, path)
     except FileNotFoundError as err:
         raise BundleError(f"there is no bundle. Received: {uri!r}") from err
     return path

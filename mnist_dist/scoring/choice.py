@@ -125,7 +125,7 @@ def row_of_line(line: str) -> Row:
     """The row of a URI in a list, whatever it is; an archive, or a member of one, is still to be opened.
 
     Raises:
-        ServiceError: see `storage`.
+        ServiceError: see `store.base`.
     """
     scheme, _, rest = line.partition("://")
     try:
@@ -166,7 +166,7 @@ def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
         The members in the order of the archive, with the carried columns of the rows that ask for them.
 
     Raises:
-        ServiceError, StorageError: see `storage`.
+        ServiceError, StorageError: see `store.base`.
     """
     index = index_archive(archive)
     left_out = LeftOut()

@@ -120,7 +120,7 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
     Raises:
         MnistDistError: a file that was to be published is gone.
         Locked: see `check`.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     decision = documents.read(output.store, generation.commit_uri, _Decision)
     mark = read_mark(output.uri, store=output.store)

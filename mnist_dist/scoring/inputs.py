@@ -90,7 +90,7 @@ def list_inputs(
     Raises:
         ConfigError: a carried column has the name of one that the predictions have.
         DataError: an input is not there, may not be listed or is no readable list; nothing was found.
-        ServiceError, StorageError: see `storage`.
+        ServiceError, StorageError: see `store.base`.
     """
     return _Search(config, stdin=stdin, progress=progress).listing()
 

@@ -270,7 +270,7 @@ def read_predictions(
     Raises:
         DataError: there is no finished table.
         ConfigError: the table has no such column.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(os.fspath(uri))
     mark = _mark_of(root, store)
@@ -308,7 +308,7 @@ def table_schema(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> pa.
     Raises:
         DataError: there is no finished table.
         FileNotFoundError: it was replaced in this moment.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(os.fspath(uri))
     return _schema_of(root, _mark_of(root, store), store)
@@ -319,7 +319,7 @@ def read_mark(uri: str, *, store: Store = ANYWHERE) -> Mark | None:
 
     Raises:
         DataError: it is the mark of something else.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     for name in (SUCCESS, FAILED, SUCCESS):  # again: a table judged anew meanwhile has had a mark all the time
         try:
@@ -336,7 +336,7 @@ def read_row_groups(uri: str, *, columns: Sequence[str] | None = None, store: St
 
     Raises:
         DataError: it is no Parquet file, or damaged.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with _open(uri, store) as file:
         for group in range(file.num_row_groups):

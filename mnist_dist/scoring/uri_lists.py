@@ -47,7 +47,7 @@ def column_names(uri: str) -> tuple[str, ...]:
 
     Raises:
         DataError: the file is not what its name says, or has no column `uri`.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if uri.lower().endswith(_TEXT_SUFFIXES):
         return ()
@@ -74,7 +74,7 @@ def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
 
     Raises:
         DataError: the file is not what its name says, or a row has no URI.
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with ANYWHERE.open_binary(uri) as stream:
         if uri.lower().endswith(_TEXT_SUFFIXES):

@@ -67,7 +67,7 @@ def new_rows(found: pa.Table, output: Output) -> pa.Table:
         output: where the table is.
 
     Raises:
-        FileNotFoundError, ServiceError, StorageError: see `storage`.
+        FileNotFoundError, ServiceError, StorageError: see `store.base`.
     """
     with ANYWHERE.open_binary(join(output.uri, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])

@@ -18,6 +18,7 @@ from mnist_dist import documents
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Locked, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +52,15 @@ class Holder:
         return f"process {self.pid} on {self.host}, last heard of {time.time() - self.time:.0f} s ago"
 
 
-def holder_of(uri: str) -> Holder | None:
+def holder_of(uri: str, *, store: Store = ANYWHERE) -> Holder | None:
     """Who holds the lock at `uri`, or None; takes nothing and changes nothing.
 
     Raises:
         DataError: the object there is no lock.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     try:
-        data = ANYWHERE.read_bytes(uri)
+        data = store.read_bytes(uri)
     except FileNotFoundError:
         return None
     if not data:  # where there are no hard links: somebody is just writing it
@@ -76,6 +77,7 @@ class Lock:
         wait_s: how long to wait, s, for a holder that may be lost.
         console: where it is said that there is something to wait for.
         stop: ends the waiting.
+        store: where the object lies.
 
     Attributes:
         lost: another driver was seen to hold it.
@@ -87,17 +89,25 @@ class Lock:
     """
 
     def __init__(
-        self, uri: str, *, what: str, wait_s: float = 0.0, console: Console | None = None, stop: Stop | None = None
+        self,
+        uri: str,
+        *,
+        what: str,
+        wait_s: float = 0.0,
+        console: Console | None = None,
+        stop: Stop | None = None,
+        store: Store = ANYWHERE,
     ) -> None:
         self._uri, self._what, self._wait_s, self._console, self._stop = uri, what, wait_s, console, stop
+        self._store = store
         self._owner = Holder(id=uuid.uuid4().hex, host=_host(), pid=os.getpid(), time=0.0)
         self.lost = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def __enter__(self) -> "Lock":
-        while not ANYWHERE.create_bytes(self._uri, self._content()):
-            holder = holder_of(self._uri)
+        while not self._store.create_bytes(self._uri, self._content()):
+            holder = holder_of(self._uri, store=self._store)
             if holder is None:
                 continue
             if holder.id == self._owner.id:
@@ -105,7 +115,7 @@ class Lock:
             if holder.is_alive and not self._falls_silent(holder):
                 continue
             log.info("taking over %s from %s", self._uri, holder)
-            ANYWHERE.delete(self._uri)
+            self._store.delete(self._uri)
         self._thread.start()
         return self
 
@@ -126,7 +136,7 @@ class Lock:
             if self._stop is not None:
                 self._stop.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            now = holder_of(self._uri)
+            now = holder_of(self._uri, store=self._store)
             if now is None:
                 return False
             if now != holder:
@@ -139,7 +149,7 @@ class Lock:
         self._closed.set()
         self._thread.join()
         if self._is_ours():
-            ANYWHERE.delete(self._uri)
+            self._store.delete(self._uri)
 
     def check(self) -> None:
         """Raises Locked where another driver has taken the lock away."""
@@ -152,12 +162,12 @@ class Lock:
                 if not self._is_ours():
                     self.lost = True
                     return
-                ANYWHERE.write_bytes(self._uri, self._content())
+                self._store.write_bytes(self._uri, self._content())
             except (OSError, ServiceError) as error:  # the next beat may get through; `check` decides
                 log.warning("the lock %s could not be renewed: %s", self._uri, error)
 
     def _is_ours(self) -> bool:
-        holder = holder_of(self._uri)
+        holder = holder_of(self._uri, store=self._store)
         return holder is not None and holder.id == self._owner.id
 
     def _content(self) -> bytes:

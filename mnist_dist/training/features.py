@@ -142,7 +142,7 @@ class Extractor:
 
         Raises:
             ConfigError: a feature is no number, or larger than float16 holds.
-            PermissionError, ServiceError, StorageError: see `storage`.
+            PermissionError, ServiceError, StorageError: see `store.base`.
         """
         plan = self._plan
         features = self._features(plan.rows_of(shard))
@@ -199,6 +199,6 @@ def open_features(plan: FeaturePlan, *, local_dir: Path) -> FeatureRows:
     Raises:
         DataError: there are none, or they are damaged or not those of the plan.
         ConfigError: the node's disk has too little room.
-        PermissionError, ServiceError, StorageError: see `storage`.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     return FeatureRows(plan.rows, ShardRows(plan.cache.on_node(local_dir).values("features")))

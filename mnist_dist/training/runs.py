@@ -21,6 +21,7 @@ from mnist_dist.documents import Document
 from mnist_dist.errors import ResumeConflict
 from mnist_dist.listing import Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
@@ -35,6 +36,7 @@ class Run:
     uri: str
     begun_by: re.Pattern[str] = CHECKPOINT
     """A run that has saved no object of such a name binds nobody: its command may have been refused."""
+    store: Store = ANYWHERE
 
     @property
     def lock_uri(self) -> str:
@@ -105,11 +107,11 @@ class Run:
         attempts = {join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
         for attempt in sorted(attempts):
             if not kept.startswith(f"{attempt}/"):
-                ANYWHERE.delete_tree(attempt)
+                self.store.delete_tree(attempt)
 
     def _names(self) -> list[str]:
         """Everything in the folder, relative to it."""
-        return [entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.list_entries(self.uri)]
+        return [entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.list_entries(self.uri)]
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
         """A document of the folder, or None.
@@ -118,13 +120,13 @@ class Run:
             DataError: it is damaged.
         """
         try:
-            return documents.read(ANYWHERE, join(self.uri, name), kind)
+            return documents.read(self.store, join(self.uri, name), kind)
         except FileNotFoundError:
             return None
 
     def write(self, name: str, document: Any) -> None:
         """Puts a document into the folder."""
-        documents.write(ANYWHERE, join(self.uri, name), document)
+        documents.write(self.store, join(self.uri, name), document)
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def _read_history(folder: Folder) -> list[dict[str, str]]:
     """The epochs so far."""
     if "history.csv" not in folder.files:
         return []
-    return list(csv.DictReader(ANYWHERE.read_bytes(join(folder.uri, "history.csv")).decode().splitlines()))
+    return list(csv.DictReader(folder.store.read_bytes(join(folder.uri, "history.csv")).decode().splitlines()))
 
 
 def _epochs_asked(facts: RunFacts | None) -> int | None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from mnist_dist import documents
 from mnist_dist.models.history import Epoch
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 Status = Literal["running", "done", "stopped", "failed"]
@@ -82,17 +83,18 @@ class TrialRecords:
     """The records below one folder (`trials` or `finalists`)."""
 
     uri: str
+    store: Store = ANYWHERE
 
     def write(self, trial: Trial) -> None:
         """Puts a trial's record in place of what was there."""
-        documents.write(ANYWHERE, self._record_uri(trial.number), trial)
+        documents.write(self.store, self._record_uri(trial.number), trial)
 
     def read(self) -> dict[int, Trial]:
         """All trials by number, in order."""
-        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in ANYWHERE.list_entries(self.uri))
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.list_entries(self.uri))
         numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
         with ThreadPoolExecutor(THREADS) as pool:
-            read = pool.map(lambda number: documents.read(ANYWHERE, self._record_uri(number), Trial), numbers)
+            read = pool.map(lambda number: documents.read(self.store, self._record_uri(number), Trial), numbers)
             return dict(zip(numbers, read, strict=True))
 
     def _record_uri(self, number: int) -> str:
