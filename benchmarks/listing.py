@@ -44,13 +44,13 @@ from mnist_dist import processor
 from mnist_dist.config import InputConfig, require
 from mnist_dist.console import Console
 from mnist_dist.errors import MnistDistError
-from mnist_dist.scoring import listed
+from mnist_dist.scoring import image_table
 from mnist_dist.scoring.generations import MANIFEST, Output, Plan
+from mnist_dist.scoring.image_table import ImageRow
 from mnist_dist.scoring.inputs import list_inputs
-from mnist_dist.scoring.listed import Row
 from mnist_dist.scoring.manifest import MIN_SHARD, Manifest, choose_shard_size, write_manifest
 from mnist_dist.scoring.parts import LISTED
-from mnist_dist.scoring.work import new_rows
+from mnist_dist.scoring.selection import new_rows
 
 Case = Literal["listing", "resume", "incremental"]
 Figures = dict[str, float]
@@ -305,7 +305,7 @@ def write_committed(folder: str, rows: int) -> Figures:
 def listed_table(start: int, rows: int) -> pa.Table:
     """Images as `list_inputs` gives them, by their numbers."""
     numbers = range(start, start + rows)
-    return listed.table_of(Row(f"s3://bucket/{key_of(n)}", size_of(n), etag_of(n)) for n in numbers)
+    return image_table.table_of(ImageRow(f"s3://bucket/{key_of(n)}", size_of(n), etag_of(n)) for n in numbers)
 
 
 # --- a bucket --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from PIL import Image
 
 WIDTH_PX, HEIGHT_PX = 500, 375
 QUALITY = 95  # gives about 68 KB: enlarged crops hold less detail than a camera's picture of that size
-LEAST_SCALE = 0.8  # of the largest crop of that shape
+MIN_SCALE = 0.8  # of the largest crop of that shape
 
 
 def write_photos(folder: Path, *, count: int, seed: int = 0) -> list[Path]:
@@ -64,7 +64,7 @@ def _sources() -> list[Image.Image]:
 
 def _crop(sources: Sequence[Image.Image], random: np.random.Generator) -> Image.Image:
     source = sources[int(random.integers(len(sources)))]
-    width = min(source.width, source.height * WIDTH_PX / HEIGHT_PX) * random.uniform(LEAST_SCALE, 1)
+    width = min(source.width, source.height * WIDTH_PX / HEIGHT_PX) * random.uniform(MIN_SCALE, 1)
     height = width * HEIGHT_PX / WIDTH_PX
     left, top = random.uniform(0, source.width - width), random.uniform(0, source.height - height)
     box = (left, top, left + width, top + height)

@@ -29,7 +29,7 @@ from mnist_dist.on_ray.scoring.engine import places
         ([(1, 1), (1, 1), (1, 1)], {}, None, 3, 0.5, 1, False),  # nor are three halves one
     ],
 )
-def test_actors_take_most_of_the_cluster(
+def test_actors_take_max_of_the_cluster(
     nodes: list[tuple[float, float]],
     run: dict[str, object],
     most: int | None,

@@ -30,7 +30,7 @@ from mnist_dist.data.archives import (
 from mnist_dist.errors import ImageError, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
 
-MOST_BYTES = 2**20
+MAX_BYTES = 2**20
 BLOCK_BYTES = 512
 FILES = {  # around the block size of tar
     "a/one.png": b"1",
@@ -78,9 +78,9 @@ def status(value: bytes | ImageError | None) -> str:
     return value.status if isinstance(value, ImageError) else "ok"
 
 
-def read(uri: str, index: ArchiveIndex, *, most_bytes: int = MOST_BYTES) -> dict[str, bytes | str]:
+def read(uri: str, index: ArchiveIndex, *, max_bytes: int = MAX_BYTES) -> dict[str, bytes | str]:
     """What each member yields: bytes, or the word of its error."""
-    images = list(read_members(uri, index.members, most_bytes=most_bytes))
+    images = list(read_members(uri, index.members, max_bytes=max_bytes))
     assert len(images) == len(index.members)
     return {
         member.name: image.status if isinstance(image, ImageError) else image
@@ -91,7 +91,7 @@ def read(uri: str, index: ArchiveIndex, *, most_bytes: int = MOST_BYTES) -> dict
 def statuses(uri: str) -> tuple[str, list[str]]:
     """The word for the archive, and those for its members when they are read."""
     index = index_archive(uri)
-    return status(index.problem), [status(image) for image in read_members(uri, index.members, most_bytes=MOST_BYTES)]
+    return status(index.problem), [status(image) for image in read_members(uri, index.members, max_bytes=MAX_BYTES)]
 
 
 def patched(data: bytes, position: int, *values: bytes) -> bytes:
@@ -492,7 +492,7 @@ def test_where_a_stream_breaks_off_the_rest_is_truncated(tmp_path: Path, compres
     uri = put(tmp_path, data)
     index = index_archive(uri)
     put(tmp_path, data[: len(data) * 2 // 3])
-    found = [status(image) for image in read_members(uri, index.members, most_bytes=MOST_BYTES)]
+    found = [status(image) for image in read_members(uri, index.members, max_bytes=MAX_BYTES)]
     whole = found.count("ok")
     assert 4 <= whole <= 6  # of bzip2 the whole blocks, 100 kB each
     assert found == ["ok"] * whole + ["truncated"] * (10 - whole)
@@ -622,7 +622,7 @@ def test_a_member_that_claims_gigabytes_costs_nothing(tmp_path: Path) -> None:
 def test_a_bomb_that_claims_to_be_small_is_unreadable(tmp_path: Path, packing: str, claimed_bytes: int) -> None:
     data = claim_size(zip_bytes([("a.png", bytes(5 * 2**20))], ZIP_PACKINGS[packing]), claimed_bytes)
     uri = put(tmp_path, data, "shard.zip")
-    (image,) = read_members(uri, index_archive(uri).members, most_bytes=MOST_BYTES)
+    (image,) = read_members(uri, index_archive(uri).members, max_bytes=MAX_BYTES)
     assert status(image) == "unreadable"
 
 
@@ -640,10 +640,10 @@ def test_larger_members_are_not_read(tmp_path: Path, suffix: str) -> None:
     data = zip_bytes(FILES.items()) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(FILES.items()))
     uri = put(tmp_path, data, f"shard{suffix}")
     index = index_archive(uri)
-    assert read(uri, index, most_bytes=7000) == FILES | {"c/many.png": "too_large"}
+    assert read(uri, index, max_bytes=7000) == FILES | {"c/many.png": "too_large"}
     Path(uri).unlink()
-    assert set(read(uri, index, most_bytes=0).values()) == {"too_large"}
-    assert read(uri, index, most_bytes=7000) == dict.fromkeys(FILES, "missing") | {"c/many.png": "too_large"}
+    assert set(read(uri, index, max_bytes=0).values()) == {"too_large"}
+    assert read(uri, index, max_bytes=7000) == dict.fromkeys(FILES, "missing") | {"c/many.png": "too_large"}
 
 
 def member(offset: int, size_bytes: int, problem: str | None = None) -> Member:
@@ -667,7 +667,7 @@ def member(offset: int, size_bytes: int, problem: str | None = None) -> Member:
     ],
 )
 def test_neighbours_are_fetched_together(members: list[Member], groups: list[tuple[int, int]]) -> None:
-    assert member_groups(members, most_bytes=100, most_gap=50) == [range(*group) for group in groups]
+    assert member_groups(members, max_bytes=100, max_gap=50) == [range(*group) for group in groups]
 
 
 def test_a_compressed_tar_is_one_group() -> None:
@@ -682,7 +682,7 @@ def test_members_come_in_the_order_in_which_they_are_asked_for(tmp_path: Path, s
     uri = put(tmp_path, data, f"shard{suffix}")
     members = list(index_archive(uri).members) * 2
     random.Random(0).shuffle(members)
-    images = read_members(uri, members, most_bytes=MOST_BYTES)
+    images = read_members(uri, members, max_bytes=MAX_BYTES)
     assert list(images) == [files[member.name] for member in members]
 
 
@@ -697,7 +697,7 @@ def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypat
     uri = f"{root}/shard{suffix}"
     ANYWHERE.write_bytes(uri, data)
     index = index_archive(uri)
-    groups = member_groups(index.members, most_bytes=2**19)
+    groups = member_groups(index.members, max_bytes=2**19)
     ranges: list[tuple[int, int]] = []
     read_range = ANYWHERE.read_range
 
@@ -707,7 +707,7 @@ def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypat
 
     monkeypatch.setattr(ANYWHERE, "read_range", counted)
     members = [index.members[group.start : group.stop] for group in groups]
-    images = [image for group in members for image in read_members(uri, group, most_bytes=MOST_BYTES)]
+    images = [image for group in members for image in read_members(uri, group, max_bytes=MAX_BYTES)]
     assert images == list(files.values())
     if index.members[0].packing == "stream":
         assert (len(groups), len(ranges)) == (1, 0)
@@ -718,5 +718,5 @@ def test_a_shard_of_samples_costs_few_requests(root: str, suffix: str, monkeypat
 def test_an_archive_on_s3_that_is_not_there_is_missing(s3: str) -> None:
     index = index_archive(f"{s3}/no.tar")
     assert (index.members, status(index.problem)) == ((), "missing")
-    images = list(read_members(f"{s3}/no.tar", [member(0, 10), member(512, 20)], most_bytes=MOST_BYTES))
+    images = list(read_members(f"{s3}/no.tar", [member(0, 10), member(512, 20)], max_bytes=MAX_BYTES))
     assert [status(image) for image in images] == ["missing", "missing"]

@@ -69,7 +69,7 @@ def test_the_seed_networks_have_their_published_sizes(name: str, parameters: int
 def test_every_backbone_is_built_saved_and_loaded_by_plain_keras(name: str, tmp_path: Path) -> None:
     row = BACKBONES[name]
     spec = ImageSpec(height_px=29, width_px=31, channels=3)
-    config = ModelConfig(backbone=name, image_size_px=row.least_size_px)
+    config = ModelConfig(backbone=name, image_size_px=row.min_size_px)
     classifier = build_classifier(config, spec=spec, num_classes=7)
     images = random_images(5, spec)
 
@@ -92,7 +92,7 @@ def test_every_backbone_is_built_saved_and_loaded_by_plain_keras(name: str, tmp_
     "name", ["cnn_bn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "vgg16"))]
 )
 def test_a_training_step_moves_the_weights(name: str) -> None:
-    size_px = BACKBONES[name].least_size_px
+    size_px = BACKBONES[name].min_size_px
     config = ModelConfig(backbone=name, image_size_px=size_px, alpha=0.25 if name == "mobilenet" else 1)
     network = build_classifier(config, spec=DIGITS, num_classes=3).network
     before = [weight.numpy() for weight in network.trainable_weights]
@@ -148,7 +148,7 @@ def test_every_row_is_consistent(name: str) -> None:
     row = BACKBONES[name]
 
     assert row.name == name
-    assert row.least_size_px <= row.native_size_px
+    assert row.min_size_px <= row.native_size_px
     assert row.scratch == (row.weights_published is None)
     assert row.source
     check_trainable(row, next(iter(row.cut_points)))
@@ -166,7 +166,7 @@ def test_an_unknown_backbone_is_refused_with_the_close_names() -> None:
         find_backbone("resnet5")
 
 
-def test_an_image_below_the_least_size_is_refused() -> None:
+def test_an_image_below_the_min_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"xception needs images of at least 71 px.*Received: image_size_px=64"):
         check_size(find_backbone("xception"), 64)
 

@@ -22,16 +22,16 @@ import pytest
 from mnist_dist.config import InputConfig
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
-from mnist_dist.scoring import listed
+from mnist_dist.scoring import image_table
+from mnist_dist.scoring.image_table import BATCH_ROWS, ImageRow
 from mnist_dist.scoring.inputs import Listing, list_inputs
-from mnist_dist.scoring.listed import BATCH_ROWS, Row
 from mnist_dist.scoring.manifest import COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import join
 
 MANY = 1_000_000
-MOST_GROWTH_MIB = 700
+MAX_GROWTH_MIB = 700
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -623,8 +623,10 @@ def test_a_list_picks_members_and_opens_archives(root: str) -> None:
 
 def test_an_archive_is_opened_once_for_all_members_that_are_picked(tmp_path: Path) -> None:
     uris = [f"/{letter}.tar!{number}.png" for number in range(30_000) for letter in "ab"]
-    table = listed.sorted_by_uri(listed.table_of(Row(uri, archive=uri.partition("!")[0]) for uri in uris))
-    assert list(listed.waiting_runs(table)) == [("/a.tar", 0, 30_000), ("/b.tar", 30_000, 60_000)]
+    table = image_table.sorted_by_uri(
+        image_table.table_of(ImageRow(uri, archive=uri.partition("!")[0]) for uri in uris)
+    )
+    assert list(image_table.waiting_runs(table)) == [("/a.tar", 0, 30_000), ("/b.tar", 30_000, 60_000)]
 
 
 def test_more_archives_than_threads_stay_in_order(root: str) -> None:
@@ -772,24 +774,24 @@ def test_a_listing_travels(tmp_path: Path) -> None:
 
 def test_rows_are_sorted_and_told_apart_over_many_batches() -> None:
     numbers = [(number * 7919) % 60_001 for number in range(120_002)]  # each number twice, far apart
-    table = listed.table_of(Row(f"/{number:06d}", size) for size, number in enumerate(numbers))
+    table = image_table.table_of(ImageRow(f"/{number:06d}", size) for size, number in enumerate(numbers))
     assert table["uri"].num_chunks == 3
-    in_order = listed.sorted_by_uri(table)
+    in_order = image_table.sorted_by_uri(table)
     assert in_order["uri"].to_pylist() == sorted(table["uri"].to_pylist())
-    once = listed.first_of_each(in_order)
+    once = image_table.first_of_each(in_order)
     assert once["uri"].to_pylist() == [f"/{number:06d}" for number in range(60_001)]
     assert max(once["size_bytes"].to_pylist()) == 60_000  # the first of each two
-    assert listed.first_of_each(table).num_rows == 60_001
-    assert listed.sorted_by_uri(once) is once
-    assert listed.first_of_each(once) is once
+    assert image_table.first_of_each(table).num_rows == 60_001
+    assert image_table.sorted_by_uri(once) is once
+    assert image_table.first_of_each(once) is once
 
 
 def test_many_small_batches_become_few() -> None:
-    small = pa.concat_tables([listed.table_of([Row(f"/{number}", number)]) for number in range(900)])
-    few = listed.compact(small)
+    small = pa.concat_tables([image_table.table_of([ImageRow(f"/{number}", number)]) for number in range(900)])
+    few = image_table.compact(small)
     assert (small["uri"].num_chunks, few["uri"].num_chunks) == (900, 1)
     assert few.equals(small)
-    assert listed.compact(small.slice(0, 0)).num_rows == 0
+    assert image_table.compact(small.slice(0, 0)).num_rows == 0
 
 
 LISTS_MANY = """
@@ -828,4 +830,4 @@ def test_a_million_images_need_little_memory(inputs: tuple[str, ...]) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     growth_mib = int(ran.stdout.split()[0])
-    assert growth_mib < MOST_GROWTH_MIB, ran.stdout
+    assert growth_mib < MAX_GROWTH_MIB, ran.stdout

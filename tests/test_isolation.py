@@ -23,7 +23,7 @@ SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 GOOD = encoded(Image.fromarray(rgb_pixels()), "JPEG")
 LARGE = encoded(Image.new("RGB", (1300, 900)), "PNG")  # takes more memory than an eater of all leaves
 NOISE = encoded(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8)), "PNG")
-MOST_PIXELS = 1_200_000
+MAX_PIXELS = 1_200_000
 END_S = 120
 
 PARENT = """
@@ -49,7 +49,7 @@ def dangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def isolated(*, spec: ImageSpec = SPEC, timeout_s: float = 30) -> Iterator[IsolatedDecoder]:
-    decoder = IsolatedDecoder(spec, max_pixels=MOST_PIXELS, timeout_s=timeout_s)
+    decoder = IsolatedDecoder(spec, max_pixels=MAX_PIXELS, timeout_s=timeout_s)
     try:
         yield decoder
     finally:
@@ -71,8 +71,8 @@ def children() -> list[psutil.Process]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], *, most_s: float = END_S) -> bool:
-    deadline = time.monotonic() + most_s
+def wait_until(condition: Callable[[], bool], *, max_s: float = END_S) -> bool:
+    deadline = time.monotonic() + max_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_an_image_comes_through() -> None:
             with pytest.raises(ImageError, match=f"^{status}: ") as caught:
                 decoder.decode(data)
             with pytest.raises(ImageError, match=f"^{status}: ") as expected:
-                decode_image(data, SPEC, max_pixels=MOST_PIXELS)
+                decode_image(data, SPEC, max_pixels=MAX_PIXELS)
             assert str(caught.value) == str(expected.value)
         assert len(children()) == 1
 

@@ -18,7 +18,7 @@ FLOORS = {
     ),
     "documents": 1,
     "store": 2,
-    **dict.fromkeys(("session", "listing", "evaluate_config", "export_config", "doctor_config"), 3),
+    **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "doctor_config"), 3),
     "data": 4,
     "models": 5,
     "engines": 6,

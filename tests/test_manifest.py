@@ -13,8 +13,8 @@ from corpus import manifest_rows
 from mnist_dist.scoring.manifest import (
     COLUMNS,
     MAX_SHARD,
+    MAX_SHARDS,
     MIN_SHARD,
-    MOST_SHARDS,
     SHARD,
     SHARD_BYTES,
     Manifest,
@@ -135,10 +135,10 @@ def test_a_shard_is_chosen_by_images_and_bytes(rows: int, total_bytes: int, expe
 
 
 @pytest.mark.parametrize("total_bytes", [0, 10**10, 10**14])
-def test_ten_million_images_are_at_most_ten_thousand_shards(total_bytes: int) -> None:
+def test_ten_million_images_are_at_max_ten_thousand_shards(total_bytes: int) -> None:
     rows = 10_000_000
     size = choose_shard_size(rows, total_bytes=total_bytes)
-    assert -(-rows // size) <= MOST_SHARDS
+    assert -(-rows // size) <= MAX_SHARDS
     assert MIN_SHARD <= size <= MAX_SHARD
 
 

@@ -225,7 +225,7 @@ def test_a_class_without_images_has_no_recall_and_counts_in_no_mean() -> None:
     assert "class c" not in text
 
 
-def test_the_most_confident_mistakes_and_the_least_confident_hits_are_kept() -> None:
+def test_the_max_confident_mistakes_and_the_min_confident_hits_are_kept() -> None:
     confidence = [0.9, 0.6, 0.9, 0.7, 0.6, 0.8, 0.5, 0.95]
     predicted = [1, 1, 1, 1, 0, 0, 0, 0]
     scores = np.concatenate([one_hot([p], 3, confidence=c) for p, c in zip(predicted, confidence, strict=True)])

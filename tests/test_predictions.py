@@ -123,7 +123,7 @@ def test_a_carried_column_has_a_name_of_its_own(names: tuple[str, ...]) -> None:
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_says_the_most_probable_class() -> None:
+def test_a_row_says_the_max_probable_class() -> None:
     row = rows_of(some_outcomes([[0.125, 0.25, 0.5, 0.125]], ["ok"])).to_pylist()[0]
     assert row == {
         "uri": "0",

@@ -21,8 +21,8 @@ from mnist_dist.scoring.reading import Encoded, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
-MOST_BYTES = 1000
-MEMBERS = {"a.png": b"first", "b/c.png": b"the second", "d.png": bytes(MOST_BYTES + 1), "e.png": b"", "f.png": b"last"}
+MAX_BYTES = 1000
+MEMBERS = {"a.png": b"first", "b/c.png": b"the second", "d.png": bytes(MAX_BYTES + 1), "e.png": b"", "f.png": b"last"}
 OF_MEMBERS = ["first", "the second", "too_large", "empty", "last"]
 NOBODY = 65534
 
@@ -41,7 +41,7 @@ def put(root: str, name: str, data: bytes) -> str:
 def read(rows: pa.Table) -> list[Encoded]:
     """In the order of the rows."""
     found: dict[int, Encoded] = {}
-    for request in plan_reads(rows, most_bytes=MOST_BYTES):
+    for request in plan_reads(rows, max_bytes=MAX_BYTES):
         found |= zip(request.rows, request.run(), strict=True)
     return [found[row] for row in range(len(rows))]
 
@@ -66,7 +66,7 @@ def listed(*uris: str) -> pa.Table:
 
 
 def requests(rows: pa.Table) -> list[list[int]]:
-    return [list(request.rows) for request in plan_reads(rows, most_bytes=MOST_BYTES)]
+    return [list(request.rows) for request in plan_reads(rows, max_bytes=MAX_BYTES)]
 
 
 # --- files and objects -----------------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def test_a_file_without_bytes_is_empty(root: str) -> None:
 
 
 def test_a_file_of_too_many_bytes_is_too_large(root: str) -> None:
-    assert read_one(put(root, "most.png", bytes(MOST_BYTES))).data == bytes(MOST_BYTES)
-    found = read_one(put(root, "more.png", bytes(MOST_BYTES + 1)))
+    assert read_one(put(root, "most.png", bytes(MAX_BYTES))).data == bytes(MAX_BYTES)
+    found = read_one(put(root, "more.png", bytes(MAX_BYTES + 1)))
     assert error_of(found) == "too_large: 1,001 bytes are more than 1,000"
-    assert found.size_bytes == MOST_BYTES + 1
+    assert found.size_bytes == MAX_BYTES + 1
     assert found.etag
 
 
@@ -305,8 +305,8 @@ def no_more_open_files() -> Iterator[None]:
 def test_an_error_of_the_service_is_raised(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"some bytes")
     (tmp_path / "x.tar").write_bytes(tar_of(MEMBERS))
-    (request,) = plan_reads(manifest_rows([str(tmp_path / "x.png")]), most_bytes=MOST_BYTES)
-    (members,) = plan_reads(listed(str(tmp_path / "x.tar")), most_bytes=MOST_BYTES)
+    (request,) = plan_reads(manifest_rows([str(tmp_path / "x.png")]), max_bytes=MAX_BYTES)
+    (members,) = plan_reads(listed(str(tmp_path / "x.tar")), max_bytes=MAX_BYTES)
     for asked in (request, members):
         with no_more_open_files(), pytest.raises(ServiceError, match="Too many open files"):
             list(asked.run())

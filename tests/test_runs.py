@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mnist_dist.errors import ResumeConflict
-from mnist_dist.listing import RunFacts
+from mnist_dist.inventory import RunFacts
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 from mnist_dist.training.runs import Run

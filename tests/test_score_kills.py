@@ -152,9 +152,9 @@ def kill_at(moment: str, job: Job, choose: random.Random) -> None:
     else:
         job.until(lambda: job.shards_done() >= 1)
         job.descendants()
-        begun, most_s = choose.choice([(job.is_building_the_table, 0.05), (job.is_publishing_the_table, 0.01)])
+        begun, max_s = choose.choice([(job.is_building_the_table, 0.05), (job.is_publishing_the_table, 0.01)])
         job.until(begun, poll_s=0.0005)
-        time.sleep(choose.uniform(0, most_s))
+        time.sleep(choose.uniform(0, max_s))
     job.kill()
 
 

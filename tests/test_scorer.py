@@ -60,7 +60,7 @@ class ColourEngine:
         calls_at_once: int = 1,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        self.calls_at_once, self.under_way, self.most_under_way = calls_at_once, 0, 0
+        self.calls_at_once, self.under_way, self.max_under_way = calls_at_once, 0, 0
         self._lock = threading.Lock()
         self.batch_size, self.num_features, self.meanwhile = batch_size, spec.image_bytes if spec else 0, meanwhile
         self.sizes: list[int] = []
@@ -72,7 +72,7 @@ class ColourEngine:
         with self._lock:
             self.sizes.append(len(pixels))
             self.under_way += 1
-            self.most_under_way = max(self.most_under_way, self.under_way)
+            self.max_under_way = max(self.max_under_way, self.under_way)
         try:
             return self._outputs(pixels)
         finally:
@@ -256,14 +256,14 @@ def test_batches_are_filled_across_shards(archive: pa.Table) -> None:
 @pytest.mark.parametrize("calls", [2, 3])
 def test_as_many_calls_as_the_engine_takes_at_once_lose_nothing(archive: pa.Table, calls: int) -> None:
     engine = ColourEngine(calls_at_once=calls)
-    engine.meanwhile = lambda: wait_until(lambda: engine.most_under_way == calls)
+    engine.meanwhile = lambda: wait_until(lambda: engine.max_under_way == calls)
     with scoring(engine) as scorer, ThreadPoolExecutor(2) as pool:
         parts = [list(range(start, start + 10)) for start in range(0, IMAGES, 10)]
         for numbers, outcomes in zip(
             parts, pool.map(lambda some: scorer.score(archive.take(some)), parts), strict=True
         ):
             check_outcomes(outcomes, numbers)
-    assert engine.most_under_way == calls
+    assert engine.max_under_way == calls
     assert sum(engine.sizes) == IMAGES
 
 

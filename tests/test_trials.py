@@ -96,7 +96,7 @@ def test_records_are_read_in_the_order_of_their_numbers_and_nothing_else_is(tmp_
     assert list(records.read()) == [2, 10, 1_000]
 
 
-def test_the_best_is_the_most_accurate_then_of_least_loss_then_the_first() -> None:
+def test_the_best_is_the_max_accurate_then_of_min_loss_then_the_first() -> None:
     trials = [made(4, 0.8, None), made(3, 0.8, 0.6), made(2, 0.8, 0.6), made(1, 0.9, 0.9), made(0, 0.8, 0.7)]
     assert numbers(sorted(trials, key=lambda trial: trial.rank)) == [1, 2, 3, 0, 4]
 
@@ -108,7 +108,7 @@ def test_what_failed_or_still_runs_is_of_no_use_and_last() -> None:
     assert usable([]) == []
 
 
-def test_errors_are_counted_the_most_frequent_first() -> None:
+def test_errors_are_counted_the_max_frequent_first() -> None:
     errors = ["no number", None, "out of memory", "no number"]
     trials = [replace(made(n, None, None, "failed"), error=error) for n, error in enumerate(errors)]
     trials.append(replace(made(9), error="of a trial that came to something"))

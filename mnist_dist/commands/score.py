@@ -6,16 +6,16 @@ mnist-dist score --list [--storage URI]: the prediction tables below a folder or
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, listing
+from mnist_dist import console, inventory
 from mnist_dist.config import ScoreJob
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses, scores, says where the table is and how to read it; returns the job's JSON keys."""
-    asked = listing.asked(program, arguments)
+    asked = inventory.asked(program, arguments)
     if asked is not None:
         return show_tables(asked)
-    _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=listing.HELP)
+    _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=inventory.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
     if job.run.plan:
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_tables(asked: listing.ListJob) -> dict[str, Any]:
+def show_tables(asked: inventory.ListJob) -> dict[str, Any]:
     """Shows the prediction tables below a folder or prefix; returns the job's JSON keys."""
-    from mnist_dist.scoring.listing import DEPTH, table_row  # only here: it loads pyarrow
+    from mnist_dist.scoring.output_row import DEPTH, table_row  # only here: it loads pyarrow
 
-    rows = listing.rows_below(asked.storage, table_row, depth=DEPTH)
-    return listing.show(rows, job=asked, what="prediction tables", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(asked.storage, table_row, depth=DEPTH)
+    return inventory.show(rows, job=asked, what="prediction tables", console=console.Console(verbose=asked.verbose))

@@ -6,17 +6,17 @@ mnist-dist search --list [--storage URI]: the searches below a storage.
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, listing
+from mnist_dist import console, inventory
 from mnist_dist.recipes import SEARCH_RECIPES
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses, searches, says what won; returns the job's JSON keys."""
-    asked = listing.asked(program, arguments)
+    asked = inventory.asked(program, arguments)
     if asked is not None:
         return show_searches(asked)
     recipe, job = console.parse(
-        SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=listing.HELP
+        SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=inventory.HELP
     )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_searches(asked: listing.ListJob) -> dict[str, Any]:
+def show_searches(asked: inventory.ListJob) -> dict[str, Any]:
     """Shows the searches below a storage; returns the job's JSON keys."""
-    from mnist_dist.tuning.listing import search_row  # only here: who searches need not wait for it
+    from mnist_dist.tuning.search_row import search_row  # only here: who searches need not wait for it
 
-    rows = listing.rows_below(asked.storage, search_row)
-    return listing.show(rows, job=asked, what="searches", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(asked.storage, search_row)
+    return inventory.show(rows, job=asked, what="searches", console=console.Console(verbose=asked.verbose))

@@ -6,17 +6,17 @@ mnist-dist train --list [--storage URI]: the training runs below a storage.
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, listing
+from mnist_dist import console, inventory
 from mnist_dist.recipes import TRAINING_RECIPES
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses, trains, says what came of it; returns the job's JSON keys."""
-    asked = listing.asked(program, arguments)
+    asked = inventory.asked(program, arguments)
     if asked is not None:
         return show_runs(asked)
     recipe, job = console.parse(
-        TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=listing.HELP
+        TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=inventory.HELP
     )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_runs(asked: listing.ListJob) -> dict[str, Any]:
+def show_runs(asked: inventory.ListJob) -> dict[str, Any]:
     """Shows the training runs below a storage; returns the job's JSON keys."""
     from mnist_dist.training.runs import run_row  # only here: what trains imports it when it begins
 
-    rows = listing.rows_below(asked.storage, run_row)
-    return listing.show(rows, job=asked, what="training runs", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(asked.storage, run_row)
+    return inventory.show(rows, job=asked, what="training runs", console=console.Console(verbose=asked.verbose))

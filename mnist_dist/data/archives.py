@@ -47,8 +47,8 @@ _ZIP_MAGICS = (_ZIP_HEADER_MAGIC, b"PK\5\6", b"PK\7\x08")  # a member, the end o
 _MAGIC_BYTES = 512
 _DRAIN_BYTES = 1 << 20
 _TAR_BLOCK_BYTES = 512
-_MOST_HEADER_BYTES = 16 * 2**20  # of names and attributes in one tar header; `tarfile` would read any number
-_MOST_SIZE_BYTES = 2**62  # above it nothing is true, and no file can be sought in
+_MAX_HEADER_BYTES = 16 * 2**20  # of names and attributes in one tar header; `tarfile` would read any number
+_MAX_SIZE_BYTES = 2**62  # above it nothing is true, and no file can be sought in
 _ZIP_HEADER_BYTES = 30  # without name and extra field
 _ZIP_SLACK_BYTES = 256  # for the extra field of a local header, whose length only that header says
 _ZIP_ENCRYPTED, _ZIP_PATCHED = 0x41, 0x20  # flag bits. Source: PKWARE APPNOTE 6.3.10, 4.4.4
@@ -137,15 +137,13 @@ def index_archive(uri: str) -> ArchiveIndex:
     return ArchiveIndex(entry, members, listing.duplicates, problem)
 
 
-def member_groups(
-    members: Sequence[Member], *, most_bytes: int = 4 * 2**20, most_gap: int = 128 * 2**10
-) -> list[range]:
+def member_groups(members: Sequence[Member], *, max_bytes: int = 4 * 2**20, max_gap: int = 128 * 2**10) -> list[range]:
     """Splits members of one archive into runs that one ranged request fetches each.
 
     Args:
         members: of one archive, best in the order of their offset.
-        most_bytes: that a request fetches; a larger member is alone in its group.
-        most_gap: bytes between two members that are fetched for nothing rather than in a request of their own.
+        max_bytes: that a request fetches; a larger member is alone in its group.
+        max_gap: bytes between two members that are fetched for nothing rather than in a request of their own.
 
     Returns:
         Ranges of positions in `members`, together all of them in order. A compressed tar is one group; members with a
@@ -162,7 +160,7 @@ def member_groups(
             span = extent
             continue
         joined = range(span.start, max(span.stop, extent.stop))
-        if span.start <= extent.start <= span.stop + most_gap and len(joined) <= most_bytes:
+        if span.start <= extent.start <= span.stop + max_gap and len(joined) <= max_bytes:
             span = joined
         else:
             starts.append(position)
@@ -170,13 +168,13 @@ def member_groups(
     return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(members)])]
 
 
-def read_members(uri: str, members: Sequence[Member], *, most_bytes: int) -> Iterator[bytes | ImageError]:
+def read_members(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[bytes | ImageError]:
     """The bytes of members of one archive, in their order.
 
     Args:
         uri: of the archive.
         members: of its index; one group of `member_groups` costs one request.
-        most_bytes: larger members are not read.
+        max_bytes: larger members are not read.
 
     Yields:
         The unpacked bytes, or an `ImageError`: the member's own problem, `too_large`, `empty`, `missing`, `denied`,
@@ -185,7 +183,7 @@ def read_members(uri: str, members: Sequence[Member], *, most_bytes: int) -> Ite
     Raises:
         ServiceError, StorageError: not the archive but the storage failed.
     """
-    known = [_known_problem(member, most_bytes) for member in members]
+    known = [_known_problem(member, max_bytes) for member in members]
     wanted = [member for member, problem in zip(members, known, strict=True) if problem is None]
     streamed = bool(wanted) and wanted[0].packing == "stream"
     images = _streamed_images(uri, wanted) if streamed else _ranged_images(uri, wanted)
@@ -193,14 +191,14 @@ def read_members(uri: str, members: Sequence[Member], *, most_bytes: int) -> Ite
         yield problem or next(images)
 
 
-def _known_problem(member: Member, most_bytes: int) -> ImageError | None:
+def _known_problem(member: Member, max_bytes: int) -> ImageError | None:
     if member.problem is not None:
         return member.problem
     if member.size_bytes == 0:
         return ImageError("empty", "the member has no bytes")
     largest = max(member.size_bytes, member.stored_bytes)  # one that packs worse than nothing is as much to hold
-    if largest > most_bytes:
-        return ImageError("too_large", f"{largest:,} bytes are more than {most_bytes:,}")
+    if largest > max_bytes:
+        return ImageError("too_large", f"{largest:,} bytes are more than {max_bytes:,}")
     return None
 
 
@@ -295,10 +293,10 @@ def _list_zip(file: BinaryIO, archive_bytes: int, listing: _Listing) -> None:
 def _zip_member(info: zipfile.ZipInfo, archive_bytes: int) -> Member:
     member = Member(
         name=info.filename,
-        size_bytes=min(info.file_size, _MOST_SIZE_BYTES),
+        size_bytes=min(info.file_size, _MAX_SIZE_BYTES),
         packing=_ZIP_PACKINGS.get(info.compress_type, "other"),
-        offset=min(info.header_offset, _MOST_SIZE_BYTES),
-        stored_bytes=min(info.compress_size, _MOST_SIZE_BYTES),
+        offset=min(info.header_offset, _MAX_SIZE_BYTES),
+        stored_bytes=min(info.compress_size, _MAX_SIZE_BYTES),
         crc32=info.CRC,
         problem=None,
     )
@@ -330,7 +328,7 @@ class _TarSource:
         self._size_bytes = size_bytes
 
     def read(self, size: int, /) -> bytes:
-        if not 0 <= size <= _MOST_HEADER_BYTES:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.block_start = self.file.tell()
         with _image_errors():  # tarfile would make a zlib.error one of its own
@@ -378,7 +376,7 @@ def _headers(source: _TarSource) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=source, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             info = tar.next()
             while info is not None:
-                if not 0 <= info.size < _MOST_SIZE_BYTES:
+                if not 0 <= info.size < _MAX_SIZE_BYTES:
                     raise ImageError("unreadable", f"the header at byte {start} says {info.size} bytes of data")
                 yield info
                 source.skip_to(tar.offset)

@@ -24,7 +24,7 @@ import mnist_dist
 from mnist_dist.data.images import Decoded, ImageSpec, decode_image
 from mnist_dist.errors import ImageError, WorkersFailed
 
-MOST_MEMORY_BYTES = 8 * 2**30  # of the child's address space: several times what 100 million pixels take
+MAX_MEMORY_BYTES = 8 * 2**30  # of the child's address space: several times what 100 million pixels take
 _START_TIMEOUT_S = 120.0
 
 
@@ -151,7 +151,7 @@ def _serve(connection: Connection) -> None:
 
 def _be_the_first_to_go() -> None:
     """Where memory runs out, this process dies and not its parent, which holds the model."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, repeated, uri_has
 
 EXACT_BELOW = 25
 """Images on which one alone is right, below which McNemar's test is the exact one."""
-_MOST_PAIRS = 100  # of classes that images moved between
+_MAX_PAIRS = 100  # of classes that images moved between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +337,7 @@ class _Pairs:
 
     def _class_moves(self) -> Iterator[ClassMove]:
         ranked = sorted(self._moves.items(), key=lambda item: (-item[1], item[0]))
-        for pair, images in ranked[:_MOST_PAIRS]:
+        for pair, images in ranked[:_MAX_PAIRS]:
             first, second = divmod(pair, len(self._joint))
             yield ClassMove(first=self._joint.names[first], second=self._joint.names[second], images=images)
 

@@ -26,9 +26,9 @@ INK = "#22313f"
 """Of text, axes and lines that are no data."""
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
-MOST_NUMBERS = 20
+MAX_NUMBERS = 20
 """Classes above which the cells of a confusion matrix hold no numbers."""
-MOST_TICKS = 60
+MAX_TICKS = 60
 """Classes above which axes name only some of them."""
 _STYLE: dict[str, Any] = {"color": INK}
 
@@ -91,13 +91,13 @@ def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) 
     bar.set_label("share of the class", **_STYLE)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
-    every = max(1, -(-classes // MOST_TICKS))
+    every = max(1, -(-classes // MAX_TICKS))
     places = range(0, classes, every)
     names = [_short(class_names[place]) for place in places]
     size = 9 if classes <= 15 else 7 if classes <= 40 else 5
     ax.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, color=INK)
     ax.set_yticks(places, names, fontsize=size, color=INK)
-    if classes <= MOST_NUMBERS:
+    if classes <= MAX_NUMBERS:
         for row, column in np.ndindex(classes, classes):
             if matrix[row, column]:
                 colour = "black" if shares[row, column] > 0.5 else "white"
@@ -158,7 +158,7 @@ def class_distribution(
         ax.bar(x, of_split, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=width)
         tallest = max(tallest, float((bottom + of_split).max(initial=0)))
         bottom = bottom + of_split if stacked else bottom
-    every = max(1, -(-classes // MOST_TICKS))
+    every = max(1, -(-classes // MAX_TICKS))
     places = range(0, classes, every)
     names = [_short(class_names[place]) for place in places]
     crowded = len(names) * max(map(len, names), default=0) > 100

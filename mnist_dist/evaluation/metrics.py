@@ -43,10 +43,10 @@ RELIABILITY_BINS = 15
 CONFIDENCE_BINS = 20
 SMALLEST_PROBABILITY = 1e-15
 """The log loss of a class takes smaller probabilities for this one: the loss of an impossible truth is 34.5."""
-_SCORE_BINS, _MOST_SCORE_BINS = 4096, 2**24  # for each class, and for all of them (128 MiB)
+_SCORE_BINS, _MAX_SCORE_BINS = 4096, 2**24  # for each class, and for all of them (128 MiB)
 _LARGEST_LOGIT = 20.0  # 2e-9 and all below are one bin; float32 knows no probabilities between 1 - 6e-8 and 1
 _SLICE_VALUES, _SLICE_ROWS = 2**21, 2**17  # that are worked on at once
-_MOST_UNKNOWN = 1_000  # labels that are counted by name
+_MAX_UNKNOWN = 1_000  # labels that are counted by name
 _REST = "..."
 
 
@@ -350,7 +350,7 @@ class _Labels:
         counts = np.bincount(indices, minlength=len(strange.dictionary))
         _, firsts = np.unique(indices, return_index=True)
         for label, count, first in zip(strange.dictionary.to_pylist(), counts.tolist(), firsts.tolist(), strict=True):
-            is_named = label in self.unknown or len(self.unknown) < _MOST_UNKNOWN
+            is_named = label in self.unknown or len(self.unknown) < _MAX_UNKNOWN
             self.unknown[label if is_named else _REST] += count
             if is_named:
                 self.examples.setdefault(label, uris[int(rows[first])].as_py())
@@ -385,7 +385,7 @@ class _ScoreSums:
         self.rows = 0
         self.log_loss = self.brier = 0.0
         self._best = np.zeros(min(TOP_K, classes), np.int64)
-        self._bins = max(2, min(_SCORE_BINS, _MOST_SCORE_BINS // max(classes, 1)))
+        self._bins = max(2, min(_SCORE_BINS, _MAX_SCORE_BINS // max(classes, 1)))
         self._all = np.zeros((classes, self._bins), np.int64)
         self._own = np.zeros((classes, self._bins), np.int64)
 

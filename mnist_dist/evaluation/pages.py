@@ -33,7 +33,7 @@ from mnist_dist.scoring.generations import Summary
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
-MOST_CLASSES = 200
+MAX_CLASSES = 200
 """Classes in the table of a page; the worst ones where there are more."""
 
 
@@ -326,7 +326,7 @@ def _tables(metrics: Metrics) -> list[Table]:
     if metrics.per_class:
         tables.append(Table(title="All metrics", columns=("", "value"), rows=_all_metrics(metrics)))
         worst = sorted(metrics.per_class, key=lambda one: (one.f1 is None, one.f1 or 0.0))
-        rows = list(metrics.per_class) if len(worst) <= MOST_CLASSES else worst[:MOST_CLASSES]
+        rows = list(metrics.per_class) if len(worst) <= MAX_CLASSES else worst[:MAX_CLASSES]
         tables.append(
             Table(
                 title="Per class",
@@ -339,7 +339,7 @@ def _tables(metrics: Metrics) -> list[Table]:
                     )
                     for one in rows
                 ],
-                note="" if len(worst) <= MOST_CLASSES else f"The {MOST_CLASSES} worst of {len(worst)} classes.",
+                note="" if len(worst) <= MAX_CLASSES else f"The {MAX_CLASSES} worst of {len(worst)} classes.",
             )
         )
     if metrics.statuses:

@@ -13,7 +13,7 @@ from mnist_dist.data.sources import read_encoded
 from mnist_dist.errors import ImageError, MnistDistError
 
 LONGEST_PX = 224
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -43,7 +43,7 @@ def load_pictures(uris: Iterable[str]) -> dict[str, Pixels | None]:
 
 def _members(archive: str, names: set[str]) -> Iterator[tuple[str, bytes | ImageError]]:
     members = [member for member in index_archive(archive).members if member.name in names]
-    yield from zip((m.name for m in members), read_members(archive, members, most_bytes=MOST_BYTES), strict=True)
+    yield from zip((m.name for m in members), read_members(archive, members, max_bytes=MAX_BYTES), strict=True)
 
 
 def _picture(data: bytes | ImageError) -> Pixels | None:

@@ -62,7 +62,7 @@ class Backbone:
             none, train from scratch or start from a file or a bundle.
         preprocessing: what the published weights expect.
         native_size_px: height and width it was made for.
-        least_size_px: below this the network has nothing left to look at, or Keras refuses.
+        min_size_px: below this the network has nothing left to look at, or Keras refuses.
         scratch: it trains from scratch at any size and keeps grey images grey; others always see RGB.
         has_alpha: it comes in widths.
         pooling: how its feature map becomes a vector by default; None: it gives a vector.
@@ -77,7 +77,7 @@ class Backbone:
     weights_published: str | None = None
     preprocessing: Preprocessing
     native_size_px: int
-    least_size_px: int
+    min_size_px: int
     scratch: bool = False
     has_alpha: bool = False
     pooling: Pooling | None = "avg"
@@ -204,7 +204,7 @@ BACKBONES: dict[str, Backbone] = {
         build=_mlp,
         preprocessing=ZERO_TO_ONE,
         native_size_px=28,
-        least_size_px=1,
+        min_size_px=1,
         scratch=True,
         pooling=None,
         cut_points={"dense1": "dense1", "dense2": "dense2"},
@@ -215,7 +215,7 @@ BACKBONES: dict[str, Backbone] = {
         build=_cnn,
         preprocessing=ZERO_TO_ONE,
         native_size_px=28,
-        least_size_px=4,
+        min_size_px=4,
         scratch=True,
         pooling=None,
         cut_points={"conv1": "conv1", "conv2": "conv2", "dense1": "dense1"},
@@ -226,7 +226,7 @@ BACKBONES: dict[str, Backbone] = {
         build=_cnn_bn,
         preprocessing=ZERO_TO_ONE,
         native_size_px=28,
-        least_size_px=4,
+        min_size_px=4,
         scratch=True,
         pooling=None,
         dropout=0.5,
@@ -238,7 +238,7 @@ BACKBONES: dict[str, Backbone] = {
         build=_conv_base,
         preprocessing=ZERO_TO_ONE,
         native_size_px=28,
-        least_size_px=8,
+        min_size_px=8,
         scratch=True,
         pooling="flatten",
         dropout=0.5,
@@ -252,7 +252,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
         preprocessing=CAFFE,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "block2": "block2_conv1",
             "block3": "block3_conv1",
@@ -267,7 +267,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/mobilenet/mobilenet_{{alpha}}_{{size}}_tf_no_top.h5",
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         has_alpha=True,
         cut_points={"block4": "conv_pad_4", "block6": "conv_pad_6", "block12": "conv_pad_12", "block13": "conv_dw_13"},
         source="Howard et al. 2017, arXiv:1704.04861",
@@ -279,7 +279,7 @@ BACKBONES: dict[str, Backbone] = {
         "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5",
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         has_alpha=True,
         cut_points={
             "block3": "block_3_expand",
@@ -296,7 +296,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/mobilenet_v3/weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "block3": "expanded_conv_3_expand",
             "block8": "expanded_conv_8_expand",
@@ -311,7 +311,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
         preprocessing=CAFFE,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "stage2": "conv2_block1_1_conv",
             "stage3": "conv3_block1_1_conv",
@@ -326,7 +326,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/densenet/densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
         preprocessing=TORCH,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "stage2": "conv2_block1_0_bn",
             "stage3": "conv3_block1_0_bn",
@@ -341,7 +341,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/efficientnet_v2/efficientnetv2-b0_notop.h5",
         preprocessing=TORCH,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "block3": "block3a_expand_conv",
             "block4": "block4a_expand_conv",
@@ -357,7 +357,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/convnext/convnext_tiny_notop.h5",
         preprocessing=TORCH,
         native_size_px=224,
-        least_size_px=32,
+        min_size_px=32,
         cut_points={
             "stage1": "convnext_tiny_downsampling_block_0",
             "stage2": "convnext_tiny_downsampling_block_1",
@@ -371,7 +371,7 @@ BACKBONES: dict[str, Backbone] = {
         weights_published=f"{KERAS_APPLICATIONS_URL}/xception/xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=299,
-        least_size_px=71,
+        min_size_px=71,
         cut_points={
             "block5": "block5_sepconv1_act",
             "block13": "block13_sepconv1_act",
@@ -415,9 +415,9 @@ def backbone_shape(config: ModelConfig, *, height_px: int, width_px: int, channe
 
 def check_size(backbone: Backbone, image_size_px: int) -> None:
     """Raises ConfigError where the backbone cannot see images that small."""
-    if image_size_px < backbone.least_size_px:
+    if image_size_px < backbone.min_size_px:
         raise ConfigError(
-            f"{backbone.name} needs images of at least {backbone.least_size_px} px "
+            f"{backbone.name} needs images of at least {backbone.min_size_px} px "
             f"(native: {backbone.native_size_px} px). Received: image_size_px={image_size_px}"
         )
 

@@ -10,7 +10,7 @@ from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.cluster import Resources, await_nodes, share
 from mnist_dist.session import Session
 
-MOST_CPUS = 0.9  # of those that actors of some size could use; for the rest, no smaller ones
+MAX_CPUS = 0.9  # of those that actors of some size could use; for the rest, no smaller ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def _best_size(have: Resources) -> float:
     """CPUs of an actor such that as many of them as fit use most of the CPUs; the largest such: each holds a model."""
     sizes = range(1, int(max(cpus for cpus, _ in have.by_node)) + 1)
     used = {size: have.room(size) * size for size in sizes}
-    return float(max((size for size in sizes if used[size] >= MOST_CPUS * max(used.values())), default=1))
+    return float(max((size for size in sizes if used[size] >= MAX_CPUS * max(used.values())), default=1))
 
 
 def _left_cpus(have: Resources, count: int, *, cpus: float, gpus: float) -> list[float]:

@@ -20,14 +20,14 @@ from mnist_dist.config import InputConfig
 from mnist_dist.data.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.scoring import listed
-from mnist_dist.scoring.listed import Row
+from mnist_dist.scoring import image_table
+from mnist_dist.scoring.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_remote
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_MOST_SUFFIXES = 1_000  # counted one by one; names that end in numbers would fill the memory
+_MAX_SUFFIXES = 1_000  # counted one by one; names that end in numbers would fill the memory
 _REST = "..."
 
 
@@ -47,7 +47,7 @@ class LeftOut:
 
     def add(self, suffix: str, files: int = 1) -> None:
         """Counts files whose name ends so."""
-        known = suffix in self.by_suffix or len(self.by_suffix) < _MOST_SUFFIXES
+        known = suffix in self.by_suffix or len(self.by_suffix) < _MAX_SUFFIXES
         self.by_suffix[suffix if known else _REST] += files
 
     def update(self, other: "LeftOut") -> None:
@@ -100,7 +100,7 @@ class Choice:
             return False
         return True
 
-    def keeps(self, row: Row, left_out: LeftOut) -> bool:
+    def keeps(self, row: ImageRow, left_out: LeftOut) -> bool:
         """Whether a row that a person named stays: by include and exclude; if not, it is counted."""
         name = _member_name(row.uri, row.archive) if row.archive else row.uri
         # include is for the members of an archive, not for itself
@@ -109,19 +109,19 @@ class Choice:
         return kept
 
 
-def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> Row | None:
+def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> ImageRow | None:
     """The row of a listed file, or of an archive that is still to be opened; None: it is left out, and counted."""
     uri = entry.uri
     if _suffix(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
-        row = Row(uri, archive=uri)
+        row = ImageRow(uri, archive=uri)
         return row if choice.keeps(row, left_out) else None
     if not choice.takes(uri, uri, left_out, named=named):
         return None
     # without an etag it is a link to nowhere
-    return Row(uri, entry.size_bytes, entry.etag) if entry.etag else Row(uri)
+    return ImageRow(uri, entry.size_bytes, entry.etag) if entry.etag else ImageRow(uri)
 
 
-def row_of_line(line: str) -> Row:
+def row_of_line(line: str) -> ImageRow:
     """The row of a URI in a list, whatever it is; an archive, or a member of one, is still to be opened.
 
     Raises:
@@ -131,17 +131,19 @@ def row_of_line(line: str) -> Row:
     try:
         remote = is_remote(line)
     except StorageError:
-        return Row(line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://")
+        return ImageRow(
+            line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://"
+        )
     if remote and not all(rest.partition("/")[::2]):
-        return Row(line, status="unsupported", error="an image on S3 is s3://bucket/key")
+        return ImageRow(line, status="unsupported", error="an image on S3 is s3://bucket/key")
     member = split_member(line)
     if member is not None:
         archive = absolute(member[0])
-        return Row(f"{archive}{SEPARATOR}{member[1]}", archive=archive)
+        return ImageRow(f"{archive}{SEPARATOR}{member[1]}", archive=archive)
     uri = absolute(line)
     if is_archive(uri):
-        return Row(uri, archive=uri)
-    return Row(uri) if remote else _row_of_path(uri)
+        return ImageRow(uri, archive=uri)
+    return ImageRow(uri) if remote else _row_of_path(uri)
 
 
 @dataclass(frozen=True)
@@ -179,40 +181,40 @@ def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
             wanted.setdefault(_member_name(uri, archive), []).append(number)
     all_rows = ((number, row) for number in whole for row in _all_rows(index, choice, left_out))
     origins: list[int] = []
-    table = listed.table_of(_noted(itertools.chain(all_rows, _wanted_rows(index, wanted)), origins))
+    table = image_table.table_of(_keeping_numbers(itertools.chain(all_rows, _wanted_rows(index, wanted)), origins))
     for name in asked.column_names[len(table.column_names) :]:
-        column = listed.taken(asked[name], pa.array(origins, pa.int64()))
+        column = image_table.taken(asked[name], pa.array(origins, pa.int64()))
         table = table.append_column(asked.schema.field(name), column)
     return Opened(table, index.duplicates, left_out)
 
 
-def _row_of_path(path: str) -> Row:
+def _row_of_path(path: str) -> ImageRow:
     try:
         entry = ANYWHERE.entry_of(path)
     except OSError:  # whoever reads it finds out why
-        return Row(path)
+        return ImageRow(path)
     except ValueError as err:  # a path with a zero byte cannot even be read
-        return Row(path, status="unsupported", error=str(err))
-    return Row(path, entry.size_bytes, entry.etag)
+        return ImageRow(path, status="unsupported", error=str(err))
+    return ImageRow(path, entry.size_bytes, entry.etag)
 
 
-def _noted(numbered: Iterable[tuple[int, Row]], numbers: list[int]) -> Iterator[Row]:
+def _keeping_numbers(numbered: Iterable[tuple[int, ImageRow]], numbers: list[int]) -> Iterator[ImageRow]:
     for number, row in numbered:
         numbers.append(number)
         yield row
 
 
-def _all_rows(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterator[Row]:
+def _all_rows(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterator[ImageRow]:
     archive = index.entry.uri
     if index.problem is not None:
         error = f"{index.problem.message}; {len(index.members):,} members were readable"
-        yield Row(archive, etag=index.entry.etag or None, status=index.problem.status, error=error)
+        yield ImageRow(archive, etag=index.entry.etag or None, status=index.problem.status, error=error)
     for member in index.members:
         if choice.takes(f"{archive}{SEPARATOR}{member.name}", member.name, left_out):
             yield _row_of_member(index, member)
 
 
-def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[tuple[int, Row]]:
+def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[tuple[int, ImageRow]]:
     """Members by name, with the numbers of the rows that ask for them."""
     names = {member.name for member in index.members if member.name in wanted}
     for member in index.members:
@@ -222,7 +224,7 @@ def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[
     for name, numbers in wanted.items():
         if name not in names:
             # no archive: there is nothing to be read
-            row = Row(
+            row = ImageRow(
                 f"{index.entry.uri}{SEPARATOR}{name}",
                 etag=index.entry.etag or None,
                 status=lost.status,
@@ -231,8 +233,8 @@ def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[
             yield from ((number, row) for number in numbers)
 
 
-def _row_of_member(index: ArchiveIndex, member: Member) -> Row:
-    return Row(
+def _row_of_member(index: ArchiveIndex, member: Member) -> ImageRow:
+    return ImageRow(
         uri=f"{index.entry.uri}{SEPARATOR}{member.name}",
         size_bytes=member.size_bytes,
         etag=index.entry.etag,

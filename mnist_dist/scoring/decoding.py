@@ -104,7 +104,7 @@ class DecodePool:
             isolated: decode in a child process, image by image, which is slow and survives any image.
         """
         decode = self._child.decode if isolated else self._decode_here
-        for read in plan_reads(rows, most_bytes=self._config.max_bytes):
+        for read in plan_reads(rows, max_bytes=self._config.max_bytes):
             self._pool.submit(functools.partial(self._run, read, sink, decode))
 
     def check_times(self) -> None:

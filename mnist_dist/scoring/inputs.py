@@ -30,9 +30,9 @@ from mnist_dist.data.archives import split_member
 from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import DataError
-from mnist_dist.scoring import listed, uri_lists
+from mnist_dist.scoring import image_table, uri_lists
 from mnist_dist.scoring.choice import Choice, LeftOut, Opened, open_archive, row_of_entry, row_of_line
-from mnist_dist.scoring.listed import Row, Run
+from mnist_dist.scoring.image_table import ImageRow, WaitingRows
 from mnist_dist.scoring.manifest import COLUMNS, SHARD
 from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, TOP_K
 from mnist_dist.scoring.uri_lists import Lines
@@ -47,7 +47,7 @@ _THREADS = 8  # waiting for storage, not for a core
 _AHEAD = 16  # archives, or pieces of a list
 _PIECE_LINES = 1_000
 _PROGRESS_ENTRIES = 1_000
-_MOST_SHOWN = 10  # inputs, or endings of names, in a message
+_MAX_SHOWN = 10  # inputs, or endings of names, in a message
 _MAGIC = re.compile(r"[*?\[]")
 _ESCAPED = re.compile(r"\[([*?\[])\]")
 _GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
@@ -136,16 +136,16 @@ class _Search:
         columns = {place.uri: _columns_of(place) for place in places if place.kind == "list"}
         _check_carried(self._carried, columns)
         tables = [self._table_of(place, columns.get(place.uri, ())) for place in places]
-        found = listed.joined(tables, self._carried)
+        found = image_table.joined(tables, self._carried)
         if not len(found):
             raise DataError(_nothing(self._config, places))
         # a tree, or the files that match a glob, name nothing twice
-        once = found if len(places) == 1 and not places[0].is_listed else listed.first_of_each(found)
-        table = once if self._config.sample is None else listed.sample_of(once, self._config.sample)
-        table = listed.compact(table.slice(0, self._config.limit))
+        once = found if len(places) == 1 and not places[0].is_listed else image_table.first_of_each(found)
+        table = once if self._config.sample is None else image_table.sample_of(once, self._config.sample)
+        table = image_table.compact(table.slice(0, self._config.limit))
         return Listing(
             table=table,
-            by_suffix=listed.count_suffixes(table),
+            by_suffix=image_table.count_suffixes(table),
             archives=len(self._archives),
             named_twice=len(found) - len(once),
             duplicate_members=sum(self._archives.values()),
@@ -156,7 +156,7 @@ class _Search:
         _log.info("listing %s", place.name)
         with _errors_of(place.name):
             table = self._named(place, columns) if place.is_listed else self._scanned(place)
-            table = self._with_members(listed.sorted_by_uri(table), place)
+            table = self._with_members(image_table.sorted_by_uri(table), place)
         self._progress(self._images)
         return table
 
@@ -165,9 +165,9 @@ class _Search:
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
             raise _not_there(place.name, place.uri)
-        return listed.table_of(self._rows(itertools.chain([first] if first else [], entries), place))
+        return image_table.table_of(self._rows(itertools.chain([first] if first else [], entries), place))
 
-    def _rows(self, entries: Iterable[Entry], place: _Place) -> Iterator[Row]:
+    def _rows(self, entries: Iterable[Entry], place: _Place) -> Iterator[ImageRow]:
         for count, entry in enumerate(entries, start=1):
             row = row_of_entry(entry, self._choice, place.left_out, named=entry.uri == place.uri)
             if row is not None:
@@ -190,14 +190,14 @@ class _Search:
 
     def _batch(self, lines: Lines, place: _Place) -> pa.RecordBatch:
         pieces = (lines.uris[start : start + _PIECE_LINES] for start in range(0, len(lines.uris), _PIECE_LINES))
-        rows: list[Row] = []
+        rows: list[ImageRow] = []
         kept: list[bool] = []
         for piece in map_in_threads(_rows_of_lines, pieces, threads=_THREADS, ahead=_AHEAD):
             rows += piece
             kept += [self._choice.keeps(row, place.left_out) for row in piece]
             self._images += sum(not row.waits for row in piece)
             self._progress(self._images)
-        batch = listed.batch_of(rows)
+        batch = image_table.batch_of(rows)
         for name, values in lines.carried.items():
             batch = batch.append_column(name, values)
         return batch.filter(pa.array(kept, pa.bool_()))
@@ -206,7 +206,7 @@ class _Search:
         """The table with the rows of each archive in the place of the rows that ask for them."""
         pieces, done = [], 0
         work = functools.partial(_open_run, table=table, choice=self._choice)
-        for run, opened in map_in_threads(work, listed.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
+        for run, opened in map_in_threads(work, image_table.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
             pieces += [table.slice(done, run.start - done), opened.table]
             done = run.stop
             self._archives[run.archive] = opened.duplicates
@@ -217,11 +217,11 @@ class _Search:
         return pa.concat_tables([piece for piece in pieces if len(piece)] or [table])
 
 
-def _open_run(run: Run, *, table: pa.Table, choice: Choice) -> tuple[Run, Opened]:
+def _open_run(run: WaitingRows, *, table: pa.Table, choice: Choice) -> tuple[WaitingRows, Opened]:
     return run, open_archive(run.archive, table.slice(run.start, run.stop - run.start), choice)
 
 
-def _rows_of_lines(lines: Sequence[str]) -> list[Row]:
+def _rows_of_lines(lines: Sequence[str]) -> list[ImageRow]:
     return [row_of_line(line) for line in lines]
 
 
@@ -351,18 +351,18 @@ def _translated_token(token: str) -> str:
 
 
 def _nothing(config: InputConfig, places: Sequence[_Place]) -> str:
-    found = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MOST_SHOWN]]
-    found += [f"and {len(places) - _MOST_SHOWN} more inputs"] if len(places) > _MOST_SHOWN else []
+    found = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MAX_SHOWN]]
+    found += [f"and {len(places) - _MAX_SHOWN} more inputs"] if len(places) > _MAX_SHOWN else []
     return (
         f"no images were found; their names end in {', '.join(IMAGE_SUFFIXES)}, unless all_files takes any."
-        f" {'; '.join(found)}. Received: input={config.input[:_MOST_SHOWN]}"
+        f" {'; '.join(found)}. Received: input={config.input[:_MAX_SHOWN]}"
     )
 
 
 def _described(left_out: LeftOut) -> str:
     parts = []
     if left_out.by_suffix:
-        common = left_out.by_suffix.most_common(_MOST_SHOWN)
+        common = left_out.by_suffix.most_common(_MAX_SHOWN)
         shown = ", ".join(f"{suffix or 'without ending'} {files:,}" for suffix, files in common)
         parts.append(f"{left_out.by_suffix.total():,} other files ({shown})")
     if left_out.by_pattern:

@@ -38,7 +38,7 @@ COLUMNS = pa.schema(
 """Of the manifest; the columns carried along from a person's own manifest follow, then `shard`."""
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
-MIN_SHARD, MAX_SHARD, MOST_SHARDS = 256, 4_096, 10_000
+MIN_SHARD, MAX_SHARD, MAX_SHARDS = 256, 4_096, 10_000
 TARGET_SHARDS = 64  # of a small job: enough to spread and to lose little by
 SHARD_BYTES = 256 * 2**20  # of encoded images: a kill costs the reading of so many, and their decoding
 
@@ -127,7 +127,7 @@ def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> 
     """
     by_bytes = SHARD_BYTES * rows // max(total_bytes, 1)
     wanted = max(MIN_SHARD, min(rows // TARGET_SHARDS, by_bytes, MAX_SHARD))
-    return max(min(wanted, most), -(-rows // MOST_SHARDS))
+    return max(min(wanted, most), -(-rows // MAX_SHARDS))
 
 
 def _stream_edges(table: pa.Table) -> list[int]:

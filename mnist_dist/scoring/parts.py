@@ -163,7 +163,7 @@ class Building:
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
         """Writes pieces into as many files as they need: `part-g0001-00000.parquet`, ..."""
-        groups = _grouped(pieces, least_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
+        groups = _grouped(pieces, min_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
         for number in itertools.count():
             first = next(groups, None)
             if first is None:
@@ -211,13 +211,13 @@ def _listed(rows: pa.Table, source: pa.Table) -> pa.Table:
     return pa.table([rows["uri"], known("size_bytes"), known("etag"), rows["status"], error], schema=LISTED)
 
 
-def _grouped(pieces: Iterator[_Rows], *, least_bytes: int) -> Iterator[_Rows]:
+def _grouped(pieces: Iterator[_Rows], *, min_bytes: int) -> Iterator[_Rows]:
     """Joins pieces, and cuts those of large shards, up to about the size of a row group; none is empty."""
     held, size_bytes = list[_Rows](), 0
     for piece in itertools.chain.from_iterable(map(_cut, pieces)):
         held.append(piece)
         size_bytes += piece.rows.nbytes
-        if size_bytes >= least_bytes:
+        if size_bytes >= min_bytes:
             yield _joined(held)
             held, size_bytes = [], 0
     if held:

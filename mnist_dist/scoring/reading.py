@@ -40,12 +40,12 @@ class Read:
     """Gives one item for each of the rows, in their order."""
 
 
-def plan_reads(shard: pa.Table, *, most_bytes: int) -> list[Read]:
+def plan_reads(shard: pa.Table, *, max_bytes: int) -> list[Read]:
     """The requests that give all rows of a shard (`manifest.COLUMNS`).
 
     Args:
         shard: rows of the manifest.
-        most_bytes: larger files and members become `too_large`, unread.
+        max_bytes: larger files and members become `too_large`, unread.
 
     Raises, when a request is run:
         ServiceError, StorageError: not one object but the storage failed.
@@ -55,17 +55,17 @@ def plan_reads(shard: pa.Table, *, most_bytes: int) -> list[Read]:
     for archive, group in itertools.groupby(range(len(shard)), key=columns["archive"].__getitem__):
         rows = list(group)
         if archive is None:
-            reads += [Read([row], _one(columns, row, most_bytes)) for row in rows]
+            reads += [Read([row], _one(columns, row, max_bytes)) for row in rows]
         else:
             members = shard.slice(rows[0], len(rows))
-            reads += _archive_reads(archive, members, first=rows[0], most_bytes=most_bytes)
+            reads += _archive_reads(archive, members, first=rows[0], max_bytes=max_bytes)
     return reads
 
 
-def _one(columns: dict[str, list[Any]], row: int, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
+def _one(columns: dict[str, list[Any]], row: int, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
     status = columns["status"][row]
     if status is None:
-        return _file(columns["uri"][row], most_bytes)
+        return _file(columns["uri"][row], max_bytes)
     known = ImageError(status, columns["error"][row] or status)
     return _known(known, columns["size_bytes"][row], columns["etag"][row])
 
@@ -77,10 +77,10 @@ def _known(problem: ImageError, size_bytes: int | None, etag: str | None) -> Cal
     return run
 
 
-def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
+def _file(uri: str, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
     def run() -> Iterator[Encoded]:
         try:
-            entry, data = ANYWHERE.read_object(uri, max_bytes=most_bytes)
+            entry, data = ANYWHERE.read_object(uri, max_bytes=max_bytes)
         except OSError as error:
             yield Encoded(_status_of(error), None, None)
             return
@@ -91,7 +91,7 @@ def _file(uri: str, most_bytes: int) -> Callable[[], Iterator[Encoded]]:
             yield Encoded(ImageError("missing", str(error)), None, None)
             return
         if data is None:
-            problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {most_bytes:,}")
+            problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {max_bytes:,}")
             yield Encoded(problem, entry.size_bytes, entry.etag)
         else:
             yield Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
@@ -105,27 +105,27 @@ def _status_of(error: OSError) -> ImageError:
     return image_error(error)
 
 
-def _archive_reads(archive: str, rows: pa.Table, *, first: int, most_bytes: int) -> list[Read]:
+def _archive_reads(archive: str, rows: pa.Table, *, first: int, max_bytes: int) -> list[Read]:
     members = _members(rows, archive)
     etag = rows["etag"][0].as_py()
     return [
         Read(
             range(first + group.start, first + group.stop),
-            _group(archive, members[group.start : group.stop], etag, most_bytes),
+            _group(archive, members[group.start : group.stop], etag, max_bytes),
         )
         for group in member_groups(members)
     ]
 
 
 def _group(
-    archive: str, members: Sequence[Member], etag: str | None, most_bytes: int
+    archive: str, members: Sequence[Member], etag: str | None, max_bytes: int
 ) -> Callable[[], Iterator[Encoded]]:
     def run() -> Iterator[Encoded]:
         changed = _changed(archive, etag)
         if changed is not None:
             yield from (Encoded(changed, member.size_bytes, etag) for member in members)
             return
-        for member, data in zip(members, read_members(archive, members, most_bytes=most_bytes), strict=True):
+        for member, data in zip(members, read_members(archive, members, max_bytes=max_bytes), strict=True):
             yield Encoded(data, member.size_bytes, etag)
 
     return run

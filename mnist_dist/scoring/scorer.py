@@ -58,7 +58,7 @@ class Scorer:
         self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
         self._collecting, self._times_lock = threading.Lock(), threading.Lock()
         self._in_the_model: dict[int, Sequence[_Image]] = {}  # by thread
-        self._under_way: set[_Shard] = set()
+        self._under_way: set[_OpenShard] = set()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run_model, args=(number,), daemon=True, name=f"model-{number}")
@@ -115,9 +115,9 @@ class Scorer:
         return shard.outcomes(self._engine)
 
     @contextlib.contextmanager
-    def _shard(self, rows: int, progress: Progress) -> "Iterator[_Shard]":
+    def _shard(self, rows: int, progress: Progress) -> "Iterator[_OpenShard]":
         """A shard that is under way until all its rows are there."""
-        shard = _Shard(rows, put=self._put, progress=progress)
+        shard = _OpenShard(rows, put=self._put, progress=progress)
         self._under_way.add(shard)
         try:
             yield shard
@@ -175,14 +175,14 @@ class Scorer:
         seconds = (time.perf_counter() - began) / self._engine.calls_at_once
         with self._times_lock:
             self.times.model_s += seconds
-        places: dict[_Shard, list[int]] = {}
+        places: dict[_OpenShard, list[int]] = {}
         for place, image in enumerate(batch):
             places.setdefault(image.shard, []).append(place)
         for shard, mine in places.items():
             shard.classified([batch[place].row for place in mine], outputs, mine)
 
 
-class _Shard:
+class _OpenShard:
     """The outcomes of one shard, as they come in; a `Sink`."""
 
     def __init__(self, rows: int, *, put: "Callable[[_Image], None]", progress: Progress) -> None:
@@ -254,7 +254,7 @@ class _Shard:
 class _Image:
     """A decoded image on its way to the model."""
 
-    shard: _Shard
+    shard: _OpenShard
     row: int
     pixels: Pixels
 

@@ -17,7 +17,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError
-from mnist_dist.scoring.listed import BATCH_ROWS
+from mnist_dist.scoring.image_table import BATCH_ROWS
 from mnist_dist.store.anywhere import ANYWHERE
 
 URI_COLUMN = "uri"

@@ -35,7 +35,7 @@ from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor, mak
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
-MOST_PIXELS = 2**21  # that a worker evaluates at once, at the backbone's input size: VGG16 then takes about 2 GB
+MAX_PIXELS = 2**21  # that a worker evaluates at once, at the backbone's input size: VGG16 then takes about 2 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Trainer:
         if backbone is None:
             return largest
         height_px, width_px = backbone.input_shape[1:3]
-        return int(min(largest, max(self.world.workers, MOST_PIXELS * self.world.workers // (height_px * width_px))))
+        return int(min(largest, max(self.world.workers, MAX_PIXELS * self.world.workers // (height_px * width_px))))
 
     def _limited(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """What a dry run leaves of a split."""

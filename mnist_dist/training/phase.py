@@ -23,7 +23,7 @@ from mnist_dist.training.schedule import learning_rates
 from mnist_dist.training.step import Evaluator, StepConfig, Strategy, TrainStep, make_optimizer, slowest_worker_s
 
 SECONDS_PER_CALL = 0.25  # long enough that calling costs nothing, short enough to stop and to show progress by
-MOST_STEPS_PER_CALL = 20
+MAX_STEPS_PER_CALL = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class PhaseRun:
         self._time(len(chunk))
         if self._calls == 2:
             slowest = slowest_worker_s(self._built.strategy, seconds, world=self._built.world)
-            self.steps_per_call = max(1, min(MOST_STEPS_PER_CALL, round(SECONDS_PER_CALL * len(chunk) / slowest)))
+            self.steps_per_call = max(1, min(MAX_STEPS_PER_CALL, round(SECONDS_PER_CALL * len(chunk) / slowest)))
         return reports
 
     def start_clock(self) -> None:

@@ -19,7 +19,7 @@ from mnist_dist import documents
 from mnist_dist.config import PhasesConfig, differences
 from mnist_dist.documents import Document
 from mnist_dist.errors import ResumeConflict
-from mnist_dist.listing import Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.inventory import Folder, InventoryRow, RunFacts, driver_values, is_run, is_search, state_of
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -132,7 +132,7 @@ class Run:
 # --- listing ---------------------------------------------------------------------------------------------------------
 
 
-def run_row(folder: Folder) -> Row | None:
+def run_row(folder: Folder) -> InventoryRow | None:
     """How a training run stands; None: the folder holds none.
 
     Raises:
@@ -149,7 +149,7 @@ def run_row(folder: Folder) -> Row | None:
         done, val, test = result["epochs"], result.get("validation_accuracy"), result.get("test_accuracy")
     else:
         done, val, test = len(history), float(history[-1]["val_accuracy"]) if history else None, None
-    return Row(
+    return InventoryRow(
         name=folder.name,
         uri=folder.uri,
         state=state_of(is_finished=result is not None, driver=driver, is_saved=is_saved),

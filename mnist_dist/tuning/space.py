@@ -27,7 +27,7 @@ from mnist_dist.config import (
 from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.search_config import BackboneSpace, SearchJob
 
-_MOST_VALUES = 20
+_MAX_VALUES = 20
 """More values of one choice than these are not all checked before the search begins."""
 
 Params = dict[str, Any]
@@ -83,7 +83,7 @@ def check_space(job: SearchJob) -> None:
             row = check_model(architecture.model())
             for cut_point in space.cut_points if "fine-tune" in space.trained else ():
                 check_trainable(row, int(cut_point) if cut_point.isdecimal() else cut_point)
-        for place in range(_MOST_VALUES):  # every value passes the checks of training's own classes
+        for place in range(_MAX_VALUES):  # every value passes the checks of training's own classes
             train_job(propose(job, _NthDraw(space.backbone, place)), job, stage="finalist")
 
 

@@ -26,7 +26,7 @@ from mnist_dist.on_ray.scoring.stages import means_of, total_times
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
-from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
@@ -66,7 +66,7 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,
     ):
         plan = _Plan(job, bundle, session, root=root, began_at=began_at)
-        table = plan.find_work(output).table
+        table = plan.select_images(output).table
         if not len(table):
             console.line(f"{output.uri}: there is nothing to score")
             return {"output": output.uri, "images": 0, "plan": True, "seconds": round(time.time() - began_at, 2)}
@@ -81,16 +81,16 @@ class _Plan:
         self._job, self._bundle, self._session, self._root, self._began_at = job, bundle, session, root, began_at
         self._memory_bytes = 0
 
-    def find_work(self, output: Output) -> Work:
+    def select_images(self, output: Output) -> Selection:
         """What would be scored; a finished table is left out of account unless the job goes by it."""
         before = output.committed() if self._job.mode == "incremental" or self._job.retry_failed else None
         scoring = self._scoring(self._job, "listing")
         listing = SideThread(
-            lambda: find_work(self._job, output, before=before, progress=scoring.note_found), name="listing"
+            lambda: select_images(self._job, output, before=before, progress=scoring.note_found), name="listing"
         )
         listing.start()
         scoring.wait_for(listing)
-        work: Work = listing.result()
+        work: Selection = listing.result()
         return work
 
     def result(self, table: pa.Table) -> dict[str, Any]:

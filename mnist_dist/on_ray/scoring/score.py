@@ -44,7 +44,7 @@ from mnist_dist.scoring.manifest import (
 from mnist_dist.scoring.planning import Means
 from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
-from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
@@ -235,7 +235,7 @@ class Scoring:
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
         listing = SideThread(
-            lambda: find_work(self.job, self.output, before=before, progress=self.note_found), name="listing"
+            lambda: select_images(self.job, self.output, before=before, progress=self.note_found), name="listing"
         )
         listing.start()
         listing.join(LIST_BEFORE_RAY_S)
@@ -333,7 +333,7 @@ class Scoring:
         )
 
     def _begin(
-        self, generation: Generation, work: Work, before: Committed | None, *, actors: Actors, have: Resources
+        self, generation: Generation, work: Selection, before: Committed | None, *, actors: Actors, have: Resources
     ) -> None:
         """Checks what can be checked with the list at hand, and writes down what is to be done."""
         if work.listing is not None:

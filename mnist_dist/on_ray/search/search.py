@@ -24,7 +24,7 @@ from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
-from mnist_dist.listing import RunFacts
+from mnist_dist.inventory import RunFacts
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors

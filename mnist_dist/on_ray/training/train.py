@@ -18,7 +18,7 @@ from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
-from mnist_dist.listing import RunFacts
+from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share

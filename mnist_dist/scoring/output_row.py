@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_dist.listing import Folder, Row, State, driver_values, living
+from mnist_dist.inventory import Folder, InventoryRow, State, driver_values, living
 from mnist_dist.scoring.generations import MANIFEST, PART, SUMMARY, Committed, Generation, Output
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import NOT_BAD, WORK
@@ -15,7 +15,7 @@ DEPTH = 2
 """Of folders: a table may lie in the folder of the run whose bundle made it."""
 
 
-def table_row(folder: Folder) -> Row | None:
+def table_row(folder: Folder) -> InventoryRow | None:
     """How a prediction table stands; None: the folder holds none.
 
     Raises:
@@ -29,7 +29,7 @@ def table_row(folder: Folder) -> Row | None:
     driver = living(output.lock_uri) if has_work else None
     committed, unfinished = output.committed(), output.unfinished() if has_work else None
     shards = _shards(unfinished) if unfinished is not None else None
-    return Row(
+    return InventoryRow(
         name=folder.name,
         uri=folder.uri,
         state=_state(committed, shards, driver=driver),

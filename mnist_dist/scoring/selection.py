@@ -28,7 +28,7 @@ LOOK_UP_AHEAD = 256
 
 
 @dataclass(frozen=True)
-class Work:
+class Selection:
     """What a generation is made of."""
 
     listing: Listing | None
@@ -37,9 +37,9 @@ class Work:
     """What of it is scored: rows of the manifest, perhaps none."""
 
 
-def find_work(
+def select_images(
     job: ScoreJob, output: Output, *, before: Committed | None, progress: Callable[[int], None] | None = None
-) -> Work:
+) -> Selection:
     """Lists, and compares with the table that is there.
 
     Args:
@@ -55,8 +55,8 @@ def find_work(
         return _bad_rows(job, output)
     listing = list_inputs(job.inputs, progress=progress)
     if before is None or job.mode == "fresh":
-        return Work(listing, listing.table)
-    return Work(listing, new_rows(_looked_up(listing.table), output))
+        return Selection(listing, listing.table)
+    return Selection(listing, new_rows(_looked_up(listing.table), output))
 
 
 def new_rows(found: pa.Table, output: Output) -> pa.Table:
@@ -113,7 +113,7 @@ def _entry_of(uri: str) -> Entry | None:
         return None  # it will be read, and become a row that says so
 
 
-def _bad_rows(job: ScoreJob, output: Output) -> Work:
+def _bad_rows(job: ScoreJob, output: Output) -> Selection:
     """The rows that are neither ok nor unsupported, with what they carry, looked for again.
 
     Not those of whole archives: what they hold is not known by their own name.
@@ -126,9 +126,9 @@ def _bad_rows(job: ScoreJob, output: Output) -> Work:
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
     bad = bad.filter(pa.array([not is_archive(uri) for uri in bad["uri"].to_pylist()], pa.bool_()))
     if not len(bad):
-        return Work(None, COLUMNS.empty_table())
+        return Selection(None, COLUMNS.empty_table())
     with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:
         path = Path(folder) / "failed.parquet"
         pq.write_table(bad, path)
         listing = list_inputs(InputConfig(input=(str(path),), carry=job.inputs.carry, all_files=True))
-    return Work(listing, listing.table)
+    return Selection(listing, listing.table)

@@ -19,7 +19,7 @@ from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Committed, Output
 from mnist_dist.scoring.manifest import COLUMNS, Manifest, write_manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema, read_predictions
-from mnist_dist.scoring.work import Work, find_work
+from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote, join
 
@@ -47,7 +47,7 @@ class Place:
         ANYWHERE.write_bytes(uri, data)
         return uri
 
-    def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Work:
+    def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Selection:
         job = ScoreJob(
             bundle="b",
             output=self.output.uri,
@@ -55,9 +55,9 @@ class Place:
             table=self.table,
             **settings,
         )
-        return find_work(job, self.output, before=before or self.output.committed())
+        return select_images(job, self.output, before=before or self.output.committed())
 
-    def score(self, work: Work, bad: Mapping[str, str] | None = None) -> None:
+    def score(self, work: Selection, bad: Mapping[str, str] | None = None) -> None:
         """Makes rows of the work, ok but for the statuses in `bad`, and commits them."""
         assert len(work.table)
         generation = self.output.reserve(plan_of())
@@ -118,7 +118,7 @@ class Place:
             return {"size_bytes": None, "etag": None}
         return {"size_bytes": entry.size_bytes, "etag": entry.etag}
 
-    def names(self, work: Work) -> list[str]:
+    def names(self, work: Selection) -> list[str]:
         return [uri.removeprefix(f"{self.root}/") for uri in work.table["uri"].to_pylist()]
 
     def statuses(self) -> dict[str, str]:
@@ -165,7 +165,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"1")
     told: list[int] = []
     job = ScoreJob(bundle="b", output=str(tmp_path / "out"), inputs=InputConfig(input=(str(tmp_path),)))
-    find_work(job, Output(job.output), before=None, progress=told.append)
+    select_images(job, Output(job.output), before=None, progress=told.append)
     assert told[-1] == 1
 
 

@@ -39,7 +39,7 @@ HELP = (
     f"{ASK} [--storage URI]: shows what lies in a storage, with its state, progress and result, and does nothing else."
 )
 THREADS = 16  # that look at folders: on object stores a request waits far longer than it works
-MOST_NAMES = 10_000  # looked at in a folder that may be one of images
+MAX_NAMES = 10_000  # looked at in a folder that may be one of images
 TITLES = ("name", "state", "progress", "result", "touched")
 TRIALS, ATTEMPT = "trials", "attempt-"
 _RUN_FILES = {"run.json", "lock"}
@@ -70,7 +70,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class InventoryRow:
     """A run, a search or a prediction table."""
 
     name: str
@@ -137,7 +137,7 @@ class Folder:
         return living(join(self.uri, "lock")) if "lock" in self.files else None
 
 
-RowOf = Callable[[Folder], Row | None]
+RowOf = Callable[[Folder], InventoryRow | None]
 """The row of a folder; None: it is not what is looked for. May raise whatever reading a damaged folder raises."""
 
 
@@ -183,7 +183,7 @@ def is_run(folder: Folder) -> bool:
 # --- going through a storage -----------------------------------------------------------------------------------------
 
 
-def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[Row]:
+def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]:
     """The rows of all folders below a storage, or of the storage itself; what was touched last comes first.
 
     Folders whose names begin with `_` or `.` are caches and work; they are left out.
@@ -205,7 +205,7 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[Row]:
     row = _row_or_damage(top, row_of)
     if row is not None:
         return [row]
-    rows, level = list[Row](), [top]
+    rows, level = list[InventoryRow](), [top]
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(depth):
             names = [name for folder in level for name in _names_below(folder)]
@@ -220,11 +220,11 @@ def _names_below(folder: Folder) -> list[str]:
     return [f"{folder.name}/{name}" if folder.name else name for name in names]
 
 
-def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, Row | None]:
+def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, InventoryRow | None]:
     """A folder and its row; neither where it is gone meanwhile."""
     uri = join(root, name)
     try:
-        folder = _open(name, uri, most=MOST_NAMES)
+        folder = _open(name, uri, most=MAX_NAMES)
     except FileNotFoundError:
         return None, None
     except OSError as err:
@@ -237,21 +237,21 @@ def _open(name: str, uri: str, *, most: int | None) -> Folder:
     return Folder(name=name, uri=uri, folders=frozenset(level.folders), files=level.files)
 
 
-def _row_or_damage(folder: Folder, row_of: RowOf) -> Row | None:
+def _row_or_damage(folder: Folder, row_of: RowOf) -> InventoryRow | None:
     """The row, in which a damage is told; None: the folder is not what is looked for."""
     try:
         try:
             return row_of(folder)
         except FileNotFoundError:  # a driver at work has put something else in its place: it is looked at again
-            return row_of(_open(folder.name, folder.uri, most=MOST_NAMES))
+            return row_of(_open(folder.name, folder.uri, most=MAX_NAMES))
     except _DAMAGES as err:
         return _damaged(folder.name, folder.uri, err, updated_s=folder.updated_s)
 
 
-def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None = None) -> Row:
+def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None = None) -> InventoryRow:
     is_ours = isinstance(error, MnistDistError | OSError)
     reason = first_line(error) if is_ours else f"{type(error).__name__}: {first_line(error)}"
-    return Row(name=name, uri=uri, state="unreadable", result=reason, updated_s=updated_s)
+    return InventoryRow(name=name, uri=uri, state="unreadable", result=reason, updated_s=updated_s)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def asked(command: str, argv: Sequence[str]) -> ListJob | None:
     return tyro.cli(ListJob, args=[one for one in argv if one != ASK], prog=f"{command} {ASK}")
 
 
-def show(rows: Sequence[Row], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:
+def show(rows: Sequence[InventoryRow], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:
     """Shows the rows to a person; returns the job's JSON keys.
 
     Args:
@@ -288,7 +288,7 @@ def show(rows: Sequence[Row], *, job: ListJob, what: str, console: Console) -> d
     return {"storage": root, "runs": [row.values() for row in rows]}
 
 
-def _cells(row: Row, *, now: float) -> tuple[str, ...]:
+def _cells(row: InventoryRow, *, now: float) -> tuple[str, ...]:
     touched = "" if row.updated_s is None else ago(now - row.updated_s)
     return (row.name or ".", row.state, row.progress, row.result, touched)
 

@@ -30,7 +30,7 @@ _SUFFIX = r"(?P<suffix>\.[^./!]*)$"
 _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 
-class Row(NamedTuple):
+class ImageRow(NamedTuple):
     """One row of `COLUMNS`, in their order; see `waits`."""
 
     uri: str
@@ -50,7 +50,7 @@ class Row(NamedTuple):
         return self.archive is not None and self.packing is None and self.status is None
 
 
-class Run(NamedTuple):
+class WaitingRows(NamedTuple):
     """Rows side by side that wait for the same archive."""
 
     archive: str
@@ -58,12 +58,12 @@ class Run(NamedTuple):
     stop: int
 
 
-def table_of(rows: Iterable[Row]) -> pa.Table:
+def table_of(rows: Iterable[ImageRow]) -> pa.Table:
     """The rows as a table of `COLUMNS`."""
     return pa.Table.from_batches([batch_of(batch) for batch in in_batches(rows, BATCH_ROWS)], COLUMNS)
 
 
-def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+def batch_of(rows: Sequence[ImageRow]) -> pa.RecordBatch:
     """At most `BATCH_ROWS` rows; one whose name is no Unicode is shown with escapes, and is `unsupported`."""
     try:
         return _batch_of(rows)
@@ -71,7 +71,7 @@ def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
         return _batch_of([_valid(row) for row in rows])
 
 
-def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def in_batches(rows: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
     """The rows in lists of `size`; the last one may be shorter."""
     left = iter(rows)
     while batch := list(itertools.islice(left, size)):
@@ -153,7 +153,7 @@ def compact(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.slice(start, BATCH_ROWS).combine_chunks() for start in starts])
 
 
-def waiting_runs(table: pa.Table) -> Iterator[Run]:
+def waiting_runs(table: pa.Table) -> Iterator[WaitingRows]:
     """The rows that wait for archives, in order."""
     unknown = pc.and_(pc.is_null(table["packing"]), pc.is_null(table["status"]))
     waiting = pc.and_(pc.is_valid(table["archive"]), unknown)
@@ -163,10 +163,10 @@ def waiting_runs(table: pa.Table) -> Iterator[Run]:
     numbered = enumerate(zip(places, archives, strict=True))
     for (archive, _), run in itertools.groupby(numbered, key=lambda item: (item[1][1], item[1][0] - item[0])):
         rows = [place for _, (place, _) in run]
-        yield Run(archive, rows[0], rows[-1] + 1)
+        yield WaitingRows(archive, rows[0], rows[-1] + 1)
 
 
-def _batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+def _batch_of(rows: Sequence[ImageRow]) -> pa.RecordBatch:
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     arrays = [_array(field, values) for field, values in zip(COLUMNS, columns, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=COLUMNS)
@@ -186,8 +186,8 @@ def _nulls(kind: pa.DataType) -> pa.Array:
     return pa.nulls(BATCH_ROWS, kind)  # one for all batches: most columns of most tables are empty
 
 
-def _valid(row: Row) -> Row:
-    valid = Row._make(_escaped(value) if isinstance(value, str) else value for value in row)
+def _valid(row: ImageRow) -> ImageRow:
+    valid = ImageRow._make(_escaped(value) if isinstance(value, str) else value for value in row)
     if valid == row:
         return row
     return valid._replace(archive=None, packing=None, status="unsupported", error="the file's name is no valid Unicode")

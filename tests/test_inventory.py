@@ -16,15 +16,15 @@ from corpus import manifest_rows
 from harness import Recorder, an_epoch, run_command, s3_client
 from scored import one_hot, plan_of, scored_rows
 
-from mnist_dist import listing
+from mnist_dist import inventory
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
 from mnist_dist.errors import StorageError
-from mnist_dist.listing import ListJob, Row, RunFacts, ago, rows_below
+from mnist_dist.inventory import Folder, InventoryRow, ListJob, RunFacts, ago, rows_below
 from mnist_dist.models.history import history_csv
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Generation, Output
-from mnist_dist.scoring.listing import DEPTH, table_row
 from mnist_dist.scoring.manifest import write_manifest
+from mnist_dist.scoring.output_row import DEPTH, table_row
 from mnist_dist.scoring.predictions import prediction_schema
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.store.anywhere import ANYWHERE
@@ -33,7 +33,7 @@ from mnist_dist.store.s3_reads import FastReads
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
 from mnist_dist.training.runs import Run, run_row
-from mnist_dist.tuning.listing import search_row
+from mnist_dist.tuning.search_row import search_row
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, TrialsOver
 
 TRAIN = TrainJob(phases=PhasesConfig(epochs=(3, 4), trainable=("head", "all")))
@@ -134,22 +134,22 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "runs") if request.param == "local" else str(request.getfixturevalue("s3"))
 
 
-def the_run(root: str) -> Row:
+def the_run(root: str) -> InventoryRow:
     (row,) = rows_below(root, run_row)
     return row
 
 
-def the_search(root: str) -> Row:
+def the_search(root: str) -> InventoryRow:
     (row,) = rows_below(root, search_row)
     return row
 
 
-def the_table(root: str) -> Row:
+def the_table(root: str) -> InventoryRow:
     (row,) = rows_below(root, table_row, depth=DEPTH)
     return row
 
 
-def words(row: Row) -> tuple[str, str, str]:
+def words(row: InventoryRow) -> tuple[str, str, str]:
     return row.state, row.progress, row.result
 
 
@@ -364,7 +364,7 @@ def test_what_changes_while_it_is_read_is_read_again(tmp_path: Path) -> None:
     begun_run(str(tmp_path), "first")
     looks = []
 
-    def swept_once(folder: listing.Folder) -> Row | None:
+    def swept_once(folder: Folder) -> InventoryRow | None:
         looks.append(folder)
         if len(looks) == 2:  # the first is the storage itself
             raise FileNotFoundError("swept")
@@ -382,7 +382,7 @@ def test_a_storage_that_is_not_there_is_told(root: str) -> None:
 def test_an_empty_storage_has_no_rows(tmp_path: Path) -> None:
     console = Recorder()
     job = ListJob(storage=str(tmp_path))
-    assert listing.show(rows_below(str(tmp_path), run_row), job=job, what="training runs", console=console) == {
+    assert inventory.show(rows_below(str(tmp_path), run_row), job=job, what="training runs", console=console) == {
         "storage": str(tmp_path),
         "runs": [],
     }
@@ -400,13 +400,13 @@ def test_how_long_ago_is_said_shortly(seconds: float, shown: str) -> None:
 @pytest.mark.parametrize("flags", [("quickstart",), ("--epochs", "3"), ("--storage",)])
 def test_anything_else_beside_list_is_refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        listing.asked("python -m jobs.train", ["--list", *flags])
+        inventory.asked("python -m jobs.train", ["--list", *flags])
     assert "python -m jobs.train --list --help" in capsys.readouterr().err
 
 
 def test_list_may_stand_anywhere() -> None:
-    assert listing.asked("it", ["--storage", "s3://a/b", "--list"]) == ListJob(storage="s3://a/b")
-    assert listing.asked("it", ["quickstart", "--storage", "s3://a/b"]) is None
+    assert inventory.asked("it", ["--storage", "s3://a/b", "--list"]) == ListJob(storage="s3://a/b")
+    assert inventory.asked("it", ["quickstart", "--storage", "s3://a/b"]) is None
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

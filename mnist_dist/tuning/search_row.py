@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_dist.listing import TRIALS, Folder, Row, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.inventory import TRIALS, Folder, InventoryRow, RunFacts, driver_values, is_run, is_search, state_of
 from mnist_dist.store.uris import join
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, usable
 
 FINALISTS = "finalists"
 
 
-def search_row(folder: Folder) -> Row | None:
+def search_row(folder: Folder) -> InventoryRow | None:
     """How a search stands; None: the folder holds none.
 
     Raises:
@@ -27,7 +27,7 @@ def search_row(folder: Folder) -> Row | None:
     state = state_of(is_finished=result is not None, driver=driver, is_saved=bool(trials))
     if state == "stopped" and asked.is_lost(trials, finalists):
         state = "failed"
-    return Row(
+    return InventoryRow(
         name=folder.name,
         uri=folder.uri,
         state=state,
