@@ -144,6 +144,18 @@ def test_benchmarks_and_jobs_load_ray_when_they_begin_to_work(module: str) -> No
         assert all(found.lazy for found in own(IMPORTS[module]) if part_of(found.name) == "on_ray")
 
 
+def test_no_scheme_is_tested_for_outside_of_the_stores() -> None:
+    schemes = {"s3://", "file://", "gs://", "az://", "https://", "s3:/"}
+    constants = {
+        module: {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        for module, tree in TREES.items()
+        if not module.startswith(f"{PACKAGE}.store") and part_of(module) != "benchmarks"
+    }
+    assert {module: found & schemes for module, found in constants.items() if found & schemes} == {}
+
+
 def test_tensorflow_is_imported_where_the_picture_says() -> None:
     assert importers("tensorflow") == TENSORFLOW
 

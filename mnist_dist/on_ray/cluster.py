@@ -23,7 +23,7 @@ from mnist_dist.console import Stop
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
-from mnist_dist.store.uris import absolute, is_remote
+from mnist_dist.store.uris import is_absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
 CONTROLLER_POLL_S = "0.5"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
@@ -215,11 +215,7 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = 
         ConfigError: several nodes, or a submitted job, and a folder of this node alone.
     """
     submitted = SUBMISSION_VARIABLE in os.environ
-    if (
-        is_remote(storage)
-        or (is_shared and absolute(storage) == storage.removeprefix("file://").rstrip("/"))
-        or (nodes == 1 and not submitted)
-    ):
+    if is_remote(storage) or (is_shared and is_absolute(storage)) or (nodes == 1 and not submitted):
         return
     raise ConfigError(
         f"{'A submitted job' if submitted else f'A cluster of {nodes} nodes'} needs a {name} that every node sees: "

@@ -38,7 +38,7 @@ from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, TOP_K
 from mnist_dist.scoring.uri_lists import Lines
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
-from mnist_dist.store.uris import absolute, is_remote
+from mnist_dist.store.uris import absolute, is_file_uri, is_remote
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
@@ -299,7 +299,7 @@ def _is_object(uri: str) -> bool:
 
 def _absolute_pattern(name: str) -> str:
     """The working directory may have characters in its name that mean something in a glob."""
-    pattern = absolute(name) if name.startswith("file://") else name
+    pattern = absolute(name) if is_file_uri(name) else name
     return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
 
 

@@ -86,10 +86,20 @@ def path_of(uri: str) -> Path:
     Raises:
         StorageError: the scheme is unknown.
     """
-    if uri.startswith(_FILE):
+    if is_file_uri(uri):
         return Path(urllib.parse.unquote(uri.removeprefix(_FILE).removeprefix("localhost")))
     scheme_of(uri)  # an unknown scheme is no path
     return Path(uri)
+
+
+def is_file_uri(uri: str) -> bool:
+    """Whether a local URI is written as one, not as a path."""
+    return uri.startswith(_FILE)
+
+
+def is_absolute(uri: str) -> bool:
+    """Whether `absolute` changes nothing but the way in which `uri` is written."""
+    return absolute(uri) == (uri if is_remote(uri) else str(path_of(uri))).rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:
