@@ -5,6 +5,7 @@ the JSON line, the last one of stdout. Signals are taken here and asked for by t
 """
 
 import atexit
+import contextlib
 import difflib
 import json
 import logging
@@ -184,7 +185,8 @@ class Stop:
     def check(self) -> None:
         """Raises Interrupted where a signal has come; for stretches of work that can end anywhere."""
         if self.signal_number is not None:
-            raise Interrupted(self.signal_number, f"stopped; the same command goes on: {command_line()}")
+            again = "the same call goes on" if self._console.embedded else f"the same command goes on: {command_line()}"
+            raise Interrupted(self.signal_number, f"stopped; {again}")
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -325,22 +327,54 @@ def quiet(*, verbose: bool) -> None:
     _filter_native_lines()
 
 
-@contextmanager
-def quieted() -> Iterator[None]:
-    """As `quiet`, for a block of a person's own process: afterwards its stderr and its warnings are as they were."""
-    _quiet_packages()
-    with warnings.catch_warnings():
+class _Quieted:
+    """As `quiet`, for a block of a person's own process: afterwards its stderr and its warnings are as they were.
+
+    Blocks may overlap, in several threads; the last one to end gives everything back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._undo = contextlib.ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._depth == 0:
+                self._begin()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._undo.close()
+
+    def _begin(self) -> None:
+        _quiet_packages()
+        self._undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         shown, (read_end, write_end) = os.dup(STDERR), os.pipe()
+        if _is_stderr(sys.stderr):  # what Python itself writes need not pass the filter, and may be a terminal
+            file = os.fdopen(os.dup(shown), "w", buffering=1, errors="backslashreplace")
+            self._undo.callback(file.close)
+            self._undo.enter_context(contextlib.redirect_stderr(file))
         os.dup2(write_end, STDERR)
         os.close(write_end)
         lines = _Filter(read_end, shown)
         lines.start()
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            lines.end()
+        self._undo.callback(lines.end, close=True)
+
+
+quieted = _Quieted()
+
+
+def _is_stderr(file: Any) -> bool:
+    try:
+        return bool(file.fileno() == STDERR)
+    except (AttributeError, OSError, ValueError):  # a notebook's
+        return False
 
 
 def _quiet_packages() -> None:
@@ -377,10 +411,17 @@ class _Filter(threading.Thread):
                 if not _NATIVE_LINE.match(line):
                     os.write(self._shown, line)
 
-    def end(self) -> None:
-        """Gives file descriptor 2 back, once everything that was written to it is passed on."""
+    def end(self, *, close: bool = False) -> None:
+        """Gives file descriptor 2 back, once everything that was written to it is passed on.
+
+        Args:
+            close: no more is passed on, and nothing of the filter is left.
+        """
         os.dup2(self._shown, STDERR)  # closes the end of the pipe that is written to, unless a child holds it, too
         deadline = time.monotonic() + FILTER_S
         self.join(QUIET_S)
         while self.is_alive() and time.monotonic() < deadline and select.select([self._read_end], [], [], 0)[0]:
             self.join(QUIET_S)
+        if close and not self.is_alive():  # else a process that goes on has the pipe, and is listened to
+            os.close(self._read_end)
+            os.close(self._shown)

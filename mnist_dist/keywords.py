@@ -11,9 +11,10 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
+import tyro
 
 from mnist_dist.errors import ConfigError
 
@@ -48,6 +49,8 @@ def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
+        if _is_suppressed(kind, field.name):
+            continue
         if dataclasses.is_dataclass(hint):
             found |= fields_of(cast(type, hint))
         else:
@@ -79,7 +82,7 @@ def _filled(kind: Any, keywords: Mapping[str, Any], base: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             inner = getattr(base, name, None)
             values[name] = _filled(hint, keywords, inner)
-        elif name in keywords:
+        elif name in keywords and not _is_suppressed(kind, name):
             values[name] = _checked(name, keywords[name], hint)
         elif base is not None:
             values[name] = getattr(base, name)
@@ -88,19 +91,32 @@ def _filled(kind: Any, keywords: Mapping[str, Any], base: Any) -> Any:
     return kind(**values)
 
 
+def _plain(value: Any) -> Any:
+    """Without paths, NumPy's types and lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_suppressed(kind: type, name: str) -> bool:
+    """Whether a field is none of a person's: it has no flag."""
+    hint = typing.get_type_hints(kind, include_extras=True)[name]
+    return typing.get_origin(hint) is Annotated and tyro.conf.Suppress in hint.__metadata__
+
+
 def _is_required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """The value as its field has it: a path or one of several values may be given alone."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+    value = _plain(value)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and any(typing.get_origin(option) is tuple for option in options) and str not in options:
+    is_lone = value is not None and not isinstance(value, tuple)
+    if is_lone and any(typing.get_origin(option) is tuple for option in options) and type(value) not in options:
         value = (value,)
-    elif isinstance(value, list | tuple):
-        value = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as err:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from mnist_dist.errors import DataError
 from mnist_dist.store.anywhere import ANYWHERE
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Result:
         """From the job's start to its end, earlier drivers included; None where the job does not tell."""
         return cast("float | None", self.values.get("seconds"))
 
+    def _of(self, name: str) -> Any:
+        if self.values.get(name) is None:
+            raise DataError(f"the job gave no {name}: a plan and a dry run give {', '.join(self.values)}")
+        return self.values[name]
+
     def _repr_html_(self) -> str:
         """A table, for notebooks."""
         rows = "".join(
@@ -43,21 +49,21 @@ class TrainResult(Result):
     @property
     def uri(self) -> str:
         """The run's folder."""
-        return str(self.values["run_dir"])
+        return str(self._of("run_dir"))
 
     @property
     def test_accuracy(self) -> float:
         """Of the test images, 0-1."""
-        return float(self.values["test_accuracy"])
+        return float(self._of("test_accuracy"))
 
     @property
     def test_loss(self) -> float:
         """Mean cross-entropy of the test images, nats."""
-        return float(self.values["test_loss"])
+        return float(self._of("test_loss"))
 
     def bundle(self) -> "Bundle":
         """The trained model; see `load_bundle`."""
-        return _bundle(self.values["bundle"])
+        return _bundle(self._of("bundle"))
 
 
 class SearchResult(Result):
@@ -66,20 +72,20 @@ class SearchResult(Result):
     @property
     def uri(self) -> str:
         """The search's folder."""
-        return str(self.values["run_dir"])
+        return str(self._of("run_dir"))
 
     @property
     def best(self) -> Mapping[str, Any]:
         """The winner: `trial`, `config`, `val_accuracy`, `val_loss`, `test_accuracy`, `test_loss`, `ms_per_image`."""
-        return cast(Mapping[str, Any], self.values["best"])
+        return cast(Mapping[str, Any], self._of("best"))
 
     def bundle(self) -> "Bundle":
         """The winner's model; see `load_bundle`."""
-        return _bundle(self.values["bundle"])
+        return _bundle(self._of("bundle"))
 
     def table(self) -> "pa.Table":
         """The leaderboard: a row per trial, the best first."""
-        return _parquet(self.values["leaderboard"])
+        return _parquet(self._of("leaderboard"))
 
 
 class ScoreResult(Result):
@@ -88,17 +94,17 @@ class ScoreResult(Result):
     @property
     def uri(self) -> str:
         """The output's folder."""
-        return str(self.values["output"])
+        return str(self._of("output"))
 
     @property
     def images(self) -> int:
         """Rows of the table."""
-        return int(self.values["images"])
+        return int(self._of("images"))
 
     @property
     def statuses(self) -> Mapping[str, int]:
         """Rows of each status."""
-        return cast(Mapping[str, int], self.values["statuses"])
+        return cast(Mapping[str, int], self._of("statuses"))
 
     def table(self, columns: "list[str] | None" = None) -> "pa.Table":
         """The rows; see `read_predictions`.
@@ -117,12 +123,12 @@ class EvaluateResult(Result):
     @property
     def uri(self) -> str:
         """The folder of the results."""
-        return str(self.values["output"])
+        return str(self._of("output"))
 
     @property
     def report(self) -> str:
         """URI of the HTML page."""
-        return str(self.values["report"])
+        return str(self._of("report"))
 
     @property
     def accuracy(self) -> float | None:
@@ -142,12 +148,12 @@ class ExportResult(Result):
     @property
     def uri(self) -> str:
         """The folder of the export."""
-        return str(self.values["output"])
+        return str(self._of("output"))
 
     @property
     def path(self) -> str:
         """What the runtime opens."""
-        return str(self.values["path"])
+        return str(self._of("path"))
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from harness import ROOT
 import mnist_dist
 from mnist_dist import console
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.results import TrainResult
 
 # Trains, scores and evaluates in one process, as a notebook would; everything beside the marked lines would be noise.
 SESSION = """
@@ -79,6 +80,24 @@ def test_stderr_and_warnings_are_given_back(capfd: pytest.CaptureFixture[str]) -
         os.write(2, b"a line\n")
     os.write(2, b"another\n")
     assert capfd.readouterr().err == "a line\nanother\n"
+
+
+def test_blocks_that_overlap_give_stderr_back_at_the_end_of_the_last(capfd: pytest.CaptureFixture[str]) -> None:
+    before, open_files = os.fstat(2), len(os.listdir("/proc/self/fd"))
+    first, second = console.quieted(), console.quieted()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    os.write(2, b"[2030-01-02 03:04:05,678 E 1 2] core/worker.cc:12: noise\n")
+    second.__exit__(None, None, None)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+    assert (os.fstat(2).st_ino, len(os.listdir("/proc/self/fd"))) == (before.st_ino, open_files)
+
+
+def test_what_a_plan_does_not_give_is_said() -> None:
+    with pytest.raises(DataError, match="the job gave no run_dir: a plan and a dry run give plan, seconds"):
+        TrainResult({"plan": True, "seconds": 1.5}).uri  # noqa: B018
 
 
 def test_signals_are_left_alone_outside_of_the_main_thread() -> None:

@@ -1,10 +1,14 @@
 """Keyword arguments to configurations."""
 
+import dataclasses
 import inspect
+import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tyro
 
 from mnist_dist import keywords
 from mnist_dist.api import evaluate, export, score, search, train
@@ -35,6 +39,34 @@ def test_what_is_not_named_stays_as_the_base_has_it() -> None:
 @pytest.mark.parametrize("input", ["i", ["i"], ("i",), Path("i"), [Path("i")]])
 def test_a_path_or_one_of_several_values_may_be_given_alone(input: Any) -> None:
     assert keywords.job_of(ScoreJob, {**SCORE, "input": input}).inputs.input == ("i",)
+
+
+def test_lone_and_numpy_values_are_taken() -> None:
+    given = {"epochs": 5, "learning_rate": np.float64(1e-3), "trainable": "head", "batch_size": np.int64(32)}
+    job = keywords.job_of(TrainJob, given)
+    assert (job.phases.epochs, job.phases.learning_rate, job.phases.trainable) == ((5,), (1e-3,), ("head",))
+    assert (job.fit.batch_size, type(job.fit.batch_size)) == (32, int)
+    assert keywords.job_of(TrainJob, {"epochs": np.array([2, 3]), "learning_rate": [1, 2]}).phases.epochs == (2, 3)
+
+
+def test_a_field_without_a_flag_is_no_argument() -> None:
+    job = keywords.job_of(SearchJob, {"backbones": ["cnn"]}, base=SEARCH_RECIPES["search-digits"]())
+    assert job.search.backbones == ("cnn",)
+    assert job.space == SEARCH_RECIPES["search-digits"]().space
+
+
+@pytest.mark.parametrize("kind", [TrainJob, SearchJob, ScoreJob, EvaluateJob, ExportJob])
+def test_each_argument_names_one_field(kind: Any) -> None:
+    def names(kind: Any) -> list[str]:
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return [
+            name
+            for field in dataclasses.fields(kind)
+            if tyro.conf.Suppress not in getattr(hints[field.name], "__metadata__", ())
+            for name in (names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field.name])
+        ]
+
+    assert sorted(names(kind)) == sorted(keywords.fields_of(kind))
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,6 @@ def test_one_who_waited_in_vain_is_refused(uri: str) -> None:
         waiting(uri, Recorder(), wait_s=0.5).__enter__()
 
 
-def test_a_living_process_of_this_host_is_not_waited_for(uri: str) -> None:
-    console = Recorder()
-    with Lock(uri, what="the run"), pytest.raises(Locked, match=f"process {os.getpid()} on"):
-        waiting(uri, console).__enter__()
-    assert console.lines == []
-
-
 def test_a_signal_ends_the_waiting(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=5)
     stop = Stop(Recorder())

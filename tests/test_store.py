@@ -18,7 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from mnist_dist.errors import ServiceError, StorageError
-from mnist_dist.store import s3
+from mnist_dist.store import s3 as s3_module
 from mnist_dist.store.anywhere import ANYWHERE, Anywhere
 from mnist_dist.store.local import atomic_file
 from mnist_dist.store.memory import MemoryStore
@@ -251,14 +251,14 @@ def test_no_credentials_are_a_service_error(s3: str, fresh_client: pytest.Monkey
 )
 def test_each_answer_of_s3_has_its_meaning(status: int, code: str, kind: type[Exception]) -> None:
     answer = {"Error": {"Code": code, "Message": "said so"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(kind, match="s3://bucket/key"), s3._errors("s3://bucket/key"):
+    with pytest.raises(kind, match="s3://bucket/key"), s3_module._errors("s3://bucket/key"):
         raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("call", ["AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials"])
 def test_credentials_that_are_refused_are_no_object_that_is(call: str) -> None:
     answer = {"Error": {"Code": "AccessDenied", "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
-    with pytest.raises(ServiceError, match="s3://bucket/key"), s3._errors("s3://bucket/key"):
+    with pytest.raises(ServiceError, match="s3://bucket/key"), s3_module._errors("s3://bucket/key"):
         raise ClientError(answer, call)  # type: ignore[arg-type]
 
 
@@ -288,7 +288,7 @@ def test_no_connection_is_a_service_error() -> None:
         aws_secret_access_key="b",
         config=Config(retries={"mode": "standard", "total_max_attempts": 1}),
     )
-    with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), s3._errors("s3://b/k"):
+    with pytest.raises(ServiceError, match=r"s3://b/k: Could not connect"), s3_module._errors("s3://b/k"):
         client.get_object(Bucket="b", Key="k")
 
 
@@ -361,16 +361,23 @@ def test_a_file_goes_up_and_comes_down(root: str, tmp_path: Path) -> None:
 
 
 def test_what_a_killed_upload_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".m1.0123456789ab.tmp", ".m11.0123456789ab.tmp", "m1", ".m1.txt"):
+    for name in (".m1.0123456789ab.tmp", ".m1.v2.0123456789ab.tmp", ".m1.notes.tmp", "m1", ".m1.txt"):
         (tmp_path / name).mkdir()
     STORE.delete_leftovers(str(tmp_path / "m1"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".m1.txt", ".m11.0123456789ab.tmp", "m1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".m1.notes.tmp",
+        ".m1.txt",
+        ".m1.v2.0123456789ab.tmp",
+        "m1",
+    ]
     STORE.delete_leftovers("s3://bucket/m1")  # asks nobody
 
 
-def test_a_store_crosses_processes_and_there_is_one_in_each() -> None:
+def test_a_store_crosses_processes_and_there_is_one_in_each(s3: str) -> None:
     assert pickle.loads(pickle.dumps(ANYWHERE)) is ANYWHERE
-    assert isinstance(pickle.loads(pickle.dumps(ANYWHERE.of("s3://b"))), S3Store)
+    alone = pickle.loads(pickle.dumps(ANYWHERE.of("s3://b")))
+    assert isinstance(alone, S3Store)
+    assert not alone.exists(f"{s3}/nothing")
     with pytest.raises(StorageError, match="cannot be seen from another process"):
         pickle.dumps(STORE)
 

@@ -82,7 +82,7 @@ class CacheMark:
     key: str
     description: Any
     """Of the rows, for people."""
-    made: str
+    made: str = ""
     """A random name of this making: the same key made again may hold other rows, where an image could not be read."""
 
 
@@ -186,10 +186,12 @@ class Cache:
         if is_remote(self.storage):
             here = replace(self, storage=str(local_dir))
             Path(here.root).mkdir(parents=True, exist_ok=True)
-            mark = self._checked_mark()
             with _node_lock(Path(here.root) / "lock"):
+                mark = self._checked_mark()
                 if not here.is_finished() or self.store.read_bytes(here._mark) != mark:
                     self._download(Path(here.root), mark)
+                here._checked_mark()
+            return here
         here._checked_mark()
         return here
 
@@ -243,6 +245,8 @@ class Cache:
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
         for entry in entries:
             self.store.write_bytes(str(folder / entry.uri.rpartition("/")[2]), self.store.read_bytes(entry.uri))
+        if self._checked_mark() != mark:
+            raise ServiceError(f"{self.root}: it was made again while it was copied; run the same command to resume")
         self.store.write_bytes(str(folder / f"{self.what}.json"), mark)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mnist_dist import documents
-from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed
+from mnist_dist.errors import DataError, DecoderStuck, MnistDistError, ServiceError, WorkersFailed
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -74,7 +74,7 @@ class Markers:
         uri = self._marker_uri(work)
         try:
             before = documents.read(self.store, uri, _Marker)
-        except FileNotFoundError:
+        except (FileNotFoundError, DataError):  # none, or one of an older version
             before = _Marker({})
         begun = {**before.begun, self.run_id: before.begun.get(self.run_id, 0) + 1}
         attempt = Attempt(begun[self.run_id], sum(begun.values()))

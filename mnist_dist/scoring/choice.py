@@ -130,6 +130,7 @@ def row_of_line(line: str) -> ImageRow:
     scheme, _, rest = line.partition("://")
     try:
         remote = is_remote(line)
+        ANYWHERE.of(line)
     except StorageError:
         return ImageRow(
             line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://"

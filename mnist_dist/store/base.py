@@ -12,12 +12,10 @@ StorageError         a URI that can never work: unknown scheme, no such bucket
 ```
 """
 
-import contextlib
 import errno
 import hashlib
 import io
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -173,17 +171,9 @@ class Store(ABC):
     def upload(self, path: Path, uri: str) -> None:
         """Puts a local file in place, in one step."""
 
-    @contextlib.contextmanager
-    def _uploaded(self, uri: str) -> Iterator[BinaryIO]:
-        with tempfile.TemporaryDirectory(prefix="mnist_dist-") as scratch:
-            path = Path(scratch, "object")
-            with path.open("w+b") as file:
-                yield file
-            self.upload(path, uri)
-
+    @abstractmethod
     def new_object(self, uri: str) -> AbstractContextManager[BinaryIO]:
         """A seekable file whose bytes become the object in one step when the block ends without an error."""
-        return self._uploaded(uri)
 
     def upload_folder(self, local: Path, uri: str, *, last: str | None = None) -> None:
         """Puts the files of a folder below `uri`.

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from mnist_dist.errors import ServiceError
 from mnist_dist.store.base import Entry, Level, Store, names_to_upload
-from mnist_dist.store.uris import path_of, temporary_name, temporary_names
+from mnist_dist.store.uris import is_temporary_name, path_of, temporary_name
 
 _SERVICE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -121,8 +121,9 @@ class LocalStore(Store):
 
     def delete_leftovers(self, uri: str) -> None:
         folder = path_of(uri)
-        for leftover in folder.parent.glob(temporary_names(folder.name)):
-            self.delete_tree(str(leftover))
+        for leftover in folder.parent.iterdir() if folder.parent.is_dir() else ():
+            if is_temporary_name(leftover.name, of=folder.name):
+                self.delete_tree(str(leftover))
 
     def move(self, source: str, target: str) -> None:
         with _errors(source):

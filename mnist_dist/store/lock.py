@@ -115,7 +115,8 @@ class Lock:
             if holder.is_alive and not self._falls_silent(holder):
                 continue
             log.info("taking over %s from %s", self._uri, holder)
-            self._store.delete(self._uri)
+            if holder_of(self._uri, store=self._store) == holder:  # another one who waited may have been quicker
+                self._store.delete(self._uri)
         self._thread.start()
         return self
 
@@ -127,12 +128,12 @@ class Lock:
             Interrupted: a signal came.
         """
         began = time.monotonic()
-        if self._wait_s and not holder.is_of_this_host and self._console is not None:
+        if self._wait_s and self._console is not None:
             self._console.line(
                 f"waiting up to {self._wait_s:g} s for the lock of {self._what}: it is held by {holder}, and is taken "
                 f"over after {SILENCE_S:g} s of silence"
             )
-        while not holder.is_of_this_host and time.monotonic() - began < self._wait_s:
+        while time.monotonic() - began < self._wait_s:
             if self._stop is not None:
                 self._stop.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)

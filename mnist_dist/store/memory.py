@@ -1,12 +1,15 @@
 """Objects in this process's memory, for tests: what a bucket does, without a server."""
 
+import contextlib
 import errno
 import hashlib
+import io
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mnist_dist.errors import StorageError
 from mnist_dist.store.base import Entry, Level, Store
@@ -85,6 +88,12 @@ class MemoryStore(Store):
 
     def upload(self, path: Path, uri: str) -> None:
         self.write_bytes(uri, path.read_bytes())
+
+    @contextlib.contextmanager
+    def new_object(self, uri: str) -> Iterator[BinaryIO]:
+        file = io.BytesIO()
+        yield file
+        self.write_bytes(uri, file.getvalue())
 
     def move(self, source: str, target: str) -> None:
         self.write_bytes(target, self.read_bytes(source))

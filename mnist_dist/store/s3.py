@@ -4,10 +4,11 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store.base import Entry, Level, Store
@@ -45,11 +46,8 @@ class S3Store(Store):
     def __init__(self) -> None:
         self.forget_clients()
 
-    def __getstate__(self) -> None:
-        """Clients stay where they are."""
-
-    def __setstate__(self, state: None) -> None:
-        self.forget_clients()
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[()]]:
+        return S3Store, ()  # clients stay where they are
 
     def forget_clients(self) -> None:
         """Drops the clients, so that the next call reads the AWS settings again."""
@@ -189,6 +187,17 @@ class S3Store(Store):
         address = _address(uri)
         with path.open("rb") as file, _errors(uri):
             self._client.upload_fileobj(file, address["Bucket"], address["Key"])
+
+    @contextlib.contextmanager
+    def new_object(self, uri: str) -> Iterator[BinaryIO]:
+        with tempfile.TemporaryFile(
+            prefix="mnist_dist-"
+        ) as file:  # without a name: nothing is left by a killed process
+            yield file
+            file.seek(0)
+            address = _address(uri)
+            with _errors(uri):
+                self._client.upload_fileobj(file, address["Bucket"], address["Key"])
 
     def move(self, source: str, target: str) -> None:
         with _errors(source):

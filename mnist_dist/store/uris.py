@@ -3,8 +3,8 @@
 A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` of a store in `REMOTE`.
 """
 
-import glob
 import os
+import re
 import urllib.parse
 import uuid
 from pathlib import Path
@@ -118,6 +118,6 @@ def temporary_name(name: str) -> str:
     return f".{name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:12]}.tmp"
 
 
-def temporary_names(name: str) -> str:
-    """A glob of all the names that `temporary_name` gives for a name."""
-    return f".{glob.escape(name[:_NAME_CHARACTERS])}.*.tmp"
+def is_temporary_name(name: str, *, of: str) -> bool:
+    """Whether `temporary_name(of)` may have given this name."""
+    return re.fullmatch(rf"\.{re.escape(of[:_NAME_CHARACTERS])}\.[0-9a-f]{{12}}\.tmp", name) is not None
