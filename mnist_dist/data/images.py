@@ -33,16 +33,7 @@ IMAGE_SUFFIXES = (
 )
 """Lower-case file suffixes of the formats that can be decoded."""
 
-_FORMATS = (
-    "BMP",
-    "DIB",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # No EPS, which would run Ghostscript.
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # No EPS, which would run Ghostscript.
 _JPEG_MAGIC = b"\xff\xd8"
 _MAGICS = (
     *(_JPEG_MAGIC, b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF"),

@@ -98,7 +98,8 @@ def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int
     """Splits of the pool's records, `int8 [N]`.
 
     A group of equal images goes to the split that its middle falls into, which for single images rounds the fraction.
-    A class of three or more different images has at least one in each split. Its last group is always trained on.
+    A class of three or more different images is in every split, unless copies of one image make up most of it. The
+    last group of a class is always trained on.
     """
     if not len(labels):
         return np.empty(0, np.int8)
