@@ -36,7 +36,7 @@ def dead_process() -> int:
 
 
 def test_a_held_lock_is_refused_and_a_left_one_is_free(uri: str) -> None:
-    with Lock(uri, what="the run"), pytest.raises(Locked, match=f"at work on the run: process {os.getpid()} on"):
+    with Lock(uri, what="the run"), pytest.raises(Locked, match=f"working on the run: process {os.getpid()} on"):
         Lock(uri, what="the run").__enter__()
     with Lock(uri, what="the run") as lock:
         lock.check()
@@ -51,7 +51,7 @@ def test_a_dead_process_of_this_host_loses_it_at_once(uri: str) -> None:
 
 def test_another_host_loses_it_after_a_minute_of_silence_only(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=30)
-    with pytest.raises(Locked, match=r"on elsewhere, last heard of \d+ s ago"):
+    with pytest.raises(Locked, match=r"on elsewhere, last seen \d+ s ago"):
         Lock(uri, what="the run").__enter__()
     leave_lock(uri, host="elsewhere", pid=1, age_s=61)
     with Lock(uri, what="the run") as lock:
@@ -68,7 +68,7 @@ def test_one_who_waits_takes_over_when_the_holder_has_been_silent_for_long_enoug
     with waiting(uri, console) as lock:
         lock.check()
     assert len(console.lines) == 1
-    assert "waiting up to 90 s for the lock of the run: it is held by process 1 on elsewhere" in console.lines[0]
+    assert "Waiting up to 90 s for the lock of the run, held by process 1 on elsewhere" in console.lines[0]
 
 
 def test_a_clock_that_is_ahead_does_not_keep_a_lost_holder_alive(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,19 +81,19 @@ def test_a_clock_that_is_ahead_does_not_keep_a_lost_holder_alive(uri: str, monke
 def test_one_who_waits_is_refused_once_the_holder_renews_its_lock(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=5)
     renew = partial(leave_lock, uri, host="elsewhere", pid=1, age_s=0)
-    with pytest.raises(Locked, match="at work on the run: process 1 on elsewhere"):
-        waiting(uri, Recorder(at="waiting", then=renew)).__enter__()
+    with pytest.raises(Locked, match="working on the run: process 1 on elsewhere"):
+        waiting(uri, Recorder(at="Waiting", then=renew)).__enter__()
 
 
 def test_one_who_waits_gets_a_lock_that_is_left(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=5)
-    with waiting(uri, Recorder(at="waiting", then=partial(ANYWHERE.delete, uri))) as lock:
+    with waiting(uri, Recorder(at="Waiting", then=partial(ANYWHERE.delete, uri))) as lock:
         lock.check()
 
 
 def test_one_who_waited_in_vain_is_refused(uri: str) -> None:
     leave_lock(uri, host="elsewhere", pid=1, age_s=5)
-    with pytest.raises(Locked, match="at work on the run"):
+    with pytest.raises(Locked, match="working on the run"):
         waiting(uri, Recorder(), wait_s=0.5).__enter__()
 
 

@@ -41,7 +41,7 @@ def test_too_many_deaths_are_told(folder: str) -> None:
     markers = Markers(folder, run_id="one", max_deaths=2)
     for _ in range(3):
         markers.begin("shard-000001.decoding")
-    with pytest.raises(WorkersFailed, match=r"shard-000001.decoding ended 3 processes that were at it"):
+    with pytest.raises(WorkersFailed, match=r"3 processes died while working on shard-000001.decoding"):
         markers.begin("shard-000001.decoding")
     assert Markers(folder, run_id="two", max_deaths=2).begin("shard-000001.decoding").of_run == 1
 
@@ -62,7 +62,7 @@ def test_a_stuck_decoder_is_a_death(folder: str) -> None:
         with contextlib.suppress(DecoderStuck), markers.trying("shard-000001.scoring") as attempt:
             assert attempt.of_run == of_run
             raise DecoderStuck("hangs")
-    with pytest.raises(WorkersFailed, match="ended 2 processes"):
+    with pytest.raises(WorkersFailed, match="2 processes died"):
         markers.begin("shard-000001.scoring")
 
 
@@ -72,5 +72,5 @@ def test_an_error_that_could_not_be_delivered_is_found(folder: str) -> None:
     found = markers.failure_of(4)
     assert isinstance(found, ServiceError)
     assert str(found) == "the token expired"
-    assert "shard 5 was not done" in str(markers.failure_of(5))
-    assert "shard 4 was not done" in str(Markers(folder, run_id="two", max_deaths=0).failure_of(4))
+    assert "shard 5 was not finished" in str(markers.failure_of(5))
+    assert "shard 4 was not finished" in str(Markers(folder, run_id="two", max_deaths=0).failure_of(4))

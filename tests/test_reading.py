@@ -313,7 +313,7 @@ def test_an_error_of_the_service_is_raised(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_storage_is_raised() -> None:
-    with pytest.raises(StorageError, match=r"storage is a local path"):
+    with pytest.raises(StorageError, match=r"storage must be a local path"):
         read_one("gs://bucket/x.png")
 
 

@@ -280,5 +280,5 @@ def test_an_index_of_other_records_is_refused(images: Path, tmp_path: Path) -> N
     finish(*work)
     index = Path(work.plan.cache.root) / "index.parquet"
     pq.write_table(pq.read_table(index).slice(1), index)
-    with pytest.raises(DataError, match=r"index\.parquet has 150 rows\. Received: 149; delete the folder"):
+    with pytest.raises(DataError, match=r"index\.parquet needs 150 rows\. Received: 149; delete the folder"):
         open_records(work.plan, local_dir=tmp_path)

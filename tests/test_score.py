@@ -734,7 +734,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
     output = Output(table.output)
     with (
         Lock(output.lock_uri, what="it"),
-        pytest.raises(Locked, match=rf"at work on {table.output}: process {os.getpid()}"),
+        pytest.raises(Locked, match=rf"working on {table.output}: process {os.getpid()}"),
     ):
         score(table, console=Recorder())
     assert score(table, console=Recorder())["images"] == 17

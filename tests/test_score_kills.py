@@ -261,7 +261,7 @@ def test_a_signal_keeps_what_is_done_and_prints_the_command_that_goes_on(
         with Job(bundle, images, tmp_path / "table") as second:
             code, result, _ = second.ended()
         assert code == 2
-        assert "another driver is at work on" in result["error"]
+        assert "another driver is working on" in result["error"]
         job.process.send_signal(number)
         job.process.send_signal(signal.SIGCONT)
         code, result, err = job.ended()
@@ -364,7 +364,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_the_one_image(
     assert {Path(uri).name: (row["status"], row["error"]) for uri, row in rows.items() if row["status"] != "ok"} == {
         "015.jpg": ("failed", "the decoder crashed (SIGSEGV)"),
         "055.jpg": ("failed", "decoding took longer than 3 s"),
-        "095.jpg": ("too_large", "the memory does not hold it"),
+        "095.jpg": ("too_large", "it does not fit in memory"),
     }
     opened = load_bundle(bundle)
     for uri in (str(dangerous / "014.jpg"), str(dangerous / "119.jpg")):

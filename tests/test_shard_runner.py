@@ -140,7 +140,7 @@ def test_a_process_that_dies_costs_nothing_but_its_shard_s_first_try(tmp_path: P
 
 
 def test_a_shard_that_ends_every_process_is_given_up(tmp_path: Path) -> None:
-    with pytest.raises(WorkersFailed, match=r"shard-000004.squaring ended 2 processes"):
+    with pytest.raises(WorkersFailed, match=r"2 processes died while working on shard-000004.squaring"):
         run(tmp_path, wrong={4: "die"})
 
 

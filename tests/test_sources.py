@@ -109,7 +109,7 @@ def test_an_npz_is_read(tmp_path: Path) -> None:
     assert source.class_names[source.table["label"].to_pylist()[6]] == "Ankle boot"
     assert source.table["split"].to_pylist() == ["train"] * 6 + ["test"] * 2
     np.savez(tmp_path / "g.npz", x_train=arrays["x_train"])
-    with pytest.raises(DataError, match=r"g\.npz: lacks y_train, x_test, y_test\. Received: x_train"):
+    with pytest.raises(DataError, match=r"g\.npz lacks y_train, x_test, y_test\. Received: x_train"):
         open_source(DataConfig(data="mnist", data_dir=str(tmp_path / "g.npz")))
     (tmp_path / "h.npz").write_bytes(b"no zip")
     with pytest.raises(DataError, match=r"h\.npz: not a readable \.npz"):
@@ -123,11 +123,11 @@ def test_an_npz_is_read(tmp_path: Path) -> None:
         ({"train_images": b"\x89PNG"}, "starts with 0x00000803"),
         ({"train_images": b""}, "starts with 0x00000803. Received: 0x$"),
         ({"train_images": b"\0\0\x08\x03\0\0"}, "too short for the header of an idx file. Received: 6 bytes"),
-        ({"train_images": mnist_files()["train-images-idx3-ubyte"][:-1]}, r"too short; by its header \[12, 5, 7\]"),
-        ({"t10k_labels": mnist_files()["t10k-labels-idx1-ubyte"] + b"\n"}, r"trailing bytes; by its header \[4\]"),
+        ({"train_images": mnist_files()["train-images-idx3-ubyte"][:-1]}, r"too short; its header \[12, 5, 7\]"),
+        ({"t10k_labels": mnist_files()["t10k-labels-idx1-ubyte"] + b"\n"}, r"trailing bytes; its header \[4\]"),
         ({"t10k_labels": idx(np.arange(5))}, "has 4 images, but .*labels.* has 5 labels"),
-        ({"train_labels": idx(np.arange(12))}, r"mnist train: labels are 0 to 9\. Received: 0 to 11"),
-        ({"t10k_images": idx(np.zeros((4, 6, 7)))}, r"all splits have one size\. Received: \[\(5, 7\), \(6, 7\)\]"),
+        ({"train_labels": idx(np.arange(12))}, r"mnist train: labels must be 0 to 9\. Received: 0 to 11"),
+        ({"t10k_images": idx(np.zeros((4, 6, 7)))}, r"must have one size\. Received: \[\(5, 7\), \(6, 7\)\]"),
         ({"train_images": idx(np.zeros((0, 5, 7))), "train_labels": idx(np.zeros(0))}, "at least one of at least 1 px"),
     ],
 )
@@ -223,11 +223,11 @@ def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], r"it has a, b\. Received: test/c"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/b/1.png"], "may be val/ and test/ only.*extra"),
+        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], r"train, which has a, b\. Received: test/c"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/b/1.png"], "only val/ and test/ may stand.*extra"),
         (["a/1.png", "a/2.png"], r"at least two classes\. Received: \('a',\)"),
-        (["1.png", "2.png"], "one subfolder per class. Received: 2 images in none"),
-        (["a/1.txt", "b/2.csv"], r"no images below it; their names end in \.jpg, .*Received: 2 other files"),
+        (["1.png", "2.png"], "must be in one subfolder per class. Received: 2 images in none"),
+        (["a/1.txt", "b/2.csv"], r"named like an image \(\.jpg, .*Received: 2 other files"),
     ],
 )
 def test_a_folder_of_another_layout_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -239,7 +239,7 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path, names: list[str],
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one of digits, mnist, fashion_mnist, or an existing.*data='minst'"):
         open_source(DataConfig(data="minst"))
-    with pytest.raises(DataError, match="folder of images is empty"):
+    with pytest.raises(DataError, match="folder is empty"):
         open_source(DataConfig(data=str(tmp_path)))
     with pytest.raises(StorageError, match="gs://b"):
         open_source(DataConfig(data="gs://b"))
@@ -337,11 +337,11 @@ def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> N
     ("table", "message"),
     [
         (pa.table({"img": [b"x"], "y": [0]}), r"no column 'image', 'label'; .*Received: columns img, y"),
-        (pa.table({"image": [1.5], "label": [0]}), "column 'image' holds encoded images.*Received: double"),
-        (pa.table({"image": [b"x"], "label": [0.5]}), "column 'label' holds class names.*Received: double"),
-        (pa.table({"image": [b"x"] * 2, "label": ["a", None]}), r"x\.parquet!1: column 'label' has a value in"),
+        (pa.table({"image": [1.5], "label": [0]}), "column 'image' must hold encoded images.*Received: double"),
+        (pa.table({"image": [b"x"], "label": [0.5]}), "column 'label' must hold class names.*Received: double"),
+        (pa.table({"image": [b"x"] * 2, "label": ["a", None]}), r"x\.parquet!1: column 'label' must have a value in"),
         (rows([]).set_column(1, "label", pa.array([], pa.int64())).cast(rows([0]).schema), "have no rows"),
-        (hugging_face(rows([0, 3]), ["a", "b"]), r"labels are 0 to 1, .*Received: 0 to 3"),
+        (hugging_face(rows([0, 3]), ["a", "b"]), r"labels must be 0 to 1, .*Received: 0 to 3"),
         (rows(["a", "a"]), "at least two classes"),
     ],
 )

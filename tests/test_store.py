@@ -209,7 +209,7 @@ def test_a_full_disk_is_a_service_error(tmp_path: Path) -> None:
 def test_a_missing_bucket_is_a_storage_error(s3_server: str) -> None:
     with pytest.raises(StorageError, match=r"no such bucket.*s3://no-such-bucket/x"):
         STORE.read_bytes("s3://no-such-bucket/x")
-    with pytest.raises(StorageError, match="the URI of an object is s3://bucket/key"):
+    with pytest.raises(StorageError, match="the URI of an object must be s3://bucket/key"):
         STORE.read_bytes("s3://")
 
 
@@ -383,7 +383,7 @@ def test_a_store_crosses_processes_and_there_is_one_in_each(s3: str) -> None:
 
 
 def test_a_scheme_without_a_store_is_refused() -> None:
-    with pytest.raises(StorageError, match=r"no store of the scheme 'memory' was given. Received: 'memory://b/x'"):
+    with pytest.raises(StorageError, match=r"there is no store for the scheme 'memory'. Received: 'memory://b/x'"):
         ANYWHERE.read_bytes("memory://b/x")
 
 

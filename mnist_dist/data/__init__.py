@@ -1,5 +1,5 @@
-"""From a name, a folder, an `s3://` prefix or a Parquet file to uint8 pixels, decoded once and split.
+"""Turns a named data set, a folder, an `s3://` prefix or a Parquet file into uint8 pixels, decoded once and split.
 
-`sources` lists, `images` decodes, `records` keeps what was decoded, `splits` divides it, `batches` orders it. Nothing
-here imports Ray, and TensorFlow only when Keras has to download a data set, so that a decode task starts at once.
+`sources` lists the images, `images` decodes them, `records` stores the result, `splits` divides it and `batches` orders
+it. So that a decode task starts quickly, nothing here imports Ray, and only Keras' download of a data set TensorFlow.
 """

@@ -1,14 +1,14 @@
-"""Images inside archives (tar, compressed tar, zip), read where they lie and never unpacked to disk.
+"""Images inside archives (tar, compressed tar, zip), read in place and never unpacked to disk.
 
-Owns: which files are archives, the list of what one holds, and the bytes of its members. Does not own: which members
-are images (`images`), or what becomes of an archive that is damaged. A member's address is `archive.tar!name`; its
-name is an id and never a path on disk. Which kind an archive is, is told by its first bytes.
+Owns: which files are archives, listing their members, and reading the members' bytes. Does not own: which members are
+images (`images`), or what happens to a damaged archive. The URI of a member is `archive.tar!name`, where the name is an
+id and never a path on disk. The first bytes of an archive decide which kind it is.
 
-Contract of `index_archive`: whatever the bytes are, an index: what lies before a damage is listed, the damage is its
-`problem`. Directories, links that are no hard links, and devices are not listed. As in tar itself, an archive may lack
-its end mark, and nothing behind the end mark is looked at. Contract of `read_members`: bytes or an `ImageError` for
-each member, at the cost of one ranged request per group of neighbours; a compressed tar is read from its beginning.
-Neither holds more than one group, or one member, at a time.
+Contract of `index_archive`: any bytes give an index. Members before any damage are listed, and the damage becomes the
+index's `problem`. Directories, symbolic links and devices are not listed. As in tar itself, an archive may lack its end
+mark, and whatever follows the mark is ignored. Contract of `read_members`: each member gives bytes or an `ImageError`,
+and each group of neighbours costs one ranged request; a compressed tar is read from its start. Neither function holds
+more than one group or one member at a time.
 """
 
 import bz2
@@ -32,26 +32,26 @@ from mnist_dist.store.base import Entry
 from mnist_dist.store.local import is_service_error
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-"""Lower-case name endings of the archives that are read."""
+"""Lower-case file suffixes of the archives that can be read."""
 SEPARATOR = "!"
-"""Between the archive and the name of its member."""
+"""Stands between an archive and the name of a member."""
 
 Packing = Literal["tar", "stream", "stored", "deflated", "bzip2", "lzma", "other"]
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _BZIP2_MAGICS = tuple(b"BZh%d1AY&SY" % level for level in range(1, 10))
 _XZ_MAGIC = b"\xfd7zXZ\0"
-_TAR_MAGIC, _TAR_MAGIC_START = b"ustar", 257  # tars from before 1988 have none
+_TAR_MAGIC, _TAR_MAGIC_START = b"ustar", 257  # Tars from before 1988 have no magic number.
 _ZIP_HEADER_MAGIC = b"PK\3\4"
-_ZIP_MAGICS = (_ZIP_HEADER_MAGIC, b"PK\5\6", b"PK\7\x08")  # a member, the end of an empty archive, a part of several
+_ZIP_MAGICS = (_ZIP_HEADER_MAGIC, b"PK\5\6", b"PK\7\x08")  # A member, an empty archive, a multi-part archive.
 _MAGIC_BYTES = 512
 _DRAIN_BYTES = 1 << 20
 _TAR_BLOCK_BYTES = 512
-_MAX_HEADER_BYTES = 16 * 2**20  # of names and attributes in one tar header; `tarfile` would read any number
-_MAX_SIZE_BYTES = 2**62  # above it nothing is true, and no file can be sought in
-_ZIP_HEADER_BYTES = 30  # without name and extra field
-_ZIP_SLACK_BYTES = 256  # for the extra field of a local header, whose length only that header says
-_ZIP_ENCRYPTED, _ZIP_PATCHED = 0x41, 0x20  # flag bits. Source: PKWARE APPNOTE 6.3.10, 4.4.4
+_MAX_HEADER_BYTES = 16 * 2**20  # Bounds one tar header (names and attributes); `tarfile` sets no bound.
+_MAX_SIZE_BYTES = 2**62  # A larger size is false, and no file can seek to it.
+_ZIP_HEADER_BYTES = 30  # Without the name and the extra field.
+_ZIP_SLACK_BYTES = 256  # Allowance for the extra field of a local header; only that header gives its length.
+_ZIP_ENCRYPTED, _ZIP_PATCHED = 0x41, 0x20  # Flag bits. Source: PKWARE APPNOTE 6.3.10, 4.4.4.
 _ZIP_PACKINGS: dict[int, Packing] = {
     zipfile.ZIP_STORED: "stored",
     zipfile.ZIP_DEFLATED: "deflated",
@@ -67,42 +67,42 @@ class Member:
     """One file inside an archive."""
 
     name: str
-    """As the archive says it; bytes that are not UTF-8 become `\\xff`."""
+    """Name in the archive; bytes that are not UTF-8 are escaped, as in `\\xff`."""
     size_bytes: int
-    """Unpacked, by the archive's word."""
+    """Unpacked size, as the archive states it."""
     packing: Packing
-    """`tar`: as it is; `stream`: in a compressed tar; the others: in a zip."""
+    """`tar`: in a plain tar; `stream`: in a compressed tar; all others: in a zip."""
     offset: int
-    """In the archive: of the data (`tar`) or of the local header (zip); `stream`: how many headers come before."""
+    """Position of the data (`tar`) or of the local header (zip) in the archive; `stream`: number of headers before."""
     stored_bytes: int
-    """Bytes that the data take in the archive; `stream`: before compression."""
+    """Size of the data in the archive; `stream`: before compression."""
     crc32: int | None
-    """Of the unpacked bytes; zip only."""
+    """Checksum of the unpacked bytes; zip only."""
     problem: ImageError | None
-    """Why it cannot be read, where that is known without reading."""
+    """Why the member cannot be read, if that is known from the index."""
 
 
 @dataclass(frozen=True)
 class ArchiveIndex:
-    """What an archive holds."""
+    """The members of an archive."""
 
     entry: Entry
-    """Of the archive, as it was when it was listed."""
+    """The archive itself, as it was when it was listed."""
     members: tuple[Member, ...]
-    """In the order of their offset; of members with the same name only the last."""
+    """Sorted by offset; of several members with the same name only the last."""
     duplicates: int
-    """Members that a later one of the same name replaces."""
+    """Number of members that a later member of the same name replaces."""
     problem: ImageError | None
-    """Why it may hold more than is listed: `missing`, `denied`, `empty`, `truncated`, `unreadable` or `failed`."""
+    """Why members may be missing: `missing`, `denied`, `empty`, `truncated`, `unreadable`, `too_large` or `failed`."""
 
 
 def is_archive(uri: str) -> bool:
-    """Whether `uri` names an archive, by its ending in any case."""
+    """Whether `uri` ends in an archive suffix, in upper or lower case."""
     return uri.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def split_member(uri: str) -> tuple[str, str] | None:
-    """`a.tar!x/y.png` as `("a.tar", "x/y.png")`, at the first `!` behind the name of an archive; None without one."""
+    """Splits `a.tar!x/y.png` into `("a.tar", "x/y.png")` at the first `!` after an archive's name; None without one."""
     position = uri.find(SEPARATOR)
     while position >= 0:
         if is_archive(uri[:position]):
@@ -112,13 +112,13 @@ def split_member(uri: str) -> tuple[str, str] | None:
 
 
 def index_archive(uri: str) -> ArchiveIndex:
-    """Lists an archive: a tar by its headers, a zip by its directory, a compressed tar by reading it once.
+    """Lists an archive: a tar from its headers, a zip from its directory, a compressed tar by reading all of it once.
 
     Args:
-        uri: of the archive.
+        uri: URI of the archive.
 
     Returns:
-        Its members, and its problem where it has one.
+        The members, and the problem of the archive if it has one.
 
     Raises:
         ServiceError, StorageError: see `store.base`.
@@ -138,16 +138,16 @@ def index_archive(uri: str) -> ArchiveIndex:
 
 
 def member_groups(members: Sequence[Member], *, max_bytes: int = 4 * 2**20, max_gap: int = 128 * 2**10) -> list[range]:
-    """Splits members of one archive into runs that one ranged request fetches each.
+    """Groups members of one archive so that one ranged request fetches each group.
 
     Args:
-        members: of one archive, best in the order of their offset.
-        max_bytes: that a request fetches; a larger member is alone in its group.
-        max_gap: bytes between two members that are fetched for nothing rather than in a request of their own.
+        members: members of one archive, ideally sorted by offset.
+        max_bytes: upper bound of a request; a larger member gets a group of its own.
+        max_gap: unneeded bytes between two members that are fetched to save a second request.
 
     Returns:
-        Ranges of positions in `members`, together all of them in order. A compressed tar is one group; members with a
-        problem are in some group, but are not fetched.
+        Ranges of positions in `members` that cover all of them in order. A compressed tar is one group. Members with a
+        problem belong to a group but are not fetched.
     """
     if not members or members[0].packing == "stream":
         return [range(len(members))] if members else []
@@ -169,19 +169,19 @@ def member_groups(members: Sequence[Member], *, max_bytes: int = 4 * 2**20, max_
 
 
 def read_members(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[bytes | ImageError]:
-    """The bytes of members of one archive, in their order.
+    """Reads the bytes of members of one archive, in the given order.
 
     Args:
-        uri: of the archive.
-        members: of its index; one group of `member_groups` costs one request.
+        uri: URI of the archive.
+        members: members from its index; one group of `member_groups` costs one request.
         max_bytes: larger members are not read.
 
     Yields:
-        The unpacked bytes, or an `ImageError`: the member's own problem, `too_large`, `empty`, `missing`, `denied`,
-        `truncated`, `unreadable` or `failed`.
+        The unpacked bytes, or an `ImageError`: the problem in the index, or one with status `too_large`, `empty`,
+        `missing`, `denied`, `truncated`, `unreadable` or `failed`.
 
     Raises:
-        ServiceError, StorageError: not the archive but the storage failed.
+        ServiceError, StorageError: the storage failed, not the archive.
     """
     known = [_known_problem(member, max_bytes) for member in members]
     wanted = [member for member, problem in zip(members, known, strict=True) if problem is None]
@@ -196,7 +196,7 @@ def _known_problem(member: Member, max_bytes: int) -> ImageError | None:
         return member.problem
     if member.size_bytes == 0:
         return ImageError("empty", "the member has no bytes")
-    largest = max(member.size_bytes, member.stored_bytes)  # one that packs worse than nothing is as much to hold
+    largest = max(member.size_bytes, member.stored_bytes)  # Packed data can be larger than unpacked data.
     if largest > max_bytes:
         return ImageError("too_large", f"{largest:,} bytes are more than {max_bytes:,}")
     return None
@@ -204,7 +204,7 @@ def _known_problem(member: Member, max_bytes: int) -> ImageError | None:
 
 @contextlib.contextmanager
 def _image_errors() -> Iterator[None]:
-    """What goes wrong with one archive becomes an `ImageError`; what goes wrong with a service stays what it is."""
+    """Turns the failure of one archive into an `ImageError`; the failure of a service stays what it is."""
     try:
         yield
     except MnistDistError:
@@ -216,17 +216,17 @@ def _image_errors() -> Iterator[None]:
     except EOFError as err:
         raise ImageError("truncated", str(err)) from err
     except MemoryError as err:
-        raise ImageError("too_large", "the memory does not hold it") from err
-    except Exception as err:  # the border: damaged bytes raise whatever the decoders happen to raise
+        raise ImageError("too_large", "it does not fit in memory") from err
+    except Exception as err:  # The border: decoders raise anything on damaged bytes.
         if isinstance(err, OSError) and is_service_error(err):
-            raise ServiceError(f"an archive cannot be read further: {err}") from err
-        # a decompressor's OSError is its own word on the bytes and has no number
+            raise ServiceError(f"reading an archive was interrupted: {err}") from err
+        # A decompressor raises an OSError without an errno when the bytes are damaged.
         status = "failed" if isinstance(err, OSError) and err.errno is not None else "unreadable"
         raise ImageError(status, " ".join(str(err).split()) or type(err).__name__) from err
 
 
 def _bare(err: ImageError) -> ImageError:
-    """The same without its traceback, whose frames would keep the archive's bytes in memory."""
+    """Copies the error without its traceback, whose frames would keep the archive's bytes in memory."""
     return ImageError(err.status, err.message)
 
 
@@ -234,7 +234,7 @@ def _bare(err: ImageError) -> ImageError:
 
 
 class _Listing:
-    """Members by name, as they are found."""
+    """Collects members by name."""
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
@@ -252,7 +252,7 @@ def _list_archive(file: BinaryIO, entry: Entry, listing: _Listing) -> None:
     if unpacked is not None:
         with unpacked:
             _list_tar(_TarSource(unpacked), "stream", listing)
-            while unpacked.read(_DRAIN_BYTES):  # the checksum of a gzip file is its last word
+            while unpacked.read(_DRAIN_BYTES):  # The checksum stands at the end of a gzip file.
                 pass
     elif _is_zip(magic, entry.uri):
         _list_zip(file, entry.size_bytes, listing)
@@ -267,7 +267,7 @@ def _is_zip(magic: bytes, uri: str) -> bool:
 
 
 def _decompressed(file: BinaryIO, magic: bytes) -> io.BufferedIOBase | None:
-    """None where the bytes are not compressed. `tarfile`'s own `r|gz` would stop after the first of several streams."""
+    """The unpacked stream, or None for uncompressed bytes. `tarfile`'s `r|gz` would stop after the first of several."""
     if magic.startswith(_GZIP_MAGIC):
         return gzip.GzipFile(fileobj=file, mode="rb")
     if magic.startswith(_BZIP2_MAGICS):
@@ -282,7 +282,7 @@ def _list_zip(file: BinaryIO, archive_bytes: int, listing: _Listing) -> None:
         has_end = zipfile.is_zipfile(file)
         file.seek(0)
         if not has_end and file.read(_MAGIC_BYTES).startswith(_ZIP_HEADER_MAGIC):
-            raise ImageError("truncated", "the directory at the end of the zip is not there") from err
+            raise ImageError("truncated", "the directory at the end of the zip is missing") from err
         raise
     with archive:
         for info in archive.infolist():
@@ -303,10 +303,10 @@ def _zip_member(info: zipfile.ZipInfo, archive_bytes: int) -> Member:
     if info.flag_bits & _ZIP_ENCRYPTED:
         return replace(member, problem=ImageError("unreadable", "the member is encrypted"))
     if member.packing == "other" or info.flag_bits & _ZIP_PATCHED:
-        message = f"{', '.join(_ZIP_PACKINGS.values())} can be unpacked; this is compression type {info.compress_type}"
+        message = f"not {' or '.join(_ZIP_PACKINGS.values())}, unpatched; this is compression type {info.compress_type}"
         return replace(member, problem=ImageError("unsupported", message))
     if member.offset < 0 or member.offset + _ZIP_HEADER_BYTES + member.stored_bytes > archive_bytes:
-        return replace(member, problem=ImageError("unreadable", "by the directory, it lies outside of the archive"))
+        return replace(member, problem=ImageError("unreadable", "the zip directory places it outside the archive"))
     return member
 
 
@@ -314,11 +314,13 @@ def _zip_member(info: zipfile.ZipInfo, archive_bytes: int) -> Member:
 
 
 class _TarSource:
-    """What `tarfile` reads headers from: forward only, in bounded steps, the last block kept to tell why they end.
+    """The file that `tarfile` reads headers from: forward only, in bounded steps.
+
+    It keeps the last block, so that an error can say why the headers end.
 
     Args:
-        file: at its beginning.
-        size_bytes: of the file. None: known only by reading to its end.
+        file: a file at its start.
+        size_bytes: size of the file. None: known only by reading to its end.
     """
 
     def __init__(self, file: _File, size_bytes: int | None = None) -> None:
@@ -331,7 +333,7 @@ class _TarSource:
         if not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.block_start = self.file.tell()
-        with _image_errors():  # tarfile would make a zlib.error one of its own
+        with _image_errors():  # `tarfile` would turn a zlib.error into its own error.
             self.block = self.file.read(size)
         return self.block
 
@@ -339,13 +341,13 @@ class _TarSource:
         return self.file.tell()
 
     def skip_to(self, position: int) -> None:
-        """Goes on at `position`.
+        """Moves forward to `position`.
 
         Raises:
-            ImageError: the archive ends before, or the way leads back.
+            ImageError: the archive ends before `position`, or `position` lies behind.
         """
-        if position < self.file.tell():  # a negative size; `tarfile` of Python 3.11 would go round for ever
-            raise ImageError("unreadable", f"the header at byte {self.block_start} leads back to byte {position}")
+        if position < self.file.tell():  # A negative size, over which `tarfile` of Python 3.11 loops for ever.
+            raise ImageError("unreadable", f"the header at byte {self.block_start} points back to byte {position}")
         if self._size_bytes is None or position <= self._size_bytes:
             reached = self.file.seek(position)
         else:
@@ -353,7 +355,7 @@ class _TarSource:
         if reached < position:
             raise ImageError("truncated", f"the archive ends at byte {reached}, its last member at byte {position}")
 
-    # what the rest of tarfile's protocol asks for; reading never gets there
+    # tarfile's protocol requires these methods, but reading never calls them.
 
     def seek(self, position: int, /) -> int:
         raise io.UnsupportedOperation("seek")
@@ -366,10 +368,10 @@ class _TarSource:
 
 
 def _headers(source: _TarSource) -> Iterator[tarfile.TarInfo]:
-    """All headers of a tar; each stands at the beginning of its data, and the consumer may read those.
+    """All headers of a tar. After each, the source stands at the start of its data, which the consumer may read.
 
     Raises:
-        ImageError: they end other than at an end mark or at the end of the archive.
+        ImageError: the headers end neither at an end mark nor at the end of the archive.
     """
     start = 0
     try:
@@ -377,14 +379,14 @@ def _headers(source: _TarSource) -> Iterator[tarfile.TarInfo]:
             info = tar.next()
             while info is not None:
                 if not 0 <= info.size < _MAX_SIZE_BYTES:
-                    raise ImageError("unreadable", f"the header at byte {start} says {info.size} bytes of data")
+                    raise ImageError("unreadable", f"the header at byte {start} announces {info.size} bytes of data")
                 yield info
                 source.skip_to(tar.offset)
                 start = tar.offset
-                # unlike tar.next(), it keeps no list, and does not end in silence at a damaged header
+                # Unlike tar.next(), this keeps no list of members and does not stop silently at a damaged header.
                 info = tarfile.TarInfo.fromtarfile(tar)
     except tarfile.TarError as err:
-        # an extended header that is cut off has read further than the place where the archive may end
+        # A clean end is an empty or zero block right after a member; an extended header that is cut off has read on.
         ended = start > 0 and source.block_start == start and not source.block.strip(b"\0")
         if not ended:
             raise _header_problem(source, err) from err
@@ -413,19 +415,19 @@ def _list_link(info: tarfile.TarInfo, packing: Packing, offset: int, listing: _L
     if target is not None:
         listing.add(replace(target, name=info.name))
         return
-    problem = ImageError("missing", f"a hard link to {info.linkname!r}, which is no file before it")
+    problem = ImageError("missing", f"a hard link to {info.linkname!r}, which is not a file before it")
     listing.add(Member(info.name, 0, packing, offset, 0, None, problem))
 
 
 def _list_file(source: _TarSource, info: tarfile.TarInfo, member: Member, listing: _Listing) -> None:
     if info.sparse is not None:
         stored = sum(length for _, length in cast(list[tuple[int, int]], info.sparse))
-        listing.add(replace(member, stored_bytes=stored, problem=ImageError("unsupported", "a file with holes")))
+        listing.add(replace(member, stored_bytes=stored, problem=ImageError("unsupported", "it is a sparse file")))
         return
     try:
         with _image_errors():
             source.skip_to(info.offset_data + info.size)
-    except ImageError as err:  # this member is cut, and nobody knows what came after it
+    except ImageError as err:  # This member is cut off, and later ones are unknown.
         listing.add(replace(member, problem=_bare(err)))
         raise
     listing.add(member)
@@ -435,7 +437,7 @@ def _list_file(source: _TarSource, info: tarfile.TarInfo, member: Member, listin
 
 
 def _extent(member: Member) -> range:
-    """The bytes of the archive that hold the member; of a zip's, as many as its local header may take."""
+    """The bytes of the archive that hold the member; in a zip, with an allowance for its local header."""
     if member.packing == "tar":
         return range(member.offset, member.offset + member.stored_bytes)
     header = _ZIP_HEADER_BYTES + len(member.name.encode()) + _ZIP_SLACK_BYTES
@@ -466,31 +468,31 @@ def _images_of_group(uri: str, members: Sequence[Member]) -> Iterator[bytes | Im
 
 
 def _image_of(uri: str, member: Member, data: memoryview) -> bytes:
-    """Args: data: of the archive, from the member's offset on."""
+    """Extracts a member from `data`, the bytes of the archive from the member's offset on."""
     if member.packing == "tar":
         image = bytes(data[: member.size_bytes])
         _check_whole(image, member.size_bytes)
         return image
     image = _unpacked(member, _zip_data(uri, member, data))
     if len(image) != member.size_bytes:
-        found = f"{len(image):,}" if len(image) < member.size_bytes else "more"
-        raise ImageError("unreadable", f"by the directory, {member.size_bytes:,} bytes unpacked; these are {found}")
+        size = f"{len(image):,}" if len(image) < member.size_bytes else "more"
+        raise ImageError("unreadable", f"the zip directory says {member.size_bytes:,} unpacked bytes; there are {size}")
     if zlib.crc32(image) != member.crc32:
-        raise ImageError("unreadable", "the checksum is not that of the directory")
+        raise ImageError("unreadable", "the checksum differs from the one in the zip directory")
     return image
 
 
 def _zip_data(uri: str, member: Member, data: memoryview) -> memoryview:
-    """The packed bytes, behind the local header."""
+    """The packed bytes, which follow the local header."""
     header = data[:_ZIP_HEADER_BYTES]
     _check_whole(header, _ZIP_HEADER_BYTES)
     if header[:4] != _ZIP_HEADER_MAGIC:
-        raise ImageError("unreadable", f"the directory says it lies at byte {member.offset}, where no member begins")
+        raise ImageError("unreadable", f"no member starts at byte {member.offset}, where the zip directory places it")
     name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
     start = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
     stop = start + member.stored_bytes
-    if len(data) < stop:  # a long extra field, or the end of the archive; from the header on, so that it is no range
-        data = memoryview(ANYWHERE.read_range(uri, member.offset, stop))  # beyond the end, which S3 refuses
+    if len(data) < stop:  # A long extra field, or the end of the archive. S3 refuses a range that starts beyond the
+        data = memoryview(ANYWHERE.read_range(uri, member.offset, stop))  # end, so this one starts at the header.
     _check_whole(data[start:stop], member.stored_bytes)
     return data[start:stop]
 
@@ -501,23 +503,23 @@ def _check_whole(data: bytes | memoryview, size_bytes: int) -> None:
 
 
 def _unpacked(member: Member, data: memoryview) -> bytes:
-    """No more than one byte above what the index says: a bomb costs nothing."""
-    most = member.size_bytes + 1
+    """Unpacks at most one byte more than the index states, so that a zip bomb costs nothing."""
+    max_bytes = member.size_bytes + 1
     if member.packing == "stored":
-        return bytes(data[:most])
+        return bytes(data[:max_bytes])
     if member.packing == "deflated":
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max_bytes)
     if member.packing == "bzip2":
-        return bz2.BZ2Decompressor().decompress(data, most)
+        return bz2.BZ2Decompressor().decompress(data, max_bytes)
     # Source: APPNOTE 5.8.8: version, length of the properties (5), properties, data. The format "alone" of xz is the
     # properties, the unpacked size, data
     alone = b"".join((data[4:9], member.size_bytes.to_bytes(8, "little"), data[9:]))
-    return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(alone, most)
+    return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(alone, max_bytes)
 
 
 def _streamed_images(uri: str, members: Sequence[Member]) -> Iterator[bytes | ImageError]:
     passes: list[list[Member]] = []
-    for member in members:  # a stream only goes forward
+    for member in members:  # A stream can only be read forward.
         if passes and passes[-1][-1].offset <= member.offset:
             passes[-1].append(member)
         else:
@@ -535,7 +537,7 @@ def _images_of_pass(uri: str, members: Sequence[Member]) -> Iterator[bytes | Ima
             with _decompressed(file, magic) or contextlib.nullcontext(file) as stream:
                 images = _images_of_stream(_TarSource(stream), members)
                 while done < len(members):
-                    yield next(images)  # no variable: it would hold this image while the next is read
+                    yield next(images)  # A variable would keep this image while the next is read.
                     done += 1
     except ImageError as err:
         yield from itertools.repeat(_bare(err), len(members) - done)
@@ -543,14 +545,14 @@ def _images_of_pass(uri: str, members: Sequence[Member]) -> Iterator[bytes | Ima
 
 def _images_of_stream(source: _TarSource, members: Sequence[Member]) -> Iterator[bytes]:
     headers = enumerate(_headers(source))
-    for ordinal, same in itertools.groupby(members, key=lambda member: member.offset):  # hard links share their data
+    for ordinal, same in itertools.groupby(members, key=lambda member: member.offset):  # Hard links share their data.
         sizes = [member.size_bytes for member in same]
         info = next((info for number, info in headers if number == ordinal), None)
         if info is None:
-            raise ImageError("truncated", "the archive ends before the member")
+            raise ImageError("truncated", "the archive ends before the member starts")
         if info.size != sizes[0]:
-            raise ImageError("unreadable", "the archive is not the one that was listed")
+            raise ImageError("unreadable", "the archive has changed since it was listed")
         image = source.file.read(info.size)
         _check_whole(image, info.size)
         yield from itertools.repeat(image, len(sizes))
-        del image  # before the next is read
+        del image  # Frees it before the next is read.

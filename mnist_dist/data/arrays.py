@@ -1,7 +1,7 @@
-"""The data that is known by name: digits, MNIST and Fashion-MNIST, as arrays in memory.
+"""The data sets known by name (digits, MNIST and Fashion-MNIST) as arrays in memory.
 
-Owns: where their files may lie and in which form (idx, .npz, Keras' download), and checking them. Does not own: what
-becomes of the arrays.
+Owns: finding their files, reading their formats (idx, .npz, Keras' download) and checking them. Does not own: how the
+arrays are used.
 """
 
 # N = records, H = height px, W = width px, C = channels
@@ -44,26 +44,26 @@ class ArrayPart:
     images: npt.NDArray[Any]
     """`uint8 [N, H, W]` or `[N, H, W, C]`, 0-255."""
     labels: npt.NDArray[Any]
-    """Integers `[N]`, 0 to number of classes - 1."""
+    """Integer `[N]`, 0 to number of classes - 1."""
 
 
 @dataclass(frozen=True)
 class NamedArrays:
-    """A data set: its class names, and how its parts are found below `data_dir`."""
+    """A data set: its class names, and the function that reads its parts from `data_dir`."""
 
     class_names: tuple[str, ...]
     read: Callable[[str, str | None], list[ArrayPart]]
 
 
 def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[ArrayPart]]:
-    """A data set of `NAMED_ARRAYS`, checked.
+    """Reads and checks a data set of `NAMED_ARRAYS`.
 
     Args:
         name: a key of `NAMED_ARRAYS`.
-        data_dir: a folder of idx files, plain or .gz, or an .npz. None: Keras downloads it.
+        data_dir: a folder of idx files (plain or .gz) or an .npz file. None: Keras downloads the data.
 
     Returns:
-        The class names and the parts, whose images all have the same shape.
+        The class names and the parts. All images have the same shape.
 
     Raises:
         DataError: a file is missing or corrupt, or the download failed.
@@ -75,16 +75,16 @@ def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[
         _check_part(f"{name} {part.split or ''}".strip(), part, len(data.class_names))
     shapes = sorted({part.images.shape[1:] for part in parts})
     if len(shapes) > 1:
-        raise DataError(f"{name}: the images of all splits have one size. Received: {shapes}")
+        raise DataError(f"{name}: the images of all splits must have one size. Received: {shapes}")
     return data.class_names, parts
 
 
 def write_digits(uri: str, *, count: int) -> None:
-    """Puts the first scikit-learn digits into a tar of PNG files, `CLASS/NUMBER.png`, for trying out.
+    """Writes the first scikit-learn digits to a tar of PNG files, `CLASS/NUMBER.png`, to try things out with.
 
     Args:
-        uri: of the archive.
-        count: images, at most 1,797.
+        uri: URI of the archive.
+        count: number of images, at most 1,797.
 
     Raises:
         PermissionError, ServiceError, StorageError: see `store.base`.
@@ -101,18 +101,18 @@ def write_digits(uri: str, *, count: int) -> None:
 
 
 def parse_idx(data: bytes, *, dimensions: int, place: str) -> Pixels:
-    """The array in an idx file.
+    """Parses the array in an idx file.
 
     Args:
-        data: the file, unpacked.
-        dimensions: how many the array must have.
+        data: the uncompressed file.
+        dimensions: number of dimensions that the array must have.
         place: the file's name, for messages.
 
     Returns:
-        `uint8`, of the shape that the header says.
+        `uint8`, of the shape that the header gives.
 
     Raises:
-        DataError: another magic number, or fewer or more bytes than the header says.
+        DataError: the magic number or the number of bytes is wrong.
 
     Source: Y. LeCun, "The MNIST database", file formats: 0, 0, type (8: unsigned byte), number of dimensions, then
     each size as a big-endian uint32.
@@ -127,7 +127,7 @@ def parse_idx(data: bytes, *, dimensions: int, place: str) -> Pixels:
     if len(data) != expected:
         fault = "too short" if len(data) < expected else "trailing bytes"
         raise DataError(
-            f"{place}: {fault}; by its header {list(shape)} it has {expected:,} bytes. Received: {len(data):,} bytes"
+            f"{place}: {fault}; its header {list(shape)} means {expected:,} bytes. Received: {len(data):,} bytes"
         )
     return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape)
 
@@ -135,7 +135,7 @@ def parse_idx(data: bytes, *, dimensions: int, place: str) -> Pixels:
 def _read_digits(name: str, data_dir: str | None) -> list[ArrayPart]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()  # part of scikit-learn: no file, no network
+    digits = load_digits()  # Comes with scikit-learn, so it needs no file and no network.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return [ArrayPart(None, pixels, digits.target)]
 
@@ -160,10 +160,10 @@ def _download(name: str) -> list[ArrayPart]:
 
     try:
         train, test = getattr(keras.datasets, name).load_data()
-    except Exception as err:  # Keras raises a bare Exception where a download fails
+    except Exception as err:  # Keras raises a bare Exception if a download fails.
         raise DataError(
-            f"{name} is not in Keras' cache and could not be downloaded: {err}. Without a network, put the four idx"
-            f" files, or an .npz with {', '.join(_NPZ_KEYS)}, somewhere and name the place. Received: data_dir=None"
+            f"{name} is not in Keras' cache and could not be downloaded: {err}. Without a network, provide the four idx"
+            f" files or an .npz with {', '.join(_NPZ_KEYS)}, and set data_dir to it. Received: data_dir=None"
         ) from err
     return [ArrayPart("train", *train), ArrayPart("test", *test)]
 
@@ -174,7 +174,7 @@ def _read_npz(uri: str) -> list[ArrayPart]:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             missing = [key for key in _NPZ_KEYS if key not in file.files]
             if missing:
-                raise DataError(f"{uri}: lacks {', '.join(missing)}. Received: {', '.join(file.files)}")
+                raise DataError(f"{uri} lacks {', '.join(missing)}. Received: {', '.join(file.files)}")
             arrays = [file[key] for key in _NPZ_KEYS]
     except DataError:
         raise
@@ -210,9 +210,9 @@ def _read_first(uris: Sequence[str], place: str) -> tuple[bytes, str]:
         except FileNotFoundError:
             continue
         except PermissionError as err:
-            raise DataError(f"{place}: {uri} may not be read: {err.strerror}") from err
+            raise DataError(f"{place}: permission to read {uri} was denied: {err.strerror}") from err
     names = ", ".join(uri.rpartition("/")[2] for uri in uris)
-    raise DataError(f"{place}: there is none of the files {names}")
+    raise DataError(f"{place}: found none of the files {names}")
 
 
 def _check_part(place: str, part: ArrayPart, num_classes: int) -> None:
@@ -220,13 +220,13 @@ def _check_part(place: str, part: ArrayPart, num_classes: int) -> None:
     is_image_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     if part.images.dtype != np.uint8 or not is_image_shape or 0 in shape:
         raise DataError(
-            f"{place}: images are uint8 [N, H, W] or [N, H, W, 1 or 3], at least one of at least 1 px."
+            f"{place}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], at least one of at least 1 px."
             f" Received: {part.images.dtype} {list(shape)}"
         )
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{place}: each of the {shape[0]} images has one label, a whole number."
+            f"{place}: each of the {shape[0]} images must have one integer label."
             f" Received: {labels.dtype} {list(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise DataError(f"{place}: labels are 0 to {num_classes - 1}. Received: {labels.min()} to {labels.max()}")
+        raise DataError(f"{place}: labels must be 0 to {num_classes - 1}. Received: {labels.min()} to {labels.max()}")

@@ -1,8 +1,8 @@
-"""Which record belongs to which batch and worker: pure functions of numbers, nothing to save or restore.
+"""Assigns records to batches and workers by pure functions of numbers, so there is no state to save or restore.
 
-Owns: an epoch's order and the slice of a global batch that one worker takes. Contract: global batch *k* of an epoch
-is entries `[k B, (k + 1) B)` of `epoch_order`, and rank *r* of *N* takes its `rank_slice`, so a run can go on from
-(epoch, step) alone, with any number of workers.
+Owns: the order of an epoch, and the slice of a global batch that each worker takes. Does not own: reading the records.
+Contract: global batch *k* of an epoch is entries `[k B, (k + 1) B)` of `epoch_order`, and rank *r* of *N* takes its
+`rank_slice` of it. So a run can resume from (epoch, step) alone, with any number of workers.
 """
 
 # B = global batch: the examples of all workers in one step
@@ -20,11 +20,11 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
     Args:
         count: number of records, 0 or more.
-        seed: of the run.
-        epoch: number of the epoch, from 0.
+        seed: seed of the run.
+        epoch: number of the epoch, counted from 0.
 
     Returns:
-        `int64 [count]`, a permutation of 0 to count - 1: the same for the same (count, seed, epoch) anywhere.
+        `int64 [count]`, a permutation of 0 to count - 1; equal arguments give the same order on any machine.
 
     Source: Philox4x64, a counter-based generator (Salmon et al., 2011), so that neighbouring keys are independent.
     """
@@ -47,7 +47,7 @@ def rank_slice(batch_size: int, *, rank: int, workers: int) -> slice:
         A slice into the global batch.
 
     Raises:
-        ConfigError: there are more workers than examples, or no such rank.
+        ConfigError: there are more workers than examples, or `rank` is out of range.
     """
     require(
         1 <= workers <= batch_size,

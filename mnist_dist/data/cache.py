@@ -1,15 +1,15 @@
-"""Rows computed once and shared by every job: a content-keyed folder of shards, memory-mapped wherever it is read.
+"""Rows that are computed once and shared by all jobs: a folder of shards, named by a hash and memory-mapped to read.
 
-Owns: the folder of a key, the shards that processes write independently of each other, the mark that says they are
-complete, the copy on each node of what lies on S3, and reading rows across shards. Does not own: what a row is
-(`data/records.py`, `training/features.py`), or who computes which shard where (`on_ray/data`).
+Owns: the folder of a key, its shards (processes write them independently), the mark that completes it, the copy that
+each node keeps of a cache on S3, and reading rows across shards. Does not own: what a row is (`data/records.py`,
+`training/features.py`), or which process computes which shard (`on_ray/data`).
 
-Below `<storage>/_<what>/<key>/`, the key a hash of everything that the rows depend on:
+Layout of `<storage>/_<what>/<key>/`, where the key is a hash of everything that the rows depend on:
 
 ```
-shard-NNNNNN.arrow   Arrow IPC, uncompressed, to be memory-mapped; one atomic put each; that it exists means it is
-                     done, writing it twice is harmless
-<what>.json          the mark, written last: the cache is finished
+shard-NNNNNN.arrow   Arrow IPC, uncompressed so that it can be memory-mapped. Each shard is put in one step: if it
+                     exists, it is complete, and writing it again does no harm.
+<what>.json          The mark. It is written last: the cache is finished.
 ```
 """
 
@@ -36,17 +36,17 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote, join
 
 MAX_SHARDS = 4_096
-"""Each is a memory map of every process that reads; Linux gives a process 65,530."""
-_ROWS = (".arrow", ".parquet")  # an index of the rows may lie beside them
+"""Every reading process maps every shard, and Linux allows a process 65,530 memory maps by default."""
+_ROW_SUFFIXES = (".arrow", ".parquet")  # Shards, and an index of the rows that may lie beside them.
 _LARGE_ROW_BYTES = 16_384
-"""From here on a row costs more to copy twice than to be fetched by a call of its own."""
+"""Rows of at least this size are copied one by one, because grouping them by shard would copy each one twice."""
 
 
 class ShardRows:
-    """Rows across shards: `rows[numbers]` is `[*numbers.shape, ...]` (see `feed.Rows`).
+    """Reads rows across shards: `rows[numbers]` has the shape `[*numbers.shape, ...]` (see `feed.Rows`).
 
     Args:
-        shards: `[n, ...]` each, in order; all but the last one have the same n.
+        shards: `[n, ...]` each, in order; n is the same for all but the last.
     """
 
     def __init__(self, shards: Sequence[npt.NDArray[Any]]) -> None:
@@ -61,54 +61,54 @@ class ShardRows:
         first = self._shards[0]
         if len(self._shards) == 1:
             return np.asarray(first[numbers])
-        of_shard, places = np.divmod(np.reshape(numbers, -1), len(first))
-        of_shard = of_shard.astype(np.uint16)  # of so few bits, which NumPy sorts in linear time
-        found = np.empty((len(places), *first.shape[1:]), first.dtype)
+        shard_of, places = np.divmod(np.reshape(numbers, -1), len(first))
+        shard_of = shard_of.astype(np.uint16)  # NumPy sorts 16-bit integers in linear time.
+        rows = np.empty((len(places), *first.shape[1:]), first.dtype)
         if first[0].nbytes >= _LARGE_ROW_BYTES:
-            for row, (shard, place) in enumerate(zip(of_shard.tolist(), places.tolist(), strict=True)):
-                found[row] = self._shards[shard][place]
-            return found.reshape(*np.shape(numbers), *first.shape[1:])
-        shards, counts = np.unique(of_shard, return_counts=True)
-        order = np.argsort(of_shard, kind="stable")
-        for shard, some in zip(shards, np.split(order, np.cumsum(counts)[:-1]), strict=False):
-            found[some] = self._shards[shard][places[some]]
-        return found.reshape(*np.shape(numbers), *first.shape[1:])
+            for row, (shard, place) in enumerate(zip(shard_of.tolist(), places.tolist(), strict=True)):
+                rows[row] = self._shards[shard][place]
+            return rows.reshape(*np.shape(numbers), *first.shape[1:])
+        shards, counts = np.unique(shard_of, return_counts=True)
+        order = np.argsort(shard_of, kind="stable")
+        for shard, group in zip(shards, np.split(order, np.cumsum(counts)[:-1]), strict=False):
+            rows[group] = self._shards[shard][places[group]]
+        return rows.reshape(*np.shape(numbers), *first.shape[1:])
 
 
 @dataclass(frozen=True)
 class CacheMark:
-    """What completes a cache."""
+    """The content of the file that completes a cache."""
 
     key: str
     description: Any
-    """Of the rows, for people."""
+    """Describes the rows, for people."""
     made: str = ""
-    """A random name of this making: the same key made again may hold other rows, where an image could not be read."""
+    """Random id of this build. A rebuild of the same key may hold other rows, if an image could not be read before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Where the rows of a key lie: plain data for any process."""
+    """Where the rows of a key lie. Plain data that any process can use."""
 
     what: str
-    """What the rows are, in the plural: names the folder and the mark."""
+    """What the rows are, in the plural; the folder and the mark are named after it."""
     storage: str
-    """Folder or `s3://` prefix of the job, absolute."""
+    """Absolute folder or `s3://` prefix of the job."""
     key: str
-    """sha256 of everything that the rows depend on, hex."""
+    """Hex sha256 of everything that the rows depend on."""
     rows: int
     min_shard_rows: int
-    """Rows of each shard, unless these would be more than `MAX_SHARDS`."""
+    """Rows per shard; raised where it would make more than `MAX_SHARDS` shards."""
     store: Store = field(default=ANYWHERE, compare=False, repr=False)
 
     @property
     def root(self) -> str:
-        """URI of the folder."""
+        """URI of the folder of this key."""
         return join(self.storage, f"_{self.what}", self.key[:16])
 
     @property
     def shard_rows(self) -> int:
-        """Rows of each shard; the last one has what is left."""
+        """Rows per shard; the last shard holds the remainder."""
         return max(self.min_shard_rows, -(-self.rows // MAX_SHARDS))
 
     @property
@@ -117,22 +117,22 @@ class Cache:
         return -(-self.rows // self.shard_rows)
 
     def rows_of(self, shard: int) -> slice:
-        """The rows of a shard."""
+        """Range of row numbers that a shard holds."""
         return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
     def is_finished(self) -> bool:
-        """Whether the cache can be opened."""
+        """Whether the cache is complete and can be opened."""
         return self.store.exists(self._mark)
 
     def missing(self) -> list[int]:
-        """The shards that are still to be put; none where the cache is finished."""
-        there = {entry.uri.rpartition("/")[2] for entry in self.store.list_entries(self.root)}
-        if f"{self.what}.json" in there:
+        """Numbers of the shards that are not stored yet; empty if the cache is finished."""
+        names = {entry.uri.rpartition("/")[2] for entry in self.store.list_entries(self.root)}
+        if f"{self.what}.json" in names:
             return []
-        return [shard for shard in range(self.shards) if _shard_name(shard) not in there]
+        return [shard for shard in range(self.shards) if _shard_name(shard) not in names]
 
     def put(self, shard: int, table: pa.Table) -> None:
-        """Stores a shard, whole or not at all.
+        """Stores a shard in one step.
 
         Raises:
             PermissionError, ServiceError, StorageError: see `store.base`.
@@ -143,60 +143,60 @@ class Cache:
         self.store.write_bytes(join(self.root, _shard_name(shard)), sink.getvalue().to_pybytes())
 
     def check_complete(self) -> None:
-        """Raises ServiceError where shards are missing; the same command makes them."""
+        """Raises ServiceError if shards are missing; running the same command makes them."""
         missing = self.missing()
         if missing:
             raise ServiceError(f"{self.root}: {len(missing)} of {self.shards} shards are missing: {missing[:5]}")
 
     def finish(self, description: Any) -> None:
-        """Marks the cache as finished; nothing to do where that has happened.
+        """Marks the cache as finished; does nothing if it is finished already.
 
         Args:
-            description: of the rows, for people: a dataclass.
+            description: describes the rows, for people; a dataclass.
 
         Raises:
-            ServiceError: shards are missing; the same command makes them.
+            ServiceError: shards are missing; running the same command makes them.
         """
         if not self.is_finished():
             self.check_complete()
             documents.write(self.store, self._mark, CacheMark(self.key, description, made=uuid.uuid4().hex))
-            for entry in self.store.list_entries(self.root):  # what failed and killed runs left
+            for entry in self.store.list_entries(self.root):  # Markers that failed and killed runs left.
                 if entry.uri.endswith(markers.SUFFIXES):
                     self.store.delete(entry.uri)
 
     def discard(self) -> None:
-        """Deletes the cache, its mark first; a job that has opened it keeps what it has mapped or copied."""
+        """Deletes the cache, mark first. A job that has it open keeps the rows that it has mapped or copied."""
         self.store.delete(self._mark)
         self.store.delete_tree(self.root)
 
     def on_node(self, local_dir: Path) -> "Cache":
-        """The finished cache where this node can map it: itself, or a copy of what lies on S3.
+        """Returns the finished cache where this node can map it: this cache, or a local copy of one on S3.
 
-        The first process of the node to come makes the copy, the others wait.
+        The first process on the node makes the copy; the others wait for it.
 
         Args:
-            local_dir: a folder of the node.
+            local_dir: a folder on the node.
 
         Raises:
-            DataError: the cache is not finished, damaged, or of another key.
-            ConfigError: the node's disk has too little free space for it; with both sizes.
+            DataError: the cache is unfinished, damaged, or has another key.
+            ConfigError: the node's disk has too little free space; the message gives both sizes.
             PermissionError, ServiceError, StorageError: see `store.base`.
         """
-        here = self
+        local = self
         if is_remote(self.storage):
-            here = replace(self, storage=str(local_dir))
-            Path(here.root).mkdir(parents=True, exist_ok=True)
-            with _node_lock(Path(here.root) / "lock"):
+            local = replace(self, storage=str(local_dir))
+            Path(local.root).mkdir(parents=True, exist_ok=True)
+            with _node_lock(Path(local.root) / "lock"):
                 mark = self._checked_mark()
-                if not here.is_finished() or self.store.read_bytes(here._mark) != mark:
-                    self._download(Path(here.root), mark)
-                here._checked_mark()
-            return here
-        here._checked_mark()
-        return here
+                if not local.is_finished() or self.store.read_bytes(local._mark) != mark:
+                    self._download(Path(local.root), mark)
+                local._checked_mark()
+            return local
+        local._checked_mark()
+        return local
 
     def read(self, shard: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of a shard; memory-mapped where it is local.
+        """Reads columns of a shard, memory-mapped if it is local.
 
         Raises:
             DataError: the shard is damaged.
@@ -208,18 +208,18 @@ class Cache:
             with pa.memory_map(uri) if data is None else pa.BufferReader(data) as file:
                 table = pa.ipc.open_file(file).read_all().select(columns)
         except (OSError, pa.ArrowInvalid, KeyError) as err:
-            raise DataError(f"{self.root}: damaged: {err}; delete the folder to make it again") from err
+            raise DataError(f"{self.root}: shard {shard} is damaged: {err}; delete the folder") from err
         expected = len(range(self.rows)[self.rows_of(shard)])
         if len(table) != expected:
             raise DataError(
-                f"{self.root}: shard {shard} has {expected} rows. Received: {len(table)}; delete the folder"
+                f"{self.root}: shard {shard} needs {expected} rows. Received: {len(table)}; delete the folder"
             )
         return table
 
     def values(self, column: str) -> list[npt.NDArray[Any]]:
-        """The arrays, `[n, width]`, that `column_of` made a column of; see `read`."""
+        """The arrays `[n, width]` that `column_of` stored, one per shard; raises as `read` does."""
         lists = [self.read(shard, [column])[0].chunk(0) for shard in range(self.shards)]
-        return [one.values.to_numpy(zero_copy_only=True).reshape(len(one), -1) for one in lists]
+        return [rows.values.to_numpy(zero_copy_only=True).reshape(len(rows), -1) for rows in lists]
 
     @property
     def _mark(self) -> str:
@@ -228,20 +228,20 @@ class Cache:
     def _checked_mark(self) -> bytes:
         try:
             mark = self.store.read_bytes(self._mark)
-            found = documents.decode(mark, CacheMark, uri=self._mark).key
+            key = documents.decode(mark, CacheMark, uri=self._mark).key
         except FileNotFoundError as err:
-            raise DataError(f"no finished {self.what}. Received: {self.root!r}") from err
+            raise DataError(f"there are no finished {self.what}. Received: {self.root!r}") from err
         except DataError as err:
             raise DataError(f"{err}; delete the folder") from err
-        if found != self.key:
-            raise DataError(f"{self.root}: {self.what} of {self.key}. Received: {found}; delete the folder")
+        if key != self.key:
+            raise DataError(f"{self.root}: expected {self.what} of {self.key}. Received: {key}; delete the folder")
         return mark
 
     def _download(self, folder: Path, mark: bytes) -> None:
-        Path(folder / f"{self.what}.json").unlink(missing_ok=True)  # the copy of a cache that was made before
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed: nobody else holds the lock
+        Path(folder / f"{self.what}.json").unlink(missing_ok=True)  # An older copy.
+        for leftover in folder.glob(".*.tmp"):  # A killed process left these; we hold the lock, so none is in use.
             leftover.unlink(missing_ok=True)
-        entries = [entry for entry in self.store.list_entries(self.root) if entry.uri.endswith(_ROWS)]
+        entries = [entry for entry in self.store.list_entries(self.root) if entry.uri.endswith(_ROW_SUFFIXES)]
         check_free_space(folder, sum(entry.size_bytes for entry in entries), f"the {self.what}")
         for entry in entries:
             self.store.write_bytes(str(folder / entry.uri.rpartition("/")[2]), self.store.read_bytes(entry.uri))
@@ -251,20 +251,20 @@ class Cache:
 
 
 def column_of(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-    """An array `[n, ...]` as a column of flat rows."""
+    """Turns an array `[n, ...]` into a column of flat rows."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises ConfigError, with both sizes, where the folder's disk has too little room beside what the folder holds."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    """Raises ConfigError, with both sizes, if the disk of `folder` lacks room for what the folder does not hold yet."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     held_bytes = 0
     for file in folder.glob("*"):
-        if file.name.endswith(_ROWS):
-            with contextlib.suppress(FileNotFoundError):  # another job clears the folder away
+        if file.name.endswith(_ROW_SUFFIXES):
+            with contextlib.suppress(FileNotFoundError):  # Another job may be deleting the folder.
                 held_bytes += file.stat().st_size
     missing_bytes = needed_bytes - held_bytes
-    free_bytes = shutil.disk_usage(there).free
+    free_bytes = shutil.disk_usage(existing).free
     if missing_bytes > free_bytes:
         raise ConfigError(
             f"{folder}: {what} need {missing_bytes / 1e9:.3g} GB of disk. Received: {free_bytes / 1e9:.3g} GB free"
@@ -273,9 +273,9 @@ def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 @contextlib.contextmanager
 def _node_lock(path: Path) -> Iterator[None]:
-    """Lets one process of this node in at a time."""
+    """Admits one process of this node at a time."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, also by a killed process
+        fcntl.flock(file, fcntl.LOCK_EX)  # Closing the file releases the lock, even if the process is killed.
         yield
 
 

@@ -1,15 +1,15 @@
-"""Bytes of one image to uint8 pixels of one size, or the reason why not.
+"""Decodes the bytes of one image to uint8 pixels of a given size.
 
-Owns: the one decode-and-resize that training and scoring share (resizing is not one thing: libraries' bilinear
-filters differ by several grey levels on average). Does not own: where bytes come from, or what pixels are used for.
+Owns: the decoding and resizing that training and scoring share, because the bilinear filters of different libraries
+differ by several grey levels on average. Does not own: where bytes come from, or how pixels are used.
 
-Contract of `decode_image`: whatever the bytes are, pixels or an `ImageError`, never anything else. JPEG goes through
-libjpeg-turbo in its strict mode, the only decoder here that notices damaged scan data; everything else, and CMYK
-JPEG, through Pillow. The header's pixel count is checked before anything is decoded. The EXIF rotation is applied;
-transparency is laid over white; more than 8 bits are scaled, not clipped; of several frames or pages the first counts.
+Contract of `decode_image`: any bytes give either pixels or an `ImageError`, never another exception. libjpeg-turbo
+decodes JPEG in its strict mode, because no other decoder here notices damaged scan data. Pillow decodes CMYK JPEG and
+everything else. The pixel count in the header is checked before anything is decoded. The EXIF rotation is applied,
+transparency is laid over white, more than 8 bits are scaled rather than clipped, and only the first frame is used.
 """
 
-# H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = the same of an original
+# H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = height, width of the original
 
 import functools
 import io
@@ -31,9 +31,9 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-"""Lower-case name endings of the formats that are decoded."""
+"""Lower-case file suffixes of the formats that can be decoded."""
 
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: that would run Ghostscript
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # No EPS, which would run Ghostscript.
 _JPEG_MAGIC = b"\xff\xd8"
 _MAGICS = (
     *(_JPEG_MAGIC, b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF"),
@@ -42,21 +42,21 @@ _MAGICS = (
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _ORIENTATION_TAG = 0x0112
-_SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+_SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height.
 _TAIL_BYTES = 64
-LINEAR_SHRINK = 2.0  # up to which linear interpolation leaves no pixel out; several times as fast as an average
+LINEAR_SHRINK = 2.0  # Up to this factor linear interpolation skips no pixel; it is far faster than an average.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """What every decoded image becomes."""
+    """Size and channels that every image is decoded to."""
 
     height_px: int
     width_px: int
     channels: int
     """1 (grey, ITU-R 601 luma) or 3 (RGB)."""
     resize: ResizeRule = "stretch"
-    """How another shape becomes this one: stretched, or its centre cropped to the same aspect first."""
+    """How another shape is resized: stretched, or first cropped at the centre to the same aspect ratio."""
 
     def __post_init__(self) -> None:
         require(self.height_px >= 1, "height_px is at least 1", height_px=self.height_px)
@@ -87,15 +87,15 @@ class Decoded:
 
 
 def decode_image(data: bytes, spec: ImageSpec, *, max_pixels: int = 100_000_000) -> Decoded:
-    """Decodes an image and brings it to the size and channels of `spec`.
+    """Decodes an image and converts it to the size and channels of `spec`.
 
     Args:
-        data: the encoded image, of any format in `IMAGE_SUFFIXES`, of any size and mode.
-        spec: the result's size, channels and resize rule.
-        max_pixels: images of more pixels than this, by their header, are not decoded.
+        data: the encoded image, in any format of `IMAGE_SUFFIXES`, of any size and mode.
+        spec: size and channels of the result, and the resize rule.
+        max_pixels: images that are larger by their header are refused before anything is decoded.
 
     Returns:
-        Pixels `uint8 [H, W, C]`, 0-255, and the original's size.
+        Pixels `uint8 [H, W, C]`, 0-255, and the size of the original.
 
     Raises:
         ImageError: with status `empty`, `truncated`, `unreadable`, `unsupported` or `too_large`.
@@ -105,19 +105,19 @@ def decode_image(data: bytes, spec: ImageSpec, *, max_pixels: int = 100_000_000)
         return _decode(data, spec, max_pixels)
     except ImageError:
         raise
-    except Exception as err:  # the border where a decoder's failure, of whatever kind, becomes a status
+    except Exception as err:  # The border: any failure of a decoder becomes a status.
         raise _image_error(data, err) from err
 
 
 def probe_image(data: bytes, *, max_pixels: int = 100_000_000) -> tuple[int, int, int]:
-    """Size and channels of an image, mostly by its header: Pillow decodes some PNGs to say how they are turned.
+    """Reads size and channels of an image, usually from its header; some PNGs must be decoded to find their rotation.
 
     Args:
         data: the encoded image.
-        max_pixels: an image of more, by its header, is refused before anything is decoded.
+        max_pixels: images that are larger by their header are refused before anything is decoded.
 
     Returns:
-        Width and height in px after the EXIF rotation, and channels: 1 where the format says grey, else 3.
+        Width and height in px after the EXIF rotation, and channels: 1 if the image is stored as grey, else 3.
 
     Raises:
         ImageError: with status `empty`, `truncated`, `unreadable`, `unsupported` or `too_large`.
@@ -126,24 +126,24 @@ def probe_image(data: bytes, *, max_pixels: int = 100_000_000) -> tuple[int, int
     try:
         with _open(data) as image:
             _check_size(*image.size, max_pixels)
-            # Pillow gives a TIFF's size as it will be after the rotation
+            # Pillow already reports a TIFF's size after the rotation.
             orientation = 1 if image.format == "TIFF" else _orientation(image)
             width_px, height_px = _upright_size(image.size, orientation)
             return width_px, height_px, 1 if _is_grey(image) else 3
     except ImageError:
         raise
-    except Exception as err:  # as in decode_image
+    except Exception as err:  # As in decode_image.
         raise _image_error(data, err) from err
 
 
 def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    """Brings pixels to the height and width of `spec`; pixels of that size are returned untouched.
+    """Resizes pixels to the height and width of `spec`; pixels of that size are returned unchanged.
 
-    Sides that shrink to less than half are averaged by area, all others are interpolated linearly.
+    Sides that shrink to less than half are averaged by area; all others are interpolated linearly.
 
     Args:
         pixels: `uint8 [h, w, C]`, 0-255.
-        spec: height, width and resize rule; its channels are not looked at.
+        spec: height, width and resize rule; its channels are ignored.
 
     Returns:
         `uint8 [H, W, C]`, 0-255.
@@ -154,7 +154,7 @@ def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
     smaller = (min(height, spec.height_px), min(width, spec.width_px))
     steps = [((spec.height_px, spec.width_px), cv2.INTER_LINEAR)]
     if max(height / smaller[0], width / smaller[1]) > LINEAR_SHRINK:
-        steps.insert(0, (smaller, cv2.INTER_AREA))  # an average only where both sides shrink, so a step of its own
+        steps.insert(0, (smaller, cv2.INTER_AREA))  # Average only the sides that shrink, as a separate step.
     for (target_height, target_width), filter_code in steps:
         if pixels.shape[:2] != (target_height, target_width):
             resized = cv2.resize(pixels, (target_width, target_height), interpolation=filter_code)
@@ -163,12 +163,12 @@ def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
 
 
 def match_channels(pixels: Pixels, channels: int) -> Pixels:
-    """Pixels `uint8 [..., 1 or 3]` as grey (ITU-R 601 luma, as in Pillow) or RGB, `uint8 [..., C]`."""
+    """Converts `uint8 [..., 1 or 3]` to grey (ITU-R 601 luma, as in Pillow) or RGB, `uint8 [..., C]`."""
     if pixels.shape[-1] == channels:
         return pixels
     if channels == 3:
         return np.repeat(pixels, 3, axis=-1)
-    # Source: Pillow's rgb2l, ITU-R BT.601-2 in 16-bit fixed point
+    # Source: Pillow's rgb2l, ITU-R BT.601-2 in 16-bit fixed point.
     red, green, blue = (pixels[..., c].astype(np.uint32) for c in range(3))
     luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
     return luma.astype(np.uint8)[..., None]
@@ -176,10 +176,10 @@ def match_channels(pixels: Pixels, channels: int) -> Pixels:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Settings that are global to the process; on the first image, not on import."""
-    cv2.setNumThreads(1)  # decoding runs in as many threads as its caller wants
-    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes its place: Pillow's own limit cannot be set per call
-    Image.init()  # every format is known before threads look for theirs
+    """Makes settings that are global to the process, at the first image rather than on import."""
+    cv2.setNumThreads(1)  # The caller decides in how many threads to decode.
+    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces Pillow's limit, which cannot be set per call.
+    Image.init()  # Registers all formats before several threads need them.
 
 
 def _decode(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded:
@@ -196,7 +196,7 @@ def _decode(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded:
 
 
 def _decode_jpeg(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded | None:
-    """None where libjpeg-turbo's header reader does not take it: CMYK, or a rare subsampling."""
+    """Decodes with libjpeg-turbo; None if it cannot: CMYK, or a header with a rare subsampling."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -211,7 +211,7 @@ def _decode_jpeg(data: bytes, spec: ImageSpec, max_pixels: int) -> Decoded | Non
         "GRAY" if spec.channels == 1 else "RGB",
         min_height=min_height,
         min_width=min_width,
-        min_factor=1,  # the decoder scales by eighths, to the next size that is not smaller: less to resize
+        min_factor=1,  # Scales by eighths while decoding, but not below the given size, to leave less to resize.
     )
     upright = _rotate(pixels, orientation)
     width, height = _upright_size((width, height), orientation)
@@ -222,7 +222,7 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if not data.startswith(_MAGICS):
-        raise ImageError("unsupported", f"none of {', '.join(_FORMATS)}; it starts with 0x{data[:8].hex()}")
+        raise ImageError("unsupported", f"not one of {', '.join(_FORMATS)}; it starts with 0x{data[:8].hex()}")
     return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
@@ -234,9 +234,9 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _image_error(data: bytes, err: Exception) -> ImageError:
     message = " ".join(str(err).split()) or type(err).__name__
     if isinstance(err, UnidentifiedImageError):
-        message = "the header is not complete or not valid"  # Pillow's own names a memory address
+        message = "the header is not complete or not valid"  # Pillow's own message contains a memory address.
     if isinstance(err, MemoryError):
-        return ImageError("too_large", "the memory does not hold it")
+        return ImageError("too_large", "it does not fit in memory")
     if "unsupported" in message.lower() or "not supported" in message.lower() or isinstance(err, NotImplementedError):
         return ImageError("unsupported", message)
     return ImageError("truncated" if _is_cut(data, message) else "unreadable", message)
@@ -265,14 +265,14 @@ def _jpeg_orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)
-    except Exception:  # the pixels are fine where only Pillow's header reader fails: as if it had no EXIF
+    except Exception:  # The pixels are fine if only Pillow cannot read the header: treat it as having no EXIF.
         return 1
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF of any kind: the image counts as upright
+    except Exception:  # Any damage to the EXIF data: treat the image as upright.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -288,7 +288,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rotate(pixels: Pixels, orientation: int) -> Pixels:
-    """Source: EXIF 2.32, tag Orientation: where row 0 and column 0 of the stored image belong."""
+    """Turns stored pixels upright. Source: EXIF 2.32, tag Orientation: where row 0 and column 0 belong."""
     if orientation in _SIDEWAYS:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -309,7 +309,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _pillow_pixels(image: Image.Image) -> Pixels:
-    """Pixels `uint8 [h, w, 1 or 3]` of a loaded image of any mode."""
+    """Pixels `uint8 [h, w, 1 or 3]` of a loaded image in any mode."""
     if image.mode in _DEEP_MODES:
         return _eight_bits(image)[..., None]
     if image.has_transparency_data:
@@ -326,10 +326,10 @@ def _over_white(image: Image.Image) -> Pixels:
 
 
 def _eight_bits(image: Image.Image) -> Pixels:
-    """Scales 16 and 32 bits and floats to 0-255.
+    """Scales values of 16 or 32 bits, and floats, to 0-255.
 
-    16-bit modes have the range 0-65535; wider ones do not say theirs, so it is taken from the values: 0-1 for floats
-    within it, 0-255, 0-65535 for integers within it, else from the smallest to the largest value.
+    16-bit modes have the range 0-65535. Wider modes do not state a range, so the values decide: 0-1 or 0-255 if all
+    floats lie within it, 0-65535 if all integers do, else the smallest to the largest value.
     """
     values = np.asarray(image)
     transparent = image.info.get("transparency")

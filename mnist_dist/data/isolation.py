@@ -1,11 +1,11 @@
-"""Decoding in a process of its own, for images that may take their decoder down with them.
+"""Decodes in a child process, for images that may crash their decoder.
 
-Owns: the child process and the talk with it. A decoder that crashes, hangs or takes all memory costs the child and one
-`ImageError` with status `failed`; the next image gets a new child. One image at a time: this is the second attempt, of
-a shard whose first one ended with the death of its process.
+Owns: the child process and its protocol. Does not own: which shards are decoded this way (those that seem to kill
+processes). If a decoder crashes or hangs, one image becomes an `ImageError` with status `failed`, and the next image
+gets a new child. Images are decoded one at a time.
 
-Run as `python -m mnist_dist.data.isolation FD`, it is the child: encoded bytes come in over the socket, pixels or the
-reason why not go out.
+`python -m mnist_dist.data.isolation FD` is the child: it receives encoded bytes over the socket, and sends pixels or an
+`ImageError` back.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ import mnist_dist
 from mnist_dist.data.images import Decoded, ImageSpec, decode_image
 from mnist_dist.errors import ImageError, WorkersFailed
 
-MAX_MEMORY_BYTES = 8 * 2**30  # of the child's address space: several times what 100 million pixels take
+MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
 _START_TIMEOUT_S = 120.0
 
 
 class IsolatedDecoder:
-    """`decode_image` in a child process that may die; it is started when it is first needed. Used by several threads,
-    it takes one image at a time.
+    """Runs `decode_image` in a child process that may die. The child starts when it is first needed, and decodes one
+    image at a time even if several threads call.
 
     Args:
-        spec: of the result.
+        spec: size and channels of the result.
         max_pixels: as for `decode_image`.
-        timeout_s: an image that takes longer than this becomes `failed`.
+        timeout_s: an image that takes longer than this gets the status `failed`.
     """
 
     def __init__(self, spec: ImageSpec, *, max_pixels: int, timeout_s: float) -> None:
@@ -44,14 +44,14 @@ class IsolatedDecoder:
         self._child: _Child | None = None
 
     def decode(self, data: bytes) -> Decoded:
-        """As `decode_image`.
+        """Decodes an image as `decode_image` does.
 
         Raises:
-            ImageError: also with status `failed`, where the decoder crashed or took too long.
-            WorkersFailed: the child does not start.
+            ImageError: as from `decode_image`; with status `failed` if the decoder crashed or took too long.
+            WorkersFailed: the child did not start.
         """
         with self._lock:
-            if self._child is not None and self._child.is_dead:  # killed while it was idle, by no image
+            if self._child is not None and self._child.is_dead:  # It was killed while idle, so no image is to blame.
                 self._end()
             if self._child is None:
                 self._child = _Child(self._spec, self._max_pixels, self._timeout_s)
@@ -68,7 +68,7 @@ class IsolatedDecoder:
         return answer
 
     def close(self) -> None:
-        """Ends the child."""
+        """Kills the child, if there is one."""
         with self._lock:
             self._end()
 
@@ -78,28 +78,28 @@ class IsolatedDecoder:
 
 
 class _Child:
-    """One child process; ready when it is built."""
+    """One child process, which is ready once the constructor returns."""
 
     def __init__(self, spec: ImageSpec, max_pixels: int, timeout_s: float) -> None:
-        ours, theirs = socket.socketpair()
+        parent_socket, child_socket = socket.socketpair()
         package = Path(mnist_dist.__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(package), *_python_path()]))}
-        with theirs:
+        with child_socket:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", __name__, str(child_socket.fileno())],
+                pass_fds=[child_socket.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(parent_socket.detach())
         try:
             self._connection.send_bytes(pickle.dumps((spec, max_pixels, timeout_s)))
             is_ready = self._connection.poll(_START_TIMEOUT_S) and bool(self._connection.recv_bytes())
         except (EOFError, OSError):
             is_ready = False
         if not is_ready:
-            raise WorkersFailed(f"the process that decodes did not start ({_cause(self.end())})")
+            raise WorkersFailed(f"the decoding process did not start ({_cause(self.end())})")
 
     @property
     def is_dead(self) -> bool:
@@ -113,9 +113,9 @@ class _Child:
         return answer
 
     def end(self) -> int:
-        """Kills the process if it lives; its exit status, negative for a signal."""
+        """Kills the process if it is alive, and returns its exit status, which is negative for a signal."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.1)  # one that has crashed says by what
+            self._process.wait(0.1)  # A crashed child needs a moment to report its signal.
         self._process.kill()
         self._connection.close()
         return self._process.wait()
@@ -130,7 +130,7 @@ def _cause(code: int) -> str:
 
 
 def _serve(connection: Connection) -> None:
-    """Answers until the parent is gone."""
+    """Decodes images until the parent is gone."""
     spec, max_pixels, timeout_s = pickle.loads(connection.recv_bytes())
     connection.send_bytes(b"ready")
     while True:
@@ -139,18 +139,18 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         answer: Decoded | ImageError
-        # a parent that lives has ended this process long before; one that is gone cannot
+        # A living parent kills this process at `timeout_s`. The alarm ends it if the parent is gone.
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
         try:
             answer = decode_image(data, spec, max_pixels=max_pixels)
         except ImageError as error:
-            answer = ImageError(error.status, error.message)  # without the traceback, which holds the memory
+            answer = ImageError(error.status, error.message)  # Without the traceback, which would keep memory.
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send_bytes(pickle.dumps(answer, protocol=5))
 
 
-def _be_the_first_to_go() -> None:
-    """Where memory runs out, this process dies and not its parent, which holds the model."""
+def _limit_process() -> None:
+    """Makes this process, not its parent with the model, die if memory runs out."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -159,5 +159,5 @@ def _be_the_first_to_go() -> None:
 
 
 if __name__ == "__main__":
-    _be_the_first_to_go()
+    _limit_process()
     _serve(Connection(int(sys.argv[1])))

@@ -1,10 +1,10 @@
-"""How often a shard was begun, and what ended it: small objects beside the shards.
+"""Small objects beside the shards that record how often work on a shard began, and which error ended it.
 
-Owns: the markers that tell the next process that the one before died over the same work, and the errors that a worker
-could not deliver. Does not own: what is done about it.
+Owns: the markers that tell a process that an earlier one died over the same work, and the errors that a worker leaves
+for the driver. Does not own: how a job reacts to either.
 
-A marker is put before the work is begun and taken back when it ends, whether well or by an error that was foreseen; so
-a marker that is found means a death: of the process, or of the whole job.
+A marker is written before the work begins, and removed when the work succeeds or fails with an expected error. So a
+marker that is still there means that the process, or the whole job, died.
 """
 
 import contextlib
@@ -19,42 +19,43 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 FORESEEN = (MnistDistError, OSError)
-"""What ends work without ending its process."""
+"""Expected errors: they end the work but not its process."""
 SUFFIXES = (".begun", ".error")
-"""Of what lies beside shards, and means nothing once they are all done."""
+"""Name endings of markers and errors; both are useless once all shards are done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a piece of work."""
+    """How often a piece of work was begun, this time included."""
 
     of_run: int
-    """How often this driver's workers have begun it, 1 the first time."""
+    """How often this driver's workers have begun the work; 1 at the first try."""
     of_all: int
-    """How often it was begun by workers of any driver."""
+    """How often the workers of any driver have begun the work."""
 
     @property
     def is_suspect(self) -> bool:
-        """Something in the work seems to end processes: not just one killed driver, which takes all workers along."""
+        """Whether the work itself seems to kill processes; a single killed driver also ends all its workers."""
         return self.of_run > 1 or self.of_all > 2
 
 
 @dataclass(frozen=True)
 class _Marker:
-    """What lies in the folder while a piece of work is under way."""
+    """The content of a marker."""
 
     begun: dict[str, int]
-    """Driver -> how often its workers have begun the work."""
+    """How often the workers of each driver have begun the work, by `run_id`."""
 
 
 @dataclass(frozen=True)
 class Markers:
-    """The markers of one driver's workers.
+    """Writes and reads the markers of one driver's workers.
 
     Args:
-        folder: URI where they lie, beside the shards.
-        run_id: of the driver.
-        max_deaths: deaths over the same work after which it is given up.
+        folder: URI of the folder that holds them, beside the shards.
+        run_id: id of the driver.
+        max_deaths: how many processes of this driver may die over the same work.
+        store: the store of the folder.
     """
 
     folder: str
@@ -63,29 +64,29 @@ class Markers:
     store: Store = ANYWHERE
 
     def begin(self, work: str) -> Attempt:
-        """Puts the marker.
+        """Writes the marker.
 
         Args:
             work: a file name, such as `shard-000007.scoring`.
 
         Raises:
-            WorkersFailed: the work ended more than `max_deaths` processes of this driver.
+            WorkersFailed: more than `max_deaths` processes of this driver died over the work.
         """
         uri = self._marker_uri(work)
         try:
-            before = documents.read(self.store, uri, _Marker)
-        except (FileNotFoundError, DataError):  # none, or one of an older version
-            before = _Marker({})
-        begun = {**before.begun, self.run_id: before.begun.get(self.run_id, 0) + 1}
+            marker = documents.read(self.store, uri, _Marker)
+        except (FileNotFoundError, DataError):  # There is none, or an older version wrote it.
+            marker = _Marker({})
+        begun = {**marker.begun, self.run_id: marker.begun.get(self.run_id, 0) + 1}
         attempt = Attempt(begun[self.run_id], sum(begun.values()))
         if attempt.of_run > self.max_deaths + 1:
-            raise WorkersFailed(f"{work} ended {attempt.of_run - 1} processes that were at it; Ray's logs may say why")
+            raise WorkersFailed(f"{attempt.of_run - 1} processes died while working on {work}; Ray's logs may say why")
         documents.write(self.store, uri, _Marker(begun))
         return attempt
 
     @contextlib.contextmanager
     def trying(self, work: str) -> Iterator[Attempt]:
-        """Puts the marker for a block of work, and takes it back at the end, unless that is the end of the process.
+        """Writes the marker before a block of work and removes it afterwards, unless the process is dying.
 
         Raises:
             WorkersFailed: see `begin`.
@@ -94,34 +95,34 @@ class Markers:
         try:
             yield attempt
         except DecoderStuck:
-            raise  # the process is about to end
+            raise  # The process is about to exit, so the marker must stay.
         except FORESEEN:
-            self._take_back(work)
+            self._remove(work)
             raise
-        self._take_back(work)
+        self._remove(work)
 
     def note_failure(self, shard: int, error: BaseException) -> None:
-        """Leaves the error of a shard where the driver finds it."""
+        """Stores the error of a shard where the driver finds it."""
         with contextlib.suppress(OSError, ServiceError):
             self.store.write_bytes(self._failure_uri(shard), pickle.dumps(error))
 
     def failure_of(self, shard: int) -> BaseException:
-        """What a worker left of a shard that is not done."""
+        """The error that a worker stored for an unfinished shard, or WorkersFailed if there is none."""
         try:
             error: BaseException = pickle.loads(self.store.read_bytes(self._failure_uri(shard)))
         except FileNotFoundError:
-            return WorkersFailed(f"shard {shard} was not done, and nobody said why; run the same command to resume")
+            return WorkersFailed(f"shard {shard} was not finished, reason unknown; run the same command to resume")
         return error
 
     def forget_failures(self) -> None:
-        """Deletes the errors that this driver's workers left, once one of them is known."""
+        """Deletes the errors that this driver's workers left, once one of them has been raised."""
         with contextlib.suppress(OSError, ServiceError):
             for entry in self.store.scan_entries(self.folder):
                 if entry.uri.endswith(f".{self.run_id}.error"):
                     self.store.delete(entry.uri)
 
-    def _take_back(self, work: str) -> None:
-        """Removes a marker; where the storage fails it stays, which costs the next process its speed alone."""
+    def _remove(self, work: str) -> None:
+        """Removes a marker. If the storage fails, the marker stays, which only slows the next process down."""
         with contextlib.suppress(OSError, ServiceError):
             self.store.delete(self._marker_uri(work))
 

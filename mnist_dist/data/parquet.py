@@ -1,8 +1,8 @@
-"""Parquet files of encoded images: their labels, and the bytes of their rows.
+"""Parquet files of encoded images: their labels, and the image bytes of their rows.
 
-Owns: columns, their types and class names, and reading rows by whole row groups. A row's name is `file.parquet!ROW`,
-ROW counted from 0 through the whole file. Image columns are binary, or structs with a binary field `bytes` as
-Hugging Face writes them; label columns are strings or integers.
+Owns: the columns, their types and class names, and reading rows by row group. Does not own: decoding, or the splits.
+A row's URI is `file.parquet!ROW`, where ROW counts from 0 through the whole file. An image column is binary, or a
+struct with a binary field `bytes` as Hugging Face writes it. A label column holds strings or integers.
 """
 
 import bisect
@@ -32,14 +32,14 @@ class LabelColumn:
 
     values: list[str] | list[int]
     names: tuple[str, ...] | None
-    """Names of class numbers, where the file's Hugging Face metadata have them."""
+    """Class names by class number, if the file's Hugging Face metadata has them."""
 
 
 def read_labels(uri: str, *, image_column: str, label_column: str) -> LabelColumn:
-    """The label column of one file; that the image column can be read later is checked here.
+    """Reads the label column of one file, and checks that its image column has a readable type.
 
     Raises:
-        DataError: the file is no Parquet, a column is missing or of another type, or a label is null.
+        DataError: the file is not Parquet, a column is missing or has another type, or a label is null.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with _open(uri) as file:
@@ -51,12 +51,12 @@ def read_labels(uri: str, *, image_column: str, label_column: str) -> LabelColum
             raise DataError(f"{uri}: column {label_column!r} cannot be read: {err}") from err
     if column.null_count:
         row = pc.index(column.is_null(), pa.scalar(True)).as_py()
-        raise DataError(f"{uri}!{row}: column {label_column!r} has a value in every row. Received: null")
+        raise DataError(f"{uri}!{row}: column {label_column!r} must have a value in every row. Received: null")
     return LabelColumn(column.to_pylist(), _class_label_names(schema, label_column))
 
 
 def read_rows(uris: Sequence[str], image_column: str) -> Iterator[bytes | ImageError]:
-    """The encoded bytes of rows, in the order of `uris`; rows of one file ascend.
+    """Reads the encoded bytes of rows, in the order of `uris`. The rows of one file must ascend.
 
     Yields:
         The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `failed` or `unreadable`.
@@ -82,7 +82,7 @@ def _rows_of_file(uri: str, rows: Sequence[int], image_column: str) -> Iterator[
         yield from itertools.repeat(ImageError("denied", str(err)), len(rows) - done)
     except OSError as err:
         yield from itertools.repeat(ImageError("failed", f"{uri}: {err}"), len(rows) - done)
-    except (DataError, KeyError, IndexError, pa.ArrowException) as err:  # changed since it was listed
+    except (DataError, KeyError, IndexError, pa.ArrowException) as err:  # The file changed after it was listed.
         yield from itertools.repeat(ImageError("unreadable", f"{uri}: {err}"), len(rows) - done)
 
 
@@ -97,7 +97,7 @@ def _image_rows(file: pq.ParquetFile, rows: Sequence[int], image_column: str) ->
 def _images_of_group(
     file: pq.ParquetFile, group: int, rows: Sequence[int], image_column: str
 ) -> Iterator[bytes | ImageError]:
-    """Images at ascending rows of a row group, a few rows in memory at a time: a group may hold gigabytes."""
+    """Yields the images at ascending rows of a row group. A group may hold gigabytes, so only a batch is in memory."""
     wanted, first = collections.deque(rows), 0
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[image_column]):
         column = batch.column(0)
@@ -126,7 +126,7 @@ def _check_columns(uri: str, schema: pa.Schema, image_column: str, label_column:
     missing = [name for name in (image_column, label_column) if name not in schema.names]
     if missing:
         raise DataError(
-            f"{uri}: there is no column {', '.join(map(repr, missing))}; image_column and label_column name others."
+            f"{uri}: there is no column {', '.join(map(repr, missing))}; set image_column and label_column."
             f" Received: columns {', '.join(schema.names)}"
         )
     images, labels = schema.field(image_column).type, schema.field(label_column).type
@@ -134,14 +134,14 @@ def _check_columns(uri: str, schema: pa.Schema, image_column: str, label_column:
         images = images.field(_BYTES_FIELD).type
     if not (pa.types.is_binary(images) or pa.types.is_large_binary(images)):
         raise DataError(
-            f"{uri}: column {image_column!r} holds encoded images, as binary or as a struct with a binary field"
+            f"{uri}: column {image_column!r} must hold encoded images, as binary or as a struct with a binary field"
             f" {_BYTES_FIELD!r}. Received: {images}"
         )
     if pa.types.is_dictionary(labels):
         labels = labels.value_type
     if not (pa.types.is_integer(labels) or pa.types.is_string(labels) or pa.types.is_large_string(labels)):
         raise DataError(
-            f"{uri}: column {label_column!r} holds class names (string) or numbers (integer). Received: {labels}"
+            f"{uri}: column {label_column!r} must hold class names (string) or numbers (integer). Received: {labels}"
         )
 
 
@@ -150,5 +150,5 @@ def _class_label_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] 
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[label_column]["names"]))
-    except (KeyError, TypeError, ValueError):  # written by somebody else, or no ClassLabel
+    except (KeyError, TypeError, ValueError):  # Another tool wrote the file, or the column is no ClassLabel.
         return None

@@ -1,11 +1,11 @@
-"""Images decoded once: a cache (`data/cache.py`) of uint8 pixels, a row for each record of a source.
+"""Images decoded once: a cache (`data/cache.py`) of uint8 pixels with one row per record of a source.
 
-Owns: what the pixels depend on (the key), what a shard and the index hold. Does not own: who runs `decode_shard` where
-(`on_ray` maps it over the missing shards), or the splits.
+Owns: the key (everything that the pixels depend on), and what a shard and the index hold. Does not own: where
+`decode_shard` runs (`on_ray` maps it over the missing shards), or the splits.
 
 A shard has the columns pixels, status, error and digest. Beside the shards lies `index.parquet`: uri, label, split,
-status, error and digest of all records, in the order of the rows. An image that cannot be decoded is a row with a
-status and zero pixels, never an exception.
+status, error and digest of all records, in row order. An image that cannot be decoded becomes a row with a status and
+zero pixels, never an exception.
 """
 
 # N = records, n = records of a shard, H = height px, W = width px, C = channels
@@ -43,7 +43,7 @@ _DESCRIBED = ("status", "error", "digest")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordPlan:
-    """What is decoded to what, and where it goes: plain data for any process."""
+    """What to decode, into what and where. Plain data that any process can use."""
 
     cache: Cache
     spec: ImageSpec
@@ -54,27 +54,27 @@ class RecordPlan:
 
 @dataclass(frozen=True)
 class Records:
-    """The finished records, as one process sees them."""
+    """Finished records, opened by one process."""
 
     pixels: ShardRows
-    """`uint8 [N, H, W, C]`, 0-255, memory-mapped; zeros where a record is not readable."""
+    """`uint8 [N, H, W, C]`, 0-255, memory-mapped; an unreadable record is all zeros."""
     index: pa.Table
-    """A row per record: uri, label, split, status (`ok`, or why not), error, digest (hex)."""
+    """One row per record: uri, label, split, status (`ok`, or what went wrong), error, digest (hex)."""
     class_names: tuple[str, ...]
     spec: ImageSpec
 
 
 def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: int) -> RecordPlan:
-    """Plans the decoding of a source, and checks that the result fits the storage.
+    """Plans the decoding of a source and checks that local storage has room for the result.
 
     Args:
-        source: what is to be decoded.
+        source: what to decode.
         spec: what each image becomes.
         storage: folder or `s3://` prefix of the job.
-        max_pixels: images of more pixels than this are not decoded.
+        max_pixels: larger images are not decoded.
 
     Raises:
-        ConfigError: the disk of a local storage has too little free space; with both sizes.
+        ConfigError: local storage has too little free space; the message gives both sizes.
     """
     cache = Cache(
         what="records",
@@ -94,12 +94,12 @@ def decode_shard(plan: RecordPlan, shard: int, uris: Sequence[str]) -> None:
     """Reads, decodes and stores the records of one shard.
 
     Args:
-        plan: of the records.
+        plan: the plan of the records.
         shard: 0 to `plan.cache.shards` - 1.
-        uris: of the shard's records, in order.
+        uris: URIs of the shard's records, in order.
 
     Raises:
-        ServiceError, StorageError, PermissionError: the storage, not an image, failed.
+        ServiceError, StorageError, PermissionError: the storage failed, not an image.
     """
     decode = functools.partial(_decode_record, plan.spec, plan.max_pixels)
     encoded = read_encoded(uris, plan.image_column)
@@ -115,14 +115,14 @@ def decode_shard(plan: RecordPlan, shard: int, uris: Sequence[str]) -> None:
 
 
 def finish(plan: RecordPlan, source: Source) -> None:
-    """Turns the shards into records that `open_records` opens; nothing to do where that has happened.
+    """Completes the records so that `open_records` can open them; does nothing if they are finished already.
 
     Args:
-        plan: of the records; no shards are missing, unless the source is an array, of which they are made here.
-        source: the plan's source.
+        plan: the plan of the records. All shards must exist, except for an array source, whose shards are made here.
+        source: the source that was planned.
 
     Raises:
-        ServiceError: shards are missing; the same command makes them.
+        ServiceError: shards are missing; running the same command makes them.
         PermissionError, StorageError: see `store.base`.
     """
     cache = plan.cache
@@ -132,10 +132,10 @@ def finish(plan: RecordPlan, source: Source) -> None:
         for shard in cache.missing():
             _put(plan, shard, _fitted(source.pixels[cache.rows_of(shard)], plan.spec), {})
     cache.check_complete()
-    _log.info("%d images are decoded in %s", cache.rows, cache.root)
+    _log.info("%d decoded images are in %s", cache.rows, cache.root)
     index = source.table.select(["uri", "label", "split"])
     tables = (cache.read(shard, _DESCRIBED) for shard in range(cache.shards))
-    described = pa.concat_tables(table.take(np.arange(len(table))) for table in tables)  # copies, without the pixels
+    described = pa.concat_tables(table.take(np.arange(len(table))) for table in tables)  # Copies drop the pixels.
     for name in _DESCRIBED:
         index = index.append_column(name, described[name])
     buffer = io.BytesIO()
@@ -145,15 +145,15 @@ def finish(plan: RecordPlan, source: Source) -> None:
 
 
 def open_records(plan: RecordPlan, *, local_dir: Path) -> Records:
-    """Opens finished records; those on S3 are downloaded once per node.
+    """Opens finished records. Records on S3 are downloaded once per node.
 
     Args:
-        plan: of the records.
-        local_dir: a folder of the node; used where the storage is remote.
+        plan: the plan of the records.
+        local_dir: a folder on the node, used if the storage is remote.
 
     Raises:
-        DataError: there are no finished records, or they are damaged.
-        ConfigError: the node's disk has too little free space for them; with both sizes.
+        DataError: the records are unfinished or damaged.
+        ConfigError: the node's disk has too little free space; the message gives both sizes.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     cache = plan.cache.on_node(local_dir)
@@ -162,20 +162,20 @@ def open_records(plan: RecordPlan, *, local_dir: Path) -> Records:
 
 
 def read_index(cache: Cache) -> pa.Table:
-    """The index of finished records alone (`Records.index`): what a driver needs, without their pixels.
+    """Reads only the index of finished records (`Records.index`), which is all that a driver needs.
 
     Raises:
-        DataError: it does not fit the records.
+        DataError: the index does not fit the records.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     index = pq.read_table(pa.BufferReader(cache.store.read_bytes(join(cache.root, _INDEX))))
     if len(index) != cache.rows:
-        raise DataError(f"{cache.root}: {_INDEX} has {cache.rows} rows. Received: {len(index)}; delete the folder")
+        raise DataError(f"{cache.root}: {_INDEX} needs {cache.rows} rows. Received: {len(index)}; delete the folder")
     return index
 
 
 def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
-    """sha256 of the class names and of the readable records' digests and labels, in order; hex."""
+    """Hex sha256 of the class names and of the digests and labels of the readable records, in order."""
     readable = index.filter(pc.equal(index["status"], _OK))
     sha = hashlib.sha256(json.dumps(list(class_names)).encode())
     sha.update("".join(readable["digest"].to_pylist()).encode())
@@ -184,7 +184,7 @@ def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
 
 
 def bad_records(index: pa.Table) -> list[tuple[str, str, str]]:
-    """URI, status and error of each record that is not readable."""
+    """URI, status and error of each unreadable record."""
     bad = index.filter(pc.not_equal(index["status"], _OK))
     columns = (bad[name].to_pylist() for name in ("uri", "status", "error"))
     return list(zip(*columns, strict=True))
@@ -200,7 +200,7 @@ def _decode_record(spec: ImageSpec, max_pixels: int, data: bytes | ImageError) -
 
 
 def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    """Images of an array source: nothing to decode."""
+    """Images of an array source at the size and channels of `spec`; there is nothing to decode."""
     fitted = match_channels(pixels, spec.channels)
     return fitted if fitted.shape[1:] == spec.shape else np.stack([resize_pixels(image, spec) for image in fitted])
 

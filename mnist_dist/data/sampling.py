@@ -1,7 +1,7 @@
-"""A few of many rows, to measure on: short runs of neighbours, evenly spread.
+"""Chooses a few of many rows to measure on: short runs of neighbours, spread evenly.
 
-Neighbours, since rows of archives and Parquet files are read together; spread, since a list is sorted by name and an
-end of it is no fair sample.
+They are neighbours because archives and Parquet files are read in groups of rows. They are spread because a list is
+sorted by name, so that one end of it is not representative. Owns: the choice. Does not own: reading the rows.
 """
 
 # n = chosen rows
@@ -13,15 +13,15 @@ RUN_ROWS = 16
 
 
 def spread_rows(total: int, *, most: int, run_rows: int = RUN_ROWS) -> npt.NDArray[np.int64]:
-    """Rows of a table, ascending: runs of neighbours from its begin to its end.
+    """Chooses rows of a table: runs of neighbours, spread from its start to its end.
 
     Args:
-        total: rows of the table.
-        most: rows at most that are chosen.
-        run_rows: rows of each run.
+        total: number of rows in the table.
+        most: maximum number of rows to choose.
+        run_rows: length of each run, in rows.
 
     Returns:
-        `int64 [n]`, all of them where there are no more than `most`.
+        `int64 [n]`, ascending; all rows if there are no more than `most`.
     """
     if total <= most:
         return np.arange(total)

@@ -1,10 +1,10 @@
-"""From the name of the data to a table of what there is, and to the encoded bytes.
+"""Lists the records of a data set in a table, and reads their encoded bytes.
 
-Owns: the data that is known by name, the layouts of folders and Parquet files, and reading. Does not own: decoding
-(`images`), and which record is trained on (`splits`); a split that the data brings along is passed on.
+Owns: the layouts of folders and Parquet files, and reading. Does not own: the arrays of named data sets (`arrays`),
+decoding (`images`), or which record is trained on (`splits`); a split that the data defines is passed on.
 
-Data comes in two kinds. An *array source* (`digits`, `mnist`, `fashion_mnist`) is already decoded and small: its
-pixels lie in memory. Of every other source only names, sizes and labels are read here; `read_encoded` gets the bytes.
+There are two kinds of sources. An *array source* (`digits`, `mnist`, `fashion_mnist`) is small and already decoded: its
+pixels are in memory. For any other source only names, sizes and labels are read here; `read_encoded` reads the bytes.
 """
 
 # N = records, H = height px, W = width px, C = channels
@@ -55,32 +55,32 @@ _SPLIT_NAMES = {
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(_SPLIT_NAMES, reverse=True))})([-_.].*)?", re.IGNORECASE)
 _PROBED_IMAGES = 64
 _SMALL_SIDE_PX = 64
-_READ_THREADS = 8  # waiting for storage, not for a core
-_READ_AHEAD = 16  # files in memory, each of any size
+_READ_THREADS = 8  # They wait for storage, not for a core.
+_READ_AHEAD = 16  # Bounds the files held in memory; a file may have any size.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What there is to train on, before anything is decoded."""
+    """The records of a data set, before anything is decoded."""
 
     name: str
-    """As it was asked for, for messages."""
+    """The name or absolute URI of the data, for messages."""
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Class names; a label is an index into them."""
     table: pa.Table
-    """One row per record, `TABLE_SCHEMA`: uri, label, split (null, `train`, `val` or `test`), size_bytes and etag (of
-    the file that holds the record). Sorted by uri for files, in the data's own order for arrays."""
+    """One row per record (`TABLE_SCHEMA`): uri, label, split (null, `train`, `val` or `test`), size_bytes and etag (of
+    the file that holds the record). Files are sorted by URI, arrays keep the order of the data."""
     pixels: Pixels | None = None
     """Array sources: `uint8 [N, H, W, C]`, 0-255, in the order of the table."""
     image_column: str | None = None
-    """Parquet only: the column of the image bytes; the uri is then `file.parquet!ROW`."""
+    """Parquet only: the column that holds the image bytes. The URI of a record is then `file.parquet!ROW`."""
 
 
 def open_source(config: DataConfig) -> Source:
-    """Lists what `config.data` names, `config.limit` applied.
+    """Lists the data that `config.data` names, with `config.skip` and `config.limit` applied.
 
     Raises:
-        DataError: the data is unknown, empty, of one class only, corrupt, or inconsistent between its splits.
+        DataError: the data is unknown, empty or corrupt, has only one class, or its splits contradict each other.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     _log.info("listing %s", config.data)
@@ -93,16 +93,16 @@ def open_source(config: DataConfig) -> Source:
 
 
 def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, config: DataConfig) -> ImageSpec:
-    """The size and channels that every image of the source is decoded to.
+    """Chooses the size and channels that every image of the source is decoded to.
 
-    The native size where the images are small (64 px) and of one size, as far as a probe of 64 of them tells, and
-    no larger than the backbone's; else a square of the backbone's size.
+    Keeps the native size if 64 probed images have the same small size (at most 64 px) and it is no larger than the
+    backbone's. Otherwise images become a square of the backbone's size.
 
     Args:
-        source: what `open_source` returned.
-        backbone_size_px: height and width that the backbone sees, px.
-        scratch_size: whether the backbone takes any size, so that a small native size may be larger than its own.
-        config: channels and resize rule.
+        source: from `open_source`.
+        backbone_size_px: height and width of the backbone's input, px.
+        scratch_size: the backbone takes any size, so a small native size may be larger than the backbone's own.
+        config: gives channels and resize rule.
 
     Raises:
         DataError: none of the probed images can be read.
@@ -113,7 +113,7 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
     width_px, height_px = min(probe[:2] for probe in probes)
     uniform = all(probe[:2] == (width_px, height_px) for probe in probes)
     largest_px = _SMALL_SIDE_PX if scratch_size else min(_SMALL_SIDE_PX, backbone_size_px)
-    keeps_aspect = width_px == height_px or scratch_size or config.resize == "stretch"  # the device only stretches
+    keeps_aspect = width_px == height_px or scratch_size or config.resize == "stretch"  # The device only stretches.
     if not uniform or not keeps_aspect or max(width_px, height_px) > largest_px:
         width_px = height_px = backbone_size_px
     channels = max(probe[2] for probe in probes) if config.channels == "auto" else int(config.channels)
@@ -121,19 +121,19 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
 
 
 def read_encoded(uris: Sequence[str], image_column: str | None) -> Iterator[bytes | ImageError]:
-    """The encoded bytes of each image, in order; why not, where one cannot be read.
+    """Reads the encoded bytes of each image, in order; an image that cannot be read yields its error.
 
-    Files are read by a few threads, a few ahead of the consumer; rows of one Parquet file one after the other.
+    A few threads read files slightly ahead of the consumer. Rows of a Parquet file are read one after the other.
 
     Args:
-        uris: of images, or `file.parquet!ROW`.
-        image_column: Parquet only: the column of the image bytes.
+        uris: URIs of images, or `file.parquet!ROW`.
+        image_column: Parquet only: the column that holds the image bytes.
 
     Yields:
-        The bytes, or an `ImageError` with status `missing`, `denied`, `empty` or `failed`.
+        The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `failed` or `unreadable`.
 
     Raises:
-        ServiceError, StorageError: not one image but the storage failed.
+        ServiceError, StorageError: the storage failed, not a single image.
     """
     if image_column is None:
         return map_in_threads(_read_file, uris, threads=_READ_THREADS, ahead=_READ_AHEAD)
@@ -141,18 +141,18 @@ def read_encoded(uris: Sequence[str], image_column: str | None) -> Iterator[byte
 
 
 def image_error(error: OSError) -> ImageError:
-    """What an image becomes that storage could not read; what concerns more than one file is a ServiceError."""
+    """The `ImageError` of one unreadable file; a failure that concerns more than one file is a ServiceError."""
     if isinstance(error, FileNotFoundError):
         return ImageError("missing", "no such file")
     if isinstance(error, PermissionError):
         return ImageError("denied", error.strerror or str(error))
-    return ImageError("failed", error.strerror or str(error))  # a bad sector, a folder or a pipe in place of the file
+    return ImageError("failed", error.strerror or str(error))  # A bad sector, or a folder or pipe of that name.
 
 
 def map_in_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
 ) -> Iterator[_Result]:
-    """Like `map`, by threads; never more than `ahead` results wait for the consumer."""
+    """Like `map`, but in threads; at most `ahead` results wait for the consumer."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[_Result]] = collections.deque()
         try:
@@ -174,27 +174,28 @@ def _open(config: DataConfig) -> Source:
     try:
         entries = list(ANYWHERE.list_entries(root))
     except PermissionError as err:
-        raise DataError(f"the data may not be listed: {err}. Received: data={config.data!r}") from err
+        raise DataError(f"permission to list the data was denied: {err}. Received: data={config.data!r}") from err
     if not entries:
-        _check_there_is_something(config.data, root)
+        _check_not_empty(config.data, root)
     suffixes = {_suffix(entry.uri) for entry in entries}
     if PARQUET_SUFFIX in suffixes and suffixes.isdisjoint(IMAGE_SUFFIXES):
         return _open_parquet(root, entries, config)
     return _open_folder(root, entries)
 
 
-def _check_there_is_something(data: str, root: str) -> None:
+def _check_not_empty(data: str, root: str) -> None:
     if ANYWHERE.exists(root):
-        raise DataError(f"the folder of images is empty. Received: data={data!r}")
+        raise DataError(f"the folder is empty. Received: data={data!r}")
     raise DataError(
-        f"data is one of {', '.join(KNOWN_DATA)}, or an existing folder, s3:// prefix or Parquet file."
+        f"data must be one of {', '.join(KNOWN_DATA)}, or an existing folder, s3:// prefix or Parquet file."
         f" Received: data={data!r} ({root} does not exist)"
     )
 
 
 def _limited(source: Source, config: DataConfig) -> Source:
-    """The first `limit` records of each split behind the first `skip` of those to train on, in the order of
-    sha256(uri), so that either is a fair sample."""
+    """Drops the first `skip` training records, then keeps the first `limit` records of each split.
+
+    The order is that of sha256(uri), so that both are random samples."""
     if config.limit is None and not config.skip:
         return source
     ranked = sorted(
@@ -208,7 +209,7 @@ def _limited(source: Source, config: DataConfig) -> Source:
         first = 0 if split in ("val", "test") else config.skip
         last = None if config.limit is None else first + config.limit
         rows += [rank[2] for rank in itertools.islice(ranks, first, last)]
-    require(bool(rows), f"skip leaves some of the {len(ranked):,} images", skip=config.skip)
+    require(bool(rows), f"skip must leave some of the {len(ranked):,} images", skip=config.skip)
     rows.sort()
     pixels = None if source.pixels is None else source.pixels[rows]
     return replace(source, table=source.table.take(rows), pixels=pixels)
@@ -220,7 +221,7 @@ def _suffix(uri: str) -> str:
 
 
 def _table(records: Sequence[tuple[Entry, str]], labels: Sequence[int], splits: Sequence[str | None]) -> pa.Table:
-    """A table of `TABLE_SCHEMA`; a record is the file that holds it, and its own URI."""
+    """Builds a table of `TABLE_SCHEMA`; each record is a pair of the file that holds it and its own URI."""
     columns = [
         [uri for _, uri in records],
         labels,
@@ -231,18 +232,18 @@ def _table(records: Sequence[tuple[Entry, str]], labels: Sequence[int], splits: 
     try:
         return pa.table(columns, schema=TABLE_SCHEMA)
     except UnicodeEncodeError as err:
-        raise DataError(f"file names are valid Unicode. Received: {err.object!r}") from err
+        raise DataError(f"file names must be valid Unicode. Received: {err.object!r}") from err
 
 
 def _trained_classes(root: str, values: Sequence[_Value], splits: Sequence[str | None]) -> list[_Value]:
-    """The classes in training, sorted; no other split may have more."""
+    """Sorted classes of the training split; no other split may have further ones."""
     seen = set(zip(splits, values, strict=True))
     trained = {value for split, value in seen if split in (None, "train")}
     names = sorted(trained, key=_class_order)
     foreign = sorted(f"{split}/{value}" for split, value in seen if value not in trained)
     if foreign:
         raise DataError(
-            f"{root}: the other splits have no class that train lacks; it has {', '.join(map(str, names[:20]))}."
+            f"{root}: every class must occur in train, which has {', '.join(map(str, names[:20]))}."
             f" Received: {', '.join(foreign[:10])}"
         )
     return names
@@ -302,21 +303,21 @@ def _open_arrays(name: str, data_dir: str | None) -> Source:
 
 
 def _open_folder(root: str, entries: Sequence[Entry]) -> Source:
-    listed = [(entry, entry.uri.removeprefix(root).strip("/").split("/")) for entry in entries]
-    images = [(entry, parts) for entry, parts in listed if _is_image(parts)]
-    if len(images) < len(listed):
-        _log.warning("%s: %d files are no images by their name, or hidden", root, len(listed) - len(images))
+    files = [(entry, entry.uri.removeprefix(root).strip("/").split("/")) for entry in entries]
+    images = [(entry, parts) for entry, parts in files if _is_image(parts)]
+    if len(images) < len(files):
+        _log.warning("%s: skipped %d files that are hidden or not named like images", root, len(files) - len(images))
     if not images:
         raise DataError(
-            f"{root}: no images below it; their names end in {', '.join(IMAGE_SUFFIXES)}."
-            f" Received: {len(listed)} other files"
+            f"{root}: no file below it is named like an image ({', '.join(IMAGE_SUFFIXES)})."
+            f" Received: {len(files)} other files"
         )
     depth = 1 if _is_split_layout(root, images) else 0
     placed = [(entry, parts) for entry, parts in images if len(parts) >= depth + 2]
     if len(placed) < len(images):
-        _log.warning("%s: %d images lie in no class folder and are not used", root, len(images) - len(placed))
+        _log.warning("%s: skipped %d images that are in no class folder", root, len(images) - len(placed))
     if not placed:
-        raise DataError(f"{root}: images lie in one subfolder per class. Received: {len(images)} images in none")
+        raise DataError(f"{root}: images must be in one subfolder per class. Received: {len(images)} images in none")
     splits = [_SPLIT_NAMES[parts[0].lower()] if depth else None for _, parts in placed]
     names = [parts[depth] for _, parts in placed]
     class_names = tuple(_trained_classes(root, names, splits))
@@ -330,13 +331,13 @@ def _is_image(parts: Sequence[str]) -> bool:
 
 
 def _is_split_layout(root: str, images: Sequence[tuple[Entry, Sequence[str]]]) -> bool:
-    """Whether the folders at the top are splits, not classes: `train` is among them and holds folders."""
+    """Whether the top-level folders are splits rather than classes: `train` is one of them and holds folders."""
     if not any(_SPLIT_NAMES.get(parts[0].lower()) == "train" and len(parts) >= 3 for _, parts in images):
         return False
     others = {parts[0] for _, parts in images if len(parts) >= 2 and parts[0].lower() not in _SPLIT_NAMES}
     if others:
         shown = ", ".join(sorted(others)[:10])
-        raise DataError(f"{root}: beside train/ there may be val/ and test/ only. Received: {shown}")
+        raise DataError(f"{root}: only val/ and test/ may stand beside train/. Received: {shown}")
     return True
 
 
@@ -359,7 +360,7 @@ def _open_parquet(root: str, entries: Sequence[Entry], config: DataConfig) -> So
 
 
 def _parquet_splits(root: str, files: Sequence[Entry]) -> list[str | None]:
-    """By a folder's or file's name, as Hugging Face has it: `test/0.parquet`, `test-00000-of-00001.parquet`."""
+    """Split of each file, from names like those of Hugging Face: `test/0.parquet`, `test-00000-of-00001.parquet`."""
     splits: list[str | None] = []
     for entry in files:
         parts = entry.uri.removeprefix(root).strip("/").split("/")
@@ -369,7 +370,7 @@ def _parquet_splits(root: str, files: Sequence[Entry]) -> list[str | None]:
         return [None] * len(files)
     if None in splits:
         unclear = files[splits.index(None)].uri
-        raise DataError(f"{root}: beside train, each file says train, val or test by its name. Received: {unclear!r}")
+        raise DataError(f"{root}: beside train, files must be named train, val or test. Received: {unclear!r}")
     return splits
 
 
@@ -378,12 +379,12 @@ def _encode_labels(
 ) -> tuple[tuple[str, ...], list[int]]:
     values = [value for column in columns for value in column.values]
     if len({type(value) for value in values}) > 1:
-        raise DataError(f"{root}: the labels of all Parquet files are strings, or all integers. Received: both")
+        raise DataError(f"{root}: the labels of the Parquet files must be all strings or all integers. Received: both")
     named = {column.names for column in columns}
     names = next(iter(named))
     if not isinstance(values[0], str) and len(named) > 1:
-        shown = " and ".join(str(list(found)) if found else "none" for found in sorted(named, key=str)[:2])
-        raise DataError(f"{root}: all Parquet files name the same classes in the same order. Received: {shown}")
+        shown = " and ".join(str(list(names)) if names else "none" for names in sorted(named, key=str)[:2])
+        raise DataError(f"{root}: all Parquet files must name the same classes in the same order. Received: {shown}")
     if isinstance(values[0], str) or names is None:
         classes = _trained_classes(root, values, splits)
         label_of = {value: label for label, value in enumerate(classes)}
@@ -391,7 +392,7 @@ def _encode_labels(
     numbers = [int(value) for value in values]
     if min(numbers) < 0 or max(numbers) >= len(names):
         raise DataError(
-            f"{root}: labels are 0 to {len(names) - 1}, by the class names in the file."
+            f"{root}: labels must be 0 to {len(names) - 1}, as the file names {len(names)} classes."
             f" Received: {min(numbers)} to {max(numbers)}"
         )
     return names, numbers

@@ -1,8 +1,9 @@
-"""Which readable record is trained on, chooses the epoch, or is tested with: a function of the content alone.
+"""Assigns each readable record to training, validation or test, from the content of the images alone.
 
-Owns: the rule. Contract: given splits are kept. What is not given comes out of the training images, class by class:
-in the order of the sha256 of their decoded pixels the first fraction goes to test, the next to validation. So neither
-names nor their order matter, and images with the same pixels are neighbours, which no boundary ever divides.
+Owns: the rule. Does not own: reading or decoding. Contract: splits that the data defines are kept. A missing split is
+taken from the training images, class by class: sorted by the sha256 of their decoded pixels, the first fraction goes to
+test and the next to validation. So file names and their order do not matter, and images with the same pixels, which are
+neighbours in that order, always land in the same split.
 """
 
 # N = records
@@ -27,18 +28,18 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Splits:
-    """The records of each split."""
+    """The records of each split, and the duplicates between splits."""
 
     train: Ints
-    """`int64 [count]`, ascending indices into the records; so are `val` and `test`."""
+    """`int64 [count]`, ascending indices into the records; `val` and `test` have the same form."""
     val: Ints
     test: Ints
     duplicates: int
-    """Training images whose pixels occur in validation or test, and validation images whose pixels occur in test."""
+    """Training images that also occur in validation or test, plus validation images that also occur in test."""
     duplicate_pairs: tuple[tuple[str, str], ...]
-    """The first few of them: URI of the duplicate, URI of the image that it repeats."""
+    """The first few duplicates: URI of the duplicate, and of the image that it repeats."""
     dropped: int
-    """Duplicates that were removed; 0 unless `drop_duplicates`."""
+    """Number of duplicates that were removed; 0 unless `drop_duplicates` is set."""
 
 
 def assign_splits(
@@ -55,18 +56,18 @@ def assign_splits(
 
     Args:
         labels: `int32 [N]`, 0 to number of classes - 1.
-        given: N of `train`, `val`, `test`, or None where the data does not say.
-        digests: `S [N]`, sha256 of each record's shape and pixels.
-        readable: `bool [N]`.
-        uris: N, for messages.
-        class_names: of the labels.
-        config: fractions and what happens to duplicates.
+        given: N splits that the data defines: `train`, `val`, `test`, or None.
+        digests: `S [N]`, the sha256 of each record's shape and pixels.
+        readable: `bool [N]`, whether the record was decoded.
+        uris: N URIs, for messages.
+        class_names: names of the labels.
+        config: gives the fractions, and whether to drop duplicates.
 
     Raises:
-        DataError: a split is empty, or fewer than two classes are left to train on; with the counts.
+        DataError: a split is empty, or fewer than two classes are left to train on; the message gives the counts.
     """
     splits = np.array([_CODES[name] for name in given], np.int8)
-    ids = np.unique(digests, return_inverse=True)[1].astype(np.int64)  # in the order of the digests
+    ids = np.unique(digests, return_inverse=True)[1].astype(np.int64)  # Ids ascend with the digests.
     held_out = _HeldOut(
         test=0.0 if (splits == _TEST).any() else config.test_fraction,
         val=0.0 if (splits == _VAL).any() else config.validation_fraction,
@@ -87,7 +88,7 @@ def assign_splits(
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Shares of each class; 0: that split is given."""
+    """Fraction of each class that each split takes; 0 if the data defines the split."""
 
     test: float
     val: float
@@ -96,8 +97,9 @@ class _HeldOut:
 def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int8]:
     """Splits of the pool's records, `int8 [N]`.
 
-    A group of equal images goes where its middle lies, which for single images is the rounded fraction. A class of
-    three or more different images has at least one in each split; the last group is always trained on.
+    A group of equal images goes to the split that its middle falls into, which for single images rounds the fraction.
+    A class of three or more different images is in every split, unless copies of one image make up most of it. The
+    last group of a class is always trained on.
     """
     if not len(labels):
         return np.empty(0, np.int8)
@@ -105,12 +107,12 @@ def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int
     labels, ids = labels[order], ids[order]
     starts = np.flatnonzero(np.r_[True, (labels[1:] != labels[:-1]) | (ids[1:] != ids[:-1])])
     sizes = np.diff(np.r_[starts, len(labels)])
-    # each group's class: where the class begins (as record and as group), its records and its groups
+    # What follows is per group: the first group of its class, and the groups and records that the class has.
     _, first, inverse, groups = np.unique(labels[starts], return_index=True, return_inverse=True, return_counts=True)
     records = np.bincount(inverse, weights=sizes)[inverse]
     rank, groups = np.arange(len(starts)) - first[inverse], groups[inverse]
     middle = starts - starts[first][inverse] + sizes / 2
-    may_lead = 2 * sizes <= records  # a group of most of the class is no example of it
+    may_lead = 2 * sizes <= records  # A group that is most of its class must not be held out just to represent it.
 
     trained = rank == groups - 1
     test = np.zeros(len(starts), np.bool_)
@@ -128,7 +130,7 @@ def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int
 
 
 def _find_repeats(splits: npt.NDArray[np.int8], ids: Ints, readable: Bools) -> Ints:
-    """Indices of the readable records whose pixels occur in a later split (train, val, test)."""
+    """Indices of readable records whose pixels also occur in a later split (in the order train, val, test)."""
     latest = np.full(int(ids.max(initial=-1)) + 1, -1, np.int8)
     np.maximum.at(latest, ids[readable], splits[readable])
     return np.flatnonzero(readable & (splits < latest[ids]))
@@ -154,4 +156,4 @@ def _check(splits: Splits, labels: npt.NDArray[np.int32], readable: Bools, class
         raise DataError(f"training needs images of at least two classes. {received}")
     if not trained.all():
         names = [name for name, has_images in zip(class_names, trained, strict=True) if not has_images]
-        _log.warning("%d classes have no training image, for example %r", len(names), names[0])
+        _log.warning("%d classes have no training images, for example %r", len(names), names[0])

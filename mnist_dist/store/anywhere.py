@@ -1,4 +1,4 @@
-"""Every kind of store behind one: each URI goes to the store of its scheme."""
+"""One store in front of all kinds of stores: each URI goes to the store of its scheme."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -13,10 +13,10 @@ from mnist_dist.store.uris import S3, scheme_of
 
 
 class Anywhere(Store):
-    """Routes by scheme.
+    """Hands each call to the store of the URI's scheme.
 
     Args:
-        stores: by scheme; the empty one is for local files.
+        stores: stores by scheme; the empty scheme is for local files.
     """
 
     def __init__(self, stores: Mapping[str, Store]) -> None:
@@ -26,15 +26,15 @@ class Anywhere(Store):
         """The store of a URI.
 
         Raises:
-            StorageError: the scheme is unknown.
+            StorageError: there is no store for the scheme.
         """
         scheme = scheme_of(uri)
         if scheme not in self.stores:
-            raise StorageError(f"no store of the scheme {scheme!r} was given. Received: {uri!r}")
+            raise StorageError(f"there is no store for the scheme {scheme!r}. Received: {uri!r}")
         return self.stores[scheme]
 
     def __reduce__(self) -> "str | tuple[type[Anywhere], tuple[Mapping[str, Store]]]":
-        return "ANYWHERE" if self is ANYWHERE else (Anywhere, (self.stores,))  # each process has one, with its clients
+        return "ANYWHERE" if self is ANYWHERE else (Anywhere, (self.stores,))  # One per process, with its clients.
 
     def forget_clients(self) -> None:
         for store in self.stores.values():
@@ -102,4 +102,4 @@ class Anywhere(Store):
 
 
 ANYWHERE = Anywhere({"": LocalStore(), S3: S3Store()})
-"""What jobs read and write with, unless they are given another store."""
+"""The default store of every job."""

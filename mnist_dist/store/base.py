@@ -1,14 +1,15 @@
-"""The interface of a store, and what each failure means.
+"""The interface of a store, and the meaning of each failure.
 
-What a failure becomes, so that callers need to know neither errno nor botocore:
+Owns: what a store does, and the methods that every store can share. Does not own: any particular storage. Failures have
+the same types in every store, so that callers need to know neither errno nor botocore:
 
 ```
-FileNotFoundError    this object is not there
-PermissionError      this object may not be read or written
-OSError              this object cannot be read: a bad sector, no regular file, encrypted with a key of its own
-ServiceError         not this object but the service: no or expired credentials, no connection, 5xx or throttling
-                     after all retries, disk full
-StorageError         a URI that can never work: unknown scheme, no such bucket
+FileNotFoundError    the object does not exist
+PermissionError      permission to read or write this object was denied
+OSError              this object cannot be read: a bad sector, not a regular file, encrypted with a customer's key
+ServiceError         the service failed, not this object: missing or expired credentials, no connection, 5xx or
+                     throttling after all retries, disk full
+StorageError         the URI can never work: unknown scheme, no such bucket
 ```
 """
 
@@ -29,126 +30,126 @@ from mnist_dist.store.uris import absolute, join, temporary_name
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One object as a listing shows it."""
+    """One object in a listing."""
 
     uri: str
     size_bytes: int
     etag: str
-    """Changes with the content: S3's etag, or `{mtime_ns}-{size}` of a local file."""
+    """Changes when the content does: the etag of S3, or `{mtime_ns}-{size}` of a local file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What lies directly in a folder."""
+    """The names directly in a folder."""
 
     folders: tuple[str, ...]
-    """Names of the folders, sorted."""
+    """Sorted names of the folders."""
     files: Mapping[str, float]
-    """When each object was last written, s since the epoch, by name."""
+    """Time of the last write of each object, s since the epoch, by name."""
 
 
 class Store(ABC):
-    """Objects by URI. Plain data for any process: a store can be pickled, and opens its connections where it is used.
+    """Reads and writes objects by URI. A store can be pickled; each process that uses it opens its own connections.
 
-    Every method may raise PermissionError, ServiceError and StorageError (see the module); the others that it may raise
-    stand with it.
+    Every method may raise PermissionError, ServiceError and StorageError (see the module). Each method lists its other
+    exceptions.
     """
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
-        """The whole object, and what it was when it was read; no bytes where there are more than `max_bytes`.
+        """Reads a whole object and its entry at that moment; None for the bytes if there are more than `max_bytes`.
 
         Raises:
-            FileNotFoundError: it is not there.
-            OSError: this object cannot be read: no regular file, a bad sector.
+            FileNotFoundError: the object does not exist.
+            OSError: the object cannot be read: not a regular file, a bad sector.
         """
 
     @abstractmethod
     def read_bytes(self, uri: str) -> bytes:
-        """The whole object.
+        """Reads a whole object.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
 
     @abstractmethod
     def read_range(self, uri: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on; fewer where the object ends before.
+        """Reads `length` bytes from `start` on; fewer if the object ends earlier.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
 
     @abstractmethod
     def entry_of(self, uri: str) -> Entry:
-        """Size and etag of one object, as a listing shows them.
+        """The entry of one object, as in a listing.
 
         Raises:
-            FileNotFoundError: it is not there, or is a folder.
+            FileNotFoundError: the object does not exist or is a folder.
         """
 
     @abstractmethod
     def exists(self, uri: str) -> bool:
-        """Whether there is an object at `uri`, or a folder (in a bucket: any object below it)."""
+        """Whether `uri` is an object or a folder (in a bucket: whether any object lies below it)."""
 
     @abstractmethod
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        """As `list_entries`, but in the order in which the store lists, and holding no more than a page or a folder."""
+        """Like `list_entries`, but in the store's own order, and with no more than one page or folder in memory."""
 
     @abstractmethod
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
-        """What lies directly in the folder `uri`, hidden names included; what lies deeper is not looked at.
+        """Lists the names directly in the folder `uri`, including hidden ones, without looking deeper.
 
         Args:
             uri: a folder or a prefix.
-            max_names: look at no more than about so many names. None: at all.
+            max_names: stop after about this many names. None: list all.
 
         Raises:
-            FileNotFoundError: there is no such folder (in a bucket: nothing below the prefix), or it is a file.
+            FileNotFoundError: the folder does not exist (in a bucket: nothing lies below the prefix), or is a file.
         """
 
     def list_entries(self, uri: str) -> Iterator[Entry]:
-        """Everything at or below `uri`, sorted by URI, hidden names included; nothing where there is nothing.
+        """Lists all objects at or below `uri`, sorted by URI, including hidden ones; nothing if there are none.
 
-        Symbolic links are followed, except back into a folder that they lie in. A dangling link is listed with size 0
-        and no etag: whoever reads it finds it missing. Sockets, pipes and devices are not listed.
+        Symbolic links are followed, unless they lead back into a folder that contains them. A dangling link is listed
+        with size 0 and no etag, and reading it fails as missing. Sockets, pipes and devices are not listed.
         """
         return iter(sorted(self.scan_entries(uri), key=lambda entry: entry.uri))
 
     def open_binary(self, uri: str) -> BinaryIO:
-        """The object as a seekable file, of which only the ranges that are read are fetched.
+        """Opens an object as a seekable file that fetches only the ranges that are read.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
         return io.BufferedReader(_Ranges(self, uri, self.entry_of(uri).size_bytes), buffer_size=1 << 20)
 
     def local_path(self, uri: str, scratch: Path) -> Path:
-        """A local file with the object's bytes and its name: the file itself, or a copy below `scratch`.
+        """A local file with the bytes and name of an object: the file itself, or a copy below `scratch`.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
-        folder = scratch / hashlib.sha256(uri.encode()).hexdigest()[:16]  # two objects may share their last name
+        folder = scratch / hashlib.sha256(uri.encode()).hexdigest()[:16]  # Two objects may share their last name.
         path = folder / uri.rpartition("/")[2]
         self.download(uri, path)
         return path
 
     @abstractmethod
     def download(self, uri: str, path: Path) -> None:
-        """Copies an object into a local file, in one step.
+        """Copies an object to a local file, which appears in one step.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
 
     def download_folder(self, uri: str, local: Path) -> None:
-        """Copies everything below `uri` into the folder `local`, each file in one step.
+        """Copies everything below `uri` into the folder `local`; each file appears in one step.
 
         Raises:
-            FileNotFoundError: there is nothing below `uri`.
+            FileNotFoundError: nothing lies below `uri`.
         """
         root = absolute(uri)
         entries = list(self.list_entries(root))
@@ -161,67 +162,67 @@ class Store(ABC):
 
     @abstractmethod
     def write_bytes(self, uri: str, data: bytes) -> None:
-        """Puts the object in place in one step: a reader sees the old bytes or the new ones, never a part."""
+        """Writes an object in one step: a reader sees either the old bytes or the new ones, never a part."""
 
     @abstractmethod
     def create_bytes(self, uri: str, data: bytes) -> bool:
-        """Puts the object in place, complete, unless there is one already; whether it did. One of many callers wins."""
+        """Writes an object unless one exists, and returns whether it did. Of several callers exactly one wins."""
 
     @abstractmethod
     def upload(self, path: Path, uri: str) -> None:
-        """Puts a local file in place, in one step."""
+        """Copies a local file to an object in one step."""
 
     @abstractmethod
     def new_object(self, uri: str) -> AbstractContextManager[BinaryIO]:
-        """A seekable file whose bytes become the object in one step when the block ends without an error."""
+        """Opens a seekable file that becomes the object in one step when the block ends without an error."""
 
     def upload_folder(self, local: Path, uri: str, *, last: str | None = None) -> None:
-        """Puts the files of a folder below `uri`.
+        """Copies the files of a local folder below `uri`.
 
-        A local destination is copied under a temporary name beside it and then renamed, in place of what was there.
+        A local target is written under a temporary name beside it and then renamed; it replaces the old folder.
 
         Args:
-            local: the folder.
-            uri: where its files go.
-            last: the name, relative to the folder, of the file that is put last: the mark that says "complete".
+            local: the local folder.
+            uri: the target folder or prefix.
+            last: name, relative to the folder, of the file to write last, because it marks the rest as complete.
 
         Raises:
-            FileNotFoundError: `local` holds no file, or none named `last`.
+            FileNotFoundError: `local` has no files, or none named `last`.
         """
         for name in names_to_upload(local, last=last):
             self.upload(local / name, join(uri, name))
 
-    def delete_leftovers(self, uri: str) -> None:  # noqa: B027 (buckets have none)
-        """Deletes what killed `upload_folder`s left beside `uri`; nobody else may be uploading there."""
+    def delete_leftovers(self, uri: str) -> None:  # noqa: B027 (buckets have no leftovers)
+        """Deletes what killed calls of `upload_folder` left beside `uri`. Nobody else may be uploading there."""
 
-    def forget_clients(self) -> None:  # noqa: B027 (only some have any)
-        """Drops connections, so that the next call reads the settings of the environment again."""
+    def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
+        """Drops connections, so that the next call reads the environment's settings again."""
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
-        """Gives the object another name, in place of what is there; in a bucket, copies it and deletes the first.
+        """Renames an object and replaces any object at the target; in a bucket, copies it and deletes the original.
 
         Args:
-            source: of the object.
-            target: in the same store.
+            source: URI of the object.
+            target: new URI, in the same store.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the object does not exist.
         """
 
     @abstractmethod
     def delete(self, uri: str) -> None:
-        """Removes one object; that it is missing is fine."""
+        """Deletes one object, if it exists."""
 
     @abstractmethod
     def delete_tree(self, uri: str) -> None:
-        """Removes everything at or below `uri`; that it is missing is fine."""
+        """Deletes everything at or below `uri`, if it exists."""
 
     def check_writable(self, uri: str) -> None:
         """Writes and deletes a probe below `uri`.
 
         Raises:
-            StorageError: that failed; the message names the URI and the cause.
+            StorageError: the probe failed; the message names the URI and the cause.
         """
         probe = join(uri, temporary_name("probe"))
         try:
@@ -232,10 +233,10 @@ class Store(ABC):
 
 
 def names_to_upload(local: Path, *, last: str | None) -> list[str]:
-    """The files below a local folder, relative to it, `last` at the end.
+    """Lists the files below a local folder, relative to it, with `last` at the end.
 
     Raises:
-        FileNotFoundError: there is none, or none named `last`.
+        FileNotFoundError: there are no files, or none named `last`.
     """
     names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
     if not names or (last is not None and last not in names):
@@ -244,7 +245,7 @@ def names_to_upload(local: Path, *, last: str | None) -> list[str]:
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a raw seekable file: each `readinto` is one ranged request."""
+    """An object as a raw seekable file, where each `readinto` is one ranged request."""
 
     def __init__(self, store: Store, uri: str, size_bytes: int) -> None:
         self._store, self._uri = store, uri

@@ -1,4 +1,4 @@
-"""Files of this machine, or of file systems that it mounts."""
+"""The store of local files, which includes mounted file systems."""
 
 import contextlib
 import errno
@@ -21,12 +21,12 @@ _SERVICE_ERRNOS = frozenset(
 
 
 class LocalStore(Store):
-    """Files by path or `file://` URI. Puts are atomic by renaming, and on disk before they are seen."""
+    """Files by path or `file://` URI. A written file is flushed to disk and then renamed into place."""
 
     def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
         with _errors(uri):
             path = path_of(uri) if uri.startswith("file:") or uri.endswith("/") else uri
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for a writer
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # Opening a pipe must not block.
             try:
                 status = os.fstat(descriptor)
                 if stat.S_ISDIR(status.st_mode):
@@ -67,7 +67,7 @@ class LocalStore(Store):
                 yield from _file_entry(str(root))
 
     def list_entries(self, uri: str) -> Iterator[Entry]:
-        return self.scan_entries(uri)  # in order already
+        return self.scan_entries(uri)  # Already sorted.
 
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
         with _errors(uri), os.scandir(path_of(uri)) as children:
@@ -76,7 +76,7 @@ class LocalStore(Store):
                 if _is_folder(child):
                     folders.append(child.name)
                 else:
-                    with contextlib.suppress(FileNotFoundError):  # somebody's temporary file, and gone
+                    with contextlib.suppress(FileNotFoundError):  # A temporary file that is gone by now.
                         files[child.name] = child.stat(follow_symlinks=False).st_mtime
         return Level(tuple(sorted(folders)), files)
 
@@ -143,13 +143,13 @@ class LocalStore(Store):
 
 
 def is_service_error(error: OSError) -> bool:
-    """Whether an error of an opened local file is not one of this file: no space, no connection to its server."""
+    """Whether an error of a local file concerns more than this file, such as a full disk or a lost file server."""
     return error.errno in _SERVICE_ERRNOS
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` (local) when the block ends without an error, on disk and complete.
+    """Opens a file that appears at the local `path`, complete and flushed, when the block ends without an error.
 
     Raises:
         PermissionError, ServiceError: see `base`.
@@ -168,7 +168,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Gives the file its name unless that is taken; where there are no hard links, a reader may see it empty first."""
+    """Names the file `path` unless that exists. Without hard links, a reader may see the file empty for a moment."""
     try:
         os.link(temporary, path)
     except OSError as err:
@@ -179,9 +179,9 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _read_descriptor(descriptor: int, max_bytes: int) -> bytes:
-    """So many bytes, or all there are, with few calls: each gives Python's lock to other threads."""
+    """Reads up to `max_bytes` bytes in few calls, because each call releases the GIL to other threads."""
     parts = [os.read(descriptor, max_bytes)]
-    while parts[-1] and (left := max_bytes - sum(map(len, parts))) > 1:  # one more than the file had was asked for
+    while parts[-1] and (left := max_bytes - sum(map(len, parts))) > 1:  # `max_bytes` is one more than the file has.
         parts.append(os.read(descriptor, left))
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -193,7 +193,7 @@ def _errors(uri: str) -> Iterator[None]:
     except OSError as err:
         if err.errno in _SERVICE_ERRNOS:
             raise ServiceError(f"{uri}: {err.strerror}") from err
-        if err.errno == errno.ENOTDIR:  # a file lies where a folder on the way should
+        if err.errno == errno.ENOTDIR:  # A parent of the path is a file.
             raise FileNotFoundError(err.errno, err.strerror, uri) from err
         raise
 
@@ -204,7 +204,7 @@ def _folder_entries(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iter
     if identity in ancestors:
         return
     with os.scandir(folder) as children:
-        # "a/" after "a.png", as in the order of the whole URIs and of an S3 listing
+        # The slash sorts "a/" after "a.png", as whole URIs and S3 listings are sorted.
         names = sorted(child.path + "/" if _is_folder(child) else child.path for child in children)
     for name in names:
         if name.endswith("/"):
@@ -216,7 +216,7 @@ def _folder_entries(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iter
 def _is_folder(child: "os.DirEntry[str]") -> bool:
     try:
         return child.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # A link to itself.
         return False
 
 
@@ -224,7 +224,7 @@ def _file_entry(path: str) -> Iterator[Entry]:
     try:
         status = os.stat(path)
     except OSError as err:
-        if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # a link to nowhere, or to itself
+        if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # A dangling link, or a link to itself.
             raise
         yield Entry(path, 0, "")
         return
@@ -246,7 +246,7 @@ def _replace_folder(source: Path, target: Path) -> None:
             if target.exists():
                 target.rename(replaced)
             temporary.rename(target)
-        except shutil.Error as err:  # of the copy: a list of what went wrong, without its numbers
+        except shutil.Error as err:  # From copytree: a list of failures without their errno.
             raise ServiceError(f"{target}: {err.args[0][0][-1]}") from err
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -254,7 +254,7 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Waits until the files are on disk, so that the rename that follows never shows an empty one after a crash."""
+    """Flushes all files to disk, so that no file is empty if the machine crashes after the rename."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,9 +1,9 @@
-"""One driver at a time: a lock that lies beside the work, on local storage and S3 alike.
+"""A lock that lets one driver at a time work on an output, on local storage and S3 alike.
 
-The lock is one small JSON object, created only where there is none. Its holder renews it; a holder that is silent for
-60 s, or a process of this host that is dead, loses it to the next who asks. Whoever asks while the holder may only be
-lost waits, until it is silent for long enough or renews the lock. Whoever is about to publish something calls `check`
-first.
+The lock is a small JSON object beside the work, created only if it does not exist. Its holder renews it. A holder that
+has been silent for 60 s, or whose process on this host is dead, loses the lock to the next driver that wants it. A
+driver can wait for a holder on another host until the holder renews the lock or has been silent long enough. Before it
+publishes anything, a driver calls `check`. Owns: the lock object. Does not own: what it protects.
 """
 
 import logging
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
 SECONDS_BETWEEN_BEATS = 10.0
-SECONDS_BETWEEN_LOOKS = 1.0  # of one who waits
+SECONDS_BETWEEN_LOOKS = 1.0  # A waiting driver reads the lock this often.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock, or left it behind: what the object says."""
+    """The content of a lock object: the driver that holds the lock, or left it behind."""
 
     id: str
     host: str
@@ -39,7 +39,7 @@ class Holder:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the holder may still be at work: heard of within the last 60 s, and no dead process of this host."""
+        """Whether the holder may be working: it renewed the lock within 60 s and is no dead process of this host."""
         if self.is_of_this_host and not _is_process(self.pid):
             return False
         return time.time() - self.time < SILENCE_S
@@ -49,43 +49,43 @@ class Holder:
         return self.host == _host()
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, last heard of {time.time() - self.time:.0f} s ago"
+        return f"process {self.pid} on {self.host}, last seen {time.time() - self.time:.0f} s ago"
 
 
 def holder_of(uri: str, *, store: Store = ANYWHERE) -> Holder | None:
-    """Who holds the lock at `uri`, or None; takes nothing and changes nothing.
+    """Reads who holds the lock at `uri`; None if nobody does. Changes nothing.
 
     Raises:
-        DataError: the object there is no lock.
+        DataError: the object is not a lock.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     try:
         data = store.read_bytes(uri)
     except FileNotFoundError:
         return None
-    if not data:  # where there are no hard links: somebody is just writing it
+    if not data:  # Without hard links, a lock is empty while it is being written.
         return Holder(id="", host="", pid=0, time=time.time())
     return documents.decode(data, Holder, uri=uri)
 
 
 class Lock:
-    """Held from entering to leaving.
+    """A context manager that holds the lock within its block.
 
     Args:
-        uri: of the lock object.
+        uri: URI of the lock object.
         what: what is locked, for messages.
-        wait_s: how long to wait, s, for a holder that may be lost.
-        console: where it is said that there is something to wait for.
-        stop: ends the waiting.
-        store: where the object lies.
+        wait_s: how long to wait, s, for a holder on another host that may be dead.
+        console: where to report the wait.
+        stop: ends the wait.
+        store: the store of the object.
 
     Attributes:
-        lost: another driver was seen to hold it.
+        lost: whether another driver was seen to hold the lock.
 
     Raises:
-        Locked: on entering, another driver is at work, or was heard of within the last 60 s even after the waiting; on
-            `check`, the lock was taken away.
-        Interrupted: a signal came while it waited.
+        Locked: on entering, another driver is working, or may be even after the wait; on `check`, another driver has
+            taken over the lock.
+        Interrupted: a signal came during the wait.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Lock:
             if holder is None:
                 continue
             if holder.id == self._owner.id:
-                break  # our own put, whose answer was lost and which was tried again
-            if holder.is_alive and not self._falls_silent(holder):
+                break  # The store retried our own put after its first answer was lost.
+            if holder.is_alive and not self._wait_until_silent(holder):
                 continue
             log.info("taking over %s from %s", self._uri, holder)
             if holder_of(self._uri, store=self._store) == holder:  # another one who waited may have been quicker
@@ -120,54 +120,54 @@ class Lock:
         self._thread.start()
         return self
 
-    def _falls_silent(self, holder: Holder) -> bool:
-        """Waits for a holder that may be lost; whether it is. False: the lock is free.
+    def _wait_until_silent(self, holder: Holder) -> bool:
+        """Waits for a holder that may be dead. True: it is silent; False: the lock is free.
 
         Raises:
-            Locked: the holder is at work, or it may be even after the waiting.
+            Locked: the holder is working, or may be even after the wait.
             Interrupted: a signal came.
         """
         began = time.monotonic()
         if self._wait_s and self._console is not None:
             self._console.line(
-                f"waiting up to {self._wait_s:g} s for the lock of {self._what}: it is held by {holder}, and is taken "
-                f"over after {SILENCE_S:g} s of silence"
+                f"Waiting up to {self._wait_s:g} s for the lock of {self._what}, held by {holder}. It is taken over "
+                f"after {SILENCE_S:g} s of silence."
             )
         while time.monotonic() - began < self._wait_s:
             if self._stop is not None:
                 self._stop.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            now = holder_of(self._uri, store=self._store)
-            if now is None:
+            current = holder_of(self._uri, store=self._store)
+            if current is None:
                 return False
-            if now != holder:
+            if current != holder:
                 break
-            if not now.is_alive or time.monotonic() - began >= SILENCE_S:
+            if not current.is_alive or time.monotonic() - began >= SILENCE_S:
                 return True
-        raise Locked(f"another driver is at work on {self._what}: {holder}")
+        raise Locked(f"another driver is working on {self._what}: {holder}")
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
-        if self._is_ours():
+        if self._is_held():
             self._store.delete(self._uri)
 
     def check(self) -> None:
-        """Raises Locked where another driver has taken the lock away."""
-        if not self._is_ours():
-            raise Locked(f"another driver has taken over {self._what}; this one stops")
+        """Raises Locked if another driver has taken over the lock."""
+        if not self._is_held():
+            raise Locked(f"another driver has taken over {self._what}, so this one stops")
 
     def _beat(self) -> None:
         while not self._closed.wait(SECONDS_BETWEEN_BEATS):
             try:
-                if not self._is_ours():
+                if not self._is_held():
                     self.lost = True
                     return
                 self._store.write_bytes(self._uri, self._content())
-            except (OSError, ServiceError) as error:  # the next beat may get through; `check` decides
-                log.warning("the lock %s could not be renewed: %s", self._uri, error)
+            except (OSError, ServiceError) as error:  # The next renewal may succeed; `check` decides.
+                log.warning("could not renew the lock %s: %s", self._uri, error)
 
-    def _is_ours(self) -> bool:
+    def _is_held(self) -> bool:
         holder = holder_of(self._uri, store=self._store)
         return holder is not None and holder.id == self._owner.id
 
@@ -176,7 +176,7 @@ class Lock:
 
 
 def _host() -> str:
-    """This host, as far as process numbers mean the same: containers may share a name, but not their processes."""
+    """Host name and PID namespace, because containers may share a host name but not process ids."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:

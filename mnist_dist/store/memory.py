@@ -1,4 +1,4 @@
-"""Objects in this process's memory, for tests: what a bucket does, without a server."""
+"""A store in the memory of one process, for tests: it behaves like a bucket but needs no server."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ class _Object:
 
 
 class MemoryStore(Store):
-    """Objects by `memory://bucket/key`; every bucket is there."""
+    """Objects by `memory://bucket/key`; every bucket exists."""
 
     def __init__(self) -> None:
         self._objects: dict[str, _Object] = {}
@@ -64,11 +64,11 @@ class MemoryStore(Store):
         _, key = bucket_and_key(uri)
         folder = uri.rstrip("/") + "/"
         with self._lock:
-            below = {name.removeprefix(folder): one for name, one in self._objects.items() if name.startswith(folder)}
+            below = {uri.removeprefix(folder): item for uri, item in self._objects.items() if uri.startswith(folder)}
         if key and not below:
             raise FileNotFoundError(errno.ENOENT, "nothing below", uri)
         folders = {name.partition("/")[0] for name in below if "/" in name}
-        files = {name: one.written_at for name, one in below.items() if "/" not in name}
+        files = {name: item.written_at for name, item in below.items() if "/" not in name}
         return Level(tuple(sorted(folders)[:max_names]), dict(list(files.items())[:max_names]))
 
     def download(self, uri: str, path: Path) -> None:
@@ -82,9 +82,9 @@ class MemoryStore(Store):
 
     def create_bytes(self, uri: str, data: bytes) -> bool:
         self._check_key(uri)
-        made = _Object(bytes(data), time.time())
+        new = _Object(bytes(data), time.time())
         with self._lock:
-            return self._objects.setdefault(uri, made) is made
+            return self._objects.setdefault(uri, new) is new
 
     def upload(self, path: Path, uri: str) -> None:
         self.write_bytes(uri, path.read_bytes())
@@ -116,4 +116,4 @@ class MemoryStore(Store):
 
     def _check_key(self, uri: str) -> None:
         if not bucket_and_key(uri)[1]:
-            raise StorageError(f"an object has a key. Received: {uri!r}")
+            raise StorageError(f"the URI of an object must have a key. Received: {uri!r}")

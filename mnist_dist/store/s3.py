@@ -1,4 +1,4 @@
-"""Objects of S3 and of servers that speak its protocol; settings and credentials come from the AWS default chain."""
+"""The store of S3 and compatible servers; settings and credentials come from the AWS default chain."""
 
 import contextlib
 import errno
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _MAX_POOL_CONNECTIONS = 64
 _MAX_ATTEMPTS = 8
 _BODY_ATTEMPTS = 4
-_PAGE = 1000  # the most keys that a page of S3's ListObjectsV2 holds
-_DELETE_BATCH = 1000  # the most keys that S3's DeleteObjects takes
+_PAGE = 1000  # S3's limit of keys per page of ListObjectsV2.
+_DELETE_BATCH = 1000  # S3's limit of keys per DeleteObjects.
 _CREDENTIAL_CODES = frozenset(
     {
         "ExpiredToken",
@@ -35,13 +35,14 @@ _CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
-_CREDENTIAL_CALLS = ("AssumeRole", "CreateToken", "GetRoleCredentials", "GetSessionToken")  # of STS and SSO, not of S3
-_OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})  # such as a key of one's own encryption
+_CREDENTIAL_CALLS = ("AssumeRole", "CreateToken", "GetRoleCredentials", "GetSessionToken")  # Calls of STS and SSO.
+_OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})
+"""Errors of a single object, for example one that is encrypted with a customer's key."""
 Value = TypeVar("Value")
 
 
 class S3Store(Store):
-    """Objects by `s3://` URI: boto3, and obstore for the reads that it can do (`s3_reads`)."""
+    """Objects by `s3://` URI. Uses obstore for the reads that it can do (`s3_reads`), and boto3 for the rest."""
 
     def __init__(self) -> None:
         self.forget_clients()
@@ -51,7 +52,7 @@ class S3Store(Store):
 
     def forget_clients(self) -> None:
         """Drops the clients, so that the next call reads the AWS settings again."""
-        self._lock = threading.Lock()  # making a client is not thread-safe, the client is
+        self._lock = threading.Lock()  # Creating a client is not thread-safe; using it is.
         self._clients: dict[int, _Clients] = {}
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class S3Store(Store):
             try:
                 return bytes(self._client.get_object(**arguments)["Body"].read())
             except ClientError as err:
-                if err.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # the object ends before the range begins
+                if err.response["ResponseMetadata"]["HTTPStatusCode"] == 416:  # The range starts after the end.
                     return b""
                 raise
 
@@ -104,7 +105,7 @@ class S3Store(Store):
             with _errors(uri):
                 head = self._client.head_object(**_address(uri))
         except PermissionError:
-            self.read_range(uri, 0, 1)  # the answer to HEAD has no body: it does not say whether the object is denied
+            self.read_range(uri, 0, 1)  # HEAD has no body that tells an expired token from a denied object; GET has.
             raise
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
 
@@ -117,12 +118,12 @@ class S3Store(Store):
         return True
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        found = False
+        is_folder = False
         for entry in self._entries_below(uri):
-            found = True
+            is_folder = True
             yield entry
         address = _address(uri)
-        if found or not address["Key"] or uri.endswith("/"):
+        if is_folder or not address["Key"] or uri.endswith("/"):
             return
         with contextlib.suppress(FileNotFoundError), _errors(uri):
             head = self._client.head_object(**address)
@@ -134,13 +135,13 @@ class S3Store(Store):
         with _errors(uri):
             for page in self._pages(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": page_size}):
                 for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # consoles put empty objects there to show a folder
+                    if not item["Key"].endswith("/"):  # Consoles create such empty objects as folders.
                         yield Entry(f"{S3}://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
 
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
         address = _address(uri.rstrip("/") + "/")
         prefix = address["Key"]
-        folders, files, is_there = list[str](), dict[str, float](), not prefix  # an empty bucket is there all the same
+        folders, files, is_there = list[str](), dict[str, float](), not prefix  # An empty bucket exists.
         page_size = min(max_names or _PAGE, _PAGE)
         with _errors(uri):
             for page in self._pages(
@@ -149,7 +150,7 @@ class S3Store(Store):
                 is_there = is_there or "Contents" in page or "CommonPrefixes" in page
                 folders += [item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", ())]
                 objects = ((item["Key"].removeprefix(prefix), item) for item in page.get("Contents", ()))
-                # consoles put an empty object there, of the folder's own name
+                # The empty name is an object that consoles create as the folder itself.
                 files |= {name: item["LastModified"].timestamp() for name, item in objects if name}
                 if max_names is not None and len(folders) + len(files) >= max_names:
                     break
@@ -178,7 +179,7 @@ class S3Store(Store):
             try:
                 self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*")
             except ClientError as err:
-                if err.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # a rival is at it, or was first
+                if err.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # Another writer was first.
                     return False
                 raise
         return True
@@ -190,9 +191,8 @@ class S3Store(Store):
 
     @contextlib.contextmanager
     def new_object(self, uri: str) -> Iterator[BinaryIO]:
-        with tempfile.TemporaryFile(
-            prefix="mnist_dist-"
-        ) as file:  # without a name: nothing is left by a killed process
+        # A file without a name, of which a killed process leaves nothing.
+        with tempfile.TemporaryFile(prefix="mnist_dist-") as file:
             yield file
             file.seek(0)
             address = _address(uri)
@@ -201,8 +201,8 @@ class S3Store(Store):
 
     def move(self, source: str, target: str) -> None:
         with _errors(source):
-            to = _address(target)
-            self._client.copy(_address(source), to["Bucket"], to["Key"])
+            address = _address(target)
+            self._client.copy(_address(source), address["Bucket"], address["Key"])
         self.delete(source)
 
     def delete(self, uri: str) -> None:
@@ -217,8 +217,8 @@ class S3Store(Store):
             with _errors(uri):
                 answer = self._client.delete_objects(Bucket=bucket, Delete=batch)
             for failure in answer.get("Errors", ()):
-                place = f"{S3}://{bucket}/{failure['Key']}"
-                raise PermissionError(errno.EACCES, f"not deleted ({failure.get('Code')})", place)
+                failed_uri = f"{S3}://{bucket}/{failure['Key']}"
+                raise PermissionError(errno.EACCES, f"not deleted ({failure.get('Code')})", failed_uri)
 
     # --- clients -----------------------------------------------------------------------------------------------------
 
@@ -228,12 +228,12 @@ class S3Store(Store):
 
     def _of_this_process(self) -> "_Clients":
         with self._lock:
-            if os.getpid() not in self._clients:  # connections do not survive a fork
+            if os.getpid() not in self._clients:  # Connections do not survive a fork.
                 self._clients = {os.getpid(): _Clients()}
             return self._clients[os.getpid()]
 
     def _fast(self, uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
-        """What the quick client gives, if it gives something."""
+        """Reads with obstore; None if boto3 has to do it."""
         with _errors(uri):
             return read(self._of_this_process().fast_reads())
 
@@ -247,18 +247,18 @@ class _Clients:
 
         retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
         config = Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS)
-        self._session = Session()  # our own: boto3's default one keeps the first credentials it saw
+        self._session = Session()  # boto3's default session keeps the first credentials it saw.
         self.client: Any = self._session.client("s3", config=config)
-        # by this pattern it comes before botocore looks for errors in the page, which parses all of it
+        # This pattern runs before botocore's own handler, which parses the whole page to look for errors.
         self.client.meta.events.register("before-parse.*.ListObjectsV2", take_objects)
         self._fast: FastReads | None = None
         self._lock = threading.Lock()
 
     def fast_reads(self) -> "FastReads":
-        """The quick client, made where it is first used."""
+        """The obstore client, created on first use."""
         with self._lock:
             if self._fast is None:
-                from mnist_dist.store.s3_reads import FastReads  # only here: it loads obstore
+                from mnist_dist.store.s3_reads import FastReads  # Imported here because it loads obstore.
 
                 self._fast = FastReads(self._session, self.client)
             return self._fast
@@ -282,7 +282,7 @@ def _errors(uri: str) -> Iterator[None]:
         raise _meaning(err, uri) from err
     except (BotoCoreError, RetriesExceededError, S3DownloadFailedError) as err:
         raise ServiceError(f"{uri}: {err}") from err
-    except (FileNotFoundError, PermissionError) as err:  # not an object: a file that credentials are read from
+    except (FileNotFoundError, PermissionError) as err:  # Raised for a credentials file, not for an object.
         raise ServiceError(f"{uri}: the credentials cannot be read: {err}") from err
 
 
@@ -303,7 +303,7 @@ def _meaning(err: Any, uri: str) -> Exception:
 
 
 def _body(uri: str, read: Callable[[], Value]) -> Value:
-    """Reads again where a body broke off: botocore retries the request only."""
+    """Retries a body that broke off, because botocore retries only the request."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
     with _errors(uri):

@@ -1,7 +1,7 @@
-"""Reading S3 objects with obstore, whose Rust client takes a sixth of the CPU time of botocore and no Python lock.
+"""Reads S3 objects with obstore, whose Rust client takes a sixth of botocore's CPU time and does not hold the GIL.
 
-Owns: one request, made once, for an object or a range of it. Does not own what a failure means: whatever goes wrong
-gives None, and `storage` asks again with botocore, whose retries, redirects and error codes are the ones that count.
+Owns: a single attempt to read an object or a range of it. Does not own: retries, redirects and the meaning of errors.
+Any failure gives None, and `s3` then reads with botocore, which handles all of these.
 """
 
 import functools
@@ -18,20 +18,20 @@ from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import S3Store
 
 CONNECT_S, SILENCE_S, WHOLE_S = 5, 10, 600
-"""Time-outs: to connect, without a byte, of a request. Signals wait for them; botocore has its own after that."""
-FAILURES_IN_A_ROW = 8  # of a bucket: it is left to botocore then
-PAUSE_S = 60.0  # for so long
-CREDENTIALS_S = 360  # obstore asks for them again five minutes before they expire
-_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")  # names that are none end obstore in a panic
-_OWN_CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")  # settings that botocore knows and obstore does not
+"""Timeouts to connect, between bytes and of a whole request, s. A signal is handled only after them."""
+FAILURES_IN_A_ROW = 8  # After this many failures a bucket is left to botocore.
+PAUSE_S = 60.0  # The bucket is left to botocore for this long.
+CREDENTIALS_S = 360  # obstore renews credentials five minutes before they expire.
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")  # obstore panics on other names.
+_OWN_CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")  # botocore reads these, obstore does not.
 
 
 class FastReads:
     """Reads from the buckets of one AWS account.
 
     Args:
-        session: boto3's, for the credentials.
-        client: boto3's of S3, for endpoint and region.
+        session: boto3 session, for the credentials.
+        client: boto3 client of S3, for endpoint and region.
     """
 
     def __init__(self, session: Any, client: Any) -> None:
@@ -41,45 +41,45 @@ class FastReads:
         self._buckets: dict[str, _Bucket] = {}
 
     def read(self, bucket: str, key: str, *, max_bytes: int) -> tuple[int, str, bytes | None] | None:
-        """Size, etag and bytes of an object, no bytes where they are more than `max_bytes`; None: ask botocore."""
-        found = self._get(bucket, key, {})
-        if found is None or found.meta["e_tag"] is None:
+        """Size, etag and bytes of an object (no bytes if more than `max_bytes`); None: use botocore."""
+        answer = self._get(bucket, key, {})
+        if answer is None or answer.meta["e_tag"] is None:
             return None
-        size = found.meta["size"]
+        size = answer.meta["size"]
         if size > max_bytes:
             self._bucket(bucket).note_success()
-            return size, found.meta["e_tag"].strip('"'), None
-        data = self._body(bucket, found)
-        return None if data is None else (size, found.meta["e_tag"].strip('"'), data)
+            return size, answer.meta["e_tag"].strip('"'), None
+        data = self._body(bucket, answer)
+        return None if data is None else (size, answer.meta["e_tag"].strip('"'), data)
 
     def read_range(self, bucket: str, key: str, start: int, stop: int) -> bytes | None:
-        """The bytes from `start` to before `stop`, fewer where the object ends; None: ask botocore."""
-        found = self._get(bucket, key, {"range": (start, stop)})
-        return None if found is None else self._body(bucket, found)
+        """Bytes `start` to `stop` - 1, fewer if the object ends earlier; None: use botocore."""
+        answer = self._get(bucket, key, {"range": (start, stop)})
+        return None if answer is None else self._body(bucket, answer)
 
     def _get(self, bucket: str, key: str, options: Any) -> Any:
         if any(part in ("", ".", "..") for part in key.split("/")):
-            return None  # obstore takes keys for paths
-        place = self._bucket(bucket)
-        if not place.is_open():
+            return None  # obstore treats keys as paths.
+        state = self._bucket(bucket)
+        if not state.is_open():
             return None
         try:
-            return obstore.get(place.store, key, options=options)
-        except (FileNotFoundError, PermissionDeniedError):  # Python's own for what is missing, not NotFoundError
+            return obstore.get(state.store, key, options=options)
+        except (FileNotFoundError, PermissionDeniedError):  # obstore raises Python's error for a missing object.
             return None
         except (BaseError, OSError, ValueError):
-            place.note_failure()
+            state.note_failure()
             return None
 
-    def _body(self, bucket: str, found: Any) -> bytes | None:
-        place = self._bucket(bucket)
+    def _body(self, bucket: str, answer: Any) -> bytes | None:
+        state = self._bucket(bucket)
         try:
-            data = found.bytes().to_bytes()
+            data = answer.bytes().to_bytes()
         except (BaseError, OSError):
-            place.note_failure()
+            state.note_failure()
             return None
-        place.note_success()
-        start, stop = found.range
+        state.note_success()
+        start, stop = answer.range
         return bytes(data) if len(data) == stop - start else None
 
     def _bucket(self, name: str) -> "_Bucket":
@@ -98,19 +98,19 @@ class FastReads:
             return None
         try:
             return self._new_store(name, is_encrypted=is_encrypted)
-        except (BaseError, ValueError):  # such as an AWS_ variable that botocore does not know and obstore refuses
+        except (BaseError, ValueError):  # For example an AWS_ variable that only obstore reads, and refuses.
             return None
 
     def _new_store(self, name: str, *, is_encrypted: bool) -> S3Store:
         return S3Store(
             name,
             endpoint=self._endpoint,
-            aws_endpoint_url_s3=self._endpoint,  # obstore takes what is not said here from AWS_ variables
+            aws_endpoint_url_s3=self._endpoint,  # obstore reads options that are not set here from AWS_ variables.
             region=self._region,
             skip_signature=False,
             s3_express=False,
             request_payer=False,
-            virtual_hosted_style_request=False,  # the bucket in the path, which every endpoint of boto3's takes
+            virtual_hosted_style_request=False,  # All endpoints of boto3 accept the bucket in the path.
             credential_provider=Boto3CredentialProvider(self._session, ttl=timedelta(seconds=CREDENTIALS_S)),
             client_options={
                 "allow_http": not is_encrypted,
@@ -124,12 +124,12 @@ class FastReads:
 
 @functools.cache
 def _process_of_runtime() -> int:
-    """The process that made the first store: the threads of obstore do not survive a fork, whose reads would hang."""
+    """The process that created the first store. Threads of obstore do not survive a fork, so its reads would hang."""
     return os.getpid()
 
 
 class _Bucket:
-    """A bucket, and whether it is worth asking."""
+    """The obstore client of a bucket, and whether to use it now."""
 
     def __init__(self, store: S3Store | None) -> None:
         self.store: Any = store

@@ -1,6 +1,7 @@
-"""URIs as text: which ones there are, joining them, making them absolute. Nothing is read or written.
+"""Works with URIs as text: parses them, joins them, makes them absolute.
 
-A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` of a store in `REMOTE`.
+A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` with a scheme in `REMOTE`. Owns: the
+forms of a URI. Does not own: reading or writing (`base`).
 """
 
 import os
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
 S3, MEMORY = "s3", "memory"
 REMOTE = (S3, MEMORY)
-"""Schemes of stores whose objects are no local files."""
+"""Schemes of the stores whose objects are not local files."""
 _FILE = "file://"
-_NAME_CHARACTERS = 100  # of a name that a temporary name keeps: file systems take 255 bytes
+_NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
 
 
 def scheme_of(uri: str) -> str:
-    """The scheme of a remote URI; empty: it is a local path.
+    """The scheme of a remote URI, or an empty string for a local path.
 
     Raises:
         StorageError: the scheme is unknown.
@@ -32,12 +33,12 @@ def scheme_of(uri: str) -> str:
     if not separator or "/" in scheme or scheme == "file":
         return ""
     if scheme not in REMOTE:
-        raise StorageError(f"storage is a local path, {_FILE}/path or {S3}://bucket/prefix. Received: {uri!r}")
+        raise StorageError(f"storage must be a local path, {_FILE}/path or {S3}://bucket/prefix. Received: {uri!r}")
     return scheme
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` names an object that is no local file.
+    """Whether `uri` names an object that is not a local file.
 
     Raises:
         StorageError: the scheme is unknown.
@@ -46,37 +47,37 @@ def is_remote(uri: str) -> bool:
 
 
 def are_remote(uris: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """`is_remote` of each URI of a column, `bool [n]`; unknown schemes count as local."""
-    import pyarrow.compute as pc  # only here: commands that need no tables start without it
+    """Applies `is_remote` to each URI of a column: `bool [n]`; unknown schemes count as local."""
+    import pyarrow.compute as pc  # Imported here so that commands without tables start faster.
 
     return pc.match_substring_regex(uris, f"^({'|'.join(REMOTE)})://")
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:
-    """The parts of a remote URI; the key may be empty.
+    """Splits a remote URI into bucket and key; the key may be empty.
 
     Raises:
-        StorageError: it names no bucket.
+        StorageError: the URI names no bucket.
     """
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if not bucket:
-        raise StorageError(f"the URI of an object is {scheme}://bucket/key. Received: {uri!r}")
+        raise StorageError(f"the URI of an object must be {scheme}://bucket/key. Received: {uri!r}")
     return bucket, key
 
 
 def is_bucket(uri: str) -> bool:
-    """Whether a URI names a whole bucket, beside which other people's lie."""
+    """Whether a URI names a whole bucket, whose siblings belong to other people."""
     return is_remote(uri) and not bucket_and_key(uri)[1]
 
 
 def parent_of(uri: str) -> str:
-    """The folder that an absolute URI lies in; of a bucket, itself."""
+    """The folder that contains an absolute URI; a bucket is its own parent."""
     return uri if is_bucket(uri) else uri.rpartition("/")[0]
 
 
 def uri_of_path(path: str) -> str:
-    """The URI of a path as pyarrow's file systems have it: absolute, or `bucket/key` of S3."""
+    """The URI of a path as pyarrow's file systems give it: an absolute path, or `bucket/key` on S3."""
     return path if os.path.isabs(path) else f"{S3}://{path}"
 
 
@@ -88,7 +89,7 @@ def path_of(uri: str) -> Path:
     """
     if is_file_uri(uri):
         return Path(urllib.parse.unquote(uri.removeprefix(_FILE).removeprefix("localhost")))
-    scheme_of(uri)  # an unknown scheme is no path
+    scheme_of(uri)  # Refuses unknown schemes.
     return Path(uri)
 
 
@@ -103,18 +104,18 @@ def is_absolute(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with `parts` below it, with one slash between each."""
+    """Appends `parts` to `uri`, with one slash before each."""
     base = uri if is_remote(uri) else str(path_of(uri))
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def absolute(uri: str) -> str:
-    """`uri` as every process sees it, whatever its working directory: local paths become absolute."""
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(path_of(uri))  # resolves no links, unlike Path
+    """Makes a local path absolute, so that `uri` means the same in every working directory."""
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(path_of(uri))  # Path.resolve would follow links.
 
 
 def temporary_name(name: str) -> str:
-    """A name beside `name` that nobody else uses, hidden, for what is not finished."""
+    """A unique hidden name to write `name` under until it is complete."""
     return f".{name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:12]}.tmp"
 
 
