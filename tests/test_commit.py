@@ -786,7 +786,7 @@ def test_a_generation_that_is_discarded_leaves_the_table(output: Output) -> None
 def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
     generation = begun_by(empty, plan_of(), write_nothing)
     ANYWHERE.write_bytes(generation.commit_uri, b"{}")
-    with pytest.raises(MnistDistError, match="is brought to its end first"):
+    with pytest.raises(MnistDistError, match="must be finished first"):
         empty.discard(generation)
 
 

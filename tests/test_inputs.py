@@ -230,7 +230,9 @@ def search(*names: str, scan: Iterable[Entry] | Exception, progress: Callable[[i
 
 def test_a_bucket_that_may_not_be_listed_is_named() -> None:
     denied = PermissionError(errno.EACCES, "access denied (AccessDenied)", "s3://closed/a")
-    with pytest.raises(DataError, match=r"may not be listed: .*access denied.*Received: input='s3://closed/a'"):
+    with pytest.raises(
+        DataError, match=r"no permission to list this input: .*access denied.*Received: input='s3://closed/a'"
+    ):
         search("s3://closed/a", scan=denied)
 
 
@@ -244,7 +246,7 @@ def test_nothing_found_says_what_was_there_instead(root: str) -> None:
     with pytest.raises(DataError) as raised:
         found(root, f"{root}/x", exclude=("*.png",))
     message = str(raised.value)
-    assert f"{root}: 13 other files (.txt 10, .json 2, without ending 1), 1 left out by include and exclude;" in message
+    assert f"{root}: 13 other files (.txt 10, .json 2, no suffix 1), 1 left out by include and exclude;" in message
     assert f"{root}/x: 1 left out by include and exclude. Received: input=" in message
     assert ".jpg, .jpeg," in message
 
