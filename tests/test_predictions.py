@@ -223,7 +223,7 @@ def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: st
 
 
 def test_embeddings_that_were_asked_for_are_given() -> None:
-    with pytest.raises(ValueError, match=r"Received none: \['embedding'\]"):
+    with pytest.raises(ValueError, match=r"there are no values. Received: \['embedding'\]"):
         rows_of(some_outcomes([[1, 0, 0, 0]], ["ok"]), table=TableConfig(embeddings=True))
 
 

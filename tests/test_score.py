@@ -752,7 +752,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         ({"input": "gs://bucket/images"}, StorageError, r"Received: 'gs://bucket/images'"),
         ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: input='.*absent'"),
         ({"input": "{tmp}/empty"}, DataError, r"empty"),
-        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a manifest has one column 'uri'.*columns name, label"),
+        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a list must have one column 'uri'.*columns name, label"),
         ({"carry": ("fold",)}, DataError, r"carry must name columns of the lists .*Received: carry=fold"),
         ({"bundle": "{tmp}/absent"}, BundleError, r"there is no such folder of a bundle. Received: '.*absent'"),
         ({"bundle": "{tmp}/damaged"}, BundleError, r"not the file that the bundle was finished with: expected sha256"),
