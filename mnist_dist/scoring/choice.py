@@ -180,9 +180,8 @@ def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
             requested.setdefault(_member_name(uri, archive), []).append(number)
     all_rows = ((number, row) for number in whole for row in _all_rows(index, choice, left_out))
     origins: list[int] = []
-    table = image_table.table_of(
-        _keeping_numbers(itertools.chain(all_rows, _requested_rows(index, requested)), origins)
-    )
+    rows = itertools.chain(all_rows, _requested_rows(index, requested))
+    table = image_table.table_of(_keeping_numbers(rows, origins))
     for name in asked.column_names[len(table.column_names) :]:
         column = image_table.taken(asked[name], pa.array(origins, pa.int64()))
         table = table.append_column(asked.schema.field(name), column)

@@ -383,8 +383,6 @@ def _open(uri: str, store: Store) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(stream, pre_buffer=True) as file:
                 yield file
         except (pa.ArrowException, OSError) as err:
-            if (
-                isinstance(err, OSError) and err.errno is not None
-            ):  # an error of the storage; pyarrow's own errors have no errno
+            if isinstance(err, OSError) and err.errno is not None:  # from the storage; pyarrow sets no errno
                 raise
             raise DataError(f"{uri}: not a readable Parquet file: {err}") from err

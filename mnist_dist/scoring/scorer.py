@@ -165,9 +165,8 @@ class Scorer:
     def _is_last(self, batch: "Sequence[_Image]") -> bool:
         """Whether all unfinished images of the open shards are in the batch or in the model."""
         open_shards = set(self._under_way)
-        left = sum(
-            shard.left for shard in open_shards
-        )  # read first: images that the model finishes meanwhile are then in neither
+        # Read first: an image that the model finishes in between still counts as left, which only delays the batch.
+        left = sum(shard.left for shard in open_shards)
         others = list(self._in_the_model.values())
         return left <= sum(image.shard in open_shards for images in (batch, *others) for image in images)
 

@@ -79,9 +79,7 @@ class ScoringWorker:
             task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
         )
         if is_remote(task.bundle):
-            shutil.rmtree(
-                bundle.path
-            )  # deletes the local copy now: a process that is killed later would leave it behind
+            shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
         self._suspects: set[int] = set()
         self._lock = threading.Lock()

@@ -54,7 +54,7 @@ from mnist_dist.store.uris import absolute, join
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import ShardReport
 
-WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts, to save time
+WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
 ENGINES_FOLDER = "_engines"  # folder in the output for converted models, when the folder beside the bundle is read-only
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
@@ -245,9 +245,8 @@ class Scoring:
             return self._nothing_new(before)
         with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
             resources = await_actors(resources, self.job.run, self.session)
-            actors = choose_actors(
-                resources, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD))
-            )
+            shards = rows and -(-rows // (self.job.shard_size or MIN_SHARD))
+            actors = choose_actors(resources, self.job.run, most=shards)
             engine = self.choose_engine(self._requested_engine(before), actors, resources, images=rows)
             self.wait_for(listing)
             if not len(listing.result().table):
@@ -438,13 +437,13 @@ class Scoring:
             )
 
     def _check(self, generation: Generation) -> None:
-        if not generation.is_committing:  # a commit that has begun is not interrupted: until it ends there is no table
+        if not generation.is_committing:  # a running commit is not stopped: until it ends there is no table
             self.session.stop.check()
         self.session.confirm_lock()
 
     def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
         """Whether a table has few enough bad rows to be marked as good."""
-        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # no products: 0.29 * 100 < 29
+        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # divided: 0.29 * 100 < 29
 
     def _images_per_s(self) -> float | None:
         return round(self.scored / self.scoring_s, 2) if self.scoring_s else None
