@@ -196,7 +196,7 @@ def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.Chu
         raise MnistDistError(f"{uri} is not readable; delete it and run the same command again: {err}") from err
     if not rows.schema.equals(schema) or not rows["uri"].equals(expected):
         raise MnistDistError(
-            f"the shard must hold the rows of its manifest in their order; delete {uri} and run the same command again. "
+            f"the shard must hold the rows of its manifest in their order; delete {uri} and run the command again. "
             f"Received: {len(rows)} rows of {', '.join(rows.schema.names)}, expected {len(expected)} of "
             f"{', '.join(schema.names)}"
         )
