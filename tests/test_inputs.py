@@ -168,7 +168,7 @@ def test_a_name_that_is_no_unicode_is_a_row_that_says_so(tmp_path: Path) -> None
     assert names_in(listing, str(tmp_path)) == ["\\xfd.tar", "\\xff.png", "ok.png", "sub/\\xfe/y.png"]
     statuses = listing.table["status"].to_pylist()
     assert statuses == ["unsupported", "unsupported", None, "unsupported"]
-    assert set(listing.table["error"].to_pylist()) == {None, "the file's name is no valid Unicode"}
+    assert set(listing.table["error"].to_pylist()) == {None, "the file name is not valid Unicode"}
     assert listing.archives == 0
     (tmp_path / "list.txt").write_bytes(bytes(tmp_path) + b"/\xff.png\n")
     assert names_in(found(f"{tmp_path}/list.txt"), str(tmp_path)) == ["\\xff.png"]
@@ -230,7 +230,9 @@ def search(*names: str, scan: Iterable[Entry] | Exception, progress: Callable[[i
 
 def test_a_bucket_that_may_not_be_listed_is_named() -> None:
     denied = PermissionError(errno.EACCES, "access denied (AccessDenied)", "s3://closed/a")
-    with pytest.raises(DataError, match=r"may not be listed: .*access denied.*Received: input='s3://closed/a'"):
+    with pytest.raises(
+        DataError, match=r"no permission to list this input: .*access denied.*Received: input='s3://closed/a'"
+    ):
         search("s3://closed/a", scan=denied)
 
 
@@ -244,7 +246,7 @@ def test_nothing_found_says_what_was_there_instead(root: str) -> None:
     with pytest.raises(DataError) as raised:
         found(root, f"{root}/x", exclude=("*.png",))
     message = str(raised.value)
-    assert f"{root}: 13 other files (.txt 10, .json 2, without ending 1), 1 left out by include and exclude;" in message
+    assert f"{root}: 13 other files (.txt 10, .json 2, no suffix 1), 1 left out by include and exclude;" in message
     assert f"{root}/x: 1 left out by include and exclude. Received: input=" in message
     assert ".jpg, .jpeg," in message
 
@@ -401,7 +403,7 @@ def test_a_uri_that_no_storage_has_is_a_row_that_says_so(tmp_path: Path) -> None
     uris = ["http://example.org/a.png", "s3://bucket", "s3:///key", "S3://b/k", "/a\0b.png", "/a/b.png"]
     rows = rows_of(found(write_parquet(f"{tmp_path}/list.parquet", uri=uris)))
     assert {uri: row["status"] for uri, row in rows.items()} == dict.fromkeys(uris, "unsupported") | {"/a/b.png": None}
-    assert "no storage has the scheme 'http'" in rows["http://example.org/a.png"]["error"]
+    assert "unknown scheme 'http'" in rows["http://example.org/a.png"]["error"]
     assert "s3://bucket/key" in rows["s3://bucket"]["error"]
     assert "null byte" in rows["/a\0b.png"]["error"]
 
@@ -410,12 +412,14 @@ def test_a_uri_that_no_storage_has_is_a_row_that_says_so(tmp_path: Path) -> None
 def test_a_row_without_a_uri_is_named(tmp_path: Path, empty: str | None) -> None:
     uris = [f"/a/{number}.png" if number != BATCH_ROWS + 3 else empty for number in range(BATCH_ROWS + 7)]
     manifest = write_parquet(f"{tmp_path}/list.parquet", uri=uris)
-    with pytest.raises(DataError, match=rf"list\.parquet: each row has a uri.*Received: .* in row {BATCH_ROWS + 4}"):
+    with pytest.raises(
+        DataError, match=rf"list\.parquet: each row must have a uri.*Received: .* in row {BATCH_ROWS + 4}"
+    ):
         found(manifest)
 
 
 def test_a_csv_row_without_a_uri_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"list\.csv: each row has a uri\. Received: '' in row 2"):
+    with pytest.raises(DataError, match=r"list\.csv: each row must have a uri\. Received: '' in row 2"):
         found(write_text(f"{tmp_path}/list.csv", "uri,label\n/a.png,1\n,2\n"))
 
 
@@ -437,9 +441,11 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, name: str, data: bytes, 
 
 
 def test_a_parquet_list_has_a_column_of_strings(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.parquet: a manifest has one column 'uri'\. Received: columns path, label"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: a list must have one column 'uri'\. Received: columns path, label"
+    ):
         found(write_parquet(f"{tmp_path}/a.parquet", path=["/a"], label=[1]))
-    with pytest.raises(DataError, match=r"b\.parquet: the column 'uri' holds strings\. Received: int64"):
+    with pytest.raises(DataError, match=r"b\.parquet: the column 'uri' must hold strings\. Received: int64"):
         found(write_parquet(f"{tmp_path}/b.parquet", uri=[1, 2]))
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         manifest = write_parquet(f"{tmp_path}/c.parquet", uri=pa.array(["/x.png", "/w.png"]).cast(kind))
@@ -470,9 +476,7 @@ def test_carried_columns_go_along_and_others_get_null(root: str) -> None:
 
 def test_a_carried_column_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
     manifest = write_text(f"{tmp_path}/a.csv", "uri,label,day\n/a.png,1,2\n")
-    with pytest.raises(
-        DataError, match=r"columns of the manifests among the inputs: day, label\. Received: carry=lable"
-    ):
+    with pytest.raises(DataError, match=r"columns of the lists among the inputs: day, label\. Received: carry=lable"):
         found(manifest, carry=("lable", "day"))
     put(str(tmp_path), "x.png")
     with pytest.raises(DataError, match=r"there are none\. Received: carry=label"):
@@ -482,7 +486,7 @@ def test_a_carried_column_that_no_manifest_has_is_refused(tmp_path: Path) -> Non
 def test_carried_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     first = write_parquet(f"{tmp_path}/a.parquet", uri=["/a"], label=["cat"])
     second = write_parquet(f"{tmp_path}/b.parquet", uri=["/b"], label=[3])
-    with pytest.raises(DataError, match=r"one type in all manifests\. Received: label: int64 and string"):
+    with pytest.raises(DataError, match=r"same type in all lists\. Received: label: int64 and string"):
         found(first, second, carry=("label",))
 
 

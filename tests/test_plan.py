@@ -316,7 +316,7 @@ def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Pat
     with pytest.raises(DataError, match="nothing"):
         plan_score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
     (tmp_path / "nothing" / "text.jpg").write_text("no image")
-    with pytest.raises(ConfigError, match=r"none of 1 sampled images can be used, such as .*text\.jpg: unsupported"):
+    with pytest.raises(ConfigError, match=r"none of 1 sampled images is usable, for example .*text\.jpg: unsupported"):
         plan_score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
 
 

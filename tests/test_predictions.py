@@ -108,7 +108,9 @@ def test_flags_add_columns_to_all_of_them() -> None:
 
 
 def test_an_unknown_column_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"columns are of uri, status, .*, scored_at, label \(.*Received: score, top"):
+    with pytest.raises(
+        ConfigError, match=r"columns must be among uri, status, .*, scored_at, label \(.*Received: score, top"
+    ):
         prediction_schema(
             TableConfig(columns=("uri score", "top_k_classes")), carried=pa.schema([("label", pa.int8())])
         )
@@ -207,9 +209,9 @@ def test_embeddings_and_carried_columns_go_along() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"error": []}, "outcomes have 1 error, one for each image. Received: 0"),
-        ({"probabilities": np.zeros((1, 3), np.float32)}, r"probabilities are \[1, 4\]. Received: \[1, 3\]"),
-        ({"status": ["broken"]}, "a status is one of ok, .*, failed. Received: broken"),
+        ({"error": []}, "outcomes must have 1 error, one for each image. Received: 0"),
+        ({"probabilities": np.zeros((1, 3), np.float32)}, r"probabilities must be \[1, 4\]. Received: \[1, 3\]"),
+        ({"status": ["broken"]}, "a status must be one of ok, .*, failed. Received: broken"),
     ],
 )
 def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -221,7 +223,7 @@ def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: st
 
 
 def test_embeddings_that_were_asked_for_are_given() -> None:
-    with pytest.raises(ValueError, match=r"Received none: \['embedding'\]"):
+    with pytest.raises(ValueError, match=r"there are no values. Received: \['embedding'\]"):
         rows_of(some_outcomes([[1, 0, 0, 0]], ["ok"]), table=TableConfig(embeddings=True))
 
 
@@ -269,7 +271,7 @@ def test_columns_come_in_the_order_asked_for(root: str) -> None:
 
 
 def test_an_unknown_column_to_read_is_refused(root: str) -> None:
-    with pytest.raises(ConfigError, match=r"has the columns uri, status, .*Received: 'score'"):
+    with pytest.raises(ConfigError, match=r"has only the columns uri, status, .*Received: 'score'"):
         read_predictions(root, columns=["uri", "score"])
 
 
@@ -293,7 +295,7 @@ def test_without_a_mark_there_is_no_table(root: str) -> None:
     with pytest.raises(DataError, match="there is no prediction table"):
         next(iter_predictions(root))
     ANYWHERE.write_bytes(join(root, "_work/g0001/plan.json"), b"{}")
-    with pytest.raises(DataError, match="is not finished: a scoring job is at work on it, or was stopped"):
+    with pytest.raises(DataError, match="is not finished: a scoring job is still running, or was stopped"):
         read_predictions(root)
 
 
@@ -306,7 +308,7 @@ def test_the_mark_of_something_else_is_refused(tmp_path: Path, data: bytes) -> N
 
 def test_a_file_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
     put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
-    with pytest.raises(DataError, match=r"_SUCCESS names a file that is not there: .*part-g0001-00000"):
+    with pytest.raises(DataError, match=r"_SUCCESS names a file that does not exist: .*part-g0001-00000"):
         read_predictions(tmp_path)
     (tmp_path / "part-g0001-00000.parquet").write_bytes(b"PAR1 but not for long")
     with pytest.raises(DataError, match=r"part-g0001-00000.parquet: not a readable Parquet file"):

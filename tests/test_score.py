@@ -630,7 +630,7 @@ def test_a_commit_that_was_begun_is_finished_by_whoever_comes_but_is_theirs_only
     with pytest.raises(IsADirectoryError):
         score(job, console=Recorder())
     in_the_way.rmdir()
-    with pytest.raises(DataError, match="is not finished: a scoring job is at work on it, or was stopped"):
+    with pytest.raises(DataError, match="is not finished: a scoring job is still running, or was stopped"):
         read_predictions(tmp_path / "table")
 
     with pytest.raises(ResumeConflict, match="model_id"):
@@ -752,14 +752,14 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         ({"input": "gs://bucket/images"}, StorageError, r"Received: 'gs://bucket/images'"),
         ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: input='.*absent'"),
         ({"input": "{tmp}/empty"}, DataError, r"empty"),
-        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a manifest has one column 'uri'.*columns name, label"),
-        ({"carry": ("fold",)}, DataError, r"carry names columns of the manifests .*Received: carry=fold"),
+        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a list must have one column 'uri'.*columns name, label"),
+        ({"carry": ("fold",)}, DataError, r"carry must name columns of the lists .*Received: carry=fold"),
         ({"bundle": "{tmp}/absent"}, BundleError, r"there is no such folder of a bundle. Received: '.*absent'"),
         ({"bundle": "{tmp}/damaged"}, BundleError, r"not the file that the bundle was finished with: expected sha256"),
         pytest.param(  # a manifest may carry such a column: refused when it is listed, and Ray is there
             {"table": TableConfig(columns=("score",))},
             ConfigError,
-            r"columns are of uri, status, .*Received: score",
+            r"columns must be among uri, status, .*Received: score",
             marks=pytest.mark.slow,
         ),
         ({"run": {"gpus_per_actor": 1.0}}, ResourceError, r"1 node\(s\), 4 CPUs, 0 GPUs. Received: gpus_per_actor=1"),

@@ -1,10 +1,10 @@
-"""Which files are scored, and the row that each becomes: a listed file, a line of a list, a member of an archive.
+"""Which files are scored, and the row of each: a listed file, a line of a list, or a member of an archive.
 
-Owns: include, exclude and name endings, and what is known of a row before it is read. Does not own: where files are
-looked for (`inputs`), or what an archive holds (`data/archives`).
+Owns: include, exclude and file suffixes, and what is known about a row before it is read. Does not own: where files are
+searched (`inputs`), or reading archives (`data/archives.py`).
 
-Contract: a file whose name is no image's is left out and counted, unless a person named it. Whatever was named gets
-its row: what cannot be read is a row that says so.
+Contract: a file without an image suffix is left out and counted, unless the user named it. Everything that the user
+named gets a row; if it cannot be read, the row says so.
 """
 
 import collections
@@ -27,31 +27,31 @@ from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_remote
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_MAX_SUFFIXES = 1_000  # counted one by one; names that end in numbers would fill the memory
-_REST = "..."
+_MAX_SUFFIXES = 1_000  # counted separately; file names that end in numbers would fill the memory
+_REST = "..."  # counts all further suffixes
 
 
 @dataclass
 class LeftOut:
-    """Counts of the files that are not scored."""
+    """Counts of the files that are left out."""
 
     by_suffix: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Files whose name is no image's, by its lower-case ending."""
+    """Files without an image suffix, by their lower-case suffix."""
     by_pattern: int = 0
     """Files left out by include and exclude."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All files left out."""
         return self.by_suffix.total() + self.by_pattern
 
     def add(self, suffix: str, files: int = 1) -> None:
-        """Counts files whose name ends so."""
+        """Counts files with this suffix."""
         known = suffix in self.by_suffix or len(self.by_suffix) < _MAX_SUFFIXES
         self.by_suffix[suffix if known else _REST] += files
 
     def update(self, other: "LeftOut") -> None:
-        """Counts what another one counted, too."""
+        """Adds the counts of `other`."""
         for suffix, files in other.by_suffix.items():
             self.add(suffix, files)
         self.by_pattern += other.by_pattern
@@ -59,7 +59,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which names are taken."""
+    """Which files are scored, by their names."""
 
     all_files: bool
     include: re.Pattern[str] | None
@@ -67,11 +67,11 @@ class Choice:
 
     @classmethod
     def of(cls, config: InputConfig) -> "Choice":
-        """What the configuration says."""
+        """The choice that a configuration describes."""
         return cls(config.all_files, _any_of(config.include), _any_of(config.exclude))
 
     def matches(self, uri: str, name: str) -> bool:
-        """Whether include and exclude take the image with this URI or path."""
+        """Whether include and exclude accept the image with this URI or path."""
         if self.include is None and self.exclude is None:
             return True
         texts = (uri, name.rpartition("/")[2])
@@ -79,17 +79,17 @@ class Choice:
         return included and not self.excludes(uri, name)
 
     def excludes(self, uri: str, name: str) -> bool:
-        """Whether exclude names it."""
+        """Whether exclude rejects the image."""
         return self.exclude is not None and any(map(self.exclude.match, (uri, name.rpartition("/")[2])))
 
     def takes(self, uri: str, name: str, left_out: LeftOut, *, named: bool = False) -> bool:
-        """Whether the file is scored; if not, it is counted.
+        """Whether the file is scored; if not, it is counted in `left_out`.
 
         Args:
-            uri: of the file, or of the member of an archive.
-            name: its path; a member's: within its archive.
-            left_out: where it is counted.
-            named: a person named it, so that its name may end in anything.
+            uri: URI of the file, or of the member of an archive.
+            name: path of the file; for a member, its path within the archive.
+            left_out: counts the file if it is left out.
+            named: whether the user named the file, so that any suffix is accepted.
         """
         suffix = _suffix(name)
         if suffix not in _IMAGE_SUFFIXES and not named and (not self.all_files or is_archive(name)):
@@ -101,28 +101,28 @@ class Choice:
         return True
 
     def keeps(self, row: ImageRow, left_out: LeftOut) -> bool:
-        """Whether a row that a person named stays: by include and exclude; if not, it is counted."""
+        """Whether include and exclude accept a row that the user named; if not, it is counted in `left_out`."""
         name = _member_name(row.uri, row.archive) if row.archive else row.uri
-        # include is for the members of an archive, not for itself
+        # include applies to the members of an archive, not to the archive itself
         kept = not self.excludes(row.uri, name) if row.uri == row.archive else self.matches(row.uri, name)
         left_out.by_pattern += not kept
         return kept
 
 
 def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> ImageRow | None:
-    """The row of a listed file, or of an archive that is still to be opened; None: it is left out, and counted."""
+    """The row of a listed file, or of an archive to be opened later; None: the file is left out, and counted."""
     uri = entry.uri
     if _suffix(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
         row = ImageRow(uri, archive=uri)
         return row if choice.keeps(row, left_out) else None
     if not choice.takes(uri, uri, left_out, named=named):
         return None
-    # without an etag it is a link to nowhere
+    # a file without an etag is a broken link
     return ImageRow(uri, entry.size_bytes, entry.etag) if entry.etag else ImageRow(uri)
 
 
 def row_of_line(line: str) -> ImageRow:
-    """The row of a URI in a list, whatever it is; an archive, or a member of one, is still to be opened.
+    """The row of any line in a list. Archives, also those of members, are opened later.
 
     Raises:
         ServiceError: see `store.base`.
@@ -132,11 +132,9 @@ def row_of_line(line: str) -> ImageRow:
         remote = is_remote(line)
         ANYWHERE.of(line)
     except StorageError:
-        return ImageRow(
-            line, status="unsupported", error=f"no storage has the scheme {scheme!r}: a path, file:// or s3://"
-        )
+        return ImageRow(line, status="unsupported", error=f"unknown scheme {scheme!r}; use a path, file:// or s3://")
     if remote and not all(rest.partition("/")[::2]):
-        return ImageRow(line, status="unsupported", error="an image on S3 is s3://bucket/key")
+        return ImageRow(line, status="unsupported", error="an image on S3 must be s3://bucket/key")
     member = split_member(line)
     if member is not None:
         archive = absolute(member[0])
@@ -153,36 +151,38 @@ class Opened:
 
     table: pa.Table
     duplicates: int
-    """Members that a later one of the same name replaces."""
+    """Members that a later member of the same name replaces."""
     left_out: LeftOut
 
 
 def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
-    """The rows of an archive, in place of the rows that ask for it.
+    """Opens an archive, and returns its rows in place of those that wait for it.
 
     Args:
-        archive: its URI.
-        asked: rows that name the archive (all members that are taken) or one member (it, whatever it is).
-        choice: which members are taken.
+        archive: URI of the archive.
+        asked: the waiting rows. One that names the archive stands for all its chosen members; one that names a member
+            stands for that member, whatever its suffix.
+        choice: which members are scored.
 
     Returns:
-        The members in the order of the archive, with the carried columns of the rows that ask for them.
+        The members in the order of the archive, with the carried columns of the rows that waited for them.
 
     Raises:
         ServiceError, StorageError: see `store.base`.
     """
     index = index_archive(archive)
     left_out = LeftOut()
-    wanted: dict[str, list[int]] = {}
-    whole = []
+    requested: dict[str, list[int]] = {}  # member -> numbers of the rows that name it
+    whole = []  # numbers of the rows that name the archive
     for number, uri in enumerate(asked["uri"].to_pylist()):
         if uri == archive:
             whole.append(number)
         else:
-            wanted.setdefault(_member_name(uri, archive), []).append(number)
+            requested.setdefault(_member_name(uri, archive), []).append(number)
     all_rows = ((number, row) for number in whole for row in _all_rows(index, choice, left_out))
     origins: list[int] = []
-    table = image_table.table_of(_keeping_numbers(itertools.chain(all_rows, _wanted_rows(index, wanted)), origins))
+    rows = itertools.chain(all_rows, _requested_rows(index, requested))
+    table = image_table.table_of(_keeping_numbers(rows, origins))
     for name in asked.column_names[len(table.column_names) :]:
         column = image_table.taken(asked[name], pa.array(origins, pa.int64()))
         table = table.append_column(asked.schema.field(name), column)
@@ -192,9 +192,9 @@ def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
 def _row_of_path(path: str) -> ImageRow:
     try:
         entry = ANYWHERE.entry_of(path)
-    except OSError:  # whoever reads it finds out why
+    except OSError:  # reading it finds out why
         return ImageRow(path)
-    except ValueError as err:  # a path with a zero byte cannot even be read
+    except ValueError as err:  # a path with a zero byte can never be read
         return ImageRow(path, status="unsupported", error=str(err))
     return ImageRow(path, entry.size_bytes, entry.etag)
 
@@ -215,21 +215,21 @@ def _all_rows(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterato
             yield _row_of_member(index, member)
 
 
-def _wanted_rows(index: ArchiveIndex, wanted: dict[str, list[int]]) -> Iterator[tuple[int, ImageRow]]:
-    """Members by name, with the numbers of the rows that ask for them."""
-    names = {member.name for member in index.members if member.name in wanted}
+def _requested_rows(index: ArchiveIndex, requested: dict[str, list[int]]) -> Iterator[tuple[int, ImageRow]]:
+    """The rows of the requested members, each with the number of the row that names it."""
+    names = {member.name for member in index.members if member.name in requested}
     for member in index.members:
-        for number in wanted.get(member.name, ()):
+        for number in requested.get(member.name, ()):
             yield number, _row_of_member(index, member)
-    lost = index.problem or ImageError("missing", "no such member")
-    for name, numbers in wanted.items():
+    problem = index.problem or ImageError("missing", "no such member")
+    for name, numbers in requested.items():
         if name not in names:
-            # no archive: there is nothing to be read
+            # no archive column: there is nothing to read
             row = ImageRow(
                 f"{index.entry.uri}{SEPARATOR}{name}",
                 etag=index.entry.etag or None,
-                status=lost.status,
-                error=lost.message,
+                status=problem.status,
+                error=problem.message,
             )
             yield from ((number, row) for number in numbers)
 

@@ -1,9 +1,9 @@
-"""How finished shards become the prediction table: publishing in steps that can be repeated.
+"""Publishes finished shards as the prediction table, in steps that can be repeated.
 
 Owns: the order in which the table changes. Does not own: the folder (`generations`), the files (`parts`), or the lock,
-which whoever calls this holds.
+which the caller holds.
 
-Any driver that dies leaves either the old table, or a `commit.json` from which the next one goes on (`replay`).
+A driver that dies leaves either the old table, or a `commit.json` from which the next driver resumes (`replay`).
 """
 
 import re
@@ -35,13 +35,13 @@ from mnist_dist.scoring.predictions import (
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
-THREADS = 8  # that move files: on object stores a request waits far longer than it works
+THREADS = 8  # They move files; on object stores a request mostly waits.
 _LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY)})\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Decision:
-    """What `commit.json` holds: all that is still to be done needs nothing else."""
+    """The contents of `commit.json`: everything that is needed to finish the commit."""
 
     add: tuple[str, ...]
     remove: tuple[str, ...]
@@ -62,28 +62,28 @@ def commit(
     progress: Callable[[int, int], None],
     part_bytes: int = PART_BYTES,
 ) -> Committed:
-    """Makes the table of a generation all of whose shards are done; one that was begun is brought to its end.
+    """Publishes the table of a generation whose shards are all done; a commit that has begun is finished.
 
     Args:
-        output: where the table lies.
-        generation: whose shards become rows.
-        shards: how many it has.
-        schema: of the table.
-        judge: whether the table is good enough, of the rows by status and all rows.
-        bundle: its URI, for the summary.
-        images_per_s: of the generation's scoring, for the summary.
-        check: raises Locked when another driver has taken over.
-        progress: is told how many shards are through, and of how many.
-        part_bytes: about how large a file becomes.
+        output: the folder of the table.
+        generation: the generation whose shards become rows.
+        shards: the number of its shards.
+        schema: the schema of the table.
+        judge: takes the rows by status and the total number of rows; returns whether the table is good enough.
+        bundle: URI of the bundle, for the summary.
+        images_per_s: speed of scoring this generation, for the summary.
+        check: raises Locked when another driver has taken over the lock.
+        progress: called with the number of finished shards and the number of all shards.
+        part_bytes: approximate size of a file of the table.
 
     Raises:
         MnistDistError: a shard does not hold the rows of its manifest.
-        ConfigError: the old table, of which rows stay, has other columns.
+        ConfigError: rows of the old table are kept, but it has other columns.
         Locked: see `check`.
-        DataError, PermissionError, ServiceError, StorageError: the storage, or the old table, cannot be used.
+        DataError, PermissionError, ServiceError, StorageError: the storage or the old table cannot be used.
     """
     if not generation.is_committing:
-        check()  # what an earlier try has built is cleared away, and must not be another driver's
+        check()  # building deletes the files of an earlier attempt, which must not be another driver's
         building = Building(output, generation, schema=schema, part_bytes=part_bytes)
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts = table.counts()
@@ -115,16 +115,16 @@ def commit(
 
 
 def replay(output: Output, generation: Generation, *, check: Callable[[], None]) -> Committed:
-    """Brings a commit to its end, however far it went; nothing of the old table is needed any more.
+    """Finishes a commit, however far it got; it no longer needs the old table.
 
     Raises:
-        MnistDistError: a file that was to be published is gone.
+        MnistDistError: a file that is to be published is gone.
         Locked: see `check`.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     decision = documents.read(output.store, generation.commit_uri, _Decision)
     mark = read_mark(output.uri, store=output.store)
-    if mark is None or mark.generation != decision.mark.generation:  # else all that is left is to sweep
+    if mark is None or mark.generation != decision.mark.generation:  # otherwise only sweeping is left
         _publish(output, generation, decision, check=check)
     output.sweep_published()
     return Committed(mark=decision.mark, summary=decision.summary)
@@ -132,12 +132,12 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """What became of work that was begun in an output."""
+    """What `resume` did with unfinished work in an output."""
 
     committed: Committed | None = None
-    """The table of this job's own generation."""
+    """The table, if this job's own generation was committed."""
     discarded: int = 0
-    """Number of another job's generation that was thrown away: its workers may still write."""
+    """Number of another job's generation that was deleted, whose workers may still write; 0: none."""
 
 
 def resume(
@@ -147,26 +147,26 @@ def resume(
     complete: Callable[[Generation], Committed],
     check: Callable[[], None],
 ) -> Resumed:
-    """Brings to its end what was begun in an output, after what killed drivers left there was swept away.
+    """Sweeps what killed drivers left in an output, then finishes the work that was begun there.
 
-    A commit that was begun is replayed, whosever it is, since the table before it is gone. An unfinished generation of
-    this job is completed, one of another job is discarded.
+    A commit that has begun is replayed, whichever job began it, because the table before it is gone. An unfinished
+    generation is completed if it belongs to this job, and discarded if it belongs to another.
 
     Args:
-        output: whose lock the caller holds.
-        is_mine: whether a generation is this job's; raises where another's must not be thrown away.
-        complete: scores what is left of a generation, and commits it.
-        check: raises Locked when another driver has taken over.
+        output: the output; the caller holds its lock.
+        is_mine: whether a generation belongs to this job; raises if it belongs to another and must be kept.
+        complete: scores the remaining shards of a generation, and commits it.
+        check: raises Locked when another driver has taken over the lock.
     """
     output.sweep()
     unfinished = output.unfinished()
     if unfinished is None:
         return Resumed()
-    mine = is_mine(unfinished)
+    is_own = is_mine(unfinished)
     if unfinished.is_committing:
         committed = replay(output, unfinished, check=check)
-        return Resumed(committed=committed if mine else None)
-    if mine:
+        return Resumed(committed=committed if is_own else None)
+    if is_own:
         return Resumed(committed=complete(unfinished))
     check()
     output.discard(unfinished)
@@ -174,16 +174,16 @@ def resume(
 
 
 def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
-    """Marks a table as good or failed without scoring anything; called again where it was killed midway."""
+    """Marks a table as good or failed without scoring. Can be repeated after it was killed midway."""
     mark = replace(committed.mark, failed=not ok)
-    mark.write(output.uri, store=output.store)  # before the other one goes: a table without a mark would be lost
+    mark.write(output.uri, store=output.store)  # before the other mark is deleted: a table without a mark is lost
     output.store.delete(join(output.uri, SUCCESS if mark.failed else FAILED))
     return replace(committed, mark=mark)
 
 
 def _publish(output: Output, generation: Generation, decision: _Decision, *, check: Callable[[], None]) -> None:
     check()
-    for name in (SUCCESS, FAILED):  # from here on there is no table, until the mark is put again
+    for name in (SUCCESS, FAILED):  # readers see no table until the new mark is written
         output.store.delete(join(output.uri, name))
     _move_all([*decision.add, MANIFEST], generation.out_uri, output)
     for name in sorted({*decision.remove, *_orphans(output, decision)}):
@@ -194,7 +194,7 @@ def _publish(output: Output, generation: Generation, decision: _Decision, *, che
 
 
 def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
-    """What no table names: of generations whose `_work` somebody deleted, and of writes that were killed."""
+    """Files that no table names: of generations whose `_work` was deleted, and of writes that were killed."""
     for name in output.names():
         match = PART.fullmatch(name)
         is_part = match is not None and int(match[1]) <= decision.mark.generation
@@ -203,7 +203,7 @@ def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
 
 
 def _move_all(names: Iterable[str], source: str, output: Output) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:  # readers have no table meanwhile, and S3 has to copy
+    with ThreadPoolExecutor(THREADS) as pool:  # in parallel: readers have no table meanwhile, and S3 has to copy
         moves = [pool.submit(_move, output.store, join(source, name), join(output.uri, name)) for name in names]
         for move in moves:
             move.result()
@@ -214,4 +214,4 @@ def _move(store: Store, source: str, target: str) -> None:
         store.move(source, target)
     except FileNotFoundError as err:
         if not store.exists(target):
-            raise MnistDistError(f"a file that was to be published is neither at {source} nor at {target}") from err
+            raise MnistDistError(f"a file that is to be published is neither at {source} nor at {target}") from err

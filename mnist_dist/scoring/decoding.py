@@ -1,7 +1,7 @@
-"""The rows of shards to decoded images, in a pool of threads that knows no end of a shard.
+"""Reads and decodes the rows of shards, in a pool of threads that works across shard boundaries.
 
-Owns: in which threads images are read and decoded, how many at once, how long one may take, and where the time went.
-Does not own: what a request reads (`reading`), the pixels (`data/images.py`), or what becomes of them (a `Sink`).
+Owns: the threads that read and decode images, how many there are, the time limit per image, and the time spent per
+stage. Does not own: what a request reads (`reading`), the pixels (`data/images.py`), or their use (a `Sink`).
 """
 
 import functools
@@ -21,22 +21,22 @@ from mnist_dist.data.isolation import IsolatedDecoder
 from mnist_dist.errors import DecoderStuck, ImageError
 from mnist_dist.scoring.reading import Encoded, Read, plan_reads
 
-SETTLED_IMAGES = 32  # the first ones wait for what is only then imported and connected
-LOOK_S = 1.0  # between looks at how long decoding takes
+SETTLED_IMAGES = 32  # The first images are slow (imports, connections) and say nothing of the speed.
+LOOK_S = 1.0  # between checks of the time limit for decoding
 
 
 @dataclass
 class Times:
-    """Where the time went, s, summed over threads."""
+    """Time spent by stage, in s, summed over threads."""
 
     read_s: float = 0.0
     decode_s: float = 0.0
     model_s: float = 0.0
     decode_cpu_s: float = 0.0
-    """Of cores, in the threads that decode."""
+    """CPU time of the threads that decode."""
 
     def __add__(self, other: "Times") -> "Times":
-        return Times(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Times(*(left + right for left, right in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Threads:
     """How many threads a process has for its images.
 
     Args:
-        decoding: that decode at the same time: one per core.
-        reading: beside those, that wait for storage, at most. One is enough until reading turns out to take longer than
-            decoding: each thread more costs the others time, as Python runs one at a time.
+        decoding: number of threads that decode at the same time: one per core.
+        reading: maximum number of further threads, which wait for storage. The pool starts with one and adds more when
+            reading takes longer than decoding: each thread slows the others, as Python runs one at a time.
     """
 
     decoding: int
@@ -54,27 +54,27 @@ class Threads:
 
 
 class Sink(Protocol):
-    """What takes the images of one shard, from several threads."""
+    """Receives the images of one shard; called from several threads."""
 
     failure: BaseException | None
 
     def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
-        """Takes the image of a row; may wait, which holds reading back."""
+        """Takes the image of a row; may block, which slows down reading."""
 
     def abort(self, failure: BaseException) -> None:
-        """The rest of the shard does not come."""
+        """Says that the rest of the shard will not come, and why."""
 
 
 class DecodePool:
-    """Threads that read and decode.
+    """A pool of threads that read and decode images.
 
     Args:
-        spec: of the decoded images.
-        config: what is done for one image at most.
+        spec: size and channels of the decoded images.
+        config: limits for a single image.
         threads: see `Threads`.
 
     Attributes:
-        times: of reading and decoding so far.
+        times: time spent on reading and decoding so far.
     """
 
     def __init__(self, spec: ImageSpec, *, config: DecodeConfig, threads: Threads) -> None:
@@ -83,7 +83,7 @@ class DecodePool:
         self._pool = _Pool(threads.decoding + min(1, threads.reading))
         self._slots = threading.Semaphore(threads.decoding)
         self._read = 0
-        self._begun: dict[int, float] = {}  # by thread: since when it has been decoding
+        self._begun: dict[int, float] = {}  # thread -> since when it has been decoding its image
         self._child = IsolatedDecoder(spec, max_pixels=config.max_pixels, timeout_s=config.image_timeout_s)
         self.times, self._times_lock = Times(), threading.Lock()
 
@@ -91,24 +91,24 @@ class DecodePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        is_stuck = kind is not None and issubclass(kind, DecoderStuck)  # then its thread would be waited for for ever
+        is_stuck = kind is not None and issubclass(kind, DecoderStuck)  # its thread would never end
         self._pool.close(wait=not is_stuck)
         self._child.close()
 
     def begin(self, rows: pa.Table, sink: Sink, *, isolated: bool) -> None:
-        """Has the rows of a shard (`manifest.COLUMNS`) read and decoded, and returns.
+        """Starts reading and decoding the rows of a shard (`manifest.COLUMNS`), and returns at once.
 
         Args:
-            rows: of the shard.
-            sink: gets one image for each row, or is told why the rest does not come.
-            isolated: decode in a child process, image by image, which is slow and survives any image.
+            rows: the rows of the shard.
+            sink: gets one image for each row; on a failure, `abort` instead of the rest.
+            isolated: decode one image at a time in a child process; slow, but no image can kill this process.
         """
         decode = self._child.decode if isolated else self._decode_here
         for read in plan_reads(rows, max_bytes=self._config.max_bytes):
             self._pool.submit(functools.partial(self._run, read, sink, decode))
 
     def check_times(self) -> None:
-        """Raises DecoderStuck where an image takes longer than it may."""
+        """Raises DecoderStuck if an image has been decoding for longer than the time limit."""
         limit_s = self._config.image_timeout_s
         if any(time.monotonic() - since > limit_s for since in list(self._begun.values())):
             raise DecoderStuck(f"decoding an image takes longer than {limit_s:g} s")
@@ -124,7 +124,7 @@ class DecodePool:
                 self._count(read_s=time.perf_counter() - began)
                 sink.take(row, encoded, self._image(encoded, decode))
                 began = time.perf_counter()
-        except BaseException as failure:  # of the service, or a fault of ours: whoever waits for the shard raises it
+        except BaseException as failure:  # a failed service or a bug: raised by the caller that waits for the shard
             sink.abort(failure)
 
     def _image(self, encoded: Encoded, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
@@ -140,7 +140,7 @@ class DecodePool:
                 self._count(decode_s=time.perf_counter() - began, decode_cpu_s=time.thread_time() - cpu_began)
 
     def _decode_here(self, data: bytes) -> Decoded:
-        """Decodes in this thread, under the eyes of `check_times`."""
+        """Decodes in this thread; `check_times` watches how long it takes."""
         thread = threading.get_ident()
         self._begun[thread] = time.monotonic()
         try:
@@ -157,16 +157,16 @@ class DecodePool:
             self._grow()
 
     def _grow(self) -> None:
-        """Where storage is slow, adds as many threads as keep all cores decoding while the others wait."""
+        """If storage is slow, adds threads until all cores decode while the other threads wait."""
         times, threads = self.times, self._threads
         if self._read < SETTLED_IMAGES or times.read_s <= times.decode_s:
             return
-        most = threads.decoding + threads.reading
-        self._pool.grow(min(most, math.ceil(threads.decoding * (1 + times.read_s / max(times.decode_s, 1e-9)))))
+        max_threads = threads.decoding + threads.reading
+        self._pool.grow(min(max_threads, math.ceil(threads.decoding * (1 + times.read_s / max(times.decode_s, 1e-9)))))
 
 
 class _Pool:
-    """Threads that can become more; a pool that begins with many is slower, even where most of them only wait."""
+    """A pool of threads that can grow. It starts small, because even waiting threads make it slower."""
 
     def __init__(self, count: int) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -178,14 +178,14 @@ class _Pool:
         self._calls.put(call)
 
     def grow(self, count: int) -> None:
-        """Has at least so many threads."""
+        """Starts threads until there are at least `count`."""
         while len(self._threads) < count:
             name = f"decode-{len(self._threads)}"
             self._threads.append(threading.Thread(target=self._run, daemon=True, name=name))
             self._threads[-1].start()
 
     def close(self, *, wait: bool) -> None:
-        """Ends the threads after the calls that they are in; the others are dropped."""
+        """Ends the threads after their current calls; queued calls are dropped."""
         self._closed = True
         for _ in self._threads:
             self._calls.put(None)
@@ -199,7 +199,7 @@ class _Pool:
 
 
 class AwaitedSink:
-    """A sink that can be waited for; who takes the images sets `_done` with the last one."""
+    """A sink to wait for; its subclass sets `_done` when it has taken the last image."""
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
@@ -210,7 +210,7 @@ class AwaitedSink:
         self._done.set()
 
     def wait(self, pool: DecodePool) -> None:
-        """Returns when all images are there; raises what kept them from coming."""
+        """Returns when all images have come; raises the failure that prevented it."""
         while not self._done.wait(LOOK_S):
             pool.check_times()
         if self.failure is not None:
@@ -218,7 +218,7 @@ class AwaitedSink:
 
 
 class Collector(AwaitedSink):
-    """A sink that keeps everything, for images that are classified elsewhere."""
+    """A sink that keeps all images, which are classified elsewhere."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()

@@ -1,23 +1,23 @@
-"""The folder of a prediction table: what is published there, and the generations of work that are not yet.
+"""The folder of a prediction table: its published files, and the generations that are not published yet.
 
-Owns: the names in the folder, which generation is unfinished, and beginning and sweeping them. Does not own: what is in
-a row (`predictions`), what is scored (`manifest`), how the table changes (`commit`), or the lock, which whoever changes
-anything here holds.
+Owns: the names in the folder, which generation is unfinished, and which of its shards are done; beginning and sweeping
+generations. Does not own: the contents of a row (`predictions`), what is scored (`manifest`), how the table changes
+(`commit`), or the lock, which everyone who writes here must hold.
 
 ```
 <output>/
-  part-g0002-00000.parquet ...   the table: rows of generation 2, or left of older ones (part-g0002-kept-00000.parquet)
-  _manifest.parquet              uri, size_bytes, etag, status, error of every row; a row group for each file, in order
+  part-g0002-00000.parquet ...   the table: new rows of generation 2; kept older ones: part-g0002-kept-00000.parquet
+  _manifest.parquet              uri, size_bytes, etag, status, error of every row; one row group per file, in order
   _summary.json  _SUCCESS        (or _FAILED)
   _work/lock
-  _work/g0003/                   a generation: one first run, increment, retry or fresh start
-    manifest.parquet  plan.json  what is to be scored, and how; plan.json last: it completes the generation
-    *.begun  *.error             what workers leave for each other (`attempts`)
-    shard-000007.parquet         the shard is done
-    out/  commit.json            what is to be published; from commit.json on the commit happens, whoever dies
+  _work/g0003/                   a generation: a first run, an increment, a retry or a fresh start
+    manifest.parquet  plan.json  what to score, and how; plan.json comes last and makes the generation valid
+    *.begun  *.error             how often a shard was begun, what ended it (`data/markers.py`)
+    shard-000007.parquet         rows of a finished shard
+    out/  commit.json            what to publish; once commit.json exists, the commit will be finished
 ```
 
-A generation whose number is not above that of the mark is published: what is left of it is debris.
+A generation is published if the mark has its number or a higher one; what is left of its folder is debris.
 """
 
 import re
@@ -51,11 +51,11 @@ Mode = Literal["continue", "incremental", "fresh"]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What makes the rows of a table."""
+    """What determines the rows of a table."""
 
     model_id: str
     settings: dict[str, Any]
-    """Those of the job that decide its rows (`ScoreJob.settings`), as JSON values."""
+    """The settings of the job that determine its rows (`ScoreJob.settings`), as JSON values."""
     engine: EngineName = "keras"
     precision: EnginePrecision = "float32"
     engine_check: Check | None = None
@@ -64,13 +64,13 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Origin):
-    """`plan.json`: what a generation is; written once, when it begins."""
+    """`plan.json`: how a generation is scored; written once, when the generation begins."""
 
     mode: Mode
     keep_old: bool
-    """The rows of the old table stay, but for those of images that are in the generation."""
+    """Whether rows of the old table are kept, except those of images in this generation."""
     began_at: str
-    """ISO 8601."""
+    """Time, ISO 8601."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +83,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Origin):
-    """`_summary.json`: what the table is, for people and for the next job."""
+    """`_summary.json`: a description of the table, for people and for the next job."""
 
     bundle: str
-    """URI."""
+    """URI of the bundle."""
     images_per_s: float | None
     generation: int
     rows: int
     files: tuple[str, ...]
     statuses: dict[str, int]
-    """Rows of each status."""
+    """Number of rows by status."""
     examples: dict[str, list[Example]]
-    """A few rows of each status but ok."""
+    """A few rows of each status other than ok."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,12 @@ class Committed:
 
     mark: Mark
     summary: Summary | None
-    """None where somebody deleted or damaged it."""
+    """None if the file was deleted or damaged."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One stretch of work, by the URI of its folder."""
+    """One unit of work on a table, in a folder of its own."""
 
     number: int
     uri: str
@@ -129,14 +129,14 @@ class Generation:
 
     @property
     def is_committing(self) -> bool:
-        """Whether its commit was begun, which then must be brought to its end (`replay`)."""
+        """Whether its commit has begun; the commit must then be finished (`replay`)."""
         return self.store.exists(self.commit_uri)
 
     def begin(self, manifest: Callable[[str], None]) -> None:
-        """Writes down what is to be done: from here on it is there.
+        """Writes the manifest and then the plan, which makes the generation valid.
 
         Args:
-            manifest: writes the manifest to the URI that it is given.
+            manifest: writes the manifest to the given URI.
         """
         manifest(self.manifest_uri)
         documents.write(self.store, join(self.uri, _PLAN), self.plan)
@@ -145,17 +145,17 @@ class Generation:
         return join(self.uri, f"shard-{shard:06d}.parquet")
 
     def done_shards(self) -> set[int]:
-        """The shards that are there, by one listing."""
+        """The numbers of the finished shards, found by one listing."""
         names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.scan_entries(self.uri))
         return {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
 
 
 class Output:
-    """The folder of a prediction table. Whoever calls what writes holds the lock.
+    """The folder of a prediction table. Callers of methods that write must hold the lock.
 
     Args:
         uri: a folder or an `s3://` prefix.
-        store: where it lies.
+        store: the store that holds the folder.
     """
 
     def __init__(self, uri: str, *, store: Store = ANYWHERE) -> None:
@@ -166,25 +166,25 @@ class Output:
         return join(self.uri, LOCK)
 
     def committed(self) -> Committed | None:
-        """The table, where there is a complete one.
+        """The complete table; None if there is none.
 
         Raises:
-            DataError: the folder holds the mark of something else.
+            DataError: the `_SUCCESS` or `_FAILED` in the folder is not the mark of a prediction table.
         """
         mark = read_mark(self.uri, store=self.store)
         if mark is None:
             return None
         try:
             summary = documents.read(self.store, join(self.uri, SUMMARY), Summary)
-        except (FileNotFoundError, DataError):  # somebody deleted or damaged it; the table does not need it
+        except (FileNotFoundError, DataError):  # deleted or damaged by hand; reading the table does not need it
             summary = None
         return Committed(mark=mark, summary=summary)
 
     def unfinished(self) -> Generation | None:
-        """The newest generation that was completely begun and is not published.
+        """The newest generation that has a plan and is not published; None if there is none.
 
         Raises:
-            DataError: its plan is damaged.
+            DataError: the plan is damaged.
         """
         published = self._published()
         numbers = [number for number, names in self._generations().items() if _PLAN in names]
@@ -195,14 +195,14 @@ class Output:
         try:
             return Generation(number, uri, documents.read(self.store, join(uri, _PLAN), Plan), self.store)
         except DataError as err:
-            raise DataError(f"{err}; delete {uri}, unfinished work, to begin it anew") from err
+            raise DataError(f"{err}; delete this unfinished generation to start it again: {uri}") from err
 
     def reserve(self, plan: Plan, *, above: int = 0) -> Generation:
-        """A new generation, after all that was ever here; it counts from its `begin` on.
+        """A new generation with an unused number; it becomes valid with `begin`.
 
         Args:
-            plan: what must be the same when the work is resumed.
-            above: a number that is not used again: of a generation whose workers may still write.
+            plan: what must stay the same when the generation is resumed.
+            above: number of a discarded generation whose workers may still write; it is not used again.
         """
         self.sweep()
         parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
@@ -210,17 +210,17 @@ class Output:
         return Generation(number, self._generation_uri(number), plan, self.store)
 
     def discard(self, generation: Generation) -> None:
-        """Deletes a generation and the work in it.
+        """Deletes a generation and its finished shards.
 
         Raises:
-            MnistDistError: its commit was begun; the table that was is not whole any more.
+            MnistDistError: its commit has begun, so that the old table is no longer complete.
         """
         if generation.is_committing:
-            raise MnistDistError(f"a commit that was begun is brought to its end first. Received: {generation.uri!r}")
+            raise MnistDistError(f"a commit that has begun must be finished first. Received: {generation.uri!r}")
         self._delete(generation.number)
 
     def sweep(self) -> None:
-        """Deletes what killed drivers left: generations published or never completely begun, a second mark."""
+        """Deletes what killed drivers left: published generations, generations without a plan, a second mark."""
         self.sweep_published()
         mark = read_mark(self.uri, store=self.store)
         if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
@@ -230,7 +230,7 @@ class Output:
                 self._delete(number)
 
     def sweep_published(self) -> None:
-        """Deletes generations that were published; of a driver that just lost the lock, that hurts nobody."""
+        """Deletes published generations. This is harmless even if the driver has just lost the lock."""
         published = self._published()
         for number in sorted(self._generations()):
             if number <= published:
@@ -238,7 +238,7 @@ class Output:
 
     def _delete(self, number: int) -> None:
         uri = self._generation_uri(number)
-        self.store.delete(join(uri, _PLAN))  # first: killed midway, what is left is debris
+        self.store.delete(join(uri, _PLAN))  # first, so that a deletion that is killed midway leaves only debris
         self.store.delete_tree(uri)
 
     def _published(self) -> int:
@@ -249,14 +249,14 @@ class Output:
         return join(self.uri, WORK, f"g{number:04d}")
 
     def _generations(self) -> dict[int, set[str]]:
-        """The names in each generation's folder."""
-        found: dict[int, set[str]] = {}
+        """Number of a generation -> the names in its folder."""
+        generations: dict[int, set[str]] = {}
         for name in self.names(WORK):
             if match := _GENERATION.fullmatch(name):
-                found.setdefault(int(match[1]), set()).add(match[2])
-        return found
+                generations.setdefault(int(match[1]), set()).add(match[2])
+        return generations
 
     def names(self, below: str = "") -> Iterator[str]:
-        """Everything in the folder, relative to it."""
+        """The paths of all files in the folder, relative to it."""
         for entry in self.store.scan_entries(join(self.uri, below) if below else self.uri):
             yield entry.uri.removeprefix(f"{self.uri}/")

@@ -1,10 +1,10 @@
-"""Rows of the manifest as a table: collected in batches, put in order, each URI once.
+"""Rows of the manifest as an Arrow table: collected in batches, sorted, without duplicates.
 
-Owns: how rows become Arrow, order, doubles and samples. Does not own: which rows there are (`inputs`).
+Owns: converting rows to Arrow, their order, duplicates and samples. Does not own: which rows there are (`inputs`).
 
-Contract: no row stays a Python object for longer than its batch, and no array grows with the table, so that ten
-million rows fit into memory and a column may hold more than the 2 GiB that one Arrow string array can. What is as it
-should be already (sorted, without doubles) is passed on, not copied.
+Contract: no row stays a Python object for longer than its batch, and no array grows with the table. Hence ten million
+rows fit into memory, and a column may hold more than the 2 GiB of a single Arrow string array. A table that is already
+sorted or without duplicates is returned as it is, not copied.
 """
 
 import collections
@@ -31,7 +31,7 @@ _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 
 class ImageRow(NamedTuple):
-    """One row of `COLUMNS`, in their order; see `waits`."""
+    """One row of the manifest, in the order of `COLUMNS`; see `waits`."""
 
     uri: str
     size_bytes: int | None = None
@@ -46,12 +46,12 @@ class ImageRow(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether its archive is still to be opened: for this member, or for all where it names the archive itself."""
+        """Whether its archive must still be opened, for this member or, if it names the archive, for all members."""
         return self.archive is not None and self.packing is None and self.status is None
 
 
 class WaitingRows(NamedTuple):
-    """Rows side by side that wait for the same archive."""
+    """Adjacent rows that wait for the same archive."""
 
     archive: str
     start: int
@@ -64,7 +64,7 @@ def table_of(rows: Iterable[ImageRow]) -> pa.Table:
 
 
 def batch_of(rows: Sequence[ImageRow]) -> pa.RecordBatch:
-    """At most `BATCH_ROWS` rows; one whose name is no Unicode is shown with escapes, and is `unsupported`."""
+    """At most `BATCH_ROWS` rows. A name that is not valid Unicode is escaped, and its row is `unsupported`."""
     try:
         return _batch_of(rows)
     except UnicodeEncodeError:
@@ -79,7 +79,7 @@ def in_batches(rows: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
 
 
 def sorted_by_uri(table: pa.Table) -> pa.Table:
-    """The rows in the order of their URIs, by code points; equal ones stay in the order in which they came."""
+    """The rows sorted by URI (code points); rows of the same URI keep their order."""
     if _is_sorted(table["uri"]):
         return table
     order = pc.sort_indices(table["uri"])
@@ -87,21 +87,21 @@ def sorted_by_uri(table: pa.Table) -> pa.Table:
 
 
 def taken(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
-    """The values of those rows, in that order."""
-    # through 64-bit offsets: one array of all strings may be larger than 2 GiB
+    """The values of `rows`, in the order of `rows`."""
+    # 64-bit offsets, because one array of all strings may exceed 2 GiB
     whole = column.cast(_WIDE.get(column.type, column.type)).combine_chunks()
     slices = (rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS))
-    return pa.chunked_array([whole.take(some).cast(column.type) for some in slices], column.type)
+    return pa.chunked_array([whole.take(part).cast(column.type) for part in slices], column.type)
 
 
 def first_of_each(table: pa.Table) -> pa.Table:
-    """Without the rows whose URI has come before."""
+    """The first row of each URI."""
     high, low = _digests(table["uri"])
-    order = np.lexsort((low, high))  # stable: the first row comes first among equals
+    order = np.lexsort((low, high))  # a stable sort keeps the first row of a URI first
     high, low = high[order], low[order]
-    again = np.zeros(len(table), np.bool_)
-    again[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    return table.filter(pa.array(~again)) if again.any() else table
+    is_duplicate = np.zeros(len(table), np.bool_)
+    is_duplicate[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    return table.filter(pa.array(~is_duplicate)) if is_duplicate.any() else table
 
 
 def sample_of(table: pa.Table, rows: int) -> pa.Table:
@@ -115,20 +115,20 @@ def sample_of(table: pa.Table, rows: int) -> pa.Table:
 
 
 def count_suffixes(table: pa.Table) -> Mapping[str, int]:
-    """Rows by the lower-case ending of their name (`.jpg`; empty: it has none), the most frequent first."""
+    """Number of rows by lower-case file suffix (`.jpg`; empty: none), the most frequent first."""
     counts: collections.Counter[str] = collections.Counter()
     for chunk in table["uri"].chunks:
-        endings = pc.struct_field(pc.extract_regex(chunk, _SUFFIX), "suffix")
-        for item in pc.value_counts(pc.utf8_lower(pc.fill_null(endings, _NO_SUFFIX))).to_pylist():
+        suffixes = pc.struct_field(pc.extract_regex(chunk, _SUFFIX), "suffix")
+        for item in pc.value_counts(pc.utf8_lower(pc.fill_null(suffixes, _NO_SUFFIX))).to_pylist():
             counts[item["values"]] += item["counts"]
     return dict(counts.most_common())
 
 
 def joined(tables: Sequence[pa.Table], carried: Sequence[str]) -> pa.Table:
-    """The tables one after the other: `COLUMNS`, then the carried columns, null where a table lacks them.
+    """The tables concatenated: `COLUMNS`, then the carried columns, which are null where a table lacks them.
 
     Raises:
-        DataError: a carried column has types that do not go together.
+        DataError: a carried column has incompatible types.
     """
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
@@ -137,15 +137,15 @@ def joined(tables: Sequence[pa.Table], carried: Sequence[str]) -> pa.Table:
             f"{name}: {' and '.join(sorted({str(table[name].type) for table in tables if name in table.column_names}))}"
             for name in carried
         )
-        raise DataError(f"a carried column is of one type in all manifests. Received: {'; '.join(types)}") from err
+        raise DataError(f"a carried column must have the same type in all lists. Received: {'; '.join(types)}") from err
     for name in carried:
-        if name not in table.column_names:  # a manifest without rows
+        if name not in table.column_names:  # no list with this column has rows
             table = table.append_column(name, pa.nulls(len(table)))
     return table.select([*COLUMNS.names, *carried])
 
 
 def compact(table: pa.Table) -> pa.Table:
-    """The table in batches of a common size, where it came in many small ones."""
+    """The table in batches of `BATCH_ROWS`, if it consists of many small ones."""
     batches = -(-len(table) // BATCH_ROWS)
     if table["uri"].num_chunks <= 2 * batches:
         return table
@@ -154,12 +154,12 @@ def compact(table: pa.Table) -> pa.Table:
 
 
 def waiting_runs(table: pa.Table) -> Iterator[WaitingRows]:
-    """The rows that wait for archives, in order."""
+    """The runs of adjacent rows that wait for an archive, in order."""
     unknown = pc.and_(pc.is_null(table["packing"]), pc.is_null(table["status"]))
     waiting = pc.and_(pc.is_valid(table["archive"]), unknown)
     places = np.flatnonzero(waiting.to_numpy()).tolist()
     archives = (uri for chunk in table["archive"].filter(waiting).chunks for uri in chunk.to_pylist())
-    # in a run of neighbours place and count differ by the same number
+    # within a run of adjacent rows, row number minus count is constant
     numbered = enumerate(zip(places, archives, strict=True))
     for (archive, _), run in itertools.groupby(numbered, key=lambda item: (item[1][1], item[1][0] - item[0])):
         rows = [place for _, (place, _) in run]
@@ -177,20 +177,20 @@ def _array(field: pa.Field, values: Sequence[object]) -> pa.Array:
         return _nulls(field.type)[: len(values)]
     array = pa.array(values, field.type)
     half = len(array) // 2
-    # what is built grows by doubling and keeps much of the room; what is joined is allocated to measure
+    # A built array over-allocates, since it grows by doubling; a concatenated one has the exact size.
     return pa.concat_arrays([array[:half], array[half:]])
 
 
 @functools.cache
 def _nulls(kind: pa.DataType) -> pa.Array:
-    return pa.nulls(BATCH_ROWS, kind)  # one for all batches: most columns of most tables are empty
+    return pa.nulls(BATCH_ROWS, kind)  # shared by all batches: most columns of most tables are empty
 
 
 def _valid(row: ImageRow) -> ImageRow:
     valid = ImageRow._make(_escaped(value) if isinstance(value, str) else value for value in row)
     if valid == row:
         return row
-    return valid._replace(archive=None, packing=None, status="unsupported", error="the file's name is no valid Unicode")
+    return valid._replace(archive=None, packing=None, status="unsupported", error="the file name is not valid Unicode")
 
 
 def _escaped(text: str) -> str:
@@ -204,7 +204,7 @@ def _is_sorted(uris: pa.ChunkedArray) -> bool:
 
 
 def _digests(uris: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The first and second eight bytes of each URI's sha256, `uint64 [N]`: no two URIs have been seen to share them."""
+    """The first and second eight bytes of the sha256 of each URI, `uint64 [N]`, assumed to be free of collisions."""
     halves = [
         np.frombuffer(b"".join([hashlib.sha256(uri).digest()[:16] for uri in chunk.to_pylist()]), ">u8")
         for chunk in (chunk.cast(pa.binary()) for chunk in uris.chunks)

@@ -1,12 +1,12 @@
-"""From what a person named to a table of what there is to score.
+"""Turns the input arguments into a table of the images to score.
 
-Owns: what a name stands for (a file, a folder, a prefix, a glob, an archive, a list), and the way from there to rows.
-Does not own: which files are taken and what is in an archive (`choice`), the table's order and doubles (`listed`),
-the formats of lists (`uri_lists`).
+Owns: what an input is (a file, a folder, a prefix, a glob, an archive, a list), and listing it. Does not own: which
+files are taken and what an archive holds (`choice`), the order of the table and its duplicates (`image_table`), or the
+formats of lists (`uri_lists`).
 
-Contract: nothing is read but lists and the indexes of archives, and no row is lost: what is known to be unusable has
-its status from here on, and what a list names on S3 is not looked for, so that it shows when it is read. A name that
-exists is itself before it is a glob.
+Contract: listing reads only lists and the indexes of archives, and loses no row. An image already known to be unusable
+gets its status here. An S3 object that a list names is not looked up; whether it exists shows when it is read. A name
+that exists is taken literally before it is tried as a glob.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ from mnist_dist.store.uris import absolute, is_file_uri, is_remote
 _log = logging.getLogger(__name__)
 _STDIN = "-"
 _OWN_COLUMNS = frozenset({*COLUMNS.names, SHARD.name, *CONTRACT.names, *TOP_K.names, *EMBEDDING.names})
-_THREADS = 8  # waiting for storage, not for a core
-_AHEAD = 16  # archives, or pieces of a list
-_PIECE_LINES = 1_000
-_PROGRESS_ENTRIES = 1_000
-_MAX_SHOWN = 10  # inputs, or endings of names, in a message
+_THREADS = 8  # The threads wait for storage, not for a core.
+_AHEAD = 16  # archives, or pieces of a list, that are opened before they are needed
+_PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
+_PROGRESS_ENTRIES = 1_000  # files between two reports of progress
+_MAX_SHOWN = 10  # inputs, or file suffixes, in a message
 _MAGIC = re.compile(r"[*?\[]")
 _ESCAPED = re.compile(r"\[([*?\[])\]")
 _GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
@@ -55,41 +55,41 @@ _GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTAL
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is to score."""
+    """The images to score, and counts of what was left out."""
 
     table: pa.Table
-    """`manifest.COLUMNS`, then the carried columns: each URI once; the inputs in the order given, each of them sorted
-    by URI, members in the order of their archive."""
+    """`manifest.COLUMNS`, then the carried columns. Each URI occurs once. Inputs keep their order; each is sorted by
+    URI, and members come in the order of their archive."""
     by_suffix: Mapping[str, int]
-    """Images by the lower-case ending of their name (`.jpg`), the most frequent first."""
+    """Number of images by lower-case file suffix (`.jpg`), the most frequent first."""
     archives: int
-    """Archives that were looked into."""
+    """Archives that were opened."""
     named_twice: int
-    """Rows left out as their URI had come before: the first one counts."""
+    """Duplicate rows left out; the first row of a URI is kept."""
     duplicate_members: int
-    """Members of archives that a later one of the same name replaces."""
+    """Members of archives that a later member of the same name replaces."""
     others: int
-    """Files left out as their name is no image's, or by include and exclude."""
+    """Files left out because their suffix is not an image suffix, or by include and exclude."""
 
     @property
     def total_bytes(self) -> int:
-        """Of the images whose size is known."""
+        """Total size of the images whose size is known."""
         return int(pc.sum(self.table["size_bytes"]).as_py() or 0)
 
 
 def list_inputs(
     config: InputConfig, *, stdin: TextIO | None = None, progress: Callable[[int], None] | None = None
 ) -> Listing:
-    """Finds everything that `config.input` names.
+    """Lists all images that `config.input` names.
 
     Args:
-        config: what is named, and which of it is taken.
-        stdin: where the input `-` is read. None: the process's own.
-        progress: called now and then with the number of images found so far.
+        config: the inputs, and which of their files to take.
+        stdin: the stream to read for the input `-`. None: the stdin of the process.
+        progress: called now and then with the number of images listed so far.
 
     Raises:
-        ConfigError: a carried column has the name of one that the predictions have.
-        DataError: an input is not there, may not be listed or is no readable list; nothing was found.
+        ConfigError: a carried column has the name of a column of the predictions.
+        DataError: an input does not exist, must not be listed or is an unreadable list, or there are no images.
         ServiceError, StorageError: see `store.base`.
     """
     return _Search(config, stdin=stdin, progress=progress).listing()
@@ -97,25 +97,25 @@ def list_inputs(
 
 @dataclass(frozen=True)
 class _Place:
-    """What one input stands for, and what was left out there."""
+    """One input: what kind it is, and counts of the files left out of it."""
 
     name: str
-    """As it was given."""
+    """As typed by the user."""
     kind: Literal["stdin", "line", "list", "glob", "tree"]
     uri: str
     left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def is_listed(self) -> bool:
-        """Whether it names images one by one."""
+        """Whether the input names images one by one."""
         return self.kind in ("stdin", "line", "list")
 
 
 class _Search:
-    """One listing under way.
+    """The state of one listing.
 
     Args:
-        config, stdin, progress: of `list_inputs`.
+        config, stdin, progress: as for `list_inputs`.
     """
 
     def __init__(self, config: InputConfig, *, stdin: TextIO | None, progress: Callable[[int], None] | None) -> None:
@@ -126,28 +126,28 @@ class _Search:
         self._progress = progress or (lambda images: None)
         self._images = 0
         self._archives: dict[str, int] = {}
-        """The archives that were looked into, and how many members of each are replaced by later ones."""
+        """Opened archive -> how many of its members are replaced by later ones."""
 
     def listing(self) -> Listing:
-        """Finds everything."""
-        taken = sorted(_OWN_COLUMNS.intersection(self._carried))
-        require(not taken, "carry names columns that the predictions do not have themselves", carry=taken)
+        """Lists all inputs."""
+        clashing = sorted(_OWN_COLUMNS.intersection(self._carried))
+        require(not clashing, "carry must not name columns of the predictions", carry=clashing)
         places = [_place_of(name) for name in self._config.input]
         columns = {place.uri: _columns_of(place) for place in places if place.kind == "list"}
         _check_carried(self._carried, columns)
         tables = [self._table_of(place, columns.get(place.uri, ())) for place in places]
-        found = image_table.joined(tables, self._carried)
-        if not len(found):
-            raise DataError(_nothing(self._config, places))
-        # a tree, or the files that match a glob, name nothing twice
-        once = found if len(places) == 1 and not places[0].is_listed else image_table.first_of_each(found)
-        table = once if self._config.sample is None else image_table.sample_of(once, self._config.sample)
+        rows = image_table.joined(tables, self._carried)
+        if not len(rows):
+            raise DataError(_no_images(self._config, places))
+        # A single folder or glob has no duplicates, so the search for them is skipped.
+        unique = rows if len(places) == 1 and not places[0].is_listed else image_table.first_of_each(rows)
+        table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
         table = image_table.compact(table.slice(0, self._config.limit))
         return Listing(
             table=table,
             by_suffix=image_table.count_suffixes(table),
             archives=len(self._archives),
-            named_twice=len(found) - len(once),
+            named_twice=len(rows) - len(unique),
             duplicate_members=sum(self._archives.values()),
             others=sum(place.left_out.total for place in places),
         )
@@ -203,7 +203,7 @@ class _Search:
         return batch.filter(pa.array(kept, pa.bool_()))
 
     def _with_members(self, table: pa.Table, place: _Place) -> pa.Table:
-        """The table with the rows of each archive in the place of the rows that ask for them."""
+        """Replaces the rows that wait for an archive by the rows of its members."""
         pieces, done = [], 0
         work = functools.partial(_open_run, table=table, choice=self._choice)
         for run, opened in map_in_threads(work, image_table.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
@@ -226,7 +226,7 @@ def _rows_of_lines(lines: Sequence[str]) -> list[ImageRow]:
 
 
 def _own_stdin() -> TextIO:
-    # a name may be any bytes, and they come back when it is opened
+    # A file name may hold any bytes; surrogateescape keeps them, so that the file can be opened.
     return open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False)
 
 
@@ -236,11 +236,11 @@ def _columns_of(place: _Place) -> tuple[str, ...]:
 
 
 def _check_carried(carried: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
-    there = sorted(set(itertools.chain.from_iterable(columns.values())))
-    missing = [name for name in carried if name not in there]
+    available = sorted(set(itertools.chain.from_iterable(columns.values())))
+    missing = [name for name in carried if name not in available]
     if missing:
         raise DataError(
-            f"carry names columns of the manifests among the inputs: {', '.join(there) or 'there are none'}."
+            f"carry must name columns of the lists among the inputs: {', '.join(available) or 'there are none'}."
             f" Received: carry={', '.join(missing)}"
         )
 
@@ -250,16 +250,16 @@ def _errors_of(name: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as err:
-        raise DataError(f"it may not be listed: {err}. Received: input={name!r}") from err
+        raise DataError(f"no permission to list this input: {err}. Received: input={name!r}") from err
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"it cannot be listed: {err}. Received: input={name!r}") from err
+        raise DataError(f"this input cannot be listed: {err}. Received: input={name!r}") from err
 
 
-# --- what a name stands for ------------------------------------------------------------------------------------------
+# --- what an input is ------------------------------------------------------------------------------------------------
 
 
 def _place_of(name: str) -> _Place:
-    """What exists is itself; then a member of an archive, then a glob."""
+    """An existing path is taken literally; otherwise a member of an archive is tried, then a glob."""
     if name == _STDIN:
         return _Place(name, "stdin", name)
     with _errors_of(name):
@@ -271,7 +271,7 @@ def _remote_place(name: str) -> _Place:
     if uri_lists.is_list(uri) and _is_object(uri):
         return _Place(name, "list", uri)
     is_plain = split_member(uri) is None and not _MAGIC.search(uri)
-    if is_plain or ANYWHERE.exists(uri):  # whether there is anything shows when it is listed
+    if is_plain or ANYWHERE.exists(uri):  # whether the prefix holds anything shows when it is listed
         return _Place(name, "tree", uri)
     return _Place(name, "glob" if split_member(uri) is None else "line", uri)
 
@@ -298,14 +298,14 @@ def _is_object(uri: str) -> bool:
 
 
 def _absolute_pattern(name: str) -> str:
-    """The working directory may have characters in its name that mean something in a glob."""
+    """Escapes the working directory, whose name may hold characters that are special in a glob."""
     pattern = absolute(name) if is_file_uri(name) else name
     return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
 
 
 def _not_there(name: str, uri: str) -> DataError:
     return DataError(
-        f"{uri}: there is no such file, folder or prefix, and nothing that matches. Received: input={name!r}"
+        f"{uri}: there is no such file, folder or prefix, and no match for a glob. Received: input={name!r}"
     )
 
 
@@ -313,13 +313,13 @@ def _not_there(name: str, uri: str) -> DataError:
 
 
 def _matching(pattern: str) -> Iterator[Entry]:
-    """The files that match, and those in folders that do; of S3, which has no folders, the keys that match."""
+    """Files that match, and files in folders that match. S3 has no folders: there, the keys that match."""
     remote = is_remote(pattern)
     if not remote and "**" not in pattern.split("/"):
         for path in sorted(glob.glob(pattern, include_hidden=True)):
             yield from ANYWHERE.scan_entries(path)
         return
-    # not by `glob`: it walks a loop of links forty times over, and several loops for ever
+    # `glob` follows a loop of links forty times, and never returns from several loops; hence a regex.
     regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
     for entry in ANYWHERE.scan_entries(_literal_folder(pattern) or "/"):
         if regex.fullmatch(entry.uri):
@@ -327,13 +327,13 @@ def _matching(pattern: str) -> Iterator[Entry]:
 
 
 def _literal_folder(pattern: str) -> str:
-    """The folder above the first part of the path in which a character means something."""
+    """The part of the path above the first component with a special character."""
     literal = itertools.takewhile(lambda part: not _MAGIC.search(_ESCAPED.sub("", part)), pattern.split("/")[:-1])
     return _ESCAPED.sub(r"\1", "/".join(literal))
 
 
 def _translated(pattern: str) -> str:
-    """A glob as a regular expression: `*` and `?` within one part of the path, `**` over any number of them."""
+    """A glob as a regular expression: `*` and `?` match within one path component, `**` matches any number of them."""
     return "".join(map(_translated_token, _GLOB_TOKEN.findall(pattern)))
 
 
@@ -343,19 +343,19 @@ def _translated_token(token: str) -> str:
     if token[0] in "*?":
         return {"*": "[^/]*", "?": "[^/]"}.get(token, ".*")
     if len(token) > 1:
-        return "(?!/)" + fnmatch.translate(token)[:-2]  # without its end of the string
+        return "(?!/)" + fnmatch.translate(token)[:-2]  # cuts off the end-of-string anchor
     return re.escape(token)
 
 
-# --- nothing ---------------------------------------------------------------------------------------------------------
+# --- no images -------------------------------------------------------------------------------------------------------
 
 
-def _nothing(config: InputConfig, places: Sequence[_Place]) -> str:
-    found = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MAX_SHOWN]]
-    found += [f"and {len(places) - _MAX_SHOWN} more inputs"] if len(places) > _MAX_SHOWN else []
+def _no_images(config: InputConfig, places: Sequence[_Place]) -> str:
+    shown = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MAX_SHOWN]]
+    shown += [f"and {len(places) - _MAX_SHOWN} more inputs"] if len(places) > _MAX_SHOWN else []
     return (
-        f"no images were found; their names end in {', '.join(IMAGE_SUFFIXES)}, unless all_files takes any."
-        f" {'; '.join(found)}. Received: input={config.input[:_MAX_SHOWN]}"
+        f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}; all_files takes any file."
+        f" {'; '.join(shown)}. Received: input={config.input[:_MAX_SHOWN]}"
     )
 
 
@@ -363,7 +363,7 @@ def _described(left_out: LeftOut) -> str:
     parts = []
     if left_out.by_suffix:
         common = left_out.by_suffix.most_common(_MAX_SHOWN)
-        shown = ", ".join(f"{suffix or 'without ending'} {files:,}" for suffix, files in common)
+        shown = ", ".join(f"{suffix or 'no suffix'} {files:,}" for suffix, files in common)
         parts.append(f"{left_out.by_suffix.total():,} other files ({shown})")
     if left_out.by_pattern:
         parts.append(f"{left_out.by_pattern:,} left out by include and exclude")

@@ -1,10 +1,10 @@
-"""What is to be scored: one row per image, in a fixed order, cut into shards.
+"""The manifest: the frozen work list of a scoring job, one row per image in a fixed order, cut into shards.
 
-Owns: the manifest's columns, how many images a shard has, and the file. Does not own: where the rows come from
-(`inputs`), or which shards are done (`commit`).
+Owns: the columns of the manifest, the number of images per shard, and the file. Does not own: where the rows come from
+(`inputs`, `selection`), or which shards are done (`generations`).
 
-The file has one Parquet row group per shard, so that a worker reads its own shard and nothing else. It is written once
-and never listed again: what is not in it does not exist for the generation that it belongs to.
+The file has one Parquet row group per shard, so that a worker reads only its own shard. It is written once per
+generation, which scores exactly these rows; the input is not listed again.
 """
 
 import itertools
@@ -23,33 +23,33 @@ COLUMNS = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
         ("size_bytes", pa.int64()),  # null: unknown until it is read
-        ("etag", pa.string()),  # null: unknown until it is read; a member's: its archive's
-        # null but for members of archives: how the bytes are found (`data/archives.py`)
+        ("etag", pa.string()),  # null: unknown until it is read; for a member: that of its archive
+        # only for members of archives: where the bytes lie (`data/archives.py`)
         ("archive", pa.string()),
         ("packing", pa.string()),
         ("offset", pa.int64()),
         ("stored_bytes", pa.int64()),
         ("crc32", pa.int64()),
-        # null but for what is known to be unusable without reading it: the row's status and error
+        # only for images known to be unusable before they are read
         ("status", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""Of the manifest; the columns carried along from a person's own manifest follow, then `shard`."""
+"""The columns of the manifest; the columns carried from a list follow, then `shard`."""
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
-MIN_SHARD, MAX_SHARD, MAX_SHARDS = 256, 4_096, 10_000
-TARGET_SHARDS = 64  # of a small job: enough to spread and to lose little by
-SHARD_BYTES = 256 * 2**20  # of encoded images: a kill costs the reading of so many, and their decoding
+MIN_SHARD, MAX_SHARD, MAX_SHARDS = 256, 4_096, 10_000  # images per shard, shards per manifest
+TARGET_SHARDS = 64  # of a small job: enough to spread over workers, and little is lost with one
+SHARD_BYTES = 256 * 2**20  # of encoded images, which a killed worker has to read and decode again
 
 
 def carried_schema(table: pa.Table) -> pa.Schema:
-    """The columns of a list of images that are none of ours: they are carried into the output."""
+    """The carried columns of a table of images, which are copied into the output."""
     return pa.schema([field for field in table.schema if field.name not in COLUMNS.names])
 
 
 class Manifest:
-    """A written manifest, read shard by shard; may be used by several threads. Leaving it closes its file."""
+    """A manifest file, read shard by shard; safe for several threads. Leaving the context closes the file."""
 
     def __init__(self, uri: str, *, store: Store = ANYWHERE) -> None:
         self._bytes = store.open_binary(uri)
@@ -73,12 +73,12 @@ class Manifest:
 
     @property
     def carried(self) -> pa.Schema:
-        """Of the columns carried along."""
+        """The schema of the carried columns."""
         own = {*COLUMNS.names, SHARD.name}
         return pa.schema([field for field in self._file.schema_arrow if field.name not in own])
 
     def shard_rows(self, shard: int) -> int:
-        """Number of images of a shard."""
+        """The number of images in a shard."""
         return int(self._file.metadata.row_group(shard).num_rows)
 
     def read(self, shard: int) -> pa.Table:
@@ -91,11 +91,11 @@ def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store =
     """Writes the manifest, cut into shards of nearly equal size.
 
     Args:
-        uri: of the file.
+        uri: URI of the file.
         table: `COLUMNS`, then the carried columns.
-        shard_size: images of a shard at most; a compressed archive, which can only be read in one go, is one shard
-            whatever its size.
-        store: where the file is to lie.
+        shard_size: maximum number of images per shard. A compressed archive can only be read from its start, and is one
+            shard of any size.
+        store: the store to write to.
     """
     bounds = shard_bounds(table, shard_size=shard_size)
     with store.new_object(uri) as file, pq.ParquetWriter(file, table.schema.append(SHARD)) as writer:
@@ -107,7 +107,7 @@ def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store =
 
 
 def shard_bounds(table: pa.Table, *, shard_size: int) -> list[int]:
-    """Where the shards begin, and after them the number of rows; see `write_manifest`."""
+    """The first row of each shard, then the number of rows; see `write_manifest`."""
     bounds = [0]
     edges = _stream_edges(table)
     for start, end in itertools.pairwise(edges):
@@ -118,12 +118,12 @@ def shard_bounds(table: pa.Table, *, shard_size: int) -> list[int]:
 
 
 def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> int:
-    """Images of a shard: 256 to 4,096, by the number of images and their bytes; more only above 10,000 shards.
+    """Images per shard: 256 to 4,096, by the number of images and their bytes; more only to stay at 10,000 shards.
 
     Args:
-        rows: of the manifest.
-        total_bytes: of the encoded images, as far as they are known.
-        most: an upper bound below 4,096, for shards whose decoded pixels travel.
+        rows: number of rows of the manifest.
+        total_bytes: size of the encoded images, as far as it is known.
+        most: a lower maximum, for shards whose decoded pixels travel between processes.
     """
     by_bytes = SHARD_BYTES * rows // max(total_bytes, 1)
     wanted = max(MIN_SHARD, min(rows // TARGET_SHARDS, by_bytes, MAX_SHARD))
@@ -131,7 +131,7 @@ def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> 
 
 
 def _stream_edges(table: pa.Table) -> list[int]:
-    """The rows at which a compressed archive begins or ends, with 0 and the number of rows."""
+    """The rows where a compressed archive begins or ends, with 0 and the number of rows."""
     rows = len(table)
     if rows == 0:
         return [0]
@@ -140,6 +140,6 @@ def _stream_edges(table: pa.Table) -> list[int]:
         return [0, rows]
     mask: npt.NDArray[np.bool_] = is_stream.to_numpy()
     owner = np.full(rows, "", dtype=object)
-    owner[mask] = table["archive"].filter(is_stream).to_numpy()  # one array of all could not hold 2 GiB of names
+    owner[mask] = table["archive"].filter(is_stream).to_numpy()  # filtered first: one string array holds at most 2 GiB
     changes = np.flatnonzero(owner[1:] != owner[:-1]) + 1
     return [0, *changes.tolist(), rows]

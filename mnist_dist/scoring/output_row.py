@@ -1,4 +1,4 @@
-"""How a prediction table stands, from what lies in its folder (`generations.py`)."""
+"""The state of a prediction table, for listings; read from the files in its folder (`generations.py`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from mnist_dist.store.lock import Holder
 from mnist_dist.store.uris import join
 
 DEPTH = 2
-"""Of folders: a table may lie in the folder of the run whose bundle made it."""
+"""Levels of folders to search: a table may lie in the folder of the run whose bundle scored it."""
 
 
 def table_row(folder: Folder) -> InventoryRow | None:
-    """How a prediction table stands; None: the folder holds none.
+    """The state of a prediction table; None if the folder holds none.
 
     Raises:
         OSError, ValueError, TypeError, LookupError: the folder is damaged.
@@ -46,23 +46,23 @@ def table_row(folder: Folder) -> InventoryRow | None:
 
 
 def _is_empty(uri: str) -> bool:
-    """Whether nothing is in a folder: a refused command leaves it so, on a disk."""
+    """Whether a folder is empty: on a disk, a refused command leaves an empty one."""
     level = ANYWHERE.list_level(uri)
     return not level.folders and not level.files
 
 
 def _work_folders(folder: Folder, unfinished: Generation | None) -> list[str]:
-    """Where a driver writes."""
+    """The folders that a driver writes to."""
     return [WORK] if unfinished is None else [WORK, unfinished.uri.removeprefix(f"{folder.uri}/")]
 
 
 def _has_table(folder: Folder) -> bool:
-    """By the names that are ours alone: others write a `_SUCCESS`, too."""
+    """Whether file names show a table; `_SUCCESS` does not, because other tools write it, too."""
     return any(name in (MANIFEST, SUMMARY) or PART.fullmatch(name) for name in folder.files)
 
 
 def _shards(generation: Generation) -> dict[str, int]:
-    """How far a generation is."""
+    """The progress of a generation, in shards and rows."""
     done = generation.done_shards()
     with Manifest(generation.manifest_uri) as manifest:
         return {
@@ -86,10 +86,10 @@ def _number(committed: Committed | None, unfinished: Generation | None) -> int |
 
 
 def _counts(committed: Committed | None) -> dict[str, Any]:
-    """Rows of the table that is there."""
+    """The number of rows in the committed table."""
     if committed is None:
         return {"rows": None, "ok": None, "errors": None}
-    if committed.summary is None:  # the table does not need it
+    if committed.summary is None:  # the summary was deleted or damaged
         return {"rows": committed.mark.rows, "ok": None, "errors": None}
     statuses = committed.summary.statuses
     errors = sum(count for status, count in statuses.items() if status not in NOT_BAD)

@@ -1,7 +1,7 @@
-"""The files of the table that is to be, built beside the one that is.
+"""Builds the files of the next table, next to the current one.
 
-Owns: the table's files and `_manifest.parquet` in a generation's `out`: which old files stay, which are written again
-without the rows that are replaced, and which are new. Does not own: publishing them (`commit`).
+Owns: the files of the table and `_manifest.parquet` in the `out` of a generation: which old files are kept, which are
+rewritten without the replaced rows, and which are new. Does not own: publishing them (`commit`).
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from mnist_dist.scoring.predictions import (
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
-PART_BYTES = 128 * 2**20  # few enough files of 10 million rows, and small enough to be read in parallel
-PART_ROWS = 1_000_000  # of a file: what `_manifest.parquet` says of it is in memory at once
-ROW_GROUP_BYTES = 32 * 2**20  # in memory: about as many narrow rows as the readers' units of work
-EXAMPLES = 3  # of each status, in the summary
-_READ_THREADS = 8  # on object stores a request waits far longer than it works
+PART_BYTES = 128 * 2**20  # few files for 10 million rows, yet enough to read them in parallel
+PART_ROWS = 1_000_000  # per file, because its rows of `_manifest.parquet` are in memory at once
+ROW_GROUP_BYTES = 32 * 2**20  # in memory; narrow rows then come in groups about as large as readers expect
+EXAMPLES = 3  # rows per status that the summary shows
+_READ_THREADS = 8  # on object stores a request mostly waits
 LISTED = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
@@ -46,13 +46,13 @@ LISTED = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""The columns of `_manifest.parquet`; size and etag are those of the listing where reading has not told them."""
+"""The columns of `_manifest.parquet`; size and etag come from reading, else from the listing."""
 
 _SOURCE_COLUMNS = ("uri", "size_bytes", "etag")
 
 
 class _Rows(NamedTuple):
-    """Rows of the table, and the same rows as `_manifest.parquet` has them."""
+    """Rows of the table, and the same rows in the form of `_manifest.parquet`."""
 
     rows: pa.Table
     listed: pa.Table
@@ -60,7 +60,7 @@ class _Rows(NamedTuple):
 
 @dataclass
 class NewTable:
-    """The table that is to be, file by file."""
+    """The next table: its files, and counts of its rows."""
 
     listing: pq.ParquetWriter
     files: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class NewTable:
     _counts: Counter[str] = field(default_factory=Counter)
 
     def note(self, name: str, listed: pa.Table) -> None:
-        """The next file, and what is in it."""
+        """Adds a file to the table, with its rows as they stand in `_manifest.parquet`."""
         self.files.append(name)
         self.rows += len(listed)
         self.listing.write_table(listed, row_group_size=max(len(listed), 1))
@@ -81,7 +81,7 @@ class NewTable:
                 self._note_examples(item["values"], listed)
 
     def counts(self) -> dict[str, int]:
-        """Rows of each status."""
+        """Number of rows by status."""
         return {status: self._counts[status] for status in STATUSES}
 
     def _note_examples(self, status: str, listed: pa.Table) -> None:
@@ -93,7 +93,7 @@ class NewTable:
 
 @dataclass(frozen=True)
 class Building:
-    """Writes the files of a generation's table into its `out`; what was there of an earlier try goes first."""
+    """Writes the files of the next table into the `out` of a generation; files of an earlier attempt are deleted."""
 
     output: Output
     generation: Generation
@@ -110,45 +110,45 @@ class Building:
             committed = self.output.committed()
             if committed and keep_old:
                 old = stack.enter_context(_parquet(self.output.store, join(self.output.uri, MANIFEST), scratch / "old"))
-                self._keep(committed, table, old=old, gone=manifest.read(["uri"])["uri"])
+                self._keep(committed, table, old=old, replaced=manifest.read(["uri"])["uri"])
             elif committed:
                 table.removed += committed.mark.files
             self._write(table, "", self._new_rows(manifest, shards, progress))
             if not table.files:
-                self._write_part(table, self._name("", 0), iter(()))  # readers find the columns in it
+                self._write_part(table, self._name("", 0), iter(()))  # an empty table needs one file for its columns
         return table
 
-    def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, gone: pa.ChunkedArray) -> None:
-        """Takes over the old files, or what is left of them without the rows of the images in `gone`. Where the table
-        had no such default column yet, all of them are written again, with nulls in it."""
+    def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, replaced: pa.ChunkedArray) -> None:
+        """Keeps the old files; rewrites those that hold images in `replaced` without their rows. If the old table
+        lacks a default column, all files are rewritten with nulls in it."""
         schema = table_schema(self.output.uri, store=self.output.store)
         if not fits(schema, self.schema):
             raise ConfigError(
-                f"the table has the same columns as before, or is made afresh (mode fresh). Received: "
+                f"the columns must be the same as before (--mode fresh makes a new table). Received: "
                 f"{', '.join(self.schema.names)}"
             )
         if old.num_row_groups != len(committed.mark.files):
-            raise DataError(f"{self.output.uri}/{MANIFEST} is not that of the table there; make it afresh (mode fresh)")
+            raise DataError(f"{self.output.uri}/{MANIFEST} does not belong to the table; --mode fresh makes a new one")
         touched = []
         for index, name in enumerate(committed.mark.files):
             listed = old.read_row_group(index)
-            if not schema.equals(self.schema) or pc.any(pc.is_in(listed["uri"], value_set=gone)).as_py():
+            if not schema.equals(self.schema) or pc.any(pc.is_in(listed["uri"], value_set=replaced)).as_py():
                 touched.append(index)
             else:
                 table.note(name, listed)
         table.removed += [committed.mark.files[index] for index in touched]
         left = itertools.chain.from_iterable(
-            self._left_rows(committed.mark.files[index], old.read_row_group(index), gone) for index in touched
+            self._left_rows(committed.mark.files[index], old.read_row_group(index), replaced) for index in touched
         )
         self._write(table, "kept-", left)
 
-    def _left_rows(self, name: str, listed: pa.Table, gone: pa.ChunkedArray) -> Iterator[_Rows]:
+    def _left_rows(self, name: str, listed: pa.Table, replaced: pa.ChunkedArray) -> Iterator[_Rows]:
         for rows in read_row_groups(join(self.output.uri, name), store=self.output.store):
-            its, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
-            if not rows["uri"].equals(its["uri"]):
-                raise DataError(f"{self.output.uri}: {name} does not hold what {MANIFEST} says; make it afresh")
-            left = pc.invert(pc.is_in(rows["uri"], value_set=gone))
-            yield _Rows(widened(rows, self.schema).filter(left), its.filter(left))
+            group, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
+            if not rows["uri"].equals(group["uri"]):
+                raise DataError(f"{self.output.uri}: {name} and {MANIFEST} differ; --mode fresh makes a new table")
+            kept = pc.invert(pc.is_in(rows["uri"], value_set=replaced))
+            yield _Rows(widened(rows, self.schema).filter(kept), group.filter(kept))
 
     def _new_rows(self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]) -> Iterator[_Rows]:
         if manifest.num_row_groups != shards:
@@ -162,7 +162,7 @@ class Building:
             progress(shard + 1, shards)
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
-        """Writes pieces into as many files as they need: `part-g0001-00000.parquet`, ..."""
+        """Writes the pieces into as many files as needed: `part-g0001-00000.parquet`, ..."""
         groups = _grouped(pieces, min_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
         for number in itertools.count():
             first = next(groups, None)
@@ -185,7 +185,7 @@ class Building:
         table.note(name, pa.concat_tables(listed))
 
     def _new_file(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A file that is in `out` when the block ends without an error."""
+        """A new file, which appears in `out` when the block ends without an error."""
         return self.output.store.new_object(join(self.generation.out_uri, name))
 
 
@@ -196,7 +196,7 @@ def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.Chu
         raise MnistDistError(f"{uri} is not readable; delete it and run the same command again: {err}") from err
     if not rows.schema.equals(schema) or not rows["uri"].equals(expected):
         raise MnistDistError(
-            f"a shard holds the rows of its manifest in their order; delete {uri} and run the same command again. "
+            f"the shard must hold the rows of its manifest in their order; delete {uri} and run the command again. "
             f"Received: {len(rows)} rows of {', '.join(rows.schema.names)}, expected {len(expected)} of "
             f"{', '.join(schema.names)}"
         )
@@ -212,7 +212,7 @@ def _listed(rows: pa.Table, source: pa.Table) -> pa.Table:
 
 
 def _grouped(pieces: Iterator[_Rows], *, min_bytes: int) -> Iterator[_Rows]:
-    """Joins pieces, and cuts those of large shards, up to about the size of a row group; none is empty."""
+    """Joins small pieces and cuts large ones to about the size of a row group; none is empty."""
     held, size_bytes = list[_Rows](), 0
     for piece in itertools.chain.from_iterable(map(_cut, pieces)):
         held.append(piece)
@@ -239,12 +239,12 @@ def _read_shard(store: Store, uri: str) -> bytes:
     try:
         return store.read_bytes(uri)
     except FileNotFoundError as err:
-        raise MnistDistError(f"a shard that is to be published is not there. Received: {uri!r}") from err
+        raise MnistDistError(f"a shard that is to be published does not exist. Received: {uri!r}") from err
 
 
 @contextlib.contextmanager
 def _parquet(store: Store, uri: str, scratch: Path) -> Iterator[pq.ParquetFile]:
-    """A file that is read here and there."""
+    """Opens a Parquet file for random access, through a local copy if it is remote."""
     try:
         file = pq.ParquetFile(store.local_path(uri, scratch))
     except (pa.ArrowInvalid, FileNotFoundError) as err:

@@ -1,6 +1,6 @@
-"""What a scoring job will take, from how the job itself went on a sample: which sample, and the arithmetic.
+"""The forecast of `--plan`: how long a scoring job will take, extrapolated from a run on a sample.
 
-Does not own: running the sample (`on_ray/scoring/plan.py`).
+Owns: the choice of the sample, and the arithmetic. Does not own: running the sample (`on_ray/scoring/plan.py`).
 """
 
 from dataclasses import dataclass
@@ -14,49 +14,49 @@ import pyarrow.compute as pc
 from mnist_dist.data.sampling import RUN_ROWS, spread_rows
 from mnist_dist.scoring.decoding import Times
 
-STREAM_ROWS = 256  # of a compressed archive, from its start: later ones would have everything before them read
+STREAM_ROWS = 256  # first rows of a compressed archive; later rows can only be read after all rows before them
 
 Stage = Literal["decoding", "model", "reading"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What a job takes of the cluster."""
+    """The part of the cluster that a job uses."""
 
     actors: int
     units: float
-    """GPUs of an actor, or its cores where it has no GPU."""
+    """GPUs per actor, or cores per actor if it has no GPU."""
     decode_cores: int
-    """That decode, over all actors or tasks."""
+    """Cores that decode, in all actors or tasks together."""
     reading_threads: int
-    """Over all actors or tasks."""
+    """In all actors or tasks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    """How the job went on a sample."""
+    """Measurements of the job on a sample."""
 
     images: int
     ok: int
     images_per_s: float
     start_s: float
-    """Until the first image: Ray, the actors, the model."""
+    """Time until the first image: start of Ray and the actors, loading of the model."""
     commit_s: float
     table_bytes: int
     times: Times
-    """Summed over all processes."""
+    """Time spent by stage, summed over all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What the whole job will take."""
+    """The forecast for the whole job."""
 
     bottleneck: Stage
     decode_images_per_s_per_core: float
     model_images_per_s: float
-    """Of all actors."""
+    """Of all actors together."""
     balance: float
-    """Cores that decode as fast as one GPU takes images, or else as one core of the model does."""
+    """Number of cores that decode as fast as one GPU (without GPUs: one core) runs the model."""
     scoring_s: float
     commit_s: float
     seconds: float
@@ -65,7 +65,7 @@ class Forecast:
 
 
 def busy_s(times: Times, means: Means) -> dict[Stage, float]:
-    """How long each stage was busy, shared out over what works on it."""
+    """How long each stage was busy, per actor, core or thread that works on it."""
     return {
         "model": times.model_s / means.actors,
         "decoding": times.decode_cpu_s / means.decode_cores,
@@ -74,7 +74,7 @@ def busy_s(times: Times, means: Means) -> dict[Stage, float]:
 
 
 def forecast(run: SampleRun, means: Means, *, images: int) -> Forecast:
-    """Extrapolates a sample of at least one usable image to so many images."""
+    """Extrapolates a sample with at least one usable image to `images` images."""
     busy = busy_s(run.times, means)
     decoding = run.images / max(run.times.decode_cpu_s, 1e-9)
     model = means.actors * run.ok / max(run.times.model_s, 1e-9)
@@ -92,18 +92,18 @@ def forecast(run: SampleRun, means: Means, *, images: int) -> Forecast:
 
 
 def sample(table: pa.Table, *, images: int) -> pa.Table:
-    """Rows of a manifest that are spread over all of it; of compressed archives the first ones.
+    """Rows spread evenly over a manifest; of compressed archives, only the first rows.
 
     Args:
         table: `manifest.COLUMNS`, at least one row.
-        images: how many, at most.
+        images: maximum number of rows, but not less than `RUN_ROWS`.
     """
     cheap = np.flatnonzero(_is_cheap(table))
     return table.take(pa.array(cheap[spread_rows(len(cheap), most=max(images, RUN_ROWS))]))
 
 
 def _is_cheap(table: pa.Table) -> npt.NDArray[np.bool_]:
-    """Rows that are read without most of a compressed archive."""
+    """Which rows can be read without reading most of a compressed archive."""
     is_stream = pc.fill_null(pc.equal(table["packing"], "stream"), False).to_numpy()
     if not is_stream.any():
         return np.ones(len(table), np.bool_)

@@ -1,11 +1,11 @@
 """The prediction table: its columns, the rows of a shard, and reading it.
 
-Owns: the schema, how a model's answers become rows, which of the folder's files are the table, and reading them.
-Does not own: how the files come to be there (`commit`), or the model.
+Owns: the schema, turning model outputs into rows, which files in the folder are the table, and reading them.
+Does not own: how the files get there (`commit`), or the model.
 
-The files that `_SUCCESS` names are the table, exactly one row per image. `_FAILED` in its place says the same of a
-table that is complete, but holds more bad rows than its job allowed. With neither there is no table to read. A file
-never changes under its name, so a reader sees one table or the next, or is told.
+The files that `_SUCCESS` names are the table, with exactly one row per image. `_FAILED` in its place marks a table that
+is complete but holds more bad rows than its job allowed. Without either mark there is no table to read. A file never
+changes under its name, so a reader sees the old table or the new one, or gets an error.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
 
-# n = rows of a shard, s = those of them that are ok, K = classes, D = features of an embedding
+# n = rows of a shard, s = rows of these with status ok, K = classes, D = features of an embedding
 
 STATUSES = ("ok", "missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed")
-"""Of a row: `ok`, or why there is no prediction."""
+"""Status of a row: `ok`, or the reason why there is no prediction."""
 NOT_BAD = ("ok", "unsupported")
-"""The statuses that do not count against a job: a text file in a folder of images is no damage."""
+"""Statuses that do not count as bad: a text file in a folder of images is no damage."""
 
 CONTRACT = pa.schema(
     [
@@ -52,7 +52,7 @@ CONTRACT = pa.schema(
         ("scored_at", pa.timestamp("us", tz="UTC")),
     ]
 )
-"""The columns that other tools rely on."""
+"""The default columns, which other tools rely on."""
 TOP_K = pa.schema([("top_k_classes", pa.list_(pa.string())), ("top_k_confidences", pa.list_(pa.float32()))])
 EMBEDDING = pa.schema([("embedding", pa.list_(pa.float32()))])
 ALWAYS = ("uri", "status")
@@ -60,45 +60,45 @@ ALWAYS = ("uri", "status")
 SUCCESS, FAILED = "_SUCCESS", "_FAILED"
 WORK = "_work"
 LOCK = f"{WORK}/lock"
-_READ_ATTEMPTS = 5  # of a table that is replaced each time while it is read
+_READ_ATTEMPTS = 5  # reading starts again when the table is replaced meanwhile
 
 
 @dataclass(kw_only=True, slots=True)
 class Outcomes:
-    """What became of the n images of a shard, in the order of the manifest."""
+    """The results for the n images of a shard, in the order of the manifest."""
 
     status: list[str]
-    """Each one of `STATUSES`."""
+    """One of `STATUSES` for each image."""
     error: list[str | None]
-    """One line for a person; None where ok."""
+    """A one-line message for people; None where the status is ok."""
     width: npt.NDArray[np.int32]
-    """`[n]`, of the original, px, after EXIF rotation; 0: unknown."""
+    """`[n]`, width of the original in px after EXIF rotation; 0: unknown."""
     height: npt.NDArray[np.int32]
-    """`[n]`, as `width`."""
+    """`[n]`, like `width`."""
     size_bytes: list[int | None]
-    """Of the bytes that were read; None: unknown."""
+    """Number of bytes read; None: unknown."""
     etag: list[str | None]
-    """Of the bytes that were read; None: unknown."""
+    """ETag of the bytes read; None: unknown."""
     probabilities: npt.NDArray[np.float32]
-    """`[n, K]`, in the order of the class names; rows that are not ok hold anything."""
+    """`[n, K]`, in the order of the class names; undefined in rows that are not ok."""
     embeddings: npt.NDArray[np.float32] | None = None
-    """`[n, D]`; rows that are not ok hold anything."""
+    """`[n, D]`; undefined in rows that are not ok."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """What `_SUCCESS` or `_FAILED` says: the table is complete, and these are its files."""
+    """The contents of `_SUCCESS` or `_FAILED`: the files of a complete table."""
 
     generation: int
     files: tuple[str, ...]
-    """Names in the folder, in the order of the rows."""
+    """File names in the folder, in the order of the rows."""
     rows: int
     model_id: str
     failed: bool
-    """It holds more bad rows than its job allowed."""
+    """Whether the table holds more bad rows than its job allowed."""
 
     def write(self, root: str, *, store: Store = ANYWHERE) -> None:
-        """Puts the mark into the folder of the table."""
+        """Writes the mark into the folder of the table."""
         documents.write(store, join(root, self.name), self)
 
     @property
@@ -110,42 +110,40 @@ class Mark:
 
 
 def prediction_schema(table: TableConfig, *, carried: pa.Schema) -> pa.Schema:
-    """The columns of a table: of the contract those that were chosen, in its order, then the carried ones.
+    """The columns of a table: the chosen columns of `CONTRACT` in its order, then the carried columns.
 
     Args:
-        table: which columns; `uri` and `status` are there always, what a flag of its own asks for also.
-        carried: the columns of the inputs that go along.
+        table: the chosen columns. `uri` and `status` are always included, and so are columns that have their own flag.
+        carried: the columns of the inputs that are copied into the table.
 
     Raises:
-        ConfigError: a chosen column is unknown, or a carried one has the name of another.
+        ConfigError: a chosen column is unknown, or a carried column has the name of another column.
     """
     flagged = [*(TOP_K if table.top_k else ()), *(EMBEDDING if table.embeddings else ())]
     available = [*CONTRACT.names, *(field.name for field in flagged), *carried.names]
     if unknown := [name for name in table.chosen if name not in available]:
         raise ConfigError(
-            f"columns are of {', '.join(available)} (top_k_classes, top_k_confidences and embedding have flags of "
-            f"their own). Received: {', '.join(unknown)}"
+            f"columns must be among {', '.join(available)} (top_k_classes, top_k_confidences and embedding have their "
+            f"own flags). Received: {', '.join(unknown)}"
         )
-    taken = [*CONTRACT.names, *TOP_K.names, *EMBEDDING.names]
+    used = [*CONTRACT.names, *TOP_K.names, *EMBEDDING.names]
     for name in carried.names:
-        if name in taken:
-            raise ConfigError(
-                f"a carried column has a name that no other column of the table has. Received: carry={name!r}"
-            )
-        taken.append(name)
+        if name in used:
+            raise ConfigError(f"a carried column must not have the name of another column. Received: carry={name!r}")
+        used.append(name)
     chosen = table.chosen or CONTRACT.names
     return pa.schema([field for field in CONTRACT if field.name in (*ALWAYS, *chosen)] + [*flagged, *carried])
 
 
 def fits(old: pa.Schema, schema: pa.Schema) -> bool:
-    """Whether rows of an old table can stay in one of this schema: it has the same columns, but perhaps not those that
-    have become defaults since."""
+    """Whether rows of an old table can be kept in a table of `schema`: it may lack only columns that have become
+    defaults since."""
     known = [field for field in schema if field.name in old.names or field.name not in CONTRACT.names]
     return bool(pa.schema(known).equals(old))
 
 
 def widened(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows of an old table in the columns of one that they fit; null where they had none."""
+    """Rows of an old table with the columns of a schema that they fit; new columns are null."""
     for field in schema:
         if field.name not in rows.column_names:
             rows = rows.append_column(field, pa.nulls(len(rows), field.type))
@@ -165,21 +163,21 @@ def prediction_rows(
 ) -> pa.Table:
     """The rows of a shard.
 
-    The predicted class is the most probable one, the first of them where several are; the top K are in falling order,
-    equal ones in the order of the classes.
+    The predicted class is the most probable one, and the first of these in a tie. The top K come in descending order,
+    ties in the order of the classes.
 
     Args:
-        schema: of `prediction_schema`.
+        schema: made by `prediction_schema`.
         uris: `string [n]`.
-        outcomes: of the same n images.
-        class_names: K of them.
-        top_k: how many classes the `top_k_*` columns name; all, where there are fewer.
-        model_id: of the bundle.
-        scored_at: with its time zone.
+        outcomes: the results for the same n images.
+        class_names: the names of the K classes.
+        top_k: number of classes in the `top_k_*` columns; all K if there are fewer.
+        model_id: model id of the bundle.
+        scored_at: time of scoring, with its time zone.
         carried: n rows with the carried columns.
 
     Raises:
-        ValueError: the arguments do not fit together.
+        ValueError: the arguments are inconsistent.
     """
     _check_outcomes(outcomes, len(uris), len(class_names))
     ok = np.array([status == "ok" for status in outcomes.status], bool)
@@ -203,7 +201,7 @@ def prediction_rows(
     if carried is not None:
         values |= dict(zip(carried.column_names, carried.columns, strict=True))
     if missing := [name for name in schema.names if name not in values]:
-        raise ValueError(f"the embeddings or carried columns of the schema are given. Received none: {missing}")
+        raise ValueError(f"the schema has columns for which there are no values. Received: {missing}")
     return pa.table([values[name] for name in schema.names], schema=schema)
 
 
@@ -211,11 +209,11 @@ def _check_outcomes(outcomes: Outcomes, count: int, classes: int) -> None:
     for field in dataclasses.fields(outcomes):
         values = getattr(outcomes, field.name)
         if values is not None and len(values) != count:
-            raise ValueError(f"outcomes have {count} {field.name}, one for each image. Received: {len(values)}")
+            raise ValueError(f"outcomes must have {count} {field.name}, one for each image. Received: {len(values)}")
     if outcomes.probabilities.shape != (count, classes):
-        raise ValueError(f"probabilities are [{count}, {classes}]. Received: {list(outcomes.probabilities.shape)}")
+        raise ValueError(f"probabilities must be [{count}, {classes}]. Received: {list(outcomes.probabilities.shape)}")
     if unknown := set(outcomes.status) - set(STATUSES):
-        raise ValueError(f"a status is one of {', '.join(STATUSES)}. Received: {', '.join(sorted(unknown))}")
+        raise ValueError(f"a status must be one of {', '.join(STATUSES)}. Received: {', '.join(sorted(unknown))}")
 
 
 def _best(names: pa.Array, scored: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_]) -> dict[str, pa.Array]:
@@ -236,7 +234,7 @@ def _top_k(
     names: pa.Array, scored: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_], top_k: int
 ) -> dict[str, pa.Array]:
     left, ranks = scored.copy(), []
-    for _ in range(min(top_k, len(names))):  # for a few of many classes a tenth of the time of sorting
+    for _ in range(min(top_k, len(names))):  # for a few of many classes, ten times as fast as sorting
         ranks.append(left.argmax(axis=1))
         np.put_along_axis(left, ranks[-1][:, None], -np.inf, axis=1)
     indices = np.stack(ranks, axis=1)
@@ -248,7 +246,7 @@ def _top_k(
 
 
 def _lists(values: pa.Array, ok: npt.NDArray[np.bool_]) -> pa.ListArray:
-    """`values` of the s rows that are ok, cut into s lists of one length; null in the other rows."""
+    """Cuts the `values` of the s rows that are ok into s lists of equal length; the other rows are null."""
     length = len(values) // max(int(ok.sum()), 1)
     offsets = np.concatenate([[0], np.cumsum(ok * length)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~ok))
@@ -260,12 +258,12 @@ def _lists(values: pa.Array, ok: npt.NDArray[np.bool_]) -> pa.ListArray:
 def read_predictions(
     uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None, store: Store = ANYWHERE
 ) -> pa.Table:
-    """The whole prediction table, whatever else lies in its folder.
+    """Reads the whole prediction table; other files in its folder are ignored.
 
     Args:
         uri: the output of a scoring job: a folder or an `s3://` prefix.
-        columns: the columns that are read, in this order. None: all.
-        store: where it lies.
+        columns: the columns to read, in this order. None: all.
+        store: the store that holds the table.
 
     Raises:
         DataError: there is no finished table.
@@ -273,29 +271,29 @@ def read_predictions(
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(os.fspath(uri))
-    mark = _mark_of(root, store)
+    mark = _require_mark(root, store)
     for _ in range(_READ_ATTEMPTS):
         try:
             schema = _chosen(_schema_of(root, mark, store), columns, root)
             return pa.Table.from_batches(_batches(root, mark, schema, store), schema)
         except FileNotFoundError as err:
-            before, mark = mark, _mark_of(root, store)
+            before, mark = mark, _require_mark(root, store)
             if mark == before:
-                raise DataError(f"{root}: {mark.name} names a file that is not there: {err}") from err
+                raise DataError(f"{root}: {mark.name} names a file that does not exist: {err}") from err
     raise DataError(f"the table was replaced {_READ_ATTEMPTS} times while it was read. Received: {root!r}")
 
 
 def iter_predictions(
     uri: str | os.PathLike[str], *, columns: Sequence[str] | None = None, store: Store = ANYWHERE
 ) -> Iterator[pa.RecordBatch]:
-    """As `read_predictions`, but batch by batch: no more than a row group is in memory.
+    """Like `read_predictions`, but yields batches: at most one row group is in memory.
 
     Raises:
-        DataError: there is no finished table, or a scoring job replaced it while it was read.
-        ConfigError, PermissionError, ServiceError, StorageError: as `read_predictions`.
+        DataError: there is no finished table, or a scoring job replaced it during reading.
+        ConfigError, PermissionError, ServiceError, StorageError: as for `read_predictions`.
     """
     root = absolute(os.fspath(uri))
-    mark = _mark_of(root, store)
+    mark = _require_mark(root, store)
     try:
         yield from _batches(root, mark, _chosen(_schema_of(root, mark, store), columns, root), store)
     except FileNotFoundError as err:
@@ -307,35 +305,35 @@ def table_schema(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> pa.
 
     Raises:
         DataError: there is no finished table.
-        FileNotFoundError: it was replaced in this moment.
+        FileNotFoundError: the table was replaced in the meantime.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(os.fspath(uri))
-    return _schema_of(root, _mark_of(root, store), store)
+    return _schema_of(root, _require_mark(root, store), store)
 
 
 def read_mark(uri: str, *, store: Store = ANYWHERE) -> Mark | None:
-    """What `_SUCCESS`, or else `_FAILED`, says; None where there is neither.
+    """Reads `_SUCCESS`, or else `_FAILED`; None if neither exists.
 
     Raises:
-        DataError: it is the mark of something else.
+        DataError: the file is not the mark of a prediction table.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    for name in (SUCCESS, FAILED, SUCCESS):  # again: a table judged anew meanwhile has had a mark all the time
+    for name in (SUCCESS, FAILED, SUCCESS):  # _SUCCESS again: `rejudge` may swap the marks in between
         try:
             return documents.read(store, join(uri, name), Mark)
         except FileNotFoundError:
             continue
-        except DataError as err:  # such as the empty one of Spark
+        except DataError as err:  # such as the empty `_SUCCESS` that Spark writes
             raise DataError(f"{join(uri, name)} is not the mark of a prediction table: {err}") from err
     return None
 
 
 def read_row_groups(uri: str, *, columns: Sequence[str] | None = None, store: Store = ANYWHERE) -> Iterator[pa.Table]:
-    """One Parquet file, row group by row group.
+    """Reads one Parquet file, row group by row group.
 
     Raises:
-        DataError: it is no Parquet file, or damaged.
+        DataError: the file is damaged, or not a Parquet file.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with _open(uri, store) as file:
@@ -343,15 +341,15 @@ def read_row_groups(uri: str, *, columns: Sequence[str] | None = None, store: St
             yield file.read_row_group(group, columns=columns)
 
 
-def _mark_of(root: str, store: Store) -> Mark:
+def _require_mark(root: str, store: Store) -> Mark:
     mark = read_mark(root, store=store)
     if mark is not None:
         return mark
     work = join(root, WORK)
     if any(entry.uri != join(root, LOCK) for entry in store.scan_entries(work)):
         raise DataError(
-            f"the prediction table is not finished: a scoring job is at work on it, or was stopped and goes on with "
-            f"the same command. Received: {root!r}"
+            f"the prediction table is not finished: a scoring job is still running, or was stopped; the same command "
+            f"resumes it. Received: {root!r}"
         )
     raise DataError(f"there is no prediction table (no {SUCCESS} and no {FAILED}). Received: {root!r}")
 
@@ -361,7 +359,7 @@ def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.S
         return schema
     if unknown := [name for name in columns if name not in schema.names]:
         raise ConfigError(
-            f"{root} has the columns {', '.join(schema.names)}. Received: {', '.join(map(repr, unknown))}"
+            f"{root} has only the columns {', '.join(schema.names)}. Received: {', '.join(map(repr, unknown))}"
         )
     return pa.schema([schema.field(name) for name in columns])
 
@@ -381,10 +379,10 @@ def _batches(root: str, mark: Mark, schema: pa.Schema, store: Store) -> Iterator
 def _open(uri: str, store: Store) -> Iterator[pq.ParquetFile]:
     with store.open_binary(uri) as stream:
         try:
-            # the ranges of a row group are fetched together: on S3 a request for each column would wait for the last
+            # pre_buffer fetches the columns of a row group together; on S3, single requests would wait in turn.
             with pq.ParquetFile(stream, pre_buffer=True) as file:
                 yield file
         except (pa.ArrowException, OSError) as err:
-            if isinstance(err, OSError) and err.errno is not None:  # of the storage; pyarrow's own have no number
+            if isinstance(err, OSError) and err.errno is not None:  # from the storage; pyarrow sets no errno
                 raise
             raise DataError(f"{uri}: not a readable Parquet file: {err}") from err

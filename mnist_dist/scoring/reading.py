@@ -1,9 +1,9 @@
-"""From the rows of a shard to encoded bytes, or why there are none.
+"""Reads the encoded bytes of the rows of a shard.
 
 Owns: which rows are read with one request (a file; neighbours in an archive; a whole compressed archive), and the
-status that a failed read becomes. Does not own: decoding, or in how many threads (`scorer`).
+status that a failed read becomes. Does not own: decoding, or the threads that read (`decoding`).
 
-Contract: an error of one object is an `ImageError` in the place of its bytes; an error of the service is raised.
+Contract: an error of one object is an `ImageError` in place of its bytes; an error of the service is raised.
 """
 
 import itertools
@@ -22,33 +22,33 @@ from mnist_dist.store.uris import is_remote
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One image as it was read."""
+    """The encoded bytes of one image, or why they could not be read."""
 
     data: bytes | ImageError
     size_bytes: int | None
-    """None where nothing was read."""
+    """None if nothing was read."""
     etag: str | None
-    """Of what was read; a member's: its archive's."""
+    """ETag of the file that was read; for a member: that of its archive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One request: the rows of the shard that it gives, and how to make it."""
+    """One request, and the rows of the shard that it reads."""
 
     rows: Sequence[int]
     run: Callable[[], Iterator[Encoded]]
-    """Gives one item for each of the rows, in their order."""
+    """Makes the request; yields one item for each row, in order."""
 
 
 def plan_reads(shard: pa.Table, *, max_bytes: int) -> list[Read]:
-    """The requests that give all rows of a shard (`manifest.COLUMNS`).
+    """The requests that read all rows of a shard (`manifest.COLUMNS`).
 
     Args:
-        shard: rows of the manifest.
-        max_bytes: larger files and members become `too_large`, unread.
+        shard: the rows of the shard.
+        max_bytes: larger files and members get the status `too_large` without being read.
 
     Raises, when a request is run:
-        ServiceError, StorageError: not one object but the storage failed.
+        ServiceError, StorageError: the storage failed, not a single object.
     """
     columns = shard.select(["uri", "size_bytes", "etag", "archive", "status", "error"]).to_pydict()
     reads: list[Read] = []
@@ -87,7 +87,7 @@ def _file(uri: str, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
         except StorageError as error:
             if not is_remote(uri):
                 raise
-            # a bucket that a list names and that is not there
+            # a list may name a bucket that does not exist
             yield Encoded(ImageError("missing", str(error)), None, None)
             return
         if data is None:
@@ -132,7 +132,7 @@ def _group(
 
 
 def _changed(archive: str, etag: str | None) -> ImageError | None:
-    """Offsets of an archive that was written again since would give parts of other images."""
+    """Why the archive cannot be read as listed: in a changed archive, the offsets point into other images."""
     try:
         entry = ANYWHERE.entry_of(archive)
     except OSError as error:

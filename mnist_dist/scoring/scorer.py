@@ -1,11 +1,11 @@
-"""One process that scores: images of several shards are decoded at once, and the model takes them in full batches.
+"""Scoring in one process: images of several shards are decoded at once, and the model gets full batches.
 
-Owns: keeping the model busy across the ends of shards (a batch is filled with whatever is decoded next, of whichever
-shard), and putting what it says in the right places. Does not own: reading and decoding (`decoding`), what a model is
-(`engines/engine.py`), the table (`predictions`), or who calls it (`on_ray/scoring/actor.py`).
+Owns: keeping the model busy across shard boundaries (a batch is filled with the next decoded images, whichever shard
+they belong to), and assigning its outputs to rows. Does not own: reading and decoding (`decoding`), the model
+(`engines/engine.py`), the table (`predictions`), or the caller (`on_ray/scoring/actor.py`).
 
-Contract: every row of a shard gets an outcome; an image that cannot be used is a status, never an exception. Not more
-than a few batches of decoded images wait, so that memory does not grow with the job.
+Contract: every row of a shard gets an outcome; an unusable image is a status, never an exception. At most a few batches
+of decoded images wait for the model, so that memory does not grow with the job.
 """
 
 # B = batch, K = classes, D = features
@@ -29,25 +29,25 @@ from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.reading import Encoded
 
-SHARDS_AT_ONCE = 2  # the next one is decoded while the model ends the last
-BATCHES_WAITING = 2  # decoded, beside the one that is being filled and the one that the model has
-IDLE_S = 0.02  # the longest that the last images of all shards wait for others to fill their batch
+SHARDS_AT_ONCE = 2  # The next shard is decoded while the model finishes the last one.
+BATCHES_WAITING = 2  # decoded ones that may wait, besides the one being filled and the one in the model
+IDLE_S = 0.02  # how long an incomplete batch waits for an image before it is checked whether any is left
 
 Progress = Callable[[int, int], None]
-"""Is told how many more images turned out ok, and otherwise; called by several threads."""
+"""Takes how many more images are ok, and how many are not. Called from several threads."""
 
 
 def no_progress(ok: int, other: int) -> None:
-    """Tells nobody."""
+    """Ignores progress."""
 
 
 class Scorer:
-    """Scores shards; called by several threads, it keeps the model busy from shard to shard.
+    """Scores shards. Several threads may call it at once, which keeps the model busy between shards.
 
     Args:
         engine: the model.
-        spec: what it takes.
-        decoding: what is done for one image at most.
+        spec: the input that the model takes.
+        decoding: limits for a single image.
         threads: see `Threads`.
     """
 
@@ -57,7 +57,7 @@ class Scorer:
         calls = engine.calls_at_once
         self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
         self._collecting, self._times_lock = threading.Lock(), threading.Lock()
-        self._in_the_model: dict[int, Sequence[_Image]] = {}  # by thread
+        self._in_the_model: dict[int, Sequence[_Image]] = {}  # images in the model, by thread
         self._under_way: set[_OpenShard] = set()
         self._closed = False
         self._threads = [
@@ -78,23 +78,23 @@ class Scorer:
 
     @property
     def times(self) -> Times:
-        """Where the time went so far."""
+        """Time spent so far, by stage."""
         return self._pool.times
 
     def score(self, rows: pa.Table, *, isolated: bool = False, progress: Progress = no_progress) -> Outcomes:
         """Reads, decodes and classifies the rows of a shard (`manifest.COLUMNS`).
 
         Args:
-            rows: at least one.
-            isolated: decode in a child process, image by image, which is slow and survives any image.
+            rows: at least one row.
+            isolated: decode one image at a time in a child process; slow, but no image can kill this process.
             progress: see `Progress`.
 
         Returns:
-            The outcomes, one for each row.
+            One outcome per row.
 
         Raises:
-            ServiceError, StorageError: not an image but the storage failed.
-            DecoderStuck: an image takes longer than it may.
+            ServiceError, StorageError: the storage failed, not a single image.
+            DecoderStuck: decoding an image exceeds its time limit.
         """
         with self._shard(len(rows), progress) as shard:
             self._pool.begin(rows, shard, isolated=isolated)
@@ -108,7 +108,7 @@ class Scorer:
         etags: Sequence[str | None],
         progress: Progress = no_progress,
     ) -> Outcomes:
-        """As `score`, of images that were read and decoded elsewhere."""
+        """Like `score`, for images that were read and decoded elsewhere."""
         with self._shard(len(images), progress) as shard:
             for row, image in enumerate(images):
                 shard.take(row, Encoded(b"", size_bytes[row], etags[row]), image)
@@ -116,7 +116,7 @@ class Scorer:
 
     @contextlib.contextmanager
     def _shard(self, rows: int, progress: Progress) -> "Iterator[_OpenShard]":
-        """A shard that is under way until all its rows are there."""
+        """Opens a shard, and waits at the end until it has all its outcomes."""
         shard = _OpenShard(rows, put=self._put, progress=progress)
         self._under_way.add(shard)
         try:
@@ -132,25 +132,25 @@ class Scorer:
                 self._images.put(image, timeout=LOOK_S)
                 return
 
-    # --- in the threads that have the model --------------------------------------------------------------------------
+    # --- in the threads that run the model ---------------------------------------------------------------------------
 
     def _run_model(self, number: int) -> None:
         while True:
-            with self._collecting:  # one fills a batch while the others are in the model
+            with self._collecting:  # one thread fills a batch while the others run the model
                 batch = self._next_batch()
                 if batch is None:
                     return
                 self._in_the_model[number] = batch
             try:
                 self._classify(batch)
-            except BaseException as failure:  # raised by every call that waits for this batch
+            except BaseException as failure:  # every call that waits for this batch raises it
                 for image in batch:
                     image.shard.abort(failure)
             finally:
                 del self._in_the_model[number]
 
     def _next_batch(self) -> "list[_Image] | None":
-        """The next images, a full batch of them unless no more are on their way; None at the end."""
+        """The next images: a full batch unless no more are coming; None when the scorer is closed."""
         batch: list[_Image] = []
         while len(batch) < self._engine.batch_size:
             try:
@@ -158,16 +158,17 @@ class Scorer:
             except queue.Empty:
                 if self._closed:
                     return None
-                if batch and self._holds_all_that_is_left(batch):
+                if batch and self._is_last(batch):
                     break
         return batch
 
-    def _holds_all_that_is_left(self, batch: "Sequence[_Image]") -> bool:
-        """Whether no shard under way has an image that is neither in the batch nor in the model."""
-        under_way = set(self._under_way)
-        left = sum(shard.left for shard in under_way)  # first: what the model ends meanwhile is in neither then
+    def _is_last(self, batch: "Sequence[_Image]") -> bool:
+        """Whether all unfinished images of the open shards are in the batch or in the model."""
+        open_shards = set(self._under_way)
+        # Read first: an image that the model finishes in between still counts as left, which only delays the batch.
+        left = sum(shard.left for shard in open_shards)
         others = list(self._in_the_model.values())
-        return left <= sum(image.shard in under_way for images in (batch, *others) for image in images)
+        return left <= sum(image.shard in open_shards for images in (batch, *others) for image in images)
 
     def _classify(self, batch: "Sequence[_Image]") -> None:
         began = time.perf_counter()
@@ -178,12 +179,12 @@ class Scorer:
         places: dict[_OpenShard, list[int]] = {}
         for place, image in enumerate(batch):
             places.setdefault(image.shard, []).append(place)
-        for shard, mine in places.items():
-            shard.classified([batch[place].row for place in mine], outputs, mine)
+        for shard, shard_places in places.items():
+            shard.classified([batch[place].row for place in shard_places], outputs, shard_places)
 
 
 class _OpenShard:
-    """The outcomes of one shard, as they come in; a `Sink`."""
+    """Collects the outcomes of one shard; a `Sink`."""
 
     def __init__(self, rows: int, *, put: "Callable[[_Image], None]", progress: Progress) -> None:
         self._put, self._progress = put, progress
@@ -212,7 +213,7 @@ class _OpenShard:
         self.done.set()
 
     def classified(self, rows: Sequence[int], outputs: Outputs, places: Sequence[int]) -> None:
-        """Takes the model's outputs at `places` as those of `rows`."""
+        """Stores the model outputs at `places` as the outcomes of `rows`."""
         total = len(self._statuses)
         with self._lock:
             self._probabilities = _filled(self._probabilities, total, rows, outputs.probabilities[places])
@@ -223,11 +224,11 @@ class _OpenShard:
         self._finish(len(rows), 0)
 
     def outcomes(self, engine: Engine) -> Outcomes:
-        """All of them; raises what kept some from coming."""
+        """All outcomes; raises the failure that prevented some of them."""
         if self.failure is not None:
             raise self.failure
         rows, probabilities, embeddings = len(self._statuses), self._probabilities, self._embeddings
-        if probabilities is None:  # not one image is ok
+        if probabilities is None:  # no image is ok
             probabilities = np.zeros((rows, engine.num_classes), np.float32)
         if embeddings is None and engine.num_features:
             embeddings = np.zeros((rows, engine.num_features), np.float32)
@@ -260,10 +261,10 @@ class _Image:
 
 
 def _filled(
-    values: npt.NDArray[np.float32] | None, total: int, rows: Sequence[int], found: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float32] | None, total: int, rows: Sequence[int], outputs: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """`values`, made where there are none yet, with what was found for some rows."""
+    """`values` with the model outputs of some rows filled in; allocates the array on the first call."""
     if values is None:
-        values = np.zeros((total, found.shape[1]), np.float32)
-    values[rows] = found
+        values = np.zeros((total, outputs.shape[1]), np.float32)
+    values[rows] = outputs
     return values

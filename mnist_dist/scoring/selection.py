@@ -1,6 +1,6 @@
-"""What a new generation scores: everything, what is new or changed, or what failed.
+"""Selects the images of a new generation: all, new or changed ones, or failed ones.
 
-Owns: the comparison of what there is with what the table knows. Does not own: listing (`inputs`), the manifest's file.
+Owns: comparing the listed images with the table. Does not own: listing (`inputs`), or the manifest file (`manifest`).
 """
 
 import tempfile
@@ -23,30 +23,30 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import are_remote, join
 
-LOOK_UP_THREADS = 32  # of requests for the size and etag of one object each
+LOOK_UP_THREADS = 32  # each requests the size and etag of one object
 LOOK_UP_AHEAD = 256
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a generation is made of."""
+    """The images that a generation scores."""
 
     listing: Listing | None
-    """What was found; None where nothing is bad that could be scored again."""
+    """The listing; None if there are no bad rows to score again."""
     table: pa.Table
-    """What of it is scored: rows of the manifest, perhaps none."""
+    """The listed rows that are scored; may be empty."""
 
 
 def select_images(
     job: ScoreJob, output: Output, *, before: Committed | None, progress: Callable[[int], None] | None = None
 ) -> Selection:
-    """Lists, and compares with the table that is there.
+    """Lists the input, and compares it with the existing table.
 
     Args:
-        job: says what is listed, and in which mode.
-        output: where the table is.
-        before: the table, or None.
-        progress: is told how many images were found so far.
+        job: the inputs to list, and the mode.
+        output: the folder of the table.
+        before: the existing table, or None.
+        progress: called with the number of images listed so far.
 
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `list_inputs`.
@@ -60,11 +60,11 @@ def select_images(
 
 
 def new_rows(found: pa.Table, output: Output) -> pa.Table:
-    """The rows that the table there does not have, or has of other bytes.
+    """The rows that are new or changed, compared with the existing table.
 
     Args:
-        found: rows of `manifest.COLUMNS`, with size and etag of those that are read.
-        output: where the table is.
+        found: rows of `manifest.COLUMNS`, with size and etag of those that will be read.
+        output: the folder of the table.
 
     Raises:
         FileNotFoundError, ServiceError, StorageError: see `store.base`.
@@ -74,21 +74,21 @@ def new_rows(found: pa.Table, output: Output) -> pa.Table:
     return found.filter(_is_new(found, known))
 
 
-def _is_new(found: pa.Table, known: pa.Table) -> pa.ChunkedArray:
-    """Which rows are not in the table, or are of other bytes there."""
-    places = pc.index_in(found["uri"], value_set=known["uri"])
-    same = [_equal(found[name], known[name].take(places)) for name in ("size_bytes", "etag")]
+def _is_new(listed: pa.Table, known: pa.Table) -> pa.ChunkedArray:
+    """Which rows are not in the table, or have another size or etag there."""
+    places = pc.index_in(listed["uri"], value_set=known["uri"])
+    same = [_equal(listed[name], known[name].take(places)) for name in ("size_bytes", "etag")]
     return pc.invert(pc.and_(pc.is_valid(places), pc.and_(*same)))
 
 
-def _equal(ours: pa.ChunkedArray, theirs: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Equal, or both unknown."""
-    both_null = pc.and_(pc.is_null(ours), pc.is_null(theirs))
-    return pc.or_(both_null, pc.fill_null(pc.equal(ours, theirs), False))
+def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether values are equal, or both unknown."""
+    both_null = pc.and_(pc.is_null(left), pc.is_null(right))
+    return pc.or_(both_null, pc.fill_null(pc.equal(left, right), False))
 
 
 def _looked_up(table: pa.Table) -> pa.Table:
-    """The table with size and etag of the objects that a list named, which no listing has told."""
+    """Looks up size and etag of S3 objects from lists, which were named but not listed."""
     is_to_be_read = pc.and_(pc.is_null(table["etag"]), pc.is_null(table["status"]))
     unknown = pc.and_(is_to_be_read, are_remote(table["uri"])).to_numpy()
     if not unknown.any():
@@ -110,13 +110,13 @@ def _entry_of(uri: str) -> Entry | None:
     try:
         return ANYWHERE.entry_of(uri)
     except (FileNotFoundError, PermissionError):
-        return None  # it will be read, and become a row that says so
+        return None  # reading it will give a row with the reason
 
 
 def _bad_rows(job: ScoreJob, output: Output) -> Selection:
-    """The rows that are neither ok nor unsupported, with what they carry, looked for again.
+    """Lists the rows that are neither ok nor unsupported again, with their carried columns.
 
-    Not those of whole archives: what they hold is not known by their own name.
+    Rows of whole archives are left out, because the URI of an archive does not name its members.
     """
     names = ["uri", "status", *job.inputs.carried]
     batches = [

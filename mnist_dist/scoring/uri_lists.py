@@ -1,7 +1,7 @@
-"""A person's own list of what to score, read a few lines at a time.
+"""Reads the user's lists of URIs, a batch of lines at a time.
 
-Owns: the formats (Parquet and CSV with a column `uri`, text with a URI a line), and which list is refused. Does not
-own: what a URI means (`inputs`).
+Owns: the formats (Parquet and CSV with a column `uri`, text with one URI per line), and rejecting invalid lists. Does
+not own: what a URI means (`inputs`).
 """
 
 import contextlib
@@ -25,28 +25,28 @@ _PARQUET_SUFFIX = ".parquet"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TEXT_SUFFIXES = (".txt", ".lst")
 LIST_SUFFIXES = (_PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
-"""Lower-case name endings of lists."""
+"""Lower-case file suffixes of lists."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """At most `BATCH_ROWS` lines of a list, as they are written there."""
+    """At most `BATCH_ROWS` lines of a list, unchanged."""
 
     uris: Sequence[str]
     carried: Mapping[str, pa.Array] = field(default_factory=dict)
-    """One value per line."""
+    """Carried column -> one value per line."""
 
 
 def is_list(uri: str) -> bool:
-    """Whether the name is one of a list."""
+    """Whether the suffix is that of a list."""
     return uri.lower().endswith(LIST_SUFFIXES)
 
 
 def column_names(uri: str) -> tuple[str, ...]:
-    """The columns of a list beside its `uri`; a text has none.
+    """The columns of a list other than `uri`; a text file has none.
 
     Raises:
-        DataError: the file is not what its name says, or has no column `uri`.
+        DataError: the file does not have the format of its suffix, or has no column `uri`.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if uri.lower().endswith(_TEXT_SUFFIXES):
@@ -60,25 +60,25 @@ def column_names(uri: str) -> tuple[str, ...]:
     names = [name for name in schema.names if name != URI_COLUMN]
     if len(names) != len(schema.names) - 1:
         raise DataError(
-            f"{uri}: a manifest has one column {URI_COLUMN!r}. Received: columns {', '.join(schema.names) or 'none'}"
+            f"{uri}: a list must have one column {URI_COLUMN!r}. Received: columns {', '.join(schema.names) or 'none'}"
         )
     return tuple(names)
 
 
 def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
-    """The lines of a list in their order; of a text, but the blank ones and those that begin with #.
+    """The lines of a list, in order; of a text file, without blank lines and lines that begin with #.
 
     Args:
-        uri: of the list.
-        carried: columns that it has, to be read along.
+        uri: URI of the list.
+        carried: existing columns to read as well.
 
     Raises:
-        DataError: the file is not what its name says, or a row has no URI.
+        DataError: the file does not have the format of its suffix, or a row has no URI.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with ANYWHERE.open_binary(uri) as stream:
         if uri.lower().endswith(_TEXT_SUFFIXES):
-            # a name may be any bytes, and they come back when it is opened
+            # a file name may hold any bytes; surrogateescape keeps them
             with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n") as lines:
                 yield from read_text(lines)
             return
@@ -90,7 +90,7 @@ def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
 
 
 def read_text(lines: Iterable[str]) -> Iterator[Lines]:
-    """The lines of a text, but the blank ones and those that begin with #."""
+    """The lines of a text, without blank lines and lines that begin with #."""
     stripped = (line.removesuffix("\n").rstrip("\r") for line in lines)
     marked = (line.removeprefix("\ufeff") if first else line for first, line in zip(_once(), stripped, strict=False))
     uris = (line for line in marked if line.strip() and not line.startswith("#"))
@@ -108,7 +108,7 @@ def _parquet_batches(stream: BinaryIO, names: Sequence[str]) -> Iterator[pa.Reco
 
 
 def _csv_batches(stream: BinaryIO, uri: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    # not as a stream: then the first block alone would decide the types
+    # read whole: when streaming, the first block alone determines the types
     options = pc_csv.ConvertOptions(include_columns=list(names), column_types={URI_COLUMN: pa.string()})
     table = pc_csv.read_csv(stream, parse_options=_parse_options(uri), convert_options=options)
     yield from table.to_batches(max_chunksize=BATCH_ROWS)
@@ -130,19 +130,19 @@ def _lines_of(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
 
 
 def _plain(values: pa.Array) -> pa.Array:
-    """Without a dictionary: each batch could have its own."""
+    """Decodes dictionaries, since each batch may have its own."""
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _check_uris(uri: str, uris: pa.Array, before: int) -> None:
     if not (pa.types.is_string(uris.type) or pa.types.is_large_string(uris.type)):
-        raise DataError(f"{uri}: the column {URI_COLUMN!r} holds strings. Received: {uris.type}")
+        raise DataError(f"{uri}: the column {URI_COLUMN!r} must hold strings. Received: {uris.type}")
     missing = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(uris), ""), True)
     row = pc.index(missing, True).as_py()
     if row >= 0:
         raise DataError(
-            f"{uri}: each row has a {URI_COLUMN}. Received: {uris[row].as_py()!r} in row {before + row + 1}, the first"
-            " being 1"
+            f"{uri}: each row must have a {URI_COLUMN}. Received: {uris[row].as_py()!r} in row {before + row + 1},"
+            " counted from 1"
         )
 
 

@@ -1,7 +1,7 @@
-"""A worker's side of the scoring job: a shard in, one file of rows out.
+"""The workers of a scoring job: a shard goes in, one file of rows comes out.
 
-`ScoringWorker` holds the model; `DecodingWorker` reads and decodes for it where images are decoded in CPU tasks.
-`on_ray/shard_runner.py` runs both. A shard that something died over is decoded in a child process, image by image.
+Owns: `ScoringWorker`, which holds the model, and `DecodingWorker`, which reads and decodes for it in CPU tasks. Does
+not own: running them (`on_ray/shard_runner.py`). A shard that seems to kill workers is decoded in a child process.
 """
 
 import shutil
@@ -28,17 +28,17 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 
 if TYPE_CHECKING:
-    from mnist_dist.on_ray.shard_runner import Counter  # loads Ray Data, which a driver does while Ray starts
+    from mnist_dist.on_ray.shard_runner import Counter  # loads Ray Data, which the driver imports while Ray starts
 
-TASK_SHARD_BYTES = 128 * 2**20  # of decoded pixels at most, that travel from a task to an actor
+TASK_SHARD_BYTES = 128 * 2**20  # maximum size of the decoded pixels that a task passes to an actor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTask:
-    """What every worker is given."""
+    """The parameters of all workers of a job."""
 
     bundle: str
-    """URI."""
+    """URI of the bundle."""
     model_id: str
     engine: EngineChoice
     generation: Generation
@@ -47,12 +47,12 @@ class ScoreTask:
     decoding: DecodeConfig
     batch_size: int
     cpus: int
-    """Cores that an actor uses."""
+    """Cores per actor."""
 
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """The images of a shard on their way from a task to an actor."""
+    """The decoded images of a shard, which a task passes to an actor."""
 
     images: list[Decoded | ImageError]
     size_bytes: list[int | None]
@@ -61,7 +61,7 @@ class DecodedShard:
 
 
 class ScoringWorker:
-    """Holds the model; scores shards."""
+    """Holds the model and scores shards."""
 
     title = "scoring"
 
@@ -79,7 +79,7 @@ class ScoringWorker:
             task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
         )
         if is_remote(task.bundle):
-            shutil.rmtree(bundle.path)  # the copy; a process that is killed later would leave it
+            shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
         self._suspects: set[int] = set()
         self._lock = threading.Lock()
@@ -87,12 +87,12 @@ class ScoringWorker:
         self._times_elsewhere = Times()
 
     def work(self, shard: int, given: DecodedShard | None, *, attempt: Attempt, counter: "Counter") -> Times:
-        """Scores a shard and puts its rows; the times of the process since it began, and of what decoded for it."""
+        """Scores a shard and writes its rows; returns the times since this process began, decoding tasks included."""
         if attempt.is_suspect:
             self._suspects.add(shard)
         rows = self._shards().read(shard)
         if given is None:
-            # beside a shard that had to be begun again, so that no image of another one ends it once more
+            # isolated while any suspect shard is open: an image of another shard could kill this process, too
             outcomes = self._scorer.score(rows, isolated=bool(self._suspects), progress=counter.add)
         else:
             outcomes = self._scorer.classify(
@@ -105,7 +105,7 @@ class ScoringWorker:
         return self._scorer.times + self._times_elsewhere
 
     def _shards(self) -> Manifest:
-        """The manifest, which is there when the first shard is."""
+        """The manifest, opened with the first shard: it exists by then."""
         with self._lock:
             if self._manifest is None:
                 self._manifest = Manifest(self._task.generation.manifest_uri)
@@ -128,7 +128,7 @@ class ScoringWorker:
 
 
 class DecodingWorker:
-    """Reads and decodes a shard anywhere in the cluster, without the model."""
+    """Reads and decodes shards anywhere in the cluster, without the model."""
 
     title = "decoding"
 
@@ -136,17 +136,17 @@ class DecodingWorker:
         self._task = task
 
     def open(self) -> None:
-        """Nothing: each shard has threads of its own."""
+        """Does nothing: each shard gets its own threads."""
 
     def work(self, shard: int, given: None, *, attempt: Attempt, counter: "Counter") -> DecodedShard | None:
-        """The images; None where the actor has to decode."""
+        """The decoded images; None if the actor has to decode the shard."""
         task = self._task
         with Manifest(task.generation.manifest_uri) as manifest:
             if manifest.shard_rows(shard) * task.spec.image_bytes > TASK_SHARD_BYTES:
-                return None  # a compressed archive: it streams through the actor, not through its memory
+                return None  # a large compressed archive: the actor decodes it as a stream
             rows = manifest.read(shard)
-        found = Collector(len(rows))
+        collector = Collector(len(rows))
         with DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool:
-            pool.begin(rows, found, isolated=attempt.is_suspect)
-            found.wait(pool)
-        return DecodedShard(found.images, found.size_bytes, found.etags, pool.times)
+            pool.begin(rows, collector, isolated=attempt.is_suspect)
+            collector.wait(pool)
+        return DecodedShard(collector.images, collector.size_bytes, collector.etags, pool.times)

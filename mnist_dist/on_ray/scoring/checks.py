@@ -1,4 +1,4 @@
-"""What a scoring job looks at before its work, so that it fails early and says why."""
+"""Checks of a scoring job before it starts, so that it fails early and says why."""
 
 import shutil
 
@@ -15,43 +15,44 @@ from mnist_dist.scoring.manifest import carried_schema
 from mnist_dist.scoring.predictions import fits, prediction_schema, table_schema
 from mnist_dist.store.uris import absolute, are_remote, is_remote
 
-ROW_BYTES = 400  # of a row on disk, beside probabilities and embeddings
-PROCESS_BYTES = 2**30  # of an actor, beside its model
-MODEL_COPIES = 4  # of the weights in an actor: file, Keras, constants, scratch
+ROW_BYTES = 400  # of a row on disk, without probabilities and embeddings
+PROCESS_BYTES = 2**30  # memory of an actor, without its model
+MODEL_COPIES = 4  # copies of the weights in an actor: file, Keras, constants, scratch
 
 
 def check_output_is_outside(job: ScoreJob) -> None:
-    """A table inside of what is listed would be listed the next time."""
+    """Raises ConfigError if the output lies inside an input: the next listing would find the table."""
     output = absolute(job.output)
     for uri in job.inputs.input:
         if uri != "-" and f"{output}/".startswith(f"{absolute(uri).rstrip('/')}/"):
-            raise ConfigError(f"the output lies outside of the input {uri!r}. Received: output={job.output!r}")
+            raise ConfigError(f"the output must lie outside of the input {uri!r}. Received: output={job.output!r}")
 
 
 def check_found(job: ScoreJob, table: pa.Table, output: Output, *, keep_old: bool, nodes: int) -> None:
-    """Looks at what was found, before the work.
+    """Checks the listed images before they are scored.
 
     Args:
-        job: what is scored.
+        job: the job.
         table: `manifest.COLUMNS`, then the carried columns.
-        output: where the table is to be.
-        keep_old: rows of the table there stay.
-        nodes: of the cluster.
+        output: the folder of the table.
+        keep_old: whether rows of the existing table are kept.
+        nodes: number of nodes in the cluster.
 
     Raises:
-        ConfigError: the images cannot be seen by all nodes, hold the output, or do not fit the table there.
+        ConfigError: not all nodes see the images, the images include the output, or their columns do not fit the table.
     """
     schema = prediction_schema(job.table, carried=carried_schema(table))
     if keep_old and not fits(table_schema(output.uri), schema):
         raise ConfigError(
-            f"the table there has other columns, or carries other types; --mode fresh makes it anew. "
+            f"the existing table has other columns, or columns of other types; --mode fresh makes a new table. "
             f"Received: {', '.join(schema.names)}"
         )
     uris = table["uri"]
     inside = uris.filter(pc.starts_with(uris, pattern=f"{output.uri}/"))
     if len(inside):
         raise ConfigError(
-            f"the output lies outside of the input, which names {inside[0].as_py()!r}. Received: output={job.output!r}"
+            f"the output must not hold images of the input, such as {inside[0].as_py()!r}. "
+            f"Received: output={job.output!r}"
         )
     local = uris.filter(pc.invert(are_remote(uris)))
     if len(local):
@@ -59,24 +60,24 @@ def check_found(job: ScoreJob, table: pa.Table, output: Output, *, keep_old: boo
 
 
 def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors: int) -> None:
-    """Looks at free disk and memory of this node before the work.
+    """Checks the free memory and disk of this node before the job starts.
 
     Raises:
-        ResourceError: there is less than the job will take, by an estimate that is rather low.
+        ResourceError: there is less than the job needs, by a rather low estimate.
     """
     weights = (bundle.path / MODEL_FILE).stat().st_size
     needed = actors * (PROCESS_BYTES + MODEL_COPIES * weights)
     free = psutil.virtual_memory().available
     if free < needed:
         raise ResourceError(
-            f"{actors} actor(s) take about {needed / 1e9:.1f} GB of memory. Received: {free / 1e9:.1f} GB free"
+            f"{actors} actor(s) need about {needed / 1e9:.1f} GB of memory. Received: {free / 1e9:.1f} GB free"
         )
     if is_remote(output):
         return
     row_bytes = ROW_BYTES + 4 * len(bundle.info.class_names)
-    needed, free = 2 * rows * row_bytes, shutil.disk_usage(output).free  # shards, and the parts made of them
+    needed, free = 2 * rows * row_bytes, shutil.disk_usage(output).free  # twice: the shards, and the files made of them
     if free < needed:
         raise ResourceError(
-            f"{rows:,} rows take about {needed / 1e9:.1f} GB of disk while they are written. "
+            f"{rows:,} rows need about {needed / 1e9:.1f} GB of disk while they are written. "
             f"Received: {free / 1e9:.1f} GB free below {output!r}"
         )

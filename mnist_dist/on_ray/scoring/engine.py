@@ -1,4 +1,4 @@
-"""What a scoring job and its plan have in common: the engine, and what all nodes must see."""
+"""Shared by a scoring job and its plan: choosing the engine, and checking what all nodes must see."""
 
 import ray
 
@@ -12,8 +12,8 @@ from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.session import Session
 from mnist_dist.store.uris import absolute, is_bucket
 
-WORTH_CONVERTING = 2_000  # images: with fewer, converting and checking take longer than they save
-USUAL_S = 60.0  # for the bar
+WORTH_CONVERTING = 2_000  # images; with fewer, converting and checking the model take longer than they save
+USUAL_S = 60.0  # expected duration of a conversion, for the progress bar
 
 
 def job_engine(
@@ -27,17 +27,17 @@ def job_engine(
     fallback: str | None,
     session: Session,
 ) -> EngineChoice:
-    """The engine that runs the model; see `prepare_engine`. With several nodes, one that has room for an actor converts
-    and checks: the driver's may have another CPU, or a small one.
+    """The engine that runs the model; see `prepare_engine`. With several nodes, a node with room for an actor converts
+    and checks the model, because the node of the driver may have another or a slower CPU.
 
     Args:
-        job: to be done.
-        bundle: opened.
-        asked: the engine for it.
-        actors: that have the model.
-        have: what the cluster has.
-        images: to be scored; None: so many that they are still being listed.
-        fallback: URI for converted models where they cannot be kept beside the bundle; None: there is none.
+        job: the scoring job.
+        bundle: the opened bundle.
+        asked: the requested engine.
+        actors: the actors that will hold the model.
+        have: the resources of the cluster.
+        images: number of images to score; None: still being listed, hence many.
+        fallback: URI for converted models that cannot be stored beside the bundle; None: there is none.
         session: shows progress.
     """
     request = EngineRequest(
@@ -54,18 +54,18 @@ def job_engine(
     ((choice, lines),) = wait_for([task], session, title="engines", expected_s=USUAL_S)
     for line in lines:
         session.console.line(line)
-    found: EngineChoice = choice
-    return found
+    engine: EngineChoice = choice
+    return engine
 
 
 def places(bundle_uri: str, fallback: str | None) -> tuple[str, ...]:
-    """URIs where converted models of a bundle may be kept: beside it, unless it is a whole bucket, and the fallback."""
-    # beside a bucket lies a stranger's
+    """URIs where converted models may be stored: beside the bundle, unless it is a whole bucket, and the fallback."""
+    # a URI beside a bucket is another bucket, which may belong to someone else
     return (*(() if is_bucket(bundle_uri) else (f"{bundle_uri}.engines",)), *(() if fallback is None else (fallback,)))
 
 
-class _Heard(Console):
-    """A console whose lines are kept for the driver's."""
+class _KeptLines(Console):
+    """A console that keeps its lines, which the driver then shows."""
 
     def __init__(self) -> None:
         super().__init__(terminal=False)
@@ -76,12 +76,12 @@ class _Heard(Console):
 
 
 def _prepare(bundle_uri: str, request: EngineRequest) -> tuple[EngineChoice, list[str]]:
-    console = _Heard()
+    console = _KeptLines()
     session = Session(console=console, stop=Stop(console))
     return prepare_engine(load_bundle(bundle_uri), request, session=session), console.lines
 
 
 def check_job_storage(job: ScoreJob, *, nodes: int) -> None:
-    """Raises ConfigError where not all nodes see the output and the bundle."""
+    """Raises ConfigError unless all nodes see the output and the bundle."""
     for name, uri in (("output", job.output), ("bundle", job.bundle)):
         check_storage(uri, is_shared=job.run.storage_is_shared, nodes=nodes, name=name)

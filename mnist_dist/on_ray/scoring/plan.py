@@ -1,6 +1,6 @@
-"""The plan of a scoring job: the job itself on a sample, into a scratch output that is deleted.
+"""The plan of a scoring job: runs the job on a sample, into a scratch output that is deleted afterwards.
 
-Owns: the size of the sample, and what is said. Does not own: scoring (`score.py`), or what follows from how it went
+Owns: the size of the sample, and the report. Does not own: scoring (`score.py`), or the extrapolation
 (`scoring/planning.py`). Does not touch the output or its lock.
 """
 
@@ -32,30 +32,30 @@ from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, parent_of
 
-FIRST_IMAGES = 256  # for each actor
-ENOUGH_S = 5.0  # of scoring; a sample that is scored sooner is followed by a larger one
-WANTED_S = 15.0  # of the larger one
-SHARDS = 8  # of a sample, for each actor, where that leaves whole batches
+FIRST_IMAGES = 256  # images per actor in the first sample
+ENOUGH_S = 5.0  # of scoring; a sample that takes less time is followed by a larger one
+WANTED_S = 15.0  # of scoring the larger sample
+SHARDS = 8  # per actor in a sample, if the shards then hold whole batches
 
 
 def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
-    """Says what the job would take, and what would hold it up.
+    """Forecasts the duration and the bottleneck of a job.
 
     Args:
-        job: what would be scored.
-        console: what a person sees.
+        job: the job to forecast.
+        console: where progress and results are shown.
 
     Returns:
         `plan`, `output`, `images`, `bottleneck` (`decoding`, `model` or `reading`), `decode_images_per_s_per_core`,
-        `model_images_per_s` (of all actors, beside what else their cores do), `expected_images_per_s`, `cpus_per_gpu`
-        (that balance; None without GPUs), `cpus_per_model_cpu` (the same without), `expected_seconds`,
+        `model_images_per_s` (all actors; their cores do other work, too), `expected_images_per_s`, `cpus_per_gpu`
+        (decoding cores that balance a GPU; None without), `cpus_per_model_cpu` (without GPUs), `expected_seconds`,
         `actor_memory_bytes`, `driver_memory_bytes`, `table_bytes`, `actors`, `seconds`.
 
     Raises:
-        ConfigError: a flag, the input or the cluster does not fit, or no image of the sample can be used.
+        ConfigError: a flag, the input or the cluster is invalid, or no image of the sample is usable.
         ServiceError: the storage failed.
-        WorkersFailed: workers died over the same shard.
-        Interrupted: a signal.
+        WorkersFailed: workers died on the same shard more than `max_failures` times.
+        Interrupted: a signal arrived.
     """
     began_at = time.time()
     check_job_storage(job, nodes=1)
@@ -70,19 +70,19 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         if not len(table):
             console.line(f"{output.uri}: there is nothing to score")
             return {"output": output.uri, "images": 0, "plan": True, "seconds": round(time.time() - began_at, 2)}
-        found = plan.result(table)
-    return {"plan": True, "output": output.uri, **found, "seconds": round(time.time() - began_at, 2)}
+        result = plan.result(table)
+    return {"plan": True, "output": output.uri, **result, "seconds": round(time.time() - began_at, 2)}
 
 
 class _Plan:
-    """One look at a job on the cluster at hand."""
+    """Makes the plan of one job, on the current cluster."""
 
     def __init__(self, job: ScoreJob, bundle: Bundle, session: Session, *, root: str, began_at: float) -> None:
         self._job, self._bundle, self._session, self._root, self._began_at = job, bundle, session, root, began_at
         self._memory_bytes = 0
 
     def select_images(self, output: Output) -> Selection:
-        """What would be scored; a finished table is left out of account unless the job goes by it."""
+        """The images that would be scored; an existing table matters only with mode incremental or `retry_failed`."""
         before = output.committed() if self._job.mode == "incremental" or self._job.retry_failed else None
         scoring = self._scoring(self._job, "listing")
         listing = SideThread(
@@ -94,37 +94,37 @@ class _Plan:
         return work
 
     def result(self, table: pa.Table) -> dict[str, Any]:
-        """What is to be said of the job, measured on samples of its images."""
+        """Measures the job on samples of its images, and returns the forecast."""
         job, console, images = self._job, self._session.console, len(table)
-        console.line(f"found {images:,} images to score; the job is run on a sample of them, into a scratch output")
-        with connected(verbose=job.run.verbose, stop=self._session.stop, meanwhile=WITH_RAY_DATA) as have:
-            have = await_actors(have, job.run, self._session)
-            actors = choose_actors(have, job.run, most=-(-images // (job.shard_size or MIN_SHARD)))
+        console.line(f"found {images:,} images to score; running the job on a sample, into a scratch output")
+        with connected(verbose=job.run.verbose, stop=self._session.stop, meanwhile=WITH_RAY_DATA) as resources:
+            resources = await_actors(resources, job.run, self._session)
+            actors = choose_actors(resources, job.run, most=-(-images // (job.shard_size or MIN_SHARD)))
             ready_s = time.time() - self._began_at
-            # what is converted now is kept beside the bundle, where the job finds it
-            engine = self._scoring(job, "engine").choose_engine(job.engine, actors, have, images=images)
+            # the converted model is stored beside the bundle, where the job finds it
+            engine = self._scoring(job, "engine").choose_engine(job.engine, actors, resources, images=images)
             count = FIRST_IMAGES * actors.count
-            run = self._run(sample(table, images=count), engine, actors, have)
+            run = self._run(sample(table, images=count), engine, actors, resources)
             wanted = round(WANTED_S * run.images_per_s)
             if run.images / run.images_per_s < ENOUGH_S and run.images < min(images, wanted):
                 larger = sample(table, images=wanted)
-                run = self._run(larger, engine, actors, have) if len(larger) > run.images else run
-        found = forecast(run, means_of(actors, have), images=images)
-        seconds = ready_s + found.seconds
+                run = self._run(larger, engine, actors, resources) if len(larger) > run.images else run
+        expected = forecast(run, means_of(actors, resources), images=images)
+        seconds = ready_s + expected.seconds
         driver_bytes = psutil.Process().memory_info().rss
-        self._say(found, run, images=images, seconds=seconds, actors=actors, driver_bytes=driver_bytes)
+        self._show(expected, run, images=images, seconds=seconds, actors=actors, driver_bytes=driver_bytes)
         return {
             "images": images,
-            "bottleneck": found.bottleneck,
-            "decode_images_per_s_per_core": round(found.decode_images_per_s_per_core, 2),
-            "model_images_per_s": round(found.model_images_per_s, 2),
+            "bottleneck": expected.bottleneck,
+            "decode_images_per_s_per_core": round(expected.decode_images_per_s_per_core, 2),
+            "model_images_per_s": round(expected.model_images_per_s, 2),
             "expected_images_per_s": round(run.images_per_s, 2),
-            "cpus_per_gpu": round(found.balance, 2) if actors.gpus else None,
-            "cpus_per_model_cpu": None if actors.gpus else round(found.balance, 2),
+            "cpus_per_gpu": round(expected.balance, 2) if actors.gpus else None,
+            "cpus_per_model_cpu": None if actors.gpus else round(expected.balance, 2),
             "expected_seconds": round(seconds, 1),
             "actor_memory_bytes": self._memory_bytes,
             "driver_memory_bytes": driver_bytes,
-            "table_bytes": found.table_bytes,
+            "table_bytes": expected.table_bytes,
             "actors": actors.count,
         }
 
@@ -138,21 +138,21 @@ class _Plan:
             began_at=time.time(),
         )
 
-    def _run(self, rows: pa.Table, engine: EngineChoice, actors: Actors, have: Resources) -> SampleRun:
-        """The job on a sample.
+    def _run(self, rows: pa.Table, engine: EngineChoice, actors: Actors, resources: Resources) -> SampleRun:
+        """Runs the job on a sample.
 
         Raises:
-            ConfigError: no image can be used.
+            ConfigError: no image is usable.
         """
         scoring = self._scoring(self._job, f"sample-{len(rows)}")
         batch = self._job.run.batch_size
         shard_size = max(1, len(rows) // (SHARDS * actors.count * batch)) * batch
-        summary = scoring.score_sample(rows, engine, actors, have, shard_size=shard_size)
+        summary = scoring.score_sample(rows, engine, actors, resources, shard_size=shard_size)
         ok = summary.statuses.get("ok", 0)
         if not ok:
             status, (example, *_) = next((s, e) for s, e in summary.examples.items() if e)
             raise ConfigError(
-                f"none of {len(rows):,} sampled images can be used, such as {example.uri}: {status}: {example.error}"
+                f"none of {len(rows):,} sampled images is usable, for example {example.uri}: {status}: {example.error}"
             )
         self._memory_bytes = max(report.memory_bytes for report in scoring.reports)
         return SampleRun(
@@ -169,19 +169,19 @@ class _Plan:
             times=total_times(scoring.reports),
         )
 
-    def _say(
-        self, found: Forecast, run: SampleRun, *, images: int, seconds: float, actors: Actors, driver_bytes: int
+    def _show(
+        self, expected: Forecast, run: SampleRun, *, images: int, seconds: float, actors: Actors, driver_bytes: int
     ) -> None:
         unit = "GPU" if actors.gpus else "core of the model"
-        bad = f"; {run.images - run.ok:,} of {run.images:,} images cannot be used" if run.ok < run.images else ""
+        bad = f"; {run.images - run.ok:,} of {run.images:,} images are not usable" if run.ok < run.images else ""
         lines = (
-            f"decoding: {found.decode_images_per_s_per_core:,.0f} images/s a core{bad}; "
-            f"model: {found.model_images_per_s:,.0f} images/s of all actors",
-            f"bottleneck: {found.bottleneck}; {found.balance:,.2g} core(s) that decode for each {unit} would balance",
+            f"decoding: {expected.decode_images_per_s_per_core:,.0f} images/s per core{bad}; "
+            f"model: {expected.model_images_per_s:,.0f} images/s on all actors",
+            f"bottleneck: {expected.bottleneck}; {expected.balance:,.2g} decoding core(s) per {unit} would balance it",
             f"expected: {run.images_per_s:,.0f} images/s, {duration(seconds)} for {images:,} images "
-            f"({duration(found.scoring_s)} of them scoring, {duration(found.commit_s)} committing)",
-            f"memory: {filesize.decimal(self._memory_bytes)} an actor, {filesize.decimal(driver_bytes)} the driver; "
-            f"table: {filesize.decimal(found.table_bytes)}",
+            f"({duration(expected.scoring_s)} scoring, {duration(expected.commit_s)} committing)",
+            f"memory: {filesize.decimal(self._memory_bytes)} per actor, driver {filesize.decimal(driver_bytes)}; "
+            f"table: {filesize.decimal(expected.table_bytes)}",
             "plan: nothing was written to the output",
         )
         for line in lines:

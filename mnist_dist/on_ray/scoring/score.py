@@ -1,10 +1,11 @@
-"""The scoring job, the driver's side: what there is to score, the shards that are not done, the commit.
+"""The driver of a scoring job: it lists the images, has the unfinished shards scored, and commits the table.
 
-Loads neither TensorFlow nor Keras. `shard_runner.py` runs the shards, `actor.py` is what the workers do,
-`scoring/commit.py` owns what lies in the output.
+Owns: the order of these steps. Does not own: running the shards (`on_ray/shard_runner.py`), what a worker does
+(`actor.py`), or the files in the output (`scoring/generations.py`, `scoring/commit.py`). Loads neither TensorFlow nor
+Keras.
 
-In what order a job resumes: a commit that was begun is replayed; else an unfinished generation is finished, without
-listing anything (`commit.resume`); else a finished table is returned, or a new generation is begun.
+How a job resumes: a commit that has begun is replayed. Otherwise an unfinished generation is finished without listing
+the input again (`commit.resume`). Otherwise a finished table is returned, or a new generation begins.
 """
 
 import os
@@ -53,30 +54,30 @@ from mnist_dist.store.uris import absolute, join
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import ShardReport
 
-WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # loaded while Ray starts
-KERAS_BACKEND = "KERAS_BACKEND"  # variable of Keras
-ENGINES_FOLDER = "_engines"  # in an output, where the bundle's place cannot be written
-LIST_BEFORE_RAY_S = 1.0  # a listing that takes longer goes on while Ray starts
-SHOWN_SUFFIXES = 5
+WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
+KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
+ENGINES_FOLDER = "_engines"  # folder in the output for converted models, when the folder beside the bundle is read-only
+LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
+SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
 
 
 def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
-    """Scores images into a prediction table, or goes on with it, or returns what is finished.
+    """Scores images into a prediction table; resumes an unfinished table, and returns a finished one at once.
 
     Args:
-        job: what to score.
-        console: what a person sees.
+        job: what to score, with which model, into which table.
+        console: where progress and results are shown.
 
     Returns:
-        The keys of the contract: `output`, `images` (rows of the table), `ok`, `errors` (rows that are neither ok nor
-        unsupported), `skipped` (rows that earlier runs had scored), `images_per_s`, `seconds`, and more.
+        The JSON line: `output`, `images` (rows of the table), `ok`, `errors` (rows that are neither ok nor
+        unsupported), `skipped` (rows scored by earlier runs), `images_per_s`, `seconds`, and more.
 
     Raises:
-        ConfigError: a flag, the input, the bundle or the output does not fit; found before any scoring.
-        TooManyBadImages: more rows are bad than `max_bad_fraction`; the table is there.
-        ServiceError: the storage failed, not an image; what was scored is kept.
-        WorkersFailed: workers died over the same shard more often than `max_failures`.
-        Interrupted: a signal; what was scored is kept.
+        ConfigError: a flag, the input, the bundle or the output is invalid; raised before any scoring.
+        TooManyBadImages: the share of bad rows exceeds `max_bad_fraction`; the table is complete.
+        ServiceError: the storage failed, not a single image; finished shards are kept.
+        WorkersFailed: workers died on the same shard more than `max_failures` times.
+        Interrupted: a signal arrived; finished shards are kept.
     """
     began_at = time.time()
     require(not job.run.plan, "a plan is made by plan_score", plan=True)
@@ -92,14 +93,14 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
 
 
 def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, Any]:
-    """Says what would be done; writes nothing."""
+    """Lists the input and reports what would be scored; writes nothing."""
     began = time.monotonic()
     listing = list_inputs(job.inputs)
     prediction_schema(job.table, carried=carried_schema(listing.table))
-    _say_what_was_found(listing, console)
+    _show_listing(listing, console)
     committed = output.committed()
     if committed is not None:
-        console.line(f"{output.uri} holds {committed.mark.rows:,} rows of the model {committed.mark.model_id[:12]}")
+        console.line(f"{output.uri} already holds {committed.mark.rows:,} rows by model {committed.mark.model_id[:12]}")
     console.line("dry run: nothing was written")
     return {
         "output": output.uri,
@@ -113,23 +114,23 @@ def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, An
     }
 
 
-def _say_what_was_found(listing: Listing, console: Console) -> None:
+def _show_listing(listing: Listing, console: Console) -> None:
     by_count = sorted(listing.by_suffix.items(), key=lambda item: -item[1])
     suffixes = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in by_count[:SHOWN_SUFFIXES])
     console.line(f"found {len(listing.table):,} images, {filesize.decimal(listing.total_bytes)} ({suffixes})")
     notes = {
         "in {:,} archives": listing.archives,
-        "{:,} named twice, scored once": listing.named_twice,
-        "{:,} archive members replaced by later ones of the same name": listing.duplicate_members,
-        "{:,} other files left out": listing.others,
+        "{:,} duplicates ignored": listing.named_twice,
+        "{:,} archive members replaced by later members of the same name": listing.duplicate_members,
+        "{:,} other files skipped": listing.others,
     }
-    said = [text.format(count) for text, count in notes.items() if count]
-    if said:
-        console.line(f"  {'; '.join(said)}")
+    shown = [text.format(count) for text, count in notes.items() if count]
+    if shown:
+        console.line(f"  {'; '.join(shown)}")
 
 
 class Scoring:
-    """One driver's work on an output."""
+    """Scores one job into one output; the caller holds the lock of the output."""
 
     def __init__(
         self,
@@ -142,14 +143,14 @@ class Scoring:
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
         self.session, self.began_at = session, began_at
-        self.found = 0  # images, by a listing under way
-        self.discarded = 0  # number of a generation of another job that was thrown away
-        self.scored, self.scoring_s = 0, 0.0  # images, and how long that took
+        self.found = 0  # images listed so far
+        self.discarded = 0  # number of the other job's generation that this job deleted; 0: none
+        self.scored, self.scoring_s = 0, 0.0  # images scored by this run, and the time it took
         self.steady_images_per_s: float | None = None
         self.reports: list[ShardReport[Times]] = []
 
     def run_to_end(self) -> dict[str, Any]:
-        """Does what is left to do, and gives the result."""
+        """Does whatever is left to do, and returns the result."""
         resumed = resume(self.output, is_mine=self._is_mine, complete=self._complete, check=self.session.confirm_lock)
         self.discarded = resumed.discarded
         if resumed.committed is not None and self.job.mode != "incremental":
@@ -161,42 +162,42 @@ class Scoring:
             return self._finished_before(before)
         return self._result(self._run_new(before))
 
-    # --- what there is to do -----------------------------------------------------------------------------------------
+    # --- deciding what to do -----------------------------------------------------------------------------------------
 
     def _summary(self, before: Committed) -> Summary:
         if before.summary is None:
             raise DataError(
-                f"_summary.json, which says what made the table, is gone or damaged; --mode fresh makes another. "
+                f"_summary.json, which says how the table was made, is gone or damaged; --mode fresh makes another. "
                 f"Received: {self.output.uri!r}"
             )
         return before.summary
 
-    def _check_same(self, theirs: Origin, *, but: tuple[str, ...] = ()) -> None:
-        """Raises ResumeConflict where the job is not the one that made what is there."""
-        lines = self._differences(theirs, but=but)
+    def _check_same(self, origin: Origin, *, but: tuple[str, ...] = ()) -> None:
+        """Raises ResumeConflict unless this job would make the same rows as `origin`."""
+        lines = self._differences(origin, but=but)
         if lines:
             shown = "\n  ".join(lines)
             raise ResumeConflict(
-                f"{self.output.uri} was made by another job (take another --output, --mode incremental for other "
-                f"input, or --mode fresh for everything anew):\n  {shown}"
+                f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
+                f"for other input, or --mode fresh to score everything again):\n  {shown}"
             )
 
-    def _differences(self, theirs: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
-        ours = {"model_id": self.bundle.info.model_id, **self.job.settings()}
-        known = {"model_id": theirs.model_id, **ScoreJob.completed(theirs.settings)}
+    def _differences(self, origin: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
+        own = {"model_id": self.bundle.info.model_id, **self.job.settings()}
+        known = {"model_id": origin.model_id, **ScoreJob.completed(origin.settings)}
         for name, value in asdict(self.job.engine).items():
             if value != "auto":
-                ours[name], known[name] = value, getattr(theirs, name)
-        if theirs.engine == "keras":
-            ours[KERAS_BACKEND], known[KERAS_BACKEND] = _keras_backend(), theirs.keras_backend
-        wanted = [name for name in ours if name not in but]
-        return differences({name: ours[name] for name in wanted}, {name: known.get(name) for name in wanted})
+                own[name], known[name] = value, getattr(origin, name)
+        if origin.engine == "keras":
+            own[KERAS_BACKEND], known[KERAS_BACKEND] = _keras_backend(), origin.keras_backend
+        compared = [name for name in own if name not in but]
+        return differences({name: own[name] for name in compared}, {name: known.get(name) for name in compared})
 
     def _is_mine(self, unfinished: Generation) -> bool:
-        """Whether this job resumes a generation.
+        """Whether the unfinished generation belongs to this job, which then resumes it.
 
         Raises:
-            ResumeConflict: it is another job's, which only mode fresh throws away.
+            ResumeConflict: it belongs to another job; only mode fresh deletes it.
         """
         fresh, is_committing = self.job.mode == "fresh", unfinished.is_committing
         is_mine = not self._differences(unfinished.plan) and (unfinished.plan.mode == "fresh" or not fresh)
@@ -207,25 +208,25 @@ class Scoring:
         return is_mine
 
     def _complete(self, unfinished: Generation) -> Committed:
-        """Scores what is left of a generation, and commits it."""
+        """Scores the remaining shards of a generation, and commits it."""
         with Manifest(unfinished.manifest_uri) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
-            with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as have:
-                have = await_actors(have, self.job.run, self.session)
-                actors = choose_actors(have, self.job.run)
-                engine = self.choose_engine(_engine_of(unfinished.plan), actors, have)
-                self._score(unfinished, engine, actors, have)
+            with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
+                resources = await_actors(resources, self.job.run, self.session)
+                actors = choose_actors(resources, self.job.run)
+                engine = self.choose_engine(_engine_of(unfinished.plan), actors, resources)
+                self._score(unfinished, engine, actors, resources)
         return self._commit(unfinished)
 
     def _finished_before(self, before: Committed) -> dict[str, Any]:
         self.session.console.line(
-            f"{self.output.uri} is finished; --mode incremental scores what is new, --mode fresh all"
+            f"{self.output.uri} is finished; --mode incremental scores new images, --mode fresh scores all again"
         )
         return self._result(self._judged(before))
 
     def _judged(self, before: Committed) -> Committed:
-        """A table of an earlier run, by the share of bad rows that is allowed now."""
+        """Marks the table of an earlier run as good or failed by the share of bad rows that is allowed now."""
         ok = self._judge(self._summary(before).statuses, before.mark.rows)
         if ok != before.mark.failed:
             return before
@@ -233,7 +234,7 @@ class Scoring:
         return rejudge(self.output, before, ok=ok)
 
     def _run_new(self, before: Committed | None) -> Committed:
-        """Lists, scores and commits a new generation; Ray starts meanwhile where listing takes long."""
+        """Lists, scores and commits a new generation; Ray starts in the meantime when listing takes long."""
         listing = SideThread(
             lambda: select_images(self.job, self.output, before=before, progress=self.note_found), name="listing"
         )
@@ -242,30 +243,31 @@ class Scoring:
         rows = None if listing.is_alive() else len(listing.result().table)
         if rows == 0:
             return self._nothing_new(before)
-        with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as have:
-            have = await_actors(have, self.job.run, self.session)
-            actors = choose_actors(have, self.job.run, most=rows and -(-rows // (self.job.shard_size or MIN_SHARD)))
-            engine = self.choose_engine(self._asked(before), actors, have, images=rows)
+        with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
+            resources = await_actors(resources, self.job.run, self.session)
+            shards = rows and -(-rows // (self.job.shard_size or MIN_SHARD))
+            actors = choose_actors(resources, self.job.run, most=shards)
+            engine = self.choose_engine(self._requested_engine(before), actors, resources, images=rows)
             self.wait_for(listing)
             if not len(listing.result().table):
                 return self._nothing_new(before)
             self.session.confirm_lock()
             generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
-            self._begin(generation, listing.result(), before, actors=actors, have=have)
-            self._score(generation, engine, actors, have)
+            self._begin(generation, listing.result(), before, actors=actors, resources=resources)
+            self._score(generation, engine, actors, resources)
         return self._commit(generation)
 
     def score_sample(
         self, rows: pa.Table, engine: EngineChoice, actors: Actors, have: Resources, *, shard_size: int
     ) -> Summary:
-        """Scores and commits some rows, as a new table; for a plan.
+        """Scores and commits a sample as a new table; used by `--plan`.
 
         Args:
             rows: `manifest.COLUMNS`, then the carried columns.
-            engine: for the model.
-            actors: what is taken.
-            have: what the cluster has.
-            shard_size: rows of a shard.
+            engine: the engine that runs the model.
+            actors: the actors to start.
+            have: the resources of the cluster.
+            shard_size: rows per shard.
         """
         generation = self.output.reserve(self._plan(None, engine))
         check_found(self.job, rows, self.output, keep_old=False, nodes=have.nodes)
@@ -274,39 +276,39 @@ class Scoring:
         return self._summary(self._commit(generation))
 
     def note_found(self, images: int) -> None:
-        """So many images were found so far."""
+        """Takes the number of images listed so far, for the progress bar."""
         self.found = images
 
     def wait_for(self, listing: SideThread) -> None:
-        """Waits for a listing, and shows how far it is."""
+        """Waits for the listing, and shows its progress."""
         with self.session.console.progress("listing") as bar:
             self.session.watch(
                 listing.ended, show=lambda: bar.update(done=0, total=1, note=f"{self.found:,} images so far")
             )
 
     def _nothing_new(self, before: Committed | None) -> Committed:
-        assert before is not None, "without a table, a listing that finds nothing raises"
+        assert before is not None, "without a table, an empty listing raises"
         self.session.console.line(f"{self.output.uri}: there is nothing to score")
         return self._judged(before)
 
-    def _asked(self, before: Committed | None) -> EngineConfig:
-        """The engine for a new generation: that of the rows which stay, if there are some."""
+    def _requested_engine(self, before: Committed | None) -> EngineConfig:
+        """The engine to use for a new generation: that of the existing rows, if they are kept."""
         if before is None or self.job.mode == "fresh":
             return self.job.engine
-        noted = _engine_of(self._summary(before))
-        if noted.engine == "keras" and self.job.engine.engine == "auto":
-            self.session.console.line("the table keeps its engine, keras; --mode fresh chooses again")
-        return noted
+        existing = _engine_of(self._summary(before))
+        if existing.engine == "keras" and self.job.engine.engine == "auto":
+            self.session.console.line("the table keeps its engine, keras; --mode fresh chooses the engine again")
+        return existing
 
     def choose_engine(
         self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
     ) -> EngineChoice:
-        """The engine for what is asked, converted where that is worth it; None: the images are still being listed."""
+        """Chooses the engine, and converts the model if that saves time. `images=None`: still being listed."""
         check_job_storage(self.job, nodes=have.nodes)
         if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
             raise ResumeConflict(
-                f"the rows that are there were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 goes on, "
-                f"--mode fresh makes the table anew. Received: {self.output.uri!r}"
+                f"the existing rows were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 keeps it, "
+                f"--mode fresh makes a new table. Received: {self.output.uri!r}"
             )
         return job_engine(
             self.job,
@@ -333,22 +335,22 @@ class Scoring:
         )
 
     def _begin(
-        self, generation: Generation, work: Selection, before: Committed | None, *, actors: Actors, have: Resources
+        self, generation: Generation, work: Selection, before: Committed | None, *, actors: Actors, resources: Resources
     ) -> None:
-        """Checks what can be checked with the list at hand, and writes down what is to be done."""
+        """Checks the listed images, chooses the shard size, and writes the manifest and the plan of the generation."""
         if work.listing is not None:
-            _say_what_was_found(work.listing, self.session.console)
+            _show_listing(work.listing, self.session.console)
         if before is not None and generation.plan.keep_old:
             self.session.console.line(
-                f"{len(work.table):,} images are scored now; the table holds {before.mark.rows:,} rows"
+                f"{len(work.table):,} images to score; the table already holds {before.mark.rows:,} rows"
             )
-        check_found(self.job, work.table, self.output, keep_old=generation.plan.keep_old, nodes=have.nodes)
+        check_found(self.job, work.table, self.output, keep_old=generation.plan.keep_old, nodes=resources.nodes)
         check_room(
             self.job,
             self.bundle,
             rows=len(work.table),
             output=self.output.uri,
-            actors=-(-actors.count // have.nodes),
+            actors=-(-actors.count // resources.nodes),
         )
         size = self.job.shard_size or choose_shard_size(
             len(work.table),
@@ -372,20 +374,20 @@ class Scoring:
             cpus=max(1, int(actors.cpus)),
         )
 
-    def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, have: Resources) -> None:
-        """Scores the shards that are not done."""
-        from mnist_dist.on_ray.shard_runner import ShardWork, run_shards  # only here: it loads Ray Data
+    def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, resources: Resources) -> None:
+        """Scores the shards that are not done yet."""
+        from mnist_dist.on_ray.shard_runner import ShardWork, run_shards  # imported here because it loads Ray Data
 
         done = generation.done_shards()
         with Manifest(generation.manifest_uri) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
-        if not left:  # what the workers of an earlier driver still put
+        if not left:  # the workers of an earlier driver have finished the last shards in the meantime
             return
         self.session.console.line(
             f"scoring {rows - rows_done:,} images in {len(left):,} shards"
-            f"{f' ({rows_done:,} were done before)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
-            f"{actors}, of {have}"
+            f"{f' ({rows_done:,} already done)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
+            f"{actors}, on {resources}"
         )
         task = self._task(generation, engine, actors)
         work = ShardWork(
@@ -396,23 +398,23 @@ class Scoring:
             actors=actors,
             shards_at_once=SHARDS_AT_ONCE,
             before=DecodingWorker(task) if actors.decode_in_tasks else None,
-            before_bytes=2 * TASK_SHARD_BYTES,  # the pixels, and their block
+            before_bytes=2 * TASK_SHARD_BYTES,  # twice: the pixels, and the Ray block that they are copied into
         )
         ran = run_shards(work, left, self.session, title="scoring", done=rows_done, total=rows)
         self.steady_images_per_s = ran.steady_images_per_s
         self.reports = ran.reports
-        self._note_how_it_went(ran.reports, means_of(actors, have), images=rows - rows_done)
+        self._report_speed(ran.reports, means_of(actors, resources), images=rows - rows_done)
 
-    def _note_how_it_went(self, reports: "list[ShardReport[Times]]", means: Means, *, images: int) -> None:
+    def _report_speed(self, reports: "list[ShardReport[Times]]", means: Means, *, images: int) -> None:
         if not reports:
             return
-        # from the first shard's begin to the last one's end
+        # from the start of the first shard to the end of the last one
         seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
         self.scored, self.scoring_s = self.scored + images, self.scoring_s + seconds
         steady = self.steady_images_per_s
         self.session.console.line(
             f"{images:,} images in {seconds:.1f} s, {images / seconds:,.1f} images/s"
-            f"{f' ({steady:,.1f} once under way)' if steady else ''}; slowest stage: "
+            f"{f' ({steady:,.1f} at steady speed)' if steady else ''}; slowest stage: "
             f"{slowest_stage(reports, means, seconds=seconds)}"
         )
 
@@ -435,22 +437,22 @@ class Scoring:
             )
 
     def _check(self, generation: Generation) -> None:
-        if not generation.is_committing:  # from then on there is no table until the commit is through
+        if not generation.is_committing:  # a running commit is not stopped: until it ends there is no table
             self.session.stop.check()
         self.session.confirm_lock()
 
     def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
-        """Whether a table is good enough."""
-        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # 0.29 * 100 is less than 29
+        """Whether a table has few enough bad rows to be marked as good."""
+        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # divided: 0.29 * 100 < 29
 
     def _images_per_s(self) -> float | None:
         return round(self.scored / self.scoring_s, 2) if self.scoring_s else None
 
     def _result(self, committed: Committed) -> dict[str, Any]:
-        """The JSON line's keys, once they were shown to a person.
+        """Shows the result on the console, and returns the contents of the JSON line.
 
         Raises:
-            TooManyBadImages: the table was judged bad.
+            TooManyBadImages: the table is marked as failed.
         """
         summary = self._summary(committed)
         mark, statuses = committed.mark, summary.statuses
@@ -482,12 +484,12 @@ class Scoring:
 
 
 def _keras_backend() -> str:
-    """What Keras runs on in this job."""
+    """The Keras backend of this job."""
     return os.environ.get(KERAS_BACKEND) or "tensorflow"
 
 
 def _engine_of(origin: Origin) -> EngineConfig:
-    """The engine that made rows."""
+    """The engine that made the rows."""
     return EngineConfig(engine=origin.engine, precision=origin.precision)
 
 

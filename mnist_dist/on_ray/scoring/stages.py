@@ -1,4 +1,4 @@
-"""How long each stage of a scoring job was busy, by what the workers reported."""
+"""How long each stage of a scoring job was busy, computed from the reports of the workers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ from mnist_dist.scoring.decoding import Threads, Times
 from mnist_dist.scoring.planning import Means, busy_s
 
 if TYPE_CHECKING:
-    from mnist_dist.on_ray.shard_runner import ShardReport  # loads Ray Data, which the driver does while Ray starts
+    from mnist_dist.on_ray.shard_runner import ShardReport  # loads Ray Data, which the driver imports while Ray starts
 
 
 def means_of(actors: Actors, have: Resources) -> Means:
-    """What decodes for the actors: their own threads, or a task on each whole core that they leave."""
+    """The part of the cluster that a job uses. Actors decode in their threads, or in tasks on all other whole cores."""
     cores = max(1, int(actors.cpus))
     processes, decoding = actors.count, cores
     if actors.decode_in_tasks:
@@ -27,13 +27,13 @@ def means_of(actors: Actors, have: Resources) -> Means:
 
 
 def total_times(reports: "Sequence[ShardReport[Times]]") -> Times:
-    """Of all processes together."""
-    newest = {report.process: report.content for report in reports}  # a process' times count from its start
+    """The times of all processes together."""
+    newest = {report.process: report.content for report in reports}  # the times of a process are totals since its start
     return sum(newest.values(), start=Times())
 
 
 def slowest_stage(reports: "Sequence[ShardReport[Times]]", means: Means, *, seconds: float) -> str:
-    """Which stage was busy most of the time, over all actors."""
+    """The stage that was busy most of the time, over all actors."""
     busy = busy_s(total_times(reports), means)
     stage = max(busy, key=lambda stage: busy[stage])
     return f"{stage} (busy {min(1.0, busy[stage] / seconds):.0%} of the time)"
