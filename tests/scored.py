@@ -87,10 +87,10 @@ def scored_rows(
 
 def write_scored(folder: Path, *parts: pa.Table, model_id: str = MODEL, failed: bool = False) -> str:
     """A finished table of one file for each part; its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table").mkdir(parents=True, exist_ok=True)
     names = tuple(f"part-g0001-{number:05d}.parquet" for number in range(len(parts)))
     for name, rows in zip(names, parts, strict=True):
-        pq.write_table(rows, folder / name, row_group_size=7)
+        pq.write_table(rows, folder / "table" / name, row_group_size=7)
     rows_of_all = sum(map(len, parts))
     Mark(generation=1, files=names, rows=rows_of_all, model_id=model_id, failed=failed).write(str(folder))
     return str(folder)

@@ -7,7 +7,7 @@ Any driver that dies leaves either the old table, or a `commit.json` from which 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -185,9 +185,10 @@ def _publish(output: Output, generation: Generation, decision: _Decision, *, che
     check()
     for name in (SUCCESS, FAILED):  # from here on there is no table, until the mark is put again
         output.store.delete(join(output.uri, name))
-    _move_all([*decision.add, MANIFEST], generation.out_uri, output)
-    for name in sorted({*decision.remove, *_orphans(output, decision)}):
-        output.store.delete(join(output.uri, name))
+    targets = {name: output.part_uri(name) for name in decision.add} | {MANIFEST: join(output.uri, MANIFEST)}
+    _move_all(targets, generation.out_uri, output.store)
+    for uri in sorted({*map(output.part_uri, decision.remove), *_orphans(output, decision)}):
+        output.store.delete(uri)
     documents.write(output.store, join(output.uri, SUMMARY), decision.summary)
     check()
     decision.mark.write(output.uri, store=output.store)
@@ -198,13 +199,14 @@ def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
     for name in output.names():
         match = PART.fullmatch(name)
         is_part = match is not None and int(match[1]) <= decision.mark.generation
-        if (is_part and name not in decision.mark.files) or _LEFT_BY_KILLED.fullmatch(name):
-            yield name
+        is_named = name.rpartition("/")[2] in decision.mark.files
+        if (is_part and not is_named) or _LEFT_BY_KILLED.fullmatch(name):
+            yield join(output.uri, name)
 
 
-def _move_all(names: Iterable[str], source: str, output: Output) -> None:
+def _move_all(targets: Mapping[str, str], source: str, store: Store) -> None:
     with ThreadPoolExecutor(THREADS) as pool:  # readers have no table meanwhile, and S3 has to copy
-        moves = [pool.submit(_move, output.store, join(source, name), join(output.uri, name)) for name in names]
+        moves = [pool.submit(_move, store, join(source, name), target) for name, target in targets.items()]
         for move in moves:
             move.result()
 

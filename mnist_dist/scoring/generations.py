@@ -6,7 +6,8 @@ anything here holds.
 
 ```
 <output>/
-  part-g0002-00000.parquet ...   the table: rows of generation 2, or left of older ones (part-g0002-kept-00000.parquet)
+  table/                         the table, and nothing else:
+    part-g0002-00000.parquet ... rows of generation 2, or left of older ones (part-g0002-kept-00000.parquet)
   _manifest.parquet              uri, size_bytes, etag, status, error of every row; a row group for each file, in order
   _summary.json  _SUCCESS        (or _FAILED)
   _work/lock
@@ -32,6 +33,7 @@ from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
     FAILED,
     LOCK,
+    TABLE,
     WORK,
     Mark,
     read_mark,
@@ -44,7 +46,7 @@ MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
 _PLAN = "plan.json"
 _GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
-PART = re.compile(r"part-g(\d+)-(?:kept-)?\d+\.parquet")
+PART = re.compile(rf"{TABLE}/part-g(\d+)-(?:kept-)?\d+\.parquet")
 
 Mode = Literal["continue", "incremental", "fresh"]
 
@@ -205,9 +207,13 @@ class Output:
             above: a number that is not used again: of a generation whose workers may still write.
         """
         self.sweep()
-        parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
+        parts = (int(match[1]) for name in self.names(TABLE) if (match := PART.fullmatch(name)))
         number = max([above, self._published(), *self._generations(), *parts]) + 1
         return Generation(number, self._generation_uri(number), plan, self.store)
+
+    def part_uri(self, name: str) -> str:
+        """Of a file of the table."""
+        return join(self.uri, TABLE, name)
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and the work in it.
