@@ -118,6 +118,7 @@ def test_an_error_is_raised_as_it_was(
 ) -> None:
     with pytest.raises(error, match=words):
         run(tmp_path, wrong={3: wrong}, **more)
+    assert not list(tmp_path.glob("*.error"))
 
 
 @pytest.mark.parametrize("more", [{}, {"actors": None}], ids=["actors", "tasks"])

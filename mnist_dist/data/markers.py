@@ -113,6 +113,13 @@ class Markers:
             return WorkersFailed(f"shard {shard} was not done, and nobody said why; run the same command to resume")
         return error
 
+    def forget_failures(self) -> None:
+        """Deletes the errors that this driver's workers left, once one of them is known."""
+        with contextlib.suppress(OSError, ServiceError):
+            for entry in self.store.scan_entries(self.folder):
+                if entry.uri.endswith(f".{self.run_id}.error"):
+                    self.store.delete(entry.uri)
+
     def _take_back(self, work: str) -> None:
         """Removes a marker; where the storage fails it stays, which costs the next process its speed alone."""
         with contextlib.suppress(OSError, ServiceError):

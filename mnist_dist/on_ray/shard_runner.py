@@ -25,7 +25,7 @@ import ray.data
 from mnist_dist.console import Bar
 from mnist_dist.data.markers import FORESEEN, Attempt, Markers
 from mnist_dist.data.steady_speed import SteadySpeed
-from mnist_dist.errors import DecoderStuck, MnistDistError, WorkersFailed, first_line
+from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.tasks import SILENCE_S, peak_memory_bytes, words_of
 from mnist_dist.session import POLL_S, Session
@@ -180,13 +180,20 @@ def run_shards(
     try:
         with session.console.progress(title) as bar:
             session.watch(ray_data.ended, show=lambda: progress.show(bar))
+        if ray_data.error is not None:
+            raise WorkersFailed(words_of(ray_data.error)) from ray_data.error
+        if not_done := sorted(set(shards) - work.done()):
+            raise markers.failure_of(not_done[0])
+    except ServiceError:
+        raise  # nothing is cleared away in a storage that does not answer
+    except (MnistDistError, OSError):
+        given_up.set()
+        ray_data.join(GIVE_UP_S)
+        markers.forget_failures()
+        raise
     finally:
         given_up.set()
         ray_data.join(GIVE_UP_S)
-    if ray_data.error is not None:
-        raise WorkersFailed(words_of(ray_data.error)) from ray_data.error
-    if not_done := sorted(set(shards) - work.done()):
-        raise markers.failure_of(not_done[0])
     return Ran(reports=progress.reports, steady_images_per_s=progress.steady.images_per_s)
 
 
@@ -321,6 +328,7 @@ class _Shards:
     def __init__(self, worker: Worker[Any], markers: Markers) -> None:
         self._worker, self._markers = worker, markers
         self._failure: Exception | None = None
+        self._opened_again = False
 
     def open(self, name: str | None) -> None:
         """Opens the worker; an error is the answer to every shard. A death counts where there is a name for it."""
@@ -328,7 +336,8 @@ class _Shards:
             if name is None:
                 self._worker.open()
                 return
-            with self._markers.trying(name):
+            with self._markers.trying(name) as attempt:
+                self._opened_again = attempt.of_run > 1
                 self._worker.open()
         except Exception as error:
             self._failure = self._readable(error)
@@ -347,8 +356,12 @@ class _Shards:
         if (now := counter.progress()).images != told:
             yield _block(now)
         outcome = self.outcome(shard, work)
+        # Ray drops as many answers of a call that it repeats as it had before, so an error is left as an object, too
+        is_to_be_noted = isinstance(outcome, Exception) and (self._failure is None or self._opened_again)
+        if is_to_be_noted and not isinstance(outcome, ServiceError):
+            self._markers.note_failure(shard, outcome)
         yield _block(outcome)
-        if isinstance(outcome, Exception):  # Ray drops answers of a call that it repeats: as many as there were before
+        if is_to_be_noted and isinstance(outcome, ServiceError):  # the storage may take long to refuse the object
             self._markers.note_failure(shard, outcome)
 
     def report(self, shard: int, given: Any, counter: Counter) -> ShardReport[Any]:
