@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from harness import Watched
-from scored import plan_of
+from scored import described_by, plan_of
 
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
@@ -135,7 +135,7 @@ def commit_it(output: Output, generation: Generation, **other: Any) -> Committed
         "shards": len(shards_of(generation)),
         "schema": prediction_schema(ALL, carried=CARRIED),
         "judge": lambda counts, rows: True,
-        "bundle": "models/b",
+        "description": described_by(("ant", "bee")),
         "images_per_s": 1.5,
         "check": nothing,
         "progress": nothing,
@@ -313,9 +313,22 @@ def test_the_summary_counts_the_whole_table_and_shows_examples(finished: dict[st
     summary = json.loads(finished["increment"].summary)
     assert summary["statuses"] == dict.fromkeys(STATUSES, 0) | {"ok": 10, "missing": 5}
     assert summary["examples"] == {"missing": [{"uri": uri, "error": "it is gone"} for uri in ("a02", "a05", "a08")]}
-    named = {name: summary[name] for name in ("generation", "rows", "model_id", "bundle", "images_per_s")}
-    assert named == {"generation": 2, "rows": 15, "model_id": "new", "bundle": "models/b", "images_per_s": 1.5}
+    named = {name: summary[name] for name in ("generation", "rows", "model_id", "images_per_s")}
+    assert named == {"generation": 2, "rows": 15, "model_id": "new", "images_per_s": 1.5}
+    assert summary["described"]["bundle"] == "models/b"
     assert summary["files"] == json.loads(finished["increment"].mark)["files"]
+
+
+def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -> None:
+    assert json.loads(finished["first"].rows.schema.metadata[b"mnist_dist"]) == {
+        "bundle": "models/b",
+        "class_names": ["ant", "bee"],
+        "resize": "crop",
+        "versions": {"python": "3.99"},
+        "model_id": "new",
+        "engine": "keras",
+        "precision": "float32",
+    }
 
 
 def test_the_manifest_of_the_table_says_what_was_read_or_else_listed(finished: dict[str, Seen]) -> None:

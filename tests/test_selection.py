@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import colour_png, tar_of
-from scored import plan_of
+from scored import described_by, plan_of
 
 from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import DataError
@@ -49,7 +49,7 @@ class Place:
 
     def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Selection:
         job = ScoreJob(
-            bundle="b",
+            description=described_by(("a", "b")),
             output=self.output.uri,
             inputs=InputConfig(input=inputs or (join(self.root, "images"),), carry=self.carry),
             table=self.table,
@@ -75,7 +75,7 @@ class Place:
             shards=shards,
             schema=schema,
             judge=lambda counts, rows: True,
-            bundle="b",
+            description=described_by(("a", "b")),
             images_per_s=None,
             check=lambda: None,
             progress=lambda done, total: None,
@@ -164,7 +164,9 @@ def test_a_fresh_start_scores_everything_again(folder: Place) -> None:
 def test_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"1")
     told: list[int] = []
-    job = ScoreJob(bundle="b", output=str(tmp_path / "out"), inputs=InputConfig(input=(str(tmp_path),)))
+    job = ScoreJob(
+        description=described_by(("a", "b")), output=str(tmp_path / "out"), inputs=InputConfig(input=(str(tmp_path),))
+    )
     select_images(job, Output(job.output), before=None, progress=told.append)
     assert told[-1] == 1
 

@@ -6,10 +6,11 @@ which whoever calls this holds.
 Any driver that dies leaves either the old table, or a `commit.json` from which the next one goes on (`replay`).
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pyarrow as pa
 
@@ -20,6 +21,7 @@ from mnist_dist.scoring.generations import (
     PART,
     SUMMARY,
     Committed,
+    Description,
     Generation,
     Origin,
     Output,
@@ -28,6 +30,7 @@ from mnist_dist.scoring.generations import (
 from mnist_dist.scoring.parts import PART_BYTES, Building
 from mnist_dist.scoring.predictions import (
     FAILED,
+    METADATA_KEY,
     SUCCESS,
     Mark,
     read_mark,
@@ -56,7 +59,7 @@ def commit(
     shards: int,
     schema: pa.Schema,
     judge: Callable[[Mapping[str, int], int], bool],
-    bundle: str,
+    description: Description,
     images_per_s: float | None,
     check: Callable[[], None],
     progress: Callable[[int, int], None],
@@ -70,7 +73,7 @@ def commit(
         shards: how many it has.
         schema: of the table.
         judge: whether the table is good enough, of the rows by status and all rows.
-        bundle: its URI, for the summary.
+        description: of the model; it goes into the summary, and into the metadata of each Parquet file.
         images_per_s: of the generation's scoring, for the summary.
         check: raises Locked when another driver has taken over.
         progress: is told how many shards are through, and of how many.
@@ -84,7 +87,8 @@ def commit(
     """
     if not generation.is_committing:
         check()  # what an earlier try has built is cleared away, and must not be another driver's
-        building = Building(output, generation, schema=schema, part_bytes=part_bytes)
+        described = schema.with_metadata(table_metadata(description, generation.plan))
+        building = Building(output, generation, schema=described, part_bytes=part_bytes)
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts = table.counts()
         plan, files = generation.plan, tuple(table.files)
@@ -100,7 +104,7 @@ def commit(
             ),
             summary=Summary(
                 **{field.name: getattr(plan, field.name) for field in fields(Origin)},
-                bundle=bundle,
+                described=description,
                 images_per_s=images_per_s,
                 generation=generation.number,
                 rows=table.rows,
@@ -112,6 +116,12 @@ def commit(
         check()
         documents.write(output.store, generation.commit_uri, decision)
     return replay(output, generation, check=check)
+
+
+def table_metadata(description: Description, origin: Origin) -> dict[str, str]:
+    """What the metadata of each Parquet file says, as JSON under the key `mnist_dist`."""
+    of_origin = {name: getattr(origin, name) for name in ("model_id", "engine", "precision")}
+    return {METADATA_KEY: json.dumps({**asdict(description), **of_origin})}
 
 
 def replay(output: Output, generation: Generation, *, check: Callable[[], None]) -> Committed:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, EnginePrecision
+from mnist_dist.config import EngineName, EnginePrecision, ResizeRule
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
@@ -84,11 +84,24 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary(Origin):
-    """`_summary.json`: what the table is, for people and for the next job."""
+class Description:
+    """What a person needs to know about the model to read the table."""
 
     bundle: str
     """URI."""
+    class_names: tuple[str, ...]
+    """In the order of `probabilities`."""
+    resize: ResizeRule
+    """How an image of another shape became the model's input."""
+    versions: dict[str, str]
+    """Of Python and of the packages that scored, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Origin):
+    """`_summary.json`: what the table is, for people and for the next job."""
+
+    described: Description
     images_per_s: float | None
     generation: int
     rows: int

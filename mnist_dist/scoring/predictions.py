@@ -60,6 +60,9 @@ ALWAYS = ("uri", "status")
 TABLE = "table"
 """Folder of the output with the Parquet files and nothing else, which other readers are pointed to."""
 SUCCESS, FAILED = "_SUCCESS", "_FAILED"
+METADATA_KEY = "mnist_dist"
+"""Of the JSON in the metadata of each Parquet file: `class_names` in order, `bundle`, `model_id`, `engine`,
+`precision`, `resize` and `versions`."""
 WORK = "_work"
 LOCK = f"{WORK}/lock"
 _READ_ATTEMPTS = 5  # of a table that is replaced each time while it is read
