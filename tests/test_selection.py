@@ -49,7 +49,7 @@ class Place:
 
     def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Selection:
         job = ScoreJob(
-            description=described_by(("a", "b")),
+            bundle="b",
             output=self.output.uri,
             inputs=InputConfig(input=inputs or (join(self.root, "images"),), carry=self.carry),
             table=self.table,
@@ -164,9 +164,7 @@ def test_a_fresh_start_scores_everything_again(folder: Place) -> None:
 def test_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"1")
     told: list[int] = []
-    job = ScoreJob(
-        description=described_by(("a", "b")), output=str(tmp_path / "out"), inputs=InputConfig(input=(str(tmp_path),))
-    )
+    job = ScoreJob(bundle="b", output=str(tmp_path / "out"), inputs=InputConfig(input=(str(tmp_path),)))
     select_images(job, Output(job.output), before=None, progress=told.append)
     assert told[-1] == 1
 
