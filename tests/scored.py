@@ -14,7 +14,7 @@ from mnist_dist import documents
 from mnist_dist.config import TableConfig
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
-from mnist_dist.scoring.generations import Plan, Summary
+from mnist_dist.scoring.generations import Description, Plan, Summary
 from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
 from mnist_dist.store.anywhere import ANYWHERE
 
@@ -37,12 +37,17 @@ def write_bundle_info(folder: Path, names: Sequence[str], *, model_id: str = MOD
     return str(folder)
 
 
+def described_by(names: Sequence[str], *, bundle: str = "models/b") -> Description:
+    """What a table says of its model."""
+    return Description(bundle=bundle, class_names=tuple(names), resize="crop", versions={"python": "3.99"})
+
+
 def write_summary(table: str, *, bundle: str, model_id: str = MODEL) -> None:
     """A `_summary.json` that remembers a bundle."""
     summary = Summary(
         model_id=model_id,
         settings={},
-        bundle=bundle,
+        described=described_by(("ant", "bee"), bundle=bundle),
         images_per_s=None,
         generation=1,
         rows=0,
@@ -87,10 +92,10 @@ def scored_rows(
 
 def write_scored(folder: Path, *parts: pa.Table, model_id: str = MODEL, failed: bool = False) -> str:
     """A finished table of one file for each part; its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table").mkdir(parents=True, exist_ok=True)
     names = tuple(f"part-g0001-{number:05d}.parquet" for number in range(len(parts)))
     for name, rows in zip(names, parts, strict=True):
-        pq.write_table(rows, folder / name, row_group_size=7)
+        pq.write_table(rows, folder / "table" / name, row_group_size=7)
     rows_of_all = sum(map(len, parts))
     Mark(generation=1, files=names, rows=rows_of_all, model_id=model_id, failed=failed).write(str(folder))
     return str(folder)

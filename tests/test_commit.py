@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from harness import Watched
-from scored import plan_of
+from scored import described_by, plan_of
 
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
@@ -135,7 +135,7 @@ def commit_it(output: Output, generation: Generation, **other: Any) -> Committed
         "shards": len(shards_of(generation)),
         "schema": prediction_schema(ALL, carried=CARRIED),
         "judge": lambda counts, rows: True,
-        "bundle": "models/b",
+        "description": described_by(("ant", "bee")),
         "images_per_s": 1.5,
         "check": nothing,
         "progress": nothing,
@@ -305,16 +305,30 @@ def test_only_files_with_rows_that_changed_are_written(
         "model_id": "new",
         "failed": mark == "_FAILED",
     }
-    assert sorted(finished[name].names) == sorted([*files, "_manifest.parquet", "_summary.json", mark])
+    parts = [f"table/{file}" for file in files]
+    assert sorted(finished[name].names) == sorted([*parts, "_manifest.parquet", "_summary.json", mark])
 
 
 def test_the_summary_counts_the_whole_table_and_shows_examples(finished: dict[str, Seen]) -> None:
     summary = json.loads(finished["increment"].summary)
     assert summary["statuses"] == dict.fromkeys(STATUSES, 0) | {"ok": 10, "missing": 5}
     assert summary["examples"] == {"missing": [{"uri": uri, "error": "it is gone"} for uri in ("a02", "a05", "a08")]}
-    named = {name: summary[name] for name in ("generation", "rows", "model_id", "bundle", "images_per_s")}
-    assert named == {"generation": 2, "rows": 15, "model_id": "new", "bundle": "models/b", "images_per_s": 1.5}
+    named = {name: summary[name] for name in ("generation", "rows", "model_id", "images_per_s")}
+    assert named == {"generation": 2, "rows": 15, "model_id": "new", "images_per_s": 1.5}
+    assert summary["described"]["bundle"] == "models/b"
     assert summary["files"] == json.loads(finished["increment"].mark)["files"]
+
+
+def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -> None:
+    assert json.loads(finished["first"].rows.schema.metadata[b"mnist_dist"]) == {
+        "bundle": "models/b",
+        "class_names": ["ant", "bee"],
+        "resize": "crop",
+        "versions": {"python": "3.99"},
+        "model_id": "new",
+        "engine": "keras",
+        "precision": "float32",
+    }
 
 
 def test_the_manifest_of_the_table_says_what_was_read_or_else_listed(finished: dict[str, Seen]) -> None:
@@ -351,7 +365,7 @@ def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
         progress=lambda done, total: shown.append((done, total)),
     )
     assert committed.mark.files == ("part-g0001-00000.parquet",)
-    assert pq.read_metadata(tmp_path / committed.mark.files[0]).num_row_groups == 1
+    assert pq.read_metadata(tmp_path / "table" / committed.mark.files[0]).num_row_groups == 1
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -366,7 +380,7 @@ def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     columns = [planned["uri"], pa.repeat("ok", rows), vectors.cast(schema.field("embedding").type)]
     put_shard(generation, 0, pa.table(columns, schema=schema))
     committed = commit_it(output, generation, schema=schema, part_bytes=2**30)
-    metadata = pq.read_metadata(tmp_path / committed.mark.files[0])
+    metadata = pq.read_metadata(tmp_path / "table" / committed.mark.files[0])
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [50, 50]
     assert read_predictions(tmp_path, columns=["uri"])["uri"].to_pylist() == planned["uri"].to_pylist()
 
@@ -467,7 +481,7 @@ def test_a_reader_sees_the_old_table_or_none_or_the_new_one(
         assert table.equals(old) or table.equals(finished[name].rows)
         seen.append("new" if table.equals(finished[name].rows) else "old")
         if step == "delete _SUCCESS" or seen[-1] == "new":  # who globs is right while there is a mark
-            assert len(pq.read_table(tmp_path / "output", columns=["uri"])) == len(table)
+            assert len(pq.read_table(tmp_path / "output" / "table", columns=["uri"])) == len(table)
 
     CASES[name].go_on(uri, look)
     assert [kind for kind, _ in itertools.groupby(seen)] == (["old", "none", "new"] if old else ["none", "new"])
@@ -537,7 +551,7 @@ def test_a_move_on_s3_that_died_between_copy_and_delete_is_made_again(
     name = "part-g0002-00003.parquet"
     with pytest.raises(Died):
         CASES["retry"].go_on(s3, lambda step: raise_died() if step == f"move {name}" else None)
-    ANYWHERE.write_bytes(f"{s3}/{name}", ANYWHERE.read_bytes(f"{s3}/_work/g0002/out/{name}"))
+    ANYWHERE.write_bytes(f"{s3}/table/{name}", ANYWHERE.read_bytes(f"{s3}/_work/g0002/out/{name}"))
     CASES["retry"].go_on(s3)
     assert Seen.of(s3) == finished["retry"]
 
@@ -546,7 +560,7 @@ def test_what_killed_writers_and_lost_work_left_goes_with_the_next_commit(
     templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path
 ) -> None:
     shutil.copytree(templates["retry"], tmp_path / "output")
-    for name in ("part-g0001-00009.parquet", "part-g0002-kept-00007.parquet", "._SUCCESS.0123abcd.tmp"):
+    for name in ("table/part-g0001-00009.parquet", "table/part-g0002-kept-00007.parquet", "._SUCCESS.0123abcd.tmp"):
         (tmp_path / "output" / name).write_bytes(b"left")
     (tmp_path / "output" / "_work" / "g0002" / "out").mkdir()
     (tmp_path / "output" / "_work" / "g0002" / "out" / "part-g0002-00009.parquet").write_bytes(b"left")
@@ -791,7 +805,7 @@ def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
 
 
 def test_a_number_is_never_used_again(empty: Output) -> None:
-    ANYWHERE.write_bytes(f"{empty.uri}/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
+    ANYWHERE.write_bytes(f"{empty.uri}/table/part-g0004-kept-00000.parquet", b"left of a table whose mark was deleted")
     assert begun_by(empty, plan_of(), write_nothing).number == 5
     assert begun_by(empty, plan_of(), write_nothing).number == 6
     newest = empty.unfinished()

@@ -135,7 +135,7 @@ def test_a_report_is_written_by_whoever_is_handed_in(table: str) -> None:
 
 def test_tables_and_results_may_be_on_s3(s3: str) -> None:
     rows = scored_rows(URIS, one_hot(PREDICTED, 3), NAMES)
-    ANYWHERE.write_bytes(f"{s3}/t/part", _parquet(rows))
+    ANYWHERE.write_bytes(f"{s3}/t/table/part", _parquet(rows))
     Mark(generation=1, files=("part",), rows=8, model_id="m", failed=True).write(f"{s3}/t")
     result, lines, _ = run(predictions=f"{s3}/t")
     assert result["accuracy"] == pytest.approx(6 / 8)

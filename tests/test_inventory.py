@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows
 from harness import Recorder, an_epoch, run_command, s3_client
-from scored import one_hot, plan_of, scored_rows
+from scored import described_by, one_hot, plan_of, scored_rows
 
 from mnist_dist import inventory
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
@@ -118,7 +118,7 @@ def committed_table(uri: str, *, images: int, good: bool = True) -> Output:
         shards=shards,
         schema=prediction_schema(TableConfig(), carried=pa.schema([])),
         judge=lambda counts, rows: good,
-        bundle="b",
+        description=described_by(("a", "b")),
         images_per_s=None,
         check=lambda: None,
         progress=lambda done, total: None,

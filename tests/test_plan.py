@@ -291,7 +291,7 @@ def test_scoring_takes_as_long_as_its_plan_said(tmp_path: Path, bundle: Path, ph
 def test_a_plan_leaves_a_table_alone_also_where_tasks_decode(tmp_path: Path, bundle: Path, photos: Path) -> None:
     plan = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
     score(scoring(bundle, tmp_path / "table", photos), console=Recorder())
-    size = sum(path.stat().st_size for path in (tmp_path / "table").glob("part-*.parquet"))
+    size = sum(path.stat().st_size for path in (tmp_path / "table" / "table").glob("*.parquet"))
     assert size / 2 < plan["table_bytes"] < size * 8  # of 100 images in all: larger files of them shrink well
     names = sorted(path.name for path in (tmp_path / "table").rglob("*"))
     in_tasks = scoring(bundle, tmp_path / "table", photos, plan=True, decode="tasks", actors=1, cpus_per_actor=1)

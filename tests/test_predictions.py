@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -238,7 +239,7 @@ def put_mark(root: str, files: list[str], *, name: str = "_SUCCESS", generation:
 def put_part(root: str, name: str, rows: pa.Table) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, row_group_size=2)
-    ANYWHERE.write_bytes(join(root, name), buffer.getvalue().to_pybytes())
+    ANYWHERE.write_bytes(join(root, "table", name), buffer.getvalue().to_pybytes())
 
 
 @pytest.fixture
@@ -310,7 +311,8 @@ def test_a_file_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
     put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
     with pytest.raises(DataError, match=r"_SUCCESS names a file that does not exist: .*part-g0001-00000"):
         read_predictions(tmp_path)
-    (tmp_path / "part-g0001-00000.parquet").write_bytes(b"PAR1 but not for long")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "part-g0001-00000.parquet").write_bytes(b"PAR1 but not for long")
     with pytest.raises(DataError, match=r"part-g0001-00000.parquet: not a readable Parquet file"):
         read_predictions(tmp_path)
 
@@ -318,9 +320,9 @@ def test_a_file_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
 def test_pages_that_are_damaged_are_named(tmp_path: Path, rows: pa.Table) -> None:
     put_mark(str(tmp_path), ["part"])
     put_part(str(tmp_path), "part", rows)
-    data = bytearray((tmp_path / "part").read_bytes())
+    data = bytearray((tmp_path / "table" / "part").read_bytes())
     data[4:200] = b"\xff" * 196
-    (tmp_path / "part").write_bytes(data)
+    (tmp_path / "table" / "part").write_bytes(data)
     with pytest.raises(DataError, match="part: not a readable Parquet file"):
         read_predictions(tmp_path)
 
@@ -329,7 +331,7 @@ def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows
     def replace() -> None:
         put_part(root, "part-g0002-00000.parquet", rows)
         put_mark(root, ["part-g0002-00000.parquet"], generation=2)
-        ANYWHERE.delete(join(root, "part-g0001-00001.parquet"))
+        ANYWHERE.delete(join(root, "table/part-g0001-00001.parquet"))
 
     batches = iter_predictions(root)
     next(batches)
@@ -345,7 +347,7 @@ def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows
             replace()
             return super().__iter__()
 
-    ANYWHERE.write_bytes(join(root, "part-g0001-00001.parquet"), b"soon gone")
+    ANYWHERE.write_bytes(join(root, "table/part-g0001-00001.parquet"), b"soon gone")
     put_part(root, "part-g0001-00001.parquet", rows.slice(1))
     assert read_predictions(root, columns=Late(["uri"])).equals(rows.select(["uri"]))
 
@@ -371,34 +373,41 @@ COLUMNS = ["uri", "status", "predicted_class", "top_k_classes", "width"]
 
 @pytest.fixture
 def folder(tmp_path: Path, rows: pa.Table) -> Path:
-    """A table of one file, beside names that begin with an underscore."""
-    put_part(str(tmp_path), "part-g0001-00000.parquet", rows)
-    put_part(str(tmp_path), "_manifest.parquet", rows.select(["uri"]))
-    put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
+    """An output with a table of two files, beside a file of the same columns that is no part of it."""
+    names = ["part-g0001-00000.parquet", "part-g0002-kept-00000.parquet"]
+    put_part(str(tmp_path), names[0], rows.slice(0, 2))
+    put_part(str(tmp_path), names[1], rows.slice(2))
+    pq.write_table(rows, tmp_path / "_manifest.parquet")
+    put_mark(str(tmp_path), names)
     return tmp_path
 
 
 def test_duckdb_reads_it(folder: Path) -> None:
     duckdb = pytest.importorskip("duckdb", reason="needs DuckDB; runs where the extra `dev` is installed")
-    query = f"select {', '.join(COLUMNS)} from '{folder}/part-*.parquet' order by uri"
+    query = f"select {', '.join(COLUMNS)} from '{folder}/table/*.parquet' order by uri"
     assert duckdb.sql(query).fetchall() == EXPECTED
-    times = duckdb.sql(f"select distinct epoch_us(scored_at), typeof(scored_at) from '{folder}/part-*.parquet'")
+    times = duckdb.sql(f"select distinct epoch_us(scored_at), typeof(scored_at) from '{folder}/table/*.parquet'")
     assert times.fetchall() == [(round(NOW.timestamp() * 1e6), "TIMESTAMP WITH TIME ZONE")]
 
 
 def test_polars_reads_it(folder: Path) -> None:
     polars = pytest.importorskip("polars", reason="needs Polars; runs where the extra `dev` is installed")
-    table = polars.read_parquet(folder / "part-*.parquet")
+    table = polars.scan_parquet(folder / "table").collect().sort("uri")
     assert table.select(COLUMNS).rows() == EXPECTED
     assert table["scored_at"].to_list() == [NOW] * 3
 
 
 def test_pandas_reads_it(folder: Path) -> None:
     pandas = pytest.importorskip("pandas", reason="needs pandas; runs where Ray Data is installed with it")
-    table = pandas.read_parquet(folder, columns=[*COLUMNS, "confidence"])  # pyarrow leaves out the underscore names
+    table = pandas.read_parquet(folder / "table", columns=[*COLUMNS, "confidence"]).sort_values("uri")
     assert table["uri"].tolist() == ["0", "1", "2"]
     assert table["predicted_class"].isna().tolist() == [False, True, False]
     assert table["confidence"].tolist()[2] == 0.5
+
+
+def test_pyarrow_reads_it(folder: Path) -> None:
+    table = pyarrow.dataset.dataset(folder / "table").to_table(columns=COLUMNS).sort_by("uri")
+    assert [tuple(row.values()) for row in table.to_pylist()] == EXPECTED
 
 
 def test_reading_loads_neither_ray_nor_a_framework(folder: Path) -> None:

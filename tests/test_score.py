@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from corpus import manifest_rows
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
 from PIL import Image
@@ -318,9 +319,10 @@ def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:
         "_SUCCESS",
         "_manifest.parquet",
         "_summary.json",
-        "part-g0001-00000.parquet",
+        "table/part-g0001-00000.parquet",
     ]
-    assert pq.read_table(scored.job.output).num_rows == 17
+    assert pq.read_table(f"{scored.job.output}/table").num_rows == 17
+    assert ray.data.read_parquet(f"{scored.job.output}/table").count() == 17
     assert json.loads((Path(scored.job.output) / "_SUCCESS").read_text())["rows"] == 17
     listed = pq.read_table(f"{scored.job.output}/_manifest.parquet")
     assert listed.column_names == ["uri", "size_bytes", "etag", "status", "error"]
@@ -571,7 +573,7 @@ def test_other_inputs_are_added_in_mode_incremental(table: ScoreJob, tmp_path: P
 
 @pytest.mark.slow
 def test_a_table_of_a_time_before_a_column_is_added_to(table: ScoreJob, tmp_path: Path) -> None:
-    part = Path(table.output) / "part-g0001-00000.parquet"
+    part = Path(table.output) / "table" / "part-g0001-00000.parquet"
     pq.write_table(pq.read_table(part).drop_columns(["etag"]), part)
     before = rows_of(table.output)
     noise(81).save(tmp_path / "one.png")
@@ -595,7 +597,7 @@ def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, ot
         if row["status"] == "ok":
             assert_predicted(row, uri, opened)
     assert (result["skipped"], result["generation"]) == (0, 2)
-    assert [name for name in names_in(Path(table.output)) if name.startswith("part")] == ["part-g0002-00000.parquet"]
+    assert [name for name in names_in(Path(table.output)) if "part" in name] == ["table/part-g0002-00000.parquet"]
 
 
 @pytest.mark.slow
@@ -625,7 +627,7 @@ def test_a_commit_that_was_begun_is_finished_by_whoever_comes_but_is_theirs_only
     tmp_path: Path, bundle: Path, other_bundle: Path, photos: Path
 ) -> None:
     job = job_of(bundle, tmp_path / "table", photos)
-    in_the_way = tmp_path / "table" / "part-g0001-00000.parquet"
+    in_the_way = tmp_path / "table" / "table" / "part-g0001-00000.parquet"
     in_the_way.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         score(job, console=Recorder())

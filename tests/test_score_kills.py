@@ -194,7 +194,7 @@ def test_drivers_are_killed_again_and_again(
 def all_scored(tmp_path_factory: pytest.TempPathFactory, bundle: Path, images: Path) -> Path:
     """An output whose shards are all done, and of whose table nothing is made."""
     output = tmp_path_factory.mktemp("all_scored") / "table"
-    in_the_way = output / "part-g0001-00000.parquet"
+    in_the_way = output / "table" / "part-g0001-00000.parquet"
     in_the_way.mkdir(parents=True)
     with Job(bundle, images, output) as job:
         assert job.ended()[1]["error_type"] == "IsADirectoryError"

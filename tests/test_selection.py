@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import colour_png, tar_of
-from scored import plan_of
+from scored import described_by, plan_of
 
 from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import DataError
@@ -75,7 +75,7 @@ class Place:
             shards=shards,
             schema=schema,
             judge=lambda counts, rows: True,
-            bundle="b",
+            description=described_by(("a", "b")),
             images_per_s=None,
             check=lambda: None,
             progress=lambda done, total: None,

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scored import MODEL, one_hot, scored_rows, write_bundle_info, write_scored, write_summary
+from scored import MODEL, described_by, one_hot, plan_of, scored_rows, write_bundle_info, write_scored
 
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
 from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_truth, folder_names
+from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute
 
@@ -81,16 +82,16 @@ def test_class_names_where_columns_were_left_out(tmp_path: Path, columns: str, c
 def test_a_bundle_names_the_classes(tmp_path: Path) -> None:
     table, bundle = write_scored(tmp_path / "t", some_rows()), write_bundle_info(tmp_path / "b", NAMES)
     assert open_table(table, bundle=bundle).classes == Classes(NAMES)
-    write_summary(table, bundle=bundle)
-    assert open_table(table, bundle=None).classes == Classes(NAMES)  # which the table remembers
 
 
-def test_a_remembered_bundle_that_is_gone_or_another_now_is_not_used(tmp_path: Path) -> None:
+def test_the_metadata_of_the_files_names_the_classes(tmp_path: Path) -> None:
+    rows = some_rows().replace_schema_metadata(table_metadata(described_by(NAMES), plan_of()))
+    assert open_table(write_scored(tmp_path / "t", rows), bundle=None).classes == Classes(NAMES)
+
+
+def test_another_bundle_or_none_is_refused(tmp_path: Path) -> None:
     table = write_scored(tmp_path / "t", some_rows())
     other = write_bundle_info(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
-    for remembered in (other, str(tmp_path / "gone")):
-        write_summary(table, bundle=remembered)
-        assert open_table(table, bundle=None).classes.names[:2] == ("ant", "bee")
     with pytest.raises(DataError, match=r"the one that made the table, model model-1. Received: '.*b', model-2"):
         open_table(table, bundle=other)
     with pytest.raises(BundleError, match=r"there is no bundle: it has no bundle.json. Received: '.*gone'"):

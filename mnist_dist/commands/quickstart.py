@@ -60,7 +60,7 @@ never saw, and a table with its prediction for each of {scored["images"]} images
   {trained["report"]}       what it is worth, in a browser
   {bundle}/model.keras       loads with plain keras.saving.load_model
   {bundle}/bundle.json       classes, metrics, versions, configuration
-  {table}/part-*.parquet       uri, status, predicted_class, confidence, probabilities, ...
+  {table}/table/*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
 Try next:
   python -c "import mnist_dist; print(mnist_dist.read_predictions('{table}').to_pandas())"

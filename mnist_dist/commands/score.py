@@ -28,8 +28,8 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     if not job.run.dry_run:
         shown.line(
             f"table: {result['output']}\n"
-            f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/part-*.parquet' GROUP BY 1\"\n"
-            f"  python -c \"import pandas; print(pandas.read_parquet('{result['output']}'))\""
+            f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/table/*.parquet' GROUP BY 1\"\n"
+            f"  python -c \"import pandas; print(pandas.read_parquet('{result['output']}/table'))\""
         )
     return result
 

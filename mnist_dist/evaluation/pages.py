@@ -215,7 +215,7 @@ def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[t
     facts: list[tuple[str, object]] = []
     if summary is not None:
         facts += [
-            ("bundle", summary.bundle),
+            ("bundle", summary.described.bundle),
             ("engine", summary.engine),
             ("scoring, images/s", summary.images_per_s),
         ]

@@ -5,6 +5,7 @@ reading (`scoring/predictions`), or the truth (`truth`).
 """
 
 import functools
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from mnist_dist import documents
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.models.bundle import BundleInfo, read_bundle_info
 from mnist_dist.scoring.generations import SUMMARY, Summary
-from mnist_dist.scoring.predictions import iter_predictions, read_mark, table_schema
+from mnist_dist.scoring.predictions import METADATA_KEY, iter_predictions, read_mark, table_schema
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join
 
@@ -112,7 +113,7 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
     mark = read_mark(root)
     if mark is None:
         raise DataError(f"the table was replaced while it was read. Received: {root!r}")
-    names = _names_of_bundle(bundle, mark.model_id) if bundle is not None else _names_of_own_bundle(root, mark.model_id)
+    names = _names_of_bundle(bundle, mark.model_id) if bundle is not None else _names_in_metadata(schema)
     return ScoredTable(
         uri=root,
         schema=schema,
@@ -197,13 +198,10 @@ def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
     return info.class_names
 
 
-def _names_of_own_bundle(root: str, model_id: str) -> tuple[str, ...] | None:
-    """Of the bundle that `_summary.json` remembers; None where it is not there any more, or is not said."""
-    try:
-        return _names_of_bundle(documents.read(ANYWHERE, join(root, SUMMARY), Summary).bundle, model_id)
-    except (OSError, MnistDistError) as err:  # nothing that anybody asked for
-        log.info("%s: the class names are those of its rows, since its bundle cannot be read: %s", root, err)
-        return None
+def _names_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
+    """The class names that the Parquet metadata has; None: the table was not written by a job of ours."""
+    described = (schema.metadata or {}).get(METADATA_KEY.encode())
+    return None if described is None else tuple(json.loads(described)["class_names"])
 
 
 def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
@@ -211,7 +209,7 @@ def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
     summary = None
     try:
         summary = documents.read(ANYWHERE, join(root, SUMMARY), Summary)
-        info = read_bundle_info(summary.bundle)
+        info = read_bundle_info(summary.described.bundle)
     except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: its provenance cannot be read: %s", root, err)
         return summary, None

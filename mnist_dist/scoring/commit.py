@@ -6,10 +6,11 @@ which the caller holds.
 A driver that dies leaves either the old table, or a `commit.json` from which the next driver resumes (`replay`).
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pyarrow as pa
 
@@ -20,6 +21,7 @@ from mnist_dist.scoring.generations import (
     PART,
     SUMMARY,
     Committed,
+    Description,
     Generation,
     Origin,
     Output,
@@ -28,6 +30,7 @@ from mnist_dist.scoring.generations import (
 from mnist_dist.scoring.parts import PART_BYTES, Building
 from mnist_dist.scoring.predictions import (
     FAILED,
+    METADATA_KEY,
     SUCCESS,
     Mark,
     read_mark,
@@ -56,7 +59,7 @@ def commit(
     shards: int,
     schema: pa.Schema,
     judge: Callable[[Mapping[str, int], int], bool],
-    bundle: str,
+    description: Description,
     images_per_s: float | None,
     check: Callable[[], None],
     progress: Callable[[int, int], None],
@@ -70,7 +73,7 @@ def commit(
         shards: the number of its shards.
         schema: the schema of the table.
         judge: takes the rows by status and the total number of rows; returns whether the table is good enough.
-        bundle: URI of the bundle, for the summary.
+        description: describes the model, in the summary and in the metadata of each Parquet file.
         images_per_s: speed of scoring this generation, for the summary.
         check: raises Locked when another driver has taken over the lock.
         progress: called with the number of finished shards and the number of all shards.
@@ -84,7 +87,8 @@ def commit(
     """
     if not generation.is_committing:
         check()  # building deletes the files of an earlier attempt, which must not be another driver's
-        building = Building(output, generation, schema=schema, part_bytes=part_bytes)
+        described = schema.with_metadata(table_metadata(description, generation.plan))
+        building = Building(output, generation, schema=described, part_bytes=part_bytes)
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts = table.counts()
         plan, files = generation.plan, tuple(table.files)
@@ -100,7 +104,7 @@ def commit(
             ),
             summary=Summary(
                 **{field.name: getattr(plan, field.name) for field in fields(Origin)},
-                bundle=bundle,
+                described=description,
                 images_per_s=images_per_s,
                 generation=generation.number,
                 rows=table.rows,
@@ -112,6 +116,12 @@ def commit(
         check()
         documents.write(output.store, generation.commit_uri, decision)
     return replay(output, generation, check=check)
+
+
+def table_metadata(description: Description, origin: Origin) -> dict[str, str]:
+    """Describes the table in the metadata of each of its Parquet files, as JSON under the key `mnist_dist`."""
+    of_origin = {name: getattr(origin, name) for name in ("model_id", "engine", "precision")}
+    return {METADATA_KEY: json.dumps({**asdict(description), **of_origin})}
 
 
 def replay(output: Output, generation: Generation, *, check: Callable[[], None]) -> Committed:
@@ -185,9 +195,10 @@ def _publish(output: Output, generation: Generation, decision: _Decision, *, che
     check()
     for name in (SUCCESS, FAILED):  # readers see no table until the new mark is written
         output.store.delete(join(output.uri, name))
-    _move_all([*decision.add, MANIFEST], generation.out_uri, output)
-    for name in sorted({*decision.remove, *_orphans(output, decision)}):
-        output.store.delete(join(output.uri, name))
+    targets = {name: output.part_uri(name) for name in decision.add} | {MANIFEST: join(output.uri, MANIFEST)}
+    _move_all(targets, generation.out_uri, output.store)
+    for uri in sorted({*map(output.part_uri, decision.remove), *_orphans(output, decision)}):
+        output.store.delete(uri)
     documents.write(output.store, join(output.uri, SUMMARY), decision.summary)
     check()
     decision.mark.write(output.uri, store=output.store)
@@ -198,13 +209,14 @@ def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
     for name in output.names():
         match = PART.fullmatch(name)
         is_part = match is not None and int(match[1]) <= decision.mark.generation
-        if (is_part and name not in decision.mark.files) or _LEFT_BY_KILLED.fullmatch(name):
-            yield name
+        is_named = name.rpartition("/")[2] in decision.mark.files
+        if (is_part and not is_named) or _LEFT_BY_KILLED.fullmatch(name):
+            yield join(output.uri, name)
 
 
-def _move_all(names: Iterable[str], source: str, output: Output) -> None:
+def _move_all(targets: Mapping[str, str], source: str, store: Store) -> None:
     with ThreadPoolExecutor(THREADS) as pool:  # in parallel: readers have no table meanwhile, and S3 has to copy
-        moves = [pool.submit(_move, output.store, join(source, name), join(output.uri, name)) for name in names]
+        moves = [pool.submit(_move, store, join(source, name), target) for name, target in targets.items()]
         for move in moves:
             move.result()
 

@@ -6,7 +6,8 @@ generations. Does not own: the contents of a row (`predictions`), what is scored
 
 ```
 <output>/
-  part-g0002-00000.parquet ...   the table: new rows of generation 2; kept older ones: part-g0002-kept-00000.parquet
+  table/                         the table and nothing else:
+    part-g0002-00000.parquet     new rows of generation 2; kept older ones: part-g0002-kept-00000.parquet
   _manifest.parquet              uri, size_bytes, etag, status, error of every row; one row group per file, in order
   _summary.json  _SUCCESS        (or _FAILED)
   _work/lock
@@ -26,12 +27,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, EnginePrecision
+from mnist_dist.config import EngineName, EnginePrecision, ResizeRule
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
     FAILED,
     LOCK,
+    TABLE,
     WORK,
     Mark,
     read_mark,
@@ -44,7 +46,7 @@ MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
 _PLAN = "plan.json"
 _GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
-PART = re.compile(r"part-g(\d+)-(?:kept-)?\d+\.parquet")
+PART = re.compile(rf"{TABLE}/part-g(\d+)-(?:kept-)?\d+\.parquet")
 
 Mode = Literal["continue", "incremental", "fresh"]
 
@@ -82,11 +84,24 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary(Origin):
-    """`_summary.json`: a description of the table, for people and for the next job."""
+class Description:
+    """Describes the model to whoever reads the table."""
 
     bundle: str
     """URI of the bundle."""
+    class_names: tuple[str, ...]
+    """Class names in the order of `probabilities`."""
+    resize: ResizeRule
+    """How an image of another shape became the model's input."""
+    versions: dict[str, str]
+    """Versions of Python and of the packages that scored, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Origin):
+    """`_summary.json`: a description of the table, for people and for the next job."""
+
+    described: Description
     images_per_s: float | None
     generation: int
     rows: int
@@ -205,9 +220,13 @@ class Output:
             above: number of a discarded generation whose workers may still write; it is not used again.
         """
         self.sweep()
-        parts = (int(match[1]) for name in self.names() if (match := PART.fullmatch(name)))
+        parts = (int(match[1]) for name in self.names(TABLE) if (match := PART.fullmatch(name)))
         number = max([above, self._published(), *self._generations(), *parts]) + 1
         return Generation(number, self._generation_uri(number), plan, self.store)
+
+    def part_uri(self, name: str) -> str:
+        """Of a file of the table."""
+        return join(self.uri, TABLE, name)
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and its finished shards.

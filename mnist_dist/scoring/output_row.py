@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnist_dist.inventory import Folder, InventoryRow, State, driver_values, living
-from mnist_dist.scoring.generations import MANIFEST, PART, SUMMARY, Committed, Generation, Output
+from mnist_dist.scoring.generations import MANIFEST, SUMMARY, Committed, Generation, Output
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import NOT_BAD, WORK
 from mnist_dist.store.anywhere import ANYWHERE
@@ -58,7 +58,7 @@ def _work_folders(folder: Folder, unfinished: Generation | None) -> list[str]:
 
 def _has_table(folder: Folder) -> bool:
     """Whether file names show a table; `_SUCCESS` does not, because other tools write it, too."""
-    return any(name in (MANIFEST, SUMMARY) or PART.fullmatch(name) for name in folder.files)
+    return any(name in (MANIFEST, SUMMARY) for name in folder.files)
 
 
 def _shards(generation: Generation) -> dict[str, int]:

@@ -143,7 +143,7 @@ class Building:
         self._write(table, "kept-", left)
 
     def _left_rows(self, name: str, listed: pa.Table, replaced: pa.ChunkedArray) -> Iterator[_Rows]:
-        for rows in read_row_groups(join(self.output.uri, name), store=self.output.store):
+        for rows in read_row_groups(self.output.part_uri(name), store=self.output.store):
             group, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
             if not rows["uri"].equals(group["uri"]):
                 raise DataError(f"{self.output.uri}: {name} and {MANIFEST} differ; --mode fresh makes a new table")

@@ -57,7 +57,12 @@ TOP_K = pa.schema([("top_k_classes", pa.list_(pa.string())), ("top_k_confidences
 EMBEDDING = pa.schema([("embedding", pa.list_(pa.float32()))])
 ALWAYS = ("uri", "status")
 
+TABLE = "table"
+"""Folder of the output with the Parquet files and nothing else, which other readers are pointed to."""
 SUCCESS, FAILED = "_SUCCESS", "_FAILED"
+METADATA_KEY = "mnist_dist"
+"""Of the JSON in the metadata of each Parquet file: `class_names` in order, `bundle`, `model_id`, `engine`,
+`precision`, `resize` and `versions`."""
 WORK = "_work"
 LOCK = f"{WORK}/lock"
 _READ_ATTEMPTS = 5  # reading starts again when the table is replaced meanwhile
@@ -91,7 +96,7 @@ class Mark:
 
     generation: int
     files: tuple[str, ...]
-    """File names in the folder, in the order of the rows."""
+    """File names in `table/`, in the order of the rows."""
     rows: int
     model_id: str
     failed: bool
@@ -365,13 +370,13 @@ def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.S
 
 
 def _schema_of(root: str, mark: Mark, store: Store) -> pa.Schema:
-    with _open(join(root, mark.files[0]), store) as file:
+    with _open(join(root, TABLE, mark.files[0]), store) as file:
         return file.schema_arrow
 
 
 def _batches(root: str, mark: Mark, schema: pa.Schema, store: Store) -> Iterator[pa.RecordBatch]:
     for name in mark.files:
-        for rows in read_row_groups(join(root, name), columns=schema.names, store=store):
+        for rows in read_row_groups(join(root, TABLE, name), columns=schema.names, store=store):
             yield from rows.select(schema.names).to_batches()
 
 

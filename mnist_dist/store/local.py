@@ -127,6 +127,7 @@ class LocalStore(Store):
 
     def move(self, source: str, target: str) -> None:
         with _errors(source):
+            path_of(target).parent.mkdir(parents=True, exist_ok=True)
             path_of(source).replace(path_of(target))
 
     def delete(self, uri: str) -> None:

@@ -9,6 +9,7 @@ the input again (`commit.resume`). Otherwise a finished table is returned, or a 
 """
 
 import os
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,9 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich import filesize
 
+import mnist_dist
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console
 from mnist_dist.engines.choice import EngineChoice
+from mnist_dist.engines.conversion import versions_of
+from mnist_dist.engines.formats import FORMATS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
@@ -32,7 +36,7 @@ from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Times
-from mnist_dist.scoring.generations import Committed, Generation, Origin, Output, Plan, Summary
+from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
     MAX_SHARD,
@@ -430,11 +434,24 @@ class Scoring:
                 shards=shards,
                 schema=prediction_schema(self.job.table, carried=carried),
                 judge=self._judge,
-                bundle=absolute(self.job.bundle),
+                description=self._description(generation.plan),
                 images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
             )
+
+    def _description(self, plan: Plan) -> Description:
+        packages = ("keras",) if plan.engine == "keras" else FORMATS[plan.engine].packages
+        return Description(
+            bundle=absolute(self.job.bundle),
+            class_names=self.bundle.info.class_names,
+            resize=self.bundle.info.spec.resize,
+            versions={
+                "python": platform.python_version(),
+                "mnist_dist": mnist_dist.__version__,
+                **versions_of(("pyarrow", *packages)),
+            },
+        )
 
     def _check(self, generation: Generation) -> None:
         if not generation.is_committing:  # a running commit is not stopped: until it ends there is no table
