@@ -93,7 +93,7 @@ def test_a_remembered_bundle_that_is_gone_or_another_now_is_not_used(tmp_path: P
         assert open_table(table, bundle=None).classes.names[:2] == ("ant", "bee")
     with pytest.raises(DataError, match=r"the one that made the table, model model-1. Received: '.*b', model-2"):
         open_table(table, bundle=other)
-    with pytest.raises(BundleError, match=r"there is no bundle: it has no bundle.json. Received: '.*gone'"):
+    with pytest.raises(BundleError, match=r"this is not a bundle: it has no bundle.json. Received: '.*gone'"):
         open_table(table, bundle=str(tmp_path / "gone"))
 
 
