@@ -266,7 +266,7 @@ def test_a_missing_runtime_is_told_with_the_line_that_installs_it(
 def test_a_table_without_pixels_is_refused(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", spec=GREY, images=0)
     pq.write_table(pa.table({"label": [3, 1]}), bundle / "calibration.parquet")
-    with pytest.raises(BundleError, match=r"has a column pixels. Received: \['label'\]"):
+    with pytest.raises(BundleError, match=r"must have a column pixels. Received: \['label'\]"):
         export(bundle, tmp_path / "export")
 
 
@@ -274,7 +274,9 @@ def test_a_table_without_pixels_is_refused(tmp_path: Path) -> None:
 def test_images_of_another_size_are_told_by_the_process_that_reads_them(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", spec=GREY, images=0)
     pq.write_table(calibration(COLOURS, 2), bundle / "calibration.parquet")
-    with pytest.raises(MnistDistError, match=r"ended with exit status 1:\n(.*\n)*.*12 x 14 x 1 bytes. Received: 495"):
+    with pytest.raises(
+        MnistDistError, match=r"ended with exit status 1:\n(.*\n)*.*12 x 14 x 1 bytes per image. Received: 495"
+    ):
         export(bundle, tmp_path / "export")
     assert rest(tmp_path) == ["bundle"]
 

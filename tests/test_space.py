@@ -311,7 +311,7 @@ def searched(*, search: dict[str, Any] | None = None, **space: Any) -> SearchJob
         ({"search": {"weights": ("mlpp=none",)}}, r"did you mean mlp\?\)\. Received: backbone='mlpp'$"),
         ({"search": {"weights": ("mlp",)}}, r"^weights are given as backbone=PATH\. Received: weights='mlp'$"),
         ({"search": {"weights": ("mlp=",)}}, r"^weights are given as backbone=PATH\. Received: weights='mlp'$"),
-        ({"search": {"weights": ("mlp=imagenet",)}}, r"^weights for mlp are none"),
+        ({"search": {"weights": ("mlp=imagenet",)}}, r"^weights for mlp must be none"),
         ({"backbones": (BackboneSpace(backbone="vgg17"),)}, r"vgg16.*Received: .*'vgg17'"),
         ({"backbones": (replace(MLP, pooling=(None, "avg")),)}, r"^mlp gives a vector and takes no pooling"),
         ({"backbones": (replace(MLP, alpha=(1.0, 0.5)),)}, r"^only .* take alpha, not mlp\. Received: alpha=0\.5$"),
