@@ -142,7 +142,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes) -> N
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"pixels": [bytes(15), bytes(14)]}), tmp_path / "calibration.parquet")
-    with pytest.raises(BundleError, match=r"must hold 3 x 5 x 1 bytes per image. Received: 14 bytes"):
+    with pytest.raises(BundleError, match=r"must hold 3 x 5 x 1 bytes an image. Received: 14 bytes"):
         list(calibration_images(bundle_at(tmp_path), batch_size=2))
 
 

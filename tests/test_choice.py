@@ -602,7 +602,7 @@ def test_what_lies_where_nothing_can_be_written_is_used_but_a_new_check_goes_els
 # --- what dies -------------------------------------------------------------------------------------------------------
 
 
-KILLED = StepFailed("the process was ended by SIGKILL")
+KILLED = StepFailed("the process was killed by SIGKILL")
 
 
 def test_a_conversion_that_dies_leaves_nothing_and_keras_runs_the_model(
@@ -610,8 +610,8 @@ def test_a_conversion_that_dies_leaves_nothing_and_keras_runs_the_model(
 ) -> None:
     steps.fails[KERAS_STEP], console = KILLED, Recorder()
     assert prepare(light, tmp_path / "engines", console=console) == EngineChoice()
-    assert console.lines[-1] == ("could not convert the model, Keras runs it: the process was ended by SIGKILL")
-    with pytest.raises(StepFailed, match="ended by SIGKILL"):
+    assert console.lines[-1] == ("could not convert the model, Keras runs it: the process was killed by SIGKILL")
+    with pytest.raises(StepFailed, match="killed by SIGKILL"):
         prepare(light, tmp_path / "engines", engine="openvino")
     assert state(tmp_path / "engines") == {}
 
@@ -619,9 +619,9 @@ def test_a_conversion_that_dies_leaves_nothing_and_keras_runs_the_model(
 def test_a_check_that_dies_costs_its_own_engine_alone(light: Bundle, tmp_path: Path, steps: Steps) -> None:
     steps.fails["openvino bfloat16"], console = KILLED, Recorder()
     assert named([prepare(light, tmp_path / "engines", engine="openvino", console=console)]) == [FLOAT32]
-    assert console.lines[-1] == "  openvino bfloat16: left out (the process was ended by SIGKILL)"
+    assert console.lines[-1] == "  openvino bfloat16: left out (the process was killed by SIGKILL)"
     assert not (place_of(light, tmp_path / "engines") / "openvino-bfloat16.json").exists()
-    with pytest.raises(StepFailed, match="ended by SIGKILL"):
+    with pytest.raises(StepFailed, match="killed by SIGKILL"):
         prepare(light, tmp_path / "engines", precision="bfloat16")
     steps.fails.clear()
     assert named([prepare(light, tmp_path / "engines", precision="bfloat16")]) == [BFLOAT16]
@@ -789,7 +789,7 @@ def test_a_check_that_dies_leaves_what_was_converted(converted: Engines, tmp_pat
     (engines.folder / "openvino-float32.json").unlink()
     (engines.folder / "openvino" / "model.bin").write_bytes(b"")
     before = state(engines.folder / "openvino")
-    with pytest.raises(StepFailed, match=r"openvino float32: the process (ended|was ended)"):
+    with pytest.raises(StepFailed, match=r"openvino float32: the process (ended|was killed)"):
         prepare(engines.bundle, engines.place, engine="openvino", precision="float32")
     assert state(engines.folder / "openvino") == before
     assert not (engines.folder / "openvino-float32.json").exists()

@@ -120,6 +120,6 @@ def _pixels(value: bytes, bundle: Bundle) -> Pixels:
     height, width, channels = bundle.info.spec.shape
     if len(value) != height * width * channels:
         raise BundleError(
-            f"{CALIBRATION_FILE} must hold {height} x {width} x {channels} bytes per image. Received: {len(value)} bytes"
+            f"{CALIBRATION_FILE} must hold {height} x {width} x {channels} bytes an image. Received: {len(value)} bytes"
         )
     return np.frombuffer(value, np.uint8).reshape(height, width, channels)
