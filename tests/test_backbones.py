@@ -174,10 +174,13 @@ def test_an_image_below_the_min_size_is_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig(backbone="vgg16", alpha=0.5), r"alpha is for mobilenet, mobilenet_v2 only, not for vgg16"),
+        (ModelConfig(backbone="vgg16", alpha=0.5), r"only mobilenet, mobilenet_v2 take alpha, not vgg16"),
         (ModelConfig(backbone="vgg16", image_size_px=16), r"vgg16 needs images of at least 32 px"),
-        (ModelConfig(backbone="cnn", pooling="avg"), r"cnn gives a vector, there is no pooling"),
-        (ModelConfig(backbone="cnn", weights="imagenet"), r"imagenet has vgg16, mobilenet,.*weights='imagenet'"),
+        (ModelConfig(backbone="cnn", pooling="avg"), r"cnn gives a vector and takes no pooling"),
+        (
+            ModelConfig(backbone="cnn", weights="imagenet"),
+            r"imagenet is for vgg16, mobilenet,.*weights='imagenet'",
+        ),
     ],
 )
 def test_a_configuration_that_the_backbone_does_not_have_is_refused(config: ModelConfig, message: str) -> None:

@@ -127,20 +127,22 @@ def test_fewer_random_images_can_be_asked_for(tmp_path: Path) -> None:
 def test_a_table_without_pixels_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [3, 1]}), tmp_path / "calibration.parquet")
     for ask in (calibration_of, calibration_labels):
-        with pytest.raises(BundleError, match=r"has a column pixels. Received: \['label'\] in '.*calibration.parquet'"):
+        with pytest.raises(
+            BundleError, match=r"must have a column pixels. Received: \['label'\] in '.*calibration.parquet'"
+        ):
             ask(bundle_at(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"no table at all", b"PAR1 and no more PAR1"])
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "calibration.parquet").write_bytes(content)
-    with pytest.raises(BundleError, match=r"calibration.parquet of a bundle is a Parquet file \(.*Received: '"):
+    with pytest.raises(BundleError, match=r"calibration.parquet must be a Parquet file \(.*Received: '"):
         calibration_of(bundle_at(tmp_path))
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"pixels": [bytes(15), bytes(14)]}), tmp_path / "calibration.parquet")
-    with pytest.raises(BundleError, match=r"holds images of 3 x 5 x 1 bytes. Received: 14 bytes"):
+    with pytest.raises(BundleError, match=r"must hold 3 x 5 x 1 bytes an image. Received: 14 bytes"):
         list(calibration_images(bundle_at(tmp_path), batch_size=2))
 
 

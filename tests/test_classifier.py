@@ -128,7 +128,7 @@ def test_the_head_is_as_configured_or_as_the_backbone_has_it() -> None:
     [
         (ModelConfig(), SPEC, 1, r"at least 2 classes. Received: num_classes=1"),
         (ModelConfig(), ImageSpec(height_px=3, width_px=9, channels=1), 2, r"cnn needs images of at least 4 px"),
-        (ModelConfig(backbone="lenet"), SPEC, 2, r"backbone is one of mlp, cnn"),
+        (ModelConfig(backbone="lenet"), SPEC, 2, r"backbone must be one of mlp, cnn"),
     ],
 )
 def test_what_cannot_be_built_is_refused(config: ModelConfig, spec: ImageSpec, num_classes: int, message: str) -> None:
@@ -175,7 +175,7 @@ def test_an_unknown_part_to_train_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"one of head, all, conv1, conv2, dense1, .* trainable='block5'"):
         set_trainable(classifier, "block5")
-    with pytest.raises(ConfigError, match=r"cnn has 7 layers, no more can be frozen. Received: trainable=8"):
+    with pytest.raises(ConfigError, match=r"cnn has only 7 layers to freeze. Received: trainable=8"):
         set_trainable(classifier, 8)
 
 

@@ -199,7 +199,9 @@ def test_without_calibration_images_random_ones_are_used_and_it_is_said(tmp_path
 @pytest.mark.slow
 def test_above_the_tolerance_nothing_is_left(bundle: Path, tmp_path: Path) -> None:
     needs("onnx")
-    with pytest.raises(MnistDistError, match=r"onnx differs from the Keras model: a probability by .* at most 1e-15"):
+    with pytest.raises(
+        MnistDistError, match=r"onnx differs too much from the Keras.*: a probability by .* at most 1e-15"
+    ):
         export(bundle, tmp_path / "export", "onnx", tolerance=1e-15)
     assert rest(tmp_path) == []
 
@@ -220,7 +222,7 @@ def test_another_export_is_refused(exported: Exported, bundle: Path, tmp_path: P
     other = write(tmp_path / "bundle", spec=GREY, images=3, seed=6)
     with pytest.raises(ResumeConflict, match=r"model_id: '[0-9a-f]{64}' now, '[0-9a-f]{64}' in the run"):
         export(other, exported.folder)
-    with pytest.raises(ResumeConflict, match=r"name another --output, or delete it: format: 'onnx' now, 'saved_model'"):
+    with pytest.raises(ResumeConflict, match=r"another --output, or delete it: format: 'onnx' now, 'saved_model'"):
         export(bundle, exported.folder, "onnx")
     stricter = exported.copy_to(tmp_path / "export")
     facts = json.loads((stricter / EXPORT_FILE).read_text())
@@ -233,7 +235,7 @@ def test_another_export_is_refused(exported: Exported, bundle: Path, tmp_path: P
 def test_a_damaged_export_is_told(exported: Exported, bundle: Path, tmp_path: Path) -> None:
     damaged = exported.copy_to(tmp_path / "export")
     (damaged / "saved_model" / "saved_model.pb").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"damaged, delete it: its files had \d+ bytes and have \d+"):
+    with pytest.raises(ConfigError, match=r"damaged, delete it: its files had \d+ bytes and now have \d+"):
         export(bundle, damaged)
     (damaged / EXPORT_FILE).write_text("{")
     with pytest.raises(DataError, match=r"export.json is not a"):
@@ -242,7 +244,7 @@ def test_a_damaged_export_is_told(exported: Exported, bundle: Path, tmp_path: Pa
 
 def test_a_folder_of_somebody_else_is_refused(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match=r"new or empty. Received: .* which holds \['thesis.tex'\]"):
+    with pytest.raises(ConfigError, match=r"new or empty. Received: .* with \['thesis.tex'\]"):
         export(bundle, tmp_path)
     assert rest(tmp_path) == ["thesis.tex"]
 
@@ -266,7 +268,7 @@ def test_a_missing_runtime_is_told_with_the_line_that_installs_it(
 def test_a_table_without_pixels_is_refused(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", spec=GREY, images=0)
     pq.write_table(pa.table({"label": [3, 1]}), bundle / "calibration.parquet")
-    with pytest.raises(BundleError, match=r"has a column pixels. Received: \['label'\]"):
+    with pytest.raises(BundleError, match=r"must have a column pixels. Received: \['label'\]"):
         export(bundle, tmp_path / "export")
 
 
@@ -274,7 +276,9 @@ def test_a_table_without_pixels_is_refused(tmp_path: Path) -> None:
 def test_images_of_another_size_are_told_by_the_process_that_reads_them(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", spec=GREY, images=0)
     pq.write_table(calibration(COLOURS, 2), bundle / "calibration.parquet")
-    with pytest.raises(MnistDistError, match=r"ended with exit status 1:\n(.*\n)*.*12 x 14 x 1 bytes. Received: 495"):
+    with pytest.raises(
+        MnistDistError, match=r"ended with exit status 1:\n(.*\n)*.*12 x 14 x 1 bytes an image. Received: 495"
+    ):
         export(bundle, tmp_path / "export")
     assert rest(tmp_path) == ["bundle"]
 
@@ -309,7 +313,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_memory(bundle: Path, tm
     ours = psutil.Process()
     killer = threading.Thread(target=lambda: until(lambda: steps_of(ours))[0].kill())
     killer.start()
-    with pytest.raises(MnistDistError, match=r"was ended by SIGKILL, most often for lack of memory \(\d+\.\d GiB"):
+    with pytest.raises(MnistDistError, match=r"was killed by SIGKILL, usually for lack of memory \(\d+\.\d GiB"):
         export(bundle, tmp_path / "export")
     killer.join()
     assert rest(tmp_path) == []

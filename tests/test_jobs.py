@@ -68,7 +68,7 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
         (("no-such-recipe",), "The recipes are quickstart, mnist-mlp"),
         pytest.param(("--backbone", "vgg17"), "Did you mean vgg16", marks=pytest.mark.slow),
         (("--data", "no_such_data"), "digits, mnist, fashion_mnist"),
-        pytest.param(("--trainable", "block9"), "trainable is, for cnn, one of head, all", marks=pytest.mark.slow),
+        pytest.param(("--trainable", "block9"), "trainable for cnn must be one of head, all", marks=pytest.mark.slow),
         pytest.param(
             ("--backbone", "vgg16", "--image-size-px", "9"),
             "vgg16 needs images of at least 32 px",

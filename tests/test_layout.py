@@ -1,6 +1,7 @@
 """The picture of the house, drawn again from the imports: which way they point, and where the heavy ones are."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -79,6 +80,9 @@ def imports_of(tree: ast.Module) -> Iterator[Import]:
 
 IMPORTS = {module: list(imports_of(tree)) for module, tree in TREES.items()}
 MODULES = pytest.mark.parametrize("module", list(TREES))
+PACKAGES = sorted({module.rpartition(".")[0] for module in TREES if module.startswith(f"{PACKAGE}.")} - {PACKAGE})
+NO_MODULES = {"keras", "program"}
+"""Backquoted in the docstring of a package: an outside package, a parameter."""
 
 
 def part_of(module: str) -> str:
@@ -174,3 +178,9 @@ def test_a_module_is_named_after_what_it_owns(module: str) -> None:
 @MODULES
 def test_a_module_says_what_it_owns(module: str) -> None:
     assert ast.get_docstring(TREES[module])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_docstring_names_modules_that_exist(package: str) -> None:
+    names = set(re.findall(r"`([a-z_0-9]+)(?:\.\w+)*`", ast.get_docstring(TREES[package]) or "")) - NO_MODULES
+    assert {name for name in names if not {f"{package}.{name}", f"{PACKAGE}.{name}"} & TREES.keys()} == set()

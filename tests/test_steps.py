@@ -143,7 +143,7 @@ def test_an_error_in_it_is_told_with_the_last_lines(capfd: pytest.CaptureFixture
 def test_with_verbose_a_person_sees_it_all_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     console = Recorder()
     console.verbose = True
-    with pytest.raises(StepFailed, match=r"ended with exit status 1:\n  what it said is above$"):
+    with pytest.raises(StepFailed, match=r"ended with exit status 1:\n  its output is above$"):
         run("fail", console=console)
     said = capfd.readouterr().err
     assert {"line 0", "line 4", "from a child on stdout", "ValueError: the model is no model"} <= set(said.splitlines())
@@ -154,8 +154,8 @@ def test_with_verbose_a_person_sees_it_all_at_once(capfd: pytest.CaptureFixture[
     [
         ("leave", 7, r"ended with exit status 7:\n"),
         ("leave", 0, r"ended with exit status 0:\n"),  # without a result
-        ("die", 9, r"was ended by SIGKILL, most often for lack of memory \(\d+\.\d GiB were free when"),
-        ("die", 6, r"was ended by SIGABRT:\n"),
+        ("die", 9, r"was killed by SIGKILL, usually for lack of memory \(\d+\.\d GiB were free when"),
+        ("die", 6, r"was killed by SIGABRT:\n"),
     ],
 )
 def test_another_end_is_told_too(step: str, argument: int, expected: str) -> None:

@@ -1,1 +1,1 @@
-"""A bundle's model as something that only predicts: converted, checked, exported."""
+"""Inference engines: a bundle's model loaded for prediction, converted to other runtimes, checked and exported."""

@@ -1,7 +1,7 @@
-"""The images that a bundle brings along to compare engines on (`calibration.parquet`), or random ones in their place.
+"""The images on which engines are compared: the bundle's own (`calibration.parquet`), or random ones if it has none.
 
-Owns: which they are, the same in every process, and how they are read. Does not own: who puts them there
-(`on_ray/training/bundling.py`), or what is compared.
+Owns: which images these are (the same in every process) and how they are read. Does not own: writing them
+(`on_ray/training/bundling.py`), or the comparison (`conversion`).
 """
 
 # B = batch, N = all images, H = height px, W = width px, C = channels, K = classes
@@ -20,8 +20,8 @@ from mnist_dist.engines.steps import Report
 from mnist_dist.errors import BundleError
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
 
-MAX_IMAGES = 1_000
-RANDOM_IMAGES = 256  # where a bundle has none of its own
+MAX_IMAGES = 1_000  # of the bundle's images; more are thinned out evenly
+RANDOM_IMAGES = 256  # used where the bundle has none
 
 Source = Literal["calibration", "random"]
 Probabilities = npt.NDArray[np.float32]
@@ -32,27 +32,27 @@ def calibration_of(bundle: Bundle) -> tuple[Source, int]:
     """Where the images come from, and how many there are.
 
     Raises:
-        BundleError: the bundle has a table of them without pixels, or a file that is no table.
+        BundleError: the bundle's table of images has no pixels, or is not a Parquet file.
     """
     count = _rows(bundle)
     return ("calibration", min(count, MAX_IMAGES)) if count else ("random", RANDOM_IMAGES)
 
 
 def calibration_images(bundle: Bundle, *, batch_size: int, max_images: int = MAX_IMAGES) -> Iterator[Pixels]:
-    """The images, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
+    """The images in batches, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
 
     Args:
-        bundle: opened.
-        batch_size: images at once.
-        max_images: in all; evenly spread ones where there are more.
+        bundle: an opened bundle.
+        batch_size: images per batch.
+        max_images: total number; evenly spaced rows are taken where the bundle has more.
     """
     images = _own_images(bundle, max_images) if _rows(bundle) else _random_images(bundle, max_images)
-    while some := list(itertools.islice(images, batch_size)):
-        yield np.stack(some)
+    while batch := list(itertools.islice(images, batch_size)):
+        yield np.stack(batch)
 
 
 def calibration_labels(bundle: Bundle) -> Labels | None:
-    """The class numbers `int64 [N]` of those images; None where there are none."""
+    """The class indices `int64 [N]` of these images; None where they have none."""
     import pyarrow.parquet as pq
 
     path = bundle.path / CALIBRATION_FILE
@@ -63,11 +63,11 @@ def calibration_labels(bundle: Bundle) -> Labels | None:
 
 
 def predict_calibration(bundle: Bundle, engine: Engine, report: Report) -> Probabilities:
-    """What an engine says of the images, `float32 [N, K]`; `report` is told how far it is."""
+    """An engine's probabilities for the images, `float32 [N, K]`; calls `report` after each batch."""
     _, count = calibration_of(bundle)
     images = calibration_images(bundle, batch_size=engine.batch_size)
     rows: list[Probabilities] = []
-    with ThreadPoolExecutor(engine.calls_at_once) as pool:  # whose `map` takes all images at once
+    with ThreadPoolExecutor(engine.calls_at_once) as pool:  # its `map` would load all images first
         for outputs in map(engine, images) if engine.calls_at_once == 1 else pool.map(engine, images):
             rows.append(outputs.probabilities)
             report(sum(map(len, rows)), count)
@@ -75,7 +75,7 @@ def predict_calibration(bundle: Bundle, engine: Engine, report: Report) -> Proba
 
 
 def _rows(bundle: Bundle) -> int:
-    """Of the bundle's table; 0 where there is none."""
+    """Number of rows of the bundle's table; 0 where there is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -85,15 +85,15 @@ def _rows(bundle: Bundle) -> int:
     try:
         with pq.ParquetFile(path) as file:
             names, count = file.schema_arrow.names, int(file.metadata.num_rows)
-    except (pa.ArrowInvalid, OSError) as err:  # a damaged footer is the latter
-        raise BundleError(f"{CALIBRATION_FILE} of a bundle is a Parquet file ({err}). Received: {str(path)!r}") from err
+    except (pa.ArrowInvalid, OSError) as err:  # a damaged footer is an OSError
+        raise BundleError(f"{CALIBRATION_FILE} must be a Parquet file ({err}). Received: {str(path)!r}") from err
     if "pixels" not in names:
-        raise BundleError(f"{CALIBRATION_FILE} of a bundle has a column pixels. Received: {names} in {str(path)!r}")
+        raise BundleError(f"{CALIBRATION_FILE} must have a column pixels. Received: {names} in {str(path)!r}")
     return count
 
 
 def _spread(bundle: Bundle, max_images: int) -> npt.NDArray[np.int64]:
-    """Rows of the table that are taken."""
+    """Indices of the table's rows that are used."""
     count = _rows(bundle)
     return np.linspace(0, count - 1, min(count, max_images)).astype(np.int64)
 
@@ -120,6 +120,6 @@ def _pixels(value: bytes, bundle: Bundle) -> Pixels:
     height, width, channels = bundle.info.spec.shape
     if len(value) != height * width * channels:
         raise BundleError(
-            f"{CALIBRATION_FILE} holds images of {height} x {width} x {channels} bytes. Received: {len(value)} bytes"
+            f"{CALIBRATION_FILE} must hold {height} x {width} x {channels} bytes an image. Received: {len(value)} bytes"
         )
     return np.frombuffer(value, np.uint8).reshape(height, width, channels)

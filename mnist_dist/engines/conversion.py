@@ -1,12 +1,11 @@
-"""A bundle's model converted to other formats, and each file asked the same as Keras: what scoring and export stand on.
+"""Converts a bundle's model to other formats and compares each file with Keras, for scoring and for export.
 
-Owns: the steps, each a process of its own (`steps`) on the CPU: one has Keras predict the calibration images and
-converts the model; another has a converted file predict them in its own runtime. And what the two are compared by. Does
-not own: the formats (`formats`), which difference is too large and where files are kept (`choice` for scoring,
-`export`).
+Owns: the steps, each in a separate CPU process (`steps`), and the comparison. One step predicts the calibration images
+with Keras and converts the model; another predicts them with a converted file in its own runtime. Does not own: the
+formats (`formats`), the allowed differences, or where files are kept (`choice` for scoring, `export`).
 
-A converted file takes `uint8 [B, H, W, C]`, 0-255, for any B, and gives `float32 [B, K]` probabilities; preprocessing
-is inside. The driver loads neither Keras nor a runtime, and a crash in a step is an error here.
+A converted file maps `uint8 [B, H, W, C]`, 0-255, for any B, to `float32 [B, K]` probabilities (and to features, if
+requested); preprocessing is inside. The driver loads neither Keras nor a runtime; a crash in a step is a `StepFailed`.
 """
 
 # B = batch, N = images that are compared, H = height px, W = width px, C = channels, K = classes
@@ -37,60 +36,63 @@ from mnist_dist.errors import StepFailed
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.session import Session
 
-AS_FAST = 0.97  # where a smaller call is so fast, it is taken: it needs less memory
-QUANTIZED_IMAGES = 300
+AS_FAST = 0.97  # a smaller call with this share of the best speed is preferred: it needs less memory
+QUANTIZED_IMAGES = 300  # calibration images from which NNCF derives the int8 ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a model says of the calibration images, and how fast."""
+    """A model's predictions for the calibration images, and its speed."""
 
     probabilities: Probabilities
     """`float32 [N, K]`."""
     labels: Labels | None
-    """`int64 [N]`; None: the images have none."""
+    """`int64 [N]`; None: the images have no labels."""
     source: Source
     images_per_s: float
     images_per_call: int
     input_name: str = ""
-    """As the file calls it; empty: of Keras."""
+    """The input's name in the file; empty for Keras."""
     output_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How a model's answers compare with those of Keras in float32."""
+    """How a model's predictions compare with those of Keras in float32."""
 
     source: Source
     images: int
     max_abs_difference: float
-    """Of a probability."""
+    """The largest difference of a probability."""
     agreement: float
-    """Share of the images with the same top class."""
+    """Share of the images with the same top class, 0-1."""
     accuracy_loss: float | None
-    """Of 1, negative where the model is the better one; None where the images have no labels."""
+    """Accuracy of Keras minus accuracy of the model, -1 to 1; None where the images have no labels."""
     images_per_s: float
     images_per_call: int
-    """With which it was fastest."""
+    """Images per call at which `images_per_s` was measured."""
 
 
 def compare(reference: Probabilities, answers: Answers) -> Check:
-    """How far a model's answers are from those of Keras.
+    """Compares a model's predictions with those of Keras.
 
     Raises:
-        StepFailed: the model gives another number of probabilities.
+        StepFailed: the shapes of the probabilities differ.
     """
-    ours, labels = answers.probabilities, answers.labels
-    if ours.shape != reference.shape:
-        raise StepFailed(f"the model gives {list(reference.shape)} probabilities. Received: {list(ours.shape)}")
-    theirs_top, ours_top = reference.argmax(axis=1), ours.argmax(axis=1)
-    # by counts, since 0.902 - 0.9 is more than 0.002
-    loss = None if labels is None else int((theirs_top == labels).sum() - (ours_top == labels).sum()) / len(labels)
+    probabilities, labels = answers.probabilities, answers.labels
+    if probabilities.shape != reference.shape:
+        raise StepFailed(
+            f"Keras gives {list(reference.shape)} probabilities, the converted model another shape. "
+            f"Received: {list(probabilities.shape)}"
+        )
+    keras_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
+    # The loss is computed from counts, since in floats 0.902 - 0.9 is more than 0.002.
+    loss = None if labels is None else int((keras_top == labels).sum() - (top == labels).sum()) / len(labels)
     return Check(
         source=answers.source,
-        images=len(ours),
-        max_abs_difference=float(np.abs(reference.astype(np.float64) - ours).max()),
-        agreement=float((theirs_top == ours_top).mean()),
+        images=len(probabilities),
+        max_abs_difference=float(np.abs(reference.astype(np.float64) - probabilities).max()),
+        agreement=float((keras_top == top).mean()),
         accuracy_loss=loss,
         images_per_s=answers.images_per_s,
         images_per_call=answers.images_per_call,
@@ -98,19 +100,19 @@ def compare(reference: Probabilities, answers: Answers) -> Check:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Of installed packages."""
+    """The versions of installed packages."""
     return {name: metadata.version(name) for name in packages}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A bundle's model at work. Each call runs a step, and raises StepFailed where its process fails.
+    """The conversion steps of one bundle. Each method runs a step and raises StepFailed if its process fails.
 
     Args:
-        bundle: opened.
-        scratch: folder for the converted files, one below it for each format.
+        bundle: an opened bundle.
+        scratch: folder for the converted files, with one subfolder per format.
         batch_size: images per call of Keras.
-        cpus: cores of each model.
+        cpus: cores per model.
         session: shows progress.
     """
 
@@ -121,38 +123,38 @@ class Conversion:
     session: Session
 
     def by_keras(self, formats: Sequence[str], *, features: bool) -> Answers:
-        """What Keras says; its model is converted, with its features as a second output where they are wanted."""
+        """Predicts with Keras and converts the model to the formats, optionally with features as a second output."""
         folders = {name: self.scratch / name for name in formats}
         step = partial(_ask_keras, self._model(), folders, self.batch_size, self.cpus, features)
         return run_step(step, title="Keras model, conversion", session=self.session)
 
     def by_file(self, uri: str, format: str, *, precision: EnginePrecision, call_sizes: Sequence[int]) -> Answers:
-        """What the file in a folder says, with as many images a call as are fastest."""
+        """Predicts with the converted file in a folder, at the fastest of the call sizes."""
         step = partial(_ask_file, self._model(), uri, format, precision, call_sizes, self.cpus)
         return run_step(step, title=f"{format} {precision}", session=self.session)
 
     def quantize(self, uri: str, target: Path) -> None:
-        """Makes an int8 model of OpenVINO's float32 one."""
+        """Quantizes OpenVINO's float32 model in the folder `uri` to int8."""
         run_step(partial(_quantize, self._model(), uri, target), title="openvino int8", session=self.session)
 
     def _model(self) -> Bundle:
-        """The bundle as it travels: without the model, if it was loaded."""
+        """The bundle without a loaded model, so that it can be pickled."""
         return Bundle(self.bundle.path, self.bundle.info)
 
 
-# --- the steps, each in a process of its own -------------------------------------------------------------------------
+# --- the steps, each in a separate process ---------------------------------------------------------------------------
 
 
 def _ask_keras(
     bundle: Bundle, folders: Mapping[str, Path], batch_size: int, cpus: int, features: bool, report: Report
 ) -> Answers:
-    hide_gpus()  # whose TF32 would differ by more than a conversion does
+    hide_gpus()  # Their TF32 differs by more than a conversion does.
     engine = KerasEngine(bundle, batch_size=batch_size, cpus=cpus)
     (speed,) = best_images_per_s([engine], bundle.info.spec)
     answers = _answers(bundle, engine, speed, report)
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its converter would report its use to Intel
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # no usage reports to Intel
     model = with_features(bundle.model) if features else bundle.model
-    model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # an ONNX export wants it called before
+    model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # ONNX export needs a called model
     for name, folder in folders.items():
         folder.mkdir()
         model.export(str(folder / FORMATS[name].file), format=FORMATS[name].keras_name, verbose=False)
@@ -181,7 +183,11 @@ def _ask_file(
 
 
 def smallest_fast(speeds: Mapping[int, float]) -> int:
-    """The smallest number of images per call that is as fast as any, by number of images: images/s."""
+    """The smallest number of images per call that is about as fast as any (`AS_FAST`).
+
+    Args:
+        speeds: images per call -> images/s.
+    """
     return min(size for size, speed in speeds.items() if speed >= AS_FAST * max(speeds.values()))
 
 
@@ -200,7 +206,7 @@ def _answers(
 
 
 def _quantize(bundle: Bundle, uri: str, target: Path, report: Report) -> None:
-    """Post-training quantisation by NNCF, from the calibration images."""
+    """Quantizes after training, with NNCF, from the calibration images."""
     import nncf
     import openvino
 

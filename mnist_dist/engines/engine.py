@@ -1,7 +1,7 @@
-"""A bundle's model as something that only predicts, fast.
+"""A bundle's Keras model compiled for fast prediction.
 
-Owns: how the model is called: compiled once for one batch shape, on uint8 pixels. Does not own: the pixels, or what
-becomes of the outputs.
+Owns: the `Engine` interface, compiling a model once for one batch shape of uint8 pixels, and measuring its speed. Does
+not own: reading the pixels, or using the outputs.
 """
 
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
@@ -20,21 +20,21 @@ import numpy.typing as npt
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, all_layers
 
-MAX_FROZEN_BYTES = 2**30  # of weights; graphs above 2 GiB cannot be built
-SECONDS_MEASURED = 2.0  # where a speed decides, or is told
-ROUND_S = 0.5  # of these at a time, where several are compared
+MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
+MEASURE_S = 2.0  # time per engine for measuring a speed that is compared or reported
+ROUND_S = 0.5  # length of one round, where several engines are measured in turn
 HEAD_LAYERS = ("hidden", "dropout", "logits")
-"""The layers behind the features, in their order (`classifier`); the first one that is there takes them."""
+"""The possible layers after the features, in order (`classifier`); the features are the input of the first one."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says of a batch."""
+    """A model's outputs for a batch."""
 
     probabilities: npt.NDArray[np.float32]
     """`float32 [B, K]`, 0-1, in the order of the bundle's class names."""
     embeddings: npt.NDArray[np.float32] | None = None
-    """`float32 [B, D]`, the features before the head; None where they were not asked for."""
+    """`float32 [B, D]`, the features before the head; None where they were not requested."""
 
 
 class Engine(Protocol):
@@ -42,11 +42,11 @@ class Engine(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Images that are taken at once."""
+        """Largest number of images per call."""
 
     @property
     def calls_at_once(self) -> int:
-        """Threads that may call it at the same time, and should."""
+        """Number of threads that may, and should, call it at the same time."""
 
     @property
     def num_classes(self) -> int:
@@ -54,23 +54,22 @@ class Engine(Protocol):
 
     @property
     def num_features(self) -> int:
-        """D; 0 where embeddings were not asked for."""
+        """D; 0 where embeddings were not requested."""
 
     def __call__(self, pixels: Pixels) -> Outputs:
-        """Outputs of up to `batch_size` images, `uint8 [b, H, W, C]`, 0-255."""
+        """The outputs for up to `batch_size` images, `uint8 [b, H, W, C]`, 0-255."""
 
 
 class KerasEngine:
-    """The model as Keras loads it, compiled for one fixed batch shape: a `tf.function`, or by `jax.jit` where
-    `KERAS_BACKEND` is jax.
+    """The Keras model compiled for one fixed batch shape: by `tf.function`, or by `jax.jit` if `KERAS_BACKEND` is jax.
 
-    Smaller batches are padded with zeros, whose outputs are dropped. Where the memory does not hold a batch, the batch
-    size is halved, once.
+    Smaller batches are padded with zeros, whose outputs are dropped. If a batch does not fit in memory, the batch size
+    is halved, once.
 
     Args:
-        bundle: opened.
+        bundle: an opened bundle.
         batch_size: images per call.
-        embeddings: also give the features before the head.
+        embeddings: also return the features before the head.
         cpus: cores that a call may use; None: all.
     """
 
@@ -89,7 +88,7 @@ class KerasEngine:
         """See `Engine`.
 
         Raises:
-            Exception: the backend's own, where half a batch is too much, too.
+            Exception: the backend's own error, also where half a batch does not fit in memory.
         """
         try:
             return self._call(pixels)
@@ -110,13 +109,13 @@ class KerasEngine:
 
 
 def padded(pixels: Pixels, batch_size: int) -> Pixels:
-    """`uint8 [b, H, W, C]` as `[B, H, W, C]`, with zeros behind."""
+    """Pads `uint8 [b, H, W, C]` with zeros to `[B, H, W, C]`."""
     missing = batch_size - len(pixels)
     return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing > 0 else pixels
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether TensorFlow or JAX says so."""
+    """Whether the error of TensorFlow or JAX means out of memory."""
     return type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
 
 
@@ -127,8 +126,8 @@ def _is_on_jax() -> bool:
 
 
 def use_cpus(cpus: int | None) -> None:
-    """Has TensorFlow, just loaded, use so many cores (None: all) and no more GPU memory than it needs; JAX decides for
-    itself (`XLA_FLAGS`, `XLA_PYTHON_CLIENT_PREALLOCATE`)."""
+    """Limits TensorFlow, before its first use, to this many cores (None: all) and to the GPU memory that it needs. JAX
+    is configured by its own variables (`XLA_FLAGS`, `XLA_PYTHON_CLIENT_PREALLOCATE`)."""
     if _is_on_jax():
         return
     import tensorflow as tf
@@ -140,25 +139,25 @@ def use_cpus(cpus: int | None) -> None:
 
 
 def hide_gpus() -> None:
-    """Has TensorFlow, just loaded, use none of the machine's GPUs."""
+    """Hides the machine's GPUs from TensorFlow; call before its first use."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
 
 
 def compile_model(model: Any, *, batch_size: int) -> Any:
-    """The model for one batch shape as a function of `uint8 [b, H, W, C]` that gives the list of its outputs."""
+    """Compiles the model for one batch shape; the function maps `uint8 [B, H, W, C]` to the list of outputs."""
     if _is_on_jax():
         return _compile_on_jax(model)
     import tensorflow as tf
 
     signature = [tf.TensorSpec([batch_size, *model.input_shape[1:]], tf.uint8)]
-    # XLA was several times slower on CPUs, and compiles for minutes
+    # No XLA: on CPUs it was several times slower, and it compiles for minutes.
     function = tf.function(
         lambda pixels: tf.nest.flatten(model(tf.cast(pixels, model.inputs[0].dtype), training=False)),
         input_signature=signature,
         jit_compile=False,
-        autograph=False,  # which writes files, and finds nothing to convert
+        autograph=False,  # It would write files and has nothing to convert here.
     )
     fixed = _frozen(function.get_concrete_function(), model)
     return lambda pixels: fixed(tf.constant(pixels))
@@ -167,7 +166,8 @@ def compile_model(model: Any, *, batch_size: int) -> Any:
 def _compile_on_jax(model: Any) -> Any:
     import jax
 
-    weights = [[weight.value for weight in some] for some in (model.trainable_variables, model.non_trainable_variables)]
+    variables = (model.trainable_variables, model.non_trainable_variables)
+    weights = [[variable.value for variable in group] for group in variables]
 
     @jax.jit
     def call(trainable: Any, others: Any, pixels: Any) -> Any:
@@ -178,14 +178,14 @@ def _compile_on_jax(model: Any) -> Any:
 
 
 def images_per_s(model: Any, *, batch_size: int, seconds: float) -> float:
-    """Speed of a compiled model on one ready batch of `uint8` images, after a first call that does not count."""
+    """Speed of a compiled model on one `uint8` batch in memory, after one warm-up call."""
     function = compile_model(model, batch_size=batch_size)
     pixels = np.zeros((batch_size, *model.input_shape[1:]), np.uint8)
     return batch_size * calls_per_s(lambda: np.asarray(function(pixels)[0]), seconds=seconds)
 
 
 def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1) -> float:
-    """How many calls a second go through, by so many threads, after a first one that does not count."""
+    """Calls per second from `at_once` threads together, after one warm-up call."""
     call()
     counts, began = [0] * at_once, perf_counter()
 
@@ -200,36 +200,36 @@ def calls_per_s(call: Callable[[], object], *, seconds: float, at_once: int = 1)
 
 
 def best_images_per_s(engines: Sequence[Engine], spec: ImageSpec) -> list[float]:
-    """Speed of each engine on a ready full batch, called as often at once as it takes calls. The best of rounds by
-    turns counts: other work on the machine only slows an engine down, for seconds."""
+    """Speed of each engine on a full batch in memory, called from `calls_at_once` threads. Engines are measured in
+    turn, and the best round of each counts, since other work on the machine slows an engine down for seconds."""
     batches = [np.zeros((engine.batch_size, *spec.shape), np.uint8) for engine in engines]
     best = [0.0] * len(engines)
     began = perf_counter()
-    while not all(best) or perf_counter() - began < SECONDS_MEASURED * len(engines):
-        for place, engine in enumerate(engines):
-            call = functools.partial(engine, batches[place])
+    while not all(best) or perf_counter() - began < MEASURE_S * len(engines):
+        for index, engine in enumerate(engines):
+            call = functools.partial(engine, batches[index])
             rate = calls_per_s(call, seconds=ROUND_S, at_once=engine.calls_at_once)
-            best[place] = max(best[place], engine.batch_size * rate)
+            best[index] = max(best[index], engine.batch_size * rate)
     return best
 
 
 def _frozen(function: Any, model: Any) -> Any:
-    """The function with the weights as constants where that is faster: TensorFlow then folds batch normalisation into
-    the convolutions (MobileNetV2 on 2 cores: 1.35 times as fast, bit for bit the same; VGG16, which has none: 0.99)."""
+    """Turns weights into constants where that is faster: TensorFlow then folds batch normalisation into convolutions
+    (on 2 cores MobileNetV2 is 1.35 times as fast, with identical outputs; VGG16, which has none, 0.99 times)."""
     import keras
 
     folds = any(isinstance(layer, keras.layers.BatchNormalization) for layer in all_layers(model))
     weights_bytes = sum(math.prod(weight.shape) for weight in model.weights) * 4
     if not folds or weights_bytes > MAX_FROZEN_BYTES:
         return function
-    # the only spelling there is, also in TensorFlow's own guides
+    # TensorFlow has no public name for this function; its own guides import it from here, too.
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     return convert_variables_to_constants_v2(function)
 
 
 def with_features(model: Any) -> Any:
-    """The model with the features before its head as a second output."""
+    """The model with the features, the input of its head, as a second output."""
     import keras
 
     names = [layer.name for layer in model.layers]

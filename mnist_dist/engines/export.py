@@ -1,10 +1,10 @@
-"""A bundle's model as a file of another runtime, shown to give the same answers there.
+"""Exports a bundle's model to the format of another runtime and checks that it predicts the same there.
 
-Owns: the folder of an export and the tolerance. Does not own: the formats (`formats`), conversion and comparison
-(`conversion`), the bundle (`models/bundle.py`) or the flags (`export_config`).
+Owns: the folder of an export and applying the tolerance. Does not own: the formats (`formats`), conversion and
+comparison (`conversion`), the bundle (`models/bundle.py`) or the flags (`export_config`).
 
-Contract: the folder holds what the format needs and `export.json`, which is written last and says what was checked; a
-folder without it is unfinished. A local folder is made under a temporary name beside its place and renamed.
+Contract: the folder holds the format's files and `export.json`, which is written last and records the check; a folder
+without it is unfinished. A local folder is written under a temporary name beside its place and renamed.
 """
 
 import platform
@@ -44,54 +44,55 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What `export.json` says."""
+    """The content of `export.json`."""
 
     format: ExportFormat
     file: str
-    """What a runtime opens, in the folder."""
+    """Name of the file or folder that a runtime opens."""
     model_id: str
     class_names: tuple[str, ...]
     input: Tensor
     output: Tensor
     resize: str
-    """How an image of another shape becomes the input."""
+    """How an image of another shape is resized to the input."""
     size_bytes: int
-    """Of all files but this one."""
+    """Total size of all files except `export.json`."""
     check: Check
     keras_images_per_s: float
-    """By Keras, on the same machine with the same batch size."""
+    """Speed of Keras on the same machine with the same batch size."""
     tolerance: float
-    """The largest difference that was allowed."""
+    """The largest difference of a probability that was allowed."""
     versions: dict[str, str]
     created_at: str
     """ISO 8601, UTC."""
 
 
 def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
-    """Exports a bundle and checks the file in its own runtime, or returns the export that is already there.
+    """Exports a bundle and checks the file in its own runtime, or returns the export that already exists.
 
     Args:
-        job: which bundle, how, and where to.
-        console: where a person looks.
+        job: the bundle, the format and the output.
+        console: shows progress.
 
     Returns:
         Keys of the job's JSON line: `output`, `path` (what a runtime opens), `format`, `model_id`, `size_bytes`,
         `keras_images_per_s` and the fields of `Check`.
 
     Raises:
-        BundleError: there is no bundle, or its calibration images are none.
-        ConfigError: the runtime is not installed, or something else lies at the output.
+        BundleError: there is no bundle, or its calibration images cannot be read.
+        ConfigError: the runtime is not installed, the output holds other files, or its export is damaged.
         ResumeConflict: the output holds another export.
-        Locked: another driver is at work on the same output.
-        Interrupted: by a signal; nothing is left.
-        MnistDistError: the conversion or the runtime failed, or the difference is above the tolerance; nothing is left.
+        Locked: another driver is working on the same output.
+        Interrupted: by a signal; no files are left.
+        MnistDistError: the conversion or the runtime failed, or the difference is above the tolerance; no files are
+            left.
     """
     bundle, output = load_bundle(job.bundle), job.output_uri
     export = _finished(job, bundle)
     if export is None:
         check_installed(f"--format {job.format}", FORMATS[job.format].packages)
         _check_free(output, job.format)
-        calibration_of(bundle)  # which may be none
+        calibration_of(bundle)  # Raises now, not after the conversion, if the images cannot be read.
         parent, _, name = output.rpartition("/")
         lock_uri = f"{parent}/.{name}.lock"
         with locked_session(console, lock_uri=lock_uri, what=output, wait_s=job.lock_wait_s) as session:
@@ -104,57 +105,57 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
     }
 
 
-# --- what is already there -------------------------------------------------------------------------------------------
+# --- an existing export ----------------------------------------------------------------------------------------------
 
 
 def _finished(job: ExportJob, bundle: Bundle) -> Export | None:
-    """Just this export, where it is there, complete.
+    """The job's export, if it is already complete; None: there is none.
 
     Raises:
-        ResumeConflict: another one is.
-        ConfigError: it is, but damaged.
+        ResumeConflict: the output holds another export.
+        ConfigError: the export is damaged.
     """
     try:
-        found = documents.read(ANYWHERE, join(job.output_uri, EXPORT_FILE), Export)
+        export = documents.read(ANYWHERE, join(job.output_uri, EXPORT_FILE), Export)
     except FileNotFoundError:
         return None
-    ours = {"model_id": bundle.info.model_id, "format": job.format}
-    lines = differences(ours, {name: getattr(found, name) for name in ours})
-    if found.check.max_abs_difference > job.tolerance:
-        difference = f"{found.check.max_abs_difference:.3g} is the export's difference"
+    requested = {"model_id": bundle.info.model_id, "format": job.format}
+    lines = differences(requested, {name: getattr(export, name) for name in requested})
+    if export.check.max_abs_difference > job.tolerance:
+        difference = f"{export.check.max_abs_difference:.3g} is the export's difference"
         lines.append(f"tolerance: {job.tolerance:g} now, {difference}")
     if lines:
         raise ResumeConflict(
-            "there is another export; name another --output, or delete it: "
+            "the output holds another export; choose another --output, or delete it: "
             f"{'; '.join(lines)}. Received: {job.output_uri!r}"
         )
     size_bytes = _size_bytes(job.output_uri)
-    if size_bytes != found.size_bytes:
+    if size_bytes != export.size_bytes:
         raise ConfigError(
-            f"the export is damaged, delete it: its files had {found.size_bytes} bytes and have {size_bytes}. "
+            f"the export is damaged, delete it: its files had {export.size_bytes} bytes and now have {size_bytes}. "
             f"Received: {job.output_uri!r}"
         )
-    return found
+    return export
 
 
 def _size_bytes(output: str) -> int:
-    """Of everything in the folder but `export.json`."""
-    mark = join(output, EXPORT_FILE)
-    return sum(entry.size_bytes for entry in ANYWHERE.list_entries(output) if entry.uri != mark)
+    """Total size of the folder's files except `export.json`."""
+    export_file = join(output, EXPORT_FILE)
+    return sum(entry.size_bytes for entry in ANYWHERE.list_entries(output) if entry.uri != export_file)
 
 
 def _check_free(output: str, format: ExportFormat) -> None:
-    """Whatever lies there without an `export.json` is not ours, but for the files of an upload that broke off."""
+    """Refuses an output that holds other files; those of an interrupted upload do not count."""
     row, remote = FORMATS[format], is_remote(output)
-    ours = {row.file, *row.others} if remote else set()
+    leftovers = {row.file, *row.others} if remote else set()
     names = {entry.uri.removeprefix(f"{output}/").partition("/")[0] for entry in ANYWHERE.scan_entries(output)}
-    if names - ours or (not remote and Path(output).is_dir() and any(Path(output).iterdir())):
+    if names - leftovers or (not remote and Path(output).is_dir() and any(Path(output).iterdir())):
         raise ConfigError(
-            f"the folder for an export is new or empty. Received: {output!r}, which holds {sorted(names - ours)[:5]}"
+            f"the folder of an export must be new or empty. Received: {output!r}, with {sorted(names - leftovers)[:5]}"
         )
 
 
-# --- a new one -------------------------------------------------------------------------------------------------------
+# --- a new export ----------------------------------------------------------------------------------------------------
 
 
 def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
@@ -177,9 +178,9 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
         documents.write(ANYWHERE, f"{files}/{EXPORT_FILE}", export)
         session.check()
         session.confirm_lock()
-        _check_free(job.output_uri, job.format)  # somebody else may have put something there meanwhile
+        _check_free(job.output_uri, job.format)  # Somebody may have written there in the meantime.
         ANYWHERE.delete_leftovers(job.output_uri)
-        for name in (export.file, *FORMATS[job.format].others):  # of an upload that broke off
+        for name in (export.file, *FORMATS[job.format].others):  # left by an interrupted upload
             ANYWHERE.delete_tree(join(job.output_uri, name))
         ANYWHERE.upload_folder(files, job.output_uri, last=EXPORT_FILE)
     check = export.check
@@ -192,19 +193,19 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
 
 
 def _converted(job: ExportJob, conversion: Conversion) -> Export:
-    """Makes the files, and checks them.
+    """Converts the model to files and checks them.
 
     Raises:
-        MnistDistError: a process failed, or the difference is above the tolerance.
+        MnistDistError: a step failed, or the difference is above the tolerance.
     """
     info, row, files = conversion.bundle.info, FORMATS[job.format], conversion.scratch / job.format
     keras = conversion.by_keras([job.format], features=False)
     answers = conversion.by_file(str(files), job.format, precision="float32", call_sizes=(job.batch_size,))
     check = compare(keras.probabilities, answers)
-    if not check.max_abs_difference <= job.tolerance:  # also what is no number
+    if not check.max_abs_difference <= job.tolerance:  # `not <=` also refuses NaN.
         raise MnistDistError(
-            f"{job.format} differs from the Keras model: a probability by {check.max_abs_difference:.3g}, the top "
-            f"class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is allowed "
+            f"{job.format} differs too much from the Keras model: a probability by {check.max_abs_difference:.3g}, the "
+            f"top class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is allowed "
             "(--tolerance)"
         )
     return Export(

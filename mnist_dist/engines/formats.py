@@ -1,9 +1,9 @@
-"""The formats that a Keras model is converted to, and each one's own runtime as an `Engine` on the CPU.
+"""The formats that a Keras model is converted to, and the runtime of each as an `Engine` on the CPU.
 
-Owns: which files a format consists of, what it needs, and how its runtime is opened. Does not own: the conversion and
-the comparison (`conversion`).
+Owns: the files and packages of each format, and how its runtime is opened. Does not own: the conversion and the
+comparison (`conversion`).
 
-No runtime loads Keras, and only that of `saved_model` loads TensorFlow: with another one a process starts in a second.
+No runtime loads Keras, and only that of `saved_model` loads TensorFlow: with the others, a process starts in a second.
 """
 
 # B = batch, H = height px, W = width px, C = channels, K = classes, D = features
@@ -28,18 +28,18 @@ from mnist_dist.errors import ConfigError
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 
-MAX_STREAMS = 4  # each holds a batch and its activations
-_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # of what an int8 file leaves in floating point
+MAX_STREAMS = 4  # bounds memory: each stream holds a batch and its activations
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # int8: for the layers that stay in floating point
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How a file is opened."""
+    """Options for opening a file."""
 
     shape: tuple[int, ...]
-    """`(B, H, W, C)` of full batches."""
+    """`(B, H, W, C)` of a full batch."""
     outputs: int
-    """1: probabilities; 2: features, too."""
+    """1: probabilities; 2: also features."""
     precision: EnginePrecision
     cpus: int
 
@@ -50,8 +50,8 @@ class Runtime:
 
     Args:
         call: `uint8 [b, H, W, C]` with b up to B -> `float32 [b, K]` and, as a second output, `float32 [b, D]`.
-        input_name: as the file calls it.
-        output_name: the same, of the probabilities.
+        input_name: the input's name in the file.
+        output_name: the name of the probabilities in the file.
         calls_at_once: see `Engine`.
     """
 
@@ -66,11 +66,11 @@ class Format:
     """A row of the table.
 
     Args:
-        file: what the runtime opens; where a folder of files is uploaded, this one comes last.
+        file: the file or folder that the runtime opens; it is uploaded last.
         others: further files beside it.
-        packages: what converts to it and runs it.
-        open: loads the runtime.
-        keras_name: for Keras' `model.export`.
+        packages: Python packages that convert to the format and run it.
+        open: opens the file in its runtime.
+        keras_name: the format's name in Keras' `model.export`.
     """
 
     file: str
@@ -84,13 +84,13 @@ class ConvertedEngine:
     """A converted model as an `Engine`.
 
     Args:
-        folder: of the file.
-        format: a row of `FORMATS`.
-        spec: of the images.
+        folder: the folder of the converted file.
+        format: a key of `FORMATS`.
+        spec: size and channels of the images.
         batch_size: images per call.
-        precision: of the arithmetic; int8 is one of the file, too.
-        embeddings: also give the features before the head; the file has them as its second output.
-        cpus: cores that a call may use.
+        precision: of the arithmetic; int8 also needs a quantized file.
+        embeddings: also return the features before the head, which are the file's second output.
+        cpus: cores that the engine may use.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ConvertedEngine:
 
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
-    """The folder, or a copy of it for as long as it is read."""
+    """The folder, or a temporary copy of a remote one."""
     if not is_remote(uri):
         yield Path(uri)
         return
@@ -129,7 +129,7 @@ def local_folder(uri: str) -> Iterator[Path]:
 
 
 def check_installed(wanted: str, packages: Sequence[str]) -> None:
-    """Raises ConfigError where something is missing that `wanted` needs."""
+    """Raises ConfigError if a package that `wanted` (a flag or an engine) needs is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{wanted} needs {' and '.join(missing)}: pip install 'mnist_dist[export]'")
@@ -137,28 +137,28 @@ def check_installed(wanted: str, packages: Sequence[str]) -> None:
 
 @functools.cache
 def openvino_core() -> Any:
-    """The one `openvino.Core` of the process. Each gives the thread that makes it another stack for signal handlers and
-    puts back the one before when it ends: two that end in the wrong order leave a stack that is gone, and the next
-    signal ends the process (OpenVINO 2026.4)."""
+    """The only `openvino.Core` of the process. Each Core replaces its thread's signal stack and restores the previous
+    one when it ends. If two end in the wrong order, the thread keeps a stack that was freed, and the next signal kills
+    the process (OpenVINO 2026.4)."""
     import openvino
 
     return openvino.Core()
 
 
 def streams_of(cpus: int) -> int:
-    """How many calls run at once: each on as many whole cores, as few of them idle as possible, then as many calls."""
+    """Number of calls to run at once, each on the same number of cores: as few idle cores, then as many calls."""
     return max(range(1, min(cpus, MAX_STREAMS) + 1), key=lambda streams: (cpus // streams * streams, streams))
 
 
 def _open_openvino(file: Path, opening: Opening) -> Runtime:
     core, streams = openvino_core(), streams_of(opening.cpus)
     model = core.read_model(file)
-    model.reshape({0: list(opening.shape)})  # a fixed batch; smaller ones are padded
+    model.reshape({0: list(opening.shape)})  # A fixed batch size: smaller batches are padded.
     settings = {
-        "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],  # some CPUs run bfloat16 unless they are told otherwise
+        "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],  # The default is bfloat16 on some CPUs.
         "INFERENCE_NUM_THREADS": opening.cpus,
-        "NUM_STREAMS": streams,  # calls at the same time, each on its share of these threads
-        "ENABLE_CPU_PINNING": False,  # the threads that decode use the same cores
+        "NUM_STREAMS": streams,  # parallel calls, which share these threads
+        "ENABLE_CPU_PINNING": False,  # The decoding threads use the same cores.
     }
     compiled = core.compile_model(model, "CPU", settings)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -169,8 +169,8 @@ def _open_openvino(file: Path, opening: Opening) -> Runtime:
         request = requests.get()
         try:
             request.infer([padded(pixels, opening.shape[0])], share_inputs=True)
-            tensors = [request.get_output_tensor(place).data for place in range(opening.outputs)]
-            return [np.array(values[: len(pixels)]) for values in tensors]  # copies: the tensors are used again
+            tensors = [request.get_output_tensor(index).data for index in range(opening.outputs)]
+            return [np.array(values[: len(pixels)]) for values in tensors]  # Copied: the next call reuses the tensors.
         finally:
             requests.put(request)
 
@@ -182,7 +182,7 @@ def _open_onnx(file: Path, opening: Opening) -> Runtime:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = opening.cpus
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would starve decoding
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # Spinning would starve decoding.
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     (source,), targets = session.get_inputs(), [output.name for output in session.get_outputs()[: opening.outputs]]
     return Runtime(lambda pixels: session.run(targets, {source.name: pixels}), source.name, targets[0])
@@ -196,8 +196,8 @@ def _open_saved_model(folder: Path, opening: Opening) -> Runtime:
     (source,), targets = function.structured_input_signature[1], list(function.structured_outputs)[: opening.outputs]
 
     def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
-        found = function(**{source: tf.constant(pixels)})
-        return [found[target].numpy() for target in targets]
+        outputs = function(**{source: tf.constant(pixels)})
+        return [outputs[target].numpy() for target in targets]
 
     return Runtime(call, source, targets[0])
 
@@ -208,16 +208,16 @@ def _open_litert(file: Path, opening: Opening) -> Runtime:
     interpreter = Interpreter(str(file), num_threads=opening.cpus)
     interpreter.allocate_tensors()
     ((_, names),) = interpreter.get_signature_list().items()
-    place = interpreter.get_input_details()[0]["index"]
-    answers = [details["index"] for details in interpreter.get_output_details()[: opening.outputs]]
+    input_index = interpreter.get_input_details()[0]["index"]
+    output_indices = [details["index"] for details in interpreter.get_output_details()[: opening.outputs]]
 
     def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
-        if tuple(interpreter.get_input_details()[0]["shape"]) != pixels.shape:  # memory is laid out for one batch
-            interpreter.resize_tensor_input(place, pixels.shape, strict=True)
+        if tuple(interpreter.get_input_details()[0]["shape"]) != pixels.shape:  # Memory is laid out for one batch size.
+            interpreter.resize_tensor_input(input_index, pixels.shape, strict=True)
             interpreter.allocate_tensors()
-        interpreter.set_tensor(place, pixels)
+        interpreter.set_tensor(input_index, pixels)
         interpreter.invoke()
-        return [interpreter.get_tensor(answer) for answer in answers]
+        return [interpreter.get_tensor(index) for index in output_indices]
 
     return Runtime(call, names["inputs"][0], names["outputs"][0])
 

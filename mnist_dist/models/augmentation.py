@@ -1,16 +1,16 @@
-"""Augmentation: a model of its own in front of the training step, and the one door through which randomness comes.
+"""Augmentation: a separate model in front of the network, and the seeding of all randomness in a training step.
 
-Owns: the presets, and setting the state of every random number generator of a model from outside. Does not own when
-that happens (the training step does it, each step). An augmentation is never part of what is saved: random layers run
-in training mode by default, so a model saved with them would augment when it is called as `model(x)`.
+Owns: the presets, and setting the state of a model's random number generators from outside. Does not own: when that
+happens (at each training step, by the step itself). An augmentation is never saved: random layers run in training mode
+by default, so a model saved with them would augment when it is called as `model(x)`.
 
-Contract: with the generators set by `reseed(generators, (seed, global step, rank))` at the start of a step, all that
-is random in this step (augmentation, dropout) is a function of these numbers. Nothing of it needs saving, and a resumed
-run repeats it. This works in a `tf.function`, and in the replica context of a `tf.distribute` strategy: the states are
-variables without aggregation, so that each replica sets and advances its own.
+Contract: after `reseed(generators, (seed, global step, rank))` at the start of a step, everything random in the step
+(augmentation, dropout) is a function of these numbers. No random state needs saving, and a resumed run repeats the
+draws. This works in a `tf.function`, and in the replica context of a `tf.distribute` strategy: the states are variables
+without aggregation, so each replica sets and advances its own.
 
-Speed: turning, moving and zooming are one affine transform, one pass over the pixels. Three Keras layers
-(`RandomRotation`, `RandomTranslation`, `RandomZoom`) do it in three and several times slower.
+Speed: rotation, shift and zoom are one affine transform, one pass over the pixels. Three Keras layers
+(`RandomRotation`, `RandomTranslation`, `RandomZoom`) take three passes and are several times slower.
 """
 
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB)
@@ -27,20 +27,20 @@ from mnist_dist.config import Augmentation
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError
 
-WORD = 0xFFFFFFFF  # 32 bits
+MASK_32_BITS = 0xFFFFFFFF
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """How far an image is turned, moved, zoomed and mirrored; each drawn uniformly for each image.
+    """Ranges of rotation, shift, zoom and flip; each is drawn uniformly per image.
 
     Args:
-        rotation_degrees: up to this, either way.
-        shift: share of height and width, up to this, either way.
-        zoom: least and greatest size of what is seen, as a share of the image: below 1 it comes nearer (a crop).
-        flip: mirrored left to right, every other image.
-        fill: what appears at the edges, as in `keras.ops.image.affine_transform`.
+        rotation_degrees: largest rotation, either way.
+        shift: largest shift, either way, as a share of height and width.
+        zoom: smallest and largest visible part, as a share of the image's height and width; below 1 it is a crop.
+        flip: mirror left to right with probability one half.
+        fill: how pixels beyond the edges are filled, as in `keras.ops.image.affine_transform`.
     """
 
     rotation_degrees: float = 0.0
@@ -52,12 +52,12 @@ class Affine:
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """How far colours change; each drawn uniformly for each image.
+    """Ranges of the colour changes; each is drawn uniformly per image.
 
     Args:
-        brightness: share of 255 that is added, up to this, either way.
-        contrast: change of the distance from the image's mean grey, as a share.
-        saturation: change of the distance from the pixel's grey, as a share; RGB only.
+        brightness: largest value added, either way, as a share of 255.
+        contrast: largest relative change of a value's distance from the image's mean.
+        saturation: largest relative change of a value's distance from the pixel's grey; RGB only.
     """
 
     brightness: float = 0.0
@@ -67,7 +67,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Preset:
-    """What happens to an image, in this order."""
+    """The transforms of an image, in the order in which they are applied."""
 
     affine: Affine
     colour: Colour | None = None
@@ -75,7 +75,7 @@ class Preset:
 
 PRESETS: dict[Augmentation, Preset | None] = {
     "none": None,
-    # No flips: a mirrored digit is another sign. Within what handwriting does by itself (Simard et al. 2003).
+    # No flips: a mirrored digit is not that digit. The ranges stay within natural handwriting (Simard et al. 2003).
     "digits": Preset(Affine(rotation_degrees=10.0, shift=0.08, zoom=(0.9, 1.1))),
     "photos": Preset(
         Affine(rotation_degrees=5.0, shift=0.05, zoom=(0.7, 1.0), flip=True, fill="reflect"),
@@ -88,17 +88,17 @@ def build_augmentation(preset: Augmentation, *, spec: ImageSpec) -> keras.Model 
     """The augmentation of that name, or None for `none`.
 
     Args:
-        preset: `none`; `digits`: turned, moved, zoomed; `photos`: mirrored, cropped, moved, turned, colours changed.
+        preset: `none`; `digits`: rotation, shift, zoom; `photos`: flip, crop, shift, rotation, colours.
         spec: size and channels of the images.
 
     Returns:
-        A model `float32 [B, H, W, C]`, 0-255 -> the same. It augments however it is called.
+        A model `float32 [B, H, W, C]`, 0-255 -> the same. It augments whatever `training` is.
 
     Raises:
         ConfigError: there is no such preset.
     """
     if preset not in PRESETS:
-        raise ConfigError(f"augmentation is one of {', '.join(PRESETS)}. Received: augmentation={preset!r}")
+        raise ConfigError(f"augmentation must be one of {', '.join(PRESETS)}. Received: augmentation={preset!r}")
     chosen = PRESETS[preset]
     if chosen is None:
         return None
@@ -110,7 +110,7 @@ def build_augmentation(preset: Augmentation, *, spec: ImageSpec) -> keras.Model 
 
 
 class RandomAffine(keras.layers.Layer):
-    """Turns, moves, zooms and mirrors each image of a batch by one bilinear transform."""
+    """Rotates, shifts, zooms and mirrors each image of a batch in one bilinear transform."""
 
     def __init__(self, affine: Affine) -> None:
         super().__init__(dtype="float32", name="affine")
@@ -123,7 +123,7 @@ class RandomAffine(keras.layers.Layer):
         return ops.image.affine_transform(images, matrices, interpolation="bilinear", fill_mode=self.affine.fill)
 
     def _matrices(self, batch: Any, height_px: int, width_px: int) -> Any:
-        """`float32 [B, 8]`: for each image, from a place in the new image to one in the old, about the centre."""
+        """Per image, the affine map from new to old pixel positions, about the centre: `float32 [B, 8]`."""
         angle, right, down, zoom, mirror = ops.unstack(
             keras.random.uniform((5, batch), -1.0, 1.0, seed=self.seed_generator), num=5
         )
@@ -141,7 +141,7 @@ class RandomAffine(keras.layers.Layer):
 
 
 class RandomColour(keras.layers.Layer):
-    """Changes saturation, contrast and brightness of each image of a batch; what leaves 0-255 is clipped."""
+    """Changes saturation, contrast and brightness of each image of a batch, clipped to 0-255."""
 
     def __init__(self, colour: Colour) -> None:
         super().__init__(dtype="float32", name="colour")
@@ -164,18 +164,18 @@ class RandomColour(keras.layers.Layer):
 
 
 def seed_generators(*models: keras.Model | None) -> list[keras.random.SeedGenerator]:
-    """Every random number generator of the models' layers, each once, in an order that two equal models share.
+    """All random number generators of the models' layers, without duplicates, in the same order for equal models.
 
     Args:
-        models: augmentation, network; None is passed over, so that the result of `build_augmentation` fits.
+        models: augmentation, network; None is skipped, since `build_augmentation` may return it.
     """
-    found: dict[int, keras.random.SeedGenerator] = {}
+    generators: dict[int, keras.random.SeedGenerator] = {}
     for model in models:
         for layer in _layers_of(model):
             for value in vars(layer).values():
                 if isinstance(value, keras.random.SeedGenerator):
-                    found.setdefault(id(value), value)
-    return list(found.values())
+                    generators.setdefault(id(value), value)
+    return list(generators.values())
 
 
 def _layers_of(layer: Any) -> Iterator[Any]:
@@ -187,30 +187,30 @@ def _layers_of(layer: Any) -> Iterator[Any]:
 
 
 def reseed(generators: Sequence[keras.random.SeedGenerator], seed: Any) -> None:
-    """Sets each generator's state to a hash of `seed` and of its place in the list.
+    """Sets each generator's state to a hash of `seed` and of its index in the list.
 
     Args:
-        generators: of `seed_generators`, in that order.
-        seed: whole numbers of 0 to 2**32 - 1, any integer type, a tensor or a sequence: `(seed, global step, rank)`, or
-            two that were derived from them. Numbers next to each other give streams that have nothing in common.
+        generators: from `seed_generators`, in that order.
+        seed: integers from 0 to 2**32 - 1 of any integer type, a tensor or a sequence: `(seed, global step, rank)`, or
+            two numbers derived from them. Adjacent numbers give unrelated streams.
     """
     if not generators:
         return
     words = ops.unstack(ops.cast(ops.convert_to_tensor(seed), "int64"))
     states = ops.reshape(ops.arange(2 * len(generators), dtype="int64"), (len(generators), 2))
     for word in words:
-        states = _mix(ops.bitwise_xor(_mix(states), ops.bitwise_and(word, WORD)))
+        states = _mix(ops.bitwise_xor(_mix(states), ops.bitwise_and(word, MASK_32_BITS)))
     for generator, state in zip(generators, ops.unstack(states, num=len(generators)), strict=True):
         generator.state.assign(state)
 
 
 def _mix(x: Any) -> Any:
-    """A permutation of 32-bit words in which each bit of the input changes half of the output's.
+    """A permutation of 32-bit words in which each input bit changes half of the output bits.
 
-    Both factors are below 2**31, so that the products fit into int64. Source: Thomas Mueller,
+    The factor is below 2**31, so the products fit in int64. Source: Thomas Mueller,
     https://stackoverflow.com/a/12996028 (as in the H2 database).
     """
-    x = ops.bitwise_and(x + 0x9E3779B9, WORD)  # else 0 stays 0
+    x = ops.bitwise_and(x + 0x9E3779B9, MASK_32_BITS)  # Without it, 0 would stay 0.
     for _ in range(2):
-        x = ops.bitwise_and(ops.bitwise_xor(ops.right_shift(x, 16), x) * 0x45D9F3B, WORD)
+        x = ops.bitwise_and(ops.bitwise_xor(ops.right_shift(x, 16), x) * 0x45D9F3B, MASK_32_BITS)
     return ops.bitwise_xor(ops.right_shift(x, 16), x)

@@ -1,12 +1,12 @@
-"""One literal table of the backbones: what each is built from, where its weights are published, what it must be fed.
+"""One literal table of the backbones: how each is built, where its weights are published, what input it expects.
 
-Owns: the names, sizes, preprocessing, default heads and cut points for fine-tuning, and the checks of a configuration
-that need nothing but this table. Does not own the head, the weights' loading or freezing (`classifier`).
+Owns: the names, sizes, preprocessing, default heads and cut points for fine-tuning, and the configuration checks that
+need nothing but this table. Does not own: the head, or loading and freezing weights (`classifier`).
 
 Contract: importing this module imports neither Keras nor TensorFlow, so that a driver can check a configuration in
 milliseconds; the builders import Keras when they are called. A builder takes the shape of a preprocessed float32 image
-and gives a Keras model from `float32 [B, H, W, C]` to a feature map `[B, h, w, D]`, or to a vector `[B, D]` where
-`pooling` is None.
+and returns a Keras model that maps `float32 [B, H, W, C]` to a feature map `[B, h, w, D]`, or to a vector `[B, D]`
+where `pooling` is None.
 """
 
 # B = batch, H = height px, W = width px, C = channels (RGB), D = features
@@ -31,19 +31,19 @@ KERAS_APPLICATIONS_URL = "https://storage.googleapis.com/tensorflow/keras-applic
 
 
 class BuildBackbone(Protocol):
-    """Builds a backbone for a `(height, width, channels)`, at a width multiplier, with published weights or none."""
+    """Builds a backbone for a `(height, width, channels)` and a width multiplier, with published or no weights."""
 
     def __call__(self, shape: Shape, alpha: float, weights: Literal["imagenet"] | None = None) -> "keras.Model": ...
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to pixels of 0-255 in front of the backbone: `pixels * scale + offset`, alike or by channel.
+    """What is applied to pixels in 0-255 before the backbone: `pixels * scale + offset`.
 
     Args:
-        scale: factor.
-        offset: added after the factor.
-        bgr: the channels are turned round first; scale and offset are then in the order blue, green, red.
+        scale: factor, one for all channels or one per channel.
+        offset: added after scaling, likewise.
+        bgr: the channels are reversed first; scale and offset are then in the order blue, green, red.
     """
 
     scale: tuple[float, ...] | float
@@ -56,20 +56,20 @@ class Backbone:
     """A row of the table.
 
     Args:
-        name: what `--backbone` takes.
-        build: the network without preprocessing and head.
-        weights_published: URL of the ImageNet weights, `{alpha}` and `{size}` still to be filled in; None: there are
-            none, train from scratch or start from a file or a bundle.
+        name: the value of `--backbone`.
+        build: builds the network without preprocessing and head.
+        weights_published: URL of the ImageNet weights, with `{alpha}` and `{size}` to fill in; None: there are none,
+            so it trains from scratch or starts from a file or a bundle.
         preprocessing: what the published weights expect.
-        native_size_px: height and width it was made for.
-        min_size_px: below this the network has nothing left to look at, or Keras refuses.
-        scratch: it trains from scratch at any size and keeps grey images grey; others always see RGB.
-        has_alpha: it comes in widths.
-        pooling: how its feature map becomes a vector by default; None: it gives a vector.
+        native_size_px: height and width it was designed for.
+        min_size_px: smallest height and width; below it the feature map is empty, or Keras refuses.
+        scratch: it trains from scratch at any size and keeps grey images grey; the others always see RGB.
+        has_alpha: it has a width multiplier.
+        pooling: how its feature map becomes a vector by default; None: its output is already a vector.
         dropout: default dropout before the output.
         hidden_units: default width of a dense layer between backbone and output; 0: none.
-        cut_points: name -> the first layer that is trained, for fine-tuning only what lies behind it.
-        source: the paper or the code it follows.
+        cut_points: name -> the first trained layer, for fine-tuning that layer and all after it.
+        source: the paper or code it follows.
     """
 
     name: str
@@ -125,7 +125,7 @@ def _cnn_bn(shape: Shape, alpha: float, weights: Literal["imagenet"] | None = No
     from keras import layers
 
     def batch_norm(name: str) -> keras.layers.Layer:
-        return layers.BatchNormalization(synchronized=True, name=name)  # over all replicas, so that they agree
+        return layers.BatchNormalization(synchronized=True, name=name)  # Statistics over all replicas keep them equal.
 
     return keras.Sequential(
         [
@@ -165,7 +165,7 @@ def _conv_base(shape: Shape, alpha: float, weights: Literal["imagenet"] | None =
 
 @dataclass(frozen=True)
 class _Application:
-    """The one adapter to Keras Applications: a builder for the function of that name, without top and preprocessing."""
+    """Builds a network of Keras Applications, by its function's name, without top and preprocessing."""
 
     function: str
     has_alpha: bool = False
@@ -182,11 +182,11 @@ class _Application:
         application = getattr(keras.applications, self.function)(**options)
         for layer in application.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
-                layer.synchronized = True  # matters only where it is trained: there replicas must agree
+                layer.synchronized = True  # Trained layers need it, so that replicas stay equal.
         return application
 
 
-# The three ways in which Keras Applications' `preprocess_input` treats RGB pixels of 0-255
+# CAFFE, MINUS_ONE_TO_ONE and TORCH are the modes of Keras Applications' `preprocess_input` for RGB pixels in 0-255
 # (keras/src/applications/imagenet_utils.py: modes "caffe", "tf" and "torch").
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -383,28 +383,28 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def find_backbone(name: str) -> Backbone:
-    """The row of that name.
+    """The backbone of that name.
 
     Raises:
-        ConfigError: there is none; the message lists the names, the close ones first.
+        ConfigError: unknown name; the message lists all names and suggests similar ones.
     """
     if name in BACKBONES:
         return BACKBONES[name]
     close = difflib.get_close_matches(name, BACKBONES)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    raise ConfigError(f"backbone is one of {', '.join(BACKBONES)}. {hint}Received: backbone={name!r}")
+    raise ConfigError(f"backbone must be one of {', '.join(BACKBONES)}. {hint}Received: backbone={name!r}")
 
 
 def backbone_size_px(config: ModelConfig) -> int:
-    """Height and width, px, that the backbone sees: the configured size, else the native one.
+    """Height and width, px, of the backbone's input: the configured size, else the native one.
 
-    Backbones trained from scratch follow the images where no size is configured; `backbone_shape` knows them.
+    Without a configured size, a backbone trained from scratch takes the images' own size: see `backbone_shape`.
     """
     return config.image_size_px or find_backbone(config.backbone).native_size_px
 
 
 def backbone_shape(config: ModelConfig, *, height_px: int, width_px: int, channels: int) -> Shape:
-    """`(height, width, channels)` of what the backbone sees, for images of the size given."""
+    """`(height, width, channels)` of the backbone's input, for images of the given size."""
     backbone = find_backbone(config.backbone)
     if backbone.scratch:
         size_px = config.image_size_px
@@ -414,7 +414,7 @@ def backbone_shape(config: ModelConfig, *, height_px: int, width_px: int, channe
 
 
 def check_size(backbone: Backbone, image_size_px: int) -> None:
-    """Raises ConfigError where the backbone cannot see images that small."""
+    """Raises ConfigError where the images are too small for the backbone."""
     if image_size_px < backbone.min_size_px:
         raise ConfigError(
             f"{backbone.name} needs images of at least {backbone.min_size_px} px "
@@ -423,62 +423,66 @@ def check_size(backbone: Backbone, image_size_px: int) -> None:
 
 
 def check_trainable(backbone: Backbone, trainable: str | int) -> None:
-    """Raises ConfigError unless `trainable` says which part of this backbone is trained.
+    """Raises ConfigError unless `trainable` names a part of this backbone.
 
     Args:
         backbone: the row of the table.
-        trainable: `head`, `all`, the name of a cut point, or the number of first layers that stay frozen (how many
-            there are is only known once the network is built).
+        trainable: `head`, `all`, the name of a cut point, or the number of first layers that stay frozen (its upper
+            bound is only known once the network is built).
     """
-    known = ("head", "all", *backbone.cut_points)
-    right = trainable >= 0 if isinstance(trainable, int) else trainable in known
-    if not right:
+    names = ("head", "all", *backbone.cut_points)
+    is_valid = trainable >= 0 if isinstance(trainable, int) else trainable in names
+    if not is_valid:
         raise ConfigError(
-            f"trainable is, for {backbone.name}, one of {', '.join(known)}, or the number of first layers that stay "
+            f"trainable for {backbone.name} must be one of {', '.join(names)}, or the number of first layers that stay "
             f"frozen. Received: trainable={trainable!r}"
         )
 
 
 def check_model(config: ModelConfig) -> Backbone:
-    """Checks all of a model's configuration that needs no Keras, and gives its backbone.
+    """Checks what can be checked of a model's configuration without Keras, and returns its backbone.
 
     Raises:
-        ConfigError: unknown backbone, or a size, alpha, pooling or weights that it does not have.
+        ConfigError: unknown backbone, or a size, alpha, pooling or weights that it does not support.
     """
     backbone = find_backbone(config.backbone)
     if config.image_size_px is not None:
         check_size(backbone, config.image_size_px)
     if config.alpha != 1 and not backbone.has_alpha:
         widths = ", ".join(row.name for row in BACKBONES.values() if row.has_alpha)
-        raise ConfigError(f"alpha is for {widths} only, not for {backbone.name}. Received: alpha={config.alpha}")
+        raise ConfigError(f"only {widths} take alpha, not {backbone.name}. Received: alpha={config.alpha}")
     if config.pooling is not None and backbone.pooling is None:
-        raise ConfigError(f"{backbone.name} gives a vector, there is no pooling. Received: pooling={config.pooling!r}")
+        raise ConfigError(f"{backbone.name} gives a vector and takes no pooling. Received: pooling={config.pooling!r}")
     if config.weights == "imagenet" and backbone.weights_published is None:
         published = ", ".join(row.name for row in BACKBONES.values() if row.weights_published)
         raise ConfigError(
-            f"weights for {backbone.name} are none, a .weights.h5 file or a bundle; imagenet has {published}. "
+            f"weights for {backbone.name} must be none, a .weights.h5 file or a bundle; "
+            f"imagenet is for {published}. "
             f"Received: weights={config.weights!r}"
         )
     return backbone
 
 
 def published_weights_url(backbone: Backbone, *, alpha: float, image_size_px: int) -> str:
-    """Where the ImageNet weights of the backbone are published.
+    """URL of the backbone's published ImageNet weights.
 
-    MobileNets are published for several input sizes; Keras takes the one for 224 px where there is none for this size
+    MobileNets are published for several input sizes; for any other size Keras takes the weights for 224 px
     (keras/src/applications/mobilenet.py, mobilenet_v2.py).
+
+    Raises:
+        ConfigError: the backbone has no published weights.
     """
     if backbone.weights_published is None:
-        raise ConfigError(f"there are no published weights. Received: backbone={backbone.name!r}")
+        raise ConfigError(f"the backbone has no published weights. Received: backbone={backbone.name!r}")
     sizes_px = (96, 128, 160, 192, 224) if backbone.name == "mobilenet_v2" else (128, 160, 192, 224)
     size_px = image_size_px if image_size_px in sizes_px else 224
-    in_names = {1.0: "1_0", 0.75: "7_5", 0.5: "5_0", 0.25: "2_5"}
-    width = str(float(alpha)) if backbone.name == "mobilenet_v2" else in_names.get(alpha, str(alpha))
+    file_alphas = {1.0: "1_0", 0.75: "7_5", 0.5: "5_0", 0.25: "2_5"}
+    width = str(float(alpha)) if backbone.name == "mobilenet_v2" else file_alphas.get(alpha, str(alpha))
     return backbone.weights_published.format(alpha=width, size=size_px)
 
 
 def keras_models_folder() -> Path:
-    """Where `keras.utils.get_file` puts models: below /tmp where the home folder cannot be written."""
+    """Where `keras.utils.get_file` stores models: under /tmp where the home folder is not writable."""
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")).expanduser()
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())
     return (home if os.access(nearest, os.W_OK) else Path("/tmp/.keras")) / "models"

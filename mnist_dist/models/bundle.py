@@ -1,12 +1,12 @@
 """A finished model as a folder, and predictions with it.
 
-Owns: the folder's files (`model.keras`, `bundle.json`, `history.csv`, `calibration.parquet`), how it comes to be,
-what is checked when it is opened, and the prediction for single images. Does not own the graph inside `model.keras`
-(`classifier`), nor scoring at scale.
+Owns: the folder's files (`model.keras`, `bundle.json`, `history.csv`, `calibration.parquet`), how they are written,
+what is checked when a bundle is opened, and predictions for single images. Does not own: the graph inside
+`model.keras` (`classifier`), or scoring at scale.
 
 Contract: the folder is written under a temporary name and renamed when it is complete; `bundle.json` is written last,
-so a folder without it is unfinished. A finished bundle is never written again. Its model id is the sha256 of
-`model.keras`: it names the file, not the training. `model.keras` needs nothing of this package.
+so a folder without it is unfinished. A finished bundle is never overwritten. Its model id is the sha256 of
+`model.keras`: it identifies the file, not the training. `model.keras` loads without this package.
 """
 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes
@@ -48,26 +48,26 @@ CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
 
 Image = str | os.PathLike[str] | npt.NDArray[Any]
-"""A file (path or `s3://` URI), or pixels of 0-255: `uint8` or float, `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
+"""A file (path or `s3://` URI), or pixels in 0-255: `uint8` or float, `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleInfo:
-    """What `bundle.json` says.
+    """The content of `bundle.json`.
 
     Args:
         class_names: in the order of the probabilities.
-        spec: what the model takes.
-        backbone: its name in the table.
-        weights: what the training started from.
+        spec: size and channels of the model's input.
+        backbone: its name in the table of backbones.
+        weights: the weights that training started from.
         config: the job's configuration, as JSON values.
-        data_fingerprint: of the data it was trained on.
+        data_fingerprint: identifies the training data.
         validation: metrics on the validation images.
         test: metrics on the test images.
-        model_id: sha256 of the file model.keras, hex; `write_bundle` fills in this and what follows.
-        versions: of Python and of the packages that wrote it.
+        model_id: sha256 of the file model.keras, hex; `write_bundle` fills in this and the fields below.
+        versions: of Python and of the packages that wrote the bundle.
         created_at: ISO 8601, UTC.
-        format_version: of the folder; this package reads 1.
+        format_version: version of the folder's layout; this package reads 1.
     """
 
     class_names: tuple[str, ...]
@@ -86,12 +86,12 @@ class BundleInfo:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about one image.
+    """The model's prediction for one image.
 
     Args:
         predicted_class: name of the most probable class.
-        predicted_index: its number.
-        confidence: its probability.
+        predicted_index: index of that class.
+        confidence: probability of that class.
         probabilities: `float32 [K]`, in the order of the bundle's class names.
     """
 
@@ -102,7 +102,7 @@ class Prediction:
 
 
 class Bundle:
-    """An opened bundle. The model is loaded when it is first used."""
+    """An opened bundle. The model is loaded on first use."""
 
     def __init__(self, path: Path, info: BundleInfo) -> None:
         self.path = path
@@ -128,10 +128,10 @@ class Bundle:
         """Class, confidence and probabilities of an image, or of each of a list of images.
 
         Args:
-            image: a file, or pixels of 0-255, or a list of them; of any size, resized as in training.
+            image: a file, pixels in 0-255, or a list of either; any size, resized as in training.
 
         Raises:
-            ConfigError: an array is not an image: wrong dtype or shape.
+            ConfigError: an array is not an image: wrong dtype, shape or range.
             FileNotFoundError, PermissionError: a file cannot be read.
             ImageError: a file cannot be decoded.
         """
@@ -159,22 +159,22 @@ def write_bundle(
     history: Iterable[Epoch] = (),
     calibration: "pa.Table | None" = None,
 ) -> BundleInfo:
-    """Writes a local folder under a temporary name beside `path` and renames it when it is complete.
+    """Writes a bundle to a temporary folder beside `path` and renames it when it is complete.
 
     To publish it elsewhere: `store.upload_folder(path, uri, last="bundle.json")`.
 
     Args:
-        path: the folder to be; must not hold a finished bundle.
-        model: `Classifier.model`, in float32; its BatchNorm is synchronised over workers no longer.
-        info: what is known of it; its id, versions and time are filled in.
+        path: the local folder to create; must not hold a finished bundle.
+        model: `Classifier.model`, in float32; synchronised BatchNorm is switched off in it.
+        info: the bundle's description; the model id, versions and time are filled in here.
         history: the epochs of the training.
         calibration: held-out images for engine checks and int8; None leaves the file out.
 
     Returns:
-        The info as it was written.
+        The info as written.
 
     Raises:
-        BundleError: the path is taken, or the model does not fit the class names, the spec or the float32 policy.
+        BundleError: the path is in use, or the model does not fit the class names, the spec or the float32 policy.
     """
     _check_free(path)
     _check_model(model, info)
@@ -190,7 +190,7 @@ def write_bundle(
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         info = replace(info, model_id=_sha256(temporary / MODEL_FILE), versions=_versions(), created_at=created_at)
         (temporary / BUNDLE_FILE).write_bytes(documents.encode(info))
-        shutil.rmtree(path, ignore_errors=True)  # what an interrupted copy may have left; `_check_free` saw no bundle
+        shutil.rmtree(path, ignore_errors=True)  # leftovers of an interrupted copy: `_check_free` saw no bundle
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -198,49 +198,49 @@ def write_bundle(
 
 
 def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bundle:
-    """Opens a finished bundle and checks that its model is the one it was finished with.
+    """Opens a finished bundle and checks its model file against the recorded sha256.
 
     Args:
         uri: a folder, or an `s3://` prefix, which is copied to a temporary folder first.
-        store: where it lies.
+        store: the store that holds it.
 
     Raises:
-        BundleError: there is no bundle, it is unfinished or damaged, or of a newer format.
+        BundleError: there is no bundle, it is unfinished or damaged, or its format is newer.
     """
-    named = os.fspath(uri)
-    path = _download(named, store) if is_remote(named) else Path(absolute(named))
-    info = _read_info(path, named=named)
+    requested = os.fspath(uri)
+    path = _download(requested, store) if is_remote(requested) else Path(absolute(requested))
+    info = _read_info(path, requested=requested)
     model_file = path / MODEL_FILE
-    found = _sha256(model_file) if model_file.is_file() else "no such file"
-    if found != info.model_id:
+    digest = _sha256(model_file) if model_file.is_file() else "no such file"
+    if digest != info.model_id:
         raise BundleError(
-            f"{MODEL_FILE} in {named} is not the file that the bundle was finished with: "
-            f"expected sha256 {info.model_id}. Received: {found}"
+            f"{MODEL_FILE} in {requested} is not the file that the bundle was written with: "
+            f"expected sha256 {info.model_id}. Received: {digest}"
         )
     return Bundle(path, info)
 
 
 def read_bundle_info(uri: str, *, store: Store = ANYWHERE) -> BundleInfo:
-    """What a bundle says of itself; its model is not looked at.
+    """Reads `bundle.json` alone; the model file is not checked.
 
     Args:
         uri: a folder or an `s3://` prefix.
-        store: where it lies.
+        store: the store that holds it.
 
     Raises:
-        BundleError: there is no bundle, it is unfinished, or of a newer format.
+        BundleError: there is no bundle, it is unfinished, or its format is newer.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     try:
         data = store.read_bytes(join(absolute(uri), BUNDLE_FILE))
     except FileNotFoundError as err:
-        raise BundleError(f"there is no bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
-    return _decode_info(data, named=uri)
+        raise BundleError(f"this is not a bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
+    return _decode_info(data, requested=uri)
 
 
 def _download(uri: str, store: Store) -> Path:
     path = Path(tempfile.mkdtemp(prefix="mnist_dist-bundle-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)  # not earlier: engines read the files when they like
+    atexit.register(shutil.rmtree, path, ignore_errors=True)  # only then: engines may read the files until the end
     try:
         store.download_folder(uri, path)
     except FileNotFoundError as err:
@@ -248,83 +248,83 @@ def _download(uri: str, store: Store) -> Path:
     return path
 
 
-def _read_info(path: Path, *, named: str) -> BundleInfo:
+def _read_info(path: Path, *, requested: str) -> BundleInfo:
     file = path / BUNDLE_FILE
     if not file.is_file():
         if not path.is_dir():
-            raise BundleError(f"there is no such folder of a bundle. Received: {named!r}")
+            raise BundleError(f"the bundle's folder does not exist. Received: {requested!r}")
         why = "is unfinished" if (path / MODEL_FILE).exists() else "is not a bundle"
-        hint = f" (did you mean {named.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
-        raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {named!r}")
-    return _decode_info(file.read_bytes(), named=named)
+        hint = f" (did you mean {requested.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
+        raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {requested!r}")
+    return _decode_info(file.read_bytes(), requested=requested)
 
 
-def _decode_info(data: bytes, *, named: str) -> BundleInfo:
-    file = join(named, BUNDLE_FILE)
+def _decode_info(data: bytes, *, requested: str) -> BundleInfo:
+    file = join(requested, BUNDLE_FILE)
     try:
         version = json.loads(data)["format_version"]
     except (ValueError, KeyError, TypeError) as err:
-        raise BundleError(f"{file} is no JSON object with a format_version: {err!r}. Received: {named!r}") from err
+        raise BundleError(f"{file} is not JSON with a format_version: {err!r}. Received: {requested!r}") from err
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"bundles of format {FORMAT_VERSION} can be read; a newer mnist_dist reads newer ones. "
-            f"Received: format_version={version} in {named!r}"
+            f"this mnist_dist reads bundles of format {FORMAT_VERSION}; upgrade it to read newer ones. "
+            f"Received: format_version={version} in {requested!r}"
         )
     try:
         info = documents.decode(data, BundleInfo, uri=file)
     except DataError as err:
-        raise BundleError(f"{err}. Received: {named!r}") from err
+        raise BundleError(f"{err}. Received: {requested!r}") from err
     if not info.model_id:
-        raise BundleError(f"{file} names no model_id, the sha256 of {MODEL_FILE}. Received: {named!r}")
+        raise BundleError(f"{file} has no model_id, the sha256 of {MODEL_FILE}. Received: {requested!r}")
     return info
 
 
 def _pixels(image: Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
-    """`uint8 [H, W, C]` as the model takes it."""
+    """The image as the model's input, `uint8 [H, W, C]`."""
     if not isinstance(image, np.ndarray):
         return decode_image(ANYWHERE.read_bytes(os.fspath(image)), spec).pixels
     return resize_pixels(match_channels(_checked_pixels(image), spec.channels), spec)
 
 
 def _checked_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """`uint8 [H, W, C]`, or ConfigError."""
+    """The array as `uint8 [H, W, C]`; raises ConfigError where it is not an image."""
     expected = "an image is uint8 or float, 0-255, of shape [H, W], [H, W, 1] or [H, W, 3]"
-    shown = f"Received: {image.dtype} of shape {list(image.shape)}"
+    received = f"Received: {image.dtype} of shape {list(image.shape)}"
     right_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
     right_dtype = image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating)
     if not right_shape or not right_dtype or image.size == 0:
         hint = "; for several images pass a list" if image.ndim == 4 else ""
-        raise ConfigError(f"{expected}{hint}. {shown}")
+        raise ConfigError(f"{expected}{hint}. {received}")
     if image.dtype != np.uint8:
-        _check_range(image, f"{expected}. {shown}")
+        _check_range(image, f"{expected}. {received}")
     pixels: npt.NDArray[np.uint8] = np.rint(image).astype(np.uint8)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def _check_range(image: npt.NDArray[Any], message: str) -> None:
-    least, greatest = image.min(), image.max()
-    if not (np.isfinite(image).all() and least >= 0 and greatest <= 255):
-        raise ConfigError(f"{message} with values from {least} to {greatest}")
-    if 0 < greatest <= 1:  # a black image to the model, which would answer all the same
-        raise ConfigError(f"{message} with values from {least} to {greatest}: multiply by 255")
+    low, high = image.min(), image.max()
+    if not (np.isfinite(image).all() and low >= 0 and high <= 255):
+        raise ConfigError(f"{message} with values from {low} to {high}")
+    if 0 < high <= 1:  # The model would see a black image and predict a class for it without any error.
+        raise ConfigError(f"{message} with values from {low} to {high}: multiply by 255")
 
 
 def _check_free(path: Path) -> None:
     if (path / BUNDLE_FILE).exists():
-        raise BundleError(f"a finished bundle is never written again. Received: {str(path)!r}")
+        raise BundleError(f"a finished bundle is never overwritten. Received: {str(path)!r}")
     unknown = sorted({entry.name for entry in path.glob("*")} - {MODEL_FILE, HISTORY_FILE, CALIBRATION_FILE})
     if unknown or path.is_file():
-        raise BundleError(f"the folder for a bundle is new or empty. Received: {str(path)!r}, which holds {unknown}")
+        raise BundleError(f"the folder of a bundle must be new or empty. Received: {str(path)!r}, with {unknown}")
 
 
 def _check_model(model: "keras.Model", info: BundleInfo) -> None:
     class_names, spec = info.class_names, info.spec
     expected = ((None, spec.height_px, spec.width_px, spec.channels), (None, len(class_names)))
-    found = (tuple(model.input_shape), tuple(model.output_shape))
-    if expected != found or len(set(class_names)) != len(class_names):
+    shapes = (tuple(model.input_shape), tuple(model.output_shape))
+    if expected != shapes or len(set(class_names)) != len(class_names):
         raise BundleError(
-            f"the model takes and gives {expected} for this spec and {len(class_names)} distinct class names. "
-            f"Received: {found}, class_names={list(class_names)[:20]}"
+            f"the model's input and output shapes are {expected} for this spec and {len(class_names)} distinct class "
+            f"names. Received: {shapes}, class_names={list(class_names)[:20]}"
         )
     policies = sorted({layer.dtype_policy.name for layer in all_layers(model)} - {"float32", "uint8"})
     if policies:
@@ -335,14 +335,14 @@ def _check_model(model: "keras.Model", info: BundleInfo) -> None:
 
 
 def _unsynchronize(model: "keras.Model") -> None:
-    """Other backends than TensorFlow refuse to load synchronised BatchNorm, and a finished model does not train."""
+    """Switches synchronised BatchNorm off: only TensorFlow loads it, and a finished model does not train."""
     for layer in all_layers(model):
         if getattr(layer, "synchronized", False):
             layer.synchronized = False
 
 
 def all_layers(model: "keras.Model") -> "list[keras.layers.Layer]":
-    """The layers of a model, those of the models inside it too."""
+    """All layers of a model, including those of nested models."""
     nested = [all_layers(layer) if hasattr(layer, "layers") else [layer] for layer in model.layers]
     return [layer for layers in nested for layer in layers]
 

@@ -1,14 +1,14 @@
-"""The classifier: pixels in, probabilities out, with everything between them inside the model.
+"""The classifier: a model from pixels to probabilities, with resizing and preprocessing inside.
 
-Owns: the graph (resize, grey to RGB, preprocessing, backbone, pooling, head), its initial weights, the weights it
-starts from, and which of its layers are trained. Does not own augmentation (`augmentation`; it is never part of what
-is saved), the training step, or the folder on disk (`bundle`).
+Owns: the graph (resize, grey to RGB, preprocessing, backbone, pooling, head), its initial weights, loading of
+pre-trained weights, and which layers are trained. Does not own: augmentation (`augmentation`, which is never saved),
+the training step, or the folder on disk (`bundle`).
 
 Contract: `Classifier.model` has no custom layer, no Lambda and no Resizing layer, so it loads with plain
 `keras.saving.load_model` in safe mode without this package, and `model(x)` equals `model(x, training=False)`. The
-initial weights are a function of the configuration and `seed` alone: every worker that builds with the same seed holds
-the same. Weights have the same order and shapes in every precision, so that
-`a.model.set_weights(b.model.get_weights())` works between them.
+initial weights depend only on the configuration and `seed`: workers that build with the same seed hold the same
+weights. Weights have the same order and shapes in every precision, so that
+`a.model.set_weights(b.model.get_weights())` works between precisions.
 """
 
 # B = batch, H = height px, W = width px, C = channels (1 grey, 3 RGB), D = features, K = classes
@@ -51,16 +51,16 @@ BACKBONE_LAYER = "backbone"
 
 @dataclass(frozen=True)
 class Classifier:
-    """One set of layers and weights, seen as several models.
+    """Several models that share one set of layers and weights.
 
-    Of a classifier without a backbone (`build_head_alone`), `network` is `head`; `model`, `features` and `backbone` are
-    None.
+    In a classifier without a backbone (`build_head_alone`), `network` is `head`, and `model`, `features` and `backbone`
+    are None.
 
     Args:
-        model: `uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities; what is saved.
-        network: `float32 [B, H, W, C]`, 0-255 -> `float32 [B, K]` logits; what is trained.
-        features: `float32 [B, H, W, C]`, 0-255 -> `[B, D]`, the pooled output of the backbone (in bfloat16 where that
-            is the precision).
+        model: `uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities; the model that is saved.
+        network: `float32 [B, H, W, C]`, 0-255 -> `float32 [B, K]` logits; the model that is trained.
+        features: `float32 [B, H, W, C]`, 0-255 -> `[B, D]`, the pooled output of the backbone (bfloat16 in that
+            precision).
         head: `float32 [B, D]` -> `float32 [B, K]` logits; `head(features(x))` is `network(x)`.
         backbone: the nested model named "backbone".
         row: the backbone's row of the table.
@@ -85,30 +85,30 @@ def build_classifier(
 ) -> Classifier:
     """Builds the classifier with its initial weights.
 
-    Python's, NumPy's and TensorFlow's global random state is set to `seed` (`keras.utils.set_random_seed`): Keras'
-    initialisers draw from it, those inside Keras Applications too.
+    This sets the global random state of Python, NumPy and TensorFlow to `seed` (`keras.utils.set_random_seed`), since
+    Keras' initialisers draw from it, those inside Keras Applications too.
 
     Args:
         config: the backbone, its weights and its head.
-        spec: size and channels of the images that come in.
+        spec: size and channels of the input images.
         num_classes: K, at least 2.
-        precision: of the arithmetic; weights and logits are float32 either way. The global policy is left as it was.
-        seed: of the initial weights.
-        load_weights: False leaves out `config.weights`, for a caller that is about to set the weights itself.
+        precision: of the arithmetic; weights and logits are float32 either way. The global policy does not change.
+        seed: for the initial weights.
+        load_weights: False ignores `config.weights`, for a caller that sets the weights itself.
 
     Raises:
-        ConfigError: the backbone has no such size, width, pooling or weights.
+        ConfigError: the backbone does not support the size, width, pooling or weights.
         WeightsError: the weights are missing, belong to another architecture, or cannot be downloaded.
     """
     row = check_model(config)
     if num_classes < 2:
-        raise ConfigError(f"a classifier has at least 2 classes. Received: num_classes={num_classes}")
+        raise ConfigError(f"a classifier needs at least 2 classes. Received: num_classes={num_classes}")
     shape = backbone_shape(config, height_px=spec.height_px, width_px=spec.width_px, channels=spec.channels)
     check_size(row, min(shape[:2]))
     keras.utils.set_random_seed(seed)
     with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
         backbone = _build_backbone(row, config, shape=shape, load_weights=load_weights)
-        with _dtype_policy("float32"):  # it costs nothing beside the backbone, and is the same on stored features
+        with _dtype_policy("float32"):  # The head is cheap, and computes the same on stored features.
             head_layers = _head_layers(config, row, num_classes=num_classes, seed=seed)
         return _assemble(config, row, backbone=backbone, head_layers=head_layers, spec=spec)
 
@@ -118,12 +118,12 @@ def build_head_alone(config: ModelConfig, *, num_features: int, num_classes: int
 
     Args:
         config: the backbone and its head.
-        num_features: D, of the backbone's pooled output.
+        num_features: D, the size of the backbone's pooled output.
         num_classes: K.
-        seed: of the initial weights.
+        seed: for the initial weights.
 
     Raises:
-        ConfigError: the backbone has no such width or pooling.
+        ConfigError: the backbone does not support the width or pooling.
     """
     row = check_model(config)
     with _dtype_policy("float32"):
@@ -132,18 +132,18 @@ def build_head_alone(config: ModelConfig, *, num_features: int, num_classes: int
 
 
 def set_trainable(classifier: Classifier, trainable: str | int) -> None:
-    """Says which layers are trained; the head always is.
+    """Sets which layers of the backbone are trained; the head always is.
 
-    A frozen layer's BatchNormalization works in inference mode, also when it is called with `training=True`.
+    A frozen BatchNormalization runs in inference mode even when it is called with `training=True`.
 
     Args:
         classifier: changed in place.
-        trainable: `head` (the whole backbone is frozen), `all`, the name of a cut point (that layer and all behind
-            it), or the number of first layers of the backbone that stay frozen (its input layer counts, as in
+        trainable: `head` (the whole backbone is frozen), `all`, the name of a cut point (train that layer and all
+            after it), or the number of first layers of the backbone that stay frozen (the input layer counts, as in
             `backbone.layers[:n]`).
 
     Raises:
-        ConfigError: unknown; the message lists the names.
+        ConfigError: unknown name, or more layers than the backbone has; the message says what is allowed.
     """
     check_trainable(classifier.row, trainable)
     if classifier.backbone is None:
@@ -152,10 +152,10 @@ def set_trainable(classifier: Classifier, trainable: str | int) -> None:
     frozen = _count_frozen(classifier, trainable)
     if frozen > len(layers):
         raise ConfigError(
-            f"{classifier.row.name} has {len(layers)} layers, no more can be frozen. Received: trainable={trainable}"
+            f"{classifier.row.name} has only {len(layers)} layers to freeze. Received: trainable={trainable}"
         )
     classifier.backbone.trainable = trainable != "head"
-    for index, layer in enumerate(layers):  # one by one: a model that is trainable already passes nothing down
+    for index, layer in enumerate(layers):  # Each by itself: setting `trainable = True` again is not passed down.
         layer.trainable = index >= frozen
 
 
@@ -186,7 +186,7 @@ def _assemble(
     head_layers: list[keras.layers.Layer],
     spec: ImageSpec,
 ) -> Classifier:
-    """Puts the shared layers together; each model is another path through the same ones."""
+    """Builds each model as another path through the same layers."""
     image_shape = (spec.height_px, spec.width_px, spec.channels)
     preprocess = _rescaling(row.preprocessing)
     pool = _pooling_layers(config.pooling or row.pooling)
@@ -217,10 +217,10 @@ def _chain(layers: list[keras.layers.Layer], x: keras.KerasTensor) -> keras.Kera
 
 
 def _to_backbone_input(pixels: keras.KerasTensor, *, shape: Shape, bgr: bool) -> keras.KerasTensor:
-    """`float32 [B, H, W, C]` at the backbone's size and channels, still 0-255."""
+    """The pixels at the backbone's size and channels, `float32 [B, H, W, C]`, still 0-255."""
     x = pixels
     if x.shape[1:3] != shape[:2]:
-        # Not a Resizing layer: inside a functional model that switches all behind it to training mode (Keras 3.15).
+        # Not a Resizing layer: in a functional model it puts all layers after it in training mode (Keras 3.15).
         x = keras.ops.image.resize(x, shape[:2], interpolation="bilinear")
     if x.shape[-1] == 1 and shape[-1] == 3:
         return keras.ops.concatenate([x, x, x], axis=-1)
@@ -228,10 +228,10 @@ def _to_backbone_input(pixels: keras.KerasTensor, *, shape: Shape, bgr: bool) ->
 
 
 def _rescaling(preprocessing: Preprocessing) -> keras.layers.Layer:
-    def plain(value: tuple[float, ...] | float) -> list[float] | float:
+    def as_list(value: tuple[float, ...] | float) -> list[float] | float:
         return list(value) if isinstance(value, tuple) else value
 
-    scale, offset = plain(preprocessing.scale), plain(preprocessing.offset)
+    scale, offset = as_list(preprocessing.scale), as_list(preprocessing.offset)
     return keras.layers.Rescaling(scale, offset, dtype="float32", name="preprocess")
 
 
@@ -250,17 +250,17 @@ def _head_model(layers: list[keras.layers.Layer], shape: tuple[int, ...]) -> ker
 
 
 def _head_layers(config: ModelConfig, row: Backbone, *, num_classes: int, seed: int) -> list[keras.layers.Layer]:
-    """Initial weights follow from the seed alone, whatever was drawn for the backbone."""
-    from_seed = [keras.initializers.GlorotUniform(seed=2 * seed + place) for place in (0, 1)]
+    """The head's layers. Their initial weights depend only on the seed, not on what was drawn for the backbone."""
+    initializers = [keras.initializers.GlorotUniform(seed=2 * seed + index) for index in (0, 1)]
     hidden_units = config.hidden_units or row.hidden_units
     dropout = row.dropout if config.dropout is None else config.dropout
     hidden = (
-        [keras.layers.Dense(hidden_units, activation="relu", kernel_initializer=from_seed[0], name="hidden")]
+        [keras.layers.Dense(hidden_units, activation="relu", kernel_initializer=initializers[0], name="hidden")]
         if hidden_units
         else []
     )
     drop = [keras.layers.Dropout(dropout, name="dropout")] if dropout else []
-    logits = keras.layers.Dense(num_classes, kernel_initializer=from_seed[1], dtype="float32", name="logits")
+    logits = keras.layers.Dense(num_classes, kernel_initializer=initializers[1], dtype="float32", name="logits")
     return [*hidden, *drop, logits]
 
 
@@ -280,13 +280,14 @@ def _named(model: keras.Model) -> keras.Model:
 
 
 def fetch_published_weights(config: ModelConfig) -> None:
-    """Downloads the ImageNet weights into Keras' cache, one process of a node after the other.
+    """Downloads the ImageNet weights into Keras' cache, one process of a node at a time.
 
-    Keras writes a download under its final name, so that processes which build at once would read each other's half
-    files. Those that train together build in lockstep and cannot take turns at that; hence before.
+    Keras downloads to the final file name, so processes that build at the same time would read each other's partial
+    files. Training workers build in lockstep and cannot take turns then, so they call this first.
 
     Raises:
-        WeightsError: the weights cannot be downloaded, or there are none.
+        ConfigError: the backbone has no published weights.
+        WeightsError: the weights cannot be downloaded.
     """
     row = check_model(config)
     size_px = backbone_size_px(config)
@@ -298,19 +299,19 @@ def fetch_published_weights(config: ModelConfig) -> None:
         path = folder / url.rsplit("/", 1)[-1]
         if path.exists():
             return
-        part = f"{path.name}.part"  # a download that is killed leaves no file of the final name
+        part = f"{path.name}.part"  # A killed download leaves no file under the final name.
         try:
             Path(keras.utils.get_file(part, url, cache_subdir="models", force_download=True)).replace(path)
         except Exception as err:  # Keras raises a plain Exception where the download fails
-            raise _not_to_be_had(row, config, size_px=size_px, err=err) from err
+            raise _download_error(row, config, size_px=size_px, err=err) from err
 
 
-def _not_to_be_had(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
+def _download_error(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
     url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
     return WeightsError(
-        f"the ImageNet weights of {row.name} could not be had ({err}). Without a network, put the file "
-        f"{url.rsplit('/', 1)[-1]} from {url} into {keras_models_folder()}, or name a file of weights, "
-        f"a bundle, or none. Received: weights='imagenet'"
+        f"cannot download the ImageNet weights of {row.name} ({err}). Without a network, put the file "
+        f"{url.rsplit('/', 1)[-1]} from {url} into {keras_models_folder()}, or set weights to a file, "
+        f"a bundle or none. Received: weights='imagenet'"
     )
 
 
@@ -318,13 +319,13 @@ def _build_from_imagenet(row: Backbone, config: ModelConfig, *, shape: Shape) ->
     try:
         return row.build(shape, config.alpha, "imagenet")
     except Exception as err:  # Keras raises a plain Exception where the download fails
-        raise _not_to_be_had(row, config, size_px=shape[0], err=err) from err
+        raise _download_error(row, config, size_px=shape[0], err=err) from err
 
 
 def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:
     if not ANYWHERE.exists(weights):
         raise WeightsError(
-            f"weights for {name}: there is no such file or bundle. Allowed are imagenet, none, a .weights.h5 file "
+            f"weights for {name}: no such file or bundle. Allowed are imagenet, none, a .weights.h5 file "
             f"(keras.Model.save_weights of the network without its top) or the folder of a bundle. "
             f"Received: weights={weights!r}"
         )
@@ -346,7 +347,7 @@ def _load_weights_file_at(backbone: keras.Model, uri: str, *, name: str) -> None
 def _load_weights_file(backbone: keras.Model, path: Path, *, name: str, uri: str) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Skipping nested container")  # one a layer, before it fails
+            warnings.filterwarnings("ignore", message="Skipping nested container")  # once per layer, before it fails
             backbone.load_weights(path)
     except (ValueError, KeyError, OSError) as err:
         difference = _first_difference(_layer_shapes(backbone), _file_shapes(backbone, path))
@@ -374,31 +375,31 @@ LayerShapes = list[tuple[str, list[tuple[int, ...]]]]
 
 
 def _layer_shapes(model: keras.Model) -> LayerShapes:
-    """Of each layer that has weights: its name and their shapes."""
+    """Name and weight shapes of each layer that has weights."""
     return [(layer.name, [tuple(w.shape) for w in layer.weights]) for layer in model.layers if layer.weights]
 
 
 def _file_shapes(model: keras.Model, path: Path) -> LayerShapes:
-    """The same, as far as a `.weights.h5` file holds it under the place where Keras looks for the layer.
+    """The same for a `.weights.h5` file, by the group in which Keras looks for each layer.
 
-    Keras names a layer in the file after its class, counted in the order of the model, not after its own name
+    Keras names the group after the layer's class and its count in the model, not after the layer's own name
     (keras/src/saving/saving_lib.py, `_save_container_state`).
     """
     import h5py
 
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     shapes: LayerShapes = []
     try:
         with h5py.File(path, "r") as file:
             for layer in model.layers:
                 kind = _snake_case(type(layer).__name__)
-                place = f"layers/{kind}_{seen[kind]}" if kind in seen else f"layers/{kind}"
-                seen[kind] = seen.get(kind, 0) + 1
+                group = f"layers/{kind}_{counts[kind]}" if kind in counts else f"layers/{kind}"
+                counts[kind] = counts.get(kind, 0) + 1
                 if layer.weights:
-                    shapes.append((place, _shapes_under(file.get(place))))
+                    shapes.append((group, _shapes_under(file.get(group))))
     except OSError:
         return []
-    return shapes if any(found for _, found in shapes) else []
+    return shapes if any(layer_shapes for _, layer_shapes in shapes) else []
 
 
 def _shapes_under(group: object) -> list[tuple[int, ...]]:
@@ -416,7 +417,7 @@ def _snake_case(name: str) -> str:
 
 
 def _first_difference(expected: LayerShapes, found: LayerShapes) -> str | None:
-    """The first layer whose shapes differ, in words; None where all agree or nothing is known of what was found."""
+    """Describes the first layer whose shapes differ; None where all agree or the found shapes are unknown."""
     for (layer, shapes), (found_layer, found_shapes) in zip(expected, found, strict=False):
         if sorted(shapes) != sorted(found_shapes):
             return f"layer {layer!r} expected weights of shapes {shapes}, found {found_shapes} in {found_layer!r}"

@@ -1,4 +1,4 @@
-"""The history of a training: one `Epoch` for each epoch, and their form as `history.csv`."""
+"""The history of a training run: one `Epoch` per epoch, and how they are written to `history.csv`."""
 
 import csv
 import io
@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What a finished epoch came to."""
+    """The metrics of a finished epoch."""
 
     epoch: int
-    """Over all phases, from 1."""
+    """Number of the epoch, counted from 1 over all phases."""
     phase: str
     loss: float
-    """Mean cross-entropy over the epoch's steps, nats; so is `val_loss`, after the epoch."""
+    """Mean cross-entropy over the epoch's steps, nats. `val_loss` is the same after the epoch, on validation images."""
     accuracy: float
     val_loss: float
     val_accuracy: float
     learning_rate: float
-    """Of the epoch's last step."""
+    """The rate of the epoch's last step."""
 
 
 def history_csv(history: Iterable[Epoch]) -> bytes:
-    """The history as CSV, one line an epoch."""
+    """The history as CSV, one line per epoch."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=[field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
