@@ -82,11 +82,11 @@ class ListingBenchmark:
     """Show what is logged."""
 
     def __post_init__(self) -> None:
-        require(bool(self.cases), "cases are among listing, resume, incremental", cases=self.cases)
-        require(self.keys >= PART_OF_KEYS, f"keys is at least {PART_OF_KEYS}", keys=self.keys)
+        require(bool(self.cases), "cases must be among listing, resume, incremental", cases=self.cases)
+        require(self.keys >= PART_OF_KEYS, f"keys must be at least {PART_OF_KEYS}", keys=self.keys)
         least = NEW_OF_ROWS * MIN_SHARD  # as many shards as leave one to do
-        require(self.rows >= least, f"rows is at least {least}", rows=self.rows)
-        require(self.rounds >= 1, "rounds is at least 1", rounds=self.rounds)
+        require(self.rows >= least, f"rows must be at least {least}", rows=self.rows)
+        require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
 
 
 def measure(benchmark: ListingBenchmark, *, console: Console) -> dict[str, Any]:

@@ -110,11 +110,11 @@ class ScoreBenchmark:
     """Show what is logged while things are prepared. What the programs print is shown where one fails."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds is at least 1", rounds=self.rounds)
-        require(self.seconds > 0, "seconds is positive", seconds=self.seconds)
-        require(bool(self.models), f"models are among {', '.join(CASES)}", models=self.models)
+        require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
+        require(self.seconds > 0, "seconds must be positive", seconds=self.seconds)
+        require(bool(self.models), f"models must be among {', '.join(CASES)}", models=self.models)
         least = 1 + max((CASES[name].batch_size for name in self.models), default=0)
-        require(self.images >= least, f"images is more than a batch, at least {least}", images=self.images)
+        require(self.images >= least, f"images must be more than a batch, at least {least}", images=self.images)
 
 
 def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:

@@ -55,10 +55,10 @@ class SearchBenchmark:
     """Show what Ray and TensorFlow print."""
 
     def __post_init__(self) -> None:
-        require(bool(self.cases), "cases are among cache, vgg16", cases=self.cases)
+        require(bool(self.cases), "cases must be among cache, vgg16", cases=self.cases)
         for name in ("images", "small_images", "trials", "vgg16_trials", "epochs"):
-            require(getattr(self, name) >= 1, f"{name} is at least 1", **{name: getattr(self, name)})
-        require(self.peer_trials >= 0, "peer_trials is 0 or above", peer_trials=self.peer_trials)
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
+        require(self.peer_trials >= 0, "peer_trials must be 0 or above", peer_trials=self.peer_trials)
 
 
 def measure(benchmark: SearchBenchmark, *, console: Console) -> dict[str, Any]:

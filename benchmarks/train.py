@@ -48,9 +48,9 @@ class TrainBenchmark:
     """Show what Ray and TensorFlow print."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds is at least 1", rounds=self.rounds)
-        require(self.seconds > 0, "seconds is positive", seconds=self.seconds)
-        require(bool(self.cases), f"cases are among {', '.join(CASES)}", cases=self.cases)
+        require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
+        require(self.seconds > 0, "seconds must be positive", seconds=self.seconds)
+        require(bool(self.cases), f"cases must be among {', '.join(CASES)}", cases=self.cases)
 
 
 def measure(benchmark: TrainBenchmark, *, console: Console) -> dict[str, Any]:
