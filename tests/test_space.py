@@ -305,7 +305,7 @@ def searched(*, search: dict[str, Any] | None = None, **space: Any) -> SearchJob
         ({"backbones": ()}, r"^the space needs at least one backbone\. Received: backbones=\(\)$"),
         (
             {"search": {"backbones": ("mobilenet_v3",)}},
-            r"backbones of this search are mlp, mobilenet_v2 \(did you mean mobilenet_v2\?\)\. Received: backbone='mobilenet_v3'$",
+            r"this search are mlp, mobilenet_v2 \(did you mean mobilenet_v2\?\)\. Received: backbone='mobilenet_v3'$",
         ),
         ({"search": {"backbones": ("mlp", "vgg16")}}, r"backbones of this search are mlp, mobilenet_v2\. .*'vgg16'$"),
         ({"search": {"weights": ("mlpp=none",)}}, r"did you mean mlp\?\)\. Received: backbone='mlpp'$"),
