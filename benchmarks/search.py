@@ -1,10 +1,10 @@
-"""Cost of a search: head trials with and without the feature cache, beside KerasTuner; 100 trials on VGG16's features.
+"""Cost of a search: head trials with and without the feature cache, compared with KerasTuner; 100 trials on VGG16.
 
-- `cache`: the same trials (random search, no early stopping) of a small frozen backbone, with the cache and without it;
-  and KerasTuner's random search over the same space and images, of which fewer trials are measured.
-- `vgg16`: heads on VGG16's pooled features at 224 px with ASHA, against the one pass of the backbone that they need.
+- `cache`: the same trials (random search, no early stopping) of a small frozen backbone, with and without the cache;
+  and KerasTuner's random search over the same space and images, with fewer trials.
+- `vgg16`: heads on VGG16's pooled features at 224 px with ASHA, compared with the one backbone pass that they need.
 
-Times are those of the search's own steps (`features_s`, `trials_s`): start-up, finalists and the test are left out.
+Times cover the steps of the search itself (`features_s`, `trials_s`), without start-up, finalists and test.
 """
 
 import json
@@ -34,25 +34,25 @@ class SearchBenchmark:
     """What to measure."""
 
     cases: tuple[Case, ...] = ("cache", "vgg16")
-    """`cache`: MobileNet (width 0.25) at 96 px. `vgg16`: at 224 px, random weights unless `--weights`."""
+    """`cache`: MobileNet (width 0.25) at 96 px. `vgg16`: VGG16 at 224 px, with random weights unless `--weights`."""
     data_dir: str | None = None
-    """Folder of MNIST's idx files. None: scikit-learn's digits for `cache`; for `vgg16` Keras downloads MNIST."""
+    """Folder of MNIST's idx files. None: `cache` uses scikit-learn's digits; for `vgg16` Keras downloads MNIST."""
     images: int = 10_000
     """Training and validation images of `vgg16`."""
     small_images: int = 1_500
-    """The same of `cache`."""
+    """Training and validation images of `cache`."""
     trials: int = 30
-    """Of `cache`, with the cache and without it."""
+    """Trials of `cache`, both with and without the cache."""
     vgg16_trials: int = 100
-    """Of `vgg16`."""
+    """Trials of `vgg16`."""
     peer_trials: int = 5
-    """Of KerasTuner; 0: not measured."""
+    """Trials of KerasTuner; 0: not measured."""
     epochs: int = 5
-    """Of each trial of `cache`."""
+    """Epochs of each `cache` trial."""
     weights: str = "none"
-    """Of VGG16: a file, or none."""
+    """Weights of VGG16: a file, or `none`."""
     verbose: bool = False
-    """Show what Ray and TensorFlow print."""
+    """Show the output of Ray and TensorFlow."""
 
     def __post_init__(self) -> None:
         require(bool(self.cases), "cases must be among cache, vgg16", cases=self.cases)
@@ -62,7 +62,7 @@ class SearchBenchmark:
 
 
 def measure(benchmark: SearchBenchmark, *, console: Console) -> dict[str, Any]:
-    """Measures every case and gives machine, date and figures in seconds."""
+    """Measures every case; returns machine, date and figures in seconds."""
     result: dict[str, Any] = {"machine": processor.described(), "date": date.today().isoformat()}
     if "cache" in benchmark.cases:
         result["cache"] = _measure_cache(benchmark, console=console)
@@ -164,7 +164,7 @@ def _measure_vgg16(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
 
 
 def _search(job: SearchJob, name: str) -> dict[str, Any]:
-    """The first stage of a search, in a storage of its own."""
+    """Runs the first stage of a search in a temporary storage."""
     from mnist_dist.on_ray.search.search import run_first_stage
 
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as scratch:
@@ -173,10 +173,10 @@ def _search(job: SearchJob, name: str) -> dict[str, Any]:
 
 
 def _peer(job: SearchJob, *, trials: int) -> dict[str, Any]:
-    """KerasTuner over the job's space, on the same number of images, the last tenth of them for validation."""
+    """Runs KerasTuner over the job's space on the same number of images; the last tenth is for validation."""
     source = open_source(job.data)
     pixels, labels = source.pixels, source.table["label"].to_numpy()
-    require(pixels is not None, "the images are arrays", data=job.data.data)
+    require(pixels is not None, "the images must be arrays in memory", data=job.data.data)
     train = [row for row, split in enumerate(source.table["split"].to_pylist()) if split in (None, "train")]
     first = int(len(train) * (1 - job.data.validation_fraction))
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as folder:
