@@ -112,22 +112,24 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
     """The result as rows of cells; the first row holds the titles."""
     rows = [["what", "seconds", "a second", "peak memory, MB", "notes"]]
     if "listing" in result:
-        found = result["listing"]
-        for part in (found["part"], found["all"]):
+        figures = result["listing"]
+        for part in (figures["part"], figures["all"]):
             columns = f"columns {part['column_bytes'] / 1e6:,.0f} MB"
             note = f"{part['pages']:,} pages, {part['cpu_s']:.1f} s of a core; {columns}"
             rows.append(_cells(f"list {part['keys']:,} keys", part, part["keys"], note))
-        grown = f"a key: {found['bytes_per_key']:.0f} bytes of memory, {found['column_bytes_per_key']:.0f} of columns"
-        server = f"{found['server_keys_per_s']:,.0f}"
+        grown = (
+            f"a key: {figures['bytes_per_key']:.0f} bytes of memory, {figures['column_bytes_per_key']:.0f} of columns"
+        )
+        server = f"{figures['server_keys_per_s']:,.0f}"
         rows.append(["the server's own limit, pages not parsed", "", server, "", grown])
     if "resume" in result:
-        found = result["resume"]
-        note = f"{found['rows_left']:,} left in {found['shards_left']:,} of {found['shards']:,} shards"
-        rows.append(_cells(f"plan a resume of {found['rows']:,} rows", found, found["rows"], note))
+        figures = result["resume"]
+        note = f"{figures['rows_left']:,} left in {figures['shards_left']:,} of {figures['shards']:,} shards"
+        rows.append(_cells(f"plan a resume of {figures['rows']:,} rows", figures, figures["rows"], note))
     if "incremental" in result:
-        found = result["incremental"]
-        note = f"{found['new']:,} new; {found['listing_bytes'] / 1e6:,.0f} MB held before, by the listing"
-        rows.append(_cells(f"compare {found['rows']:,} rows with a listing", found, found["rows"], note))
+        figures = result["incremental"]
+        note = f"{figures['new']:,} new; {figures['listing_bytes'] / 1e6:,.0f} MB held before, by the listing"
+        rows.append(_cells(f"compare {figures['rows']:,} rows with a listing", figures, figures["rows"], note))
     rows.append([f"{result['machine']}, {result['date']}", "", "", "", f"best of {result['rounds']}"])
     return rows
 
@@ -145,18 +147,18 @@ def _measure_listing(benchmark: ListingBenchmark, *, console: Console) -> dict[s
     with running_server() as server:
         limit = max(_server_keys_per_s(server, keys) for _ in range(benchmark.rounds))
         console.line(f"the server alone: {limit:,.0f} keys/s")
-        found = {}
+        figures = {}
         for name, count in (("part", part), ("all", keys)):
             before = server.pages()
-            found[name] = _best(benchmark, list_bucket, server.endpoint, count)
-            found[name]["pages"] = (server.pages() - before) // benchmark.rounds
-            _check(count, found[name]["keys"], "keys of the bucket are listed")
-            speed = count / found[name]["seconds"]
-            console.line(f"{count:,} keys: {speed:,.0f} keys/s, {found[name]['peak_bytes'] / 1e6:,.0f} MB")
-    peaks, columns = ([found[name][what] for name in ("part", "all")] for what in ("peak_bytes", "column_bytes"))
+            figures[name] = _best(benchmark, list_bucket, server.endpoint, count)
+            figures[name]["pages"] = (server.pages() - before) // benchmark.rounds
+            _check(count, figures[name]["keys"], "keys of the bucket are listed")
+            speed = count / figures[name]["seconds"]
+            console.line(f"{count:,} keys: {speed:,.0f} keys/s, {figures[name]['peak_bytes'] / 1e6:,.0f} MB")
+    peaks, columns = ([figures[name][what] for name in ("part", "all")] for what in ("peak_bytes", "column_bytes"))
     return {
-        **found,
-        "keys_per_s": keys / found["all"]["seconds"],
+        **figures,
+        "keys_per_s": keys / figures["all"]["seconds"],
         "bytes_per_key": (peaks[1] - peaks[0]) / (keys - part),
         "column_bytes_per_key": (columns[1] - columns[0]) / (keys - part),
         "server_keys_per_s": limit,
@@ -168,11 +170,11 @@ def _measure_resume(benchmark: ListingBenchmark, *, console: Console) -> dict[st
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as folder:
         console.line(f"writing a manifest of {rows:,} rows")
         written = _in_process(write_unfinished, folder, rows)
-        found = _best(benchmark, plan_resume, folder)
-    _check(rows, found["rows"], "rows of the manifest are planned")
-    _check(written["rows_left"], found["rows_left"], "rows are left")
-    console.line(f"planning a resume: {found['seconds']:.2f} s, {found['peak_bytes'] / 1e6:,.0f} MB")
-    return found
+        figures = _best(benchmark, plan_resume, folder)
+    _check(rows, figures["rows"], "rows of the manifest are planned")
+    _check(written["rows_left"], figures["rows_left"], "rows are left")
+    console.line(f"planning a resume: {figures['seconds']:.2f} s, {figures['peak_bytes'] / 1e6:,.0f} MB")
+    return figures
 
 
 def _measure_incremental(benchmark: ListingBenchmark, *, console: Console) -> dict[str, Any]:
@@ -180,10 +182,10 @@ def _measure_incremental(benchmark: ListingBenchmark, *, console: Console) -> di
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as folder:
         console.line(f"writing the manifest of a table of {rows:,} rows")
         _in_process(write_committed, folder, rows)
-        found = _best(benchmark, find_new, folder, rows)
-    _check(rows // NEW_OF_ROWS, found["new"], "rows are new")
-    console.line(f"finding what is new: {found['seconds']:.2f} s, {found['peak_bytes'] / 1e6:,.0f} MB")
-    return {"rows": rows, **found}
+        figures = _best(benchmark, find_new, folder, rows)
+    _check(rows // NEW_OF_ROWS, figures["new"], "rows are new")
+    console.line(f"finding what is new: {figures['seconds']:.2f} s, {figures['peak_bytes'] / 1e6:,.0f} MB")
+    return {"rows": rows, **figures}
 
 
 def _best(benchmark: ListingBenchmark, work: Callable[..., Figures], *arguments: object) -> Figures:
@@ -199,9 +201,9 @@ def _in_process(work: Callable[..., Figures], *arguments: object) -> Figures:
         return pool.submit(work, *arguments).result()
 
 
-def _check(expected: float, found: float, what: str) -> None:
-    if expected != found:
-        raise MnistDistError(f"{expected:,} {what}. Received: {found:,}")
+def _check(expected: float, received: float, what: str) -> None:
+    if expected != received:
+        raise MnistDistError(f"{expected:,} {what}. Received: {received:,}")
 
 
 def peak_memory_bytes() -> int:
@@ -221,14 +223,14 @@ def list_bucket(endpoint: str, keys: int) -> Figures:
     os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
     os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull}
     began, cpu_began = time.perf_counter(), time.process_time()
-    found = list_inputs(InputConfig(input=(f"s3://{bucket_of(keys)}/images",))).table
+    images = list_inputs(InputConfig(input=(f"s3://{bucket_of(keys)}/images",))).table
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     return {
-        "keys": len(found),
+        "keys": len(images),
         "seconds": seconds,
         "cpu_s": cpu_s,
         "peak_bytes": peak_memory_bytes(),
-        "column_bytes": sum(found[name].nbytes for name in ("uri", "size_bytes", "etag")),
+        "column_bytes": sum(images[name].nbytes for name in ("uri", "size_bytes", "etag")),
     }
 
 
@@ -258,10 +260,10 @@ def plan_resume(folder: str) -> Figures:
 
 def find_new(folder: str, rows: int) -> Figures:
     """Compares a table's manifest with a listing whose last tenth is new."""
-    found = listed_table(rows // NEW_OF_ROWS, rows)
+    images = listed_table(rows // NEW_OF_ROWS, rows)
     listing_bytes = psutil.Process().memory_info().rss
     began = time.perf_counter()
-    new = new_rows(found, Output(folder))
+    new = new_rows(images, Output(folder))
     return {
         "seconds": time.perf_counter() - began,
         "peak_bytes": peak_memory_bytes(),
@@ -275,11 +277,11 @@ def find_new(folder: str, rows: int) -> Figures:
 
 def write_unfinished(folder: str, rows: int) -> Figures:
     """Writes a generation with nine of ten shards done; they are empty, because a driver reads only their names."""
-    found = listed_table(0, rows)
-    size = choose_shard_size(rows, total_bytes=pc.sum(found["size_bytes"]).as_py())
+    images = listed_table(0, rows)
+    size = choose_shard_size(rows, total_bytes=pc.sum(images["size_bytes"]).as_py())
     plan = Plan(model_id="benchmark", settings={}, mode="fresh", keep_old=False, began_at="")
     generation = Output(folder).reserve(plan)
-    generation.begin(lambda uri: write_manifest(uri, found, shard_size=size))
+    generation.begin(lambda uri: write_manifest(uri, images, shard_size=size))
     rows_left = 0
     with Manifest(generation.manifest_uri) as manifest:
         for shard in range(manifest.shards):
@@ -294,10 +296,10 @@ def write_committed(folder: str, rows: int) -> Figures:
     """Writes the manifest of a table; a comparison does not read the table itself."""
     with pq.ParquetWriter(Path(folder) / MANIFEST, LISTED, compression="zstd") as writer:
         for start in range(0, rows, GROUP_ROWS):
-            found = listed_table(start, min(GROUP_ROWS, rows - start))
-            ok = pa.repeat(pa.scalar("ok", LISTED.field("status").type), len(found))
-            found = found.set_column(found.column_names.index("status"), LISTED.field("status"), ok)
-            writer.write_table(found.select(LISTED.names).cast(LISTED), row_group_size=len(found))
+            images = listed_table(start, min(GROUP_ROWS, rows - start))
+            ok = pa.repeat(pa.scalar("ok", LISTED.field("status").type), len(images))
+            images = images.set_column(images.column_names.index("status"), LISTED.field("status"), ok)
+            writer.write_table(images.select(LISTED.names).cast(LISTED), row_group_size=len(images))
     return {}
 
 

@@ -75,20 +75,20 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = []
     if "cache" in result:
-        found = result["cache"]
+        figures = result["cache"]
         lines += [
             "| heads of a small frozen backbone | s | s a trial | best validation accuracy |",
             "|---|---|---|---|",
         ]
-        for name, row in found["rows"].items():
+        for name, row in figures["rows"].items():
             lines.append(f"| {name} | {row['seconds']:.1f} | {row['per_trial_s']:.2f} | {row['best']:.4f} |")
     if "vgg16" in result:
-        found = result["vgg16"]
+        figures = result["vgg16"]
         lines += [
             "",
-            f"{found['trials']} heads on VGG16's features of {found['images']:,} images: one pass of the backbone "
-            f"{found['features_s']:.1f} s,",
-            f"the trials {found['trials_s']:.1f} s; together {found['of_pass']:.2f} of the pass",
+            f"{figures['trials']} heads on VGG16's features of {figures['images']:,} images: one pass of the backbone "
+            f"{figures['features_s']:.1f} s,",
+            f"the trials {figures['trials_s']:.1f} s; together {figures['of_pass']:.2f} of the pass",
         ]
     return "\n".join([*lines, f"\n{result['machine']}, {result['date']}"])
 
@@ -122,22 +122,22 @@ def _measure_cache(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
     )
     rows: dict[str, dict[str, float]] = {}
     for name, cached in (("with the cache", True), ("without it", False)):
-        found = _search(replace(job, run=replace(job.run, feature_cache=cached)), name)
-        seconds = found["features_s"] + found["trials_s"]
+        figures = _search(replace(job, run=replace(job.run, feature_cache=cached)), name)
+        seconds = figures["features_s"] + figures["trials_s"]
         rows[name] = {
             "seconds": seconds,
             "per_trial_s": seconds / benchmark.trials,
-            "best": found["val_accuracy"],
+            "best": figures["val_accuracy"],
         }
         console.line(f"{benchmark.trials} trials {name}: {seconds:.1f} s")
     if benchmark.peer_trials:
-        found = _peer(job, trials=benchmark.peer_trials)
+        figures = _peer(job, trials=benchmark.peer_trials)
         rows["KerasTuner"] = {
-            "seconds": found["seconds"],
-            "per_trial_s": found["seconds"] / benchmark.peer_trials,
-            "best": found["best"],
+            "seconds": figures["seconds"],
+            "per_trial_s": figures["seconds"] / benchmark.peer_trials,
+            "best": figures["best"],
         }
-        console.line(f"{benchmark.peer_trials} trials of KerasTuner: {found['seconds']:.1f} s")
+        console.line(f"{benchmark.peer_trials} trials of KerasTuner: {figures['seconds']:.1f} s")
     return {"trials": benchmark.trials, "images": benchmark.small_images, "rows": rows}
 
 
@@ -151,15 +151,17 @@ def _measure_vgg16(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
         search=replace(job.search, trials=benchmark.vgg16_trials, weights=(f"vgg16={benchmark.weights}",)),
         run=SearchRunConfig(verbose=benchmark.verbose),
     )
-    found = _search(job, "vgg16")
-    console.line(f"VGG16: one pass {found['features_s']:.1f} s, {found['trials']} trials {found['trials_s']:.1f} s")
+    figures = _search(job, "vgg16")
+    console.line(
+        f"VGG16: one pass {figures['features_s']:.1f} s, {figures['trials']} trials {figures['trials_s']:.1f} s"
+    )
     return {
-        "trials": found["trials"],
+        "trials": figures["trials"],
         "images": benchmark.images,
-        "features_s": found["features_s"],
-        "trials_s": found["trials_s"],
-        "of_pass": (found["features_s"] + found["trials_s"]) / found["features_s"],
-        "best": found["val_accuracy"],
+        "features_s": figures["features_s"],
+        "trials_s": figures["trials_s"],
+        "of_pass": (figures["features_s"] + figures["trials_s"]) / figures["features_s"],
+        "best": figures["val_accuracy"],
     }
 
 
