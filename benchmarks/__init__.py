@@ -1,1 +1,1 @@
-"""Measurements behind the figures in the README: everything that is compared runs in one run, on one machine."""
+"""Measures the figures in the README. Everything that is compared is measured in one run on one machine."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks train|score|search|reference|listing [--flags]: measures the figures that the README states."""
+"""python -m benchmarks train|score|search|reference|listing [--flags]: measures the figures in the README."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
 
 
 def main() -> dict[str, Any]:
-    """Parses, measures, prints the table; returns the job's JSON keys."""
+    """Parses the command line, measures and prints the table; returns the job's JSON keys."""
     _, benchmark = console.parse(BENCHMARKS, argv=sys.argv[1:], command="python -m benchmarks", default="train")
     shown = console.Console(verbose=benchmark.verbose)
     console.quiet(verbose=benchmark.verbose)

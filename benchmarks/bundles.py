@@ -1,6 +1,7 @@
-"""Models to measure scoring with: bundles of random weights, and their engines, converted and checked beforehand.
+"""Models for the scoring benchmark: bundles with random weights, and their engines, converted and checked beforehand.
 
-Owns: which models, at which size, in which batches. Does not own: how they are built, converted or checked (`models/`).
+Owns: the choice of models, sizes and batches. Does not own: building, converting or checking them (`models/`,
+`engines/`).
 """
 
 import os
@@ -22,7 +23,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """How a model is measured."""
+    """Image size and batch size with which to measure a model."""
 
     size_px: int
     batch_size: int
@@ -36,17 +37,17 @@ CASES: dict[str, Case] = {
 
 
 def make_bundle(path: Path, model: str) -> None:
-    """Writes a bundle of a model as it is before any training, a function of the seed; in a process of its own."""
+    """Writes a bundle of an untrained model with seeded weights, in a process of its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_hush) as pool:
         pool.submit(_write_random_bundle, path, model).result()
 
 
-def ready_engine(path: Path, asked: EngineConfig, *, batch_size: int, console: Console) -> EngineChoice:
-    """The engine for the CPUs that a job takes for a bundle, from now on without converting or checking anything.
+def ready_engine(path: Path, requested: EngineConfig, *, batch_size: int, console: Console) -> EngineChoice:
+    """Prepares the CPU engine that a job uses for a bundle, so that the job need not convert or check anything.
 
     Args:
-        path: of the bundle; converted models go beside it, where the job looks for them.
-        asked: of the job.
+        path: path of the bundle; converted models go next to it, where the job looks for them.
+        requested: the job's engine configuration.
         batch_size: images per call.
         console: shows progress.
 
@@ -55,7 +56,7 @@ def ready_engine(path: Path, asked: EngineConfig, *, batch_size: int, console: C
     """
     with Stop(console) as stop:
         request = EngineRequest(
-            requested=asked,
+            requested=requested,
             places=(f"{path}.engines",),
             gpu=False,
             batch_size=batch_size,
@@ -65,7 +66,7 @@ def ready_engine(path: Path, asked: EngineConfig, *, batch_size: int, console: C
 
 
 def _hush() -> None:
-    """Silences what TensorFlow prints while it is imported, which no setting does; errors come back as exceptions."""
+    """Silences TensorFlow's output on import, which no setting does; errors still come back as exceptions."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 

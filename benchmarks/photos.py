@@ -1,10 +1,10 @@
-"""Photographs to measure with, made of the few that come with scikit-learn and scikit-image: nothing is downloaded.
+"""Photographs for benchmarks, made from the few that come with scikit-learn and scikit-image; nothing is downloaded.
 
-Owns: the JPEGs, the tar of them, and more names for them. Does not own what is measured.
+Owns: the JPEGs, a tar of them and hard links to them. Does not own: what is measured.
 
-Contract: photograph i is a function of the seed and i alone (and of Pillow's version): so many of them are the first
-ones of more. Each is a crop of a real photograph, enlarged or shrunk to 500 x 375 px, a JPEG of about 68 KB on average,
-which is what web archives and ImageNet hold.
+Contract: photograph i depends only on the seed, on i and on Pillow's version, so a small set is the start of a larger
+one. Each is a crop of a real photograph, scaled to 500 x 375 px: a JPEG of about 68 KB on average, the size found in
+web archives and ImageNet.
 """
 
 import os
@@ -16,20 +16,20 @@ import numpy as np
 from PIL import Image
 
 WIDTH_PX, HEIGHT_PX = 500, 375
-QUALITY = 95  # gives about 68 KB: enlarged crops hold less detail than a camera's picture of that size
-MIN_SCALE = 0.8  # of the largest crop of that shape
+QUALITY = 95  # High, to reach 68 KB: enlarged crops have less detail than a camera image of that size.
+MIN_SCALE = 0.8  # Smallest crop, relative to the largest one of that shape.
 
 
 def write_photos(folder: Path, *, count: int, seed: int = 0) -> list[Path]:
     """Writes photographs into a new folder.
 
     Args:
-        folder: must not be there yet.
-        count: how many.
-        seed: of the crops.
+        folder: must not exist yet.
+        count: number of photographs.
+        seed: seed of the crops.
 
     Returns:
-        Their paths, in the order of their names.
+        The paths, sorted by name.
     """
     folder.mkdir(parents=True)
     sources = _sources()
@@ -40,21 +40,21 @@ def write_photos(folder: Path, *, count: int, seed: int = 0) -> list[Path]:
 
 
 def write_tar(paths: Sequence[Path], tar: Path) -> None:
-    """Writes files into one plain tar, under their names."""
+    """Writes files into an uncompressed tar under their own names."""
     with tarfile.open(tar, "w") as archive:
         for path in paths:
             archive.add(path, arcname=path.name)
 
 
 def link_photos(paths: Sequence[Path], folder: Path, *, count: int) -> None:
-    """Fills a new folder with `count` hard links to files, to each in turn, each under a name of its own."""
+    """Fills a new folder with `count` hard links, cycling through the files; each link has its own name."""
     folder.mkdir(parents=True)
     for number in range(count):
         os.link(paths[number % len(paths)], folder / f"link-{number:06d}.jpg")
 
 
 def _sources() -> list[Image.Image]:
-    """The colour photographs that lie in the two packages (scikit-image downloads its other ones)."""
+    """The colour photographs included in the two packages (scikit-image downloads its others)."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 

@@ -1,8 +1,8 @@
-"""Programs that are measured from outside: how long they run, what they say at last, and the memory they take.
+"""Runs programs and measures them from outside: duration, last output line and memory.
 
-Contract: a program runs from the root of the project, on a Ray of its own, and what it prints goes into files of its
-scratch folder: a pipe would stay open as long as the last of Ray's processes. One that fails raises, with its last
-lines.
+Contract: a program runs from the project root with its own Ray. Its output goes into files in its scratch folder,
+because a pipe would stay open until the last of Ray's processes ends. If it fails, an error with its last lines is
+raised.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ import psutil
 
 from mnist_dist.errors import MnistDistError
 
-ROOT = Path(__file__).parents[1]  # where `python -m jobs.score` is found
+ROOT = Path(__file__).parents[1]  # `python -m jobs.score` works from here.
 SECONDS_BETWEEN_SAMPLES = 0.5
 TIMEOUT_S = 7_200
-SHOWN_LINES = 20  # of a program that failed
+SHOWN_LINES = 20  # The error of a failed program quotes this many lines.
 
 
 def run_program(arguments: Sequence[str], scratch: Path) -> float:
-    """Runs `python -m` with these arguments; seconds from start to exit.
+    """Runs `python -m` with these arguments; returns the seconds from start to exit.
 
     Raises:
-        MnistDistError: its exit code is not 0.
-        subprocess.TimeoutExpired: it hangs.
+        MnistDistError: the exit code is not 0.
+        subprocess.TimeoutExpired: the program hangs.
     """
     began = time.perf_counter()
     with _started(arguments, scratch) as process:
@@ -41,10 +41,10 @@ def run_program(arguments: Sequence[str], scratch: Path) -> float:
 
 
 def peak_memory_bytes(arguments: Sequence[str], scratch: Path) -> int:
-    """Runs `python -m` with these arguments; the largest memory of it and all its descendants among samples.
+    """Runs `python -m` with these arguments; returns the largest sampled memory of it and all its descendants.
 
     Raises:
-        MnistDistError: its exit code is not 0.
+        MnistDistError: the exit code is not 0.
     """
     peak = 0
     with _started(arguments, scratch) as process:
@@ -56,7 +56,7 @@ def peak_memory_bytes(arguments: Sequence[str], scratch: Path) -> int:
 
 
 def tree_memory_bytes(pid: int) -> int:
-    """Proportional set size (PSS) of a process and all its descendants: memory that some share counts once."""
+    """Proportional set size (PSS) of a process and all its descendants; shared memory counts once."""
     with contextlib.suppress(psutil.Error):
         root = psutil.Process(pid)
         return sum(_memory_bytes(process) for process in (root, *root.children(recursive=True)))
@@ -64,12 +64,12 @@ def tree_memory_bytes(pid: int) -> int:
 
 
 def last_json(scratch: Path) -> dict[str, Any]:
-    """The last line that a program printed to stdout."""
+    """The JSON in the last line that a program printed to stdout."""
     return dict(json.loads((scratch / "stdout").read_text().splitlines()[-1]))
 
 
 def _memory_bytes(process: psutil.Process) -> int:
-    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+    with contextlib.suppress(psutil.Error):  # It has ended in the meantime.
         return int(process.memory_full_info().pss)
     return 0
 
@@ -84,7 +84,7 @@ def _started(arguments: Sequence[str], scratch: Path) -> Iterator[subprocess.Pop
     try:
         yield process
     finally:
-        process.kill()  # does nothing once it has ended
+        process.kill()  # Does nothing if it has ended.
         process.wait()
 
 
@@ -95,4 +95,4 @@ def _check_exit(process: subprocess.Popen[bytes], arguments: Sequence[str], scra
         line for name in ("stdout", "stderr") for line in (scratch / name).read_text(errors="replace").splitlines()
     ]
     shown = "\n".join(lines[-SHOWN_LINES:])
-    raise MnistDistError(f"{arguments[0]} ends with exit code 0. Received: {process.returncode}\n{shown}")
+    raise MnistDistError(f"{arguments[0]} must end with exit code 0. Received: {process.returncode}\n{shown}")

@@ -1,4 +1,4 @@
-"""The systems that this project grew from, side by side with what their recipes reach here, from finished runs."""
+"""Compares the published reference systems with finished runs of their recipes here."""
 
 import json
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from mnist_dist.store.uris import absolute
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceBenchmark:
-    """Which runs to look at."""
+    """Which runs to compare."""
 
     storage: str = "runs"
     """Folder or `s3://` prefix of finished training runs."""
     verbose: bool = False
-    """Show what is logged."""
+    """Show the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSystem:
-    """A published system: `recipe` is ours for it."""
+    """A published system and the recipe that reproduces it here."""
 
     what: str
     published: str
@@ -48,10 +48,10 @@ REFERENCE_SYSTEMS = (
 
 
 def measure(benchmark: ReferenceBenchmark, *, console: Console) -> dict[str, Any]:
-    """Looks up the finished runs of each recipe.
+    """Finds the finished runs of each recipe.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are none.
     """
     results = _results(benchmark.storage)
     rows = [_row(system, results.get(system.recipe, [])) for system in REFERENCE_SYSTEMS]
@@ -84,20 +84,20 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _results(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """Results of finished runs by recipe; of each recipe those that trained on most images."""
+    """Recipe -> results of its finished runs; only the runs that trained on the most images count."""
     root = absolute(uri)
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
     for entry in ANYWHERE.list_entries(root):
-        inside = entry.uri.removeprefix(f"{root}/")
-        if inside.count("/") != 1 or not inside.endswith("/result.json"):
+        path = entry.uri.removeprefix(f"{root}/")
+        if path.count("/") != 1 or not path.endswith("/result.json"):
             continue
         result = json.loads(ANYWHERE.read_bytes(entry.uri))
         if "recipe" in result and result.get("test_accuracy") is not None:
-            found.setdefault(result["recipe"], []).append(result)
-    largest = {recipe: max(result["train_images"] for result in results) for recipe, results in found.items()}
+            by_recipe.setdefault(result["recipe"], []).append(result)
+    largest = {recipe: max(result["train_images"] for result in results) for recipe, results in by_recipe.items()}
     return {
         recipe: [result for result in results if result["train_images"] == largest[recipe]]
-        for recipe, results in found.items()
+        for recipe, results in by_recipe.items()
     }
 
 

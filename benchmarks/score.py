@@ -1,15 +1,15 @@
-"""Speed of scoring: our job beside the bare model, tf.data, Ray Data's recipe and Daft, on the same JPEG files.
+"""Speed of scoring: our job compared with the bare model, tf.data, Ray Data and Daft on the same JPEG files.
 
-Owns: what is measured, and in which order. Does not own: the programs it is compared with (`peers/`), how a program is
-run and watched (`programs`), the photographs (`photos`), the models (`bundles`), the S3 server (`seaweedfs`), or what
-the measurements come to (`score_table`).
+Owns: what is measured and in which order. Does not own: the programs to compare with (`peers/`), how a program is run
+and watched (`programs`), the photographs (`photos`), the models (`bundles`), the S3 server (`seaweedfs`), or the
+evaluation of the measurements (`score_table`).
 
-Contract: everything is measured in one run, each measurement in a process of its own, by turns over some rounds. A
-measurement counts only if its table has exactly one row for each image. Engines are converted and checked before the
-first round; a job that converts again does not count.
+Contract: everything is measured in one run, each measurement in a process of its own, and the programs take turns over
+several rounds. A measurement counts only if its table has exactly one row per image. Engines are converted and checked
+before the first round; a job that converts again does not count.
 
-- steady: images/s after the first quarter of the batches, by time stamps within the process; of ours as its JSON line
-  says, which is the same, of the images, told a few times a second.
+- steady: images/s after the first quarter of the batches, from time stamps within the process. Our job reports the same
+  figure in its JSON line, from progress that is reported a few times a second.
 - whole: images/s from the start of the process to its exit.
 """
 
@@ -35,7 +35,7 @@ from benchmarks.peers.task import Task, read_stamps
 from benchmarks.photos import link_photos, write_photos, write_tar
 from benchmarks.programs import last_json, peak_memory_bytes, run_program
 from benchmarks.score_table import TITLES, Figures, Round, ratios, summary
-from benchmarks.score_table import table as table  # the job prints it
+from benchmarks.score_table import table as table  # `__main__` prints it.
 from mnist_dist import processor
 from mnist_dist.config import EngineConfig, require
 from mnist_dist.console import Console
@@ -73,13 +73,13 @@ PROGRAMS: dict[str, str] = {
     "engine-bf16": "engine",
     "decode": "decode",
 }
-"""Peer -> its module in `peers/`; the others are our job."""
-PARTS = ("bare", "engine", "engine-bf16", "decode")  # they make no table
+"""Peer -> its module in `peers/`; all other peers are our own job."""
+PARTS = ("bare", "engine", "engine-bf16", "decode")  # These write no table.
 DEFAULT_ENGINE, BFLOAT16 = EngineConfig(), EngineConfig(engine="openvino", precision="bfloat16")
 EngineFacts = dict[str, Any]
-"""`engine`, `precision` and `engine_check`, see `EngineChoice.noted`."""
+"""`engine`, `precision` and `engine_check`; see `EngineChoice.noted`."""
 SMALL_IMAGES = 10
-MEMORY_FACTOR = 10  # times as many images
+MEMORY_FACTOR = 10  # Memory is also measured at this many times the images.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,43 +87,45 @@ class ScoreBenchmark:
     """What to measure."""
 
     models: tuple[ModelName, ...] = ("mobilenet_v2", "vgg16")
-    """At 224 px, with 10 classes and random weights, in batches of 32 (vgg16: 16). `cnn`: at 32 px in batches of 2, to
-    try this out."""
+    """Models with 10 classes and random weights at 224 px, in batches of 32 (vgg16: 16). `cnn`: a quick trial at 32 px
+    in batches of 2."""
     images: int = 2_000
-    """JPEGs of 500 x 375 px, about 68 KB each."""
+    """Number of JPEGs; each has 500 x 375 px and about 68 KB."""
     rounds: int = 3
-    """Measurements of each."""
+    """Number of measurements of each peer."""
     peers: tuple[Peer, ...] = ("bare", "tfdata", "predict", "ray", "daft", "engine", "decode", "ours", "ours-bf16")
-    """`bare`: the model as a `tf.function` on one ready batch. `tfdata`, `predict`: behind tf.data, as a `tf.function`
-    and by Keras' `predict`. `ray`, `daft`: their recipes. `ours`: our job with its default engine; `ours-bf16`: with
-    `--engine openvino --precision bfloat16`, not on GPUs; `ours-tar`: from one tar; `ours-s3`: model, images and table
-    on S3, on loopback. `engine`, `engine-bf16`: the engines of these on one ready batch; `decode`: their decoding
-    without a model; all three on all CPUs. Empty: none, for `small` and `memory` alone."""
+    """`bare`: the model as a `tf.function` on one ready batch. `tfdata`, `predict`: tf.data with a `tf.function` or
+    with Keras' `predict`. `ray`, `daft`: their documented recipes. `ours`: our job with its default engine;
+    `ours-bf16`: with `--engine openvino --precision bfloat16`, not on GPUs; `ours-tar`: from one tar; `ours-s3`: with
+    model, images and table on S3 on loopback. `engine`, `engine-bf16`: our engines alone on one ready batch; `decode`:
+    our decoding without a model; all three on all CPUs. Empty: measure only `small` and `memory`."""
     seconds: float = 10.0
-    """How long the bare model, and an engine, is measured each time."""
+    """How long to measure the bare model or an engine each time, s."""
     small: bool = False
-    """Also 10 images with the first model, start to exit: our job, and a bare script that starts Ray, loads the model
-    and calls it once."""
+    """Also time 10 images with the first model from start to exit: our job, and a bare script that starts Ray, loads
+    the model and calls it once."""
     memory: bool = False
-    """Also the peak memory of our job with the first model, at `images` and at ten times as many."""
+    """Also measure the peak memory of our job with the first model, at `images` and at ten times as many."""
     verbose: bool = False
-    """Show what is logged while things are prepared. What the programs print is shown where one fails."""
+    """Show the log of the preparation. The output of a measured program is shown only if it fails."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds is at least 1", rounds=self.rounds)
-        require(self.seconds > 0, "seconds is positive", seconds=self.seconds)
-        require(bool(self.models), f"models are among {', '.join(CASES)}", models=self.models)
-        least = 1 + max((CASES[name].batch_size for name in self.models), default=0)
-        require(self.images >= least, f"images is more than a batch, at least {least}", images=self.images)
+        require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
+        require(self.seconds > 0, "seconds must be positive", seconds=self.seconds)
+        require(bool(self.models), f"models must be among {', '.join(CASES)}", models=self.models)
+        min_images = 1 + max((CASES[name].batch_size for name in self.models), default=0)
+        require(
+            self.images >= min_images, f"images must be more than a batch, at least {min_images}", images=self.images
+        )
 
 
 def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
-    """Measures everything that was asked for.
+    """Measures everything that was requested.
 
     Returns:
-        `machine`, `date`, `images`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and what they
-        found), `rows` (one for each model: the peers' medians and ratios, their engines, and the figures of each
-        round, and `score_table.ratios`), and where asked for `small` and `memory`.
+        `machine`, `date`, `images`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and the
+        engines), `rows` (one per model: the peers' medians and ratios, their engines, the figures of each round, and
+        `score_table.ratios`), and if requested `small` and `memory`.
 
     Raises:
         ConfigError: a package of the extra `bench` is missing.
@@ -159,13 +161,13 @@ def _check_packages(benchmark: ScoreBenchmark) -> None:
 
 
 class _Bench:
-    """Photographs and models in a temporary folder (and in a bucket), and the measurements on them."""
+    """Makes photographs and models in a temporary folder (and a bucket), and measures with them."""
 
     def __init__(self, benchmark: ScoreBenchmark, folder: Path, *, bucket: str, console: Console) -> None:
         self.benchmark, self.folder, self.bucket, self.console = benchmark, folder, bucket, console
         self.choices: dict[tuple[str, EngineConfig], EngineChoice] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
-        console.line(f"making {benchmark.images:,} photographs, and the models {', '.join(benchmark.models)}")
+        console.line(f"preparing {benchmark.images:,} photographs and the models {', '.join(benchmark.models)}")
         self.photos = write_photos(folder / "photos", count=benchmark.images)
         if "ours-tar" in benchmark.peers:
             write_tar(self.photos, folder / "photos.tar")
@@ -178,22 +180,22 @@ class _Bench:
             ANYWHERE.upload_folder(folder / name, join(bucket, name))
 
     def image_kb(self) -> float:
-        """Average size of a photograph."""
+        """Average size of a photograph, KB."""
         return round(statistics.mean(path.stat().st_size for path in self.photos) / 1e3, 1)
 
     def measure_model(self, model: str) -> dict[str, Any]:
-        """Speed of all peers with a model."""
+        """Measures the speed of all peers with a model."""
         rounds: list[Round] = []
         engines: dict[str, str] = {}
         for number in range(self.benchmark.rounds):
-            found: Round = {}
+            figures: Round = {}
             for peer in self.benchmark.peers:
-                found[peer], engine = self._measure_peer(peer, model)
+                figures[peer], engine = self._measure_peer(peer, model)
                 if engine is not None:
                     engines[peer] = _engine_name(engine)
-                shown = ", ".join(f"{name} {value:,.1f}" for name, value in found[peer].items())
+                shown = ", ".join(f"{name} {value:,.1f}" for name, value in figures[peer].items())
                 self.console.line(f"{model}, round {number + 1}, {TITLES[peer]}: {shown} images/s")
-            rounds.append(found)
+            rounds.append(figures)
         return {
             "model": model,
             "batch_size": CASES[model].batch_size,
@@ -204,7 +206,7 @@ class _Bench:
         }
 
     def measure_small(self) -> dict[str, Any]:
-        """Seconds from start to exit for a few images."""
+        """Measures the seconds from start to exit for a few images."""
         model, images = self.benchmark.models[0], self.folder / "small"
         link_photos(self.photos, images, count=SMALL_IMAGES)
         choice, rounds = self.choices[model, DEFAULT_ENGINE], []
@@ -220,19 +222,19 @@ class _Bench:
             "model": model,
             "engine": _engine_name(engine),
             "images": SMALL_IMAGES,
-            "bare_s": statistics.median(found["bare"] for found in rounds),
-            "ours_s": statistics.median(found["ours"] for found in rounds),
-            "of_bare": statistics.median(found["ours"] / found["bare"] for found in rounds),
+            "bare_s": statistics.median(times["bare"] for times in rounds),
+            "ours_s": statistics.median(times["ours"] for times in rounds),
+            "of_bare": statistics.median(times["ours"] / times["bare"] for times in rounds),
             "rounds": rounds,
         }
 
     def measure_memory(self) -> dict[str, Any]:
-        """Peak memory of our job at some images, and at many: hard links of the same."""
-        model, some = self.benchmark.models[0], len(self.photos)
-        places = {some: self.folder / "photos", MEMORY_FACTOR * some: self.folder / "many"}
-        link_photos(self.photos, self.folder / "many", count=MEMORY_FACTOR * some)
+        """Measures our job's peak memory with the photographs, and with many more that are hard links to them."""
+        model, photos = self.benchmark.models[0], len(self.photos)
+        folders = {photos: self.folder / "photos", MEMORY_FACTOR * photos: self.folder / "many"}
+        link_photos(self.photos, self.folder / "many", count=MEMORY_FACTOR * photos)
         choice, peaks_mb = self.choices[model, DEFAULT_ENGINE], []
-        for count, images in places.items():
+        for count, images in folders.items():
             with self._task(model, images) as task:
                 peaks_mb.append(peak_memory_bytes(our_job(task, DEFAULT_ENGINE), Path(task.scratch)) / 1e6)
                 engine = check_ours(task, count, choice)["engine"]
@@ -240,31 +242,31 @@ class _Bench:
         return {
             "model": model,
             "engine": _engine_name(engine),
-            "images": list(places),
+            "images": list(folders),
             "peak_mb": peaks_mb,
             "ratio": peaks_mb[1] / peaks_mb[0],
         }
 
     def _prepare_engines(self, model: str) -> None:
-        """Has the engines that will be measured converted and checked, as the job would."""
+        """Converts and checks the engines to be measured, as the job would."""
         peers, began = self.benchmark.peers, time.perf_counter()
-        wanted = [DEFAULT_ENGINE] if self._runs_default_engine(model) else []
-        wanted += [BFLOAT16] if {"engine-bf16", "ours-bf16"} & set(peers) else []
-        for asked in wanted:
-            self.choices[model, asked] = ready_engine(
-                self.folder / model, asked, batch_size=CASES[model].batch_size, console=self.console
+        requests = [DEFAULT_ENGINE] if self._runs_default_engine(model) else []
+        requests += [BFLOAT16] if {"engine-bf16", "ours-bf16"} & set(peers) else []
+        for request in requests:
+            self.choices[model, request] = ready_engine(
+                self.folder / model, request, batch_size=CASES[model].batch_size, console=self.console
             )
-        if not wanted:
+        if not requests:
             return
-        engines = [self.choices[model, asked].noted() for asked in wanted]
+        engines = [self.choices[model, request].noted() for request in requests]
         self.prepared[model] = {"seconds": time.perf_counter() - began, "engines": engines}
 
     def _runs_default_engine(self, model: str) -> bool:
-        is_alone = model == self.benchmark.models[0] and (self.benchmark.small or self.benchmark.memory)
-        return is_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(self.benchmark.peers)
+        is_measured_alone = model == self.benchmark.models[0] and (self.benchmark.small or self.benchmark.memory)
+        return is_measured_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(self.benchmark.peers)
 
     def _measure_peer(self, peer: str, model: str) -> tuple[Figures, EngineFacts | None]:
-        """Its speeds, and of ours which engine that was."""
+        """A peer's speeds, and the engine that it used if it is ours."""
         if peer not in PROGRAMS:
             return self._measure_ours(peer, model)
         choice = self.choices.get((model, BFLOAT16 if peer == "engine-bf16" else DEFAULT_ENGINE), EngineChoice())
@@ -281,13 +283,13 @@ class _Bench:
             return {"steady": steady, "whole": self.benchmark.images / seconds}, None
 
     def _measure_ours(self, peer: str, model: str) -> tuple[Figures, EngineFacts]:
-        asked, count = BFLOAT16 if peer == "ours-bf16" else DEFAULT_ENGINE, self.benchmark.images
+        request, count = BFLOAT16 if peer == "ours-bf16" else DEFAULT_ENGINE, self.benchmark.images
         with self._task(model, self.folder / ("photos.tar" if peer == "ours-tar" else "photos")) as task:
             if peer == "ours-s3":
                 task = self._on_s3(task, model)
-            seconds = run_program(our_job(task, asked), Path(task.scratch))
-            found = check_ours(task, count, self.choices[model, asked])
-            return {"steady": found["steady"], "whole": count / seconds}, found["engine"]
+            seconds = run_program(our_job(task, request), Path(task.scratch))
+            report = check_ours(task, count, self.choices[model, request])
+            return {"steady": report["steady"], "whole": count / seconds}, report["engine"]
 
     def _on_s3(self, task: Task, model: str) -> Task:
         return dataclasses.replace(
@@ -299,7 +301,7 @@ class _Bench:
 
     @contextlib.contextmanager
     def _task(self, model: str, images: Path) -> Iterator[Task]:
-        """A task with a scratch folder of its own."""
+        """A task with its own scratch folder."""
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             yield Task(
                 bundle=str(self.folder / model),
@@ -310,32 +312,34 @@ class _Bench:
             )
 
 
-def our_job(task: Task, asked: EngineConfig) -> list[str]:
-    """The command of our job, behind `python -m`."""
+def our_job(task: Task, engine: EngineConfig) -> list[str]:
+    """The arguments of `python -m` that run our job."""
     flags = {"bundle": task.bundle, "input": task.images, "output": task.output, "batch-size": str(task.batch_size)}
-    flags |= {name: value for name, value in dataclasses.asdict(asked).items() if value != "auto"}
+    flags |= {name: value for name, value in dataclasses.asdict(engine).items() if value != "auto"}
     return ["jobs.score", *(word for name, value in flags.items() for word in (f"--{name}", value))]
 
 
 def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
-    """What our job says: how fast it was once `steady`, images/s, and the `engine` that it took.
+    """Checks our job's result; returns its `steady` speed, images/s, and the `engine` that it used.
 
     Args:
-        task: of the job.
-        count: images.
-        ready: the engine that was checked before.
+        task: the job's task.
+        count: number of images.
+        ready: the engine that was checked beforehand.
 
     Raises:
-        MnistDistError: it scored fewer images, or checked an engine of its own.
+        MnistDistError: the job scored fewer images, or checked an engine itself.
     """
     line = last_json(Path(task.scratch))
     if (line["images"], line["ok"]) != (count, count):
-        raise MnistDistError(f"our job scores each of {count} images. Received: {line}")
-    told = json.loads(ANYWHERE.read_bytes(join(task.output, SUMMARY)))
-    engine = {name: told[name] for name in ready.noted()}
-    # a check of its own would have measured another speed; on GPUs there is none
+        raise MnistDistError(f"our job must score each of {count} images. Received: {line}")
+    written = json.loads(ANYWHERE.read_bytes(join(task.output, SUMMARY)))
+    engine = {name: written[name] for name in ready.noted()}
+    # If the job had checked an engine itself, the measured speeds would differ; on GPUs there is no check.
     if engine["engine_check"] not in (None, ready.noted()["engine_check"]):
-        raise MnistDistError(f"our job takes an engine that was checked before, {ready.noted()}. Received: {engine}")
+        raise MnistDistError(
+            f"our job must use the engine that was checked beforehand, {ready.noted()}. Received: {engine}"
+        )
     return {"steady": line["steady_images_per_s"] or line["images_per_s"], "engine": engine}
 
 
@@ -347,7 +351,7 @@ def _check_table(task: Task, count: int) -> None:
     uris = pyarrow.dataset.dataset(task.output, format="parquet").to_table(columns=["uri"])["uri"]
     if (len(uris), len(uris.unique())) != (count, count):
         raise MnistDistError(
-            f"a table has one row for each of {count} images. Received: {len(uris)} rows of {len(uris.unique())} images"
+            f"a table must have one row per image ({count}). Received: {len(uris)} rows of {len(uris.unique())} images"
         )
 
 
@@ -355,7 +359,7 @@ def steady_images_per_s(stamps: Sequence[tuple[float, int]]) -> float:
     """Speed after the first quarter of the batches.
 
     Args:
-        stamps: seconds and images of each batch, at least 2, in the order in which they were done.
+        stamps: seconds and images of each batch, in the order of completion; at least 2.
     """
     first = max(1, round(SETTLING * len(stamps)))
     images = sum(count for _, count in stamps[first:])

@@ -1,6 +1,6 @@
-"""What the measurements of scoring come to: medians, ratios to others, and the tables of both.
+"""Evaluates the scoring measurements: medians, ratios between peers, and tables of both.
 
-Owns: the arithmetic, the Markdown. Does not own: the measurements (`score`).
+Owns: the arithmetic and the Markdown. Does not own: the measurements (`score`).
 
 Contract: figures are medians of the rounds, and a ratio is the median of the rounds' ratios, since machines are noisy.
 """
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Figures = dict[str, float]
-"""Images/s, `steady` and (but for parts of a job) `whole`; in a summary also `of_bare`."""
+"""Images/s: `steady` and (except for parts of a job) `whole`; a summary also has `of_bare`."""
 Round = dict[str, Figures]
-"""By peer."""
+"""Peer -> its figures."""
 
 TITLES: dict[str, str] = {
     "bare": "bare model",
@@ -28,7 +28,7 @@ TITLES: dict[str, str] = {
     "ours-tar": "ours, from a tar",
     "ours-s3": "ours, from S3 on loopback",
 }
-ENGINE_AND_DECODE = "engine+decode"  # both on the same cores, one after the other: 1 / (1/engine + 1/decode)
+ENGINE_AND_DECODE = "engine+decode"  # Decoding and engine take turns on the same cores: 1 / (1/engine + 1/decode).
 TITLES_OF_OTHERS: dict[str, str] = {
     **TITLES,
     "engine": "its engine on ready tensors",
@@ -43,21 +43,21 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "ours-tar": ("ours",),
     "ours-s3": ("ours",),
 }
-"""What each of ours is held against, where that was measured."""
+"""Our peer -> the peers to compare it with, if they were measured."""
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
 
 
 def summary(rounds: Sequence[Round], peer: str) -> Figures:
-    """Medians of a peer's figures; `of_bare`, the median of the rounds' ratios to that round's bare model."""
+    """Medians of a peer's figures; `of_bare` is the median of the ratios to the same round's bare model."""
     figures = {name: statistics.median(found[peer][name] for found in rounds) for name in rounds[0][peer]}
     of_bare = ratio(rounds, peer, "bare", speed="steady")
     return figures if of_bare is None else {**figures, "of_bare": of_bare}
 
 
 def ratio(rounds: Sequence[Round], peer: str, other: str, *, speed: str) -> float | None:
-    """Median of the rounds' ratios of a peer's speed to another's; None where one of the two was not measured."""
+    """Median of the rounds' ratios between two peers' speeds; None if one of them was not measured."""
     pairs = [(_speed(found, peer, speed), _speed(found, other, speed)) for found in rounds]
     ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return statistics.median(ratios) if ratios else None
@@ -71,28 +71,28 @@ def _speed(found: Round, peer: str, speed: str) -> float | None:
 
 
 def ratios(rounds: Sequence[Round]) -> list[dict[str, Any]]:
-    """How many times as fast as others ours was with a model.
+    """How many times as fast as other peers our job was with a model.
 
     Args:
-        rounds: of a model.
+        rounds: all rounds with that model.
 
     Returns:
         `ours` (a peer), `speed` (`steady` or `whole`) and `of`, the ratio to each other peer that was measured.
     """
-    found = []
+    rows = []
     for ours, others in COMPARED.items():
         for speed in ("steady", "whole"):
             of = {other: ratio(rounds, ours, other, speed=speed) for other in others}
             measured = {other: value for other, value in of.items() if value is not None}
-            found += [{"ours": ours, "speed": speed, "of": measured}] if measured else []
-    return found
+            rows += [{"ours": ours, "speed": speed, "of": measured}] if measured else []
+    return rows
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: two tables for each model, and a line for each of the rest."""
+    """The result as Markdown: two tables per model, then one line for each other figure."""
     blocks = [block for row in result["rows"] for block in (_model_table(row), _ratios_table(row)) if block]
     lines = [f"{result['images']:,} JPEGs of about {result['image_kb']:.0f} KB; float32 where nothing else is said."]
     lines += [_prepared_line(model, prepared) for model, prepared in result["prepared"].items()]
@@ -144,8 +144,8 @@ def _small_line(small: Mapping[str, Any]) -> str:
 
 
 def _memory_line(memory: Mapping[str, Any]) -> str:
-    (some, many), (less_mb, more_mb) = memory["images"], memory["peak_mb"]
+    (few, many), (less_mb, more_mb) = memory["images"], memory["peak_mb"]
     return (
         f"Peak memory (PSS of all processes) with `{memory['model']}` ({memory['engine']}): {less_mb:,.0f} MB at "
-        f"{some:,} images, {more_mb:,.0f} MB at {many:,}, ratio {memory['ratio']:.2f}."
+        f"{few:,} images, {more_mb:,.0f} MB at {many:,}, ratio {memory['ratio']:.2f}."
     )

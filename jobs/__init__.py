@@ -1,1 +1,1 @@
-"""What a person runs or submits: `python -m jobs.<job>` from the root of the project. Thin: parse, run, print."""
+"""The scripts that a user runs or submits: `python -m jobs.<job>` from the project root. They only call a command."""

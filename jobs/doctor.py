@@ -1,4 +1,4 @@
-"""python -m jobs.doctor [--storage URI] [--json]: says what would break a job, on every node, and what to do."""
+"""python -m jobs.doctor [--storage URI] [--json]: finds problems on every node that would break a job."""
 
 from mnist_dist.commands import run_job
 

@@ -1,4 +1,4 @@
-"""python -m jobs.evaluate --predictions URI | --bundle DIR --input URI: says what a table, or a bundle, is worth."""
+"""python -m jobs.evaluate --predictions URI | --bundle DIR --input URI: computes metrics of a table or a bundle."""
 
 from mnist_dist.commands import run_job
 

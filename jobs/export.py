@@ -1,4 +1,4 @@
-"""python -m jobs.export --bundle DIR --format F: a bundle's model for another runtime, run there and compared."""
+"""python -m jobs.export --bundle DIR --format F: converts a bundle's model for another runtime and compares the two."""
 
 from mnist_dist.commands import run_job
 

@@ -1,4 +1,4 @@
-"""python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, and scores."""
+"""python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, then scores."""
 
 from mnist_dist.commands import run_job
 

@@ -1,4 +1,4 @@
-"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle."""
+"""python -m jobs.search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; writes the winner as a bundle."""
 
 from mnist_dist.commands import run_job
 

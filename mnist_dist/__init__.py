@@ -1,24 +1,24 @@
 """Distributed batch training and scoring of image classifiers with Ray and Keras.
 
-A finished model is a folder, a *bundle*:
+A finished model is a folder called a *bundle*:
 
     import mnist_dist
 
     bundle = mnist_dist.load_bundle("runs/quickstart/bundle")
     bundle.predict("digit.png").predicted_class
 
-and a table of predictions is read, whatever else lies in its folder, with
+A prediction table is read, whatever other files its folder holds, with
 
     mnist_dist.read_predictions("predictions", columns=["uri", "predicted_class"])
 
-What the commands do, functions do, too (`mnist_dist.api`):
+Every command is also a function (`mnist_dist.api`):
 
     trained = mnist_dist.train("quickstart", storage="runs", name="first", epochs=[5])
     scored = mnist_dist.score(bundle=trained.values["bundle"], input="photos", output="predictions")
     scored.table().to_pandas()
 
-Importing the package imports neither Ray nor Keras, TensorFlow or pyarrow: the names below are looked up when they
-are first used (PEP 562).
+Importing the package does not import Ray, Keras, TensorFlow or pyarrow: the names below are looked up on first use
+(PEP 562).
 """
 
 import importlib

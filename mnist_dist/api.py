@@ -1,9 +1,10 @@
-"""The Python API: what the commands do, as functions that return small result objects.
+"""The Python API: one function per command, which returns a small result object.
 
-Each takes the flags of its command as keyword arguments, prints nothing unless `show` is set, and raises the exceptions
-of `errors.py`. Called again with the same arguments, it resumes what was stopped, and returns at once what is finished.
+Each function takes the flags of its command as keyword arguments, prints nothing unless `show` is set, and raises the
+exceptions of `errors.py`. A second call with the same arguments resumes a stopped job, or returns at once if it is
+finished.
 
-SIGINT (Ctrl-C, a notebook's stop button) saves what is there and raises `Interrupted`; a second one raises
+SIGINT (Ctrl-C, a notebook's stop button) saves the progress and raises `Interrupted`; a second one raises
 KeyboardInterrupt.
 """
 
@@ -30,15 +31,15 @@ def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> Tr
     """Fine-tunes a classifier, as `mnist-dist train` does.
 
     Args:
-        recipe: named settings, which the flags change; `mnist_dist.recipes.TRAINING_RECIPES` has them.
+        recipe: named settings that the flags override; see `mnist_dist.recipes.TRAINING_RECIPES`.
         show: report progress on stderr.
         **flags: the flags of the command, such as `data`, `backbone`, `epochs`, `storage`, `name`, `workers`.
 
     Raises:
-        ConfigError: a flag, the data or the cluster does not fit; found before any work.
-        ResumeConflict: the run's folder holds a run of other settings.
-        Locked: another driver is at work on it.
-        Interrupted: a signal came; everything is saved.
+        ConfigError: a flag, the data or the cluster cannot be used; found before any work starts.
+        ResumeConflict: the run's folder holds a run with other settings.
+        Locked: another driver is working on it.
+        Interrupted: a signal arrived; everything is saved.
         MnistDistError: see `errors`.
     """
     job = job_of(TrainJob, flags, base=_recipe(TRAINING_RECIPES, recipe))
@@ -57,7 +58,7 @@ def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -
     """Searches backbones and hyperparameters, as `mnist-dist search` does.
 
     Args:
-        recipe: named settings, which the flags change; `mnist_dist.recipes.SEARCH_RECIPES` has them.
+        recipe: named settings that the flags override; see `mnist_dist.recipes.SEARCH_RECIPES`.
         show: report progress on stderr.
         **flags: the flags of the command, such as `data`, `trials`, `storage`, `name`.
 
@@ -78,12 +79,12 @@ def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = 
     Args:
         bundle: the trained model, a folder or an `s3://` prefix.
         input: folders, globs, prefixes, archives or lists of URIs.
-        output: folder or `s3://` prefix of the table.
+        output: folder or `s3://` prefix for the table.
         show: report progress on stderr.
         **flags: the other flags of the command, such as `mode`, `top_k`, `engine`, `max_bad_fraction`.
 
     Raises:
-        TooManyBadImages: more rows are bad than `max_bad_fraction` allows; the table is there.
+        TooManyBadImages: more rows are bad than `max_bad_fraction` allows; the table is still written.
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
     job = job_of(ScoreJob, {"bundle": bundle, "input": input, "output": output, **flags})
@@ -99,7 +100,7 @@ def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = 
 
 @takes_fields_of(EvaluateJob)
 def evaluate(predictions: Uri | None = None, *, show: bool = False, **flags: Any) -> EvaluateResult:
-    """Computes the metrics of a prediction table, or compares two, as `mnist-dist evaluate` does.
+    """Computes the metrics of a prediction table, or compares two tables, as `mnist-dist evaluate` does.
 
     Args:
         predictions: the table; None: `bundle` scores the images of `input` first.
@@ -107,7 +108,7 @@ def evaluate(predictions: Uri | None = None, *, show: bool = False, **flags: Any
         **flags: the other flags of the command, such as `labels`, `compare`, `output`.
 
     Raises:
-        DataError: there is no finished table, or the truth cannot be read.
+        DataError: there is no finished table, or the true labels cannot be read.
         ConfigError, Interrupted, MnistDistError: see `train`.
     """
     job = job_of(EvaluateJob, {"predictions": predictions, **flags})
@@ -119,7 +120,7 @@ def evaluate(predictions: Uri | None = None, *, show: bool = False, **flags: Any
 
 @takes_fields_of(ExportJob)
 def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: Any) -> ExportResult:
-    """Converts a bundle's model to another runtime and compares the two, as `mnist-dist export` does.
+    """Converts a bundle's model for another runtime and compares the two, as `mnist-dist export` does.
 
     Args:
         bundle: the trained model, a folder or an `s3://` prefix.
@@ -128,7 +129,7 @@ def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: An
         **flags: the other flags of the command: `output`, `tolerance`, `batch_size`.
 
     Raises:
-        BundleError: there is no bundle.
+        BundleError: `bundle` is not a bundle.
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
     job = job_of(ExportJob, {"bundle": bundle, "format": format, **flags})

@@ -1,7 +1,7 @@
-"""The border between a person and a job: flags in, one progress bar and plain lines out, one JSON line at the end.
+"""The user interface of a job: flags in, one progress bar and plain lines out, one JSON line at the end.
 
-Owns: parsing a recipe and its flags; what is shown on stderr; silence of Ray, TensorFlow and oneDNN; the exit code;
-the JSON line, the last one of stdout. Signals are taken here and asked for by the job (`Stop`).
+Owns: parsing a recipe and its flags, everything shown on stderr, silencing Ray, TensorFlow and oneDNN, the exit code,
+and the JSON line, the last line on stdout. `Stop` handles signals; the job polls it.
 """
 
 import atexit
@@ -35,24 +35,24 @@ from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
-LOG_COLUMNS = 160  # of a table in a log file
+SECONDS_BETWEEN_LINES = 10.0  # A log file gets a progress line at most this often.
+LOG_COLUMNS = 160  # A table in a log file is this wide.
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STDERR = 2  # file descriptor
-FILTER_S = 2.0  # for what was written there, at the end; as long as more comes within
-QUIET_S = 0.2  # where another process still holds it
+STDERR = 2  # The file descriptor, which native code writes to directly.
+FILTER_S = 2.0  # At exit, the stderr filter gets at most this long to pass on what is still in its pipe.
+QUIET_S = 0.2  # It stops earlier if the pipe is empty after this long: a child process may keep it open for ever.
 Job = TypeVar("Job")
 
 
 class Console:
-    """What a person sees of a job, on stderr.
+    """Everything a user sees of a job, on stderr.
 
     Args:
-        verbose: show what Ray and TensorFlow print, and tracebacks.
-        terminal: whether bars can be drawn; None: as stderr says.
-        silent: show nothing at all.
-        embedded: the job runs inside a person's own Python process, which a second signal must not end.
+        verbose: show the output of Ray and TensorFlow, and tracebacks.
+        terminal: whether progress bars can be drawn; None: detect it from stderr.
+        silent: show nothing.
+        embedded: the job runs in the user's own Python process, which a second signal must not end.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Console:
         return self._rich.is_terminal
 
     def line(self, text: str) -> None:
-        """Prints a line as it is."""
+        """Prints a line without interpreting markup."""
         self._rich.print(text, markup=False)
 
     @contextmanager
     def progress(self, title: str) -> "Iterator[Bar]":
-        """One bar on a terminal; in a log, a line every few seconds."""
+        """Shows a progress bar on a terminal, or a line every few seconds in a log."""
         if not self.terminal:
             yield _LineBar(self, title)
             return
@@ -83,7 +83,7 @@ class Console:
 
     @contextmanager
     def view(self, title: str) -> "Iterator[View]":
-        """One table on a terminal, refreshed in place; in a log, a line every few seconds."""
+        """Shows a table on a terminal, refreshed in place, or a line every few seconds in a log."""
         if not self.terminal:
             yield View(self, None, title)
             return
@@ -91,17 +91,17 @@ class Console:
             yield View(self, live, title)
 
     def table(self, rows: "Sequence[Sequence[str]]") -> None:
-        """Prints rows of cells, the first one column titles."""
+        """Prints rows of cells; the first row holds the column titles."""
         width = None if self.terminal else LOG_COLUMNS
         wide = RichConsole(stderr=True, width=width, highlight=False, emoji=False, quiet=self.silent)
         wide.print(make_table(rows))
 
 
 class Bar:
-    """A progress that can be moved."""
+    """A progress bar."""
 
     def update(self, *, done: float, total: float, note: str = "") -> None:
-        """Shows that `done` of `total` is done, and a note."""
+        """Shows that `done` of `total` is done, with a note."""
         raise NotImplementedError
 
 
@@ -125,13 +125,13 @@ class _LineBar(Bar):
 
 
 class View:
-    """A table that is drawn again and again on a terminal; in a log, its summary every few seconds."""
+    """A table that is redrawn in place on a terminal; a log gets its summary every few seconds."""
 
     def __init__(self, console: Console, live: Live | None, title: str) -> None:
         self._console, self._live, self._title, self._last = console, live, title, time.monotonic()
 
     def update(self, *, summary: str, rows: Sequence[Sequence[str]]) -> None:
-        """Shows a summary, and below it rows of cells, the first one column titles."""
+        """Shows a summary, and below it rows of cells; the first row holds the column titles."""
         if self._live is None:
             if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
                 self._last = time.monotonic()
@@ -141,7 +141,7 @@ class View:
 
 
 def make_table(rows: Sequence[Sequence[str]], *, title: str | None = None) -> Table:
-    """A table without frames, the first row its titles."""
+    """Returns a table without borders; the first row holds the column titles."""
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold")
     for name in rows[0] if rows else ():
         table.add_column(name, overflow="fold")
@@ -151,19 +151,19 @@ def make_table(rows: Sequence[Sequence[str]], *, title: str | None = None) -> Ta
 
 
 def duration(seconds: float) -> str:
-    """For people: `0.4 s`, `42 s`, `3.5 min`, `2.1 h`."""
+    """Formats a duration for display: `0.4 s`, `42 s`, `3.5 min`, `2.1 h`."""
     if seconds < 120:
         return f"{seconds:,.{0 if seconds >= 10 else 1}f} s"
     return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM while it is entered; a second signal ends the process at once.
+    """Records SIGINT and SIGTERM while it is entered; a second signal ends the process at once.
 
-    Outside of the main thread, where Python takes no signals, none is noted.
+    Outside the main thread it records nothing, because Python delivers signals only to the main thread.
 
     Attributes:
-        signal_number: of the first signal, or None.
+        signal_number: the first signal received, or None.
     """
 
     def __init__(self, console: Console) -> None:
@@ -177,16 +177,20 @@ class Stop:
         return self
 
     def take_signals(self) -> None:
-        """Takes the signals again, after something else (such as `ray.init`) took them."""
+        """Installs the signal handlers again after something else (such as `ray.init`) replaced them."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._note)
 
     def check(self) -> None:
-        """Raises Interrupted where a signal has come; for stretches of work that can end anywhere."""
+        """Raises Interrupted if a signal has arrived; for work that can stop at any point."""
         if self.signal_number is not None:
-            again = "the same call goes on" if self._console.embedded else f"the same command goes on: {command_line()}"
-            raise Interrupted(self.signal_number, f"stopped; {again}")
+            again = (
+                "call it again to resume"
+                if self._console.embedded
+                else f"run the same command to resume: {command_line()}"
+            )
+            raise Interrupted(self.signal_number, f"Stopped. Everything is saved; {again}")
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -201,11 +205,10 @@ class Stop:
         self.signal_number = number
         if self._console.silent:
             return
-        # not by `line`: the main thread may be in the middle of one, and Python's files refuse to be entered twice
+        # `line` is not safe here: the main thread may be inside it, and Python's file objects are not reentrant.
         begin = "\r\x1b[2K" if self._console.terminal else ""
-        os.write(
-            STDERR, f"{begin}{signal.Signals(number).name}: saving what is there; once more ends at once\n".encode()
-        )
+        line = f"{begin}{signal.Signals(number).name}: saving progress; a second signal ends the process at once\n"
+        os.write(STDERR, line.encode())
 
 
 def parse(
@@ -216,21 +219,21 @@ def parse(
     argv: Sequence[str],
     also: str | None = None,
 ) -> tuple[str, Job]:
-    """The recipe that a command line names, with its flags applied.
+    """Parses a command line into a recipe and a job with the flags applied.
 
     Args:
-        recipes: builder of each recipe's job by name.
-        command: such as `python -m jobs.train`.
-        default: the recipe where none is named.
+        recipes: recipe name -> function that builds its job.
+        command: the program as the user called it, such as `python -m jobs.train`.
+        default: the recipe to use if the command line names none.
         argv: the arguments.
-        also: what the help says beside the recipe: of flags that are taken before this is called.
+        also: extra help text, for flags that are handled before this is called.
 
     Returns:
         The recipe's name and the job.
 
     Raises:
-        ConfigError: no such recipe.
-        SystemExit: 0 after `--help`, 2 for flags that tyro refuses.
+        ConfigError: there is no such recipe.
+        SystemExit: 0 after `--help`, 2 for flags that tyro rejects.
     """
     arguments = list(argv)
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
@@ -242,7 +245,7 @@ def parse(
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"The recipes are {', '.join(recipes)}{hint}. Received: {name!r}")
     recipe = recipes[name]
-    if isinstance(recipe, type):  # a job without variants; it may have flags without defaults
+    if isinstance(recipe, type):  # A job without recipes; it may have required flags.
         description = f"{recipe.__doc__}\n\n{also}" if also else None
         config = (tyro.conf.OmitArgPrefixes,)
         return name, tyro.cli(recipe, args=arguments, prog=command, description=description, config=config)
@@ -259,11 +262,11 @@ def parse(
 
 
 def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
-    """Runs a job and ends the process as the contract says: JSON as the last line of stdout, and the exit code.
+    """Runs a job, prints its JSON as the last line on stdout and ends the process with its exit code.
 
     Args:
         main: parses the command line, does the work and returns the keys of the JSON line.
-        job: the job's name, the JSON's `job`.
+        job: the job's name, the value of `job` in the JSON.
     """
     verbose = "--verbose" in sys.argv
     console = Console(verbose=verbose)
@@ -274,14 +277,15 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
     except KeyboardInterrupt as error:
         result, code = _failure(error), 130
     except SystemExit as end:
-        if end.code != 1:  # 0 after --help, 2 for flags that tyro refuses
+        if end.code != 1:  # tyro exits with 0 after --help and with 2 for flags it rejects.
             raise
-        # 1 is Ray's handler of SIGTERM, from the begin of `ray.init` until `Stop` has the signals again
-        told = Interrupted(signal.SIGTERM, f"ended while Ray started; the same command goes on: {command_line()}")
-        result, code = _failure(told), told.exit_code
-    except Exception as error:  # the one border of a job: an exit code instead of a traceback
+        # Ray's own SIGTERM handler exits with 1; it is active from `ray.init` until `Stop` installs its handlers again.
+        message = f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
+        interrupted = Interrupted(signal.SIGTERM, message)
+        result, code = _failure(interrupted), interrupted.exit_code
+    except Exception as error:  # The last resort of a job: an exit code instead of a traceback.
         result, code = _failure(error), 1
-        console.line(traceback.format_exc() if verbose else "unexpected; --verbose shows where")
+        console.line(traceback.format_exc() if verbose else "unexpected error; --verbose shows the traceback")
     if "error" in result:
         console.line(f"error: {result['error']}")
     sys.stderr.flush()
@@ -290,8 +294,8 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process, but does not take down what Ray and TensorFlow loaded, which takes half a second."""
-    atexit._run_exitfuncs()  # of copies of bundles, and of a Ray that is still there
+    """Ends the process without unloading Ray and TensorFlow, which would take half a second."""
+    atexit._run_exitfuncs()  # They delete local copies of bundles and shut down a Ray that still runs.
     for thread in threading.enumerate():
         if isinstance(thread, _Filter):
             thread.end()
@@ -305,19 +309,19 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command line of this process, to be typed again."""
+    """The command line of this process, as a user would type it again."""
     main, python = sys.modules["__main__"].__spec__, os.path.basename(sys.executable)
     if main is not None:
         program = [python, "-m", main.name.removesuffix(".__main__")]
     elif sys.argv[0].endswith(".py"):
         program = [python, sys.argv[0]]
-    else:  # an installed command
+    else:  # An installed command.
         program = [os.path.basename(sys.argv[0])]
     return shlex.join([*program, *sys.argv[1:]])
 
 
 def quiet(*, verbose: bool) -> None:
-    """Silences Ray, TensorFlow and oneDNN in this process and those it starts; call it before they are imported."""
+    """Silences Ray, TensorFlow and oneDNN in this process and its children; call it before they are imported."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mnist_dist").setLevel(logging.INFO if verbose else logging.WARNING)
     if verbose:
@@ -328,9 +332,9 @@ def quiet(*, verbose: bool) -> None:
 
 
 class _Quieted:
-    """As `quiet`, for a block of a person's own process: afterwards its stderr and its warnings are as they were.
+    """Like `quiet`, for a block in the user's own process: stderr and warnings are restored afterwards.
 
-    Blocks may overlap, in several threads; the last one to end gives everything back.
+    Blocks may overlap, in several threads; the last one to end restores everything.
     """
 
     def __init__(self) -> None:
@@ -355,14 +359,14 @@ class _Quieted:
         _quiet_packages()
         self._undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        shown, (read_end, write_end) = os.dup(STDERR), os.pipe()
-        if _is_stderr(sys.stderr):  # what Python itself writes need not pass the filter, and may be a terminal
-            file = os.fdopen(os.dup(shown), "w", buffering=1, errors="backslashreplace")
+        original, (read_end, write_end) = os.dup(STDERR), os.pipe()
+        if _is_stderr(sys.stderr):  # What Python itself writes need not pass the filter, and may go to a terminal.
+            file = os.fdopen(os.dup(original), "w", buffering=1, errors="backslashreplace")
             self._undo.callback(file.close)
             self._undo.enter_context(contextlib.redirect_stderr(file))
         os.dup2(write_end, STDERR)
         os.close(write_end)
-        lines = _Filter(read_end, shown)
+        lines = _Filter(read_end, original)
         lines.start()
         self._undo.callback(lines.end, close=True)
 
@@ -383,45 +387,45 @@ def _quiet_packages() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of Ray Data's own helpers, when they are ended
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # Ray Data's helper actors raise when they are stopped.
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # of Ray Tune, which then says nothing at verbose=0
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by the search
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune prints nothing at verbose=0 only with its old output.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The search itself reports failed trials.
 
 
 def _filter_native_lines() -> None:
-    """Drops what Ray's C++ core logs to file descriptor 2 below fatal; no setting does that without its files."""
-    shown, (read_end, write_end) = os.dup(STDERR), os.pipe()
-    sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
+    """Drops non-fatal log lines that Ray's C++ core writes to stderr; Ray's settings would drop its log files, too."""
+    original, (read_end, write_end) = os.dup(STDERR), os.pipe()
+    sys.stderr = os.fdopen(original, "w", buffering=1, errors="backslashreplace")
     os.dup2(write_end, STDERR)
     os.close(write_end)
-    _Filter(read_end, shown).start()
+    _Filter(read_end, original).start()
 
 
 class _Filter(threading.Thread):
-    """Passes on what is written to file descriptor 2, but for native lines."""
+    """Passes on what is written to file descriptor 2, except Ray's native log lines."""
 
-    def __init__(self, read_end: int, shown: int) -> None:
+    def __init__(self, read_end: int, original: int) -> None:
         super().__init__(daemon=True, name="stderr")
-        self._read_end, self._shown = read_end, shown
+        self._read_end, self._original = read_end, original
 
     def run(self) -> None:
         with open(self._read_end, "rb", closefd=False) as lines:
             for line in lines:
                 if not _NATIVE_LINE.match(line):
-                    os.write(self._shown, line)
+                    os.write(self._original, line)
 
     def end(self, *, close: bool = False) -> None:
-        """Gives file descriptor 2 back, once everything that was written to it is passed on.
+        """Restores file descriptor 2 once everything that was written to it is passed on.
 
         Args:
-            close: no more is passed on, and nothing of the filter is left.
+            close: also closes the file descriptors of the filter.
         """
-        os.dup2(self._shown, STDERR)  # closes the end of the pipe that is written to, unless a child holds it, too
+        os.dup2(self._original, STDERR)  # Closes the write end of the pipe, unless a child process holds it, too.
         deadline = time.monotonic() + FILTER_S
         self.join(QUIET_S)
         while self.is_alive() and time.monotonic() < deadline and select.select([self._read_end], [], [], 0)[0]:
             self.join(QUIET_S)
         if close and not self.is_alive():  # else a process that goes on has the pipe, and is listened to
             os.close(self._read_end)
-            os.close(self._shown)
+            os.close(self._original)

@@ -1,10 +1,9 @@
-"""JSON documents: frozen dataclasses in, frozen dataclasses out, each field named once.
+"""JSON documents: converts frozen dataclasses to JSON and back.
 
-Owns: how a dataclass becomes JSON and is read back with its types checked. Does not own: which documents there are, or
-where they lie.
+Owns: the conversion, including type checks on reading. Does not own: the documents themselves or where they are stored.
 
-Tuples, `Literal`s, nested dataclasses and `NaN` (as Python's own JSON writes it) survive the way there and back. A
-field that a document has and the class has not is ignored; one that is missing takes its default.
+Tuples, `Literal`s, nested dataclasses and `NaN` (as Python's own JSON writes it) survive the round trip. Fields that
+the class does not have are ignored; missing fields take their default.
 """
 
 import json
@@ -18,20 +17,20 @@ Document = TypeVar("Document")
 
 
 def encode(document: Any) -> bytes:
-    """A dataclass (or JSON values) as indented JSON."""
+    """Encodes a dataclass (or JSON values) as indented JSON."""
     return (json.dumps(msgspec.to_builtins(document), indent=2) + "\n").encode()
 
 
 def decode(data: bytes, kind: type[Document], *, uri: str) -> Document:
-    """The dataclass that some JSON describes.
+    """Decodes JSON into a dataclass.
 
     Args:
         data: the JSON.
         kind: the dataclass.
-        uri: where it comes from, for messages.
+        uri: where the JSON comes from, for messages.
 
     Raises:
-        DataError: it is no JSON, or a field is missing or of another type.
+        DataError: the data is not JSON, or a field is missing or has the wrong type.
     """
     try:
         return msgspec.convert(json.loads(data), kind)
@@ -40,14 +39,14 @@ def decode(data: bytes, kind: type[Document], *, uri: str) -> Document:
 
 
 class Objects(Protocol):
-    """What is needed of a store."""
+    """The part of a store that documents need."""
 
     def read_bytes(self, uri: str) -> bytes: ...
     def write_bytes(self, uri: str, data: bytes) -> None: ...
 
 
 def read(store: Objects, uri: str, kind: type[Document]) -> Document:
-    """The dataclass that lies at a URI.
+    """Reads a dataclass from a URI.
 
     Raises:
         DataError: see `decode`.
@@ -57,7 +56,7 @@ def read(store: Objects, uri: str, kind: type[Document]) -> Document:
 
 
 def write(store: Objects, uri: str, document: Any) -> None:
-    """Puts a dataclass at a URI, whole or not at all.
+    """Writes a dataclass to a URI, atomically.
 
     Raises:
         PermissionError, ServiceError, StorageError: see `store.base`.

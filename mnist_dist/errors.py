@@ -1,29 +1,29 @@
 """Every error that mnist_dist raises on purpose, in one tree.
 
 ```
-MnistDistError                exit 1: the work was begun and could not be finished
+MnistDistError                exit 1: the work started and could not be finished
 ├── ImageError                one image; it becomes a row or a count, never an exit code
-├── Judged                    the work is done, and what came of it is not good enough
+├── Judged                    the work is done, but the result is not good enough
 │   ├── TooManyBadImages      more unreadable images than --max-bad-fraction allows
-│   └── ChecksFailed          the set-up breaks jobs: at least one check of `jobs.doctor` failed
+│   └── ChecksFailed          at least one check of `jobs.doctor` failed
 ├── TrainingDiverged          the loss is not a number
 ├── StepFailed                a process that converts or checks a model failed
 ├── WorkersFailed             a worker died more often than --max-failures allows
-│   └── DecoderStuck          an image takes longer than it may, in a thread that nothing can end
-├── Interrupted               SIGINT or SIGTERM: what was held is saved (exit 130 or 143)
-├── ServiceError              a service, not one object: expired token, no connection, disk full
-└── ConfigError (ValueError)  exit 2: wrong usage or configuration, found before any work is done
-    ├── DataError             the data named cannot be used: unknown, empty, corrupt, one class only
-    ├── WeightsError          the weights named cannot be used: missing, foreign, no network
-    ├── BundleError           a folder is no bundle, or its file is not the one it was finished with
-    ├── ResumeConflict        the name holds a run of another configuration
-    ├── Locked                another driver is at work on the same run or output
-    ├── ResourceError         the cluster has less than was asked for
+│   └── DecoderStuck          an image takes too long in a thread that cannot be stopped
+├── Interrupted               SIGINT or SIGTERM; the progress is saved (exit 130 or 143)
+├── ServiceError              a whole service failed: expired token, no connection, disk full
+└── ConfigError (ValueError)  exit 2: wrong usage or configuration, found before any work starts
+    ├── DataError             the given data cannot be used: unknown, empty, corrupt, only one class
+    ├── WeightsError          the given weights cannot be used: missing, for another network, no download
+    ├── BundleError           a folder is not a bundle, or a file in it has changed since it was written
+    ├── ResumeConflict        the name holds a run with another configuration
+    ├── Locked                another driver is working on the same run or output
+    ├── ResourceError         the cluster has less than was requested
     └── StorageError          the storage cannot be written or read
 ```
 
-Messages name the place, what is allowed, and end in `Received: ...`. Every class is built from its arguments
-alone, so that it crosses process borders by pickle.
+Messages name the place and what is allowed, and end in `Received: ...`. Every class can be rebuilt from its
+arguments, so that pickle carries it between processes.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from typing import Any
 
 
 class MnistDistError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what a job ends with."""
+    """Base of every error raised on purpose; a job that fails with it exits with `exit_code`."""
 
     exit_code = 1
 
@@ -40,9 +40,9 @@ class ImageError(MnistDistError):
     """One image that cannot be used.
 
     Args:
-        status: one of the prediction table's words: `missing`, `denied`, `empty`, `truncated`, `unreadable`,
+        status: a status of the prediction table: `missing`, `denied`, `empty`, `truncated`, `unreadable`,
             `unsupported`, `too_large`, `failed`.
-        message: one line for a person.
+        message: one line for the user.
     """
 
     def __init__(self, status: str, message: str) -> None:
@@ -55,10 +55,10 @@ class ImageError(MnistDistError):
 
 
 class Judged(MnistDistError):
-    """The work is done, and what came of it is not good enough.
+    """The work is done, but the result is not good enough.
 
     Args:
-        message: why not.
+        message: the reason.
         result: the keys of the job's JSON line.
     """
 
@@ -71,35 +71,35 @@ class Judged(MnistDistError):
 
 
 class TooManyBadImages(Judged):
-    """More images are unreadable than the job allows; the message says how many, and which."""
+    """More images are unreadable than the job allows; the message says how many and which."""
 
 
 class ChecksFailed(Judged):
-    """At least one check of a set-up failed; the message says which, and on which node."""
+    """At least one check of the set-up failed; the message says which and on which node."""
 
 
 class StepFailed(MnistDistError):
-    """A process that worked on a model failed; the message ends with what it said last."""
+    """A process that converts or checks a model failed; the message ends with its last output."""
 
 
 class TrainingDiverged(MnistDistError):
-    """The loss stopped being a number; the message names phase, epoch and step."""
+    """The loss is no longer a finite number; the message names phase, epoch and step."""
 
 
 class WorkersFailed(MnistDistError):
-    """Workers died, or raised, more often than the job allows."""
+    """Workers died or raised more often than the job allows."""
 
 
 class DecoderStuck(WorkersFailed):
-    """A thread hangs in a decoder; only the end of its process ends it."""
+    """A thread hangs in a decoder; only ending its process stops it."""
 
 
 class Interrupted(MnistDistError):
-    """A signal stopped the job after it had saved what it held.
+    """A signal stopped the job after it had saved its progress.
 
     Args:
-        signal_number: the signal, 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 above it.
-        message: what was saved and how to go on.
+        signal_number: the signal, 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus this number.
+        message: what was saved and how to resume.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -112,25 +112,25 @@ class Interrupted(MnistDistError):
 
 
 class ServiceError(MnistDistError):
-    """A service (not one object) failed; nothing of what is in flight may be committed."""
+    """A whole service failed, not a single object; no work in flight may be committed."""
 
 
 class ConfigError(MnistDistError, ValueError):
-    """Wrong usage or configuration, found before any work was done."""
+    """Wrong usage or configuration, found before any work started."""
 
     exit_code = 2
 
 
 class DataError(ConfigError):
-    """The data that was named cannot be used."""
+    """The given data cannot be used."""
 
 
 class WeightsError(ConfigError):
-    """The weights that were named cannot be used."""
+    """The given weights cannot be used."""
 
 
 class BundleError(ConfigError):
-    """A folder is not a bundle, or not the one that was finished."""
+    """A folder is not a bundle, or its files have changed since it was written."""
 
 
 class ResumeConflict(ConfigError):
@@ -138,11 +138,11 @@ class ResumeConflict(ConfigError):
 
 
 class Locked(ConfigError):
-    """Another driver is at work on the same run or output."""
+    """Another driver is working on the same run or output."""
 
 
 class ResourceError(ConfigError):
-    """The cluster has less than the job asks for."""
+    """The cluster has fewer resources than the job requests."""
 
 
 class StorageError(ConfigError):
@@ -150,5 +150,5 @@ class StorageError(ConfigError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for people."""
+    """The first line of an error's message, for display."""
     return (str(error).strip() or "no message").splitlines()[0]

@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: which table of predictions, what is true, where the results go.
+"""The configuration of an evaluation: the prediction table, the true labels and the output.
 
 Owns: the fields of the job, as `config.py` owns those of training and scoring.
 """
@@ -13,63 +13,63 @@ LABEL_COLUMN = "label"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
-    """Says what a table of predictions is worth: accuracy, calibration, mistakes; or how two tables differ."""
+    """Evaluates a prediction table: accuracy, calibration and mistakes. Optionally compares it with a second table."""
 
     predictions: str | None = None
-    """Folder or `s3://` prefix of the prediction table; or, with `input`, None."""
+    """Folder or `s3://` prefix of the prediction table. None if `input` is given."""
     input: tuple[str, ...] = ()
-    """Images that `bundle` scores first, into `<output>/predictions`; as `jobs.score` takes them. Of manifests
-    (Parquet, CSV) the label column is carried along."""
+    """Images to score first with `bundle`, into `<output>/predictions`; the same forms as for scoring. From lists
+    (Parquet, CSV) the label column is copied into the table."""
     labels: str | None = None
-    """Parquet, CSV or TSV file with the columns `uri` and `label`. None: a carried column of the table, or else the
-    names of the folders that the images lie in."""
+    """Parquet, CSV or TSV file with the columns `uri` and `label`. None: the label column of the table, or else the
+    names of the images' folders."""
     label_column: str = LABEL_COLUMN
-    """Column of the table that holds the truth, where it was carried along: class names or class numbers."""
+    """Column of the table with the true labels, if it was carried: class names or class numbers."""
     compare: str | None = None
-    """Prediction table of another model over the same images."""
+    """Prediction table of another model on the same images, to compare with."""
     output: str | None = None
-    """Folder or `s3://` prefix of the results. None: `<predictions>-evaluation`, or `<bundle>-evaluation`."""
+    """Folder or `s3://` prefix for the results. None: `<predictions>-evaluation`, or `<bundle>-evaluation`."""
     bundle: str | None = None
-    """Bundle that made the table, which names the classes, or that scores `input`. None: the one that the table
-    remembers, where it is still there, or else the classes that were predicted."""
+    """Bundle that scores `input`, or that made the table and names the classes. None: the bundle recorded in the table
+    if it still exists, or else the predicted classes."""
     top: int = 24
-    """Images that are shown: of the most confident mistakes, the least confident hits, and those that moved."""
+    """Images to show of each kind: the most confident mistakes, the least confident hits, and changed predictions."""
     verbose: bool = False
     """Show logs and tracebacks."""
 
     def __post_init__(self) -> None:
         require(
             bool(self.predictions) != bool(self.input),
-            "predictions is a folder or an s3:// prefix; or input names images",
+            "predictions must be a folder or an s3:// prefix, or input must name images",
             predictions=self.predictions,
             input=self.input,
         )
         require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
-        require(bool(self.label_column), "label_column is a name", label_column=self.label_column)
-        require(self.top >= 0, "top is a number of images, 0 or above", top=self.top)
+        require(bool(self.label_column), "label_column must be a column name", label_column=self.label_column)
+        require(self.top >= 0, "top must be 0 or a number of images", top=self.top)
         table, output = self.table_uri, self.output_uri
         require(
             not f"{output}/".startswith(f"{table}/"),
-            "output lies outside of the table, whose readers would take its files for rows",
+            "output must lie outside the table, whose readers would take its files for rows",
             output=self.output,
             predictions=self.predictions,
         )
         require(
             self.compare is None or absolute(self.compare) != table,
-            "compare is another table",
+            "compare must name another table",
             compare=self.compare,
         )
 
     @property
     def output_uri(self) -> str:
-        """Where the results go, as every process sees it."""
+        """Absolute URI of the results."""
         if self.output is None:
             return f"{absolute(self.predictions or self.bundle or '')}-evaluation"
         return absolute(self.output)
 
     @property
     def table_uri(self) -> str:
-        """The prediction table that is evaluated, as every process sees it."""
+        """Absolute URI of the evaluated prediction table."""
         if self.predictions is None:
             return join(self.output_uri, "predictions")
         return absolute(self.predictions)

@@ -1,6 +1,6 @@
-"""The configuration of an export: which bundle, in which format, to where, and how exactly it has to agree.
+"""The configuration of an export: bundle, format, output and tolerance.
 
-Owns: the fields of an export, as `config.py` owns those of training and scoring, and where an export goes by default.
+Owns: the fields of an export, as `config.py` owns those of training and scoring, and the default output.
 Does not own: the formats themselves (`engines/formats.py`).
 """
 
@@ -15,40 +15,41 @@ ExportFormat = Literal["saved_model", "onnx", "openvino", "litert"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    """One bundle in one format."""
+    """Converts a bundle to another format and compares the two models."""
 
     bundle: str
     """Folder or `s3://` prefix of a finished bundle."""
     format: ExportFormat
-    """saved_model: TensorFlow and its Serving. onnx: ONNX Runtime. openvino: Intel's runtime. litert: LiteRT, once
-    TensorFlow Lite."""
+    """saved_model: TensorFlow and TensorFlow Serving. onnx: ONNX Runtime. openvino: Intel's runtime. litert: LiteRT,
+    formerly TensorFlow Lite."""
     output: str | None = None
-    """Folder or `s3://` prefix for the exported files. None: `export-FORMAT` beside a folder named `bundle`,
-    `NAME-export-FORMAT` beside any other."""
+    """Folder or `s3://` prefix for the exported files. None: `export-FORMAT` next to a folder named `bundle`,
+    `NAME-export-FORMAT` next to any other."""
     tolerance: float = 1e-4
-    """Largest absolute difference of a probability to the Keras model's; above it the job fails."""
+    """Fail the job if a probability differs from the Keras model's by more than this."""
     batch_size: int = 32
-    """Images per call while both are compared and measured."""
+    """Images per call when the two models are compared and timed."""
     lock_wait_s: float = LOCK_WAIT_S
-    """Wait so long, s, for the lock of a driver that may be lost; it is taken over after 60 s of silence. 0: fail."""
+    """How long to wait for a lock that another driver holds, s; after 60 s of silence it is taken over. 0: fail at
+    once."""
     verbose: bool = False
-    """Show what TensorFlow and the converters print."""
+    """Show the output of TensorFlow and the converters."""
 
     def __post_init__(self) -> None:
-        require(bool(self.bundle), "bundle is a folder or an s3:// prefix", bundle=self.bundle)
-        require(self.output != "", "output is a folder or an s3:// prefix", output=self.output)
-        require(0 <= self.tolerance < 1, "tolerance is in [0, 1)", tolerance=self.tolerance)
-        require(self.lock_wait_s >= 0, "lock_wait_s is 0 or above", lock_wait_s=self.lock_wait_s)
-        require(self.batch_size >= 1, "batch_size is at least 1", batch_size=self.batch_size)
+        require(bool(self.bundle), "bundle must be a folder or an s3:// prefix", bundle=self.bundle)
+        require(self.output != "", "output must be a folder or an s3:// prefix", output=self.output)
+        require(0 <= self.tolerance < 1, "tolerance must be in [0, 1)", tolerance=self.tolerance)
+        require(self.lock_wait_s >= 0, "lock_wait_s must be 0 or above", lock_wait_s=self.lock_wait_s)
+        require(self.batch_size >= 1, "batch_size must be at least 1", batch_size=self.batch_size)
         bundle = absolute(self.bundle)
         is_inside = f"{self.output_uri}/".startswith(f"{bundle}/")
-        require(not is_inside, "a finished bundle is never written to: output lies outside of it", output=self.output)
+        require(not is_inside, "a finished bundle is never written to: output must lie outside it", output=self.output)
 
     @property
     def output_uri(self) -> str:
-        """Where the export goes, as every process sees it."""
+        """Absolute URI of the export."""
         if self.output is not None:
             return absolute(self.output)
         parent, _, name = absolute(self.bundle).rpartition("/")
-        require(not parent.endswith(":/"), "output is given where the bundle is a whole bucket", bundle=self.bundle)
+        require(not parent.endswith(":/"), "output is required if the bundle is a whole bucket", bundle=self.bundle)
         return f"{parent}/export-{self.format}" if name == "bundle" else f"{parent}/{name}-export-{self.format}"

@@ -1,16 +1,17 @@
-"""What lies below a storage, a row for each run, search or prediction table: state, progress, result.
+"""Lists a storage: one row with state, progress and result for each run, search or prediction table.
 
-Owns: `--list` on the command line, the row and how it is shown, going through a storage's folders, and `run.json`,
-which tells a run from a search. Does not own: what else a run, a search or a table looks like (`training/runs.py`,
-`search/listing.py`, `scoring/listing.py` read theirs). Reads only, takes no lock, and loads neither Ray nor TensorFlow.
+Owns: `--list` on the command line, the rows and their display, walking a storage's folders, and `run.json`, which
+distinguishes a run from a search. Does not own: the other files of a run, a search or a table (`training/runs.py`,
+`tuning/search_row.py` and `scoring/output_row.py` read them). It only reads, takes no lock and loads neither Ray nor
+TensorFlow.
 
 ```
-finished     the result is there
-running      a driver is at work on it
-stopped      something is saved and nobody is at work: the same command goes on
-failed       it came to its end, and nothing good came of it
-new          begun, nothing saved yet
-unreadable   damaged or denied; in place of the result stands why
+finished     the result exists
+running      a driver is working on it
+stopped      progress is saved and no driver is running: the same command resumes
+failed       it ended without a usable result
+new          started, nothing saved yet
+unreadable   damaged, or access denied; the result column says why
 ```
 """
 
@@ -35,38 +36,36 @@ from mnist_dist.store.uris import absolute, join
 
 State = Literal["finished", "running", "stopped", "failed", "new", "unreadable"]
 ASK = "--list"
-HELP = (
-    f"{ASK} [--storage URI]: shows what lies in a storage, with its state, progress and result, and does nothing else."
-)
-THREADS = 16  # that look at folders: on object stores a request waits far longer than it works
-MAX_NAMES = 10_000  # looked at in a folder that may be one of images
+HELP = f"{ASK} [--storage URI]: lists what a storage holds, with its state, progress and result, and does nothing else."
+THREADS = 16  # Folders are read in parallel because a request to an object store is mostly waiting.
+MAX_NAMES = 10_000  # Listing a folder stops here, because it may be a huge folder of images.
 TITLES = ("name", "state", "progress", "result", "touched")
 TRIALS, ATTEMPT = "trials", "attempt-"
 _RUN_FILES = {"run.json", "lock"}
-_DAMAGES = (OSError, ValueError, TypeError, LookupError)  # what reading a damaged folder raises
+_DAMAGES = (OSError, ValueError, TypeError, LookupError)  # Reading a damaged folder raises one of these.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListJob:
-    """Shows what lies in a storage, with its state, progress and result; changes nothing."""
+    """Lists what a storage holds, with its state, progress and result; changes nothing."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix to look in."""
+    """Folder or `s3://` prefix to list."""
     verbose: bool = False
-    """Show where an unexpected error comes from."""
+    """Show the traceback of an unexpected error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What decides the result of a run or a search: `run.json`."""
+    """Everything that determines the result of a run or a search: `run.json`."""
 
     recipe: str
     settings: Mapping[str, Any]
-    """Of the job, as JSON values."""
+    """The settings of the job, as JSON values."""
     features: FeatureType | None
-    """How features are stored; None: there are none."""
+    """Number type of the stored features; None: there are none."""
     records: str | None = None
-    """Names the images, by the keys of their record caches; None: not known yet."""
+    """Identifies the images by the keys of their record caches; None: not known yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +73,20 @@ class InventoryRow:
     """A run, a search or a prediction table."""
 
     name: str
-    """Its folder, relative to the storage."""
+    """The folder, relative to the storage."""
     uri: str
     state: State
     progress: str = ""
-    """In words."""
+    """Progress in words."""
     result: str = ""
-    """In words; of an unreadable one, why."""
+    """Result in words; if unreadable, the reason."""
     updated_s: float | None = None
-    """When it was last written to, s since the epoch."""
+    """Time of the last write, s since the epoch."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """What the words say, and more, as JSON values."""
+    """The numbers behind progress and result, and more, as JSON values."""
 
     def values(self) -> dict[str, Any]:
-        """As JSON values; `updated` in UTC."""
+        """The row as JSON values; `updated` is in UTC."""
         updated = None if self.updated_s is None else datetime.fromtimestamp(self.updated_s, UTC)
         return {
             "name": self.name,
@@ -102,47 +101,47 @@ class InventoryRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """One folder that may be what is looked for, as one listing shows it."""
+    """A folder that may hold a run, search or table, as a single listing shows it."""
 
     name: str
-    """Relative to the storage."""
+    """Path relative to the storage."""
     uri: str
     folders: frozenset[str]
     files: Mapping[str, float]
-    """When each of its own files was written, s since the epoch, by name."""
+    """Name -> write time of each file directly in the folder, s since the epoch."""
     store: Store = ANYWHERE
 
     @property
     def updated_s(self) -> float | None:
-        """When the newest of its own files was written, s since the epoch."""
+        """Write time of the newest file directly in the folder, s since the epoch."""
         return max(self.files.values(), default=None)
 
     def updated_with(self, *names: str) -> float | None:
-        """As `updated_s`, with the files of the folders of these names below it."""
+        """Like `updated_s`, but also looks at the files of these subfolders."""
         below = (self.store.list_level(join(self.uri, name)).files for name in names)
         return max((*self.files.values(), *(time for files in below for time in files.values())), default=None)
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
-        """A document of the folder, or None.
+        """Reads a document of the folder; None if it does not exist.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the document is damaged.
         """
         if name not in self.files:
             return None
         return documents.read(self.store, join(self.uri, name), kind)
 
     def driver(self) -> Holder | None:
-        """Who is at work on the run or search, if anybody is."""
+        """The driver that is working on the run or search, or None."""
         return living(join(self.uri, "lock")) if "lock" in self.files else None
 
 
 RowOf = Callable[[Folder], InventoryRow | None]
-"""The row of a folder; None: it is not what is looked for. May raise whatever reading a damaged folder raises."""
+"""Makes the row of a folder; None: the folder is something else. May raise any error of reading a damaged folder."""
 
 
 def living(lock_uri: str) -> Holder | None:
-    """The driver that holds a lock, if it may still be at work.
+    """The driver that holds a lock, or None if it is no longer running.
 
     Raises:
         DataError: the lock is damaged.
@@ -152,7 +151,7 @@ def living(lock_uri: str) -> Holder | None:
 
 
 def state_of(*, is_finished: bool, driver: Holder | None, is_saved: bool) -> State:
-    """The state of what nothing is known to be wrong with."""
+    """The state of a run, search or table that is not known to be damaged or failed."""
     if is_finished:
         return "finished"
     if driver is not None:
@@ -161,12 +160,12 @@ def state_of(*, is_finished: bool, driver: Holder | None, is_saved: bool) -> Sta
 
 
 def driver_values(driver: Holder | None) -> dict[str, Any]:
-    """Who is at work, as JSON values."""
+    """The driver as JSON values."""
     return {} if driver is None else {"driver": {"host": driver.host, "pid": driver.pid}}
 
 
 def is_search(folder: Folder) -> bool | None:
-    """Whether a run is a search, since both may share a storage; None: too early to tell, only its lock is there."""
+    """Whether a folder holds a search rather than a run; None: unknown as yet, because only its lock exists."""
     if TRIALS in folder.folders:
         return True
     if any(name.startswith(ATTEMPT) for name in folder.folders):
@@ -180,26 +179,26 @@ def is_run(folder: Folder) -> bool:
     return not _RUN_FILES.isdisjoint(folder.files)
 
 
-# --- going through a storage -----------------------------------------------------------------------------------------
+# --- walking a storage -----------------------------------------------------------------------------------------------
 
 
 def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]:
-    """The rows of all folders below a storage, or of the storage itself; what was touched last comes first.
+    """The rows of all folders below a storage, or of the storage itself; the most recently written first.
 
-    Folders whose names begin with `_` or `.` are caches and work; they are left out.
+    Folders whose names begin with `_` or `.` hold caches and unfinished work; they are skipped.
 
     Args:
-        uri: of the storage.
-        row_of: reads a folder.
-        depth: how many levels of folders are looked at; not those below something that has a row.
+        uri: URI of the storage.
+        row_of: makes the row of a folder.
+        depth: how many levels of folders to read; folders below one that has a row are not read.
 
     Raises:
-        StorageError: there is no such storage, or it cannot be listed.
+        StorageError: the storage does not exist or cannot be listed.
         ServiceError: the storage failed.
     """
     root = absolute(uri)
     try:
-        top = _open("", root, most=None)
+        top = _open("", root, max_names=None)
     except OSError as err:
         raise StorageError(f"the storage cannot be listed: {err}. Received: {uri!r}") from err
     row = _row_or_damage(top, row_of)
@@ -209,9 +208,9 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(depth):
             names = [name for folder in level for name in _names_below(folder)]
-            found = list(pool.map(lambda name: _look(name, root, row_of), names))
-            rows += [row for _, row in found if row is not None]
-            level = [folder for folder, row in found if folder is not None and row is None]
+            looked_at = list(pool.map(lambda name: _look(name, root, row_of), names))
+            rows += [row for _, row in looked_at if row is not None]
+            level = [folder for folder, row in looked_at if folder is not None and row is None]
     return sorted(rows, key=lambda row: (-(row.updated_s or 0.0), row.name))
 
 
@@ -221,10 +220,10 @@ def _names_below(folder: Folder) -> list[str]:
 
 
 def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, InventoryRow | None]:
-    """A folder and its row; neither where it is gone meanwhile."""
+    """A folder and its row; both None if the folder has disappeared in the meantime."""
     uri = join(root, name)
     try:
-        folder = _open(name, uri, most=MAX_NAMES)
+        folder = _open(name, uri, max_names=MAX_NAMES)
     except FileNotFoundError:
         return None, None
     except OSError as err:
@@ -232,25 +231,25 @@ def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, Inventory
     return folder, _row_or_damage(folder, row_of)
 
 
-def _open(name: str, uri: str, *, most: int | None) -> Folder:
-    level = ANYWHERE.list_level(uri, max_names=most)
+def _open(name: str, uri: str, *, max_names: int | None) -> Folder:
+    level = ANYWHERE.list_level(uri, max_names=max_names)
     return Folder(name=name, uri=uri, folders=frozenset(level.folders), files=level.files)
 
 
 def _row_or_damage(folder: Folder, row_of: RowOf) -> InventoryRow | None:
-    """The row, in which a damage is told; None: the folder is not what is looked for."""
+    """The row of a folder, which reports any damage; None: the folder is something else."""
     try:
         try:
             return row_of(folder)
-        except FileNotFoundError:  # a driver at work has put something else in its place: it is looked at again
-            return row_of(_open(folder.name, folder.uri, most=MAX_NAMES))
+        except FileNotFoundError:  # A running driver replaced a file in the meantime: read the folder again.
+            return row_of(_open(folder.name, folder.uri, max_names=MAX_NAMES))
     except _DAMAGES as err:
         return _damaged(folder.name, folder.uri, err, updated_s=folder.updated_s)
 
 
 def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None = None) -> InventoryRow:
-    is_ours = isinstance(error, MnistDistError | OSError)
-    reason = first_line(error) if is_ours else f"{type(error).__name__}: {first_line(error)}"
+    is_expected = isinstance(error, MnistDistError | OSError)
+    reason = first_line(error) if is_expected else f"{type(error).__name__}: {first_line(error)}"
     return InventoryRow(name=name, uri=uri, state="unreadable", result=reason, updated_s=updated_s)
 
 
@@ -258,28 +257,28 @@ def _damaged(name: str, uri: str, error: Exception, *, updated_s: float | None =
 
 
 def asked(command: str, argv: Sequence[str]) -> ListJob | None:
-    """What a command line with `--list` asks for; None: it has none.
+    """Parses a command line that contains `--list`; None if it does not.
 
     Args:
-        command: such as `python -m jobs.train`.
+        command: the program as the user called it, such as `python -m jobs.train`.
         argv: the arguments.
 
     Raises:
-        SystemExit: 0 after `--help`, 2 for anything else beside `--list`.
+        SystemExit: 0 after `--help`, 2 for any other flag that `--list` does not take.
     """
     if ASK not in argv:
         return None
-    return tyro.cli(ListJob, args=[one for one in argv if one != ASK], prog=f"{command} {ASK}")
+    return tyro.cli(ListJob, args=[argument for argument in argv if argument != ASK], prog=f"{command} {ASK}")
 
 
 def show(rows: Sequence[InventoryRow], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:
-    """Shows the rows to a person; returns the job's JSON keys.
+    """Shows the rows to the user; returns the job's JSON keys.
 
     Args:
-        rows: as `rows_below` found them.
-        job: what was asked.
-        what: the rows are, in the plural.
-        console: where they are shown.
+        rows: the rows that `rows_below` returned.
+        job: the parsed command line.
+        what: what the rows are, in the plural.
+        console: shows the rows.
     """
     root, now = absolute(job.storage), time.time()
     console.line(f"{what} below {root}: {len(rows):,}" if rows else f"no {what} below {root}")
@@ -294,7 +293,7 @@ def _cells(row: InventoryRow, *, now: float) -> tuple[str, ...]:
 
 
 def ago(seconds: float) -> str:
-    """How long something is past, for people."""
+    """Formats an age for display."""
     for length_s, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= length_s:
             return f"{seconds // length_s:.0f} {unit} ago"

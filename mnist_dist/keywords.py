@@ -1,7 +1,7 @@
-"""Keyword arguments to configurations: what tyro does for flags, for callers from Python.
+"""Builds configurations from keyword arguments: the counterpart of tyro's flags for Python callers.
 
-A job is a dataclass of nested dataclasses. As on the command line, a field is named by itself, without the dataclass
-that it lies in.
+A job is a dataclass of nested dataclasses. As on the command line, a field is given by its own name, without the name
+of its dataclass.
 """
 
 import dataclasses
@@ -23,47 +23,47 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def job_of(kind: type[Job], keywords: Mapping[str, Any], *, base: Job | None = None) -> Job:
-    """A job with some fields set.
+    """Builds a job with some fields set.
 
     Args:
         kind: the job's dataclass.
-        keywords: values by the name of the field, in whatever nested dataclass that is.
-        base: what the other fields are taken from; None: their defaults.
+        keywords: field name -> value; the field may be in any nested dataclass.
+        base: supplies the other fields; None: their defaults.
 
     Raises:
-        ConfigError: there is no such field, a value is of another type or out of range, or a field without a default
-            is missing.
+        ConfigError: there is no such field, a value has the wrong type or is out of range, or a required field is
+            missing.
     """
     names = fields_of(kind)
     for name in keywords:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"no argument of that name ({hint}). Received: {name!r}")
+            raise ConfigError(f"there is no argument of that name ({hint}). Received: {name!r}")
     return cast(Job, _filled(kind, keywords, base))
 
 
 def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
-    """Type and default (`inspect.Parameter.empty`: none) of each field by its name, nested ones included."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Field name -> (type, default), including nested fields; `inspect.Parameter.empty` stands for no default."""
+    fields: dict[str, tuple[Any, Any]] = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if _is_suppressed(kind, field.name):
             continue
         if dataclasses.is_dataclass(hint):
-            found |= fields_of(cast(type, hint))
+            fields |= fields_of(cast(type, hint))
         else:
-            found[field.name] = (hint, inspect.Parameter.empty if _is_required(field) else field.default)
-    return found
+            fields[field.name] = (hint, inspect.Parameter.empty if _is_required(field) else field.default)
+    return fields
 
 
 def takes_fields_of(kind: type) -> Callable[[Function], Function]:
-    """Names the fields in the signature of a function that ends in `**keywords`, for `help` and for notebooks."""
+    """Adds the fields to the signature of a function that ends in `**keywords`, for `help` and notebooks."""
 
     def named(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
             for name, (hint, default) in fields_of(kind).items()
@@ -87,7 +87,7 @@ def _filled(kind: Any, keywords: Mapping[str, Any], base: Any) -> Any:
         elif base is not None:
             values[name] = getattr(base, name)
         elif _is_required(field):
-            raise ConfigError(f"an argument is missing: {name}")
+            raise ConfigError(f"missing argument: {name}")
     return kind(**values)
 
 
@@ -111,7 +111,7 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field has it: a path or one of several values may be given alone."""
+    """The value converted to its field's type; a lone value becomes a tuple if needed."""
     value = _plain(value)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     is_lone = value is not None and not isinstance(value, tuple)

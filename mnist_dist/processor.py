@@ -1,4 +1,4 @@
-"""What this machine's processor is, and what it computes with, as Linux tells it (`/proc/cpuinfo`)."""
+"""This machine's processor and its instruction sets, read from Linux's `/proc/cpuinfo`."""
 
 import os
 import platform
@@ -8,32 +8,32 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def name() -> str:
-    """Such as `AMD EPYC 7R13`; the architecture where nothing better is known."""
+    """The processor's name, such as `AMD EPYC 7R13`; the architecture if the name is unknown."""
     return _field("model name") or platform.machine()
 
 
 def flags() -> tuple[str, ...]:
-    """Its instruction sets, as `/proc/cpuinfo` lists them; empty where it lists none."""
+    """The instruction sets that `/proc/cpuinfo` lists; empty if it lists none."""
     return tuple(_field("flags").split())
 
 
 def has_bfloat16() -> bool:
-    """Whether it has units for bfloat16: AVX512-BF16 or AMX. Others only pretend to compute in it, or do so slowly."""
+    """Whether the processor has bfloat16 units (AVX512-BF16 or AMX). Others emulate bfloat16, or compute it slowly."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags())
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def described() -> str:
-    """What a figure was measured on, such as `2 cores, AMD EPYC 7R13`."""
+    """Names the hardware of a measurement, such as `2 cores, AMD EPYC 7R13`."""
     return f"{usable_cpus()} cores, {name()}"
 
 
 def _field(wanted: str) -> str:
-    """Of the first core; empty where there is none."""
+    """A field of the first core; empty if there is none."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:

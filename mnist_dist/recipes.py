@@ -1,6 +1,6 @@
-"""Named training jobs and searches. Each docstring is the command, and the result to expect on which data.
+"""Named training jobs and searches. Each docstring states the command and the result to expect.
 
-A recipe is a starting point: every field can be overridden by a flag.
+A recipe is a starting point: a flag can override every field.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def mnist_cnn_bn() -> TrainJob:
 
 
 def mnist_vgg16() -> TrainJob:
-    """python -m jobs.train mnist-vgg16 --data-dir IDX_FOLDER: frozen VGG16 at 224 px, its 7 x 7 x 512 outputs computed
-    once, a dense softmax on them. Expect 97.5 % with 11,000 training digits (--limit 11600)."""
+    """python -m jobs.train mnist-vgg16 --data-dir IDX_FOLDER: frozen VGG16 at 224 px with a dense softmax on its
+    7 x 7 x 512 outputs, which are computed once. Expect 97.5 % with 11,000 training digits (--limit 11600)."""
     return TrainJob(
         data=DataConfig(data="mnist", validation_fraction=0.05),
         model=ModelConfig(backbone="vgg16", weights="imagenet", pooling="flatten"),
@@ -61,8 +61,8 @@ def mnist_vgg16() -> TrainJob:
 
 
 def mnist_vgg16_finetune() -> TrainJob:
-    """python -m jobs.train mnist-vgg16-finetune --data-dir IDX_FOLDER: VGG16 at 224 px on GPUs: the head,
-    then blocks 4 and 5, too."""
+    """python -m jobs.train mnist-vgg16-finetune --data-dir IDX_FOLDER: VGG16 at 224 px on GPUs: first the
+    head, then also blocks 4 and 5."""
     return replace(
         mnist_vgg16(),
         model=ModelConfig(backbone="vgg16", weights="imagenet", hidden_units=256, dropout=0.5),
@@ -71,13 +71,13 @@ def mnist_vgg16_finetune() -> TrainJob:
 
 
 def mnist_mobilenet_v2() -> TrainJob:
-    """python -m jobs.train mnist-mobilenet-v2 --data-dir IDX_FOLDER: MobileNetV2 at 32 px as published: 10 epochs of
-    the head, 5 of all but the first 100 layers at 1e-5 (published: 84.13 %, loss 0.56)."""
+    """python -m jobs.train mnist-mobilenet-v2 --data-dir IDX_FOLDER: MobileNetV2 at 32 px as published: 10 epochs
+    of the head, then 5 of all but the first 100 layers at 1e-5 (published: 84.13 %, loss 0.56)."""
     return TrainJob(
         data=DataConfig(data="mnist", validation_fraction=0.05),
         model=ModelConfig(backbone="mobilenet_v2", weights="imagenet", image_size_px=32),
         phases=PhasesConfig(epochs=(10, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "100")),
-        fit=FitConfig(batch_size=32),  # BatchNorm's averages move by a thousandth each step: it takes many of them
+        fit=FitConfig(batch_size=32),  # BatchNorm's averages move by a thousandth per step, so it takes many steps.
     )
 
 
@@ -114,8 +114,8 @@ def mnist_conv_transfer() -> TrainJob:
 
 
 def folder_mobilenet_v2() -> TrainJob:
-    """python -m jobs.train folder-mobilenet-v2 --data FOLDER: MobileNetV2 at 224 px with ImageNet weights: the head,
-    then the last blocks."""
+    """python -m jobs.train folder-mobilenet-v2 --data FOLDER: MobileNetV2 at 224 px with ImageNet weights: first
+    the head, then the last blocks."""
     return TrainJob(
         model=ModelConfig(backbone="mobilenet_v2", weights="imagenet", dropout=0.2),
         phases=PhasesConfig(epochs=(5, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "100")),
@@ -124,8 +124,8 @@ def folder_mobilenet_v2() -> TrainJob:
 
 
 def folder_vgg16() -> TrainJob:
-    """python -m jobs.train folder-vgg16 --data FOLDER: VGG16 at 224 px with ImageNet weights: the head, then the last
-    block."""
+    """python -m jobs.train folder-vgg16 --data FOLDER: VGG16 at 224 px with ImageNet weights: first the head, then the
+    last block."""
     return replace(
         folder_mobilenet_v2(),
         model=ModelConfig(backbone="vgg16", weights="imagenet", hidden_units=256, dropout=0.5),
@@ -167,8 +167,8 @@ def search_digits() -> SearchJob:
 
 
 def search_mnist() -> SearchJob:
-    """python -m jobs.search search-mnist --data-dir IDX_FOLDER: 30 trials of three small networks trained whole, and of
-    MobileNetV2 and VGG16 (ImageNet weights, frozen) under new heads."""
+    """python -m jobs.search search-mnist --data-dir IDX_FOLDER: 30 trials of three small networks trained whole and of
+    new heads on MobileNetV2 and VGG16 (ImageNet weights, frozen)."""
     return SearchJob(
         data=DataConfig(data="mnist", validation_fraction=0.1),
         space=SearchSpace(
@@ -191,8 +191,8 @@ def search_mnist() -> SearchJob:
 
 
 def search_vgg16_head() -> SearchJob:
-    """python -m jobs.search search-vgg16-head --data-dir IDX_FOLDER: 100 heads on VGG16's features at 224 px, which are
-    computed once."""
+    """python -m jobs.search search-vgg16-head --data-dir IDX_FOLDER: 100 heads on VGG16's features at 224 px, which
+    are computed once."""
     return SearchJob(
         data=DataConfig(data="mnist", validation_fraction=0.1),
         space=SearchSpace(
@@ -205,7 +205,7 @@ def search_vgg16_head() -> SearchJob:
 
 def search_backbones() -> SearchJob:
     """python -m jobs.search search-backbones --data s3://bucket/images --storage s3://bucket/runs --workers 4: eight
-    backbones with ImageNet weights on a folder of images, heads first, the best five fine-tuned; for a GPU cluster."""
+    backbones with ImageNet weights on a folder of images, first heads, then the best five fine-tuned; on GPUs."""
     cut_points: dict[str, tuple[str, ...]] = {
         "mobilenet_v2": ("block13", "block6", "all"),
         "mobilenet_v3_small": ("block8", "all"),

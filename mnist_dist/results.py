@@ -1,4 +1,4 @@
-"""What the functions of the Python API return: the job's figures, and ways to the files behind them."""
+"""The result objects of the Python API: a job's figures and access to the files it wrote."""
 
 import html
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job.
+    """The result of a job.
 
     Args:
-        values: the keys of the job's JSON line, as the command prints them.
+        values: the content of the JSON line that the command prints.
     """
 
     values: Mapping[str, Any]
 
     @property
     def seconds(self) -> float | None:
-        """From the job's start to its end, earlier drivers included; None where the job does not tell."""
+        """Duration of the job, including earlier drivers; None if the job does not report it."""
         return cast("float | None", self.values.get("seconds"))
 
     def _of(self, name: str) -> Any:
@@ -35,7 +35,7 @@ class Result:
         return self.values[name]
 
     def _repr_html_(self) -> str:
-        """A table, for notebooks."""
+        """An HTML table, for notebooks."""
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(_shown(value))}</td></tr>"
             for name, value in self.values.items()
@@ -53,12 +53,12 @@ class TrainResult(Result):
 
     @property
     def test_accuracy(self) -> float:
-        """Of the test images, 0-1."""
+        """Accuracy on the test images, 0-1."""
         return float(self._of("test_accuracy"))
 
     @property
     def test_loss(self) -> float:
-        """Mean cross-entropy of the test images, nats."""
+        """Mean cross-entropy on the test images, nats."""
         return float(self._of("test_loss"))
 
     def bundle(self) -> "Bundle":
@@ -84,7 +84,7 @@ class SearchResult(Result):
         return _bundle(self._of("bundle"))
 
     def table(self) -> "pa.Table":
-        """The leaderboard: a row per trial, the best first."""
+        """The leaderboard: one row per trial, the best first."""
         return _parquet(self._of("leaderboard"))
 
 
@@ -98,19 +98,19 @@ class ScoreResult(Result):
 
     @property
     def images(self) -> int:
-        """Rows of the table."""
+        """Number of rows in the table."""
         return int(self._of("images"))
 
     @property
     def statuses(self) -> Mapping[str, int]:
-        """Rows of each status."""
+        """Status -> number of rows."""
         return cast(Mapping[str, int], self._of("statuses"))
 
     def table(self, columns: "list[str] | None" = None) -> "pa.Table":
         """The rows; see `read_predictions`.
 
         Args:
-            columns: their names; None: all.
+            columns: names of the columns to read; None: all.
         """
         from mnist_dist.scoring.predictions import read_predictions
 
@@ -118,11 +118,11 @@ class ScoreResult(Result):
 
 
 class EvaluateResult(Result):
-    """A finished evaluation. Figures are None where there is no truth, or a column was left out of the table."""
+    """A finished evaluation. Figures are None without true labels, or if the table lacks a column they need."""
 
     @property
     def uri(self) -> str:
-        """The folder of the results."""
+        """The results' folder."""
         return str(self._of("output"))
 
     @property
@@ -132,7 +132,7 @@ class EvaluateResult(Result):
 
     @property
     def accuracy(self) -> float | None:
-        """0-1."""
+        """Accuracy, 0-1."""
         return cast("float | None", self.values["accuracy"])
 
     def table(self) -> "pa.Table":
@@ -147,12 +147,12 @@ class ExportResult(Result):
 
     @property
     def uri(self) -> str:
-        """The folder of the export."""
+        """The export's folder."""
         return str(self._of("output"))
 
     @property
     def path(self) -> str:
-        """What the runtime opens."""
+        """The file or folder that the runtime opens."""
         return str(self._of("path"))
 
 

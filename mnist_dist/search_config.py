@@ -1,4 +1,4 @@
-"""The configuration of a hyperparameter search: what is varied, how it is searched, what it may cost.
+"""The configuration of a hyperparameter search: the space, the algorithm and the resources.
 
 Owns: the fields of a search, as `config.py` owns those of training and scoring. Does not own: drawing from the space
 (`search/space.py`) or the named searches (`recipes.py`).
@@ -21,122 +21,122 @@ Trained = Literal["head", "fine-tune", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpace:
-    """One backbone, and what is varied of it alone: nothing here is ever combined with another backbone."""
+    """One backbone and the choices that apply to it alone; they are never combined with another backbone."""
 
     backbone: str
     """A name from the table in `mnist_dist/models/backbones.py`."""
     weights: str = "none"
-    """As in training."""
+    """Initial weights, as in training."""
     alpha: tuple[float, ...] = (1.0,)
-    """Width multipliers."""
+    """Width multipliers to try."""
     image_size_px: tuple[int | None, ...] = (None,)
-    """Height and width that the backbone sees, px; None: as in training."""
+    """Height and width of the backbone's input, px. None: as in training."""
     pooling: tuple[Pooling | None, ...] = (None,)
-    """How a feature map becomes a vector; None: the backbone's own way."""
+    """How to turn a feature map into a vector. None: the backbone's default."""
     trained: tuple[Trained, ...] = ("head",)
-    """`head`: the backbone stays frozen. `fine-tune`: the same, and a finalist is then trained from a cut point on.
-    `all`: everything is trained from the start, also in the trials."""
+    """`head`: the backbone stays frozen. `fine-tune`: it stays frozen in trials; finalists then train it from a cut
+    point on. `all`: trials and finalists train the whole network."""
     cut_points: tuple[str, ...] = ("all",)
-    """fine-tune only: cut points of the backbone, numbers of first layers that stay frozen, or `all`."""
+    """fine-tune only: cut points of the backbone, how many first layers stay frozen, or `all`."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "image_size_px", "pooling", "trained", "cut_points"):
-            require(bool(getattr(self, name)), f"{name} of {self.backbone} has at least one value", **{name: ()})
+            require(bool(getattr(self, name)), f"{name} of {self.backbone} needs at least one value", **{name: ()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """What is varied. Several values: one of them is chosen; learning rates and decay: log-uniform between two."""
+    """The search space. Learning rates and decay are log-uniform between two bounds; other fields list their
+    choices."""
 
     backbones: Annotated[tuple[BackboneSpace, ...], tyro.conf.Suppress] = ()
     hidden_units: tuple[int, ...] = (0, 128, 256)
-    """Widths of a dense layer between backbone and output; 0: the backbone's own (none but for `conv_base`)."""
+    """Widths of a dense layer between backbone and output. 0: the backbone's default (none, except for `conv_base`)."""
     dropout: tuple[float, ...] = (0.0, 0.25, 0.5)
-    """Before the output, each in [0, 1)."""
+    """Dropout rates before the output, each in [0, 1)."""
     optimizer: tuple[OptimizerName, ...] = ("adam", "adamw", "sgd")
-    """As in training."""
+    """Optimizers to try, as in training."""
     learning_rate: tuple[float, float] = (1e-4, 1e-2)
-    """Lowest and highest peak learning rate of what a trial trains."""
+    """Lowest and highest peak learning rate of a trial."""
     fine_tune_learning_rate: tuple[float, float] = (1e-6, 1e-4)
     """Lowest and highest peak learning rate of fine-tuning."""
     weight_decay: tuple[float, float] = (1e-5, 1e-2)
     """adamw only: lowest and highest decay."""
     label_smoothing: tuple[float, ...] = (0.0, 0.1)
-    """Each in [0, 1)."""
+    """Label smoothing values, each in [0, 1)."""
     augmentation: tuple[Augmentation, ...] = ("none",)
-    """For networks that are trained whole; a frozen backbone sees images as they are."""
+    """Augmentations to try for networks that are trained whole; a frozen backbone gets unchanged images."""
     batch_size: tuple[int, ...] = (64, 128, 256)
-    """Images per step over all workers together."""
+    """Images per step, summed over all workers."""
 
     def __post_init__(self) -> None:
         choices = ("hidden_units", "dropout", "optimizer", "label_smoothing", "augmentation", "batch_size")
         for name in choices:
-            require(bool(getattr(self, name)), f"{name} has at least one value", **{name: ()})
+            require(bool(getattr(self, name)), f"{name} needs at least one value", **{name: ()})
         for name in ("learning_rate", "fine_tune_learning_rate", "weight_decay"):
             low, high = getattr(self, name)
-            require(0 < low <= high, f"{name} is a lowest and a highest value above 0", **{name: (low, high)})
+            require(0 < low <= high, f"{name} must be a lowest and a highest value above 0", **{name: (low, high)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How the space is searched."""
+    """How to search the space."""
 
     backbones: tuple[str, ...] = ()
-    """Only these of the recipe's backbones. Empty: all."""
+    """Search only these of the recipe's backbones. Empty: all."""
     weights: tuple[str, ...] = ()
-    """Weights for backbones, such as `vgg16=PATH mobilenet_v2=none`, in place of the recipe's."""
+    """Weights of single backbones, such as `vgg16=PATH mobilenet_v2=none`, instead of the recipe's."""
     trials: int = 30
-    """Configurations that are tried."""
+    """Number of configurations to try."""
     hours: float | None = None
-    """Time after which no more of them are begun, h. None: no limit."""
+    """Start no more trials after this many hours. None: no limit."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
-    """tpe: Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). grid: all combinations, ranges by their
-    ends and their middle."""
+    """tpe: Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). grid: all combinations; of a range, its
+    ends and its middle."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha: trials that lag behind are stopped early (Li et al. 2018)."""
+    """asha: stop trials early that lag behind (Li et al. 2018)."""
     trial_epochs: int = 10
-    """Epochs of a trial that is not stopped."""
+    """Epochs of a trial that is not stopped early."""
     finalists: int = 3
-    """The best trials, which are then trained for real by Ray Train; the best of them is the winner."""
+    """How many of the best trials Ray Train then trains fully; the best of these wins."""
     finalist_epochs: int = 15
-    """Epochs of a finalist that is trained whole."""
+    """Epochs of a finalist whose whole network is trained."""
     fine_tune_epochs: int = 5
-    """Epochs of a finalist's fine-tuning, after `trial_epochs` of its head."""
+    """Fine-tuning epochs of a finalist, after `trial_epochs` of its head."""
     precision: Precision = "auto"
-    """As in training."""
+    """Precision of the training step, as in training."""
     seed: int = 0
-    """Decides what is proposed, and every trial's weights and batches."""
+    """Seed of the proposed configurations and of every trial's weights and batches."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "trial_epochs", "finalists", "finalist_epochs", "fine_tune_epochs"):
-            require(getattr(self, name) >= 1, f"{name} is at least 1", **{name: getattr(self, name)})
-        require(self.hours is None or self.hours > 0, "hours is positive", hours=self.hours)
-        require(self.seed >= 0, "seed is 0 or above", seed=self.seed)
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
+        require(self.hours is None or self.hours > 0, "hours must be positive", hours=self.hours)
+        require(self.seed >= 0, "seed must be 0 or above", seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRunConfig(SharedRunConfig):
-    """Where the search lives and what may be spent on it. A resumed search may change only these fields, but for those
-    of the feature cache."""
+    """Storage and resources. A resumed search may change only these fields, except those of the feature cache."""
 
     cpus_per_trial: float = 1.0
     """CPUs that each trial reserves and uses."""
     gpus_per_trial: float | None = None
-    """GPUs of each trial, also parts of one. None: a quarter where the cluster has GPUs, else 0."""
+    """GPUs per trial, fractions allowed. None: a quarter if the cluster has GPUs, else 0."""
     concurrent_trials: int | None = None
-    """Trials at the same time. None: as many as find room. With 1, the same seed proposes the same trials."""
+    """Trials to run at the same time. None: as many as fit. With 1, the same seed proposes the same trials."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         trials, gpus = self.concurrent_trials, self.gpus_per_trial
-        require(trials is None or trials > 0, "concurrent_trials is positive", concurrent_trials=trials)
-        require(self.cpus_per_trial > 0, "cpus_per_trial is positive", cpus_per_trial=self.cpus_per_trial)
-        require(gpus is None or gpus >= 0, "gpus_per_trial is 0 or above", gpus_per_trial=gpus)
+        require(trials is None or trials > 0, "concurrent_trials must be positive", concurrent_trials=trials)
+        require(self.cpus_per_trial > 0, "cpus_per_trial must be positive", cpus_per_trial=self.cpus_per_trial)
+        require(gpus is None or gpus >= 0, "gpus_per_trial must be 0 or above", gpus_per_trial=gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob:
-    """Everything that a search is made of."""
+    """The complete configuration of a search."""
 
     data: DataConfig = field(default_factory=DataConfig)
     space: SearchSpace = SearchSpace()
@@ -145,7 +145,7 @@ class SearchJob:
 
     @property
     def backbones(self) -> tuple[BackboneSpace, ...]:
-        """The backbones that are searched, with the weights asked for.
+        """The backbones to search, with the requested weights.
 
         Raises:
             ConfigError: the space is empty, or a name is not in it.
@@ -155,15 +155,15 @@ class SearchJob:
         for name in (*self.search.backbones, *weights):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            require(name in known, f"this search's backbones are {', '.join(known)}{hint}", backbone=name)
+            require(name in known, f"backbones of this search are {', '.join(known)}{hint}", backbone=name)
         for name, uri in weights.items():
-            require(bool(uri), "weights are given as backbone=PATH", weights=name)
+            require(bool(uri), "weights must be given as backbone=PATH", weights=name)
         chosen = [space for name, space in known.items() if not self.search.backbones or name in self.search.backbones]
-        require(bool(chosen), "the space has at least one backbone", backbones=())
+        require(bool(chosen), "the space needs at least one backbone", backbones=())
         return tuple(replace(space, weights=weights.get(space.backbone, space.weights)) for space in chosen)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, as JSON values: everything but `run`."""
+        """The settings that determine the result, as JSON values: everything but `run`."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         del values["run"]
         return dict(values)

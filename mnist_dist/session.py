@@ -1,7 +1,7 @@
-"""What every long piece of work of a job has at hand: the person's console, the signals, the lock.
+"""The context of every long step of a job: the user's console, the signals and the lock.
 
-Owns: the one loop that waits for work in another thread or process while progress is shown, signals are heard and the
-lock is watched. Does not own: the work.
+Owns: the loop that waits for work in another thread or process while it shows progress, handles signals and watches
+the lock. Does not own: the work.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,35 +11,35 @@ from dataclasses import dataclass
 from mnist_dist.console import Console, Stop
 from mnist_dist.store.lock import Lock
 
-POLL_S = 0.5  # how soon a signal is heard and a bar moves; work that ends is noticed at once
+POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One process at work on one job, from its first line to its last."""
+    """One process that runs one job, from its first line to its last."""
 
     console: Console
     stop: Stop
     lock: Lock | None = None
-    """Of what the job changes; None where it changes nothing."""
+    """Guards what the job changes; None if it changes nothing."""
 
     def check(self) -> None:
-        """Looks whether the work may continue.
+        """Checks that the work may continue.
 
         Raises:
-            Interrupted: a signal came.
-            Locked: another driver has taken over.
+            Interrupted: a signal arrived.
+            Locked: another driver took over the lock.
         """
         self.stop.check()
         self.check_lock()
 
     def check_lock(self) -> None:
-        """Raises Locked where another driver was seen to have taken over; costs nothing."""
+        """Raises Locked if the lock is already known to be lost; costs nothing."""
         if self.lock is not None and self.lock.lost:
             self.lock.check()
 
     def confirm_lock(self) -> None:
-        """Reads the lock, and raises Locked where it is another driver's: before anything is deleted or published."""
+        """Reads the lock and raises Locked if another driver holds it; call it before deleting or publishing."""
         if self.lock is not None:
             self.lock.check()
 
@@ -50,24 +50,24 @@ class Session:
         show: Callable[[], None] | None = None,
         on_signal: Callable[[], None] | None = None,
     ) -> None:
-        """Waits for the end of some work.
+        """Waits until some work has ended.
 
         Args:
-            ended: waits for up to so many s; whether the work has ended, such as `SideThread.ended`.
-            show: moves a bar; called a few times a second, and once more after the end.
-            on_signal: called once where a signal comes, to end the work in good order. None: a signal raises.
+            ended: waits up to the given seconds and returns whether the work has ended; see `SideThread.ended`.
+            show: updates the progress bar; called every `POLL_S` and once more after the end.
+            on_signal: called once when a signal arrives, to end the work cleanly. None: a signal raises Interrupted.
 
         Raises:
-            Interrupted: a signal came, and there is no `on_signal`.
-            Locked: another driver has taken over.
+            Interrupted: a signal arrived and there is no `on_signal`.
+            Locked: another driver took over the lock.
         """
-        is_over = is_asked = False
+        is_over = is_stopping = False
         while not is_over:
             is_over = ended(POLL_S)
             if on_signal is None:
                 self.stop.check()
-            elif self.stop.signal_number is not None and not is_asked:
-                is_asked = True
+            elif self.stop.signal_number is not None and not is_stopping:
+                is_stopping = True
                 on_signal()
             self.check_lock()
             if show is not None:
@@ -76,7 +76,7 @@ class Session:
 
 @contextmanager
 def locked_session(console: Console, *, lock_uri: str, what: str, wait_s: float = 0.0) -> Iterator[Session]:
-    """A session that takes the signals and holds a lock; see `Lock`."""
+    """A session that handles signals and holds a lock; see `Lock`."""
     with (
         Stop(console) as stop,
         Lock(lock_uri, what=what, wait_s=wait_s, console=console, stop=stop) as lock,

@@ -1,4 +1,4 @@
-"""A call beside the main thread, which has to stay free for signals and progress."""
+"""Runs a call in a thread of its own, so that the main thread stays free for signals and progress."""
 
 import threading
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class SideThread(threading.Thread):
-    """Runs a call; `result` gives what it returned, or raises what it raised."""
+    """Runs a call; `result` returns its value or raises its exception."""
 
     def __init__(self, call: Callable[[], Any], *, name: str) -> None:
         super().__init__(daemon=True, name=name)
@@ -17,16 +17,16 @@ class SideThread(threading.Thread):
     def run(self) -> None:
         try:
             self._result = self._call()
-        except BaseException as error:  # handed to the main thread by `result`
+        except BaseException as error:  # `result` raises it in the main thread.
             self.error = error
 
     def ended(self, timeout_s: float) -> bool:
-        """Whether the call has ended, within so many s."""
+        """Waits up to `timeout_s` and returns whether the call has ended."""
         self.join(timeout_s)
         return not self.is_alive()
 
     def result(self) -> Any:
-        """Waits for the end of the call."""
+        """Waits for the call to end; returns its value or raises its exception."""
         self.join()
         if self.error is not None:
             raise self.error

@@ -147,10 +147,10 @@ def test_a_page_of_a_real_server_is_the_same_by_both_parsers(s3: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cases": ()}, r"^cases are among listing, resume, incremental"),
-        ({"keys": 4}, r"^keys is at least 5\. Received: keys=4"),
-        ({"rows": 2_559}, r"^rows is at least 2560\. Received: rows=2559"),
-        ({"rounds": 0}, r"^rounds is at least 1\. Received: rounds=0"),
+        ({"cases": ()}, r"^cases must be among listing, resume, incremental"),
+        ({"keys": 4}, r"^keys must be at least 5\. Received: keys=4"),
+        ({"rows": 2_559}, r"^rows must be at least 2560\. Received: rows=2559"),
+        ({"rounds": 0}, r"^rounds must be at least 1\. Received: rounds=0"),
     ],
 )
 def test_sizes_that_measure_nothing_are_refused(fields: dict[str, Any], message: str) -> None:

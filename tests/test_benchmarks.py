@@ -298,7 +298,7 @@ def test_our_job_may_take_keras_which_nobody_checks(task: Task) -> None:
 
 def test_our_job_does_not_count_where_it_converted_again(task: Task) -> None:
     again = EngineChoice(engine="openvino", uri="u", check=replace(CHECK, images_per_s=439.1))
-    with pytest.raises(MnistDistError, match=r"checked before, .*440.5.* Received: .*439.1"):
+    with pytest.raises(MnistDistError, match=r"checked beforehand, .*440.5.* Received: .*439.1"):
         check_ours(ran(task, engine=again), 7, READY)
 
 

@@ -118,7 +118,7 @@ def test_an_engine_for_cpus_is_refused_on_gpus(flags: dict[str, Any]) -> None:
 @pytest.mark.parametrize("engine", ["keras", "onnx"])
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_short_numbers_are_those_of_openvino(engine: Any, precision: Any) -> None:
-    expected = rf"go with engine openvino. Received: engine='{engine}', precision='{precision}'"
+    expected = rf"need engine openvino. Received: engine='{engine}', precision='{precision}'"
     with pytest.raises(ConfigError, match=expected):
         EngineConfig(engine=engine, precision=precision)
 

@@ -122,10 +122,10 @@ def test_an_unknown_recipe_is_told_with_the_names_and_the_nearest() -> None:
     ("flags", "words"),
     [
         ("--batch-size x", "--batch-size"),
-        ("--batch-size 0", "batch_size is at least 1 image. Received: batch_size=0"),
+        ("--batch-size 0", "batch_size must be at least 1 image. Received: batch_size=0"),
         ("--optimizer adagrad", "adagrad"),
         ("--no-such-flag 1", "--no-such-flag"),
-        ("--schedule cosine --plateau-patience 1", "plateau_patience goes with schedule constant only."),
+        ("--schedule cosine --plateau-patience 1", "plateau_patience needs schedule constant."),
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_says_what_is_allowed(
@@ -216,7 +216,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(
         os.kill(os.getpid(), number)
         assert stop.signal_number == number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capfd.readouterr().err == f"{number.name}: saving what is there; once more ends at once\n"
+    assert capfd.readouterr().err == f"{number.name}: saving progress; a second signal ends the process at once\n"
 
 
 def test_a_signal_in_the_middle_of_a_line_is_noted() -> None:
@@ -230,7 +230,7 @@ def test_a_signal_in_the_middle_of_a_line_is_noted() -> None:
     job.send_signal(signal.SIGTERM)
     _, rest = job.communicate()
     assert job.returncode == 0, rest[-500:]
-    assert b"SIGTERM: saving what is there" in rest
+    assert b"SIGTERM: saving progress" in rest
     assert rest.count(b"x") == 1_000_000 - 6
 
 
@@ -293,7 +293,7 @@ def test_another_error_ends_with_1_and_its_name(capsys: pytest.CaptureFixture[st
     code, result, err = end_of(raising(KeyError("rank")), capsys)
     assert code == "1"
     assert result == {"job": "test", "error": "KeyError: 'rank'", "error_type": "KeyError"}
-    assert err == "unexpected; --verbose shows where\nerror: KeyError: 'rank'\n"
+    assert err == "unexpected error; --verbose shows the traceback\nerror: KeyError: 'rank'\n"
 
 
 def test_verbose_shows_where_an_error_comes_from(
@@ -311,7 +311,7 @@ def test_a_keyboard_interrupt_before_the_job_listens_ends_with_130(capsys: pytes
 def test_a_signal_that_ray_takes_before_the_job_listens_ends_with_143(capsys: pytest.CaptureFixture[str]) -> None:
     code, result, err = end_of(raising(SystemExit(1)), capsys)  # as its handler does
     assert (code, result["error_type"]) == ("143", "Interrupted")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
 
 
 # A job in whose last moment others still say something, and which has something to close.

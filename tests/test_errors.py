@@ -48,9 +48,9 @@ def test_an_image_error_has_a_status_and_a_message() -> None:
 
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(2, 130), (15, 143)])
 def test_an_interruption_ends_with_128_above_its_signal(signal_number: int, exit_code: int) -> None:
-    error = Interrupted(signal_number, "saved; the same command goes on")
+    error = Interrupted(signal_number, "saved; run the same command to resume")
     assert error.exit_code == exit_code
-    assert str(error) == "saved; the same command goes on"
+    assert str(error) == "saved; run the same command to resume"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind is not Interrupted])

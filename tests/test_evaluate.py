@@ -161,15 +161,15 @@ def test_a_table_that_is_not_finished_is_refused(table: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"output": "t"}, "output lies outside of the table.*Received: output='t', predictions='t'"),
-        ({"output": "t/x"}, "output lies outside of the table"),
-        ({"compare": "./t"}, "compare is another table. Received: compare='./t'"),
-        ({"top": -1}, "top is a number of images, 0 or above. Received: top=-1"),
+        ({"output": "t"}, "output must lie outside the table.*Received: output='t', predictions='t'"),
+        ({"output": "t/x"}, "output must lie outside the table"),
+        ({"compare": "./t"}, "compare must name another table. Received: compare='./t'"),
+        ({"top": -1}, "top must be 0 or a number of images. Received: top=-1"),
         (
             {"predictions": ""},
-            "predictions is a folder or an s3:// prefix; or input names images. Received: predictions=''",
+            "predictions must be a folder or an s3:// prefix, or input must name images. Received: predictions=''",
         ),
-        ({"label_column": ""}, "label_column is a name. Received: label_column=''"),
+        ({"label_column": ""}, "label_column must be a column name. Received: label_column=''"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:

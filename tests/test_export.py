@@ -329,7 +329,7 @@ def test_a_signal_ends_it_with_nothing_left(bundle: Path, tmp_path: Path) -> Non
 
     killer = threading.Thread(target=stop)
     killer.start()
-    with pytest.raises(Interrupted, match=r"the same command goes on"):
+    with pytest.raises(Interrupted, match=r"run the same command to resume"):
         export(bundle, tmp_path / "export")
     killer.join()
     assert rest(tmp_path) == []
@@ -369,7 +369,7 @@ def test_the_command_says_what_it_did(bundle: Path, tmp_path: Path) -> None:
     assert (code, result["error_type"]) == (2, "ResumeConflict")
     code, result, err = run_command(*command, "--tolerance", "2")
     assert code == 2
-    assert "tolerance is in [0, 1). Received: tolerance=2.0" in err + result.get("error", "")
+    assert "tolerance must be in [0, 1). Received: tolerance=2.0" in err + result.get("error", "")
 
 
 def test_a_bundle_that_is_none_is_told_before_any_work(tmp_path: Path) -> None:
@@ -388,13 +388,13 @@ def test_the_export_lies_beside_the_bundle() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bundle": ""}, r"bundle is a folder or an s3:// prefix. Received: bundle=''"),
-        ({"output": ""}, r"output is a folder or an s3:// prefix. Received: output=''"),
-        ({"tolerance": -0.5}, r"tolerance is in \[0, 1\). Received: tolerance=-0.5"),
-        ({"tolerance": float("nan")}, r"tolerance is in \[0, 1\). Received: tolerance=nan"),
-        ({"batch_size": 0}, r"batch_size is at least 1. Received: batch_size=0"),
-        ({"output": "/runs/a/bundle/onnx"}, r"never written to: output lies outside of it"),
-        ({"bundle": "s3://bucket"}, r"output is given where the bundle is a whole bucket"),
+        ({"bundle": ""}, r"bundle must be a folder or an s3:// prefix. Received: bundle=''"),
+        ({"output": ""}, r"output must be a folder or an s3:// prefix. Received: output=''"),
+        ({"tolerance": -0.5}, r"tolerance must be in \[0, 1\). Received: tolerance=-0.5"),
+        ({"tolerance": float("nan")}, r"tolerance must be in \[0, 1\). Received: tolerance=nan"),
+        ({"batch_size": 0}, r"batch_size must be at least 1. Received: batch_size=0"),
+        ({"output": "/runs/a/bundle/onnx"}, r"never written to: output must lie outside it"),
+        ({"bundle": "s3://bucket"}, r"output is required if the bundle is a whole bucket"),
     ],
 )
 def test_impossible_exports_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -647,7 +647,7 @@ def test_ray_data_computes_the_missing_shards_as_one_process_does(cluster: None,
 @pytest.mark.slow
 def test_a_signal_ends_the_work_between_shards_and_what_is_done_stays(cluster: None, tmp_path: Path) -> None:
     plan = digits(tmp_path).plan
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="run the same command to resume"):
         compute(plan, signal_number=2)
     assert len(plan.cache.missing()) < 3
     assert not plan.cache.is_finished()

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_by_name(given: dict[str, Any], message: st
 
 
 def test_a_missing_argument_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"an argument is missing: output"):
+    with pytest.raises(ConfigError, match=r"missing argument: output"):
         keywords.job_of(ScoreJob, {"bundle": "b", "input": "i"})
 
 

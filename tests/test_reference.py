@@ -53,9 +53,9 @@ def test_no_finished_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cases": ()}, r"^cases are among cache, vgg16"),
-        ({"trials": 0}, r"^trials is at least 1\. Received: trials=0"),
-        ({"peer_trials": -1}, r"^peer_trials is 0 or above"),
+        ({"cases": ()}, r"^cases must be among cache, vgg16"),
+        ({"trials": 0}, r"^trials must be at least 1\. Received: trials=0"),
+        ({"peer_trials": -1}, r"^peer_trials must be 0 or above"),
     ],
 )
 def test_a_benchmark_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:

@@ -270,7 +270,7 @@ def test_a_signal_keeps_what_is_done_and_prints_the_command_that_goes_on(
     assert result["job"] == "score"
     assert "-m jobs.score --bundle" in result["error"]
     assert f"error: {result['error']}" in err
-    assert "saving what is there" in err
+    assert "saving progress" in err
     assert 3 <= done < 20
     result = assert_goes_on_to_the_end(bundle, images, tmp_path / "table", undisturbed)
     assert result["skipped"] == done * SHARD

@@ -219,7 +219,7 @@ def test_a_signal_ends_the_search_and_the_same_job_goes_on_unlike_another_one(tm
         os.kill(os.getpid(), signal.SIGINT)
 
     console = Recorder("trials:", threading.Thread(target=stop_after_the_first_trial, daemon=True).start)
-    with pytest.raises(Interrupted, match="the same command goes on") as caught:
+    with pytest.raises(Interrupted, match="run the same command to resume") as caught:
         search(job, recipe="test", console=console)
     assert caught.value.exit_code == 128 + signal.SIGINT
     before = finished_records(tmp_path)
@@ -312,10 +312,10 @@ def test_the_leaderboard_counts_the_whole_network_once_with_and_without_features
     ("flags", "message"),
     [
         (("--backbones", "cnnn"), "did you mean cnn"),
-        (("--weights", "mlp"), "weights are given as backbone=PATH"),
+        (("--weights", "mlp"), "weights must be given as backbone=PATH"),
         (("--weights", "cnn=imagenet"), "weights for cnn are none"),
-        (("--learning-rate", "0.01", "0.001"), "learning_rate is a lowest and a highest value"),
-        (("--trials", "0"), "trials is at least 1"),
+        (("--learning-rate", "0.01", "0.001"), "learning_rate must be a lowest and a highest value"),
+        (("--trials", "0"), "trials must be at least 1"),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:

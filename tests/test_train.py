@@ -222,7 +222,7 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
         code, result, err = job.ended()
     assert code == 128 + number
     assert "-m jobs.train quickstart" in result["error"]
-    assert "saving what is there" in err
+    assert "saving progress" in err
     code, result, err = run_command(*command(tmp_path))
     assert code == 0, err
     assert "going on with" in err

@@ -1,11 +1,11 @@
-"""The model alone: always the same ready batch, nothing to read, nothing to write. What all others are measured by."""
+"""The model alone, always on the same ready batch: it reads and writes nothing. The baseline of all other peers."""
 
 from benchmarks.peers.model import Model
 from benchmarks.peers.task import Task, call_again_and_again
 
 
 def main() -> None:
-    """Calls the model for as long as the task says."""
+    """Calls the model for the task's number of seconds."""
     task = Task.from_command_line()
     model = Model(task)
     pixels = model.noise(task.batch_size)

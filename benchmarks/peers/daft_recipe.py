@@ -1,6 +1,6 @@
-"""Daft as its docstrings have it: list, download, decode, resize, a class with the model, write_parquet.
+"""Daft as its docstrings show it: list, download, decode, resize, a class with the model, write_parquet.
 
-`daft.cls` loads the model once, and `daft.method.batch` takes batches (Daft 0.7); on Daft's own runner.
+`daft.cls` loads the model once, `daft.method.batch` takes batches (Daft 0.7), and Daft's own runner runs it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.peers.task import Stamps, Task
 
 
 def classifier(task: Task) -> Any:
-    """Pixels -> a struct of class and confidence, in batches."""
+    """Maps batches of pixels to structs of class and confidence."""
     spec = task.info()["spec"]
     height_px, width_px = spec["height_px"], spec["width_px"]
     answer = DataType.struct({"predicted_class": DataType.string(), "confidence": DataType.float32()})
@@ -28,7 +28,9 @@ def classifier(task: Task) -> Any:
 
         @daft.method.batch(return_dtype=answer, unnest=True, batch_size=task.batch_size)  # type: ignore[untyped-decorator]
         def classify(self, images: Any) -> Any:
-            pixels = images.to_arrow().storage.flatten().to_numpy()  # to_pylist and np.stack would copy it twice
+            pixels = (
+                images.to_arrow().storage.flatten().to_numpy()
+            )  # to_pylist and np.stack would copy the pixels twice.
             answers = self._model(pixels.reshape(len(images), height_px, width_px, 3))
             self._stamps.add(len(images))
             return [

@@ -1,4 +1,4 @@
-"""The threads of our job that read and decode, alone: one per core, no model, no table."""
+"""Our job's reading and decoding threads alone: one per core, without a model or a table."""
 
 from benchmarks.peers.task import Stamps, Task
 from mnist_dist import processor
@@ -12,32 +12,32 @@ from mnist_dist.scoring.reading import Encoded
 
 
 class Counter(AwaitedSink):
-    """A sink that notes every so many images, and drops them.
+    """A sink that drops images and writes a time stamp per batch.
 
     Args:
-        images: that come in all.
-        task: says after how many one is noted.
+        images: total number of images.
+        task: gives the batch size and the file of time stamps.
     """
 
     def __init__(self, images: int, task: Task) -> None:
         super().__init__()
-        self._left, self._since, self._each = images, 0, task.batch_size
+        self._left, self._in_batch, self._batch_size = images, 0, task.batch_size
         self._stamps = Stamps(task)
 
     def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
         """Counts an image.
 
         Raises:
-            ImageError: it is none.
+            ImageError: the image could not be decoded.
         """
         if isinstance(image, ImageError):
             raise image
         with self._lock:
-            self._left, self._since = self._left - 1, self._since + 1
-            if self._left and self._since < self._each:
+            self._left, self._in_batch = self._left - 1, self._in_batch + 1
+            if self._left and self._in_batch < self._batch_size:
                 return
-            self._stamps.add(self._since)
-            self._since = 0
+            self._stamps.add(self._in_batch)
+            self._in_batch = 0
             if not self._left:
                 self._done.set()
 

@@ -1,4 +1,4 @@
-"""An engine of our job alone: always the same ready batch, all cores. What our job is measured by."""
+"""An engine of our job alone, always on the same ready batch and on all cores. The baseline of our job."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from mnist_dist.models.bundle import load_bundle
 
 
 def main() -> None:
-    """Calls the engine for as long as the task says."""
+    """Calls the engine for the task's number of seconds."""
     task = Task.from_command_line()
     bundle = load_bundle(task.bundle)
     choice = EngineChoice(engine=task.engine, precision=task.precision, uri=task.engine_uri)  # type: ignore[arg-type] # from JSON

@@ -1,9 +1,9 @@
-"""KerasTuner's random search of a head on a frozen backbone, as its users would write it: `fit` on arrays, every trial
-through the whole network.
+"""KerasTuner's random search of a head on a frozen backbone, as its users would write it: `fit` on arrays, with the
+whole network in every trial.
 
 Run as `python -m benchmarks.peers.keras_tuner_search ARGUMENT`, the argument a JSON object: `arrays` (an
 .npz of pixels, labels, val_pixels, val_labels), `scratch`, `alpha`, `size_px`, `trials`, `epochs`, `seed` and the
-values of the space. Prints `{"seconds": ..., "best": ...}` as its last line: the search alone, without start-up.
+values of the space. Prints `{"seconds": ..., "best": ...}` as its last line, without start-up time.
 """
 
 import json
@@ -47,7 +47,7 @@ class Head(keras_tuner.HyperModel):
 
 
 def main() -> None:
-    """Searches, and says how long it took."""
+    """Searches and prints how long it took."""
     with np.load(SPACE["arrays"]) as arrays:
         x, y, val_x, val_y = (arrays[name] for name in ("pixels", "labels", "val_pixels", "val_labels"))
     tuner = keras_tuner.RandomSearch(

@@ -15,7 +15,7 @@ from benchmarks.peers.task import Task
 
 @dataclass(frozen=True)
 class Answers:
-    """What the model says of a batch."""
+    """The predictions for a batch."""
 
     predicted_class: list[str]
     confidence: Any
@@ -28,7 +28,7 @@ def load_model(task: Task) -> Any:
 
 
 def answers_of(probabilities: Any, class_names: Sequence[str]) -> Answers:
-    """Classes and confidences of `float32 [B, K]`."""
+    """Classes and confidences from probabilities `float32 [B, K]`."""
     indices = np.argmax(probabilities, axis=1)
     return Answers([class_names[index] for index in indices], probabilities.max(axis=1))
 
@@ -40,7 +40,7 @@ class Model:
         model = load_model(task)
         self._class_names = task.info()["class_names"]
         self._shape = model.input_shape[1:]
-        # of any batch size, since peers give smaller ones in between; as fast as one of a fixed shape
+        # The batch size is variable because some peers send smaller batches; a fixed one would not be faster.
         signature = [tf.TensorSpec([None, *self._shape], tf.uint8)]
         self._step = tf.function(
             lambda pixels: model(pixels, training=False), input_signature=signature, jit_compile=False
@@ -52,9 +52,9 @@ class Model:
         return tf.convert_to_tensor(pixels)
 
     def probabilities(self, pixels: Any) -> Any:
-        """`float32 [B, K]`, once they are there, of a tensor or an array `uint8 [B, H, W, C]`."""
+        """Probabilities `float32 [B, K]` for a tensor or an array `uint8 [B, H, W, C]`; waits for them."""
         return self._step(tf.convert_to_tensor(pixels)).numpy()
 
     def __call__(self, pixels: Any) -> Answers:
-        """Classes and confidences of a tensor or an array `uint8 [B, H, W, C]`."""
+        """Classes and confidences for a tensor or an array `uint8 [B, H, W, C]`."""
         return answers_of(self.probabilities(pixels), self._class_names)

@@ -1,6 +1,6 @@
-"""tf.data in front of `Model.predict`, as in keras.io/api/models/model_training_apis: the way most people take first.
+"""tf.data in front of `Model.predict`, as in keras.io/api/models/model_training_apis: what most people try first.
 
-Without XLA, which `predict` would choose by itself and which is many times slower on CPUs.
+It disables XLA, which `predict` would choose by itself and which is many times slower on CPUs.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks.peers.tf_data import images_of, paths_of
 
 
 class NoteBatches(keras.callbacks.Callback):
-    """Notes when each batch is done."""
+    """Writes a time stamp at the end of each batch."""
 
     def __init__(self, stamps: Stamps) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class NoteBatches(keras.callbacks.Callback):
 
 
 def main() -> None:
-    """Classifies all images, and writes the table at the end."""
+    """Classifies all images and writes the table at the end."""
     task = Task.from_command_line()
     model = load_model(task)
     model.compile(jit_compile=False)

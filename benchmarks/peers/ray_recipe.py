@@ -1,7 +1,7 @@
-"""Ray Data as its guide to images has it: read_images, an actor class with the model, write_parquet.
+"""Ray Data as its guide to images shows it: read_images, an actor class with the model, write_parquet.
 
-As in docs.ray.io/en/latest/data/working-with-images.html and the docstring of `Dataset.map_batches`. Quicker to start
-than they are: only the actor loads TensorFlow, and there is no dashboard.
+It follows docs.ray.io/en/latest/data/working-with-images.html and the docstring of `Dataset.map_batches`, but starts
+faster: only the actor loads TensorFlow, and there is no dashboard.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ class Classifier:
 
 
 def main() -> None:
-    """Classifies all images on a Ray of its own."""
+    """Classifies all images on its own Ray."""
     task = Task.from_command_line()
     info = task.info()
     ray.init(address="local", include_dashboard=False)

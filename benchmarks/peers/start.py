@@ -1,4 +1,4 @@
-"""What no job on Ray can do without: Ray is started, the model loaded, one batch classified."""
+"""The minimum of any job on Ray: start Ray, load the model and classify one batch."""
 
 import ray
 
@@ -7,7 +7,7 @@ from benchmarks.peers.task import Task
 
 
 def main() -> None:
-    """Starts, and ends."""
+    """Starts Ray, classifies one batch and ends."""
     task = Task.from_command_line()
     ray.init(address="local", include_dashboard=False)
     model = Model(task)

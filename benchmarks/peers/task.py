@@ -1,7 +1,7 @@
-"""What a peer is told on its command line, and what it leaves: a table, and a time stamp for each batch.
+"""A peer's command-line argument and its output: a table, and a time stamp per batch.
 
-Contract: the table is Parquet with the columns `uri`, `predicted_class` and `confidence`, a row for each image. Imports
-the standard library alone.
+Contract: the table is Parquet with the columns `uri`, `predicted_class` and `confidence`, one row per image. The
+module imports only the standard library.
 """
 
 import json
@@ -18,31 +18,31 @@ WARM_UP_CALLS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be done."""
+    """The work of a peer."""
 
     bundle: str
-    """Folder of the model; of our job, or an `s3://` prefix."""
+    """Folder of the model; for our job also an `s3://` prefix."""
     images: str
-    """Folder of JPEGs; of our job, or a tar or an `s3://` prefix."""
+    """Folder of JPEGs; for our job also a tar or an `s3://` prefix."""
     scratch: str
-    """Empty folder, for all that is written."""
+    """Empty folder for everything that the peer writes."""
     batch_size: int
     seconds: float = 10.0
-    """How long the bare model, or an engine, is called."""
+    """How long to call the bare model or an engine, s."""
     table: str | None = None
-    """Where the table goes. None: into the scratch folder."""
+    """Folder of the table. None: in the scratch folder."""
     engine: str = "keras"
-    """What runs the model in the peer `engine`, with the two below: see `engines.choice.EngineChoice`."""
+    """This field and the next two choose the engine of the peer `engine`; see `engines.choice.EngineChoice`."""
     precision: str = "float32"
     engine_uri: str | None = None
 
     @classmethod
     def from_command_line(cls) -> "Task":
-        """The task of this process, see `to_argument`."""
+        """The task of this process; see `to_argument`."""
         return cls(**json.loads(sys.argv[1]))
 
     def to_argument(self) -> str:
-        """The task as the one argument of a peer."""
+        """The task as a peer's only argument."""
         return json.dumps(asdict(self))
 
     @property
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def output(self) -> str:
-        """Folder of the table; the peer makes it."""
+        """Folder of the table; the peer creates it."""
         return self.table or str(Path(self.scratch) / "table")
 
     @property
@@ -59,24 +59,24 @@ class Task:
         return Path(self.scratch) / "stamps"
 
     def info(self) -> dict[str, Any]:
-        """What `bundle.json` says."""
+        """The content of `bundle.json`."""
         return dict(json.loads((Path(self.bundle) / "bundle.json").read_text()))
 
 
 class Stamps:
-    """Notes when a batch is done, and of how many images it was."""
+    """Records the time and the number of images of each finished batch."""
 
     def __init__(self, task: Task) -> None:
         self._path = task.stamps_file
 
     def add(self, images: int) -> None:
-        """Notes a batch that is done now."""
+        """Records a batch that has just finished."""
         with self._path.open("a") as file:
             file.write(f"{time.monotonic()} {images}\n")
 
 
 def call_again_and_again(call: Callable[[], object], task: Task, *, at_once: int = 1) -> None:
-    """Calls something that takes one batch, for as long as the task says, from so many threads; notes each call."""
+    """Repeats a call that processes one batch for `task.seconds`, from `at_once` threads, and records each call."""
     for _ in range(WARM_UP_CALLS):
         call()
     stamps = Stamps(task)
@@ -94,6 +94,6 @@ def call_again_and_again(call: Callable[[], object], task: Task, *, at_once: int
 
 
 def read_stamps(task: Task) -> list[tuple[float, int]]:
-    """Seconds and images of each batch, in the order in which they were done."""
+    """Seconds and images of each batch, in the order of completion."""
     lines = (line.split() for line in task.stamps_file.read_text().splitlines())
     return sorted((float(seconds), int(images)) for seconds, images in lines)

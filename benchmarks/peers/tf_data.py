@@ -1,6 +1,6 @@
-"""tf.data: files are read and decoded in TensorFlow's own threads, in front of the model in the same process.
+"""tf.data: TensorFlow's own threads read and decode the files for the model in the same process.
 
-As in tensorflow.org/guide/data_performance: parallel `map` and `prefetch`, both with AUTOTUNE.
+It follows tensorflow.org/guide/data_performance: parallel `map` and `prefetch`, both with AUTOTUNE.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from benchmarks.peers.task import Stamps, Task
 
 
 def paths_of(task: Task) -> list[str]:
-    """Of all images, in their order."""
+    """Sorted paths of all images."""
     return sorted(str(path) for path in Path(task.images).iterdir())
 
 
@@ -24,7 +24,7 @@ def images_of(task: Task, *, in_order: bool = False) -> Any:
 
     Args:
         task: names the folder and the batch size.
-        in_order: of the paths; else as they come.
+        in_order: keep the order of the paths; else batches come as they are ready.
     """
     info = task.info()
     size = (info["spec"]["height_px"], info["spec"]["width_px"])
@@ -39,7 +39,7 @@ def images_of(task: Task, *, in_order: bool = False) -> Any:
 
 
 def main() -> None:
-    """Classifies all images, and writes the table at the end."""
+    """Classifies all images and writes the table at the end."""
     task = Task.from_command_line()
     model, stamps = Model(task), Stamps(task)
     batches = []

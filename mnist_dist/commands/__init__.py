@@ -1,8 +1,8 @@
-"""What `mnist-dist <job>` and `python -m jobs.<job>` run: a module per job, which parses, works and says what it made.
+"""The commands behind `mnist-dist <job>` and `python -m jobs.<job>`: one module per job.
 
 Owns: the table of jobs and the command `mnist-dist`. Does not own: the work itself, or how a process ends
 (`console.run`). Each module has `main(arguments, program=...)`, which returns the keys of the job's JSON line;
-`program` is how the person called it, for help texts.
+`program` is the command as the user called it, for help texts.
 """
 
 import difflib
@@ -15,15 +15,15 @@ from mnist_dist import console
 from mnist_dist.errors import ConfigError
 
 JOBS = {
-    "quickstart": "train a small classifier on embedded digits and score images with it, in about a minute",
+    "quickstart": "train a small classifier on the included digits and score images with it, in about a minute",
     "train": "fine-tune a classifier on Ray Train and write it as a bundle",
     "search": "search backbones and hyperparameters on Ray Tune; the winner becomes a bundle",
     "score": "score images into a Parquet table with exactly one row per image",
     "evaluate": "compute the metrics of a prediction table, or compare two tables",
     "export": "convert a bundle's model to another runtime and compare the two",
-    "doctor": "check every node for what would break a job",
+    "doctor": "check every node for problems that would break a job",
 }
-"""Job -> what it does."""
+"""Job name -> description."""
 _HELP = """\
 usage: mnist-dist JOB [RECIPE] [--flags]
 
@@ -33,7 +33,7 @@ mnist-dist JOB --help lists the flags of a job; mnist-dist --version prints the 
 
 
 def main() -> NoReturn:
-    """The command `mnist-dist`."""
+    """Runs the command `mnist-dist`."""
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     if first in ("-h", "--help"):
         print(_HELP.format(jobs="\n".join(f"  {name:<12}{what}" for name, what in JOBS.items())))

@@ -1,4 +1,4 @@
-"""mnist-dist evaluate --predictions URI | --bundle DIR --input URI: says what a table, or a bundle, is worth."""
+"""mnist-dist evaluate --predictions URI | --bundle DIR --input URI: computes metrics of a table or a bundle."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from mnist_dist.evaluate_config import EvaluateJob
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, evaluates, shows the short of it; returns the job's JSON keys."""
+    """Parses the command line, evaluates and shows a summary; returns the job's JSON keys."""
     _, job = console.parse({"evaluate": EvaluateJob}, argv=arguments, command=program, default="evaluate")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
@@ -17,8 +17,8 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 
 
 def run(job: EvaluateJob, shown: console.Console) -> dict[str, Any]:
-    """Scores first where images were named, evaluates, writes the page; returns the job's JSON keys."""
-    from mnist_dist.evaluation.evaluate import evaluate  # after parsing: `--help` need not wait for scikit-learn
+    """Scores the images first if some are given, evaluates and writes the report; returns the job's JSON keys."""
+    from mnist_dist.evaluation.evaluate import evaluate  # After parsing, so that `--help` does not load scikit-learn.
     from mnist_dist.evaluation.pages import write_evaluation_page
 
     if job.input:
@@ -29,9 +29,9 @@ def run(job: EvaluateJob, shown: console.Console) -> dict[str, Any]:
 
 
 def _score(job: EvaluateJob, shown: console.Console) -> None:
-    """Scores the images, or goes on with it."""
+    """Scores the images, or resumes scoring them."""
     from mnist_dist.evaluation.evaluate import check_named
-    from mnist_dist.on_ray.scoring.score import score  # only here: evaluating a table needs no Ray
+    from mnist_dist.on_ray.scoring.score import score  # Imported here because evaluating a table does not need Ray.
 
     check_named(job)
     has_labels = job.labels is None and all(uri.lower().endswith((".csv", ".parquet")) for uri in job.input)

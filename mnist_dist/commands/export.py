@@ -1,4 +1,4 @@
-"""mnist-dist export --bundle DIR --format F: a bundle's model for another runtime, run there and compared."""
+"""mnist-dist export --bundle DIR --format F: converts a bundle's model for another runtime and compares the two."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from mnist_dist.export_config import ExportJob
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, exports, says where the file is; returns the job's JSON keys."""
+    """Parses the command line and exports; returns the job's JSON keys."""
     _, job = console.parse({"export": ExportJob}, argv=arguments, command=program, default="export")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)

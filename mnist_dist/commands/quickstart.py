@@ -1,4 +1,4 @@
-"""python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, and scores."""
+"""python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, then scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,36 +16,36 @@ SCORED_IMAGES = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """Trains the small CNN on scikit-learn's embedded digits with two Ray Train workers, then scores an archive of
-    images with it; in about a minute."""
+    """Trains a small CNN on scikit-learn's digits with two Ray Train workers, then scores an archive of images with it;
+    takes about a minute."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix under which the run is kept."""
+    """Folder or `s3://` prefix for the run."""
     verbose: bool = False
-    """Show what Ray and TensorFlow print."""
+    """Show the output of Ray and TensorFlow."""
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, trains, scores, says what was made and what to try next; returns the job's JSON keys."""
-    _, asked = console.parse({"quickstart": Quickstart}, argv=arguments, command=program, default="quickstart")
-    shown = console.Console(verbose=asked.verbose)
-    console.quiet(verbose=asked.verbose)
-    from mnist_dist.on_ray.cluster import connected  # after `quiet`: Ray reads the environment when it is imported
+    """Parses the command line, trains, scores and suggests next steps; returns the job's JSON keys."""
+    _, options = console.parse({"quickstart": Quickstart}, argv=arguments, command=program, default="quickstart")
+    shown = console.Console(verbose=options.verbose)
+    console.quiet(verbose=options.verbose)
+    from mnist_dist.on_ray.cluster import connected  # After `quiet`: Ray reads the environment on import.
     from mnist_dist.on_ray.scoring.score import score
     from mnist_dist.on_ray.training.train import train
 
     job = quickstart()
-    job = replace(job, run=replace(job.run, storage=asked.storage, name="quickstart", verbose=asked.verbose))
-    with connected(verbose=asked.verbose):
+    job = replace(job, run=replace(job.run, storage=options.storage, name="quickstart", verbose=options.verbose))
+    with connected(verbose=options.verbose):
         trained = train(job, recipe="quickstart", console=shown)
         images = join(trained["run_dir"], "digits.tar")
-        if not ANYWHERE.exists(images):  # written again, it would be another archive to a job that goes on
+        if not ANYWHERE.exists(images):  # A new archive would count as changed input when scoring resumes.
             write_digits(images, count=SCORED_IMAGES)
         scoring = ScoreJob(
             bundle=trained["bundle"],
             inputs=InputConfig(input=(images,)),
             output=join(trained["run_dir"], "predictions"),
-            run=ScoreRunConfig(verbose=asked.verbose),
+            run=ScoreRunConfig(verbose=options.verbose),
         )
         scored = score(scoring, console=shown)
     shown.line(_what_was_made(trained, scored, command=program.removesuffix("quickstart")))
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 def _what_was_made(trained: dict[str, Any], scored: dict[str, Any], *, command: str) -> str:
     bundle, table = trained["bundle"], scored["output"]
     return f"""
-Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} right on {trained["test_images"]} digits it \
-never saw, and a table with its prediction for each of {scored["images"]} images.
-  {trained["report"]}       what it is worth, in a browser
-  {bundle}/model.keras       loads with plain keras.saving.load_model
+Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} correct on {trained["test_images"]} unseen \
+digits, and a table with its prediction for each of {scored["images"]} images.
+  {trained["report"]}       report with its metrics, for a browser
+  {bundle}/model.keras       load it with plain keras.saving.load_model
   {bundle}/bundle.json       classes, metrics, versions, configuration
   {table}/table/*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
@@ -67,5 +67,5 @@ Try next:
   {command}score --bundle {bundle} --input YOUR_IMAGES --output predictions
   {command}train mnist-cnn --data-dir FOLDER      MNIST from its idx files
   {command}train folder-mobilenet-v2 --data FOLDER      your own images, one subfolder per class
-  {command}search search-digits      a search over networks and their settings
+  {command}search search-digits      search networks and their settings
   {command}score --help"""

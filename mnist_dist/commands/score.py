@@ -1,6 +1,6 @@
 """mnist-dist score --bundle DIR --input URI [URI ...] --output URI: scores images into a Parquet table.
 
-mnist-dist score --list [--storage URI]: the prediction tables below a folder or prefix.
+mnist-dist score --list [--storage URI]: lists the prediction tables below a folder or prefix.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from mnist_dist.config import ScoreJob
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, scores, says where the table is and how to read it; returns the job's JSON keys."""
-    asked = inventory.asked(program, arguments)
-    if asked is not None:
-        return show_tables(asked)
+    """Parses the command line, scores and shows how to read the table; returns the job's JSON keys."""
+    listing = inventory.asked(program, arguments)
+    if listing is not None:
+        return show_tables(listing)
     _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=inventory.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         from mnist_dist.on_ray.scoring.plan import plan_score
 
         return plan_score(job, console=shown)
-    from mnist_dist.on_ray.scoring.score import score  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.scoring.score import score  # After `quiet`: Ray reads the environment on import.
 
     result = score(job, console=shown)
     if not job.run.dry_run:
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_tables(asked: inventory.ListJob) -> dict[str, Any]:
+def show_tables(listing: inventory.ListJob) -> dict[str, Any]:
     """Shows the prediction tables below a folder or prefix; returns the job's JSON keys."""
-    from mnist_dist.scoring.output_row import DEPTH, table_row  # only here: it loads pyarrow
+    from mnist_dist.scoring.output_row import DEPTH, table_row  # Imported here because it loads pyarrow.
 
-    rows = inventory.rows_below(asked.storage, table_row, depth=DEPTH)
-    return inventory.show(rows, job=asked, what="prediction tables", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(listing.storage, table_row, depth=DEPTH)
+    return inventory.show(rows, job=listing, what="prediction tables", console=console.Console(verbose=listing.verbose))

@@ -1,6 +1,6 @@
-"""mnist-dist search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; hands over the winner as a bundle.
+"""mnist-dist search [RECIPE] [--flags]: searches hyperparameters on Ray Tune; writes the winner as a bundle.
 
-mnist-dist search --list [--storage URI]: the searches below a storage.
+mnist-dist search --list [--storage URI]: lists the searches in a storage.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from mnist_dist.recipes import SEARCH_RECIPES
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, searches, says what won; returns the job's JSON keys."""
-    asked = inventory.asked(program, arguments)
-    if asked is not None:
-        return show_searches(asked)
+    """Parses the command line, searches and shows the winner; returns the job's JSON keys."""
+    listing = inventory.asked(program, arguments)
+    if listing is not None:
+        return show_searches(listing)
     recipe, job = console.parse(
         SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=inventory.HELP
     )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.search.search import search  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.search.search import search  # After `quiet`: Ray reads the environment on import.
 
     result = search(job, recipe=recipe, console=shown)
     best = result["best"]
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_searches(asked: inventory.ListJob) -> dict[str, Any]:
+def show_searches(listing: inventory.ListJob) -> dict[str, Any]:
     """Shows the searches below a storage; returns the job's JSON keys."""
-    from mnist_dist.tuning.search_row import search_row  # only here: who searches need not wait for it
+    from mnist_dist.tuning.search_row import search_row  # Imported here because searching does not need it.
 
-    rows = inventory.rows_below(asked.storage, search_row)
-    return inventory.show(rows, job=asked, what="searches", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(listing.storage, search_row)
+    return inventory.show(rows, job=listing, what="searches", console=console.Console(verbose=listing.verbose))

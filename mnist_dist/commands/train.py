@@ -1,6 +1,6 @@
 """mnist-dist train [RECIPE] [--flags]: fine-tunes a classifier on Ray Train and writes it as a bundle.
 
-mnist-dist train --list [--storage URI]: the training runs below a storage.
+mnist-dist train --list [--storage URI]: lists the training runs in a storage.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from mnist_dist.recipes import TRAINING_RECIPES
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
-    """Parses, trains, says what came of it; returns the job's JSON keys."""
-    asked = inventory.asked(program, arguments)
-    if asked is not None:
-        return show_runs(asked)
+    """Parses the command line, trains and shows the result; returns the job's JSON keys."""
+    listing = inventory.asked(program, arguments)
+    if listing is not None:
+        return show_runs(listing)
     recipe, job = console.parse(
         TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=inventory.HELP
     )
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         from mnist_dist.on_ray.training.plan import plan_train
 
         return plan_train(job, recipe=recipe, console=shown)
-    from mnist_dist.on_ray.training.train import train  # after `quiet`: Ray reads the environment when it is imported
+    from mnist_dist.on_ray.training.train import train  # After `quiet`: Ray reads the environment on import.
 
     result = train(job, recipe=recipe, console=shown)
     shown.line(
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     return result
 
 
-def show_runs(asked: inventory.ListJob) -> dict[str, Any]:
+def show_runs(listing: inventory.ListJob) -> dict[str, Any]:
     """Shows the training runs below a storage; returns the job's JSON keys."""
-    from mnist_dist.training.runs import run_row  # only here: what trains imports it when it begins
+    from mnist_dist.training.runs import run_row  # Imported here because training imports it only when it starts.
 
-    rows = inventory.rows_below(asked.storage, run_row)
-    return inventory.show(rows, job=asked, what="training runs", console=console.Console(verbose=asked.verbose))
+    rows = inventory.rows_below(listing.storage, run_row)
+    return inventory.show(rows, job=listing, what="training runs", console=console.Console(verbose=listing.verbose))
