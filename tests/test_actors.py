@@ -48,7 +48,7 @@ def test_actors_take_max_of_the_cluster(
         ([(4, 0)], {"gpus_per_actor": 1.0}, r"1 actor\(s\) of 1 GPU each do not fit.*0 GPUs"),
         ([(4, 2)], {"actors": 3}, r"3 actor\(s\) of 1 GPU each do not fit.*2 GPUs"),
         ([(4, 0)], {"actors": 5}, r"5 actors of 1 CPU each do not fit.*4 CPUs.*fewer --actors.*Received: actors=5"),
-        ([(1, 0)], {"decode": "tasks"}, r"tasks that decode take a whole CPU each.*Received: decode='tasks'"),
+        ([(1, 0)], {"decode": "tasks"}, r"each decoding task needs a whole CPU.*Received: decode='tasks'"),
     ],
 )
 def test_what_does_not_fit_is_refused(nodes: list[tuple[float, float]], run: dict[str, object], message: str) -> None:

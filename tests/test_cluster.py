@@ -61,12 +61,12 @@ def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], 
         (
             LAPTOP,
             {"gpu": True},
-            r"^One GPU a worker: the cluster has 1 node\(s\), 8 CPUs, 0 GPUs\. Received: workers=1$",
+            r"^each worker needs a GPU, but the cluster has 1 node\(s\), 8 CPUs, 0 GPUs\. Received: workers=1$",
         ),
         (THREES, {"workers": 4, "cpus_per_worker": 2}, r"^4 workers of 2 CPU each .* 9 CPUs.*room for 3;.*workers=4$"),
         (THREES, {"cpus_per_worker": 3.5}, r"^1 workers of 3\.5 CPU each .*room for 0; .*Received: workers=1$"),
         (MIXED, {"cpus_per_worker": 5}, r"^2 workers of 5 CPU and a GPU each .*room for 1; .*Received: workers=2$"),
-        (GPUS, {"workers": 5}, r"^One GPU a worker: .* 2 node\(s\), 30 CPUs, 4 GPUs\. Received: workers=5$"),
+        (GPUS, {"workers": 5}, r"^each worker needs a GPU, but .* 2 node\(s\), 30 CPUs, 4 GPUs\. Received: workers=5$"),
     ],
 )
 def test_more_than_there_is_is_refused(have: Resources, asked: dict[str, object], message: str) -> None:

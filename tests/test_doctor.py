@@ -94,11 +94,11 @@ def keras_problem(problem: str) -> dict[str, Any]:
         ("keras", keras_problem("exit 1: ModuleNotFoundError: No module named 'jax'"), "failed", "jax", "install jax"),
         ("memory", {"free_memory_bytes": 300 * MIB}, "failed", "300.0 MiB free", "2.0 GiB"),
         ("memory", {"free_memory_bytes": 1500 * MIB}, "warning", "1.5 GiB free", "2.0 GiB"),
-        ("disk", {"disks": {"/a": (90 * GIB, 50 * GIB), "/b": (90 * GIB, GIB)}}, "failed", "/a 50.0", "below /b,"),
+        ("disk", {"disks": {"/a": (90 * GIB, 50 * GIB), "/b": (90 * GIB, GIB)}}, "failed", "/a 50.0", "in /b,"),
         ("disk", {"disks": {"/a": (4000 * GIB, 160 * GIB)}}, "failed", "/a", "RAY_TMPDIR"),  # Ray looks at the share
-        ("disk", {"disks": {"/a": (90 * GIB, 8 * GIB)}}, "warning", "/a", "below /a"),
-        ("storage", {"storage_problem": "Permission denied"}, "failed", "Permission", "write /shared/runs"),
-        ("storage", {"unseen": {"storage": "nothing there"}}, "failed", "not seen", "mount one shared folder"),
+        ("disk", {"disks": {"/a": (90 * GIB, 8 * GIB)}}, "warning", "/a", "in /a"),
+        ("storage", {"storage_problem": "Permission denied"}, "failed", "Permission", "write to /shared/runs"),
+        ("storage", {"unseen": {"storage": "nothing there"}}, "failed", "does not see", "mount one shared folder"),
         ("clock", {"s3": replace(S3, skew_s=-1200.0)}, "failed", "1200 s behind", "set the clock"),
         ("clock", {"s3": replace(S3, skew_s=200.0)}, "warning", "200 s ahead of", "set the clock"),
         ("s3 region", {"s3": replace(S3, region="us-east-1")}, "warning", "us-east-1", "REGION=eu-west-1"),
@@ -142,7 +142,7 @@ def test_jax_is_for_scoring_and_is_what_driver_and_node_agree_on() -> None:
 
 @pytest.mark.parametrize(
     ("problem", "remedy"),
-    [("no answer within 30 s", "look at the logs"), ("ModuleNotFoundError: No module named 'x'", "--working-dir .")],
+    [("no answer within 30 s", "look at Ray's logs"), ("ModuleNotFoundError: No module named 'x'", "--working-dir .")],
 )
 def test_a_node_without_facts_is_a_failed_check(problem: str, remedy: str) -> None:
     (check,) = checks_of(problem).values()
@@ -210,7 +210,7 @@ def test_a_rayignore_that_leaves_out_the_package_itself(tmp_path: Path) -> None:
     (tmp_path / ".rayignore").write_text("mnist*\n")
     check = doctor.working_dir(tmp_path)
     assert (check.status, "without mnist_dist" in check.found) == ("failed", True)
-    assert "let .rayignore and .gitignore keep mnist_dist" in check.remedy
+    assert "make .rayignore and .gitignore keep mnist_dist" in check.remedy
 
 
 # --- real facts ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Which Ray a job runs on, and what it has.
+"""The Ray cluster that a job runs on, and its resources.
 
-A job runs on the cluster of its submission or of `RAY_ADDRESS`, else on a private local one that ends with it; never
-on a stranger's cluster that happens to run here.
+Does not own the number and size of actors (`actors`). A job runs on the cluster of its submission or of
+`RAY_ADDRESS`, else on a private local one that ends with the job, and never on another cluster found on this machine.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.uris import is_absolute, is_remote
 
-SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of `ray job submit`
-CONTROLLER_POLL_S = "0.5"  # of Ray Train's controller, which else looks every 2 s and delays each report by that
+SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of `ray job submit`.
+CONTROLLER_POLL_S = "0.5"  # Poll interval of Ray Train's controller; the default of 2 s would delay each report.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What all alive nodes have together."""
+    """The resources of all alive nodes."""
 
     by_node: tuple[tuple[float, float], ...]
     """CPUs and GPUs of each node."""
@@ -49,7 +49,7 @@ class Resources:
         return sum(gpus for _, gpus in self.by_node)
 
     def room(self, cpus: float, *, gpus: float = 0.0) -> int:
-        """How many workers of so many CPUs and GPUs find a place; a worker fits on one node."""
+        """How many workers with these CPUs and GPUs each fit; a worker does not span nodes."""
         each = ((int(c / cpus + 1e-9), int(g / gpus + 1e-9) if gpus else 2**30) for c, g in self.by_node)
         return sum(min(places) for places in each)
 
@@ -68,12 +68,12 @@ class Share:
 
 @contextmanager
 def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None = None) -> Iterator[Resources]:
-    """A connection to Ray for the time of a job; one that is already there is used and left alone.
+    """Connects to Ray for the duration of a job. An existing connection is used, and is not closed.
 
     Args:
-        verbose: show what Ray prints.
-        stop: takes the signals again that Ray took.
-        meanwhile: a module that is loaded while Ray starts.
+        verbose: show Ray's own output.
+        stop: takes back the signal handlers that Ray replaced.
+        meanwhile: a module to import while Ray starts.
     """
     if ray.is_initialized():
         if stop is not None:
@@ -93,45 +93,44 @@ def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None 
     try:
         if stop is not None:
             stop.take_signals()
-        loading.join()  # it sets its loggers; what it raises, whoever imports it raises again
+        loading.join()  # The import sets up loggers. If it failed, the next import of the module raises the error.
         if is_private:
             _end_autoscaler()
         if not verbose:
-            logging.getLogger("ray.data").setLevel(logging.ERROR)  # its lines about each dataset are none of a person's
+            logging.getLogger("ray.data").setLevel(logging.ERROR)  # It logs several lines per dataset.
         yield resources()
     finally:
         ray.shutdown()
 
 
 def _end_autoscaler() -> None:
-    """Ends the process of a private Ray that would add nodes: it has none to add, and does not listen when Ray ends,
-    which waits a second for it then."""
-    place = os.path.dirname(ray.__file__) + os.sep
+    """Kills the autoscaler of a private Ray: it cannot add nodes, and Ray would wait a second for it when it ends."""
+    ray_folder = os.path.dirname(ray.__file__) + os.sep
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children():
-            if any(part.startswith(place) and part.endswith("/monitor.py") for part in child.cmdline()):
+            if any(part.startswith(ray_folder) and part.endswith("/monitor.py") for part in child.cmdline()):
                 child.kill()
 
 
 def await_nodes(have: Resources, session: Session, *, count: int, cpus: float, gpus: float, wait_s: float) -> Resources:
-    """What the cluster has once there is room for some workers, or the time is over; its autoscaler is asked for it.
+    """Asks the autoscaler for room for the workers and waits for it, at most `wait_s`; the resources after that.
 
-    Asked by a placement group, which ends with its driver, whatever becomes of that; `request_resources` would not.
+    The request is a placement group, which Ray removes when the driver dies; `request_resources` would stay.
 
     Args:
-        have: what it has now.
+        have: the cluster's resources now.
         session: of the job.
-        count: of the workers.
-        cpus: of each.
-        gpus: of each.
-        wait_s: for at most so long, s; 0: not at all.
+        count: number of workers.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
+        wait_s: longest wait, s; 0: do not wait.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: SIGINT or SIGTERM.
     """
     deadline = time.monotonic() + wait_s
     if wait_s == 0 or have.room(cpus, gpus=gpus) >= count or "RAY_ADDRESS" not in os.environ:
-        return have  # a private Ray does not grow
+        return have  # A private Ray does not grow.
     session.console.line(
         f"waiting up to {wait_s:g} s for room for {count} x {cpus:g} CPU, {gpus:g} GPU; the cluster has {have}"
     )
@@ -139,12 +138,12 @@ def await_nodes(have: Resources, session: Session, *, count: int, cpus: float, g
     try:
         session.watch(lambda timeout_s: group.wait(timeout_s) or time.monotonic() >= deadline)
     finally:
-        remove_placement_group(group)  # from here on, what runs keeps its nodes
+        remove_placement_group(group)  # From here on, the running job keeps the new nodes alive.
     return resources()
 
 
 def await_workers(have: Resources, run: RunConfig, session: Session) -> Resources:
-    """What the cluster has once there is room for the workers that were asked for; see `await_nodes`."""
+    """Waits for room for the requested workers; see `await_nodes`."""
     return await_nodes(
         have,
         session,
@@ -156,12 +155,12 @@ def await_workers(have: Resources, run: RunConfig, session: Session) -> Resource
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Places an actor or a task on this process's node, so that it is not lost with another one."""
+    """Keeps an actor or a task on this process's node, so that it is not lost with another node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def resources() -> Resources:
-    """What the connected cluster has."""
+    """The resources of the connected cluster."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(by_node=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive))
 
@@ -169,17 +168,17 @@ def resources() -> Resources:
 def share(
     have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None, what: str = "worker"
 ) -> Share:
-    """What each worker gets of a cluster.
+    """Divides a cluster among workers.
 
     Args:
-        have: what the cluster has.
-        workers: how many; None: one per GPU, or one.
+        have: the cluster's resources.
+        workers: number of workers; None: one per GPU, or one.
         cpus_per_worker: CPUs of each; None: an equal share.
-        gpu: a GPU for each; None: where there are GPUs.
-        what: a worker is called in messages and flags.
+        gpu: whether each gets a GPU; None: if the cluster has GPUs.
+        what: the word for a worker in messages and flags.
 
     Raises:
-        ResourceError: the cluster has less than that.
+        ResourceError: the workers do not fit.
     """
     use_gpu = have.gpus > 0 if gpu is None else gpu
     count = workers if workers is not None else max(1, int(have.gpus)) if use_gpu else 1
@@ -190,7 +189,7 @@ def share(
         )
         cpus = float(next(fitting, 1))
     if use_gpu and count > have.gpus:
-        raise ResourceError(f"One GPU a worker: the cluster has {have}. Received: workers={count}")
+        raise ResourceError(f"each worker needs a GPU, but the cluster has {have}. Received: workers={count}")
     room = have.room(cpus, gpus=float(use_gpu))
     if room < count:
         raise ResourceError(
@@ -207,12 +206,12 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = 
 
     Args:
         storage: folder or `s3://` prefix.
-        is_shared: the person says that every node sees it.
-        nodes: of the cluster.
-        name: of the flag, for the message.
+        is_shared: whether the user says that every node sees it (`--storage-is-shared`).
+        nodes: number of nodes in the cluster.
+        name: name of the flag, for the message.
 
     Raises:
-        ConfigError: several nodes, or a submitted job, and a folder of this node alone.
+        ConfigError: the folder is local, and there are several nodes or the job was submitted.
     """
     submitted = SUBMISSION_VARIABLE in os.environ
     if is_remote(storage) or (is_shared and is_absolute(storage)) or (nodes == 1 and not submitted):

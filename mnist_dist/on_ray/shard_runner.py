@@ -1,11 +1,11 @@
-"""The one way from numbered shards to reports: Ray Data hands each shard to a `Worker`, in actors or in tasks.
+"""Runs numbered shards through Ray Data, which hands each shard to a `Worker` in actors or in tasks.
 
-Owns: what Ray Data is asked for, the answers on their way back, progress, and what the death of a process costs. Does
-not own: what is done to a shard (a `Worker` of each job), or what a job takes of the cluster (`actors`).
+Owns: the Ray Data pipeline, the answers of the workers, progress, and the limit on deaths of processes. Does not own:
+the processing of a shard (each job has its `Worker`), or the resources that a job takes (`actors`).
 
-A worker answers with how far it is, a few times a second, and at last with a report. Ray Data loses the type of what is
-raised in it, so errors travel as answers, too. When a process dies, Ray starts another and gives it the same shard; the
-marker that was put before the shard was begun (`data/markers.py`) tells it so, and limits how often that happens.
+A worker sends its progress a few times a second, and a report at the end. Ray Data loses the type of an exception, so
+errors are sent as answers, too. When a process dies, Ray starts another one with the same shard. A marker written
+before each try (`data/markers.py`) lets the new process count the deaths, so that they can be limited.
 """
 
 import logging
@@ -34,33 +34,33 @@ from mnist_dist.side_thread import SideThread
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_ANSWERS = 0.5
-MAX_ANSWERS_WITHOUT_NEWS = 4  # then one all the same: only between answers can Ray Data be told to end
-GIVE_UP_S = 30.0  # for the next answer, with which Ray Data ends: left alone, its thread starts another Ray
+MAX_ANSWERS_WITHOUT_NEWS = 4  # Then an answer is sent without news, because Ray Data can be ended only between answers.
+GIVE_UP_S = 30.0  # Time for Ray Data's thread to end, at its next answer; if left running, it would start another Ray.
 Content = TypeVar("Content")
 ContentOut = TypeVar("ContentOut", covariant=True)
 
 
 class Counter:
-    """Counts the images of a shard that are done; several threads may tell it."""
+    """Counts the finished images of a shard; thread-safe."""
 
     def __init__(self, shard: int) -> None:
         self._shard, self._lock = shard, threading.Lock()
         self._ok, self._other, self._at = 0, 0, time.time()
 
     def add(self, ok: int, other: int) -> None:
-        """So many more images came out well, and so many did not."""
+        """Adds images with the status `ok`, and images with any other status."""
         with self._lock:
             self._ok, self._other, self._at = self._ok + ok, self._other + other, time.time()
 
     def progress(self) -> "ShardProgress":
-        """How far the shard is."""
+        """The progress of the shard so far."""
         with self._lock:
             return ShardProgress(self._shard, self._ok, self._other, self._at)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardProgress:
-    """How far a shard is; begun again, since its process died, it is counted again from zero."""
+    """The progress of a shard; it starts again from zero when a process has died and the shard is retried."""
 
     shard: int
     ok: int
@@ -75,91 +75,91 @@ class ShardProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport(Generic[Content]):
-    """How a shard was done."""
+    """The report on a finished shard."""
 
     shard: int
     began_at: float
     """Seconds since the epoch."""
     ended_at: float
     process: str
-    """Which process did it."""
+    """The process that did it, as host name and process id."""
     memory_bytes: int
-    """Most that it has held so far."""
+    """Peak memory of that process so far."""
     content: Content
-    """What the worker has to say."""
+    """The result of the worker."""
 
 
 class Worker(Protocol[ContentOut]):
-    """What is done with a shard; pickled on its way to the processes that do it."""
+    """Processes shards; it is pickled to reach the worker processes."""
 
     @property
     def title(self) -> str:
-        """Of the work, for markers and threads, such as `scoring`."""
+        """Name of the work in markers and messages, such as `scoring`."""
 
     def open(self) -> None:
         """Called once in each process, before its first shard."""
 
     def work(self, shard: int, given: Any, *, attempt: Attempt, counter: Counter) -> ContentOut:
-        """Does a shard and puts what comes of it where it belongs.
+        """Processes a shard and stores its result.
 
         Args:
             shard: its number.
-            given: what `ShardWork.given` or the worker before has for it; None where there is neither.
-            attempt: how often it was begun.
-            counter: counts the images that are done.
+            given: the value from `ShardWork.given` or from `ShardWork.before`; None where there is neither.
+            attempt: this try at the shard, which knows of the earlier ones.
+            counter: counts the finished images.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWork(Generic[Content]):
-    """What is done with numbered shards, and where."""
+    """What to do with numbered shards, and where."""
 
     worker: Worker[Content]
     done: Callable[[], set[int]]
-    """The shards that are done, whoever did them."""
+    """The shards that are finished, in this run or an earlier one."""
     folder: str
-    """URI where the markers lie."""
+    """URI of the folder of the markers."""
     max_deaths: int
-    """Deaths of a process over the same shard after which the work is given up."""
+    """How often a process may die on the same shard before the job fails."""
     actors: Actors | None = None
-    """Processes that keep the worker open; None: tasks of one CPU each, one per shard."""
+    """Actors that keep the worker open. None: one task of one CPU per shard."""
     shards_at_once: int = 1
-    """In an actor."""
+    """Shards that an actor works on at the same time."""
     before: Worker[Any] | None = None
-    """What is done with each shard in a task of one CPU, before an actor gets it as `given`."""
+    """A first worker, run in a task of one CPU per shard; the actor gets its result as `given`."""
     before_bytes: int = 0
-    """Memory of such a task."""
+    """Memory to reserve for each task of `before`."""
     given: Callable[[int], Any] | None = None
-    """What each shard's worker is handed."""
+    """The value that the worker is given for a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ran(Generic[Content]):
-    """What came of a run."""
+    """The result of `run_shards`."""
 
     reports: list[ShardReport[Content]]
     steady_images_per_s: float | None
-    """Once the processes were under way; None where the run was too short to tell."""
+    """Speed after the start-up of the processes; None: the run was too short to measure it."""
 
 
 def run_shards(
     work: ShardWork[Content], shards: Sequence[int], session: Session, *, title: str, done: int, total: int
 ) -> Ran[Content]:
-    """Does the shards; shows progress, and ends where a signal comes: what is done stays done.
+    """Processes the shards and shows progress. Finished shards stay finished after an error or a signal.
 
     Args:
-        work: what is done, and where.
-        shards: that are not done.
+        work: what to do, and where.
+        shards: the shards that are not finished.
         session: of the job.
-        title: of the bar.
-        done: images that were done before.
+        title: of the progress bar.
+        done: images that were finished before.
         total: images of all shards.
 
     Raises:
-        MnistDistError, OSError: what a worker came upon.
-        WorkersFailed: processes died over a shard more often than `max_deaths`, or Ray Data gave up.
-        Interrupted: a signal came.
-        Locked: another driver has taken over.
+        MnistDistError, OSError: a worker raised it.
+        WorkersFailed: processes died on a shard more than `max_deaths` times, or Ray Data failed.
+        Interrupted: SIGINT or SIGTERM.
+        Locked: another driver took over the lock.
     """
     markers = Markers(work.folder, run_id=uuid.uuid4().hex, max_deaths=work.max_deaths)
     progress = _Progress(work, session, done=done, total=total)
@@ -167,7 +167,7 @@ def run_shards(
 
     def drain() -> None:
         dataset = _dataset(work, markers, shards)
-        if given_up.is_set():  # while the dataset was made
+        if given_up.is_set():  # It may be set while the dataset is built.
             return
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             for answer in batch["answer"]:
@@ -198,7 +198,7 @@ def run_shards(
 
 
 class _Progress(Generic[Content]):
-    """The answers of the workers, and what a person sees of them."""
+    """Collects the answers of the workers and shows them on the progress bar."""
 
     def __init__(self, work: ShardWork[Content], session: Session, *, done: int, total: int) -> None:
         self._work, self._session, self._done, self._total = work, session, done, total
@@ -207,11 +207,11 @@ class _Progress(Generic[Content]):
         self.steady = SteadySpeed(total - done)
         self._shards: dict[int, ShardProgress] = {}
         self._ok = self._other = 0
-        self._began_at, self._is_told = time.monotonic(), False
+        self._began_at, self._has_announced_wait = time.monotonic(), False
         self._first_answer_at: float | None = None
 
     def show(self, bar: Bar) -> None:
-        """Takes the answers that are there; raises the first one that is an error."""
+        """Takes the answers that have arrived and updates the bar; raises the first error among them."""
         while not self.answers.empty():
             answer = self.answers.get()
             if isinstance(answer, BaseException):
@@ -222,7 +222,7 @@ class _Progress(Generic[Content]):
                 if answer.images:
                     self._first_answer_at = self._first_answer_at or time.monotonic()
                 self._note(answer)
-        self._say_what_is_waited_for()
+        self._announce_wait()
         images = self._ok + self._other
         note = f"{self._done + images:,} of {self._total:,} images"
         if self._first_answer_at and images:
@@ -237,10 +237,10 @@ class _Progress(Generic[Content]):
         self._shards[now.shard] = now
         self.steady.note(self._ok + self._other, at=now.at)
 
-    def _say_what_is_waited_for(self) -> None:
-        if self._is_told or self._first_answer_at or time.monotonic() - self._began_at < SILENCE_S:
+    def _announce_wait(self) -> None:
+        if self._has_announced_wait or self._first_answer_at or time.monotonic() - self._began_at < SILENCE_S:
             return
-        self._is_told = True
+        self._has_announced_wait = True
         free = ray.available_resources()
         self._session.console.line(
             f"still waiting for a first image of {self._work.actors or 'tasks of 1 CPU'}; free now: "
@@ -255,12 +255,12 @@ def _dataset(work: ShardWork[Any], markers: Markers, shards: Sequence[int]) -> "
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"shard": shard, "given": pickle.dumps(work.given and work.given(shard))} for shard in shards]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset.context.target_max_block_size = 1  # an answer is a block of its own and travels at once
+    dataset.context.target_max_block_size = 1  # Each answer is a block of its own, so that it is sent at once.
     actors = work.actors
     if actors is None:
         return dataset.map_batches(ShardTask(work.worker, markers), batch_size=None, num_cpus=1)
     if work.before is not None:
-        # other resources than the actors', or Ray Data would fuse them and do all of it in the actors
+        # The resources differ from the actors' ones, or Ray Data would fuse both steps and run them in the actors.
         before = ShardTask(work.before, markers, is_last=False)
         dataset = dataset.map_batches(before, batch_size=None, num_cpus=1, memory=work.before_bytes)
     return dataset.map_batches(
@@ -271,8 +271,8 @@ def _dataset(work: ShardWork[Any], markers: Markers, shards: Sequence[int]) -> "
         num_gpus=actors.gpus,
         compute=ray.data.ActorPoolStrategy(
             size=min(actors.count, len(shards)),
-            # of few shards no more than its share: Ray Data fills the actor on the driver's node first; with one that
-            # waits, so that no actor waits for the driver
+            # One shard more than it works on waits in each actor, so that no actor waits for the driver. Of few shards
+            # an actor gets no more than its share, because Ray Data fills the actor on the driver's node first.
             max_tasks_in_flight_per_actor=min(work.shards_at_once + 1, -(-len(shards) // actors.count)),
             max_concurrent_calls_per_actor=work.shards_at_once,
             enable_true_multi_threading=True,
@@ -281,36 +281,36 @@ def _dataset(work: ShardWork[Any], markers: Markers, shards: Sequence[int]) -> "
 
 
 class ShardActor:
-    """A process that keeps a worker open."""
+    """A Ray actor that keeps a worker open."""
 
     def __init__(self, worker: Worker[Any], markers: Markers) -> None:
         self._shards = _Shards(worker, markers)
-        # the same name when Ray starts it again
+        # The id stays the same when Ray restarts the actor.
         self._shards.open(f"actor-{ray.get_runtime_context().get_actor_id()}")
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Does the shard of a block of one row: `shard`, and `given`.
+        """Processes the shard in a block of one row, with the columns `shard` and `given`.
 
-        Yields blocks of one row, `answer`: a pickled `ShardProgress`, at last a pickled `ShardReport` or error.
+        Yields blocks of one row, `answer`: a pickled `ShardProgress`, and at the end a pickled `ShardReport` or error.
         """
         yield from self._shards.answers(int(batch["shard"][0]), pickle.loads(batch["given"][0]))
 
 
 class ShardTask:
-    """A worker that is opened for each shard, anywhere in the cluster.
+    """A Ray task that opens the worker for one shard, anywhere in the cluster.
 
     Args:
-        worker: what is done.
+        worker: what to do with the shard.
         markers: of the driver.
-        is_last: whether nothing comes behind it, so that it answers as a `ShardActor`; else what the worker gives is
-            what the actor is given.
+        is_last: True: it answers as a `ShardActor` does. False: an actor follows, which gets the result of the worker
+            as `given`.
     """
 
     def __init__(self, worker: Worker[Any], markers: Markers, *, is_last: bool = True) -> None:
         self._worker, self._markers, self._is_last = worker, markers, is_last
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """As `ShardActor`, or a block with `shard` and `given`, a pickled value or error."""
+        """Yields what `ShardActor` does, or one block with `shard` and `given`, a pickled result or error."""
         shards, shard, given = _Shards(self._worker, self._markers), int(batch["shard"][0]), batch["given"][0]
         shards.open(None)
         if self._is_last:
@@ -323,7 +323,7 @@ class ShardTask:
 
 
 class _Shards:
-    """A worker in a process, and the border at which its errors become answers."""
+    """A worker in its process. Here its errors become answers."""
 
     def __init__(self, worker: Worker[Any], markers: Markers) -> None:
         self._worker, self._markers = worker, markers
@@ -331,7 +331,7 @@ class _Shards:
         self._opened_again = False
 
     def open(self, name: str | None) -> None:
-        """Opens the worker; an error is the answer to every shard. A death counts where there is a name for it."""
+        """Opens the worker; an error becomes the answer for every shard. With a name, a death here is counted."""
         try:
             if name is None:
                 self._worker.open()
@@ -343,29 +343,29 @@ class _Shards:
             self._failure = self._readable(error)
 
     def answers(self, shard: int, given: Any) -> Iterator[dict[str, Any]]:
-        """Blocks of one row, `answer`."""
+        """Yields blocks of one row, `answer`."""
         counter = Counter(shard)
         work = SideThread(lambda: self.report(shard, given, counter), name=f"shard-{shard}")
         work.start()
-        told = without_news = 0
+        reported = without_news = 0
         while not work.ended(SECONDS_BETWEEN_ANSWERS):
             now, without_news = counter.progress(), without_news + 1
-            if now.images != told or without_news > MAX_ANSWERS_WITHOUT_NEWS:
-                told, without_news = now.images, 0
+            if now.images != reported or without_news > MAX_ANSWERS_WITHOUT_NEWS:
+                reported, without_news = now.images, 0
                 yield _block(now)
-        if (now := counter.progress()).images != told:
+        if (now := counter.progress()).images != reported:
             yield _block(now)
         outcome = self.outcome(shard, work)
-        # Ray drops as many answers of a call that it repeats as it had before, so an error is left as an object, too
+        # If Ray repeats a call, it drops as many answers as it got before, so the error is also left as an object.
         is_to_be_noted = isinstance(outcome, Exception) and (self._failure is None or self._opened_again)
         if is_to_be_noted and not isinstance(outcome, ServiceError):
             self._markers.note_failure(shard, outcome)
         yield _block(outcome)
-        if is_to_be_noted and isinstance(outcome, ServiceError):  # the storage may take long to refuse the object
+        if is_to_be_noted and isinstance(outcome, ServiceError):  # The store may take long to refuse the object.
             self._markers.note_failure(shard, outcome)
 
     def report(self, shard: int, given: Any, counter: Counter) -> ShardReport[Any]:
-        """Does a shard."""
+        """Processes a shard and reports on it."""
         if self._failure is not None:
             raise self._failure
         if isinstance(given, BaseException):
@@ -384,9 +384,9 @@ class _Shards:
         )
 
     def outcome(self, shard: int, work: SideThread) -> Any:
-        """What the work gave, or its error."""
+        """The result of the work, or its error."""
         if isinstance(work.error, DecoderStuck):
-            os._exit(1)  # a thread that hangs cannot be ended; the next attempt knows by the marker
+            os._exit(1)  # A thread that hangs cannot be ended; the next process learns of the death from the marker.
         if isinstance(work.error, Exception):
             return self._readable(work.error)
         return work.result()

@@ -1,4 +1,4 @@
-"""Waiting for Ray tasks, and what a failure of Ray means to a person."""
+"""Waits for Ray tasks, and turns a failure of Ray into a message."""
 
 import resource
 import sys
@@ -11,24 +11,24 @@ import ray
 from mnist_dist.errors import MnistDistError, WorkersFailed
 from mnist_dist.session import Session
 
-SILENCE_S = 60.0  # without an answer: starting takes less, unless there is no room for the workers
+SILENCE_S = 60.0  # After this time without an answer the free CPUs are shown: workers start faster if there is room.
 
 
 def wait_for(tasks: Sequence[Any], session: Session, *, title: str, expected_s: float) -> list[Any]:
-    """The results of Ray tasks, in their order; what is left of them is ended where one fails or a signal comes.
+    """The results of Ray tasks, in order. If one fails or a signal comes, the others are cancelled.
 
     Args:
         tasks: object references.
         session: of the job.
-        title: of the bar.
-        expected_s: how long it should take, for the bar.
+        title: of the progress bar.
+        expected_s: expected duration, for the progress bar.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: SIGINT or SIGTERM.
         MnistDistError: a task raised it.
         WorkersFailed: a task failed in another way, or its process died.
     """
-    began, left, is_told = time.monotonic(), list(tasks), False
+    began, left, has_announced = time.monotonic(), list(tasks), False
 
     def ended(timeout_s: float) -> bool:
         nonlocal left
@@ -37,11 +37,11 @@ def wait_for(tasks: Sequence[Any], session: Session, *, title: str, expected_s: 
         return not left
 
     def show() -> None:
-        nonlocal is_told
+        nonlocal has_announced
         elapsed = time.monotonic() - began
         bar.update(done=min(elapsed, expected_s), total=expected_s, note=f"{elapsed:,.0f} s")
-        if elapsed > max(SILENCE_S, 2 * expected_s) and not is_told:
-            is_told = True
+        if elapsed > max(SILENCE_S, 2 * expected_s) and not has_announced:
+            has_announced = True
             free = ray.available_resources().get("CPU", 0)
             session.console.line(f"{title}: still waiting; free now: {free:g} CPUs")
 
@@ -55,9 +55,9 @@ def wait_for(tasks: Sequence[Any], session: Session, *, title: str, expected_s: 
 
 
 def words_of(error: BaseException) -> str:
-    """What a failure of Ray means to a person."""
+    """The message for a failure of Ray."""
     cause = getattr(error, "cause", None)
-    # the text of an actor that could not start is a traceback, whose last line says why
+    # The text of an actor that could not start is a traceback, whose last line gives the reason.
     lines = str(cause or error).strip().splitlines() or ["no message"]
     words, cause = (lines[0], cause) if cause else (lines[-1], error)
     return f"the workers failed: {type(cause).__name__}: {words} (--verbose and Ray's logs show where)"
@@ -74,6 +74,6 @@ def _taken(tasks: Sequence[Any]) -> list[Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Most that this process has held so far."""
+    """Peak resident memory of this process, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,1 +1,1 @@
-"""From the images that a job names to what is trained on: decoded once, features computed once."""
+"""Prepares the images of a job for training: decodes them once, and computes features once."""

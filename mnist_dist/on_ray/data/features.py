@@ -1,4 +1,4 @@
-"""Computing a frozen backbone's features once, spread over the cluster, into the feature cache."""
+"""Computes the features of a frozen backbone once, spread over the cluster, into the feature cache."""
 
 import os
 import tempfile
@@ -18,38 +18,36 @@ from mnist_dist.training.features import Extractor, FeaturePlan
 from mnist_dist.training.precision import MEASURED_TO_AGREE, resolve_precision
 
 MAX_DEATHS = 3
-"""Of an actor over the same shard: out of memory, or with its node."""
+"""How often an actor may die on the same shard (out of memory, or with its node) before the job fails."""
 
 
 def feature_actors(have: Resources) -> Actors:
-    """What computing features takes of a cluster: one actor per GPU, else one per node."""
+    """The actors that compute features: one per GPU; without GPUs, see `choose_actors`."""
     return choose_actors(have, ScoreRunConfig(decode="actor"))
 
 
-def resolve_on_workers(
-    precision: Precision, *, backbone: str, actors: Actors
-) -> Literal["float32", "bfloat16"]:  # the driver's machine may be another kind
-    """What `auto` means where the features are computed."""
+def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -> Literal["float32", "bfloat16"]:
+    """Resolves `auto` on a worker, since the driver's machine may have other hardware."""
     if precision != "auto" or backbone not in MEASURED_TO_AGREE:
         return resolve_precision(precision, backbone=backbone, gpu=False)
     resolve = ray.remote(num_cpus=0, num_gpus=actors.gpus)(resolve_precision)
-    found: Literal["float32", "bfloat16"] = ray.get(resolve.remote(precision, backbone=backbone, gpu=bool(actors.gpus)))
-    return found
+    value: Literal["float32", "bfloat16"] = ray.get(resolve.remote(precision, backbone=backbone, gpu=bool(actors.gpus)))
+    return value
 
 
 def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> float | None:
-    """Computes the shards that no earlier run has finished, and closes the cache; images/s of them.
+    """Computes the missing shards and finishes the cache; gives the images/s (None: nothing missing).
 
     Args:
-        plan: of `plan_features`; its records are finished.
-        session: of the job; shards that are done stay done.
-        actors: what it may take of the cluster.
-        title: of the bar.
+        plan: from `plan_features`; its records are finished.
+        session: of the job; finished shards stay finished.
+        actors: the actors to use.
+        title: of the progress bar.
 
     Raises:
-        Interrupted: a signal came.
-        MnistDistError: what an actor came upon.
-        WorkersFailed: actors died again and again.
+        Interrupted: SIGINT or SIGTERM.
+        MnistDistError: an actor raised it.
+        WorkersFailed: actors died more than `MAX_DEATHS` times on the same shard.
     """
     cache = plan.cache
     if cache.is_finished():
@@ -75,8 +73,8 @@ class FeatureWorker:
     """Holds the backbone and computes shards.
 
     Args:
-        plan: of the features.
-        cpus: cores that it uses.
+        plan: the features to compute.
+        cpus: number of cores to use.
     """
 
     title = "features"
@@ -102,5 +100,5 @@ class FeatureWorker:
 
 
 def node_folder() -> Path:
-    """Where this node keeps copies of what lies on S3."""
+    """The folder for this node's local copies of records on S3."""
     return Path(tempfile.gettempdir()) / f"mnist_dist-{os.getuid()}"

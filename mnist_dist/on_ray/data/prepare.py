@@ -1,6 +1,6 @@
-"""From the images that a job names to what is trained on: listed, decoded, split, and a frozen backbone's features.
+"""Lists, decodes and splits the images of a job, and plans the features of a frozen backbone.
 
-The driver's side; training and search share it. Loads neither TensorFlow nor Keras.
+Runs in the driver of training and of search. Imports neither TensorFlow nor Keras.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ NOT_THE_IMAGES_FAULT = ("missing", "denied", "failed")
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """The images as they were listed, and how they will be decoded."""
+    """The listed images, and the plan for decoding them."""
 
     source: Source
     plan: RecordPlan
@@ -41,40 +41,40 @@ class Listed:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedData:
-    """The images as they were decoded."""
+    """The decoded images."""
 
     source: Source
     plan: RecordPlan
     index: pa.Table
-    """A row per image (`Records.index`)."""
+    """One row per image (`Records.index`)."""
     fingerprint: str
     bad: int
-    """Unreadable images."""
+    """Number of unreadable images."""
     core_s: float = 0.0
-    """Of cores that decoded what was not decoded yet."""
+    """Core-seconds spent on decoding in this run."""
 
 
 def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Console) -> Listed:
     """Lists the images and plans their decoding for a backbone; writes nothing.
 
     Raises:
-        ConfigError: the data cannot be used, or not by this backbone.
+        ConfigError: the data cannot be used, or not with this backbone.
     """
     return plan_data(open_data(data, console=console), data, model, root=root)
 
 
 def open_data(data: DataConfig, *, console: Console) -> Source:
-    """Lists the images and says how many there are."""
+    """Lists the images and prints their number."""
     source = open_source(data)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
     return source
 
 
 def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str) -> Listed:
-    """Plans the decoding of listed images for a backbone.
+    """Plans how the listed images are decoded for a backbone.
 
     Raises:
-        ConfigError: the images are too small for the backbone, or the disk for them.
+        ConfigError: the images are too small for the backbone, or the disk is too small for them.
     """
     backbone = find_backbone(model.backbone)
     follows_images = backbone.scratch and model.image_size_px is None
@@ -87,12 +87,12 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
 
 @contextmanager
 def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
-    """URI of a folder that every node sees where they see the place, and that is deleted afterwards.
+    """URI of a temporary folder, inside `place` if all nodes see that, else on this node; it is deleted afterwards.
 
     Args:
-        place: URI of the folder that it is like.
-        is_shared: all nodes see the place, though it is local.
-        name: what it is for.
+        place: URI of the folder to put it in.
+        is_shared: whether all nodes see `place`, though it is local.
+        name: its purpose, for the folder's name.
     """
     remote = is_remote(place) or is_shared
     uri = join(place, f"_{name}-{uuid.uuid4().hex}") if remote else tempfile.mkdtemp(prefix="mnist_dist-")
@@ -103,18 +103,18 @@ def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
 
 
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:
-    """Raises ConfigError where nodes of the cluster would not see the storage or the images."""
+    """Raises ConfigError if some nodes of the cluster would not see the storage or the images."""
     check_storage(root, is_shared=is_shared, nodes=nodes)
     if listed.source.pixels is None:
         check_storage(data.data, is_shared=is_shared, nodes=nodes, name="data")
 
 
 def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
-    """Decodes what is not decoded yet, and judges what is unreadable.
+    """Decodes the images that are not decoded yet, and reports the unreadable ones.
 
     Raises:
-        TooManyBadImages: more than `data.max_bad_fraction`.
-        Interrupted: a signal came; what is decoded stays.
+        TooManyBadImages: more than `data.max_bad_fraction` of the images are unreadable.
+        Interrupted: SIGINT or SIGTERM; decoded shards are kept.
         ServiceError: the storage failed, not an image.
     """
     plan = listed.plan
@@ -131,7 +131,7 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
 
 
 def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, session: Session) -> int:
-    """Names the unreadable images, and fails where they are too many; how many there are."""
+    """Prints the first unreadable images and gives their number; raises TooManyBadImages if there are too many."""
     bad = bad_records(index)
     if bad:
         session.console.line(f"{len(bad):,} unreadable images are left out")
@@ -141,10 +141,10 @@ def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, sessi
         return len(bad)
     if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):
         session.confirm_lock()
-        plan.cache.discard()  # the next run reads them anew
+        plan.cache.discard()  # The storage may be at fault, so the next run reads the images again.
     raise TooManyBadImages(
         f"{len(bad):,} of {index.num_rows:,} images are unreadable, such as {bad[0][0]} ({bad[0][1]}: {bad[0][2]}); "
-        f"--max-bad-fraction allows {data.max_bad_fraction:.2%}: delete them, or allow more"
+        f"--max-bad-fraction allows {data.max_bad_fraction:.2%}; delete these images, or raise --max-bad-fraction"
     )
 
 
@@ -165,20 +165,20 @@ def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits
         config=data,
     )
     if splits.duplicates:
-        again, first = splits.duplicate_pairs[0]
+        duplicate, first = splits.duplicate_pairs[0]
         removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
-        console.line(f"{splits.duplicates} images occur in two splits, such as {again} and {first}: {removed}")
+        console.line(f"{splits.duplicates} images occur in two splits, such as {duplicate} and {first}: {removed}")
     return splits
 
 
 def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, have: Resources) -> FeaturePlan:
-    """Plans the frozen backbone's features of a job's training and validation images.
+    """Plans the features of a frozen backbone for the training and validation images of a job.
 
     Args:
-        job: with absolute weights.
+        job: the job, with an absolute path to its weights.
         decoded: its images.
-        splits: of them.
-        have: what the cluster has; there decides what precision `auto` means.
+        splits: their splits.
+        have: the cluster's resources; its hardware decides what precision `auto` means.
     """
     return plan_features(
         job.model,

@@ -1,4 +1,4 @@
-"""Decoding a source's images once, spread over the cluster, into the record cache."""
+"""Decodes the images of a source once, spread over the cluster, into the record cache."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.session import Session
 
 MAX_DEATHS = 3
-"""Of a process over the same shard: out of memory, or with its node."""
+"""How often a process may die on the same shard (out of memory, or with its node) before the job fails."""
 
 
 def decode_missing(plan: RecordPlan, source: Source, session: Session) -> float:
-    """Decodes the shards that no earlier run has finished, and closes the cache; s of cores that it took.
+    """Decodes the shards that are still missing and finishes the cache; gives the core-seconds that it took.
 
     Args:
-        plan: of `plan_records`.
-        source: what the plan was made of.
-        session: of the job; shards that are done stay done.
+        plan: from `plan_records`.
+        source: the source that was planned.
+        session: of the job; finished shards stay finished.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: SIGINT or SIGTERM.
         ServiceError: the storage failed, not an image.
-        WorkersFailed: processes died again and again over the same shard.
+        WorkersFailed: processes died more than `MAX_DEATHS` times on the same shard.
     """
     cache, core_s = plan.cache, 0.0
     if cache.is_finished():
@@ -54,9 +54,9 @@ class DecodingWorker:
         self._plan = plan
 
     def open(self) -> None:
-        """Nothing."""
+        """Needs nothing."""
 
     def work(self, shard: int, given: Any, *, attempt: Attempt, counter: Counter) -> None:
-        """Decodes the shard of the URIs that are given."""
+        """Decodes a shard, whose URIs are `given`."""
         decode_shard(self._plan, shard, given)
         counter.add(len(given), 0)

@@ -1,1 +1,1 @@
-"""What is checked on every node before money is spent."""
+"""Checks every node before an expensive job is started."""

@@ -1,6 +1,6 @@
-"""What the facts of a node mean for a job: each check with what was found, and a remedy.
+"""Judges the facts of a node: each check says what was found, and what to do about it.
 
-Owns: the limits and the words. Asks nobody: a check is a function of facts, and None where it does not concern the job.
+Owns: the limits and the messages. Does not own: the facts (`facts`). A check gives None if it does not concern the job.
 """
 
 import re
@@ -15,37 +15,37 @@ from mnist_dist.on_ray.doctor.facts import Facts, Question, S3Facts
 Status = Literal["ok", "warning", "failed", "skipped"]
 MIB, GIB = 2**20, 2**30
 CORE = ("ray", "tensorflow", "keras")
-"""Packages of which another version breaks a job; of the others it may."""
-MIN_MEMORY_BYTES, GOOD_MEMORY_BYTES = GIB, 2 * GIB  # TensorFlow takes half a GiB before any model
+"""Packages of which another version breaks a job; another version of the others may be harmless."""
+MIN_MEMORY_BYTES, GOOD_MEMORY_BYTES = GIB, 2 * GIB  # TensorFlow takes half a GiB before any model is loaded.
 MIN_DISK_BYTES, GOOD_DISK_BYTES = 2 * GIB, 10 * GIB
-FULL_DISK, NEARLY_FULL_DISK = 0.95, 0.9  # Ray creates no objects on disks that are used above 0.95
-LARGE_UPLOAD_BYTES, MAX_UPLOAD_BYTES = 10 * MIB, 500 * MIB  # the second: Ray refuses more
-LARGE_SKEW_S, MAX_SKEW_S = 60, 15 * 60  # S3 refuses requests that are signed 15 minutes off
-MAX_SHOWN = 5  # of a longer list
+FULL_DISK, NEARLY_FULL_DISK = 0.95, 0.9  # Ray creates no objects on a disk that is more than 95 % full.
+LARGE_UPLOAD_BYTES, MAX_UPLOAD_BYTES = 10 * MIB, 500 * MIB  # Ray refuses more than the second.
+LARGE_SKEW_S, MAX_SKEW_S = 60, 15 * 60  # S3 refuses a request signed more than 15 minutes off.
+MAX_SHOWN = 5  # Items shown of a longer list.
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     status: Status
     found: str
-    """What there is; of a skipped check, why it was not made."""
+    """What was found; for a skipped check, why it was skipped."""
     remedy: str = ""
-    """What to do there, in a line; empty where nothing is to be done."""
+    """What to do about it, in one line; empty if there is nothing to do."""
     name: str = ""
     node: str = ""
-    """Where: a node's address, `driver`, or `all`."""
+    """The address of a node, `driver`, or `all`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
-    """What versions there should be."""
+    """The package versions that a node should have."""
 
     versions: Mapping[str, str]
-    """Of constraints.txt; empty: there is none."""
+    """The versions in constraints.txt; empty: there is no such file."""
     needed: tuple[str, ...]
-    """What this package itself imports."""
+    """The packages that this one depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,70 +58,70 @@ class Expected:
 
 
 def read_pins(root: Path) -> Pins:
-    """Of the project at `root`."""
+    """The pins of the project at `root`."""
     constraints, project = root / "constraints.txt", root / "pyproject.toml"
     lines = constraints.read_text().splitlines() if constraints.is_file() else []
     pairs = (line.split("#")[0].strip().partition("==") for line in lines)
-    wanted = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else CORE
+    dependencies = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else CORE
     return Pins(
         versions={_canonical(name): version for name, _, version in pairs if version},
-        needed=tuple(_canonical(re.split(r"[^\w.-]", line)[0]) for line in wanted),
+        needed=tuple(_canonical(re.split(r"[^\w.-]", line)[0]) for line in dependencies),
     )
 
 
 def _canonical(name: str) -> str:
-    """A package's name in the one spelling that PEP 503 gives it."""
+    """The name of a package, normalised as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def named(check: Check, name: str, node: str) -> Check:
-    """The check under its name; what is well needs no remedy."""
+    """The check with its name and node; without a remedy if nothing is wrong."""
     is_bad = check.status in ("warning", "failed")
     return replace(check, name=name, node=node, remedy=check.remedy if is_bad else "")
 
 
 def node_checks(node: str, answer: Facts | str, expected: Expected) -> Iterator[Check]:
-    """Every check of one node.
+    """Makes all checks of one node.
 
     Args:
-        node: what people call it.
-        answer: its facts, or why it gave none.
-        expected: what they are compared with.
+        node: its name in the output.
+        answer: its facts, or the reason why there are none.
+        expected: what the facts are compared with.
     """
     if isinstance(answer, str):
         yield named(silent(answer), "node", node)
         return
-    found = {name: look(answer, expected) for name, look in OF_A_NODE.items()}
+    results = {name: check(answer, expected) for name, check in OF_A_NODE.items()}
     if answer.s3 is not None:
-        found |= {name: look(answer.s3, answer) for name, look in OF_S3.items()}
-    yield from (named(check, name, node) for name, check in found.items() if check is not None)
+        results |= {name: check(answer.s3, answer) for name, check in OF_S3.items()}
+    yield from (named(result, name, node) for name, result in results.items() if result is not None)
 
 
 def silent(problem: str) -> Check:
-    """A node that gave no facts."""
-    remedy = "look at the logs of Ray there, and at its load; `ray status` shows what is alive"
+    """The failed check of a node that gave no facts."""
+    remedy = "look at Ray's logs and the load on that node; `ray status` shows which nodes are alive"
     if "ModuleNotFoundError" in problem or "ImportError" in problem:
-        remedy = "submit with `ray job submit --working-dir .`, or install mnist_dist and what it needs there"
+        remedy = "submit with `ray job submit --working-dir .`, or install mnist_dist and its dependencies on that node"
     return Check("failed", problem, remedy)
 
 
 def versions(facts: Facts, expected: Expected) -> Check:
-    """Packages against constraints.txt, and against the driver."""
-    have, pinned, driver = facts.versions, expected.pins.versions, expected.driver.versions
-    wrong = [name for name in expected.pins.needed if name not in have]
-    wrong += [name for name in CORE if name in have and have[name] != driver.get(name, have[name])]
-    wrong += [name for name in CORE if name in have and _minor(have[name]) != _minor(pinned.get(name, have[name]))]
-    drift = [name for name, version in pinned.items() if have.get(name, version) != version]
+    """Compares the packages with constraints.txt and with the driver."""
+    local, pinned, driver = facts.versions, expected.pins.versions, expected.driver.versions
+    wrong = [name for name in expected.pins.needed if name not in local]
+    wrong += [name for name in CORE if name in local and local[name] != driver.get(name, local[name])]
+    wrong += [name for name in CORE if name in local and _minor(local[name]) != _minor(pinned.get(name, local[name]))]
+    drift = [name for name, version in pinned.items() if local.get(name, version) != version]
     if wrong:
         wrong = list(dict.fromkeys(wrong))
         install = " ".join(f"{name}=={pinned[name]}" if name in pinned else name for name in wrong)
-        found = ", ".join(f"{name} {have.get(name, 'missing')}" for name in wrong)
-        return Check("failed", found, f"pip install {install} (the same on the driver and every node)")
+        found = ", ".join(f"{name} {local.get(name, 'missing')}" for name in wrong)
+        return Check("failed", found, f"pip install {install} (the same versions on the driver and every node)")
     if drift:
-        found = _some([f"{name} {have[name]} (pinned: {pinned[name]})" for name in drift])
-        return Check("warning", found, "where something breaks: pip install -c constraints.txt -e .")
-    rest = "all else as in constraints.txt" if pinned else "no constraints.txt to compare with"
-    return Check("ok", ", ".join([*(f"{name} {have.get(name, '')}" for name in CORE), rest]))
+        found = _some([f"{name} {local[name]} (pinned: {pinned[name]})" for name in drift])
+        return Check("warning", found, "if something breaks: pip install -c constraints.txt -e .")
+    rest = "the others as in constraints.txt" if pinned else "no constraints.txt to compare with"
+    return Check("ok", ", ".join([*(f"{name} {local.get(name, '')}" for name in CORE), rest]))
 
 
 def _minor(version: str) -> list[str]:
@@ -129,14 +129,14 @@ def _minor(version: str) -> list[str]:
 
 
 def keras(facts: Facts, expected: Expected) -> Check | None:
-    """Whether Keras and its backend can be imported, and how they are set up."""
+    """Checks that Keras and its backend can be imported, and their settings."""
     seen, backend = facts.keras, expected.driver.keras_backend
     if seen is None:
         return None
     if seen.problem:
-        remedy = "python -c 'import keras' shows all of it; pip install -c constraints.txt tensorflow keras"
+        remedy = "python -c 'import keras' shows the whole error; pip install -c constraints.txt tensorflow keras"
         if "SIGILL" in seen.problem:
-            remedy = "leave this node out, or give its virtual machine a CPU model with AVX, which TensorFlow needs"
+            remedy = "do not use this node, or give its virtual machine a CPU model with AVX for TensorFlow"
         if "No module named 'jax'" in seen.problem:
             remedy = "pip install jax ('jax[cuda12]' for a GPU), or unset KERAS_BACKEND"
         return Check("failed", seen.problem, remedy)
@@ -153,34 +153,34 @@ def keras(facts: Facts, expected: Expected) -> Check | None:
 
 
 def gpus(facts: Facts, _: Expected) -> Check | None:
-    """GPUs as the node, Ray and the backend of Keras see them."""
+    """Compares the numbers of GPUs that the node, Ray and the Keras backend see."""
     seen, by_ray = facts.keras, facts.ray_gpus
     if seen is None:
         return None
-    words = "no Ray" if by_ray is None else f"Ray {by_ray:g}"
+    ray_gpus = "no Ray" if by_ray is None else f"Ray {by_ray:g}"
     if seen.problem:
-        return Check("skipped", f"{words}, devices {facts.gpu_devices}; Keras cannot be imported")
-    found = f"{words}, {seen.backend} {seen.gpus}, devices {facts.gpu_devices}"
+        return Check("skipped", f"{ray_gpus}, devices {facts.gpu_devices}; Keras cannot be imported")
+    found = f"{ray_gpus}, {seen.backend} {seen.gpus}, devices {facts.gpu_devices}"
     if seen.gpus < max(by_ray or 0, facts.gpu_devices):
         install = "'jax[cuda12]'" if seen.backend == "jax" else "-c constraints.txt -e '.[gpu]'"
-        return Check("failed", found, f"pip install {install}, for its CUDA libraries, and look at nvidia-smi")
+        return Check("failed", found, f"pip install {install} for the CUDA libraries, and look at nvidia-smi")
     is_idle = by_ray is not None and seen.gpus > by_ray
-    return Check(_graded(is_idle), found, f"start Ray there with --num-gpus={seen.gpus}, or jobs leave them idle")
+    return Check(_graded(is_idle), found, f"start Ray there with --num-gpus={seen.gpus}; jobs leave the others idle")
 
 
 def memory(facts: Facts, _: Expected) -> Check:
-    """Free memory of the machine."""
+    """Checks the free memory of the machine."""
     free = facts.free_memory_bytes
     status = _graded(free < GOOD_MEMORY_BYTES, failed=free < MIN_MEMORY_BYTES)
-    return Check(status, f"{_size(free)} free", f"end what else runs there, or give it {_size(GOOD_MEMORY_BYTES)}")
+    return Check(status, f"{_size(free)} free", f"stop other programs there, or give it {_size(GOOD_MEMORY_BYTES)}")
 
 
 def disk(facts: Facts, _: Expected) -> Check:
-    """Free space where Ray spills, temporary files go and a local storage lies."""
+    """Checks the disks of Ray's spilled objects, of temporary files and of a local storage."""
     found = ", ".join(f"{folder} {_size(free)} of {_size(total)} free" for folder, (total, free) in facts.disks.items())
     full = _fuller(facts, MIN_DISK_BYTES, FULL_DISK)
     nearly = full or _fuller(facts, GOOD_DISK_BYTES, NEARLY_FULL_DISK)
-    remedy = f"make room below {', '.join(nearly)}, or point TMPDIR and RAY_TMPDIR to another disk"
+    remedy = f"free some space in {', '.join(nearly)}, or point TMPDIR and RAY_TMPDIR to another disk"
     return Check(_graded(bool(nearly), failed=bool(full)), found, remedy)
 
 
@@ -190,32 +190,32 @@ def _fuller(facts: Facts, min_bytes: int, max_used: float) -> list[str]:
 
 
 def written(facts: Facts, expected: Expected) -> Check:
-    """Whether the node can write the storage, and sees what the driver wrote."""
+    """Checks that the node can write to the storage, and sees the file that the driver wrote."""
     uri, unseen = expected.question.storage, facts.unseen.get("storage")
     if facts.storage_problem is None:
-        return Check("skipped", f"{uri}: not tried, S3 is out of reach")
+        return Check("skipped", f"{uri}: not tried, S3 cannot be reached")
     if facts.storage_problem:
-        return Check("failed", facts.storage_problem, f"let this user write {uri} there, or name another --storage")
+        return Check("failed", facts.storage_problem, f"let this user write to {uri} there, or give another --storage")
     if unseen:
         remedy = f"give --storage s3://..., or mount one shared folder as {uri} on every node"
-        return Check("failed", f"{uri}: what the driver wrote is not seen there: {unseen}", remedy)
-    return Check("ok", f"{uri} can be written")
+        return Check("failed", f"{uri}: this node does not see the file that the driver wrote: {unseen}", remedy)
+    return Check("ok", f"{uri} is writable")
 
 
 def weights(facts: Facts, expected: Expected) -> Check | None:
-    """Whether the weights are seen, or, where they are published, there in Keras' cache or to be downloaded."""
+    """Checks that the node sees the weights, or has or can download the published ones."""
     url, problem = expected.question.weights_url, facts.weights_problem
     if url is None:
         return _seen("weights", facts, expected)
     file = url.rpartition("/")[2]
     if not problem:
         return Check("ok", f"{file} is in {facts.weights_folder} or can be downloaded")
-    remedy = f"put the file {file} from {url} into {facts.weights_folder}, or name other --weights"
+    remedy = f"put the file {file} from {url} into {facts.weights_folder}, or give other --weights"
     return Check("failed", f"{file} cannot be downloaded: {problem}", remedy)
 
 
 def bundle(facts: Facts, expected: Expected) -> Check | None:
-    """Whether the bundle is seen."""
+    """Checks that the node sees the bundle."""
     return _seen("bundle", facts, expected)
 
 
@@ -224,21 +224,21 @@ def _seen(name: str, facts: Facts, expected: Expected) -> Check | None:
     if uri is None:
         return None
     if problem is None:
-        return Check("skipped", f"{uri}: not tried, S3 is out of reach")
-    remedy = f"put {uri} where every node sees it: s3:// or a shared folder, as --{name}"
+        return Check("skipped", f"{uri}: not tried, S3 cannot be reached")
+    remedy = f"put {uri} where every node sees it (s3:// or a shared folder) and give that as --{name}"
     return Check(_graded(False, failed=bool(problem)), problem or uri, remedy)
 
 
 def endpoint(s3: S3Facts, _: Facts) -> Check:
-    """Whether the endpoint of S3 answers."""
+    """Checks that the S3 endpoint answers."""
     remedy = f"check AWS_ENDPOINT_URL, proxy and firewall: {s3.endpoint or 'the endpoint'} must answer"
     return Check(_graded(False, failed=bool(s3.problem)), s3.problem or s3.endpoint, remedy)
 
 
 def credentials(s3: S3Facts, facts: Facts) -> Check:
-    """Whether there are credentials, and they are accepted."""
+    """Checks that there are credentials and that S3 accepts them."""
     if s3.credentials is None:
-        remedy = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, before Ray starts there"
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, before Ray starts on that node"
         return Check("failed", "none", remedy)
     problems = [problem or "" for problem in (facts.storage_problem, *facts.unseen.values())]
     refused = [problem for problem in problems if "credentials are not accepted" in problem]
@@ -247,16 +247,16 @@ def credentials(s3: S3Facts, facts: Facts) -> Check:
 
 
 def region(s3: S3Facts, _: Facts) -> Check:
-    """Whether the region is the bucket's."""
+    """Checks that the configured region is that of the bucket."""
     is_other = s3.region is None or s3.region != (s3.bucket_region or s3.region)
     remedy = f"set AWS_DEFAULT_REGION={s3.bucket_region or 'us-east-1 (the region of the bucket)'}"
     return Check(_graded(is_other), f"{s3.region or 'none'}; the bucket: {s3.bucket_region or 'unknown'}", remedy)
 
 
 def clock(s3: S3Facts, _: Facts) -> Check:
-    """The node's clock against the endpoint's; S3 refuses what is signed too far off."""
+    """Compares the clock of the node with that of the endpoint; S3 refuses requests signed too far off."""
     if s3.skew_s is None:
-        return Check("skipped", "the endpoint does not tell the time")
+        return Check("skipped", "the endpoint sent no date")
     skew_s = abs(s3.skew_s)
     found = f"{skew_s:.0f} s {'ahead of' if s3.skew_s > 0 else 'behind'} the endpoint"
     remedy = "set the clock (NTP: timedatectl set-ntp true, or chronyc makestep)"
@@ -277,18 +277,18 @@ OF_S3 = {"s3 endpoint": endpoint, "s3 credentials": credentials, "s3 region": re
 
 
 def sent(sizes: Mapping[str, int], *, left_out: list[str]) -> Check:
-    """What `ray job submit --working-dir .` would send.
+    """Checks what `ray job submit --working-dir .` would send.
 
     Args:
         sizes: bytes by the name directly below the working directory.
-        left_out: names of what is needed, is there, and would not be sent.
+        left_out: names of needed files and folders that exist but would not be sent.
     """
     total, largest = sum(sizes.values()), sorted(sizes, key=lambda name: -sizes[name])
     found = f"{_size(total)}: {_some([f'{name} {_size(sizes[name])}' for name in largest if sizes[name] >= MIB / 10])}"
     if left_out:
-        remedy = f"let .rayignore and .gitignore keep {', '.join(left_out)}; a submitted job would not find them"
+        remedy = f"make .rayignore and .gitignore keep {', '.join(left_out)}; a submitted job would not find them"
         return Check("failed", f"{found}, without {', '.join(left_out)}", remedy)
-    remedy = f"write what the jobs do not need into .rayignore; Ray's limit is {_size(MAX_UPLOAD_BYTES)}"
+    remedy = f"list what the jobs do not need in .rayignore; Ray's limit is {_size(MAX_UPLOAD_BYTES)}"
     return Check(_graded(total > LARGE_UPLOAD_BYTES, failed=total >= MAX_UPLOAD_BYTES), found, remedy)
 
 
@@ -297,7 +297,7 @@ def _graded(warning: bool, *, failed: bool = False) -> Status:
 
 
 def _some(words: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """The first items, and the number of the others."""
     more = f" and {len(words) - MAX_SHOWN} more" if len(words) > MAX_SHOWN else ""
     return ", ".join(words[:MAX_SHOWN]) + more
 

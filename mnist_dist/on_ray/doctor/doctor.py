@@ -1,10 +1,10 @@
-"""What would break a job, looked for on the driver and on every node of the cluster: `jobs.doctor`.
+"""Checks the driver and every node of the cluster for what would break a job: `jobs.doctor`.
 
-Owns: who is asked, by one Ray task a node, all at once and with a time-out, and what is shown. Does not own: the
-questions (`facts`) or what the answers mean (`checks`). Loads neither TensorFlow nor Keras.
+Owns: one Ray task per node, all at once and with a time-out, and the output. Does not own: the facts (`facts`) or their
+judgement (`checks`). Imports neither TensorFlow nor Keras.
 
-Whatever is broken, the rest is still looked at: without Ray the driver answers for its machine, a node that is silent
-is a failed check, and what cannot be tried is skipped and says why.
+A problem does not stop the other checks: without Ray, only the driver's machine is checked; a node that does not answer
+is a failed check; a check that cannot be made is skipped, with the reason.
 """
 
 import os
@@ -39,33 +39,33 @@ from mnist_dist.store.uris import absolute, join, temporary_name
 ANSWER_TIMEOUT_S = KERAS_TIMEOUT_S + 30
 DRIVER, ALL = "driver", "all"
 NEEDED = ("jobs", "mnist_dist")
-"""What must be sent of the project with a job."""
+"""Folders of the project that must be sent with a job."""
 NEVER_SENT = (".git", ".venv", "venv", "__pycache__")
-"""What Ray leaves out by itself (its documentation of `working_dir`)."""
+"""What Ray never sends (its documentation of `working_dir`)."""
 MARKS: dict[Status, str] = {"ok": "ok", "skipped": "--", "warning": "!!", "failed": "XX"}
-"""In the order in which checks are shown, the worst last."""
+"""The mark of each status, in the order in which checks are shown, the worst last."""
 
 
 def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
-    """Makes every check and shows it, the worst last.
+    """Makes all checks and shows them, the worst last.
 
     Args:
-        job: which set-up.
-        console: what a person sees.
+        job: the set-up to check.
+        console: shows the checks.
 
     Returns:
         `ok`, `warnings`, `failed` (0), `skipped`: the numbers of checks; with `job.json` also `checks`.
 
     Raises:
-        ConfigError: no such backbone, or one without the weights that are named.
-        ChecksFailed: at least one check failed; it has the same keys.
+        ConfigError: there is no such backbone, or it has no such weights.
+        ChecksFailed: at least one check failed; its result has the same keys.
     """
     pins = checks.read_pins(Path(mnist_dist.__file__).parents[1])
     question = _question(job, pins)
-    console.line("asking this machine and the nodes of Ray; it takes up to two minutes")
+    console.line("checking this machine and all nodes of Ray; this takes up to two minutes")
     with Stop(console) as stop:
-        found = _checks(job, question, pins, Session(console=console, stop=stop))
-        every = sorted(found, key=lambda check: list(MARKS).index(check.status))
+        results = _checks(job, question, pins, Session(console=console, stop=stop))
+        every = sorted(results, key=lambda check: list(MARKS).index(check.status))
     for line in (line for check in every for line in lines_of(check)):
         console.line(line)
     names: dict[str, Status] = {"ok": "ok", "warnings": "warning", "failed": "failed", "skipped": "skipped"}
@@ -80,16 +80,16 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
 
 
 def lines_of(check: Check) -> list[str]:
-    """What a person sees of a check: a mark, what was found, and below it what to do."""
+    """The output of a check: a line with its mark and what was found, and below it what to do."""
     line = f"{MARKS[check.status]}  {check.name:<16} {check.node:<18} {check.found}"
     return [line, f"      do: {check.remedy}"] if check.remedy else [line]
 
 
 def _question(job: DoctorJob, pins: Pins) -> Question:
-    """What every node is asked for.
+    """The question for every node.
 
     Raises:
-        ConfigError: no such backbone, or one without the weights that are named.
+        ConfigError: there is no such backbone, or it has no such weights.
     """
     model = ModelConfig(backbone=job.backbone, weights=job.weights)
     row, size_px = check_model(model), backbone_size_px(model)
@@ -112,7 +112,7 @@ def _checks(job: DoctorJob, question: Question, pins: Pins, session: Session) ->
     with _probe(question, driver) as probing:
         reached, answers = _ask_ray(job, probing, session)
     yield named(reached, "ray", ALL)
-    if not answers:  # then the driver answers for its machine
+    if not answers:  # Without nodes, the driver's machine is checked in full.
         driver = gather(question, with_keras=True)
     yield named(storage_for(job, nodes=max(1, len(answers))), "storage", ALL)
     expected = Expected(question=question, driver=driver, pins=pins)
@@ -123,7 +123,7 @@ def _checks(job: DoctorJob, question: Question, pins: Pins, session: Session) ->
 
 @contextmanager
 def _probe(question: Question, driver: Facts) -> Iterator[Question]:
-    """The question with a file that the driver wrote, which every node must see, as long as it is there."""
+    """Adds a file to the question that every node must see; the driver writes it, and deletes it afterwards."""
     if driver.storage_problem != "":
         yield question
         return
@@ -136,21 +136,21 @@ def _probe(question: Question, driver: Facts) -> Iterator[Question]:
 
 
 def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Check, dict[str, Facts | str]]:
-    """Whether there is a Ray, and the answers of its nodes."""
+    """Checks that Ray can be reached, and collects the answers of its nodes."""
     address = os.environ.get("RAY_ADDRESS", "")
     with ExitStack() as stack:
         try:
             _knock(address)
-            have = stack.enter_context(connected(verbose=job.verbose, stop=session.stop))
-        except (OSError, RuntimeError, ValueError, RayError) as err:  # what ray.init raises
+            cluster = stack.enter_context(connected(verbose=job.verbose, stop=session.stop))
+        except (OSError, RuntimeError, ValueError, RayError) as err:  # These are what ray.init raises.
             return _no_ray(address, err), {}
-        found = f"Ray {ray.__version__}, {have}, {f'at {address}' if address else 'private'}"
-        remedy = "no node that works is up: ask again when some are"
-        return Check("warning" if have.cpus == 0 else "ok", found, remedy), ask_nodes(question, session)
+        found = f"Ray {ray.__version__}, {cluster}, {f'at {address}' if address else 'private'}"
+        remedy = "no worker node is up; try again when there are some"
+        return Check("warning" if cluster.cpus == 0 else "ok", found, remedy), ask_nodes(question, session)
 
 
 def _knock(address: str) -> None:
-    """Raises OSError where nobody listens at `host:port`; Ray itself would try for a minute."""
+    """Raises OSError if nothing listens at `host:port`; Ray itself would try for a minute."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -165,10 +165,10 @@ def _no_ray(address: str, err: Exception) -> Check:
 
 
 def ask_nodes(question: Question, session: Session) -> dict[str, Facts | str]:
-    """The facts of all alive nodes of the connected Ray, or why a node gave none; by address and begin of the id."""
+    """The facts of all alive nodes, or why a node gave none; by address and the first characters of its id."""
     nodes = {f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}": node for node in ray.nodes() if node["Alive"]}
-    asked = {label: _on(node["NodeID"]).remote(question, with_keras=True) for label, node in nodes.items()}
-    answers = collect(asked, session, timeout_s=ANSWER_TIMEOUT_S)
+    references = {label: _on(node["NodeID"]).remote(question, with_keras=True) for label, node in nodes.items()}
+    answers = collect(references, session, timeout_s=ANSWER_TIMEOUT_S)
     return {
         label: answer if isinstance(answer, str) else replace(answer, ray_gpus=nodes[label]["Resources"].get("GPU", 0))
         for label, answer in answers.items()
@@ -176,16 +176,16 @@ def ask_nodes(question: Question, session: Session) -> dict[str, Facts | str]:
 
 
 def _on(node_id: str) -> Any:
-    """The question as a task on that node, which needs none of its CPUs (a cluster's head often offers none)."""
+    """The task for one node. It reserves no CPU, because the head of a cluster often offers none."""
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(num_cpus=0, max_retries=0)(gather).options(scheduling_strategy=pinned)
 
 
 def collect(references: Mapping[str, Any], session: Session, *, timeout_s: float) -> dict[str, Facts | str]:
-    """What some tasks give, or why they gave nothing in time.
+    """The results of the tasks, or why there was none in time.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: SIGINT or SIGTERM.
     """
     deadline, tasks = time.monotonic() + timeout_s, list(references.values())
     session.watch(
@@ -202,34 +202,34 @@ def _answer_of(reference: Any, timeout_s: float) -> Facts | str:
         facts: Facts = ray.get(reference, timeout=0)
     except GetTimeoutError:
         return f"no answer within {timeout_s:.0f} s"
-    except RayError as err:  # of a task that raised, the last line says what
+    except RayError as err:  # If the task raised, the last line of the text has the reason.
         return str(err).strip().splitlines()[-1]
     return facts
 
 
-# --- what concerns all nodes together, or the driver alone -----------------------------------------------------------
+# --- checks of all nodes together, or of the driver alone ------------------------------------------------------------
 
 
 def storage_for(job: DoctorJob, *, nodes: int) -> Check:
-    """Whether the jobs would take this storage on so many nodes."""
+    """Checks that jobs would accept this storage with this number of nodes."""
     try:
         check_storage(job.storage, is_shared=job.storage_is_shared, nodes=nodes)
     except ConfigError as err:
-        remedy = "give --storage s3://..., or the absolute path of a folder that nodes share and --storage-is-shared"
+        remedy = "give --storage s3://..., or the absolute path of a shared folder with --storage-is-shared"
         return Check("failed", first_line(err), remedy)
-    return Check("ok", f"{job.storage} is fit for {nodes} node(s)")
+    return Check("ok", f"{job.storage} suits {nodes} node(s)")
 
 
 def working_dir(folder: Path) -> Check:
-    """What `ray job submit --working-dir` would send of a folder."""
+    """Checks what `ray job submit --working-dir` would send of a folder."""
     sizes = sent_sizes(folder)
     return checks.sent(sizes, left_out=[name for name in NEEDED if (folder / name).exists() and name not in sizes])
 
 
 def sent_sizes(folder: Path) -> dict[str, int]:
-    """Bytes that Ray would send, by the name directly below the folder. Ray packs without compressing.
+    """Bytes that Ray would send, by name directly below the folder. Ray does not compress them.
 
-    Further .gitignore and .rayignore below the folder would leave out more.
+    The .gitignore and .rayignore files in subfolders are not read; they would leave out more.
     """
     files = [folder / name for name in (".gitignore", ".rayignore")]
     specs = [GitIgnoreSpec.from_lines(NEVER_SENT)]

@@ -1,6 +1,6 @@
-"""What one node says of itself: versions, Keras, memory, disks, what it sees of storage, S3 and weights.
+"""Gathers the facts of one node: versions, Keras, memory, disks, and whether it sees storage, S3 and weights.
 
-Owns: the questions and the answers, as plain values; judges nothing (`checks`). Errors are answers.
+Owns: the questions and the answers, as plain values; errors are answers, too. Does not own: the judgement (`checks`).
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import bucket_and_key, is_remote
 
 CONNECT_TIMEOUT_S = 5
-KERAS_TIMEOUT_S = 120.0  # importing takes 7 s of a core, and a first time reads half a GiB from the disk
-# In a process of its own: a TensorFlow that aborts is an answer, too.
+KERAS_TIMEOUT_S = 120.0  # The import takes 7 s of a core, and reads half a GiB from the disk the first time.
+# This runs in a process of its own, because TensorFlow may abort the process.
 _KERAS = """
 import json
 import keras
@@ -56,13 +56,13 @@ class Question:
     """What a node is asked for."""
 
     packages: tuple[str, ...]
-    """Names whose versions are asked for."""
+    """Names of the packages whose versions are wanted."""
     storage: str
     """Folder or `s3://` prefix, absolute."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Name of a check -> URI that the node must see."""
     weights_url: str | None = None
-    """Where the ImageNet weights are published; None: they are not needed."""
+    """URL of the ImageNet weights; None: they are not needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,62 +71,62 @@ class S3Facts:
 
     endpoint: str = ""
     region: str | None = None
-    """As configured; None: not at all."""
+    """The configured region; None: there is none."""
     bucket_region: str | None = None
-    """As the endpoint says; None: it does not."""
+    """The region that the endpoint reports; None: it reports none."""
     credentials: str | None = None
-    """Where they come from, such as `env`; None: there are none."""
+    """Their origin, such as `env`; None: there are none."""
     skew_s: float | None = None
-    """This clock less the endpoint's, s; None: it does not tell the time."""
+    """This clock minus that of the endpoint, s; None: the endpoint sent no date."""
     problem: str = ""
-    """Why the endpoint does not answer."""
+    """Why the endpoint does not answer; empty: it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KerasFacts:
-    """What a process that imports Keras sees."""
+    """What a process that imports Keras reports."""
 
     problem: str = ""
-    """Why it could not."""
+    """Why the import failed; empty: it worked."""
     backend: str = ""
     image_data_format: str = ""
     floatx: str = ""
     gpus: int = 0
-    """That the backend can use."""
+    """Number that the backend can use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a process says of itself and of its machine."""
+    """The facts of a process and of its machine."""
 
     versions: Mapping[str, str]
-    """Of the packages that are installed."""
+    """Versions of the installed packages."""
     keras_backend: str
-    """`KERAS_BACKEND`; empty: not set."""
+    """The variable `KERAS_BACKEND`; empty: not set."""
     storage_problem: str | None
-    """Why the storage cannot be written; empty: it can; None: not tried, S3 is out of reach."""
+    """Why the storage cannot be written; empty: it can; None: not tried, S3 cannot be reached."""
     unseen: Mapping[str, str | None]
-    """Name of a place -> why it is not seen; empty: it is; None: not tried."""
+    """Name in `Question.places` -> why the URI is not seen; empty: it is; None: not tried."""
     s3: S3Facts | None
-    """None: nothing lies on S3."""
+    """None: no URI is on S3."""
     free_memory_bytes: int
-    """Of the machine, or of its container where that has less."""
+    """Free memory of the machine, or of its container if that has less."""
     disks: Mapping[str, tuple[int, int]]
     """Folder -> total and free bytes of its disk."""
     gpu_devices: int
-    """NVIDIA devices that processes can open."""
+    """Number of NVIDIA devices in `/dev`."""
     weights_folder: str
-    """Keras' cache of downloads."""
+    """The folder where Keras keeps its downloads."""
     weights_problem: str | None
-    """Why the published weights are neither there nor can be downloaded; empty: they are; None: not needed."""
+    """Why the published weights are not available; empty: they are there or can be downloaded; None: not needed."""
     keras: KerasFacts | None
-    """None: not asked."""
+    """None: Keras was not checked."""
     ray_gpus: float | None = None
-    """That Ray hands out there; None: no Ray."""
+    """GPUs that Ray offers on this node; None: no Ray."""
 
 
 def gather(question: Question, *, with_keras: bool) -> Facts:
-    """What this process finds; with Keras, it takes up to `KERAS_TIMEOUT_S`, else a few seconds at most."""
+    """Gathers the facts of this process; it takes a few seconds, and up to `KERAS_TIMEOUT_S` more with Keras."""
     on_s3 = [uri for uri in (question.storage, *question.places.values()) if is_remote(uri)]
     s3 = _s3_facts(on_s3[0]) if on_s3 else None
     return Facts(
@@ -145,7 +145,7 @@ def gather(question: Question, *, with_keras: bool) -> Facts:
 
 
 def _tried(action: Callable[[], object]) -> str:
-    """Empty, or in a line why it failed: the one border at which an error becomes an answer."""
+    """Empty, or why the action failed, in one line. Only here does an error become an answer."""
     try:
         action()
     except Exception as err:
@@ -154,7 +154,7 @@ def _tried(action: Callable[[], object]) -> str:
 
 
 def _reached(uri: str, s3: S3Facts | None, action: Callable[[], object]) -> str | None:
-    """None where it is known not to work, which S3's own retries would take minutes to find out."""
+    """As `_tried`; None if S3 cannot be reached, because its retries would take minutes to fail."""
     if is_remote(uri) and (s3 is None or s3.problem or s3.credentials is None):
         return None
     return _tried(action)
@@ -166,50 +166,50 @@ def _see(uri: str) -> None:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _keras_facts() -> KerasFacts:
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from tasks that reserve none
+    if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides the GPUs from tasks that reserve none.
         environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-c", _KERAS]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=KERAS_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return KerasFacts(problem=f"not imported within {KERAS_TIMEOUT_S:.0f} s")
+        return KerasFacts(problem=f"the import took more than {KERAS_TIMEOUT_S:.0f} s")
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        how = f"exit {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
-        return KerasFacts(problem=f"{how}: {last}")
+        ended = f"exit {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+        return KerasFacts(problem=f"{ended}: {last}")
     return KerasFacts(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _free_memory_bytes() -> int:
     free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or a kernel that says it otherwise
+    with contextlib.suppress(OSError, ValueError, KeyError):  # There is no limit ("max"), or another format.
         limit = int((group / "memory.max").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # files can be dropped
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # Linux can drop cached files.
         free = min(free, limit - used)
     return free
 
 
 def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:
-    """Of the temporary folders, where Ray spills to, and of a local storage; each disk once."""
+    """Total and free bytes by disk, for Ray's spilled objects, temporary files and a local storage."""
     folders = [Path(os.environ.get("RAY_TMPDIR", "/tmp")), Path(tempfile.gettempdir())]
     if not is_remote(storage_uri):
         folders.append(Path(storage_uri))
     disks: dict[int, tuple[str, tuple[int, int]]] = {}
     for folder in folders:
-        with contextlib.suppress(OSError):  # no right to look into it, which the storage's own check tells
-            there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
-            usage = shutil.disk_usage(there)
-            disks.setdefault(os.stat(there).st_dev, (str(there), (usage.total, usage.free)))
+        with contextlib.suppress(OSError):  # It may not be read, which the storage check reports.
+            existing = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+            usage = shutil.disk_usage(existing)
+            disks.setdefault(os.stat(existing).st_dev, (str(existing), (usage.total, usage.free)))
     return dict(disks.values())
 
 
@@ -221,10 +221,10 @@ def _weights_problem(url: str) -> str:
 
 
 def _s3_facts(uri: str) -> S3Facts:
-    """Asks the endpoint for the bucket without credentials, once: whatever it answers, it answers, and with a date."""
+    """Asks the endpoint for the bucket, once and without credentials; a refusal is an answer, and has a date."""
     try:
         return _ask_endpoint(bucket_and_key(uri)[0])
-    except Exception as err:  # a broken AWS configuration, an endpoint that is no URL
+    except Exception as err:  # A broken AWS configuration, or an endpoint that is no URL.
         return S3Facts(problem=f"{type(err).__name__}: {first_line(err)}")
 
 
