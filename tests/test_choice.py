@@ -231,7 +231,7 @@ def test_comparing_counts_what_differs() -> None:
     assert small.agreement == 1.0
     assert small.max_abs_difference == pytest.approx(0.02)
     assert np.isnan(compared(one_hot([0]), np.full((1, 3), NAN, np.float32), None).max_abs_difference)
-    with pytest.raises(StepFailed, match=r"gives \[4, 3\] probabilities, .* Received: \[4, 2\]"):
+    with pytest.raises(StepFailed, match=r"must give \[4, 3\] probabilities. Received: \[4, 2\]"):
         compared(theirs, ours[:, :2], None)
 
 

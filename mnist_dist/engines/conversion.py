@@ -81,10 +81,8 @@ def compare(reference: Probabilities, answers: Answers) -> Check:
     """
     probabilities, labels = answers.probabilities, answers.labels
     if probabilities.shape != reference.shape:
-        raise StepFailed(
-            f"Keras gives {list(reference.shape)} probabilities, the converted model another shape. "
-            f"Received: {list(probabilities.shape)}"
-        )
+        expected, shape = list(reference.shape), list(probabilities.shape)
+        raise StepFailed(f"the converted model must give {expected} probabilities. Received: {shape}")
     keras_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
     # The loss is computed from counts, since in floats 0.902 - 0.9 is more than 0.002.
     loss = None if labels is None else int((keras_top == labels).sum() - (top == labels).sum()) / len(labels)
@@ -183,11 +181,7 @@ def _ask_file(
 
 
 def smallest_fast(speeds: Mapping[int, float]) -> int:
-    """The smallest number of images per call that is about as fast as any (`AS_FAST`).
-
-    Args:
-        speeds: images per call -> images/s.
-    """
+    """The smallest number of images per call that is about as fast as any; `speeds`: images per call -> images/s."""
     return min(size for size, speed in speeds.items() if speed >= AS_FAST * max(speeds.values()))
 
 
