@@ -87,7 +87,7 @@ def test_a_folder_without_its_last_file_is_unfinished(tmp_path: Path, left: list
     for path in tmp_path.iterdir():
         if path.name not in left:
             path.unlink()
-    with pytest.raises(StorageError, match=rf"holds state\.json, written last\. Received: {tmp_path}$"):
+    with pytest.raises(StorageError, match=rf"unfinished: it has no state\.json\. Received: {tmp_path}$"):
         read_checkpoint(tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_train_resumes_after_its_driver_is_killed(trained: Ended, tmp_path: Path
     kill_when(lambda: [*run_folder.glob("attempt-*/checkpoint-*/state.json")], *train_command(tmp_path))
     resumed = run(*train_command(tmp_path))
     assert resumed.code == 0, resumed.stderr
-    assert "going on with" in resumed.stderr
+    assert "Resuming" in resumed.stderr
     assert resumed.result["epochs"] == EPOCHS
     ours, theirs = (load_bundle(ended.result["bundle"]).model.get_weights() for ended in (resumed, trained))
     for a, b in zip(ours, theirs, strict=True):
@@ -175,7 +175,7 @@ def test_search_end_to_end_although_its_driver_is_killed(tmp_path: Path) -> None
     before = finished_trials()
     code, result, err = run_command(*command)
     assert code == 0, err
-    assert "going on with" in err
+    assert "Resuming" in err
     assert {name: finished_trials()[name] for name in before} == before
     assert (result["job"], result["trials"], result["failed"]) == ("search", 3, 0)
     assert sorted(pq.read_table(result["leaderboard"])["trial"].to_pylist()) == [0, 1, 2]

@@ -61,7 +61,7 @@ def test_a_run_of_other_settings_is_refused_with_each_difference(run: Run) -> No
     with pytest.raises(ResumeConflict, match=r"holds another run") as caught:
         run.begin(other)
     assert str(caught.value).splitlines() == [
-        f"{run.uri} holds another run (take another --name, or the same settings):",
+        f"{run.uri} holds another run. Choose another --name or use the same settings:",
         "  recipe: 'mnist-cnn' now, 'quickstart' in the run",
         "  settings.fit.seed: 2 now, 1 in the run",
     ]
@@ -73,7 +73,7 @@ def test_images_are_compared_once_they_are_known(run: Run) -> None:
     save_something(run)
     assert run.begin(replace(FACTS, records=None)) is False
     with pytest.raises(
-        ResumeConflict, match=r"\n  data: images were added, removed or touched .* since the run began$"
+        ResumeConflict, match=r"\n  data: images were added, removed or changed .* since the run began$"
     ):
         run.begin(replace(FACTS, records="xyz"))
 

@@ -225,7 +225,7 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
     assert "saving progress" in err
     code, result, err = run_command(*command(tmp_path))
     assert code == 0, err
-    assert "going on with" in err
+    assert "Resuming" in err
     assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
 
 

@@ -1,7 +1,7 @@
-"""Keras callbacks around our own loop: which ones a run has, and the state of theirs that a checkpoint keeps.
+"""Keras callbacks around our own loop: which ones a run uses, and how a checkpoint keeps their state.
 
-Keras' callbacks have no `get_state`, so what EarlyStopping and ReduceLROnPlateau remember is read and set by attribute
-name; a test holds the names against the installed Keras.
+Keras callbacks have no `get_state`, so the state of EarlyStopping and ReduceLROnPlateau is read and set by attribute
+name. A test checks these names against the installed Keras.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ REMEMBERED = {
 
 @dataclass(frozen=True, kw_only=True)
 class LogFiles:
-    """Where one worker, of rank 0, logs for people."""
+    """Where the worker of rank 0 writes its logs."""
 
     history: str
-    """URI of the CSV file with a line for each epoch so far."""
+    """URI of the CSV file with one line per epoch so far."""
     tensorboard: Path | None = None
-    """Folder of TensorBoard's event files, or None."""
+    """Folder for TensorBoard's event files, or None."""
 
 
 class HistoryFile(keras.callbacks.Callback):
-    """Writes the whole history after each epoch, so that a run that goes on has no epoch twice.
+    """Writes the whole history after each epoch, so a resumed run lists no epoch twice.
 
     Args:
-        uri: of the CSV file.
-        history: grows before each epoch ends.
+        uri: URI of the CSV file.
+        history: the epochs so far; the loop appends each epoch before this callback runs.
     """
 
     def __init__(self, uri: str, history: Sequence[Epoch]) -> None:
@@ -44,14 +44,14 @@ class HistoryFile(keras.callbacks.Callback):
         self._uri, self._history = uri, history
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Writes the file in one step."""
+        """Replaces the file in one step."""
         ANYWHERE.write_bytes(self._uri, history_csv(self._history))
 
 
 def make_callbacks(
     config: FitConfig, *, files: LogFiles | None, history: Sequence[Epoch]
 ) -> list[keras.callbacks.Callback]:
-    """The callbacks of one phase, all on validation loss; files only where they are given (rank 0)."""
+    """The callbacks of one phase, all based on the validation loss. Only rank 0 passes `files`, and so writes logs."""
     callbacks: list[keras.callbacks.Callback] = []
     if config.early_stopping_patience is not None:
         callbacks.append(keras.callbacks.EarlyStopping("val_loss", patience=config.early_stopping_patience))
@@ -69,7 +69,7 @@ def make_callbacks(
 
 
 def callback_states(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
-    """What the callbacks remember, as JSON values, by class name."""
+    """The callbacks' state as JSON values, by class name."""
     return {
         name: {key: _plain(getattr(callback, key)) for key in REMEMBERED[name]}
         for callback in callbacks
@@ -78,7 +78,7 @@ def callback_states(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, 
 
 
 def restore_callbacks(callbacks: Sequence[keras.callbacks.Callback], states: Mapping[str, Mapping[str, Any]]) -> None:
-    """Sets what `callback_states` read; call it after `on_train_begin`, which resets them."""
+    """Restores what `callback_states` read. Call it after `on_train_begin`, which resets the callbacks."""
     for callback in callbacks:
         for key, value in states.get(type(callback).__name__, {}).items():
             setattr(callback, key, value)

@@ -1,14 +1,14 @@
-"""One checkpoint: a folder that holds everything a run needs to go on, and the best weights so far.
+"""One checkpoint: a folder with everything a run needs to resume, and the best weights so far.
 
 ```
-state.json       where to go on (phase, epoch, step), history, best epoch, what the callbacks remember
+state.json       where to resume (phase, epoch, step), history, best epoch, state of the callbacks
 weights.npz      the network's weights
 optimizer.npz    the optimizer's variables
-best.npz         weights of the best epoch (absent where the best epoch is the one that just ended)
+best.npz         weights of the best epoch (absent if that epoch has just ended: weights.npz holds them)
 ```
 
-`state.json` is written last; whoever copies the folder copies it last, too: a folder without it is unfinished. Nothing
-of a data iterator or a random generator is kept: both are functions of (seed, epoch, step).
+`state.json` is written last, and must be copied last: a folder without it is unfinished. No data iterator or random
+generator is saved, because both are functions of (seed, epoch, step).
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ Arrays = list[npt.NDArray[Any]]
 
 @dataclass(kw_only=True)
 class State:
-    """Where a run stands. Counters start at 0 and name what comes next."""
+    """The progress of a run. Counters start at 0 and name the next phase, epoch and step."""
 
     phase: int = 0
     epoch: int = 0
@@ -42,20 +42,20 @@ class State:
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Of the unfinished epoch: loss summed over images, correct predictions, images."""
     learning_rate: float | None = None
-    """What ReduceLROnPlateau has made of the phase's rate; None: unchanged."""
+    """The phase's rate as reduced by ReduceLROnPlateau; None: unchanged."""
     history: list[Epoch] = field(default_factory=list)
     best: Epoch | None = None
     best_is_current: bool = False
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     timed_images: int = 0
-    """Images trained on in the calls that were timed (all but each phase's first two)."""
+    """Images trained on in timed calls (all except each phase's first two)."""
     timed_s: float = 0.0
     seconds: float = 0.0
-    """From the start of the job to this checkpoint, over all attempts."""
+    """Time from the start of the job to this checkpoint, summed over all drivers."""
     began_at: float = 0.0
-    """When the attempt that wrote this began, s since the epoch."""
+    """When the driver that wrote this checkpoint started, s since the Unix epoch."""
     earlier_s: float = 0.0
-    """Of `seconds`, those of the attempts before it."""
+    """The part of `seconds` that earlier drivers spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +78,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads what `write_checkpoint` wrote.
+    """Reads a folder that `write_checkpoint` wrote.
 
     Raises:
-        StorageError: the folder is no finished checkpoint.
-        DataError: its state is damaged.
+        StorageError: the checkpoint is unfinished.
+        DataError: the state is damaged.
     """
     if not (folder / STATE_FILE).exists():
-        raise StorageError(f"A checkpoint holds {STATE_FILE}, written last. Received: {folder}")
+        raise StorageError(f"The checkpoint is unfinished: it has no {STATE_FILE}. Received: {folder}")
     state = documents.decode((folder / STATE_FILE).read_bytes(), State, uri=str(folder / STATE_FILE))
     weights = _read_arrays(folder / "weights.npz")
     best = weights if state.best_is_current else None

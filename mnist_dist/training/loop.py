@@ -1,11 +1,11 @@
 """The training loop: phases, epochs, calls of the step, validation, the best epoch, checkpoints.
 
-Runs once in each worker and takes the same decisions in all of them, since all numbers it decides by are sums over the
-workers. Knows nothing of Ray: what it needs of its surroundings is a `Host`. The same code runs in one plain process
-(tests, benchmark) and on many nodes.
+Every worker runs this loop and takes the same decisions, because each decision depends only on sums over all workers.
+The loop knows nothing of Ray: a `Host` connects it to whatever runs it. The same code runs in one plain process (tests,
+benchmark) and on many nodes.
 
-How a run goes on: `State` names the next (phase, epoch, step); batch order and random numbers follow from it and the
-seed. Each phase has a fresh optimizer and fresh callbacks and starts from the best weights so far.
+To resume, `State` names the next (phase, epoch, step); batch order and random numbers follow from it and the seed.
+Each phase has a fresh optimizer and fresh callbacks and starts from the best weights so far.
 """
 
 import logging
@@ -35,12 +35,12 @@ from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor, mak
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
-MAX_PIXELS = 2**21  # that a worker evaluates at once, at the backbone's input size: VGG16 then takes about 2 GB
+MAX_PIXELS = 2**21  # of one evaluation batch per worker, at the backbone's input size: about 2 GB for VGG16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to; not `finished`: it stopped because it was asked to, after saving."""
+    """How a run ended. If it is not `finished`, it was asked to stop and has saved its state."""
 
     finished: bool
     state: State
@@ -54,8 +54,8 @@ class Trainer:
         count, job = len(task.images.train), task.job
         require(
             world.workers <= job.fit.batch_size <= count,
-            f"batch_size is at least the number of workers ({world.workers}) and at most that of training images "
-            f"({count})",
+            f"batch_size must be at least the number of workers ({world.workers}) and at most the number of training "
+            f"images ({count})",
             batch_size=job.fit.batch_size,
         )
         self.task, self.host, self.world = task, host, world
@@ -71,7 +71,7 @@ class Trainer:
         self._restored: Checkpoint | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint; call it before `run`."""
+        """Resumes from a checkpoint; call it before `run`."""
         self.state = checkpoint.state
         same_attempt = checkpoint.state.began_at == self.task.began_at
         self.earlier_s = checkpoint.state.earlier_s if same_attempt else checkpoint.state.seconds
@@ -80,14 +80,14 @@ class Trainer:
         self._restored = checkpoint
 
     def run(self) -> Outcome:
-        """Trains the phases that are left, or until asked to stop."""
+        """Trains the remaining phases, or until asked to stop."""
         for _ in self.epochs():
             pass
         finished = self.state.phase == len(self.task.job.phases.phases())
         return Outcome(finished=finished, state=self.state, best=self.best)
 
     def epochs(self) -> Iterator[Epoch]:
-        """Trains as `run` does, an epoch each time."""
+        """Trains as `run` does, and yields each epoch when it ends."""
         phases = self.task.job.phases.phases()
         while self.state.phase < len(phases):
             index = self.state.phase
@@ -96,7 +96,7 @@ class Trainer:
                 return
 
     def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
-        """Loss (mean cross-entropy, nats) and accuracy of a network over a split, each image once over all workers."""
+        """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images."""
         evaluator = Evaluator(self.strategy, network)
         return self._evaluate(evaluator, self.task.images, indices)
 
@@ -106,18 +106,18 @@ class Trainer:
         batches = evaluation_batches(
             self.task.images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
         )
-        found = [predictor(batch) for batch in ahead(batches)]
-        return np.concatenate(found) if found else np.zeros((0, len(self.task.class_names)), np.float32)
+        logits = [predictor(batch) for batch in ahead(batches)]
+        return np.concatenate(logits) if logits else np.zeros((0, len(self.task.class_names)), np.float32)
 
     @property
     def test_count(self) -> int:
-        """Test images that are predicted: all, but in a dry run."""
+        """Number of test images to predict: all of them, except in a dry run."""
         return len(self._limited(self.task.images.test))
 
     @property
     def _evaluation_batch(self) -> int:
-        """Twice the batch that is trained on, but no more than a large backbone has memory for: the batch may have been
-        chosen for a head on features."""
+        """Twice the training batch, or fewer images if a large backbone would run out of memory: the batch size may have
+        been chosen for a head on features."""
         backbone, largest = self.built.classifier.backbone, 2 * self.task.job.fit.batch_size
         if backbone is None:
             return largest
@@ -125,7 +125,7 @@ class Trainer:
         return int(min(largest, max(self.world.workers, MAX_PIXELS * self.world.workers // (height_px * width_px))))
 
     def _limited(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """What a dry run leaves of a split."""
+        """The images of a split that a dry run uses; otherwise all."""
         if self.task.steps_limit is None:
             return indices
         return indices[: self.task.steps_limit * self.task.job.fit.batch_size]
@@ -146,7 +146,7 @@ class Trainer:
         run.end()
 
     def _run_epoch(self, run: PhaseRun) -> bool:
-        """Takes an epoch's remaining steps; False: all workers agreed to stop before its end."""
+        """Takes an epoch's remaining steps. Returns False if all workers agreed to stop before its end."""
         run.callbacks.on_epoch_begin(self.state.epochs_done)
         run.start_clock()
         with closing(ahead(self._chunks(run))) as chunks:
@@ -181,12 +181,12 @@ class Trainer:
             start = steps.stop
 
     def _count(self, phase: Phase, reports: npt.NDArray[np.float32]) -> None:
-        """Adds the steps to the state; raises TrainingDiverged where a loss is no number."""
+        """Adds the steps to the state. Raises TrainingDiverged if a loss is not finite."""
         bad = np.flatnonzero(~np.isfinite(reports[:, LOSS]))
         if len(bad):
             raise TrainingDiverged(
                 f"The loss is {reports[bad[0], LOSS]} in phase {phase.name!r}, epoch {self.state.epoch + 1}, "
-                f"step {self.state.step + int(bad[0]) + 1}; a lower learning_rate or a clip_norm may help. "
+                f"step {self.state.step + int(bad[0]) + 1}. A lower learning_rate or a clip_norm may help. "
                 f"Received: learning_rate={phase.learning_rate}"
             )
         batch = self.task.job.fit.batch_size
@@ -199,14 +199,12 @@ class Trainer:
 
     def _is_due(self, steps: int) -> bool:
         every = self.task.job.run.checkpoint_steps
-        if (
-            every is None or self.state.step == self.task.steps_per_epoch
-        ):  # the epoch's end saves anyway, under this name
-            return False
+        if every is None or self.state.step == self.task.steps_per_epoch:
+            return False  # the end of the epoch saves a checkpoint of the same name anyway
         return self.state.global_step // every > (self.state.global_step - steps) // every
 
     def _end_epoch(self, run: PhaseRun) -> Epoch:
-        """Validates, keeps the best, lets the callbacks decide, saves."""
+        """Validates, keeps the best weights, runs the callbacks and saves a checkpoint."""
         metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
         loss, hits, images = self.state.epoch_sums
         epoch = Epoch(

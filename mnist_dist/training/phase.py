@@ -1,6 +1,6 @@
-"""One phase of training under way: its optimizer, its compiled step, its callbacks, and how fast it goes.
+"""One running phase of training: its optimizer, its compiled step, its callbacks, and its speed.
 
-Owns: what is new in each phase. Does not own: the order of epochs, validation, the best weights or checkpoints
+Owns: what each phase creates anew. Does not own: the order of epochs, validation, the best weights or checkpoints
 (`loop`).
 """
 
@@ -22,34 +22,34 @@ from mnist_dist.training.feed import Images, TrainChunk, World
 from mnist_dist.training.schedule import learning_rates
 from mnist_dist.training.step import Evaluator, StepConfig, Strategy, TrainStep, make_optimizer, slowest_worker_s
 
-SECONDS_PER_CALL = 0.25  # long enough that calling costs nothing, short enough to stop and to show progress by
+SECONDS_PER_CALL = 0.25  # long enough to hide the cost of a call, short enough to stop and show progress promptly
 MAX_STEPS_PER_CALL = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What a worker trains: the job, and the data it was resolved to."""
+    """What a worker trains: the job and its decoded data."""
 
     job: TrainJob
     spec: ImageSpec
     class_names: tuple[str, ...]
     images: Images
     features: Images | None = None
-    """The same images with the frozen backbone's features for pixels, for phases that train the head alone; None: they
-    are computed anew in each step."""
+    """The same images as features of the frozen backbone, for phases that train only the head. None: each step computes
+    them anew."""
     head_alone: bool = False
-    """There is no backbone at all: every phase is one of the head, on `features`."""
+    """No backbone is built: every phase trains only the head, on `features`."""
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
-    """At most so many steps an epoch and batches an evaluation (dry run, plan). None: all."""
+    """The most steps per epoch and batches per evaluation (dry run, plan). None: all."""
     files: LogFiles | None = None
-    """Where rank 0 logs; None in all others."""
+    """Where rank 0 logs; None on all other workers."""
     began_at: float = field(default_factory=time.time)
-    """When the job began, s since the epoch; `State.seconds` counts from there."""
+    """When the job began, s since the Unix epoch; `State.seconds` counts from there."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """An epoch's last partial batch is dropped."""
+        """Steps of one epoch, without its last partial batch."""
         steps = len(self.images.train) // self.job.fit.batch_size
         return min(steps, self.steps_limit or steps)
 
@@ -65,14 +65,14 @@ class Built:
 
 
 class PhaseRun:
-    """A phase under way.
+    """A running phase.
 
     Args:
-        phase: which.
-        task: what is trained.
-        built: the network and what belongs to it.
-        state: of the run; `end_epoch` changes it.
-        restored: the checkpoint that the run goes on from, or None; its optimizer counts within its phase only.
+        phase: its configuration.
+        task: the job and its data.
+        built: the network and its augmentation.
+        state: the state of the run; `end_epoch` changes it.
+        restored: the checkpoint to resume from, or None. Its optimizer is valid only within its phase.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class PhaseRun:
         self.epochs = phase.epochs
         self.steps_per_call = 1
         self.wish_to_stop = False
-        """This worker's."""
+        """Whether this worker wishes to stop."""
         self.stops = False
-        """What all workers agreed on."""
+        """Whether all workers agreed to stop."""
         self._calls, self._clock = 0, 0.0
         classifier, fit = built.classifier, task.job.fit
-        of_head = phase.trainable == "head"
+        head_only = phase.trainable == "head"
         before = task.job.phases.phases()[: state.phase]
-        untouched = all(earlier.trainable == "head" for earlier in before)
-        features = task.features if of_head and untouched else None
+        backbone_unchanged = all(earlier.trainable == "head" for earlier in before)
+        features = task.features if head_only and backbone_unchanged else None
         self.images = task.images if features is None else features
-        self.network = classifier.head if of_head else classifier.network
-        frozen = classifier.features if of_head and features is None else None
+        self.network = classifier.head if head_only else classifier.network
+        frozen = classifier.features if head_only and features is None else None
         with built.strategy.scope():
             set_trainable(classifier, phase.trainable)
             self.optimizer = make_optimizer(task.job.optimizer, self.network.trainable_variables)
@@ -115,7 +115,7 @@ class PhaseRun:
         self.callbacks = self._start_callbacks(restored)
 
     def take(self, chunk: TrainChunk) -> npt.NDArray[np.float32]:
-        """Takes the chunk's steps; chooses how many steps later calls take from the time of the second call."""
+        """Takes the chunk's steps. The second call's duration decides how many steps later calls take."""
         start = self.state.epoch * self.task.steps_per_epoch + self.state.step
         rates = learning_rates(
             self.rate(),
@@ -135,11 +135,11 @@ class PhaseRun:
         return reports
 
     def start_clock(self) -> None:
-        """An epoch's calls begin now; what lies between epochs (validation, checkpoints) is not timed."""
+        """Starts timing an epoch; the time between epochs (validation, checkpoints) does not count."""
         self._clock = time.perf_counter()
 
     def _time(self, steps: int) -> None:
-        """Counts the time since the call before: the step, and waiting for its images."""
+        """Adds the time since the previous call: the steps, and the wait for their images."""
         now = time.perf_counter()
         if self._calls > 2:
             self.state.timed_images += steps * self.task.job.fit.batch_size
@@ -147,11 +147,11 @@ class PhaseRun:
         self._clock = now
 
     def rate(self) -> float:
-        """The phase's rate, or what ReduceLROnPlateau has made of it."""
+        """The phase's learning rate, as reduced by ReduceLROnPlateau."""
         return self.state.learning_rate or self.phase.learning_rate
 
     def end_epoch(self, epoch: Epoch) -> None:
-        """Lets the callbacks decide, and puts into the state what they decided and remember."""
+        """Runs the callbacks, and stores their decisions and their memory in the state."""
         state = self.state
         before = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
         logs = {name: value for name, value in asdict(epoch).items() if name not in ("epoch", "phase")}
@@ -164,11 +164,11 @@ class PhaseRun:
             state.phase, state.epoch, state.learning_rate, state.callbacks = state.phase + 1, 0, None, {}
 
     def optimizer_variables(self) -> Arrays:
-        """For a checkpoint."""
+        """The optimizer's variables, for a checkpoint."""
         return [keras.ops.convert_to_numpy(variable) for variable in self.optimizer.variables]
 
     def end(self) -> None:
-        """Lets the callbacks close what they opened."""
+        """Lets the callbacks close their files."""
         self.callbacks.on_train_end()
 
     def _start_callbacks(self, restored: Checkpoint | None) -> keras.callbacks.CallbackList:

@@ -1,9 +1,9 @@
-"""The folder of a training run: what decides the result, what was reached so far, the result.
+"""The folder of a training run: its settings, its progress and its result.
 
 ```
-run.json           recipe, settings and data fingerprint: written first, compared when the run goes on
-attempt-0001/      checkpoints of one driver's life (checkpoint-000000123/..., each complete once it has state.json)
-history.csv        a line for each epoch so far
+run.json           recipe, settings and data fingerprint: written first, compared when the run resumes
+attempt-0001/      checkpoints of one attempt (checkpoint-000000123/..., each complete once it has state.json)
+history.csv        one line per epoch so far
 bundle/            the model
 result.json        written last
 ```
@@ -31,11 +31,11 @@ CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FIL
 
 @dataclass(frozen=True)
 class Run:
-    """One run, by the URI of its folder."""
+    """One run, identified by the URI of its folder."""
 
     uri: str
     begun_by: re.Pattern[str] = CHECKPOINT
-    """A run that has saved no object of such a name binds nobody: its command may have been refused."""
+    """Other settings are refused only once the run has saved an object of such a name (or has finished)."""
     store: Store = ANYWHERE
 
     @property
@@ -47,11 +47,11 @@ class Run:
         return join(self.uri, "bundle")
 
     def result(self) -> dict[str, Any] | None:
-        """The result where the run is finished, else None."""
+        """The result if the run is finished, else None."""
         return self.read("result.json", dict[str, Any])
 
     def begin(self, facts: RunFacts) -> bool:
-        """Notes what decides the result; True: the run is new, False: it goes on.
+        """Records the facts that decide the result. Returns True for a new run, False for one that resumes.
 
         Raises:
             ResumeConflict: see `compare`.
@@ -62,23 +62,23 @@ class Run:
         return True
 
     def compare(self, facts: RunFacts) -> bool:
-        """Holds facts against those of the run, where it has saved something already; whether so.
+        """Compares facts with those of the run. Returns whether the run has saved anything yet.
 
         Raises:
-            ResumeConflict: the folder holds a run of other facts; the message shows each difference.
+            ResumeConflict: the folder holds a run with other facts; the message shows each difference.
         """
         if not self._is_begun():
             return False
-        there = self.read("run.json", RunFacts)
-        if there is None:
+        stored = self.read("run.json", RunFacts)
+        if stored is None:
             return True
-        lines = differences(asdict(replace(facts, records=there.records)), asdict(there))
-        if facts.records not in (None, there.records):
-            lines.append("data: images were added, removed or touched (names, sizes, times) since the run began")
+        lines = differences(asdict(replace(facts, records=stored.records)), asdict(stored))
+        if facts.records not in (None, stored.records):
+            lines.append("data: images were added, removed or changed (names, sizes, times) since the run began")
         if lines:
             shown = "\n  ".join(lines)
             raise ResumeConflict(
-                f"{self.uri} holds another run (take another --name, or the same settings):\n  {shown}"
+                f"{self.uri} holds another run. Choose another --name or use the same settings:\n  {shown}"
             )
         return True
 
@@ -86,23 +86,23 @@ class Run:
         return self.result() is not None or any(self.begun_by.fullmatch(name) for name in self._names())
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes the result: the run is finished."""
+        """Writes the result, which marks the run as finished."""
         self.write("result.json", result)
 
     def newest_checkpoint(self) -> str | None:
-        """URI of the complete checkpoint that is furthest, or None."""
-        found = [
+        """URI of the complete checkpoint with the most steps, or None."""
+        checkpoints = [
             (int(match[2]), int(match[1]), name) for name in self._names() if (match := CHECKPOINT.fullmatch(name))
         ]
-        return join(self.uri, max(found)[2].removesuffix(f"/{STATE_FILE}")) if found else None
+        return join(self.uri, max(checkpoints)[2].removesuffix(f"/{STATE_FILE}")) if checkpoints else None
 
     def next_attempt(self) -> str:
-        """Name of an attempt that is not there yet."""
+        """The first unused name of an attempt."""
         numbers = [int(match[2]) for name in self._names() if (match := ATTEMPT.match(name))]
         return f"attempt-{max(numbers, default=0) + 1:04d}"
 
     def clear_attempts(self) -> None:
-        """Deletes all attempts but the one with the newest checkpoint."""
+        """Deletes all attempts except the one with the newest checkpoint."""
         kept = f"{self.newest_checkpoint()}/"
         attempts = {join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
         for attempt in sorted(attempts):
@@ -110,14 +110,14 @@ class Run:
                 self.store.delete_tree(attempt)
 
     def _names(self) -> list[str]:
-        """Everything in the folder, relative to it."""
+        """Names of all objects in the folder, relative to it."""
         return [entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.list_entries(self.uri)]
 
     def read(self, name: str, kind: type[Document]) -> Document | None:
-        """A document of the folder, or None.
+        """Reads a document of the folder; None if there is none.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the document is damaged.
         """
         try:
             return documents.read(self.store, join(self.uri, name), kind)
@@ -125,7 +125,7 @@ class Run:
             return None
 
     def write(self, name: str, document: Any) -> None:
-        """Puts a document into the folder."""
+        """Writes a document into the folder."""
         documents.write(self.store, join(self.uri, name), document)
 
 
@@ -133,17 +133,17 @@ class Run:
 
 
 def run_row(folder: Folder) -> InventoryRow | None:
-    """How a training run stands; None: the folder holds none.
+    """The status of a training run, or None if the folder holds none.
 
     Raises:
         OSError, ValueError, TypeError, LookupError: the folder is damaged.
-        ServiceError: the storage failed.
+        ServiceError: the store failed.
     """
     if not is_run(folder) or is_search(folder):
         return None
     facts, driver = folder.read("run.json", RunFacts), folder.driver()
     result = folder.read("result.json", dict[str, Any])
-    history, epochs = _read_history(folder), _epochs_asked(facts)
+    history, epochs = _read_history(folder), _epochs_planned(facts)
     is_saved = bool(history) or (result is None and Run(folder.uri).newest_checkpoint() is not None)
     if result is not None:
         done, val, test = result["epochs"], result.get("validation_accuracy"), result.get("test_accuracy")
@@ -174,8 +174,8 @@ def _read_history(folder: Folder) -> list[dict[str, str]]:
     return list(csv.DictReader(folder.store.read_bytes(join(folder.uri, "history.csv")).decode().splitlines()))
 
 
-def _epochs_asked(facts: RunFacts | None) -> int | None:
-    """Over all phases; where training is stopped early, fewer are done. None: not known yet."""
+def _epochs_planned(facts: RunFacts | None) -> int | None:
+    """Epochs of all phases, of which early stopping may skip some. None: not known yet."""
     if facts is None:
         return None
     phases = PhasesConfig(**{name: tuple(values) for name, values in facts.settings["phases"].items()})

@@ -1,12 +1,12 @@
 """The compiled work of training: the train step, the evaluation step, and sums over the workers.
 
-The only module of training that speaks TensorFlow. Contract of the train step, for any number of workers:
+The only module of training that computes with TensorFlow (`precision` asks it about the GPU). Contract of the train step, for any number of workers:
 
 - the loss is the sum over this worker's slice, divided by the *global* batch, so that the sum of the gradients over the
   workers is the gradient of the whole batch;
 - gradients are summed over the workers, and only then clipped (a Keras optimizer would clip before the sum);
-- loss, hits and the wish to stop are summed in the same exchange, so that every worker sees the same numbers and takes
-  the same decisions in the same step.
+- loss, hits and requests to stop are summed in the same exchange, so every worker sees the same numbers and takes the
+  same decisions in the same step.
 
 S = steps in one call, b = this worker's slice of the batch, H, W = height and width in px, C = channels,
 K = classes.
@@ -26,11 +26,11 @@ from mnist_dist.models.augmentation import reseed, seed_generators
 from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
 
 Strategy = tf.distribute.Strategy
-LOSS, HITS, STOP = range(3)  # columns of what a step reports
+LOSS, HITS, STOP = range(3)  # columns of a step's report
 
 
 def make_strategy(workers: int) -> tf.distribute.Strategy:
-    """The strategy of this process: plain for one worker, else synchronous all-reduce over all (TF_CONFIG is set)."""
+    """The default strategy for one worker; synchronous all-reduce for several, which must have set TF_CONFIG."""
     return tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else tf.distribute.get_strategy()
 
 
@@ -62,12 +62,12 @@ class TrainStep:
     """Runs S optimizer steps in one call.
 
     Args:
-        strategy: of `make_strategy`; the network and the optimizer were built in its scope.
+        strategy: from `make_strategy`; the network and the optimizer were built in its scope.
         network: `float32 [b, H, W, C]` in 0-255, or `float32 [b, D]` features -> logits `float32 [b, K]`.
         optimizer: built for `network.trainable_variables`.
         augmentation: `float32 [b, H, W, C]` -> the same, or None.
-        frozen: `float32 [b, H, W, C]` -> the features `[b, D]` that the network takes, always in inference mode; None:
-            the network takes what the chunks hold.
+        frozen: `float32 [b, H, W, C]` -> the features `[b, D]` that the network takes, always in inference mode. None:
+            the network takes the chunks' content directly.
         config: batch size and loss.
     """
 
@@ -101,11 +101,11 @@ class TrainStep:
         Args:
             chunk: images, labels and seeds of S steps.
             rates: `float32 [S]`, the learning rate of each.
-            stop: this worker's wish to stop after the call.
+            stop: whether this worker asks to stop after the call.
 
         Returns:
             `float32 [S, 3]`, equal on all workers: mean loss of the global batch, correct predictions in it, number of
-            workers that wish to stop.
+            workers that ask to stop.
         """
         wish = np.float32(stop)
         reports = self._call(chunk.pixels, chunk.labels, chunk.seeds, rates, wish)
@@ -154,7 +154,7 @@ class TrainStep:
 
 
 class Evaluator:
-    """Sums of loss and hits of a network over a split, exact over all workers; arguments as of `TrainStep`."""
+    """Sums of loss and hits of a network over a split, exact over all workers. Arguments as for `TrainStep`."""
 
     def __init__(
         self, strategy: tf.distribute.Strategy, network: keras.Model, *, frozen: keras.Model | None = None
@@ -165,7 +165,7 @@ class Evaluator:
         self._call = _compiled(self._step)
 
     def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float64]:
-        """Sums `float64 [3]` of one batch of this worker: cross-entropy (nats), correct predictions, images."""
+        """Returns the sums `float64 [3]` of one batch of this worker: cross-entropy (nats), hits, images."""
         return np.asarray(self._call(batch.pixels, batch.labels, batch.weights))
 
     def _step(self, pixels: Any, labels: Any, weights: Any) -> Any:
@@ -181,14 +181,14 @@ class Evaluator:
 
 
 class Predictor:
-    """The logits that a network gives."""
+    """Computes the logits of a network."""
 
     def __init__(self, strategy: tf.distribute.Strategy, network: keras.Model) -> None:
         self._strategy, self._network = strategy, network
         self._call = _compiled(lambda pixels: strategy.run(self._logits, args=(pixels,)))
 
     def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float32]:
-        """`float32 [images, K]` of one batch of this worker, without what only fills it up."""
+        """`float32 [images, K]` of one batch of this worker, without its padding."""
         return np.asarray(self._call(batch.pixels))[batch.weights > 0]
 
     def _logits(self, pixels: Any) -> Any:
@@ -196,7 +196,7 @@ class Predictor:
 
 
 def _compiled(call: Callable[..., Any]) -> Any:
-    """Without autograph, which writes files that a worker leaves when it is ended, and finds nothing to convert."""
+    """Compiles without autograph: there is nothing to convert, and its temporary files outlive a killed worker."""
     return tf.function(call, jit_compile=False, reduce_retracing=True, autograph=False)
 
 
@@ -205,18 +205,18 @@ def _features(inputs: Any, frozen: keras.Model | None) -> Any:
 
 
 def sum_over_workers(strategy: tf.distribute.Strategy, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """`float64 [n]` summed over all workers; every worker must call it, in the same order."""
+    """`float64 [n]` summed over all workers; every worker must call this in the same order."""
 
-    def total(mine: Any) -> Any:
-        placed = tf.identity(mine)  # on this replica's device; an argument has none, which the reduction refuses
+    def total(local: Any) -> Any:
+        placed = tf.identity(local)  # places it on a device: the reduction refuses an argument, which has none
         return tf.distribute.get_replica_context().all_reduce("SUM", placed)
 
-    summed = _compiled(lambda mine: strategy.run(total, args=(mine,)))
+    summed = _compiled(lambda local: strategy.run(total, args=(local,)))
     return np.asarray(summed(tf.constant(values, tf.float64)))
 
 
 def slowest_worker_s(strategy: tf.distribute.Strategy, seconds: float, *, world: World) -> float:
-    """The largest of the workers' figures, in seconds, known to all of them."""
-    mine = np.zeros(world.workers)
-    mine[world.rank] = seconds
-    return float(sum_over_workers(strategy, mine).max())
+    """The largest `seconds` of any worker, returned on all of them."""
+    durations = np.zeros(world.workers)
+    durations[world.rank] = seconds
+    return float(sum_over_workers(strategy, durations).max())

@@ -117,7 +117,7 @@ def test_training_submitted_again_goes_on_when_the_head_was_killed(
     with cluster.job(*train(tmp_path)) as job:
         code, _, err = job.ended()
     assert code == 0, err
-    assert "going on with" in err
+    assert "Resuming" in err
     check_same(tmp_path, weights_of_one_host)
 
 

@@ -1,9 +1,9 @@
 """The search job, the driver's side: data and features, trials, speeds, finalists, the winner, the leaderboard.
 
-Each step leaves what it found in the search's folder (`search/trials.py`), so the same command goes on behind the last
-one that is complete. Loads neither TensorFlow nor Keras.
+Each step stores its results in the search's folder (`tuning/trials.py`), so the same command resumes after the last
+complete step. Imports neither TensorFlow nor Keras.
 
-Validation images alone decide, among trials and among finalists; the winner alone meets the test images, once.
+Only validation images decide among trials and finalists. Only the winner is tested on the test images, once.
 """
 
 import re
@@ -53,32 +53,32 @@ from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure
 from mnist_dist.tuning.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 
-PATIENCE_S = 30.0  # with finalists that were asked to stop
-LOCK_PATIENCE_S = 70.0  # a lock that nobody renews is taken over after 60 s
+PATIENCE_S = 30.0  # a finalist that was asked to stop is killed after this long
+LOCK_PATIENCE_S = 70.0  # more than the 60 s after which a lock that nobody renews is taken over
 NAMED_ERRORS = 5
 TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
 SPEED_BATCH_SIZE = 32
 SPEED_S = 1.0
-USUAL_SPEED_S = 10.0  # of an architecture, loading TensorFlow included: for the bar; so is the next
-USUAL_TEST_S = 30.0
+USUAL_SPEED_S = 10.0  # to measure one architecture, with the import of TensorFlow; only the progress bar uses it
+USUAL_TEST_S = 30.0  # to test the winner; only the progress bar uses it
 
 
 def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """Searches, or goes on with a search, or returns what is finished.
+    """Runs a search, resumes a stopped one, or returns the result of a finished one.
 
     Args:
         job: what to search.
-        recipe: the recipe's name; with the settings it names the search where `job.run.name` is None.
-        console: what a person sees.
+        recipe: the recipe's name. With a hash of the settings it names the search if `job.run.name` is None.
+        console: shows progress to the user.
 
     Returns:
-        The result as in the contract: `run_dir`, `bundle`, `trials`, `failed`, `best` (its trial, config and metrics),
+        The result: `run_dir`, `bundle`, `trials`, `failed`, `best` (its trial, config and metrics),
         `leaderboard` (URI), `seconds`.
 
     Raises:
-        ConfigError: the space, the data, the weights or the cluster do not fit; found before any trial.
+        ConfigError: the space, the data, the weights or the cluster is unsuitable; found before any trial.
         WorkersFailed: all trials failed, or all finalists.
-        Interrupted: a signal; what is finished is kept.
+        Interrupted: a signal stopped the search; finished trials are kept.
     """
     began_at = time.time()
     check_space(job)
@@ -91,11 +91,11 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
     run.compare(facts)
     finished = run.result()
     if finished is not None:
-        console.line(f"{run.uri} is finished; another --name or --seed searches anew")
+        console.line(f"{run.uri} is finished. To search again, choose another --name or --seed.")
         return finished
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
-        finished = run.result()  # by a driver that was waited for
+        finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
         result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
@@ -110,24 +110,24 @@ def _facts(job: SearchJob, recipe: str) -> RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """What all trials and finalists are trained on."""
+    """The data on which all trials and finalists train."""
 
     decoded: Mapping[str, DecodedData]
     """By the architecture's name."""
     features: Mapping[str, FeaturePlan]
-    """Finished ones, by the architecture's name."""
+    """Computed features, by the architecture's name."""
     splits: Splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalistTask:
-    """What the process of a finalist is told."""
+    """The input of a finalist's process."""
 
     job: TrainJob
     run: str
-    """URI of its run."""
+    """URI of the finalist's run."""
     records: RecordPlan
-    """Of the finished records."""
+    """The plan of the decoded records."""
     fingerprint: str
     features: FeaturePlan | None
     splits: Splits
@@ -138,7 +138,7 @@ class FinalistTask:
 
 
 def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """Features and trials alone, as `search` runs them: `features_s`, `trials_s`, `trials` and the best `val_accuracy`.
+    """Runs only features and trials, as `search` does. Returns `features_s`, `trials_s`, `trials` and the best `val_accuracy`.
 
     Raises:
         ConfigError, WorkersFailed, Interrupted: see `search`.
@@ -147,9 +147,10 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     run = Run(join(absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
         stage = _Search(job, session, run=run, began_at=time.time())
-        with connected(verbose=job.run.verbose, stop=session.stop) as have:
-            have = stage.enter(have)
-            trials = stage.try_all(stage.prepare(_facts(job, recipe), have=have), have=have)
+        with connected(verbose=job.run.verbose, stop=session.stop) as resources:
+            resources = stage.enter(resources)
+            data = stage.prepare(_facts(job, recipe), resources=resources)
+            trials = stage.try_all(data, resources=resources)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
 
 
@@ -162,109 +163,111 @@ class _Search:
         self._stopping_since: float | None = None
         hours = job.search.hours
         self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
-        self.architectures = [one for space in job.backbones for one in architectures_of(space)]
+        self.architectures = [architecture for space in job.backbones for architecture in architectures_of(space)]
         self.finalist_records = TrialRecords(join(run.uri, "finalists"))
 
     def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
-        """All steps that are left, and the result."""
-        asked = self.job.run
-        with connected(verbose=asked.verbose, stop=self.session.stop) as have:
-            have = self.enter(have)
-            mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
-            require(
-                mine.workers <= min(self.job.space.batch_size),
-                "batch_size is at least the number of workers of a finalist",
-                batch_size=min(self.job.space.batch_size),
-                workers=mine.workers,
+        """Takes the remaining steps and returns the result."""
+        config = self.job.run
+        with connected(verbose=config.verbose, stop=self.session.stop) as resources:
+            resources = self.enter(resources)
+            per_finalist = share(
+                resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
             )
-            data = self.prepare(facts, have=have)
-            trials = self.try_all(data, have=have)
-            speeds = self._measure(data, trials, have=have)
+            require(
+                per_finalist.workers <= min(self.job.space.batch_size),
+                "batch_size must be at least the number of workers of a finalist",
+                batch_size=min(self.job.space.batch_size),
+                workers=per_finalist.workers,
+            )
+            data = self.prepare(facts, resources=resources)
+            trials = self.try_all(data, resources=resources)
+            speeds = self._measure(data, trials, resources=resources)
             with self._timed("finalists_s"):
-                finalists = self._train_finalists(data, trials, speeds, mine=mine, have=have)
+                finalists = self._train_finalists(data, trials, speeds, per_finalist=per_finalist, resources=resources)
             winner = min(usable(finalists.values()), key=lambda trial: trial.rank)
-            tested = self._finish_winner(data, winner, mine=mine)
+            tested = self._finish_winner(data, winner, per_finalist=per_finalist)
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
         return self._result(trials, winner, tested, speeds)
 
-    def enter(self, have: Resources) -> Resources:
-        """Looks at what the cluster has, before anything is computed; what it has once the nodes are there.
+    def enter(self, resources: Resources) -> Resources:
+        """Waits for nodes, checks that a trial fits, and returns the resources of the cluster by then.
 
         Raises:
-            ResourceError: no trial finds room.
+            ResourceError: no node has room for a trial.
         """
-        asked = self.job.run
-        have = await_nodes(
-            have,
+        config = self.job.run
+        resources = await_nodes(
+            resources,
             self.session,
-            count=asked.concurrent_trials or 1,
-            cpus=asked.cpus_per_trial,
-            gpus=asked.gpus_per_trial or 0.0,
-            wait_s=asked.wait_for_nodes_s,
+            count=config.concurrent_trials or 1,
+            cpus=config.cpus_per_trial,
+            gpus=config.gpus_per_trial or 0.0,
+            wait_s=config.wait_for_nodes_s,
         )
-        self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, have)))
-        _concurrent_trials(self.job, have)
-        return have
+        self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, resources)))
+        _concurrent_trials(self.job, resources)
+        return resources
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Notes how long this driver spent on a step, s."""
+        """Records how long this driver spends on a step, s."""
         began = time.monotonic()
         yield
         self.timing[name] = round(time.monotonic() - began, 2)
 
     # --- data ---
 
-    def prepare(self, facts: RunFacts, *, have: Resources) -> _Data:
+    def prepare(self, facts: RunFacts, *, resources: Resources) -> _Data:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_data(job.data, console=self.console)
-        listed = {one.name: plan_data(source, job.data, one.model(), root=root) for one in self.architectures}
-        for some in listed.values():
-            check_places(some, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=have.nodes)
-        keys = sorted({some.plan.cache.key for some in listed.values()})
+        plans = {each.name: plan_data(source, job.data, each.model(), root=root) for each in self.architectures}
+        for listed in plans.values():
+            check_places(listed, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=resources.nodes)
+        keys = sorted({listed.plan.cache.key for listed in plans.values()})
         is_new = self.run.begin(replace(facts, records="-".join(key[:16] for key in keys)))
-        self.console.line(f"{'searching' if is_new else 'going on with'} {self.run.uri}, on {have}")
-        by_key = {some.plan.cache.key: some for some in listed.values()}
-        decoded = {key: decode(some, job.data, self.session) for key, some in by_key.items()}
-        of_each = {name: decoded[some.plan.cache.key] for name, some in listed.items()}
+        self.console.line(f"{'Searching' if is_new else 'Resuming'} {self.run.uri}, on {resources}")
+        by_key = {listed.plan.cache.key: listed for listed in plans.values()}
+        decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
+        of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
         splits = _common_splits(
             list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
         largest = max(job.space.batch_size)
         require(
             largest <= len(splits.train),
-            f"batch_size is at most the number of training images ({len(splits.train):,})",
+            f"batch_size must be at most the number of training images ({len(splits.train):,})",
             batch_size=largest,
         )
         with self._timed("features_s"):
-            features = self._features(of_each, splits, have=have)
+            features = self._features(of_each, splits, resources=resources)
         return _Data(decoded=of_each, features=features, splits=splits)
 
     def _features(
-        self, decoded: Mapping[str, DecodedData], splits: Splits, *, have: Resources
+        self, decoded: Mapping[str, DecodedData], splits: Splits, *, resources: Resources
     ) -> dict[str, FeaturePlan]:
         plans = {}
         for space in self.job.backbones:
             if not self.job.run.feature_cache or space.trained == ("all",):
                 continue
-            for one in architectures_of(space):
-                job = with_absolute_weights(backbone_job(one, self.job))
-                plans[one.name] = plan_job_features(job, decoded[one.name], splits, have=have)
+            for each in architectures_of(space):
+                job = with_absolute_weights(backbone_job(each, self.job))
+                plans[each.name] = plan_job_features(job, decoded[each.name], splits, have=resources)
         for name, plan in plans.items():
-            compute_missing(plan, self.session, actors=feature_actors(have), title=f"features of {name}")
+            compute_missing(plan, self.session, actors=feature_actors(resources), title=f"features of {name}")
         return plans
 
     # --- trials ---
 
-    def try_all(self, data: _Data, *, have: Resources) -> dict[int, Trial]:
-        """The first stage; all trials by number.
+    def try_all(self, data: _Data, *, resources: Resources) -> dict[int, Trial]:
+        """Runs the first stage and returns all trials by number.
 
         Raises:
-            WorkersFailed: none of them came to anything.
+            WorkersFailed: no trial succeeded.
         """
         with self._timed("trials_s"):
-            return self._try(data, concurrent=_concurrent_trials(self.job, have))
+            return self._try(data, concurrent=_concurrent_trials(self.job, resources))
 
     def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
         records = TrialRecords(join(self.run.uri, "trials"))
@@ -272,8 +275,8 @@ class _Search:
             trials = Trials(self.job, records, ends_at=self.ends_at)
             task = TrialTask(
                 prepared={
-                    name: Prepared(records=some.plan, features=data.features.get(name))
-                    for name, some in data.decoded.items()
+                    name: Prepared(records=decoded.plan, features=data.features.get(name))
+                    for name, decoded in data.decoded.items()
                 },
                 splits=data.splits,
                 cpus=self.job.run.cpus_per_trial,
@@ -299,28 +302,30 @@ class _Search:
         if not usable(known.values()):
             shown = "; ".join(f"{count} x {words}" for words, count in errors[:NAMED_ERRORS])
             raise WorkersFailed(
-                f"none of {len(known)} trials came to anything: {shown}"
+                f"None of the {len(known)} trials succeeded: {shown}"
                 if known
-                else f"the time (--hours {self.job.search.hours:g}) was over before the first trial; what was decoded "
-                "and computed is kept"
+                else f"The time (--hours {self.job.search.hours:g}) ran out before the first trial. Decoded images and "
+                "computed features are kept."
             )
         return known
 
-    def _measure(self, data: _Data, trials: Mapping[int, Trial], *, have: Resources) -> dict[str, Speed]:
-        """How fast each architecture scores, one after the other while nothing else runs."""
+    def _measure(self, data: _Data, trials: Mapping[int, Trial], *, resources: Resources) -> dict[str, Speed]:
+        """Measures how fast each architecture scores, one after the other, while nothing else runs."""
         known = self.run.read("speeds.json", dict[str, Speed]) or {}
         tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
-        missing = [one for one in self.architectures if one.name in tried - known.keys()]
+        missing = [each for each in self.architectures if each.name in tried - known.keys()]
         if missing:
-            measure = ray.remote(num_cpus=0, num_gpus=min(1.0, have.gpus))(measure_speeds)  # nothing else runs now
-            asked = measure.remote(
-                {one.name: with_absolute_weights(backbone_job(one, self.job)).model for one in missing},
-                {one.name: data.decoded[one.name].plan.spec for one in missing},
+            measure = ray.remote(num_cpus=0, num_gpus=min(1.0, resources.gpus))(
+                measure_speeds
+            )  # no CPU is claimed: all are idle
+            future = measure.remote(
+                {each.name: with_absolute_weights(backbone_job(each, self.job)).model for each in missing},
+                {each.name: data.decoded[each.name].plan.spec for each in missing},
                 num_classes=len(next(iter(data.decoded.values())).plan.class_names),
             )
-            title = f"speed of scoring of {len(missing)} architecture(s)"
-            (found,) = wait_for([asked], self.session, title=title, expected_s=USUAL_SPEED_S * len(missing))
-            known |= found
+            title = f"scoring speed of {len(missing)} architecture(s)"
+            (measured,) = wait_for([future], self.session, title=title, expected_s=USUAL_SPEED_S * len(missing))
+            known |= measured
             self.run.write("speeds.json", known)
         return known
 
@@ -332,33 +337,36 @@ class _Search:
         trials: Mapping[int, Trial],
         speeds: Mapping[str, Speed],
         *,
-        mine: Share,
-        have: Resources,
+        per_finalist: Share,
+        resources: Resources,
     ) -> dict[int, Trial]:
-        """The second stage; all finalists by number.
+        """Runs the second stage and returns all finalists by number.
 
         Raises:
-            WorkersFailed: all of them failed.
+            WorkersFailed: all finalists failed.
         """
         done = self.finalist_records.read()
         chosen = usable(trials.values())[: self.job.search.finalists]
-        left = [trial for trial in chosen if trial.number not in done]
-        room = max(1, have.room(mine.cpus, gpus=float(mine.gpu)) // mine.workers)
-        waiting, running = list(left), dict[Any, tuple[Trial, Any]]()
+        remaining = [trial for trial in chosen if trial.number not in done]
+        room = max(1, resources.room(per_finalist.cpus, gpus=float(per_finalist.gpu)) // per_finalist.workers)
+        waiting, running = list(remaining), dict[Any, tuple[Trial, Any]]()
         with self.console.view("finalists") as view:
 
             def ended(timeout_s: float) -> bool:
                 while waiting and len(running) < room:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
-                    task = self._finalist_task(data, trial, mine=mine, board=board, validated_only=len(chosen) > 1)
+                    validated_only = len(chosen) > 1
+                    task = self._finalist_task(
+                        data, trial, per_finalist=per_finalist, board=board, validated_only=validated_only
+                    )
                     running[_start(task)] = (trial, board)
-                for asked in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
-                    self._record_finalist(running.pop(asked)[0], asked)
+                for future in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
+                    self._record_finalist(running.pop(future)[0], future)
                 return not (waiting or running)
 
             def show() -> None:
-                self._end_the_silent(running)
+                self._kill_unresponsive(running)
                 positions = _positions(running)
                 at = "".join(f"; {number}: {phase} {epoch}" for number, phase, epoch, _ in positions[1:])
                 view.update(summary=f"{len(running)} running, {len(waiting)} waiting{at}", rows=positions)
@@ -369,37 +377,37 @@ class _Search:
         if not usable(done.values()):
             self._write_leaderboard(trials, speeds, done, winner=None)
             errors = "; ".join(f"{count} x {words}" for words, count in distinct_errors(done.values()))
-            raise WorkersFailed(f"none of {len(done)} finalists could be trained: {errors}")
+            raise WorkersFailed(f"None of the {len(done)} finalists could be trained: {errors}")
         return done
 
     def _ask_to_stop(self, running: Mapping[Any, tuple[Trial, Any]], waiting: list[Trial]) -> None:
-        """Passes a signal on: finalists save what they have and end."""
+        """Asks the running finalists to save and stop, and starts no more."""
         waiting.clear()
         self._stopping_since = time.monotonic()
         for _, board in running.values():
             board.ask_to_stop.remote()
 
-    def _end_the_silent(self, running: Mapping[Any, tuple[Trial, Any]]) -> None:
-        """Ends finalists that were asked to stop and do not: their workers wait for room, and never look."""
+    def _kill_unresponsive(self, running: Mapping[Any, tuple[Trial, Any]]) -> None:
+        """Kills finalists that did not stop when asked: workers that still wait for resources never see the request."""
         if self._stopping_since is not None and time.monotonic() - self._stopping_since > PATIENCE_S:
-            for asked in running:
-                ray.cancel(asked, force=True)
+            for future in running:
+                ray.cancel(future, force=True)
 
-    def _record_finalist(self, trial: Trial, asked: Any) -> None:
-        """Writes down what came of a finalist, unless a signal ended it."""
+    def _record_finalist(self, trial: Trial, future: Any) -> None:
+        """Records the result of a finalist, unless a signal ended it."""
         try:
-            metrics = ray.get(asked)
+            metrics = ray.get(future)
         except ray.exceptions.RayError as error:
             if self.session.stop.signal_number is not None:
                 return
             cause = getattr(error, "cause", None)
             if cause is not None and (isinstance(cause, Locked) or is_outage(cause)):
-                raise cause from error  # the same command goes on with the finalist
+                raise cause from error  # the same command resumes the finalist
             words = _words(error)
             self.console.line(f"finalist {trial.number} failed: {words}")
-            found = replace(trial, status="failed", error=words, val_accuracy=None, val_loss=None)
+            finalist = replace(trial, status="failed", error=words, val_accuracy=None, val_loss=None)
         else:
-            found = replace(
+            finalist = replace(
                 trial,
                 status="done",
                 val_accuracy=metrics["validation_accuracy"],
@@ -409,13 +417,13 @@ class _Search:
                 history=(),
             )
             self.console.line(
-                f"finalist {trial.number}: validation accuracy {found.val_accuracy:.4f} ({trial.val_accuracy:.4f} as a "
-                f"trial), loss {found.val_loss:.4f}"
+                f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} ({trial.val_accuracy:.4f} as a "
+                f"trial), loss {finalist.val_loss:.4f}"
             )
-        self.finalist_records.write(found)
+        self.finalist_records.write(finalist)
 
     def _finalist_task(
-        self, data: _Data, trial: Trial, *, mine: Share, board: Any, validated_only: bool
+        self, data: _Data, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
     ) -> FinalistTask:
         job = with_absolute_weights(train_job(trial.params, self.job, stage="finalist"))
         name = architecture_of(trial.params, self.job).name
@@ -426,7 +434,7 @@ class _Search:
             fingerprint=data.decoded[name].fingerprint,
             features=data.features.get(name) if job.uses_features else None,
             splits=data.splits,
-            share=mine,
+            share=per_finalist,
             board=board,
             command=command_line(),
             validated_only=validated_only,
@@ -435,22 +443,23 @@ class _Search:
     def _finalist_uri(self, trial: Trial) -> str:
         return join(self.run.uri, "finalists", f"{trial.number:06d}")
 
-    def _finish_winner(self, data: _Data, winner: Trial, *, mine: Share) -> dict[str, float]:
-        """Tests the winner, and puts its bundle into the search's folder; its test metrics."""
-        its_bundle, bundle = join(self._finalist_uri(winner), "bundle"), join(self.run.uri, "bundle")
-        if not ANYWHERE.exists(join(its_bundle, BUNDLE_FILE)):
-            self._test(winner, data, mine=mine)
+    def _finish_winner(self, data: _Data, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
+        """Tests the winner, copies its bundle into the search's folder, and returns its test metrics."""
+        finalist_bundle, bundle = join(self._finalist_uri(winner), "bundle"), join(self.run.uri, "bundle")
+        if not ANYWHERE.exists(join(finalist_bundle, BUNDLE_FILE)):
+            self._test(winner, data, per_finalist=per_finalist)
         self.session.confirm_lock()
         if not ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
             with tempfile.TemporaryDirectory() as scratch:
-                ANYWHERE.download_folder(its_bundle, Path(scratch))
+                ANYWHERE.download_folder(finalist_bundle, Path(scratch))
                 ANYWHERE.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
         return dict(documents.read(ANYWHERE, join(bundle, BUNDLE_FILE), BundleInfo).test)
 
-    def _test(self, winner: Trial, data: _Data, *, mine: Share) -> None:
-        """Goes on with the winner's run, which has only the test and the bundle left."""
-        asked = _start(self._finalist_task(data, winner, mine=mine, board=make_board(), validated_only=False))
-        wait_for([asked], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
+    def _test(self, winner: Trial, data: _Data, *, per_finalist: Share) -> None:
+        """Resumes the winner's run, of which only the test and the bundle remain."""
+        board = make_board()
+        task = self._finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
+        wait_for([_start(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
 
     # --- results ---
 
@@ -502,32 +511,32 @@ class _Search:
         }
 
 
-def _gpus_per_trial(job: SearchJob, have: Resources) -> float:
-    asked = job.run.gpus_per_trial
-    return asked if asked is not None else 0.25 if have.gpus else 0.0
+def _gpus_per_trial(job: SearchJob, resources: Resources) -> float:
+    requested = job.run.gpus_per_trial
+    return requested if requested is not None else 0.25 if resources.gpus else 0.0
 
 
-def _concurrent_trials(job: SearchJob, have: Resources) -> int:
-    """How many trials find room at once; more of them would starve each other (ray-project/ray#54305).
+def _concurrent_trials(job: SearchJob, resources: Resources) -> int:
+    """How many trials fit at once; more would starve each other (ray-project/ray#54305).
 
     Raises:
-        ResourceError: not even one.
+        ResourceError: not even one trial fits.
     """
     cpus, gpus = job.run.cpus_per_trial, job.run.gpus_per_trial or 0.0
-    room = have.room(cpus, gpus=gpus)
+    room = resources.room(cpus, gpus=gpus)
     if room == 0:
         raise ResourceError(
-            f"a trial of {cpus:g} CPUs and {gpus:g} GPUs fits on no node; the cluster has {have}. "
+            f"a trial of {cpus:g} CPUs and {gpus:g} GPUs fits on no node; the cluster has {resources}. "
             f"Received: cpus_per_trial={cpus:g}, gpus_per_trial={gpus:g}"
         )
     return min(room, job.run.concurrent_trials or room, job.search.trials)
 
 
 def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
-    """The splits without images that cannot be read at one of the sizes."""
-    if not any(some.bad for some in decoded):
+    """The splits without the images that are unreadable at any of the input sizes."""
+    if not any(data.bad for data in decoded):
         return splits
-    columns = [np.array([status == "ok" for status in some.index["status"].to_pylist()]) for some in decoded]
+    columns = [np.array([status == "ok" for status in data.index["status"].to_pylist()]) for data in decoded]
     readable = np.logical_and.reduce(columns)
     return replace(
         splits, **{name: getattr(splits, name)[readable[getattr(splits, name)]] for name in ("train", "val", "test")}
@@ -535,12 +544,12 @@ def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
 
 
 def _start(task: FinalistTask) -> Any:
-    """Starts a finalist in a process of its own, on this node: its workers are placed by Ray Train."""
+    """Starts a finalist in its own process on this node. Ray Train places its workers."""
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(train_finalist).remote(task)
 
 
 def train_finalist(task: FinalistTask) -> dict[str, Any]:
-    """Trains a finalist with Ray Train, or goes on with it; gives its metrics."""
+    """Trains a finalist with Ray Train, or resumes it, and returns its metrics."""
     began_at = time.time()
     console = Console(verbose=task.job.run.verbose, terminal=False)
     with Stop(console) as stop, _patient_lock(task.run) as lock:
@@ -561,16 +570,16 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
 
 @contextmanager
 def _patient_lock(run: str) -> Iterator[Lock]:
-    """The lock of a finalist's run. Another driver of the search there is none, but one that was killed may have left a
-    process that still holds it."""
-    until = time.monotonic() + LOCK_PATIENCE_S
+    """The lock of a finalist's run. The search has only one driver, but a killed driver may have left a process that
+    still holds the lock."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
     with ExitStack() as stack:
         while True:
             try:
                 lock = stack.enter_context(Lock(join(run, "lock"), what=run))
                 break
             except Locked:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
         yield lock
@@ -579,19 +588,19 @@ def _patient_lock(run: str) -> Iterator[Lock]:
 def measure_speeds(
     models: Mapping[str, ModelConfig], specs: Mapping[str, Any], *, num_classes: int
 ) -> dict[str, Speed]:
-    """Measures the scoring path of some architectures, in a process that does nothing else."""
+    """Measures the scoring speed of architectures, in a process that does nothing else."""
     from mnist_dist.engines.engine import images_per_s, use_cpus
     from mnist_dist.models.classifier import build_classifier
 
     use_cpus(None)
-    found = {}
+    speeds = {}
     for name, model in models.items():
         classifier = build_classifier(
             replace(model, weights="none"), spec=specs[name], num_classes=num_classes, load_weights=False
         )
         rate = images_per_s(classifier.model, batch_size=SPEED_BATCH_SIZE, seconds=SPEED_S)
-        found[name] = Speed(ms_per_image=1000 / rate, backbone_parameters=classifier.backbone.count_params())
-    return found
+        speeds[name] = Speed(ms_per_image=1000 / rate, backbone_parameters=classifier.backbone.count_params())
+    return speeds
 
 
 def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
@@ -599,7 +608,7 @@ def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
     for trial, board in running.values():
         try:
             position = ray.get(board.take.remote())[0]
-        except ray.exceptions.RayError:  # it died; so will the finalist, and that is recorded
+        except ray.exceptions.RayError:  # a dead board ends its finalist, too, whose failure is then recorded
             continue
         if position is not None:
             rows.append(
@@ -609,7 +618,7 @@ def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
 
 
 def _words(error: BaseException) -> str:
-    """What an error of a finalist's process means to a person."""
+    """A one-line description of an error in a finalist's process."""
     cause = getattr(error, "cause", None) or error
     words = first_line(cause)
     return words if isinstance(cause, MnistDistError) else f"{type(cause).__name__}: {words}"

@@ -1,7 +1,7 @@
 """The first stage of a search: trials on Ray Tune, recorded one by one as they end.
 
-Ray Tune decides where and when a trial runs and which one is stopped early. What is proposed, and what is known of the
-trials, is ours (`search/`): a search that was killed goes on from the records, not from Ray Tune's own state.
+Ray Tune decides where and when a trial runs and which trials stop early. Proposals and records are our own (`tuning/`):
+a killed search resumes from the records, not from Ray Tune's state.
 """
 
 import os
@@ -27,21 +27,21 @@ from mnist_dist.tuning.trials import Status, Trial, TrialRecords, usable
 
 SHOWN_TRIALS = 8
 REDUCTION = 3
-"""asha: of the trials that reach a rung, this share goes on (1/3), as in Li et al. 2018 (arXiv:1810.05934)."""
+"""asha: one in this many trials that reach a rung continues, as in Li et al. 2018 (arXiv:1810.05934)."""
 TITLES = ["trial", "status", "epochs", "accuracy", "loss", "configuration"]
 DIED = "the trial's process died (out of memory, or its node was lost)"
-OVER = "the time was over before its first epoch"
+OVER = "the time ran out before the first epoch"
 
 
 class Trials:
-    """The trials of a search: what is recorded, what is under way, what comes next.
+    """The trials of a search: the recorded ones, the running ones, and the next one.
 
-    Ray Tune asks and tells from its own thread, one call at a time; the main thread only reads.
+    Ray Tune calls from its own thread, one call at a time; the main thread only reads and asks to stop.
 
     Args:
         job: the search.
-        records: where trials are recorded.
-        ends_at: when no more of them are begun, of `time.monotonic`.
+        records: the stored records of the trials.
+        ends_at: no trial starts after this time (`time.monotonic`).
     """
 
     def __init__(self, job: SearchJob, records: TrialRecords, *, ends_at: float) -> None:
@@ -49,30 +49,30 @@ class Trials:
         self.known = records.read()
         self._proposer = Proposer(job)
         self.count = self._proposer.count
-        self._again: list[int] = []
+        self._to_rerun: list[int] = []
         for number, trial in self.known.items():
             self._proposer.propose(number, trial.params)
             if trial.status == "running":
-                self._again.append(number)
+                self._to_rerun.append(number)
             else:
                 self._proposer.tell(number, trial.val_accuracy)
         self.running: set[int] = set()
         self.stopped = False
         self.error: Exception | None = None
-        """What ends the search: Ray Tune would swallow what is raised in its thread."""
+        """The error that ends the search. It is kept here because Ray Tune would swallow an error raised in its thread."""
         self.done_here = 0
 
     @property
     def over(self) -> bool:
-        """Whether no more trials are begun, and those that run are ended."""
+        """Whether to start no more trials and to end the running ones."""
         return self.stopped or time.monotonic() > self._ends_at
 
     def next(self) -> Trial | None:
-        """The trial to begin now; None: there is no more."""
-        if self.over or not (self._again or len(self.known) < self.count):
+        """The trial to start now, or None if there are no more."""
+        if self.over or not (self._to_rerun or len(self.known) < self.count):
             return None
-        if self._again:
-            trial = self.known[self._again.pop(0)]
+        if self._to_rerun:
+            trial = self.known[self._to_rerun.pop(0)]
         else:
             number = len(self.known)
             trial = Trial(number=number, params=self._proposer.propose(number))
@@ -81,11 +81,11 @@ class Trials:
         return trial
 
     def note(self, number: int, report: Report) -> None:
-        """Takes note of an epoch, without a record."""
-        self.known[number] = replace(self.known[number], **_found(report))
+        """Notes an epoch in memory, without writing a record."""
+        self.known[number] = replace(self.known[number], **_measurements(report))
 
     def end(self, number: int, report: Report | None) -> None:
-        """Records how a trial ended; `report`: its last one, or None where its process died."""
+        """Records how a trial ended. `report` is its last report, or None if its process died."""
         trial = self.known[number]
         if report is not None and report.outage:
             self.fail(ServiceError(f"trial {number}: {report.error}"))
@@ -93,31 +93,31 @@ class Trials:
         if report is None:
             trial = replace(trial, status="failed", error=DIED, val_accuracy=None, val_loss=None)
         else:
-            trial = replace(trial, status=_status(report), error=report.error, **_found(report))
+            trial = replace(trial, status=_status(report), error=report.error, **_measurements(report))
         self._put(trial)
         self._proposer.tell(number, trial.val_accuracy)
         self.done_here += 1
         self.running.discard(number)
 
     def end_all(self) -> None:
-        """Records the trials that the end of the time found under way, or still to be run again.
+        """Records the trials that were running, or still to be rerun, when the time ran out.
 
-        Where nothing has come to anything yet, they are left for the same command.
+        If no trial has succeeded yet, they stay unrecorded, and the same command runs them again.
         """
         under_way = [trial for trial in self.known.values() if trial.status == "running"]
         begun = [trial for trial in under_way if trial.val_accuracy is not None]
-        some = bool(begun or usable(self.known.values()))
-        for trial in under_way if some else ():
+        has_result = bool(begun or usable(self.known.values()))
+        for trial in under_way if has_result else ():
             ended = trial.val_accuracy is not None
             self._put(replace(trial, status="stopped" if ended else "failed", error=None if ended else OVER))
         self.running.clear()
 
     def stop(self) -> None:
-        """Begins no more trials, and has those that run ended."""
+        """Starts no more trials and ends the running ones."""
         self.stopped = True
 
     def fail(self, error: Exception) -> None:
-        """Ends the search with an error; what is under way is run again by the same command."""
+        """Ends the search with an error. The same command runs the unfinished trials again."""
         self.error = self.error or error
         self.stopped = True
 
@@ -136,7 +136,7 @@ def _status(report: Report) -> Status:
     return "done" if report.finished else "stopped"
 
 
-def _found(report: Report) -> dict[str, Any]:
+def _measurements(report: Report) -> dict[str, Any]:
     failed = report.error is not None
     return {
         "val_accuracy": None if failed else report.accuracy,
@@ -148,8 +148,8 @@ def _found(report: Report) -> dict[str, Any]:
     }
 
 
-class _Asker(Searcher):
-    """Hands Ray Tune the next trial, and takes what it says."""
+class _TrialSource(Searcher):
+    """Gives Ray Tune the next trial and receives its reports."""
 
     def __init__(self, job: SearchJob, trials: Trials) -> None:
         super().__init__(metric=ACCURACY, mode="max")
@@ -175,14 +175,14 @@ class _Asker(Searcher):
             self._trials.end(number, None if error or not result else result[REPORT])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are the state."""
+        """Saves nothing: the records are the state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
 
 
-class _Ender(tune.Stopper):
-    """Ends Ray Tune where the trials are over."""
+class _StopWhenOver(tune.Stopper):
+    """Ends Ray Tune when the trials are over."""
 
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
@@ -203,30 +203,32 @@ def run_trials(
     uri: str,
     concurrent: int,
 ) -> None:
-    """Runs the trials that are left.
+    """Runs the remaining trials.
 
     Args:
         job: the search.
-        trials: what is known of them.
-        task: what each of them is told.
-        session: of the search.
-        uri: of the search's folder.
-        concurrent: at most so many at once.
+        trials: all trials of the search.
+        task: the input of every trial.
+        session: the session of the search.
+        uri: URI of the search's folder.
+        concurrent: the most trials to run at once.
 
     Raises:
-        Interrupted: a signal came; trials under way are run again by the same command.
-        Locked: another driver has taken over.
-        WorkersFailed: Ray Tune gave up.
+        Interrupted: a signal came; the same command runs the unfinished trials again.
+        Locked: another driver took over the lock.
+        WorkersFailed: Ray Tune failed, or a trial could not be recorded.
     """
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a folder of files per trial, which nobody reads
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # of a state that is never restored
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = (
+        "1"  # Ray Tune would write a folder of logs per trial that nobody reads
+    )
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # Ray Tune's own state is never restored, so it is rarely saved
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(TrialProcess, task=task),
             {"CPU": job.run.cpus_per_trial, "GPU": job.run.gpus_per_trial or 0},
         ),
         tune_config=tune.TuneConfig(
-            search_alg=_Asker(job, trials),
+            search_alg=_TrialSource(job, trials),
             scheduler=_scheduler(job),
             num_samples=-1,
             max_concurrent_trials=concurrent,
@@ -236,7 +238,7 @@ def run_trials(
             name="tune",
             storage_path=uri,
             verbose=0,
-            stop=_Ender(trials),
+            stop=_StopWhenOver(trials),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
@@ -251,7 +253,7 @@ def run_trials(
                 on_signal=trials.stop,
             )
     finally:
-        trials.stopped = trials.stopped or fit.is_alive()  # Ray Tune's thread begins no more of them
+        trials.stopped = trials.stopped or fit.is_alive()  # so that Ray Tune's thread starts no more trials
     session.stop.check()
     if isinstance(trials.error, MnistDistError):
         raise trials.error
@@ -279,7 +281,7 @@ def _scheduler(job: SearchJob) -> TrialScheduler:
 
 
 def _show(view: View, trials: Trials, *, seconds: float) -> None:
-    running_now = sorted(trials.running)  # before the copy, which then knows all of them
+    running_now = sorted(trials.running)  # taken before the copy, so that the copy contains all of them
     known = dict(trials.known)
     ended = [trial for trial in known.values() if trial.status != "running"]
     failed = sum(trial.status == "failed" for trial in ended)

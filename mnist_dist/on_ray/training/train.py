@@ -1,9 +1,9 @@
 """The training job, the driver's side: checks, decoding, splits, Ray Train, the result.
 
-Loads neither TensorFlow nor Keras: a wrong flag is reported in a second. `worker.py` is the workers' side.
+Imports neither TensorFlow nor Keras, so a wrong flag is reported within a second. `worker.py` is the workers' side.
 
-In what order a run goes on: Ray Train's own checkpoint (the group of workers was restarted), else the newest complete
-checkpoint of an earlier attempt (the driver was killed), else the start. A finished run is returned at once.
+A run resumes from Ray Train's own checkpoint if the group of workers was restarted, else from the newest complete
+checkpoint of an earlier attempt if the driver was killed, else from the start. A finished run is returned at once.
 """
 
 import logging
@@ -44,29 +44,29 @@ from mnist_dist.training.runs import Run
 log = logging.getLogger(__name__)
 
 NAMED_WEIGHTS = ("imagenet", "none")
-DRY_RUN_IMAGES = 5_000  # enough for each class to be in each split, few enough to decode in seconds
+DRY_RUN_IMAGES = 5_000  # enough for every split to contain every class, few enough to decode in seconds
 
 
 def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """Trains a classifier, or goes on with it, or returns what is finished.
+    """Trains a classifier, resumes a stopped run, or returns the result of a finished one.
 
     Args:
         job: what to train.
-        recipe: the recipe's name; with the settings it names the run where `job.run.name` is None.
-        console: what a person sees.
+        recipe: the recipe's name. With a hash of the settings it names the run if `job.run.name` is None.
+        console: shows progress to the user.
 
     Returns:
-        The result as in the contract: `run_dir`, `bundle`, `recipe`, `backbone`, `test_accuracy` (0-1), `test_loss`
+        The result: `run_dir`, `bundle`, `recipe`, `backbone`, `test_accuracy` (0-1), `test_loss`
         (mean cross-entropy, nats), `epochs`, `workers`, `images_per_s`, `seconds`, and more.
 
     Raises:
-        ConfigError: a flag, the data, the weights or the cluster do not fit; found before any training.
-        TooManyBadImages: more images are unreadable than `max_bad_fraction`.
-        TrainingDiverged: the loss is no number.
+        ConfigError: a flag, the data, the weights or the cluster is unsuitable; found before any training.
+        TooManyBadImages: the fraction of unreadable images exceeds `max_bad_fraction`.
+        TrainingDiverged: the loss is not finite.
         WorkersFailed: workers failed more often than `max_failures`.
-        Interrupted: a signal; the run is saved.
+        Interrupted: a signal stopped the run, which is saved.
     """
-    require(not job.run.plan, "a plan is made by plan_train", plan=True)
+    require(not job.run.plan, "plan_train makes the plan", plan=True)
     if job.run.dry_run:
         return _dry_run(job, recipe=recipe, console=console)
     began_at = time.time()
@@ -76,12 +76,12 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     run.compare(_facts(job, recipe))
     finished = run.result()
     if finished is not None:
-        console.line(f"{run.uri} is finished; another --name or --seed trains anew")
+        console.line(f"{run.uri} is finished. To train again, choose another --name or --seed.")
         return finished
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
-        finished = run.result()  # by a driver that was waited for
+        finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
         training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
@@ -91,10 +91,10 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
 
 
 def check_job(job: TrainJob) -> None:
-    """Everything that can be checked without data, Ray and TensorFlow.
+    """Checks everything that needs no data, Ray or TensorFlow.
 
     Raises:
-        ConfigError: of the first thing that does not fit.
+        ConfigError: for the first setting that is wrong.
     """
     check_storage(job.run.storage, is_shared=job.run.storage_is_shared)
     backbone = check_model(job.model)
@@ -103,23 +103,23 @@ def check_job(job: TrainJob) -> None:
     weights = job.model.weights
     require(
         weights in NAMED_WEIGHTS or ANYWHERE.exists(weights),
-        "weights are imagenet, none, or the path or URI of a .weights.h5 file or of a bundle that is there",
+        "weights must be imagenet, none, or the path or URI of an existing .weights.h5 file or bundle",
         weights=weights,
     )
     require(
         not (job.fit.tensorboard and is_remote(job.run.storage)),
-        "tensorboard needs a local storage",
+        "tensorboard needs local storage",
         storage=job.run.storage,
     )
 
 
 def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """One step of each phase in a scratch storage that is deleted afterwards."""
+    """Runs one step of each phase in scratch storage, which is deleted afterwards."""
     check_job(job)
     ANYWHERE.check_writable(job.run.storage)
     began_at = time.time()
-    wanted = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
-    limit = min(job.data.limit, wanted) if job.data.limit else wanted
+    max_images = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
+    limit = min(job.data.limit, max_images) if job.data.limit else max_images
     with scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="dry-run") as scratch:
         job = replace(
             job,
@@ -131,7 +131,7 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
             training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
             result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console))
-    console.line("dry run: everything fits; nothing was kept")
+    console.line("Dry run: every step works. Nothing was kept.")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
 
 
@@ -145,12 +145,12 @@ class Training:
 
     Args:
         job: what to train.
-        session: of the job.
+        session: the job's session, which holds its lock.
         recipe: the recipe's name.
-        run: where everything is kept.
-        began_at: s since the epoch.
+        run: the folder that keeps everything.
+        began_at: when the driver started, s since the Unix epoch.
         steps_limit: see `WorkerTask`.
-        split: splits the decoded images.
+        split: the function that splits the decoded images.
     """
 
     def __init__(
@@ -166,20 +166,26 @@ class Training:
     ) -> None:
         self.job, self.session, self.recipe, self.run, self.began_at = job, session, recipe, run, began_at
         self.steps_limit, self._split = steps_limit, split
-        self.decode_core_s = self.prepared_s = 0.0  # of cores to decode; s that decoding and features took
+        self.decode_core_s = self.prepared_s = 0.0  # core-seconds of decoding; s for decoding and features
         self.features_images_per_s: float | None = None
         self.has_gpus = False
 
     def run_to_end(self, listed: Listed) -> dict[str, Any]:
-        """Decodes what is not decoded, trains, and gives the result."""
-        asked, plan = self.job.run, listed.plan
-        with connected(verbose=asked.verbose, stop=self.session.stop) as have:
-            have = await_workers(have, asked, self.session)
-            mine = share(have, workers=asked.workers, cpus_per_worker=asked.cpus_per_worker, gpu=asked.gpu)
-            check_places(listed, self.job.data, root=asked.storage, is_shared=asked.storage_is_shared, nodes=have.nodes)
+        """Decodes the images that are not decoded yet, trains, and returns the result."""
+        config, plan = self.job.run, listed.plan
+        with connected(verbose=config.verbose, stop=self.session.stop) as resources:
+            resources = await_workers(resources, config, self.session)
+            mine = share(resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu)
+            check_places(
+                listed,
+                self.job.data,
+                root=config.storage,
+                is_shared=config.storage_is_shared,
+                nodes=resources.nodes,
+            )
             require(
                 mine.workers <= self.job.fit.batch_size,
-                "batch_size is at least the number of workers",
+                "batch_size must be at least the number of workers",
                 batch_size=self.job.fit.batch_size,
                 workers=mine.workers,
             )
@@ -190,25 +196,25 @@ class Training:
             splits = self._split(decoded, self.job.data, console=self.session.console)
             require(
                 self.job.fit.batch_size <= len(splits.train),
-                f"batch_size is at most the number of training images ({len(splits.train):,})",
+                f"batch_size must be at most the number of training images ({len(splits.train):,})",
                 batch_size=self.job.fit.batch_size,
             )
-            self._say_what_runs(have, mine, spec=plan.spec, is_new=is_new)
+            self._announce(resources, mine, spec=plan.spec, is_new=is_new)
             features = None
             if self.job.uses_features:
                 job = with_absolute_weights(self.job)
-                features = plan_job_features(job, decoded, splits, have=have)
-                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(have))
+                features = plan_job_features(job, decoded, splits, have=resources)
+                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(resources))
             self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
 
-    def _say_what_runs(self, have: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
+    def _announce(self, resources: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
         self.session.console.line(
-            f"{'training' if is_new else 'going on with'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
+            f"{'Training' if is_new else 'Resuming'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
             f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
-            f"{' and a GPU' if mine.gpu else ''}, of {have}"
+            f"{' and a GPU' if mine.gpu else ''}, of {resources}"
         )
 
     def train_on(
@@ -223,19 +229,19 @@ class Training:
         command: str | None = None,
         validated_only: bool = False,
     ) -> dict[str, Any]:
-        """Lets the workers train; gives their metrics.
+        """Runs the workers and returns their metrics.
 
         Args:
-            splits: of the images.
-            features: finished ones, or None.
-            records: the plan of the finished records.
-            fingerprint: of the images.
-            mine: how many workers, and what each gets.
-            board: a board that somebody else looks at, too; None: a new one.
-            command: that was typed, where that was in another process.
-            validated_only: leave the test and the bundle to another call.
+            splits: the images of each split.
+            features: computed features, or None to compute them in each step.
+            records: the plan of the decoded records.
+            fingerprint: identifies the images.
+            mine: the number of workers and the resources of each.
+            board: a board that the caller watches, too. None creates one.
+            command: the command as typed, if it was typed in another process.
+            validated_only: skip the test and the bundle; another call makes them.
         """
-        self.run.clear_attempts()  # what killed drivers left, but for the newest checkpoint
+        self.run.clear_attempts()  # killed drivers leave old checkpoints; only the newest is needed
         task = WorkerTask(
             job=with_absolute_weights(self.job),
             records=records,
@@ -256,9 +262,9 @@ class Training:
         result = attempt.run_to_end(self.session)
         if result.error is not None:
             raise result.error
-        if result.metrics is None:  # stopped, and saved
+        if result.metrics is None:  # stopped after saving
             self.session.check()
-            raise WorkersFailed("the workers stopped without having been asked to")
+            raise WorkersFailed("The workers stopped although nobody asked them to. Run the same command to resume.")
         self.session.confirm_lock()
         self.run.clear_attempts()
         return dict(result.metrics)
@@ -283,7 +289,7 @@ class Training:
 
 
 def with_absolute_weights(job: TrainJob) -> TrainJob:
-    """For the workers, which have working directories of their own; what the run notes is what was typed."""
+    """The job for workers, whose working directories differ. The run itself records the weights as typed."""
     if job.model.weights in NAMED_WEIGHTS:
         return job
     return replace(job, model=replace(job.model, weights=absolute(job.model.weights)))
