@@ -550,7 +550,7 @@ def with_value(
 
 def test_values_beyond_float16_are_refused_with_what_to_do(images: Images, tmp_path: Path) -> None:
     plan = with_value(images, tmp_path, 1e5, stored_as="float16")
-    expected = r"mlp reach 1e\+05, more than float16 holds: --feature-type float32, or --no-feature-cache$"
+    expected = r"mlp reach 1e\+05, more than float16 holds\. Use --feature-type float32 or --no-feature-cache\.$"
     with pytest.raises(ConfigError, match=expected):
         extractor(plan, images).store(0)
     assert plan.cache.missing() == [0, 1, 2]
@@ -559,7 +559,7 @@ def test_values_beyond_float16_are_refused_with_what_to_do(images: Images, tmp_p
 @pytest.mark.parametrize("stored_as", ["float16", "float32"])
 def test_infinity_is_refused(images: Images, tmp_path: Path, stored_as: FeatureType) -> None:
     plan = with_value(images, tmp_path, np.inf, stored_as=stored_as)
-    with pytest.raises(ConfigError, match=r"^mlp gives features that are no numbers"):
+    with pytest.raises(ConfigError, match=r"^mlp produces features that are not finite"):
         extractor(plan, images).store(0)
     assert plan.cache.missing() == [0, 1, 2]
 
@@ -570,7 +570,7 @@ def test_what_is_no_number_is_refused(images: Images, tmp_path: Path, stored_as:
     # not a backbone that ends in a ReLU: TensorFlow's makes 0 of what is no number
     model = ModelConfig(backbone="mobilenet_v3_small", image_size_px=32)
     plan = with_value(images, tmp_path, np.nan, stored_as=stored_as, model=model)
-    with pytest.raises(ConfigError, match=r"^mobilenet_v3_small gives features that are no numbers"):
+    with pytest.raises(ConfigError, match=r"^mobilenet_v3_small produces features that are not finite"):
         extractor(plan, images).store(0)
     assert plan.cache.missing() == [0, 1, 2]
 

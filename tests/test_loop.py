@@ -329,7 +329,7 @@ def test_a_loss_that_is_no_number_names_phase_epoch_and_step(images: Images, tmp
     trainer = Trainer(small_task(images, phases=phases), host=notes, world=World())
     with pytest.raises(
         TrainingDiverged,
-        match=r"^The loss is (nan|inf) in phase 'fine-tune', epoch 1, step [23]; .*learning_rate=1e\+30$",
+        match=r"^The loss is (nan|inf) in phase 'fine-tune', epoch 1, step [23]\. .*learning_rate=1e\+30$",
     ):
         trainer.run()
     assert len(notes.saved) == 1

@@ -190,7 +190,7 @@ def test_a_sample_is_split_as_the_whole_is_without_what_cannot_be_used() -> None
     splits = sample_splits(index, Sizes(train=800, validation=120, test=80))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 6, 4)
     assert sorted([*splits.train, *splits.val, *splits.test]) == list(range(0, 100, 2))
-    with pytest.raises(ConfigError, match=r"three images that can be used\. Received: 1 of 2 no bytes"):
+    with pytest.raises(ConfigError, match=r"three usable images\. Received: 1 of 2 no bytes"):
         sample_splits(index.slice(0, 2), Sizes(train=800, validation=120, test=80))
 
 
@@ -275,7 +275,7 @@ def test_a_plan_of_training_says_what_it_would_take_and_keeps_nothing(tmp_path: 
     assert [phase["epochs"] for phase in found["phases"]] == [12, 4]
     assert found["expected_seconds"] > sum(phase["seconds"] for phase in found["phases"])
     assert 2e8 < found["worker_memory_bytes"] < 5e9
-    assert said.lines[-1] == "plan: nothing was kept"
+    assert said.lines[-1] == "Plan finished. Nothing was kept."
 
 
 @pytest.mark.chaos  # a machine that is busy for a while makes one of the two slower

@@ -3,8 +3,8 @@
 Owns: what the outputs depend on (the key), computing a shard, and reading the outputs by record. Does not own: the
 cache they lie in (`data/cache.py`), who computes which shard where (`on_ray/data`), or the images (`data/records.py`).
 
-A shard has the column features, of float16 or float32. Features of one key are those of the same pixels in the same
-order, so they are never used for other images.
+A shard has one column, `features`, of float16 or float32. The key covers the pixels and their order, so features are
+never used for other images.
 """
 
 # n = covered rows, b = batch, D = features of an image
@@ -30,26 +30,26 @@ from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.feed import Rows
 
 BATCH_SIZE = 32
-"""Images of a call: VGG16 at 224 px then takes about 2 GB."""
+"""Images per call: VGG16 at 224 px then takes about 2 GB."""
 _FORMAT_VERSION = 2
-_SHARD_ROWS = 256  # VGG16 on two cores takes 10 to 16 s for so many: what a kill costs
+_SHARD_ROWS = 256  # the work lost by a kill: VGG16 on two cores takes 10 to 16 s for this many
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePlan:
-    """Which features of which images, and where they go: plain data for any process."""
+    """Which features to compute for which images, and where they are cached. Can be sent to any process."""
 
     cache: Cache
     records: RecordPlan
-    """Of the images."""
+    """The plan of the decoded images."""
     rows: npt.NDArray[np.int64]
-    """`int64 [n]`, the records that are covered, in order: a row of the cache each."""
+    """`int64 [n]`, the covered records in order; each is one row of the cache."""
     model: ModelConfig
     precision: Literal["float32", "bfloat16"]
-    """Of the backbone's arithmetic."""
+    """Precision of the backbone's arithmetic."""
     stored_as: FeatureType
     seed: int
-    """Of the backbone's initial weights."""
+    """Seed of the backbone's initial weights."""
 
     def rows_of(self, shard: int) -> npt.NDArray[np.int64]:
         """The records of a shard."""
@@ -71,16 +71,16 @@ def plan_features(
 
     Args:
         model: the backbone, its weights, input size and pooling; the head does not matter.
-        records: of the images.
-        index: of these records.
-        rows: the records that are wanted, any order.
-        precision: of the backbone's arithmetic.
+        records: the plan of the decoded images.
+        index: the index of these records.
+        rows: the requested records, in any order.
+        precision: precision of the backbone's arithmetic.
         stored_as: type of the stored values.
-        seed: of the initial weights; matters where there are no others.
+        seed: seed of the initial weights; used only if `model.weights` is `none`.
         root: folder or `s3://` prefix of the job.
 
     Raises:
-        FileNotFoundError, PermissionError, ServiceError, StorageError: of a file of weights.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: a weights file cannot be read.
     """
     rows = np.sort(rows)
     backbone_alone = replace(model, hidden_units=0, dropout=None, weights="none")
@@ -119,8 +119,8 @@ class Extractor:
     """The frozen backbone of a plan, ready to compute its shards. Loads TensorFlow.
 
     Args:
-        plan: of `plan_features`.
-        pixels: of the records, `uint8 [N, H, W, C]`.
+        plan: the result of `plan_features`.
+        pixels: pixels of the records, `uint8 [N, H, W, C]`.
 
     Raises:
         WeightsError: the weights are missing or do not fit.
@@ -138,10 +138,10 @@ class Extractor:
         self._call = compile_model(classifier.features, batch_size=BATCH_SIZE)
 
     def store(self, shard: int) -> None:
-        """Computes a shard and puts it in place.
+        """Computes a shard and stores it in the cache.
 
         Raises:
-            ConfigError: a feature is no number, or larger than float16 holds.
+            ConfigError: a feature is not finite, or too large for float16.
             PermissionError, ServiceError, StorageError: see `store.base`.
         """
         plan = self._plan
@@ -150,31 +150,31 @@ class Extractor:
             stored = features.astype(plan.stored_as)
         if not np.isfinite(features).all():
             raise ConfigError(
-                f"{plan.model.backbone} gives features that are no numbers. Received: weights={plan.model.weights!r}"
+                f"{plan.model.backbone} produces features that are not finite. Received: weights={plan.model.weights!r}"
             )
         if not np.isfinite(stored).all():
             raise ConfigError(
                 f"the features of {plan.model.backbone} reach {np.abs(features).max():.3g}, more than {plan.stored_as} "
-                "holds: --feature-type float32, or --no-feature-cache"
+                "holds. Use --feature-type float32 or --no-feature-cache."
             )
         plan.cache.put(shard, pa.table({"features": column_of(stored)}))
 
     def _features(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         parts = []
         for start in range(0, len(rows), BATCH_SIZE):
-            some = self._pixels[rows[start : start + BATCH_SIZE]]
-            padded = np.concatenate([some, np.zeros((BATCH_SIZE - len(some), *some.shape[1:]), np.uint8)])
-            parts.append(np.asarray(self._call(padded)[0], np.float32)[: len(some)])
+            batch = self._pixels[rows[start : start + BATCH_SIZE]]
+            padded = np.concatenate([batch, np.zeros((BATCH_SIZE - len(batch), *batch.shape[1:]), np.uint8)])
+            parts.append(np.asarray(self._call(padded)[0], np.float32)[: len(batch)])
         return np.concatenate(parts)
 
 
 class FeatureRows:
-    """Features by record: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`); an IndexError for a record
+    """Features by record: `rows[records]` is `[*records.shape, D]` (see `feed.Rows`). Raises IndexError for a record
     that is not covered.
 
     Args:
         records: `int64 [n]`, the covered records, ascending.
-        features: of each of them, `[n, D]`.
+        features: their features, `[n, D]`.
     """
 
     def __init__(self, records: npt.NDArray[np.int64], features: Rows) -> None:
@@ -182,7 +182,7 @@ class FeatureRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`[records up to the last one that is covered, D]`."""
+        """`[number of the last covered record + 1, D]`."""
         return int(self._records[-1]) + 1, self._features.shape[1]
 
     def __getitem__(self, records: npt.NDArray[np.integer[Any]], /) -> npt.NDArray[Any]:
@@ -194,11 +194,11 @@ class FeatureRows:
 
 
 def open_features(plan: FeaturePlan, *, local_dir: Path) -> FeatureRows:
-    """Opens finished features; those of S3 are downloaded once per node.
+    """Opens computed features. Features on S3 are downloaded once per node.
 
     Raises:
-        DataError: there are none, or they are damaged or not those of the plan.
-        ConfigError: the node's disk has too little room.
+        DataError: the features are missing, damaged or not those of the plan.
+        ConfigError: the node's disk has too little space.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     return FeatureRows(plan.rows, ShardRows(plan.cache.on_node(local_dir).values("features")))

@@ -1,7 +1,7 @@
-"""Batches for the step: which images each worker gets in each step, and getting them ready ahead of time.
+"""Batches for the step: which images each worker gets in each step, prepared ahead of time.
 
-Owns: the cut of a global batch into workers' slices, the seeds of each step, and the thread that gathers pixels while
-the device works. The order itself is `data/batches.py`. Pixels stay uint8 at their stored size.
+Owns: the division of a global batch into workers' slices, the seeds of each step, and the thread that gathers pixels
+while the device computes. Does not own: the order of images (`data/batches.py`). Pixels stay uint8 at stored size.
 
 B = global batch, b = this worker's slice of it, S = steps in one call, H, W = stored height and width in px,
 C = channels.
@@ -23,14 +23,14 @@ Item = TypeVar("Item")
 
 
 class Rows(Protocol):
-    """What is trained on, one row an image: an array of pixels or of features, perhaps larger than the memory."""
+    """Training input with one row per image: an array of pixels or features, perhaps larger than memory."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[N, ...]`."""
 
     def __getitem__(self, rows: npt.NDArray[np.integer[Any]], /) -> npt.NDArray[Any]:
-        """The rows of these numbers, `[*rows.shape, ...]`."""
+        """The rows with these numbers, `[*rows.shape, ...]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class TrainChunk:
     """The input of one call: S steps of this worker.
 
     `pixels` is `uint8 [S, b, H, W, C]` (or features, `[S, b, D]`), `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]`
-    (no two alike over all steps and workers of a run).
+    (unique over all steps and workers of a run).
     """
 
     pixels: npt.NDArray[Any]
@@ -97,7 +97,7 @@ def train_chunk(
     seed: int,
     world: World,
 ) -> TrainChunk:
-    """Gathers this worker's slices of some steps of an epoch.
+    """Gathers this worker's slices for several steps of an epoch.
 
     Args:
         images: all images.
@@ -106,11 +106,11 @@ def train_chunk(
         first_global_step: number of `steps[0]` counted from the start of the run.
         batch_size: B.
         seed: the run's seed.
-        world: whose slices.
+        world: the worker that gets the slices.
     """
-    mine = rank_slice(batch_size, rank=world.rank, workers=world.workers)
+    own = rank_slice(batch_size, rank=world.rank, workers=world.workers)
     batches = order[steps.start * batch_size : steps.stop * batch_size].reshape(len(steps), batch_size)
-    rows = images.train[batches[:, mine]]
+    rows = images.train[batches[:, own]]
     return TrainChunk(
         pixels=images.pixels[rows],
         labels=images.labels[rows],
@@ -121,14 +121,14 @@ def train_chunk(
 def evaluation_batches(
     images: Images, indices: npt.NDArray[np.int64], *, batch_size: int, world: World
 ) -> Iterator[Callable[[], EvaluationBatch]]:
-    """Calls that make this worker's share of a split: over all workers each image once.
+    """Yields calls that make the batches of this worker's share of a split. The workers share all images.
 
-    Every batch is of the same size; an image that only fills a batch up has weight 0.
+    All batches have the same size; padding has weight 0.
     """
-    mine = indices[world.rank :: world.workers]
+    share = indices[world.rank :: world.workers]
     size = max(1, batch_size // world.workers)
-    for start in range(0, len(mine), size):
-        yield partial(_evaluation_batch, images, mine[start : start + size], size)
+    for start in range(0, len(share), size):
+        yield partial(_evaluation_batch, images, share[start : start + size], size)
 
 
 def _evaluation_batch(images: Images, rows: npt.NDArray[np.int64], size: int) -> EvaluationBatch:
@@ -138,7 +138,7 @@ def _evaluation_batch(images: Images, rows: npt.NDArray[np.int64], size: int) ->
 
 
 def ahead(calls: Iterable[Callable[[], Item]], *, depth: int = 2) -> Generator[Item, None, None]:
-    """Yields each call's result in order; one thread makes up to `depth` of them ahead. An error is raised here."""
+    """Yields each call's result in order. One thread works up to `depth` calls ahead; their errors are raised here."""
     waiting: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
         for call in calls:

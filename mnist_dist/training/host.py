@@ -1,4 +1,4 @@
-"""What the training loop needs of its surroundings, and what it tells them. Loads neither TensorFlow nor Ray."""
+"""The interface between the training loop and whatever runs it. Imports neither TensorFlow nor Ray."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +9,7 @@ from mnist_dist.training.checkpoints import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run is, for people: numbers start at 1."""
+    """The progress of a run, for display: numbers start at 1."""
 
     phase: str
     epoch: int
@@ -22,13 +22,13 @@ class Position:
 
 
 class Host(Protocol):
-    """What the loop needs of whoever runs it."""
+    """The object that runs the loop: it receives progress and checkpoints."""
 
     def progress(self, position: Position) -> bool:
-        """Takes note of the position; True: stop after the next call. Called often, so it must be quick."""
+        """Receives the position; returns True to stop after the next call. Called often, so it must be quick."""
 
     def epoch_ended(self, epoch: Epoch) -> None:
-        """Takes note of a finished epoch."""
+        """Receives a finished epoch."""
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Keeps a checkpoint. Every worker calls it, in the same order, with the same state."""
+        """Saves a checkpoint. Every worker calls this in the same order with the same state."""

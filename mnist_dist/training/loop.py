@@ -116,8 +116,8 @@ class Trainer:
 
     @property
     def _evaluation_batch(self) -> int:
-        """Twice the training batch, or fewer images if a large backbone would run out of memory: the batch size may have
-        been chosen for a head on features."""
+        """Twice the training batch, or less if a large backbone would run out of memory: the batch size may have been
+        chosen for a head on features."""
         backbone, largest = self.built.classifier.backbone, 2 * self.task.job.fit.batch_size
         if backbone is None:
             return largest

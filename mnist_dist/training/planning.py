@@ -1,6 +1,6 @@
-"""What a training will take, from how the run itself went on a sample: the times of its epochs, and the arithmetic.
+"""The forecast of a training from a run on a sample.
 
-Does not own: running the sample (`on_ray/training/plan.py`).
+Owns: the measurement of epochs and the arithmetic. Does not own: running the sample (`on_ray/training/plan.py`).
 """
 
 import time
@@ -15,7 +15,7 @@ from mnist_dist.training.host import Host, Position
 
 @dataclass(kw_only=True)
 class EpochTimes:
-    """How long the parts of an epoch took, s."""
+    """Durations of the parts of an epoch, s."""
 
     phase: str
     steps: int
@@ -25,11 +25,11 @@ class EpochTimes:
 
 
 class TimedHost:
-    """A `Host` that passes everything on to another one, and notes how long each epoch took.
+    """A `Host` that forwards everything to another host and measures each epoch.
 
     Args:
-        host: gets everything.
-        clock: gives s.
+        host: receives everything.
+        clock: returns the time, s.
     """
 
     def __init__(self, host: Host, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -64,7 +64,7 @@ class TimedHost:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Images of each split."""
+    """Number of images in each split."""
 
     train: int
     validation: int
@@ -77,34 +77,34 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseForecast:
-    """What one phase will take."""
+    """The forecast of one phase."""
 
     name: str
     epochs: int
     steps: int
-    """Of an epoch."""
+    """Steps per epoch."""
     images_per_s: float
     epoch_s: float
-    """With validation and checkpoint."""
+    """Duration of an epoch with validation and checkpoint, s."""
     seconds: float
 
 
 def forecast_phases(
     job: TrainJob, epochs: Sequence[EpochTimes], *, sizes: Sizes, validated: int
 ) -> list[PhaseForecast]:
-    """What each phase will take, if no early stopping ends it.
+    """Forecasts each phase, without early stopping.
 
     Args:
-        job: with the epochs that were asked for.
-        epochs: of the sample, the last one of each phase.
-        sizes: of all of the data.
-        validated: images that an epoch of the sample was validated on.
+        job: the job with its full number of epochs.
+        epochs: times of the last epoch of each phase on the sample.
+        sizes: sizes of the splits of all data.
+        validated: number of validation images per epoch on the sample.
     """
     steps = sizes.train // job.fit.batch_size
-    found = []
+    forecasts = []
     for phase, epoch in zip(job.phases.phases(), epochs, strict=True):
         epoch_s = epoch.train_s / epoch.steps * steps + epoch.validation_s / validated * sizes.validation + epoch.save_s
-        found.append(
+        forecasts.append(
             PhaseForecast(
                 name=phase.name,
                 epochs=phase.epochs,
@@ -114,10 +114,10 @@ def forecast_phases(
                 seconds=phase.epochs * epoch_s,
             )
         )
-    return found
+    return forecasts
 
 
 def overall_images_per_s(forecasts: Sequence[PhaseForecast]) -> float:
-    """Speed over all phases, without validation and checkpoints: what a run's result calls `images_per_s`."""
-    steps = [found.epochs * found.steps for found in forecasts]
-    return sum(steps) / sum(count / found.images_per_s for count, found in zip(steps, forecasts, strict=True))
+    """Speed over all phases, without validation and checkpoints: a run's result calls it `images_per_s`."""
+    steps = [forecast.epochs * forecast.steps for forecast in forecasts]
+    return sum(steps) / sum(count / forecast.images_per_s for count, forecast in zip(steps, forecasts, strict=True))

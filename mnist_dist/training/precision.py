@@ -1,4 +1,4 @@
-"""Whether a training step computes in bfloat16: only where it is fast, and where it was measured to agree."""
+"""Whether a training step computes in bfloat16: only if it is fast and was measured to agree with float32."""
 
 from typing import Literal
 
@@ -6,12 +6,12 @@ from mnist_dist import processor
 from mnist_dist.config import Precision
 
 MEASURED_TO_AGREE = ("vgg16",)
-"""Frozen VGG16 at 224 on MNIST: 99.7 % the same top class as float32 and no lower accuracy, 2x as fast on a CPU with
-AVX512-BF16. MobileNetV2 agreed in 96.2 % only, and was slower."""
+"""Frozen VGG16 at 224 on MNIST: the same top class as float32 for 99.7 % of images, no lower accuracy, twice as fast on
+a CPU with AVX512-BF16. MobileNetV2 agreed for only 96.2 %, and was slower."""
 
 
 def resolve_precision(precision: Precision, *, backbone: str, gpu: bool) -> Literal["float32", "bfloat16"]:
-    """What `auto` means on this machine, for this backbone, on its GPU or its CPU; anything else is taken as it is."""
+    """Resolves `auto` for this machine's GPU or CPU and this backbone. Returns any other precision unchanged."""
     if precision != "auto":
         return precision
     is_fast = backbone in MEASURED_TO_AGREE and (_gpu_has_bfloat16() if gpu else processor.has_bfloat16())
@@ -19,7 +19,7 @@ def resolve_precision(precision: Precision, *, backbone: str, gpu: bool) -> Lite
 
 
 def _gpu_has_bfloat16() -> bool:
-    """Whether its CUDA compute capability is 8.0 or above."""
+    """Whether the GPU's CUDA compute capability is at least 8.0."""
     import tensorflow as tf
 
     device = tf.config.list_physical_devices("GPU")[0]

@@ -12,7 +12,7 @@ from mnist_dist.config import OptimizerConfig
 def learning_rates(
     peak: float, *, config: OptimizerConfig, steps: Sequence[int] | range, phase_steps: int
 ) -> npt.NDArray[np.float32]:
-    """Learning rates of some steps of a phase.
+    """Computes the learning rates of the given steps of a phase.
 
     Args:
         peak: the phase's learning rate, reached when the warm-up ends.
@@ -21,7 +21,7 @@ def learning_rates(
         phase_steps: steps of the whole phase.
 
     Returns:
-        `float32 [len(steps)]`. During the warm-up step s has `peak * (s + 1) / warmup_steps`; then `constant` stays
+        `float32 [len(steps)]`. During the warm-up, step s has `peak * (s + 1) / warmup_steps`; then `constant` stays
         at `peak` and `cosine` falls as `peak * (1 + cos(pi * t)) / 2` with t from 0 to 1 over the rest of the phase.
 
     Source: Goyal et al. 2017 (linear warm-up); Loshchilov and Hutter 2017, SGDR (cosine, one cycle).

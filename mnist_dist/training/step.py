@@ -1,6 +1,7 @@
 """The compiled work of training: the train step, the evaluation step, and sums over the workers.
 
-The only module of training that computes with TensorFlow (`precision` asks it about the GPU). Contract of the train step, for any number of workers:
+The only module of `training` that computes with TensorFlow itself (`precision` only asks it what the GPU can do).
+Contract of the train step, for any number of workers:
 
 - the loss is the sum over this worker's slice, divided by the *global* batch, so that the sum of the gradients over the
   workers is the gradient of the whole batch;
@@ -30,7 +31,7 @@ LOSS, HITS, STOP = range(3)  # columns of a step's report
 
 
 def make_strategy(workers: int) -> tf.distribute.Strategy:
-    """The default strategy for one worker; synchronous all-reduce for several, which must have set TF_CONFIG."""
+    """The default strategy for one worker; synchronous all-reduce for several (TF_CONFIG must be set)."""
     return tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else tf.distribute.get_strategy()
 
 

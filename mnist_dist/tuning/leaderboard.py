@@ -1,6 +1,6 @@
-"""The leaderboard of a search: a row per trial, the best first, and which of them nothing else beats.
+"""The leaderboard of a search: one row per trial, best first, with the Pareto front of accuracy and speed.
 
-Accuracy and loss are of the validation images; the speed is that of the scoring path, measured once per architecture.
+Accuracy and loss are those of the validation images; speed is that of scoring, measured once per architecture.
 """
 
 import io
@@ -57,7 +57,7 @@ accurate and as fast."""
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Of an architecture in the scoring path."""
+    """The speed and size of an architecture when it scores."""
 
     ms_per_image: float
     backbone_parameters: int
@@ -74,11 +74,11 @@ def make_leaderboard(
     """The leaderboard as a table of `SCHEMA`.
 
     Args:
-        trials: all of them.
-        architectures: of each trial, by number.
-        speeds: by the architecture's name; those that were measured.
-        finalists: by number; those that were trained.
-        winner: its number, or None.
+        trials: all trials.
+        architectures: the architecture of each trial, by the trial's number.
+        speeds: the measured speeds, by the architecture's name.
+        finalists: the trained finalists, by number.
+        winner: number of the winner, or None.
     """
     ordered = sorted(trials, key=lambda trial: (trial.status == "failed", *trial.rank))
     front = pareto_front(
@@ -105,12 +105,12 @@ def make_leaderboard(
 
 
 def _of_trial(trial: Trial, architecture: Architecture, speed: Speed | None) -> dict[str, Any]:
-    own = {name.removeprefix(f"{architecture.backbone}."): value for name, value in trial.params.items()}
+    params = {name.removeprefix(f"{architecture.backbone}."): value for name, value in trial.params.items()}
     parameters = trial.parameters
-    if parameters is not None and own.get("trained") != "all":
+    if parameters is not None and params.get("trained") != "all":
         parameters = parameters + speed.backbone_parameters if speed else None
     return {
-        **{name: own.get(name) for name in PARAMETERS},
+        **{name: params.get(name) for name in PARAMETERS},
         **{name: value for name, value in asdict(architecture).items() if name != "weights"},
         "architecture": architecture.name,
         "trial": trial.number,
@@ -126,7 +126,7 @@ def _of_trial(trial: Trial, architecture: Architecture, speed: Speed | None) -> 
 
 
 def pareto_front(points: Mapping[int, tuple[float, float]]) -> set[int]:
-    """The keys of points `(accuracy, speed)` that no other point equals or beats in both and beats in one."""
+    """Keys of the points `(accuracy, speed)` that no other point beats in one and at least equals in the other."""
     return {
         key
         for key, (accuracy, speed) in points.items()
@@ -142,7 +142,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def shown_rows(table: pa.Table, *, most: int = 10) -> list[list[str]]:
-    """The best rows for a terminal, a line of column titles first."""
+    """The best rows for a terminal, after a row of column titles."""
     lines = [["#", "trial", "accuracy", "loss", "ms/image", "parameters", "s", "status", "network", "configuration"]]
     for row in table.slice(0, most).to_pylist():
         finalist = row["finalist_val_accuracy"]
@@ -177,7 +177,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def pareto_figure(table: pa.Table) -> bytes:
-    """Accuracy against speed of all trials, the front in front: a PNG file."""
+    """A PNG file: accuracy against speed of all trials, with the Pareto front drawn on top."""
     from matplotlib.figure import Figure
 
     rows: Sequence[dict[str, Any]] = [
@@ -186,8 +186,8 @@ def pareto_figure(table: pa.Table) -> bytes:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for architecture in sorted({row["architecture"] for row in rows}):
-        mine = [row for row in rows if row["architecture"] == architecture]
-        speeds, accuracies = [1000 / row["ms_per_image"] for row in mine], [row["val_accuracy"] for row in mine]
+        points = [row for row in rows if row["architecture"] == architecture]
+        speeds, accuracies = [1000 / row["ms_per_image"] for row in points], [row["val_accuracy"] for row in points]
         axes.scatter(speeds, accuracies, s=18, alpha=0.6, label=architecture)
     front = sorted((1000 / row["ms_per_image"], row["val_accuracy"]) for row in rows if row["pareto"])
     axes.step(

@@ -1,4 +1,4 @@
-"""How a search stands, from what lies in its folder (`trials.py`)."""
+"""The status of a search, read from its folder (`trials.py`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,35 +11,37 @@ FINALISTS = "finalists"
 
 
 def search_row(folder: Folder) -> InventoryRow | None:
-    """How a search stands; None: the folder holds none.
+    """The status of a search, or None if the folder holds none.
 
     Raises:
         OSError, ValueError, TypeError, LookupError: the folder is damaged.
-        ServiceError: the storage failed.
+        ServiceError: the store failed.
     """
     if not is_run(folder) or is_search(folder) is False:
         return None
     facts, driver = folder.read("run.json", RunFacts), folder.driver()
     result = folder.read("result.json", dict[str, Any])
-    trials = _records(folder, TRIALS) if result is None else {}  # there may be thousands, and the result counts them
+    trials = (
+        _records(folder, TRIALS) if result is None else {}
+    )  # the result counts the trials, of which there may be thousands
     finalists = _records(folder, FINALISTS)
-    asked = _Asked(facts, folder.read("trials.json", TrialsOver))
+    goal = _Goal(facts, folder.read("trials.json", TrialsOver))
     state = state_of(is_finished=result is not None, driver=driver, is_saved=bool(trials))
-    if state == "stopped" and asked.is_lost(trials, finalists):
+    if state == "stopped" and goal.is_lost(trials, finalists):
         state = "failed"
     return InventoryRow(
         name=folder.name,
         uri=folder.uri,
         state=state,
-        progress=asked.in_words(_counts(trials, result), finalists),
+        progress=goal.in_words(_counts(trials, result), finalists),
         result=_best_in_words(trials, result),
         updated_s=folder.updated_with(*folder.folders & {TRIALS, FINALISTS}),
         numbers={
             "recipe": facts.recipe if facts is not None else None,
             **_counts(trials, result),
-            "trials": asked.trials,
+            "trials": goal.trials,
             "finalists_done": len(finalists),
-            "finalists": asked.finalists,
+            "finalists": goal.finalists,
             "best": _best(trials, result),
             **driver_values(driver),
         },
@@ -50,22 +52,24 @@ def _records(folder: Folder, name: str) -> dict[int, Trial]:
     return TrialRecords(join(folder.uri, name)).read() if name in folder.folders else {}
 
 
-class _Asked:
-    """How much a search is to try.
+class _Goal:
+    """How many trials and finalists a search will run.
 
     Args:
-        facts: of `run.json`, or None.
-        over: of `trials.json`, or None: trials are still to come.
+        facts: content of `run.json`, or None.
+        over: content of `trials.json`, or None while trials remain.
     """
 
     def __init__(self, facts: RunFacts | None, over: TrialsOver | None) -> None:
         search = facts.settings["search"] if facts is not None else {}
         self.trials: int | None = over.trials if over is not None else search.get("trials")
         self.finalists: int | None = search.get("finalists")
-        self._is_exact = over is not None or search.get("algorithm") != "grid"  # a grid may have fewer
+        self._is_exact = (
+            over is not None or search.get("algorithm") != "grid"
+        )  # a grid may have fewer trials than requested
 
     def is_lost(self, trials: Mapping[int, Trial], finalists: Mapping[int, Trial]) -> bool:
-        """Whether nothing is left to try, and nothing came of all that was: the same command says so again."""
+        """Whether everything was tried and nothing succeeded, so that the same command would only fail again."""
         if any(trial.status == "running" for trial in trials.values()):
             return False
         good = usable(trials.values())[: self.finalists]
@@ -74,7 +78,7 @@ class _Asked:
         return all(trial.number in finalists for trial in good) and not usable(finalists.values())
 
     def in_words(self, counts: Mapping[str, int], finalists: Mapping[int, Trial]) -> str:
-        """Such as `12 of 30 trials, 1 failed; 1 of 3 finalists`."""
+        """The progress in words, such as `12 of 30 trials, 1 failed; 1 of 3 finalists`."""
         if self.trials is None:
             return ""
         words = f"{counts['trials_done']} of {'' if self._is_exact else 'at most '}{self.trials} trials"
@@ -84,7 +88,7 @@ class _Asked:
 
 
 def _counts(trials: Mapping[int, Trial], result: Mapping[str, Any] | None) -> dict[str, int]:
-    """Trials that are over, also those that failed, and those that failed."""
+    """The number of ended trials (failed ones included), and of failed trials."""
     if result is not None:
         return {"trials_done": result["trials"], "trials_failed": result["failed"]}
     status = [trial.status for trial in trials.values()]

@@ -1,8 +1,8 @@
-"""From a search space to proposals, and from a proposal to training jobs.
+"""Turns a search space into proposals, and a proposal into training jobs.
 
-A proposal is a flat mapping of parameter names to values. What belongs to a backbone carries its name
-(`vgg16.pooling`), so that it is never drawn for another; what would mean nothing (the decay of an optimizer without
-one) is not drawn at all.
+A proposal is a flat mapping of parameter names to values. A parameter of one backbone carries the backbone's name
+(`vgg16.pooling`), so it is never drawn for another. A parameter without effect (the weight decay of an optimizer that
+has none) is not drawn.
 """
 
 import dataclasses
@@ -28,25 +28,25 @@ from mnist_dist.models.backbones import check_model, check_trainable
 from mnist_dist.search_config import BackboneSpace, SearchJob
 
 _MAX_VALUES = 20
-"""More values of one choice than these are not all checked before the search begins."""
+"""The most values of one choice that are checked before the search begins."""
 
 Params = dict[str, Any]
 Stage = Literal["trial", "finalist"]
 
 
 class Draw(Protocol):
-    """Gives a value for each parameter that it is asked for, by name."""
+    """Draws a value for each requested parameter, by name."""
 
     def choice(self, name: str, values: Sequence[Any]) -> Any:
-        """One of the values."""
+        """Draws one of the values."""
 
     def log_uniform(self, name: str, low: float, high: float) -> float:
-        """A number between the two."""
+        """Draws a number between the two ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a frozen backbone's features and the speed of scoring depend on."""
+    """The settings that decide a frozen backbone's features and the scoring speed."""
 
     backbone: str
     weights: str
@@ -66,24 +66,26 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """Short, for people: `mobilenet_v2 96 px avg`."""
+        """A short name to show, such as `mobilenet_v2 96 px avg`."""
         width = f" x{self.alpha:g}" if self.alpha != 1 else ""
         size = f" {self.image_size_px} px" if self.image_size_px else ""
         return f"{self.backbone}{width}{size}{f' {self.pooling}' if self.pooling else ''}"
 
 
 def check_space(job: SearchJob) -> None:
-    """Checks every combination that can be drawn against the table of backbones.
+    """Checks the space against the table of backbones and the rules of training jobs.
 
     Raises:
-        ConfigError: of the first one that does not fit, such as a pooling or a cut point that a backbone has not got.
+        ConfigError: for the first setting that is wrong, such as a pooling or cut point that a backbone lacks.
     """
     for space in job.backbones:
         for architecture in architectures_of(space):
             row = check_model(architecture.model())
             for cut_point in space.cut_points if "fine-tune" in space.trained else ():
                 check_trainable(row, int(cut_point) if cut_point.isdecimal() else cut_point)
-        for place in range(_MAX_VALUES):  # every value passes the checks of training's own classes
+        for place in range(
+            _MAX_VALUES
+        ):  # covers every value of each choice with few jobs: building a job checks its values
             train_job(propose(job, _NthDraw(space.backbone, place)), job, stage="finalist")
 
 
@@ -106,7 +108,7 @@ def propose(job: SearchJob, draw: Draw) -> Params:
     def log_uniform(name: str, ends: tuple[float, float]) -> None:
         params[name] = draw.log_uniform(name, *ends) if ends[0] < ends[1] else ends[0]
 
-    by_name = {of.backbone: of for of in job.backbones}
+    by_name = {each.backbone: each for each in job.backbones}
     backbone = by_name[choice("backbone", list(by_name))]
     for name in ("alpha", "image_size_px", "pooling"):
         choice(f"{backbone.backbone}.{name}", getattr(backbone, name))
@@ -141,7 +143,7 @@ def train_job(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Tra
     """The training job of a proposal.
 
     Args:
-        params: of `propose`.
+        params: the result of `propose`.
         job: the search.
         stage: a `trial` trains the head on the frozen backbone, or the whole network; a `finalist` also fine-tunes.
     """
@@ -168,7 +170,7 @@ def train_job(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Tra
 
 
 def backbone_job(architecture: Architecture, job: SearchJob) -> TrainJob:
-    """A job whose frozen backbone is that of an architecture: what features and speed need to know."""
+    """A job with the frozen backbone of an architecture, for computing features and measuring speed."""
     fit = FitConfig(batch_size=min(job.space.batch_size), precision=job.search.precision, seed=job.search.seed)
     phases = PhasesConfig(trainable=("head",))
     return TrainJob(data=job.data, model=architecture.model(), phases=phases, fit=fit, run=_run_config(job))
@@ -179,7 +181,7 @@ def _run_config(job: SearchJob) -> RunConfig:
 
 
 def describe(params: Mapping[str, Any]) -> str:
-    """A proposal in a line, for people."""
+    """A proposal in one line, for display."""
     shown = []
     for name, value in params.items():
         short = name.rpartition(".")[2].replace("_", " ")
@@ -206,7 +208,7 @@ def _phases(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Phase
 
 
 class _NthDraw:
-    """Draws a backbone, and the n-th value of everything else, round and round."""
+    """Draws one fixed backbone, and the n-th value of everything else, cyclically."""
 
     def __init__(self, backbone: str, place: int) -> None:
         self._backbone, self._place = backbone, place
@@ -234,16 +236,16 @@ class OptunaDraw:
 class GridDraw:
     """Walks through all combinations: the values of choices, both ends and the geometric middle of ranges.
 
-    Which parameters there are depends on those before, so a combination is a path through a tree of them.
+    Earlier choices decide which parameters follow, so a combination is a path through a tree.
     """
 
     def __init__(self) -> None:
         self._path: list[tuple[int, int]] = []
-        """Which value of how many, of each parameter in the order in which they are drawn."""
+        """For each parameter in the order drawn: the index of its value, and the number of values."""
         self._depth = 0
 
     def proposals(self, job: SearchJob) -> Iterator[Params]:
-        """All proposals of a job, each checked."""
+        """Yields all proposals of a job; checks each of them."""
         while True:
             self._depth = 0
             params = propose(job, self)
@@ -268,13 +270,13 @@ class GridDraw:
 
 
 class Proposer:
-    """Proposes configurations by number: a function of the seed, the number and what is known of the trials before.
+    """Proposes configurations by number: a function of the seed, the number and the results of earlier trials.
 
     Args:
         job: the search.
 
     Raises:
-        ConfigError: the space does not fit.
+        ConfigError: the space has a wrong setting.
     """
 
     def __init__(self, job: SearchJob) -> None:
@@ -282,7 +284,7 @@ class Proposer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self._grid = list(itertools.islice(GridDraw().proposals(job), job.search.trials)) if self._is_grid else []
-        self._asked: dict[int, optuna.Trial] = {}
+        self._open: dict[int, optuna.Trial] = {}
 
     @property
     def _is_grid(self) -> bool:
@@ -290,15 +292,15 @@ class Proposer:
 
     @property
     def count(self) -> int:
-        """How many configurations there are to propose."""
+        """The number of configurations to propose."""
         return len(self._grid) if self._is_grid else self._job.search.trials
 
     def propose(self, number: int, known: Params | None = None) -> Params:
-        """The configuration of a number; numbers are asked for in order, from 0.
+        """Returns the configuration with a number; call with 0, 1, 2 and so on.
 
         Args:
-            number: of the trial.
-            known: what an earlier driver proposed under this number, or None.
+            number: number of the trial.
+            known: the configuration that an earlier driver proposed under this number, or None.
         """
         if self._is_grid:
             return self._grid[number]
@@ -309,23 +311,23 @@ class Proposer:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self._study.ask()
             params = propose(self._job, OptunaDraw(trial))
-        self._asked[number] = trial
+        self._open[number] = trial
         return params
 
     def tell(self, number: int, value: float | None) -> None:
-        """Takes note of what came of a trial.
+        """Receives the result of a trial.
 
         Args:
-            number: of the trial.
-            value: what is maximised, or None where it failed.
+            number: number of the trial.
+            value: the value to maximise, or None if the trial failed.
         """
         if self._is_grid:
             return
         state = optuna.trial.TrialState.COMPLETE if value is not None else optuna.trial.TrialState.FAIL
-        self._study.tell(self._asked.pop(number), value, state=state)
+        self._study.tell(self._open.pop(number), value, state=state)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A fresh one for each number, so that it depends on no state that a killed driver would have lost."""
+        """A fresh sampler for each number, so that no state is lost when a driver is killed."""
         seed = (self._job.search.seed * 1_000_003 + number) % 2**32
         if self._job.search.algorithm == "random":
             return optuna.samplers.RandomSampler(seed=seed)

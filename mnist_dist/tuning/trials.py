@@ -1,17 +1,17 @@
-"""The trials of a search on disk: one JSON object each, written by the driver alone.
+"""The trials of a search on disk: one JSON object each, written only by the driver.
 
 ```
 <storage>/<name>/
-run.json                 recipe, settings and data: written first, compared when the search goes on
-trials/000012.json       a trial, from the moment it is proposed; trials.json: they are all over
+run.json                 recipe, settings and data: written first, compared when the search resumes
+trials/000012.json       a trial, from the moment it is proposed; trials.json: all trials have ended
 finalists/000012.json    a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
 speeds.json              ms per image and parameters of each architecture
-leaderboard.parquet      a row per trial, the best first; pareto.png: accuracy against speed
+leaderboard.parquet      one row per trial, best first; pareto.png: accuracy against speed
 bundle/                  the winner
 result.json              written last
 ```
 
-A trial whose record says `running` was under way when its driver died: it is run again from its start.
+A trial whose record says `running` was interrupted when its driver died. It runs again from its start.
 """
 
 import re
@@ -28,33 +28,33 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 Status = Literal["running", "done", "stopped", "failed"]
-"""stopped: by the scheduler, or by the end of the budget; its best epoch counts all the same."""
-THREADS = 8  # that read records: on object stores a request waits far longer than it works
+"""stopped: by the scheduler, or because the time ran out; its best epoch still counts."""
+THREADS = 8  # for reading records: on object stores a request is mostly waiting
 _RECORD = re.compile(r"(\d{6})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration, and what came of it."""
+    """One configuration and its result."""
 
     number: int
     params: dict[str, Any]
     status: Status = "running"
     val_accuracy: float | None = None
-    """Of the best epoch, 0-1."""
+    """Validation accuracy of the best epoch, 0-1."""
     val_loss: float | None = None
     """Mean cross-entropy of the same epoch, nats."""
     epochs: int = 0
     parameters: int | None = None
-    """Of what was trained: the head, or the whole network."""
+    """Number of weights in the trained part: the head, or the whole network."""
     seconds: float = 0.0
-    """Of training."""
+    """Duration of training."""
     error: str | None = None
     history: tuple[Epoch, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """The best first: by accuracy, then loss, then number. Of validation only."""
+        """Sort key, best first: validation accuracy, then validation loss, then number."""
         accuracy = self.val_accuracy if self.val_accuracy is not None else -1.0
         return (-accuracy, self.val_loss if self.val_loss is not None else float("inf"), self.number)
 
@@ -67,14 +67,14 @@ class TrialsOver:
 
 
 def usable(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that came to something, the best first."""
+    """The trials that have a result, best first."""
     return sorted(
         (t for t in trials if t.status in ("done", "stopped") and t.val_accuracy is not None), key=lambda t: t.rank
     )
 
 
 def distinct_errors(trials: Iterable[Trial]) -> list[tuple[str, int]]:
-    """Errors of failed trials and how often each occurred, the most frequent first."""
+    """Errors of failed trials and how often each occurred, most frequent first."""
     return Counter(trial.error or "no message" for trial in trials if trial.status == "failed").most_common()
 
 
@@ -86,11 +86,11 @@ class TrialRecords:
     store: Store = ANYWHERE
 
     def write(self, trial: Trial) -> None:
-        """Puts a trial's record in place of what was there."""
+        """Writes a trial's record, replacing an earlier one."""
         documents.write(self.store, self._record_uri(trial.number), trial)
 
     def read(self) -> dict[int, Trial]:
-        """All trials by number, in order."""
+        """Reads all trials, in order of their numbers."""
         names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.list_entries(self.uri))
         numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
         with ThreadPoolExecutor(THREADS) as pool:

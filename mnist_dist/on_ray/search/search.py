@@ -138,7 +138,7 @@ class FinalistTask:
 
 
 def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """Runs only features and trials, as `search` does. Returns `features_s`, `trials_s`, `trials` and the best `val_accuracy`.
+    """Computes features and runs trials as `search` does: `features_s`, `trials_s`, `trials`, the best `val_accuracy`.
 
     Raises:
         ConfigError, WorkersFailed, Interrupted: see `search`.
@@ -417,8 +417,8 @@ class _Search:
                 history=(),
             )
             self.console.line(
-                f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} ({trial.val_accuracy:.4f} as a "
-                f"trial), loss {finalist.val_loss:.4f}"
+                f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} "
+                f"({trial.val_accuracy:.4f} as a trial), loss {finalist.val_loss:.4f}"
             )
         self.finalist_records.write(finalist)
 

@@ -1,7 +1,7 @@
 """A worker's side of the search: one process that runs trial after trial, an epoch at a time, as Ray Tune asks.
 
-What is foreseen or not, an error of a trial is its result: raised, it would cost the process, which has TensorFlow
-loaded. Only a process that dies is told by Ray itself.
+Any error of a trial is reported as its result: if it were raised, the process, which has TensorFlow loaded, would end.
+Only the death of a process is reported by Ray itself.
 """
 
 import time
@@ -25,22 +25,22 @@ from mnist_dist.training.host import Position
 
 OUTAGES = (ServiceError, StorageError, PermissionError)
 REPORT, ACCURACY, EPOCHS = "report", "accuracy", "training_iteration"
-"""The whole report; the best epoch's validation accuracy, for the scheduler; Ray Tune's own count of the reports."""
+"""Keys of a result: the whole report, the best validation accuracy (for the scheduler), Ray Tune's count of reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the trials of one architecture train on."""
+    """The data on which the trials of one architecture train."""
 
     records: RecordPlan
-    """Of the finished records."""
+    """The plan of the decoded records."""
     features: FeaturePlan | None
-    """Of finished features; None: the backbone runs in each step."""
+    """The plan of the computed features. None: the backbone runs in each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialTask:
-    """What all trials are told."""
+    """The input that all trials share."""
 
     prepared: Mapping[str, Prepared]
     """By the architecture's name."""
@@ -51,20 +51,20 @@ class TrialTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a trial says after each epoch, under the key `REPORT` of what Ray Tune hands on."""
+    """What a trial reports after each epoch, under the key `REPORT` of Ray Tune's result."""
 
     accuracy: float
-    """Of the best epoch so far, validation, 0-1."""
+    """Validation accuracy of the best epoch so far, 0-1."""
     loss: float
     epochs: int
     parameters: int
-    """Of what is trained."""
+    """Number of weights in the trained part: the head or the whole network."""
     seconds: float
     finished: bool
     history: tuple[Epoch, ...]
     error: str | None = None
     outage: bool = False
-    """The error is one of the storage, not of the trial: the search ends, and the same command runs the trial again."""
+    """The store caused the error, not the trial: the search ends, and the same command runs the trial again."""
 
 
 class TrialProcess(tune.Trainable):
@@ -77,12 +77,12 @@ class TrialProcess(tune.Trainable):
         self._records: dict[str, Records] = {}
         self._features: dict[str, FeatureRows] = {}
         if not task.gpu:
-            hide_gpus()  # Ray hides none from a process that asked for none
+            hide_gpus()  # Ray does not hide GPUs from a process that requested none
         use_cpus(int(task.cpus))
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
-        """Begins another trial in the same process."""
+        """Starts another trial in the same process."""
         self._config, self._seconds = config, 0.0
         self._trainer: Any = None
         self._epochs: Iterator[Epoch] = iter(())
@@ -96,13 +96,13 @@ class TrialProcess(tune.Trainable):
                 self._begin()
             next(self._epochs)
             report = self._report(self._seconds + time.monotonic() - began)
-        except Exception as error:  # the one border of a trial: its error is recorded, the search goes on
+        except Exception as error:  # the one place that catches: a trial's error is recorded, and the search continues
             report = self._failure(error)
         self._seconds += time.monotonic() - began
         return {REPORT: report, ACCURACY: report.accuracy, "done": report.finished}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing is kept: an unfinished trial is run again from its start."""
+        """Saves nothing: an unfinished trial runs again from its start."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See `save_checkpoint`."""
@@ -117,8 +117,8 @@ class TrialProcess(tune.Trainable):
         from mnist_dist.training.feed import World
         from mnist_dist.training.loop import Trainer
 
-        keras.backend.clear_session()  # what the trial before has left
-        self._trainer = Trainer(self._train_task(), host=_Nobody(), world=World())
+        keras.backend.clear_session()  # frees the previous trial's models
+        self._trainer = Trainer(self._train_task(), host=_SilentHost(), world=World())
         self._epochs = self._trainer.epochs()
 
     def _train_task(self) -> Any:
@@ -195,12 +195,12 @@ class TrialProcess(tune.Trainable):
 
 
 def is_outage(error: BaseException | None) -> bool:
-    """Whether an error is one of the storage, which the same command may not meet again."""
+    """Whether the store caused an error, so that running the same command again may succeed."""
     return isinstance(error, OUTAGES) or (isinstance(error, OSError) and is_service_error(error))
 
 
-class _Nobody:
-    """A `Host` that neither watches nor keeps anything."""
+class _SilentHost:
+    """A `Host` that shows and saves nothing."""
 
     def progress(self, position: Position) -> bool:
         return False

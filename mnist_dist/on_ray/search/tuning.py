@@ -59,7 +59,7 @@ class Trials:
         self.running: set[int] = set()
         self.stopped = False
         self.error: Exception | None = None
-        """The error that ends the search. It is kept here because Ray Tune would swallow an error raised in its thread."""
+        """The error that ends the search, kept here because Ray Tune swallows errors raised in its thread."""
         self.done_here = 0
 
     @property

@@ -1,7 +1,7 @@
-"""One attempt at training: Ray Train runs in a thread, while the main thread shows progress and takes signals.
+"""One attempt at training: Ray Train runs in a thread while the main thread shows progress and handles signals.
 
-Owns: what Ray Train is told, the progress that the board brings, passing on a signal, and what a failure of Ray Train
-means to a person.
+Owns: the configuration of Ray Train, the display of progress from the board, the request to stop after a signal, and
+the translation of Ray Train's failures into readable errors. Does not own: the run and its result (`train.py`).
 """
 
 from collections.abc import Callable
@@ -20,24 +20,24 @@ from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.training.host import Position
 
-SILENCE_S = 30.0  # without a word from the workers: starting takes less, unless there is no room for them
+SILENCE_S = 30.0  # of silence before a message; workers start faster than this, unless resources are missing
 
 
 class Attempt:
-    """Ray Train with one task.
+    """One launch of Ray Train.
 
     Args:
-        task: what every worker does.
-        name: of the folder in the run that gets the checkpoints.
-        share: how many workers, and what each gets.
-        loop: what a worker does with `{"task": task}`; None: train.
+        task: the task of every worker.
+        name: name of the run's subfolder for checkpoints.
+        share: the number of workers and the resources of each.
+        loop: the function that a worker calls with `{"task": task}`. None trains.
     """
 
     def __init__(
         self, task: WorkerTask, *, name: str, share: Share, loop: Callable[[dict[str, Any]], Any] | None = None
     ) -> None:
         self._task, self._share = task, share
-        self._told = False
+        self._reported_waiting = False
         resources = {"CPU": share.cpus, **({"GPU": 1.0} if share.gpu else {})}
         self._trainer = DataParallelTrainer(
             loop or _worker_loop,
@@ -55,13 +55,13 @@ class Attempt:
         )
 
     def run_to_end(self, session: Session) -> WorkerResult:
-        """Runs the workers until they are done, or have stopped because a signal came.
+        """Runs the workers until they finish, or stop because of a signal.
 
         Raises:
-            MnistDistError: of a worker, as it raised it.
+            MnistDistError: a worker's own error.
             WorkersFailed: a worker failed or died more often than `max_failures`.
-            Locked: another driver has taken the run over.
-            Interrupted: a signal came while no worker was there to save anything.
+            Locked: another driver took over the lock.
+            Interrupted: a signal came before any worker ran that could save something.
         """
         fit = SideThread(self._trainer.fit, name="ray-train")
         fit.start()
@@ -77,23 +77,23 @@ class Attempt:
         return result
 
     def _show(self, bar: Bar, session: Session) -> None:
-        """Shows what is new, or what is waited for where nothing is."""
+        """Shows new progress, or why there is none."""
         position, epochs, silent_s = ray.get(self._task.board.take.remote())
-        for one in epochs:
+        for epoch in epochs:
             session.console.line(
-                f"epoch {one.epoch} ({one.phase}): loss {one.loss:.4f}, accuracy {one.accuracy:.4f}, "
-                f"validation loss {one.val_loss:.4f}, validation accuracy {one.val_accuracy:.4f}"
+                f"epoch {epoch.epoch} ({epoch.phase}): loss {epoch.loss:.4f}, accuracy {epoch.accuracy:.4f}, "
+                f"validation loss {epoch.val_loss:.4f}, validation accuracy {epoch.val_accuracy:.4f}"
             )
         if position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
         if silent_s > SILENCE_S:
             session.stop.check()
-            self._tell_of_waiting(session.console)
+            self._report_waiting(session.console)
 
-    def _tell_of_waiting(self, console: Console) -> None:
-        if self._told:
+    def _report_waiting(self, console: Console) -> None:
+        if self._reported_waiting:
             return
-        self._told = True
+        self._reported_waiting = True
         free = ray.available_resources()
         console.line(
             f"waiting for {self._share.workers} workers of {self._share.cpus:g} CPU"
@@ -103,27 +103,27 @@ class Attempt:
 
 
 def readable(error: BaseException) -> MnistDistError:
-    """An error of ours that a worker raised, whichever worker it was; else WorkersFailed with the first one's words.
+    """Finds a worker's MnistDistError in an error of Ray Train, or describes the first failure as WorkersFailed.
 
     Args:
-        error: what Ray Train raised. Its `worker_failures` maps ranks to errors; that of a worker that died holds the
-            death in `health_check_failure`.
+        error: the error that Ray Train raised. Its `worker_failures` maps ranks to errors; for a worker that died, the
+            cause is in `health_check_failure`.
     """
     failures = getattr(error, "worker_failures", None) or {}
     causes = {rank: getattr(cause, "health_check_failure", cause) for rank, cause in sorted(failures.items())}
     for cause in causes.values():
-        found: BaseException | None = cause
-        while found is not None:
-            if isinstance(found, MnistDistError):
-                return found
-            found = getattr(found, "cause", None) or found.__cause__
+        link: BaseException | None = cause
+        while link is not None:
+            if isinstance(link, MnistDistError):
+                return link
+            link = getattr(link, "cause", None) or link.__cause__
     rank, first = next(iter(causes.items()), ("?", error))
     words = first_line(first)
     return WorkersFailed(f"worker {rank} failed: {type(first).__name__}: {words} (--verbose and Ray's logs show where)")
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.training.worker import work  # loads TensorFlow, which the driver never does
+    from mnist_dist.on_ray.training.worker import work  # imports TensorFlow, which the driver must not
 
     return work(config["task"])
 

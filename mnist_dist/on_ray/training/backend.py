@@ -1,6 +1,6 @@
-"""How Ray Train's workers find each other for `tf.distribute`: TF_CONFIG, set in each before training starts.
+"""Sets TF_CONFIG in every Ray Train worker before training starts, so that `tf.distribute` connects them.
 
-In place of `ray.train.tensorflow`, whose import loads TensorFlow into driver and controller (3 s and 500 MB each), and
+Replaces `ray.train.tensorflow`, whose import loads TensorFlow into driver and controller (3 s and 500 MB each), and
 which sets TF_USE_LEGACY_KERAS in the workers.
 """
 
@@ -22,7 +22,7 @@ class TensorflowBackendConfig(BackendConfig):
 
 
 class TensorflowBackend(Backend):
-    """Gives every worker the addresses of all."""
+    """Gives every worker the addresses of all workers."""
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         addresses = worker_group.execute(_free_address)

@@ -1,7 +1,7 @@
-"""A board between driver and workers: progress goes one way, the wish to stop the other.
+"""A board between driver and workers: progress goes one way, the request to stop the other.
 
-One small actor that takes no CPU. Only the worker of rank 0 writes, from a thread of its own, so that training never
-waits for it.
+The board is one small actor that claims no CPU. Only the worker of rank 0 posts, from a separate thread, so training
+never waits for the board.
 """
 
 import threading
@@ -24,19 +24,19 @@ class Board:
         self._position: Position | None = None
         self._epochs: list[Epoch] = []
         self._stop = False
-        self._heard_at = time.monotonic()
+        self._posted_at = time.monotonic()
 
     def post(self, position: Position | None, epochs: list[Epoch]) -> bool:
-        """Puts up what is new; returns whether to stop."""
+        """Stores new progress and returns whether to stop."""
         self._position = position
         self._epochs += epochs
-        self._heard_at = time.monotonic()
+        self._posted_at = time.monotonic()
         return self._stop
 
     def take(self) -> tuple[Position | None, list[Epoch], float]:
-        """The newest position, the epochs that finished since the last call, and for how many s nobody has posted."""
+        """The newest position, the epochs finished since the last call, and the seconds since the last post."""
         epochs, self._epochs = self._epochs, []
-        return self._position, epochs, time.monotonic() - self._heard_at
+        return self._position, epochs, time.monotonic() - self._posted_at
 
     def ask_to_stop(self) -> None:
         """Makes every later `post` return True."""
@@ -44,12 +44,12 @@ class Board:
 
 
 def make_board() -> Any:
-    """The handle of a new board's actor, on this node: it must not be lost with another one."""
+    """Creates a board's actor on this node, so that the loss of another node does not end it."""
     return ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(Board).remote()
 
 
 class Poster:
-    """Posts what the loop says to a board, a few times a second, until it is closed."""
+    """Posts the loop's progress to a board, twice a second, until it is closed."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
@@ -62,16 +62,16 @@ class Poster:
         self._thread.start()
 
     def position(self, position: Position) -> None:
-        """Replaces the position that is posted next."""
+        """Sets the position for the next post."""
         self._position = position
 
     def epoch(self, epoch: Epoch) -> None:
-        """Adds a finished epoch to what is posted next."""
+        """Adds a finished epoch to the next post."""
         with self._lock:
             self._epochs.append(epoch)
 
     def close(self) -> None:
-        """Posts what is left and ends the thread."""
+        """Posts the remaining progress and ends the thread."""
         self._closed.set()
         self._thread.join()
 

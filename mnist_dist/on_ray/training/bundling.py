@@ -1,4 +1,4 @@
-"""The end of a training run: the bundle with its report, written by the worker of rank 0."""
+"""The bundle and its report, which the worker of rank 0 writes at the end of a training run."""
 
 # n = test images, K = classes
 
@@ -32,10 +32,10 @@ SHOWN, SAMPLES = 24, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a run came to."""
+    """The outcome of a finished run."""
 
     classifier: Classifier
-    """In float32, with the best weights."""
+    """The float32 classifier with the best weights."""
     history: Sequence[Epoch]
     validation: Mapping[str, float]
     tested: Predicted
@@ -46,17 +46,17 @@ class Finished:
 
 
 def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: Path) -> None:
-    """Writes the bundle into the run, unless an attempt that then was killed has written it.
+    """Writes the bundle into the run, unless an attempt that was killed afterwards has already written it.
 
     Args:
-        task: of the run.
-        finished: what it came to.
+        task: the task of the run.
+        finished: the outcome of the run.
         records: the images.
-        folder: local, not there yet.
+        folder: a local folder, which must not exist yet.
     """
     job, bundle = task.job, join(task.run, "bundle")
     if ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
-        return  # a finished bundle is never saved again
+        return  # a finished bundle is never overwritten
     info = write_bundle(
         folder,
         finished.classifier.model,
@@ -96,7 +96,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
 
 
 def test_metrics(tested: Predicted, records: Records) -> Metrics:
-    """The metrics of the predictions for the test images, as of a prediction table."""
+    """The metrics of the test predictions, computed as for a prediction table."""
     probabilities = tested.probabilities
     best = probabilities.argmax(axis=1)
     names = pa.array(records.class_names)
@@ -128,17 +128,17 @@ def _calibration(splits: Splits, records: Records) -> pa.Table:
 
 def _counts(splits: Splits, records: Records) -> dict[str, npt.NDArray[np.int64]]:
     labels, classes = records.index["label"].to_numpy(), len(records.class_names)
-    of = {"train": splits.train, "validation": splits.val, "test": splits.test}
-    return {name: np.bincount(labels[rows], minlength=classes).astype(np.int64) for name, rows in of.items()}
+    rows_of = {"train": splits.train, "validation": splits.val, "test": splits.test}
+    return {name: np.bincount(labels[rows], minlength=classes).astype(np.int64) for name, rows in rows_of.items()}
 
 
 def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
-    """Training images, drawn by the seed, of each class as many as of any other, in the order of the classes."""
+    """Randomly drawn training images (seeded), as evenly as possible from all classes, in class order."""
     labels, uris = records.index["label"].to_numpy(), records.index["uri"]
     drawn = np.random.default_rng(seed).permutation(splits.train)
     drawn = drawn[np.argsort(labels[drawn], kind="stable")]
     of_class = labels[drawn]
-    place = np.arange(len(drawn)) - np.searchsorted(of_class, of_class)  # within its class
+    place = np.arange(len(drawn)) - np.searchsorted(of_class, of_class)  # rank of each image within its class
     rows = drawn[np.argsort(place, kind="stable")][:SAMPLES]
     return [
         Picture(pixels=records.pixels[row], caption=records.class_names[labels[row]], name=uris[int(row)].as_py())
@@ -147,7 +147,7 @@ def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
 
 
 def _predictions(tested: Predicted, records: Records) -> list[Example]:
-    """Some test images, evenly over the split."""
+    """Test images spread evenly over the split, with their predictions."""
     places = np.linspace(0, len(tested.rows) - 1, min(SHOWN, len(tested.rows))).astype(np.int64)
     probabilities = tested.probabilities[places]
     return [
@@ -164,16 +164,16 @@ def _predictions(tested: Predicted, records: Records) -> list[Example]:
 
 def _with_pixels(shown: Sequence[Scored], records: Records) -> list[Example]:
     uris = records.index["uri"].combine_chunks()
-    rows = [uris.index(one.uri).as_py() for one in shown]
+    rows = [uris.index(example.uri).as_py() for example in shown]
     return [
         Example(
-            name=one.uri,
-            predicted=one.predicted,
-            confidence=one.confidence,
-            truth=one.truth,
+            name=example.uri,
+            predicted=example.predicted,
+            confidence=example.confidence,
+            truth=example.truth,
             pixels=records.pixels[row],
         )
-        for one, row in zip(shown, rows, strict=True)
+        for example, row in zip(shown, rows, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What driver and workers of the training job hand each other. Loads no TensorFlow, as the driver must not."""
+"""The messages between driver and workers of the training job. Imports no TensorFlow, which the driver must not."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,14 @@ from mnist_dist.training.features import FeaturePlan
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
-    """What the driver hands to each worker."""
+    """The input that the driver gives each worker."""
 
     job: TrainJob
     records: RecordPlan
-    """Of the finished records."""
+    """The plan of the decoded records."""
     splits: Splits
     features: FeaturePlan | None
-    """Of the finished features of training and validation images, for phases that train the head alone."""
+    """The plan of computed features of training and validation images, for phases that train only the head."""
     fingerprint: str
     run: str
     """URI of the run's folder."""
@@ -29,18 +29,18 @@ class WorkerTask:
     cpus: float
     gpu: bool
     began_at: float
-    """s since the epoch."""
+    """When the driver started, s since the Unix epoch."""
     command: str
-    """That was typed, for the report."""
+    """The command as typed, for the report."""
     steps_limit: int | None = None
-    """At most so many steps an epoch, and batches an evaluation, for a dry run or a plan, which leave no bundle."""
+    """The most steps per epoch and batches per evaluation, for a dry run or a plan; these write no bundle."""
     validated_only: bool = False
-    """Train and validate; leave the test and the bundle to a later run of the same job."""
+    """Train and validate, but leave the test and the bundle to a later call for the same run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """What rank 0 hands back: one of the three."""
+    """What rank 0 returns: exactly one of the three is set."""
 
     error: MnistDistError | None = None
     stopped: bool = False

@@ -1,7 +1,7 @@
-"""The plan of a training: the run itself on a sample, in a scratch storage that is deleted.
+"""The plan of a training: a real run on a sample, in scratch storage that is deleted.
 
-Owns: the sample, and what is said. Does not own: the run (`train.py`), or what follows from the times of its epochs
-(`training/planning.py`).
+Owns: the sample, and the report of the plan. Does not own: the run (`train.py`), or the forecast from the times of its
+epochs (`training/planning.py`).
 """
 
 import time
@@ -26,34 +26,34 @@ from mnist_dist.store.uris import join
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
 
-SAMPLE_BYTES = 256 * 2**20  # of decoded pixels
+SAMPLE_BYTES = 256 * 2**20  # size of the sample's decoded pixels
 MIN_SAMPLE, MAX_SAMPLE = 1_024, 60_000
-MAX_SAMPLE_OF_FEATURES = 1_024  # VGG16 on two cores computes so many in half a minute
-FIRST_STEPS = 8  # of an epoch
-EPOCHS = 2  # of a phase; in the first one everything is traced
-ENOUGH_S = 4.0  # of an epoch's steps; a run whose epochs are shorter is followed by one with more steps
-WANTED_S = 8.0
+MAX_SAMPLE_OF_FEATURES = 1_024  # VGG16 on two cores computes this many in half a minute
+FIRST_STEPS = 8  # steps per epoch of the first sample run
+EPOCHS = 2  # per phase; the first epoch includes tracing, so only the second is measured
+ENOUGH_S = 4.0  # if an epoch's steps take less, a second run with more steps follows
+WANTED_S = 8.0  # an epoch of the second run takes about this long
 
 
 def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
-    """Says what a training would take, and what would hold it up.
+    """Forecasts the duration and memory of a training, and finds its bottleneck.
 
     Args:
         job: what would be trained.
         recipe: the recipe's name.
-        console: what a person sees.
+        console: shows progress and the plan to the user.
 
     Returns:
         `plan`, `images`, `bottleneck` (`decoding`, `features` or `training`), `decode_images_per_s_per_core` and
-        `features_images_per_s` (None where there is nothing of that to do), `images_per_s` (of the training),
-        `phases` (name, epochs, steps, images_per_s, epoch_s, seconds of each), `cpus_per_gpu` (with which decoding
+        `features_images_per_s` (None if there is nothing to decode or compute), `images_per_s` (of the training),
+        `phases` (name, epochs, steps, images_per_s, epoch_s, seconds of each), `cpus_per_gpu` (so that decoding
         takes as long as the rest; None without GPUs), `expected_seconds`, `worker_memory_bytes`, `workers`, `seconds`.
 
     Raises:
-        ConfigError: a flag, the data, the weights or the cluster do not fit.
-        TooManyBadImages: more images of the sample are unreadable than `max_bad_fraction`.
+        ConfigError: a flag, the data, the weights or the cluster is unsuitable.
+        TooManyBadImages: the fraction of unreadable images in the sample exceeds `max_bad_fraction`.
         WorkersFailed: a worker failed.
-        Interrupted: a signal.
+        Interrupted: a signal stopped the plan.
     """
     began = time.monotonic()
     check_job(job)
@@ -63,15 +63,15 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,
         connected(verbose=job.run.verbose, stop=session.stop),
     ):
-        mine = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
-        plan = _Plan(mine, listed, session, recipe=recipe)
-        found = plan.result(ready_s=time.monotonic() - began)
-    console.line("plan: nothing was kept")
-    return {**found, "seconds": round(time.monotonic() - began, 2)}
+        scratch_job = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
+        plan = _Plan(scratch_job, listed, session, recipe=recipe)
+        result = plan.result(ready_s=time.monotonic() - began)
+    console.line("Plan finished. Nothing was kept.")
+    return {**result, "seconds": round(time.monotonic() - began, 2)}
 
 
 class _Plan:
-    """One look at a training on the cluster at hand."""
+    """One forecast of a training on the connected cluster."""
 
     def __init__(self, job: TrainJob, listed: Listed, session: Session, *, recipe: str) -> None:
         self._job, self._session, self._recipe = job, session, recipe
@@ -82,7 +82,7 @@ class _Plan:
         self._short = replace(job, phases=phases, fit=fit)
 
     def result(self, *, ready_s: float) -> dict[str, Any]:
-        """What is to be said of the job, measured on the sample; `ready_s`: to list, and to connect."""
+        """Measures the sample and returns the plan. `ready_s`: the time that listing and connecting took."""
         first, result = self._run(FIRST_STEPS)
         decode_s, features_rate = first.decode_core_s / len(self._sample.source.table), first.features_images_per_s
         training, epochs = first, _epochs_of(result)
@@ -99,12 +99,14 @@ class _Plan:
             "features": features_images / features_rate if features_rate else 0.0,
             "training": sum(phase.seconds for phase in phases),
         }
-        # starting, tracing, the last validation and the test, as long as they took of the sample
+        # starting, tracing, the last validation and the test take as long as on the sample, plus the images it left out
         sample_s = EPOCHS * sum(epoch.train_s + epoch.validation_s + epoch.save_s for epoch in epochs)
         rest_s = max(0.0, result["seconds"] - training.prepared_s - sample_s)
-        whole = sizes.validation + sizes.test - validated - min(result["test_images"], steps * batch)
-        rest_s += max(0, whole) * (epochs[-1].validation_s / validated + (1 / features_rate if features_rate else 0.0))
-        found = {
+        left_out = sizes.validation + sizes.test - validated - min(result["test_images"], steps * batch)
+        rest_s += max(0, left_out) * (
+            epochs[-1].validation_s / validated + (1 / features_rate if features_rate else 0.0)
+        )
+        plan = {
             "plan": True,
             "images": sizes.images,
             "bottleneck": max(parts, key=lambda name: parts[name]),
@@ -119,12 +121,12 @@ class _Plan:
         }
         balance = sizes.images * decode_s / (parts["features"] + parts["training"])
         if training.has_gpus:
-            found["cpus_per_gpu"] = round(balance / result["workers"], 2)
-        self._say(found, parts, balance=balance)
-        return found
+            plan["cpus_per_gpu"] = round(balance / result["workers"], 2)
+        self._report(plan, parts, balance=balance)
+        return plan
 
     def _run(self, steps: int) -> tuple[Training, dict[str, Any]]:
-        """The run on the sample, with so many steps an epoch at most."""
+        """Runs the sample with at most `steps` steps per epoch."""
         run = Run(join(self._job.run.storage, f"plan-{steps}"))
         training = Training(
             self._short,
@@ -141,45 +143,45 @@ class _Plan:
         return sample_splits(decoded.index, self._sizes)
 
     def _sampled(self, listed: Listed) -> Listed:
-        """Images enough for some steps, few enough to be decoded in seconds."""
+        """A sample: enough images for a few steps, few enough to decode in seconds."""
         source, spec, batch = listed.source, listed.plan.spec, self._job.fit.batch_size
-        least = FIRST_STEPS * batch * len(source.table) // max(1, self._sizes.train) + 1
-        most = MAX_SAMPLE_OF_FEATURES if self._job.uses_features else MAX_SAMPLE
+        min_rows = FIRST_STEPS * batch * len(source.table) // max(1, self._sizes.train) + 1
+        max_rows = MAX_SAMPLE_OF_FEATURES if self._job.uses_features else MAX_SAMPLE
         by_bytes = max(MIN_SAMPLE, SAMPLE_BYTES // spec.image_bytes)
-        rows = spread_rows(len(source.table), most=max(least, min(by_bytes, most)), run_rows=64)
+        rows = spread_rows(len(source.table), most=max(min_rows, min(by_bytes, max_rows)), run_rows=64)
         pixels = None if source.pixels is None else source.pixels[rows]
         source = replace(source, table=source.table.take(pa.array(rows)), pixels=pixels)
         root, max_pixels = self._job.run.storage, self._job.data.max_pixels
         return Listed(source=source, plan=plan_records(source, spec, storage=root, max_pixels=max_pixels))
 
-    def _say(self, found: dict[str, Any], parts: dict[str, float], *, balance: float) -> None:
+    def _report(self, plan: dict[str, Any], parts: dict[str, float], *, balance: float) -> None:
         line = self._session.console.line
         for name, rate in (
-            ("decoding", found["decode_images_per_s_per_core"]),
-            ("features", found["features_images_per_s"]),
+            ("decoding", plan["decode_images_per_s_per_core"]),
+            ("features", plan["features_images_per_s"]),
         ):
             if rate:
-                line(f"{name}: {rate:,.1f} images/s{' a core' * (name == 'decoding')}, {duration(parts[name])}, once")
-        for phase in found["phases"]:
+                line(f"{name}: {rate:,.1f} images/s{' per core' * (name == 'decoding')}, {duration(parts[name])}, once")
+        for phase in plan["phases"]:
             line(
                 f"{phase['name']}: {phase['images_per_s']:,.1f} images/s, {phase['steps']:,} steps and "
-                f"{duration(phase['epoch_s'])} an epoch, {duration(phase['seconds'])} for {phase['epochs']} epochs"
+                f"{duration(phase['epoch_s'])} per epoch, {duration(phase['seconds'])} for {phase['epochs']} epochs"
             )
-        cores = found["cpus_per_gpu"] or balance
-        unit = " a GPU" if found["cpus_per_gpu"] else ""
+        cores = plan["cpus_per_gpu"] or balance
+        unit = " per GPU" if plan["cpus_per_gpu"] else ""
         also = f"; with {cores:,.2g} core(s){unit} decoding takes as long as the rest" if balance else ""
-        line(f"bottleneck: {found['bottleneck']}{also}")
-        memory = filesize.decimal(found["worker_memory_bytes"])
-        line(f"expected: {duration(found['expected_seconds'])} from start to end; memory: {memory} a worker")
+        line(f"bottleneck: {plan['bottleneck']}{also}")
+        memory = filesize.decimal(plan["worker_memory_bytes"])
+        line(f"expected: {duration(plan['expected_seconds'])} from start to end; memory: {memory} per worker")
 
 
 def _epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
-    """The last epoch of each phase."""
+    """The times of each phase's last epoch."""
     return list(result["epoch_times"][EPOCHS - 1 :: EPOCHS])
 
 
 def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:
-    """How many images each split will have, from what the data says of them; unreadable ones count, too."""
+    """The number of images in each split, from the splits named in the data. Includes unreadable images."""
     counts = {item["values"]: item["counts"] for item in given.value_counts().to_pylist()}
     val, test = counts.get("val", 0), counts.get("test", 0)
     rest = len(given) - val - test
@@ -189,16 +191,16 @@ def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:
 
 
 def sample_splits(index: pa.Table, sizes: Sizes) -> Splits:
-    """Splits of a sample in the proportions of the whole: which image is in which does not matter to how fast it is.
+    """Splits a sample in the proportions of the whole, at random: speed does not depend on the images of a split.
 
     Raises:
-        ConfigError: too few images can be used.
+        ConfigError: fewer than three images are usable.
     """
     readable = np.flatnonzero([status == "ok" for status in index["status"].to_pylist()])
     if len(readable) < 3:
         problem = next((error for error in index["error"].to_pylist() if error), "")
         raise ConfigError(
-            f"a plan needs three images that can be used. Received: {len(readable)} of {len(index)} {problem}"
+            f"a plan needs at least three usable images. Received: {len(readable)} of {len(index)} {problem}"
         )
     readable = np.random.default_rng(0).permutation(readable)
     counts = [max(1, round(len(readable) * part / sizes.images)) for part in (sizes.validation, sizes.test)]

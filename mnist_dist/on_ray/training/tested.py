@@ -1,4 +1,4 @@
-"""What a finished network predicts for the test images, brought together from all workers."""
+"""Predictions of a finished network for the test images, gathered from all workers."""
 
 # n = test images, K = classes
 
@@ -21,9 +21,9 @@ class Predicted:
     """Predictions for the test images, in the order of the split."""
 
     rows: npt.NDArray[np.int64]
-    """`int64 [n]`, the records."""
+    """`int64 [n]`, row numbers of the records."""
     labels: npt.NDArray[np.int32]
-    """`int32 [n]`."""
+    """`int32 [n]`, the true classes."""
     logits: npt.NDArray[np.float32]
     """`float32 [n, K]`."""
 
@@ -46,31 +46,31 @@ class Predicted:
 
 
 def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Predicted:
-    """Predicts the test images, each once over all workers; every worker calls it.
+    """Predicts the test images, which the workers share. Every worker must call this.
 
     Args:
-        trainer: of this worker.
-        network: the finished one.
-        scratch: URI of a folder that all workers see; used where there are several.
+        trainer: this worker's trainer.
+        network: the finished network.
+        scratch: URI of a folder that all workers can reach; used only with several workers.
 
     Returns:
-        All of them in the worker of rank 0, this worker's share in the others.
+        All predictions on rank 0; on other workers only their own share.
     """
     images, world = trainer.task.images, trainer.world
-    mine = trainer.predict(images.test, network)
+    share = trainer.predict(images.test, network)
     rows = images.test[: trainer.test_count]
     if world.workers == 1:
-        return Predicted(rows=rows, labels=images.labels[rows], logits=mine)
+        return Predicted(rows=rows, labels=images.labels[rows], logits=share)
     if world.rank > 0:
         buffer = io.BytesIO()
-        np.save(buffer, mine)
+        np.save(buffer, share)
         ANYWHERE.write_bytes(join(scratch, f"{world.rank}.npy"), buffer.getvalue())
     barrier()
     if world.rank > 0:
-        own = rows[world.rank :: world.workers]
-        return Predicted(rows=own, labels=images.labels[own], logits=mine)
-    logits = np.zeros((len(rows), mine.shape[1]), np.float32)
-    logits[:: world.workers] = mine
+        own_rows = rows[world.rank :: world.workers]
+        return Predicted(rows=own_rows, labels=images.labels[own_rows], logits=share)
+    logits = np.zeros((len(rows), share.shape[1]), np.float32)
+    logits[:: world.workers] = share
     for rank in range(1, world.workers):
         part = np.load(io.BytesIO(ANYWHERE.read_bytes(join(scratch, f"{rank}.npy"))))
         logits[rank :: world.workers] = part

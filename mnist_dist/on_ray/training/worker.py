@@ -1,7 +1,7 @@
 """A worker's side of the training job: images in, checkpoints and the bundle out.
 
-Ray Train calls `work` in each worker. What all workers find out alike (a loss that is no number) is returned, not
-raised: raised errors restart the group, which would only find it again.
+Ray Train calls `work` in each worker. An error that all workers meet alike (a loss that is not finite) is returned, not
+raised: a raised error restarts the group, which would only meet it again.
 """
 
 import shutil
@@ -42,7 +42,7 @@ from mnist_dist.training.precision import resolve_precision
 def work(task: WorkerTask) -> WorkerResult:
     """Trains, evaluates and writes the bundle, as one of the workers."""
     if not task.gpu:
-        hide_gpus()  # Ray hides none from a worker that asked for none
+        hide_gpus()  # Ray does not hide GPUs from a worker that requested none
     use_cpus(int(task.cpus))
     scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
     try:
@@ -52,7 +52,7 @@ def work(task: WorkerTask) -> WorkerResult:
         return WorkerResult(error=error)
     except ConfigError as error:
         if ray.train.get_context().get_world_size() > 1:
-            raise  # perhaps only here (a file that one node lacks): returning would leave the others waiting
+            raise  # perhaps only one node lacks a file: if this worker returned, the others would wait forever
         return WorkerResult(error=error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -102,7 +102,7 @@ class RayHost:
 
 
 def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-    """Puts a checkpoint in place with the file that completes it last, which Ray's own copy does not promise."""
+    """Uploads a checkpoint with its completing file last, an order that Ray's own copy does not guarantee."""
     context = ray.train.get_context().get_storage()
     path = f"{context.experiment_fs_path}/{name}"
     ANYWHERE.upload_folder(Path(checkpoint.path), uri_of_path(path), last=STATE_FILE)
@@ -130,9 +130,9 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
 
 
 def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTask:
-    """What a worker trains, its images and features opened; rank 0 alone logs."""
+    """Opens the images and features and returns what a worker trains. Only rank 0 logs."""
     job = task.job
-    mine = resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=task.gpu)
+    precision = resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=task.gpu)
     images = Images(
         pixels=records.pixels,
         labels=records.index["label"].to_numpy().astype(np.int32),
@@ -149,7 +149,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
         class_names=records.class_names,
         images=images,
         features=features,
-        precision=broadcast_from_rank_zero(mine),
+        precision=broadcast_from_rank_zero(precision),
         steps_limit=task.steps_limit,
         files=_log_files(task) if is_first else None,
         began_at=task.began_at,
@@ -163,9 +163,9 @@ def _log_files(task: WorkerTask) -> LogFiles:
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
     """Ray Train's checkpoint after a restart of the group, else that of an earlier attempt."""
-    own = ray.train.get_checkpoint()
-    if own is not None:
-        with own.as_directory() as folder:
+    latest = ray.train.get_checkpoint()
+    if latest is not None:
+        with latest.as_directory() as folder:
             return read_checkpoint(Path(folder))
     if task.checkpoint is None:
         return None
@@ -175,7 +175,7 @@ def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
 
 
 def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records, scratch: Path) -> dict[str, Any]:
-    """Evaluates the float32 model with the best weights, as it will be saved, and lets rank 0 write the bundle."""
+    """Evaluates the float32 model with the best weights, as the bundle stores it; rank 0 writes the bundle."""
     job, state = task.job, outcome.state
     with trainer.strategy.scope():
         final = build_classifier(job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False)
