@@ -167,7 +167,7 @@ def test_a_place_that_a_node_does_not_see(name: str) -> None:
 
 
 def test_wrong_usage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="weights for cnn are none"):
+    with pytest.raises(ConfigError, match="weights for cnn must be none"):
         doctor.examine(DoctorJob(storage=str(tmp_path), weights="imagenet"), console=Recorder())
 
 

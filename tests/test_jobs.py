@@ -75,7 +75,7 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
             marks=pytest.mark.slow,
         ),
         pytest.param(("--storage", "gs://bucket"), "s3://bucket/prefix", marks=pytest.mark.slow),
-        pytest.param(("--weights", "imagenet"), "weights for cnn are none", marks=pytest.mark.slow),
+        pytest.param(("--weights", "imagenet"), "weights for cnn must be none", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
