@@ -56,7 +56,7 @@ def test_folders_are_the_truth(table: str, capsys: pytest.CaptureFixture[str]) -
     assert values["comparison"] is None
     text = Path(f"{table}-evaluation/classification_report.txt").read_text()
     assert "    accuracy                         0.7143         7\n" in text
-    assert "note: 1 images with a truth have no prediction, and do not count" in lines
+    assert "note: 1 images with a label have no prediction, and are not counted" in lines
     assert lines[-1] == f"results: {table}-evaluation"
     shown = capsys.readouterr().err
     assert "71.43 % (35.89 % to 91.78 %) of 7" in shown
@@ -70,7 +70,7 @@ def test_a_file_of_labels_comes_before_the_folders(table: str, tmp_path: Path) -
     assert result["accuracy"] == 1.0
     assert (values["metrics"]["evaluated"], values["metrics"]["unknown"]) == (4, {"gnu": 1})
     assert f"note: 3 images have no label in {tmp_path / 'labels.csv'}" in said
-    assert "note: 1 images have a label that is none of the classes, and do not count: 'gnu'" in said
+    assert "note: 1 images have a label that is no class, and are not counted: 'gnu'" in said
 
 
 @pytest.mark.parametrize("folder", ["/photos", "/photos/new"])
@@ -78,7 +78,9 @@ def test_without_truth_it_says_so(tmp_path: Path, folder: str) -> None:
     table = table_of(tmp_path / "t", uris=[f"{folder}/{number}.png" for number in range(8)])
     result, lines, values = run(predictions=table)
     assert {name: result[name] for name in KEYS - {"report", "images"}} == dict.fromkeys(KEYS - {"report", "images"})
-    assert any(line.startswith("note: no truth: the folders of the images name none of the classes") for line in lines)
+    assert any(
+        line.startswith("note: no labels: the folders of the images are not named like classes") for line in lines
+    )
     assert (values["truth"], values["metrics"]["unknown_labels"], values["metrics"]["labelled"]) == (None, 0, 0)
     assert values["metrics"]["predicted"] == [3, 2, 2]
     assert not Path(f"{table}-evaluation/classification_report.txt").exists()
@@ -88,14 +90,14 @@ def test_labels_of_other_images_are_no_truth(table: str, tmp_path: Path) -> None
     (tmp_path / "labels.csv").write_text("uri,label\n/elsewhere/1.png,ant\n")
     result, lines, _ = run(predictions=table, labels=str(tmp_path / "labels.csv"))
     assert result["accuracy"] is None
-    assert any("no truth: " in line and "has no label for any of the images" in line for line in lines)
+    assert any("no labels: " in line and "has no label for any of the images" in line for line in lines)
 
 
 def test_classes_that_nobody_predicted_are_told(tmp_path: Path) -> None:
     table = table_of(tmp_path / "t", predicted=[0, 0, 1, 1, 0, 0, 0, 0])
     result, lines, values = run(predictions=table)
     assert values["metrics"]["unknown"] == {"cat": 2}
-    assert any(line.startswith("note: 1 of 3 classes were never predicted and have no name") for line in lines)
+    assert any(line.startswith("note: 1 of 3 classes were never predicted, so their names") for line in lines)
     assert result["accuracy"] == pytest.approx(4 / 5)
     result, lines, values = run(predictions=table, bundle=write_bundle_info(tmp_path / "bundle", NAMES))
     assert result["accuracy"] == pytest.approx(4 / 7)
@@ -107,7 +109,7 @@ def test_rows_that_repeat_a_uri_are_named(tmp_path: Path) -> None:
     _, lines, values = run(predictions=table_of(tmp_path / "t", uris=uris))
     assert values["metrics"]["duplicates"] == 3
     assert values["metrics"]["duplicate_examples"] == [URIS[0], URIS[1]]
-    assert f"note: 3 rows repeat the URI of another: {URIS[0]!r}, {URIS[1]!r}" in lines
+    assert f"note: 3 rows are duplicates of another row: {URIS[0]!r}, {URIS[1]!r}" in lines
 
 
 def test_two_tables_are_compared(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +118,7 @@ def test_two_tables_are_compared(table: str, tmp_path: Path, capsys: pytest.Capt
     assert values["comparison"]["second_right"] == 1
     assert values["comparison"]["mcnemar"] == {"method": "exact", "statistic": None, "p_value": 1.0}
     assert "note: the models are model-1 and model-2" in lines
-    assert f"note: 2 images are in the first table alone: {URIS[6]!r}, {URIS[7]!r}" in lines
+    assert f"note: 2 images are only in the first table: {URIS[6]!r}, {URIS[7]!r}" in lines
     assert "p = 1 (exact)" in capsys.readouterr().err
 
 
@@ -140,7 +142,7 @@ def test_tables_and_results_may_be_on_s3(s3: str) -> None:
     result, lines, _ = run(predictions=f"{s3}/t")
     assert result["accuracy"] == pytest.approx(6 / 8)
     assert result["output"] == f"{s3}/t-evaluation"
-    assert any("the scoring job marked the table as failed" in line for line in lines)
+    assert any("the scoring job failed, because the table has too many bad rows" in line for line in lines)
 
 
 def _parquet(rows: pa.Table) -> bytes:

@@ -132,7 +132,7 @@ def test_without_truth_the_page_shows_what_there_is(tmp_path: Path) -> None:
     assert {shown.name for shown in page.figures} == {"class_distribution", "confidence"}
     assert [headline.label for headline in page.headlines] == ["images"]
     assert page.galleries == []
-    assert any("no truth" in warning for warning in page.warnings)
+    assert any("no labels" in warning for warning in page.warnings)
     assert any("truncated" in row for table in page.tables for row in table.rows)
     assert "accuracy" not in " ".join(headline.label for headline in page.headlines)
 

@@ -1,1 +1,1 @@
-"""What a model's predictions are worth: the truth, the numbers, two tables side by side, the report."""
+"""Evaluates the predictions of a model: finds the labels, computes metrics, compares two tables, writes the report."""

@@ -1,9 +1,9 @@
-"""From a finished prediction table to what it is worth, on disk and on the terminal.
+"""Evaluates a finished prediction table: writes the metrics to files and shows them on the terminal.
 
-Owns: the order of the job and the files `metrics.json` and `classification_report.txt`. Does not own: the numbers
-(`metrics`, `comparison`), or the page that shows them, which is handed in.
+Owns: the steps of the job and the files `metrics.json` and `classification_report.txt`. Does not own: the metrics
+(`metrics`, `comparison`), or the page that shows them, which the caller passes in.
 
-The table is streamed; nothing is kept between runs, and the same command computes the same files again.
+The table is streamed. Nothing is kept between runs; the same command computes the same files again.
 """
 
 import json
@@ -31,26 +31,26 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE, CLASSIFICATION_REPORT_FILE = "metrics.json", "classification_report.txt"
 _WORST_CLASSES = 5
-_NAMED = 3  # of what is unknown or there twice, in a line
+_NAMED = 3  # Examples in a note, such as unknown labels or duplicates.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything that is known of a table when its report is written."""
+    """The results of an evaluation, from which its files are written."""
 
     job: EvaluateJob
     output: str
     table: ScoredTable
     truth: str | None
-    """Where the truth comes from, for people; None: there is none."""
+    """Source of the labels, for display; None: there are no labels."""
     metrics: Metrics
     classification_report: str | None
     comparison: Comparison | None
     notes: tuple[str, ...]
-    """Sentences about what a reader of the numbers should know."""
+    """Sentences that a reader of the metrics should know."""
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` says."""
+        """The contents of `metrics.json`."""
         return {
             "predictions": self.table.uri,
             "model_id": self.table.model_id,
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 Report = Callable[[Evaluation], str]
-"""Writes a page about the evaluation into its output and gives the page's URI."""
+"""Writes a page about the evaluation into its output folder and gives the URI of the page."""
 
 
 def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None) -> dict[str, Any]:
@@ -70,16 +70,16 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
 
     Args:
         job: what to evaluate.
-        console: where progress, notes and a short table are shown.
-        report: writes the page; None: there is none.
+        console: shows progress, notes and a short table.
+        report: writes the page; None: no page.
 
     Returns:
         The keys of the job's JSON line: report, images, accuracy, accuracy_low, accuracy_high, macro_f1, log_loss, ece
-        (null where there is no truth, or a column was left out), and output.
+        (null without labels, or without the columns for it), and output.
 
     Raises:
-        DataError: there is no finished table, or the truth cannot be read.
-        BundleError, ConfigError, PermissionError, ServiceError, StorageError: what was named cannot be used.
+        DataError: there is no finished table, or the labels cannot be read.
+        BundleError, ConfigError, PermissionError, ServiceError, StorageError: an input or the output cannot be used.
         Interrupted: SIGINT or SIGTERM.
     """
     with Stop(console) as stop:
@@ -109,10 +109,10 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
 
 
 def check_named(job: EvaluateJob) -> None:
-    """Checks that the files are there which are looked at after a scoring that takes hours.
+    """Checks that the inputs exist, before a scoring that takes hours.
 
     Raises:
-        DataError: the labels or the other table are not there.
+        DataError: the labels or the table to compare with do not exist.
     """
     if job.labels is not None and not ANYWHERE.exists(job.labels):
         raise DataError(f"there is no such file. Received: labels={job.labels!r}")
@@ -136,14 +136,14 @@ def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Sessio
     return metrics.without_labels() if truth.guessed and not metrics.known else metrics
 
 
-def _uris_of(table: ScoredTable, hashes: Hashes, most: int) -> tuple[str, ...]:
-    found: dict[str, None] = {}
+def _uris_of(table: ScoredTable, hashes: Hashes, max_count: int) -> tuple[str, ...]:
+    uris: dict[str, None] = {}
     for batch in table.batches(("uri",)):
         rows = np.flatnonzero(np.isin(uri_hashes(batch["uri"]), hashes))
-        found |= dict.fromkeys(batch["uri"].take(pa.array(rows)).to_pylist())
-        if len(found) >= most:
+        uris |= dict.fromkeys(batch["uri"].take(pa.array(rows)).to_pylist())
+        if len(uris) >= max_count:
             break
-    return tuple(found)[:most]
+    return tuple(uris)[:max_count]
 
 
 def _compare(
@@ -163,9 +163,9 @@ def _compare(
 
 
 def _finish(evaluation: Evaluation, *, console: Console, report: Report | None) -> dict[str, Any]:
-    """Writes the files, the page last, since its pictures may take long; shows the short of it."""
+    """Writes the files, the page last because its pictures may take long, and shows a summary."""
     metrics, output = evaluation.metrics, evaluation.output
-    for name in (METRICS_FILE, CLASSIFICATION_REPORT_FILE):  # of an earlier evaluation
+    for name in (METRICS_FILE, CLASSIFICATION_REPORT_FILE):  # These may be left from an earlier evaluation.
         ANYWHERE.delete(join(output, name))
     ANYWHERE.delete_tree(join(output, "figures"))
     if evaluation.classification_report is not None:
@@ -190,18 +190,18 @@ def _write(output: str, name: str, text: str) -> None:
     ANYWHERE.write_bytes(join(output, name), text.encode())
 
 
-# --- what a person sees ----------------------------------------------------------------------------------------------
+# --- output on the terminal ------------------------------------------------------------------------------------------
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Prints a short table of the metrics, the worst classes, and the notes."""
+    """Prints the main metrics, the worst classes, and the notes."""
     metrics = evaluation.metrics
     console.table([("metric", "value"), *_headlines(metrics)])
-    worst = sorted((one for one in metrics.per_class if one.support), key=lambda one: (one.f1 or 0.0, one.name))
+    worst = sorted((row for row in metrics.per_class if row.support), key=lambda row: (row.f1 or 0.0, row.name))
     if worst:
         rows = [
-            (one.name, f"{one.support:,}", *map(_percent, (one.precision, one.recall, one.f1)))
-            for one in worst[:_WORST_CLASSES]
+            (row.name, f"{row.support:,}", *map(_percent, (row.precision, row.recall, row.f1)))
+            for row in worst[:_WORST_CLASSES]
         ]
         console.table([("class", "images", "precision", "recall", "F1"), *rows])
     if evaluation.comparison is not None:
@@ -227,8 +227,11 @@ def _compared(comparison: Comparison) -> Iterable[tuple[str, str]]:
     if comparison.agreement is not None:
         yield "same class", f"{_percent(comparison.agreement)} of {comparison.compared:,}"
     if comparison.mcnemar is not None:
-        yield "first alone is right", f"{comparison.first_right:,} (accuracy {_percent(comparison.first_accuracy)})"
-        yield "second alone is right", f"{comparison.second_right:,} (accuracy {_percent(comparison.second_accuracy)})"
+        yield "only the first is right", f"{comparison.first_right:,} (accuracy {_percent(comparison.first_accuracy)})"
+        yield (
+            "only the second is right",
+            f"{comparison.second_right:,} (accuracy {_percent(comparison.second_accuracy)})",
+        )
         yield "McNemar's test", f"p = {comparison.mcnemar.p_value:.3g} ({comparison.mcnemar.method})"
 
 
@@ -239,45 +242,45 @@ def _percent(share: float | None) -> str:
 def _notes(table: ScoredTable, truth: Truth, metrics: Metrics, comparison: Comparison | None) -> Iterable[str]:
     if not metrics.labelled:
         yield (
-            f"no truth: {truth.source} name none of the classes, so there is no accuracy; --labels FILE gives it"
+            f"no labels: {truth.source} are not named like classes; for accuracy, give --labels FILE"
             if truth.guessed
-            else f"no truth: {truth.source} has no label for any of the images, so there is no accuracy"
+            else f"no labels: {truth.source} has no label for any of the images, hence no accuracy"
         )
     elif metrics.labelled < metrics.images:
         yield f"{metrics.images - metrics.labelled:,} images have no label in {truth.source}"
     if metrics.unknown_labels:
-        named = _some(metrics.unknown)
-        yield f"{metrics.unknown_labels:,} images have a label that is none of the classes, and do not count: {named}"
+        labels = _some(metrics.unknown)
+        yield f"{metrics.unknown_labels:,} images have a label that is no class, and are not counted: {labels}"
     if table.classes.unnamed and (metrics.labelled or truth.guessed):
         yield (
-            f"{len(table.classes.unnamed)} of {len(table.classes)} classes were never predicted and have no name here, "
-            "so that their images have unknown labels; --bundle DIR names them"
+            f"{len(table.classes.unnamed)} of {len(table.classes)} classes were never predicted, so their names "
+            "are not known and their labels count as unknown; give --bundle DIR"
         )
     if metrics.known > metrics.evaluated:
-        yield f"{metrics.known - metrics.evaluated:,} images with a truth have no prediction, and do not count"
+        yield f"{metrics.known - metrics.evaluated:,} images with a label have no prediction, and are not counted"
     if metrics.accuracy is not None and metrics.without_probabilities:
-        yield f"{metrics.without_probabilities:,} images have no probabilities; log loss, Brier, AUC are without them"
+        yield f"{metrics.without_probabilities:,} images have no probabilities; log loss, Brier and AUC leave them out"
     if metrics.duplicates:
-        yield f"{metrics.duplicates:,} rows repeat the URI of another: {_some(metrics.duplicate_examples)}"
+        yield f"{metrics.duplicates:,} rows are duplicates of another row: {_some(metrics.duplicate_examples)}"
     if table.failed:
-        yield "the scoring job marked the table as failed: it has more bad rows than it allowed"
+        yield "the scoring job failed, because the table has too many bad rows"
     if comparison is not None:
         yield from _notes_of(comparison)
 
 
 def _notes_of(comparison: Comparison) -> Iterable[str]:
     if comparison.first_model == comparison.second_model:
-        yield f"both tables are of the same model, {comparison.first_model[:12]}"
+        yield f"both tables come from the same model, {comparison.first_model[:12]}"
     else:
         yield f"the models are {comparison.first_model[:12]} and {comparison.second_model[:12]}"
     if comparison.only_in_first:
-        named = _some(comparison.only_in_first_examples)
-        yield f"{comparison.only_in_first:,} images are in the first table alone: {named}"
+        uris = _some(comparison.only_in_first_examples)
+        yield f"{comparison.only_in_first:,} images are only in the first table: {uris}"
     if comparison.only_in_second:
-        named = _some(comparison.only_in_second_examples)
-        yield f"{comparison.only_in_second:,} images are in the second table alone: {named}"
+        uris = _some(comparison.only_in_second_examples)
+        yield f"{comparison.only_in_second:,} images are only in the second table: {uris}"
     if comparison.common > comparison.compared:
-        yield f"{comparison.common - comparison.compared:,} images have no prediction in one table or in both"
+        yield f"{comparison.common - comparison.compared:,} images in both tables lack a prediction in at least one"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,14 +1,13 @@
-"""What a table of predictions is worth: numbers that are gathered batch by batch, and read at the end.
+"""Computes the metrics of a prediction table: counts are accumulated batch by batch, and evaluated at the end.
 
-Owns: what is counted, and the metrics. Does not own: the truth (`truth`), class names (`tables`), or what is shown.
+Owns: the counts and the metrics. Does not own: the labels (`truth`), class names (`tables`), or their display.
 
-Memory grows with the rows by 8 bytes each alone, by which URIs that are there twice are found (16 while they are
-sorted). The rest is a confusion matrix, sums, and histograms: K² and K x 4,096 numbers for K classes. scikit-learn
-computes from them what it can: it is given the cells of the matrix, or the bins of a histogram, with their counts as
-weights.
+Memory grows by only 8 bytes per row, for the URI hashes that find duplicates (16 while they are sorted). The rest is a
+confusion matrix, sums, and histograms: K² and K x 4,096 numbers for K classes. scikit-learn computes most metrics:
+its samples are the cells of the matrix or the bins of a histogram, weighted by their counts.
 """
 
-# n = rows of a batch, s = rows that are evaluated, K = classes
+# n = rows of a batch, s = evaluated rows, K = classes
 
 import math
 import re
@@ -36,29 +35,29 @@ from mnist_dist.evaluation.tables import (
 from mnist_dist.evaluation.uri_hashes import Hashes, repeated, uri_hashes
 
 METRIC_COLUMNS = ("uri", "status", *PREDICTION_COLUMNS)
-"""The columns of a table that are looked at."""
+"""The columns that the metrics need, as far as the table has them."""
 TOP_K = 5
 RELIABILITY_BINS = 15
-"""Equal widths. Source: Guo et al. 2017, arXiv:1706.04599."""
+"""Bins of equal width. Source: Guo et al. 2017, arXiv:1706.04599."""
 CONFIDENCE_BINS = 20
 SMALLEST_PROBABILITY = 1e-15
-"""The log loss of a class takes smaller probabilities for this one: the loss of an impossible truth is 34.5."""
-_SCORE_BINS, _MAX_SCORE_BINS = 4096, 2**24  # for each class, and for all of them (128 MiB)
-_LARGEST_LOGIT = 20.0  # 2e-9 and all below are one bin; float32 knows no probabilities between 1 - 6e-8 and 1
-_SLICE_VALUES, _SLICE_ROWS = 2**21, 2**17  # that are worked on at once
-_MAX_UNKNOWN = 1_000  # labels that are counted by name
+"""The log loss replaces smaller probabilities by this one, so that the loss of an image is at most 34.5."""
+_SCORE_BINS, _MAX_SCORE_BINS = 4096, 2**24  # Bins per class, and bins of all classes together (128 MiB).
+_LARGEST_LOGIT = 20.0  # Probabilities below 2e-9 share a bin; float32 has none between 1 - 6e-8 and 1.
+_SLICE_VALUES, _SLICE_ROWS = 2**21, 2**17  # Limits of a slice that is processed at once.
+_MAX_UNKNOWN = 1_000  # Unknown labels that are counted by name; the others are counted together.
 _REST = "..."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """Of one class; None: undefined, such as the precision of a class that was never predicted."""
+    """The metrics of one class. None: undefined, such as the precision of a class that was never predicted."""
 
     name: str
     support: int
-    """Images that are of this class."""
+    """Images of this class."""
     predicted: int
-    """Images, of those with a known truth, that were said to be."""
+    """Images that were predicted as this class, among those with a known label."""
     precision: float | None
     recall: float | None
     f1: float | None
@@ -68,14 +67,14 @@ class ClassMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Confidence against accuracy, in `RELIABILITY_BINS` equal bins, (0, 1/15] the first."""
+    """Confidence and accuracy in `RELIABILITY_BINS` bins of equal width; the first is [0, 1/15]."""
 
     counts: npt.NDArray[np.int64]
-    """Images of each bin."""
+    """Number of images in each bin."""
     confidences: npt.NDArray[np.float64]
-    """Sum of their confidences."""
+    """Sum of the confidences in each bin."""
     hits: npt.NDArray[np.int64]
-    """How many of them are right."""
+    """Number of correct images in each bin."""
 
     @property
     def ece(self) -> float:
@@ -85,7 +84,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One image."""
+    """One image with its label and prediction."""
 
     uri: str
     truth: str
@@ -95,61 +94,61 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What a table is worth. None: it cannot be said, for want of truth or of columns."""
+    """The metrics of a table. None: the labels or the columns for it are missing."""
 
     classes: tuple[str, ...]
     images: int
-    """Rows of the table."""
+    """Number of rows in the table."""
     ok: int
     statuses: Mapping[str, int]
-    """Rows by status."""
+    """Number of rows by status."""
     labelled: int
-    """Rows with a label, known or not."""
+    """Rows with a label, whether it is a class or not."""
     known: int
     """Rows whose label is one of the classes."""
     evaluated: int
-    """Those of them with a prediction; accuracy and all that follows is over them."""
+    """Of these, the rows with a prediction. Accuracy and the metrics below are computed over them."""
     unknown: Mapping[str, int]
-    """Labels that are none of the classes -> rows; above 1,000 of them the rest together."""
+    """Label that is no class -> rows; beyond 1,000 such labels, the rest is one entry."""
     unknown_examples: Mapping[str, str]
-    """For some of these labels the first URI."""
+    """The first URI of each of these labels, without the rest."""
     duplicates: int
-    """Rows whose URI was there before; they count like any other."""
+    """Rows whose URI occurred before; they are counted like all others."""
     duplicate_examples: tuple[str, ...] = ()
     predicted: npt.NDArray[np.int64] | None
-    """`int64 [K]`: rows by predicted class, truth or not."""
+    """`int64 [K]`: rows by predicted class, with or without a label."""
     confidence_histogram: npt.NDArray[np.int64] | None
-    """Rows by confidence, in `CONFIDENCE_BINS` equal bins of 0 to 1, truth or not."""
+    """Rows by confidence, in `CONFIDENCE_BINS` equal bins from 0 to 1, with or without a label."""
     accuracy: float | None
     accuracy_low: float | None
     """95 % Wilson interval."""
     accuracy_high: float | None
     balanced_accuracy: float | None
-    """Mean recall of the classes that there are images of."""
+    """Mean recall of the classes that have images."""
     macro_f1: float | None
-    """Mean over the classes that there are images of, or that were predicted."""
+    """Mean over the classes that have images or were predicted."""
     weighted_f1: float | None
     """Mean weighted by support."""
     log_loss: float | None
-    """Natural logarithm; probabilities from `SMALLEST_PROBABILITY` on."""
+    """In nats; smaller probabilities are raised to `SMALLEST_PROBABILITY`."""
     brier: float | None
-    """Mean over the images of the sum over the classes of the squared error; 0 to 2."""
+    """Squared error, summed over the classes and averaged over the images; 0 to 2."""
     roc_auc: float | None
-    """One class against the rest, mean over the classes where it is defined."""
+    """One class against the rest, averaged over the classes for which it is defined."""
     top_k: tuple[float, ...] | None
     """Share of images whose truth is among the k most probable classes, k = 1, 2, ... `TOP_K` or K."""
     without_probabilities: int
-    """Evaluated rows whose probabilities are missing or no numbers; log loss, Brier, AUC and top k are without them."""
+    """Evaluated rows without finite probabilities; log loss, Brier, AUC and top k leave them out."""
     ece: float | None
     calibration: Calibration | None
     per_class: tuple[ClassMetrics, ...]
-    """Empty without truth."""
+    """Empty without labels."""
     confusion: npt.NDArray[np.int64] | None
-    """`int64 [K, K]`: rows are the truth, columns the predictions."""
+    """`int64 [K, K]`: a row per true class, a column per predicted class."""
     mistakes: tuple[Example, ...]
-    """The most confident ones, the most confident first."""
+    """The most confident mistakes, the most confident first."""
     doubtful_hits: tuple[Example, ...]
-    """The least confident right answers, the least confident first."""
+    """The least confident hits, the least confident first."""
 
     @property
     def unknown_labels(self) -> int:
@@ -157,22 +156,22 @@ class Metrics:
         return sum(self.unknown.values())
 
     def without_labels(self) -> "Metrics":
-        """The same where no label turned out to be a class: what seemed to be labels are none."""
+        """The same metrics when guessed labels turned out to be no classes, and so no labels at all."""
         return replace(self, labelled=0, unknown={}, unknown_examples={})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The metrics as JSON values."""
         values: dict[str, Any] = _plain(asdict(self))
         return {**values, "unknown_labels": self.unknown_labels}
 
 
 def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
-    """The interval that holds a share with the probability `level`.
+    """The Wilson score interval of a share.
 
     Args:
-        hits: of `count`.
-        count: at least 1.
-        level: in (0, 1).
+        hits: successes among `count`.
+        count: number of trials, at least 1.
+        level: confidence level, in (0, 1).
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22, 209-212.
     """
@@ -184,7 +183,7 @@ def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> tuple[floa
 
 
 def classification_report(metrics: Metrics) -> str | None:
-    """scikit-learn's text table of the classes that there are images of, or that were predicted; None without truth."""
+    """scikit-learn's text table of the classes that have images or were predicted; None without labels."""
     if metrics.confusion is None:
         return None
     from sklearn import metrics as sklearn_metrics
@@ -200,15 +199,15 @@ def classification_report(metrics: Metrics) -> str | None:
         digits=4,
         zero_division=0,
     )
-    return re.sub(r"(\d+)\.0$", r"  \1", text, flags=re.MULTILINE)  # weighted, its counts are no integers
+    return re.sub(r"(\d+)\.0$", r"  \1", text, flags=re.MULTILINE)  # Weights make its counts floats.
 
 
 class Accumulator:
-    """Takes the batches of a table one by one.
+    """Accumulates the batches of a table.
 
     Args:
         classes: of the table.
-        shown: how many mistakes and how many hits are kept.
+        shown: how many mistakes, and how many hits, to keep.
     """
 
     def __init__(self, classes: Classes, *, shown: int = 24) -> None:
@@ -220,18 +219,18 @@ class Accumulator:
         self._confusion = np.zeros((len(classes), len(classes)), np.int64)
         self._predicted = np.zeros(len(classes), np.int64)
         self._confidences = np.zeros(CONFIDENCE_BINS, np.int64)
-        self._says_class = self._says_confidence = False
+        self._has_class = self._has_confidence = False
         self._calibration = _CalibrationSums()
         self._scores = _ScoreSums(len(classes))
         self._mistakes = _Extremes(shown, "descending")
         self._hits = _Extremes(shown, "ascending")
 
     def add(self, batch: pa.RecordBatch, labels: pa.Array | None) -> None:
-        """Takes some rows.
+        """Adds the rows of a batch.
 
         Args:
             batch: with `uri`, `status` and those of `PREDICTION_COLUMNS` that the table has.
-            labels: `string [n]`, null where there is none. None: no truth.
+            labels: `string [n]`, null for a row without a label. None: there are no labels.
 
         Raises:
             DataError: the rows do not fit the classes.
@@ -241,7 +240,7 @@ class Accumulator:
             self._add(batch.slice(start, rows), None if labels is None else labels.slice(start, rows))
 
     def metrics(self) -> Metrics:
-        """Of all rows so far."""
+        """The metrics of all rows so far."""
         count = int(self._confusion.sum())
         cells = _of_cells(self._confusion) if count else {}
         low, high = wilson_interval(int(self._confusion.trace()), count) if count else (None, None)
@@ -259,8 +258,8 @@ class Accumulator:
             unknown=dict(self._labels.unknown.most_common()),
             unknown_examples=self._labels.examples,
             duplicates=repeated(self._hashes)[0],
-            predicted=self._predicted if self._says_class else None,
-            confidence_histogram=self._confidences if self._says_confidence else None,
+            predicted=self._predicted if self._has_class else None,
+            confidence_histogram=self._confidences if self._has_confidence else None,
             accuracy=cells.get("accuracy"),
             accuracy_low=low,
             accuracy_high=high,
@@ -281,7 +280,7 @@ class Accumulator:
         )
 
     def repeated_uris(self) -> Hashes:
-        """Hashes of the URIs that are there more than once."""
+        """The hashes of the URIs that occur more than once."""
         return repeated(self._hashes)[1]
 
     def _add(self, batch: pa.RecordBatch, labels: pa.Array | None) -> None:
@@ -295,13 +294,13 @@ class Accumulator:
         confidence, predicted = confidences(batch, self._classes), predicted_codes(batch, self._classes)
         ok = pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)
         if confidence is not None:
-            self._says_confidence = True
+            self._has_confidence = True
             self._confidences += np.bincount(
                 _bins(confidence[ok & ~np.isnan(confidence)], CONFIDENCE_BINS), minlength=CONFIDENCE_BINS
             )
         if predicted is None:
             return
-        self._says_class = True
+        self._has_class = True
         self._predicted += np.bincount(predicted[ok & (predicted >= 0)], minlength=len(self._classes))
         rows = np.flatnonzero(ok & (predicted >= 0) & (truth >= 0))
         self._evaluate(
@@ -315,7 +314,7 @@ class Accumulator:
         predicted: npt.NDArray[np.int64],
         confidence: npt.NDArray[np.float64] | None,
     ) -> None:
-        """Rows with truth and prediction; of the confidences some may be NaN."""
+        """Adds rows that have a label and a prediction; a confidence may be NaN."""
         size = len(self._classes)
         np.add.at(self._confusion, (truth, predicted), 1)
         if "probabilities" in batch.schema.names:
@@ -323,17 +322,17 @@ class Accumulator:
             self._scores.add(truth[rows], scores)
         if confidence is None or not size:
             return
-        hit, sure = truth == predicted, ~np.isnan(confidence)
-        self._calibration.add(confidence[sure], hit[sure])
-        for extremes, chosen in ((self._mistakes, sure & ~hit), (self._hits, sure & hit)):
+        hit, valid = truth == predicted, ~np.isnan(confidence)
+        self._calibration.add(confidence[valid], hit[valid])
+        for extremes, chosen in ((self._mistakes, valid & ~hit), (self._hits, valid & hit)):
             extremes.add(batch["uri"], np.flatnonzero(chosen), truth, predicted, confidence)
 
 
-# --- what is counted -------------------------------------------------------------------------------------------------
+# --- counters --------------------------------------------------------------------------------------------------------
 
 
 class _Labels:
-    """Which labels are classes, and which are not."""
+    """Counts the labels that are classes, and those that are not."""
 
     def __init__(self) -> None:
         self.known = 0
@@ -345,11 +344,11 @@ class _Labels:
         rows = np.flatnonzero(codes == UNKNOWN_LABEL)
         if not len(rows):
             return
-        strange = labels.take(pa.array(rows)).dictionary_encode()
-        indices = strange.indices.to_numpy(zero_copy_only=False)
-        counts = np.bincount(indices, minlength=len(strange.dictionary))
+        unknown = labels.take(pa.array(rows)).dictionary_encode()
+        indices = unknown.indices.to_numpy(zero_copy_only=False)
+        counts = np.bincount(indices, minlength=len(unknown.dictionary))
         _, firsts = np.unique(indices, return_index=True)
-        for label, count, first in zip(strange.dictionary.to_pylist(), counts.tolist(), firsts.tolist(), strict=True):
+        for label, count, first in zip(unknown.dictionary.to_pylist(), counts.tolist(), firsts.tolist(), strict=True):
             is_named = label in self.unknown or len(self.unknown) < _MAX_UNKNOWN
             self.unknown[label if is_named else _REST] += count
             if is_named:
@@ -375,10 +374,10 @@ class _CalibrationSums:
 
 
 class _ScoreSums:
-    """Of rows with truth and probabilities: sums of losses, hits among the best k, histograms of each class's score.
+    """Sums of losses, top-k hits, and histograms of each class's score, over rows with a label and probabilities.
 
-    An area under the ROC curve depends on the order of the scores alone. So the bins are equal in log(p / (1 - p)), in
-    which the many probabilities near 0 and 1 lie apart, 0.01 wide for up to 4,096 classes.
+    The area under the ROC curve depends only on the order of the scores. The bins therefore have equal widths in
+    log(p / (1 - p)), which separates the many probabilities near 0 and 1: 0.01 for up to 4,096 classes.
     """
 
     def __init__(self, classes: int) -> None:
@@ -401,7 +400,7 @@ class _ScoreSums:
         self.rows += len(truth)
         self.log_loss -= float(np.log(own_score.clip(SMALLEST_PROBABILITY, 1)).sum())
         self.brier += float((squares - 2 * own_score + 1).sum())
-        # as the table's top k: equal ones in the order of the classes
+        # Ties are broken by the order of the classes, as in the top k of the table.
         before = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < truth[:, None]))
         ranks = np.bincount(before.sum(axis=1), minlength=scores.shape[1])
         self._best += ranks[: len(self._best)].cumsum()
@@ -414,7 +413,7 @@ class _ScoreSums:
         return tuple((self._best / self.rows).tolist()) if self.rows else None
 
     def areas(self) -> tuple[float | None, ...]:
-        """Area under the ROC curve of each class; None where all images are of it, or none."""
+        """Area under the ROC curve of each class; None if all images are of the class, or none."""
         return tuple(map(_area, self._own, self._all - self._own))
 
     def _count_scores(self, truth: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> None:
@@ -422,19 +421,19 @@ class _ScoreSums:
         with np.errstate(divide="ignore"):
             logits = np.log(clipped) - np.log(1 - clipped)
         unit = (logits.clip(-_LARGEST_LOGIT, _LARGEST_LOGIT) + _LARGEST_LOGIT) / (2 * _LARGEST_LOGIT)
-        places = np.minimum((unit * self._bins).astype(np.int64), self._bins - 1)
-        places += np.arange(scores.shape[1]) * self._bins
-        self._all += np.bincount(places.ravel(), minlength=self._all.size).reshape(self._all.shape)
-        own = np.take_along_axis(places, truth[:, None], axis=1)[:, 0]
+        bins = np.minimum((unit * self._bins).astype(np.int64), self._bins - 1)
+        bins += np.arange(scores.shape[1]) * self._bins
+        self._all += np.bincount(bins.ravel(), minlength=self._all.size).reshape(self._all.shape)
+        own = np.take_along_axis(bins, truth[:, None], axis=1)[:, 0]
         self._own += np.bincount(own, minlength=self._own.size).reshape(self._own.shape)
 
 
 class _Extremes:
-    """The few images of the highest or lowest confidence; of equal ones the first by URI."""
+    """Keeps the images with the highest or the lowest confidence; ties are broken by URI."""
 
-    def __init__(self, most: int, order: str) -> None:
-        self._most, self._order = most, order
-        self._worst: float | None = None  # of those that are kept, once there are enough
+    def __init__(self, max_kept: int, order: str) -> None:
+        self._max_kept, self._order = max_kept, order
+        self._worst: float | None = None  # The last of the kept ones, once there are enough.
         self._kept = pa.table(
             {
                 "uri": pa.array([], pa.string()),
@@ -455,15 +454,15 @@ class _Extremes:
         if self._worst is not None:
             values = confidence[rows]
             rows = rows[values >= self._worst if self._order == "descending" else values <= self._worst]
-        if not len(rows) or not self._most:
+        if not len(rows) or not self._max_kept:
             return
         columns = [uris.take(pa.array(rows)), truth[rows], predicted[rows], confidence[rows]]
-        both = pa.concat_tables([self._kept, pa.table(columns, schema=self._kept.schema)])
+        merged = pa.concat_tables([self._kept, pa.table(columns, schema=self._kept.schema)])
         order = pc.select_k_unstable(
-            both, min(self._most, len(both)), sort_keys=[("confidence", self._order), ("uri", "ascending")]
+            merged, min(self._max_kept, len(merged)), sort_keys=[("confidence", self._order), ("uri", "ascending")]
         )
-        self._kept = both.take(order).combine_chunks()
-        if len(self._kept) == self._most:
+        self._kept = merged.take(order).combine_chunks()
+        if len(self._kept) == self._max_kept:
             self._worst = self._kept["confidence"][-1].as_py()
 
     def examples(self, classes: Classes) -> tuple[Example, ...]:
@@ -479,17 +478,17 @@ class _Extremes:
 
 
 def _bins(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
-    """The number of the bin of each value: ((i - 1) / count, i / count]; 0 is in the first."""
+    """The bin of each value: bin i holds (i / count, (i + 1) / count], the first one also 0."""
     return np.clip(np.ceil(values * count).astype(np.int64) - 1, 0, count - 1)
 
 
-# --- what follows from it --------------------------------------------------------------------------------------------
+# --- metrics from the counts -----------------------------------------------------------------------------------------
 
 
 def _cells(
     confusion: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The cells that are not empty: truth, prediction, count."""
+    """The non-empty cells: true class, predicted class, count."""
     truth, predicted = confusion.nonzero()
     return truth, predicted, confusion[truth, predicted]
 
@@ -498,7 +497,7 @@ def _of_cells(confusion: npt.NDArray[np.int64]) -> dict[str, float]:
     from sklearn import metrics
 
     truth, predicted, counts = _cells(confusion)
-    with warnings.catch_warnings():  # that a class was predicted which there are no images of
+    with warnings.catch_warnings():  # scikit-learn warns when a predicted class has no images.
         warnings.simplefilter("ignore", UserWarning)
         return {
             "accuracy": float(metrics.accuracy_score(truth, predicted, sample_weight=counts)),
