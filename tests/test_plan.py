@@ -324,7 +324,7 @@ def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Pat
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_scoring(tmp_path: Path, bundle: Path, photos: Path) -> None:
     console = Recorder(at="scoring", then=lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match="stopped") as raised:
+    with pytest.raises(Interrupted, match="Stopped") as raised:
         plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=console)
     assert raised.value.exit_code == 143
     assert list(tmp_path.iterdir()) == []
@@ -355,7 +355,7 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_training(tmp_path: Path) -> None:
     console = Recorder(at="training", then=lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="stopped") as raised:
+    with pytest.raises(Interrupted, match="Stopped") as raised:
         plan_train(training(tmp_path, plan=True), recipe="test", console=console)
     assert raised.value.exit_code == 130
     assert list(tmp_path.iterdir()) == []

@@ -769,7 +769,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         (
             {"run": {"decode": "tasks", "cpus_per_actor": 4.0}},
             ResourceError,
-            r"take a whole CPU each, .* 4 CPUs.*decode='tasks'",
+            r"needs a whole CPU besides .* 4 CPUs.*decode='tasks'",
         ),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_signal_ends_the_process_which_is_the_first_to_go_where_memory_runs_ou
 
     other = threading.Thread(target=signalled)
     other.start()
-    with pytest.raises(Interrupted, match="stopped") as caught:
+    with pytest.raises(Interrupted, match="Stopped") as caught:
         run("wait", str(waiting), console=console, stop=stop)
     other.join()
     assert (caught.value.exit_code, score) == (143, ["1000\n"])
