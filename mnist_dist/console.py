@@ -277,12 +277,8 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
     except KeyboardInterrupt as error:
         result, code = _failure(error), 130
     except SystemExit as end:
-        if end.code != 1:  # tyro exits with 0 after --help and with 2 for flags it rejects.
-            raise
-        # Ray's own SIGTERM handler exits with 1; it is active from `ray.init` until `Stop` installs its handlers again.
-        message = f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
-        interrupted = Interrupted(signal.SIGTERM, message)
-        result, code = _failure(interrupted), interrupted.exit_code
+        cause = _error_of_exit(end)
+        result, code = _failure(cause), cause.exit_code
     except Exception as error:  # The last resort of a job: an exit code instead of a traceback.
         result, code = _failure(error), 1
         console.line(traceback.format_exc() if verbose else "unexpected error; --verbose shows the traceback")
@@ -291,6 +287,17 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
     sys.stderr.flush()
     print(json.dumps({"job": job, **result}), flush=True)
     _leave(code)
+
+
+def _error_of_exit(end: SystemExit) -> MnistDistError:
+    """The error that made a package exit; an exit after `--help` is raised again."""
+    if end.code == 2:  # tyro has shown what is wrong, and what is allowed.
+        return ConfigError("wrong usage: a flag is unknown, missing or has a wrong value; stderr says which")
+    if end.code != 1:
+        raise end
+    # Ray's own SIGTERM handler exits with 1; it is active from `ray.init` until `Stop` installs its handlers again.
+    message = f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
+    return Interrupted(signal.SIGTERM, message)
 
 
 def _leave(code: int) -> NoReturn:

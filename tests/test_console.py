@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import run_command
 
 from mnist_dist import console
 from mnist_dist.config import FitConfig, PhasesConfig, TrainJob
@@ -335,10 +336,11 @@ def test_nothing_is_lost_at_the_end(tmp_path: Path) -> None:
     assert sorted(done.stderr.splitlines()) == ["ERROR library: logged", "closed", "said by a library"]
 
 
-def test_wrong_flags_pass_through_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^2$"):
-        console.run(lambda: {"never": parse("--batch-size", "x")}, job="test")
-    assert capsys.readouterr().out == ""
+def test_wrong_flags_end_with_a_json_line_too() -> None:
+    code, result, err = run_command("jobs.train", "quickstart", "--batch-size", "x")
+    assert (code, result["job"], result["error_type"]) == (2, "train", "ConfigError")
+    assert "wrong usage" in result["error"]
+    assert "--batch-size" in err
 
 
 @pytest.mark.parametrize(
