@@ -1,6 +1,7 @@
 """predictions: the table's columns, the rows of a shard, and reading them."""
 
 import datetime
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -298,6 +299,11 @@ def test_without_a_mark_there_is_no_table(root: str) -> None:
     ANYWHERE.write_bytes(join(root, "_work/g0001/plan.json"), b"{}")
     with pytest.raises(DataError, match="is not finished: a scoring job is still running, or was stopped"):
         read_predictions(root)
+
+
+def test_the_folder_of_the_files_leads_to_the_output(root: str) -> None:
+    with pytest.raises(DataError, match=rf"did you mean {re.escape(root)}\?\)\. Received: '.*/table'"):
+        read_predictions(join(root, "table"))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"files": []}'])

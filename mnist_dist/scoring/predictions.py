@@ -356,7 +356,9 @@ def _require_mark(root: str, store: Store) -> Mark:
             f"the prediction table is not finished: a scoring job is still running, or was stopped; the same command "
             f"resumes it. Received: {root!r}"
         )
-    raise DataError(f"there is no prediction table (no {SUCCESS} and no {FAILED}). Received: {root!r}")
+    output = root.removesuffix(f"/{TABLE}")
+    hint = f" (did you mean {output}?)" if output != root and read_mark(output, store=store) is not None else ""
+    raise DataError(f"there is no prediction table (no {SUCCESS} and no {FAILED}){hint}. Received: {root!r}")
 
 
 def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.Schema:
