@@ -146,7 +146,7 @@ def test_two_tables_show_what_moved(tmp_path: Path) -> None:
         ("ant", "bee", False),
         ("cat", "ant", False),
     ]
-    assert {"Comparison", "Which classes moved"} <= {table.title for table in page.tables}
+    assert {"Comparison", "Changed predictions by class"} <= {table.title for table in page.tables}
 
 
 def test_the_page_is_written_with_its_figures(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_the_page_of_a_table_says_how_it_came_to_be(tmp_path: Path) -> None:
     _, page = page_of(EvaluateJob(predictions=table))
     facts = dict(page.facts)
     assert (facts["engine"], facts["backbone"], facts["version of keras"]) == ("keras", "cnn", "3.15")
-    assert facts["data fingerprint of the training"] == "f" * 64
+    assert facts["training data fingerprint"] == "f" * 64
     assert '"seed": 3' in page.texts["configuration"]
     (tmp_path / "bundle" / "bundle.json").write_text("no JSON")
     assert "backbone" not in dict(page_of(EvaluateJob(predictions=table))[1].facts)

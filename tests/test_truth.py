@@ -208,19 +208,23 @@ def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) 
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,ant\n")
     assert LabelFile(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,bee\n")
-    with pytest.raises(DataError, match=r"an image has one label. Received: two labels, in the rows 1 and 3"):
+    with pytest.raises(DataError, match=r"an image has one label. Received: two labels, in rows 1 and 3"):
         LabelFile(str(path))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("labels.csv", "uri,class\n/a,b\n", "one column each of uri and label, not so label. Received: columns uri, c"),
-        ("labels.csv", "uri,label,label\n/a,b,c\n", "one column each of uri and label, not so label"),
-        ("labels.csv", "uri,label\n/a,b,c\n", "not a readable file of labels"),
-        ("labels.csv", "", "not a readable file of labels"),
-        ("labels.parquet", "uri,label\n", "not a readable file of labels"),
-        ("labels.txt", "/a ant\n", "labels are a .parquet, .csv or .tsv file. Received: .*labels.txt"),
+        (
+            "labels.csv",
+            "uri,class\n/a,b\n",
+            "exactly one column each named uri and label; check label. Received: columns uri, c",
+        ),
+        ("labels.csv", "uri,label,label\n/a,b,c\n", "exactly one column each named uri and label; check label"),
+        ("labels.csv", "uri,label\n/a,b,c\n", "cannot be read as a label file"),
+        ("labels.csv", "", "cannot be read as a label file"),
+        ("labels.parquet", "uri,label\n", "cannot be read as a label file"),
+        ("labels.txt", "/a ant\n", "labels is a .parquet, .csv or .tsv file. Received: .*labels.txt"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:

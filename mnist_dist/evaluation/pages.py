@@ -1,4 +1,7 @@
-"""What stands on the page of a bundle and on that of an evaluated table, from the numbers that are known of them."""
+"""Builds the report pages of a bundle and of an evaluated table.
+
+Does not own: the metrics, or the rendering (`report`).
+"""
 
 # n = images, K = classes
 
@@ -34,24 +37,24 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
 MAX_CLASSES = 200
-"""Classes in the table of a page; the worst ones where there are more."""
+"""Most classes in the table of a page; with more classes, the worst ones are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What a finished training is told by, beside its metrics."""
+    """What the page of a finished training shows, besides the metrics."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     command: str
     bundle: BundleInfo
     history: Sequence[Epoch]
     counts: Mapping[str, npt.NDArray[np.int64]]
     """Images of each class by split, `int64 [K]`."""
     samples: Sequence[figures.Picture]
-    """Some training images."""
+    """A sample of the training images."""
     predictions: Sequence[Example]
-    """Some test images, as they come."""
+    """A sample of the test images, unselected."""
     mistakes: Sequence[Example]
     hits: Sequence[Example]
     architecture: str
@@ -64,7 +67,7 @@ class TrainingFacts:
 
 
 def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
-    """The page of a bundle; `metrics` are of the test images."""
+    """Builds the page of a bundle; `metrics` are those of the test images."""
     report, bundle = classification_report(metrics), facts.bundle
     shown = [
         Shown(
@@ -72,7 +75,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
             title="Training curves",
             alt=f"Loss and accuracy of training and validation over {len(facts.history)} epochs",
             figure=figures.training_curves(facts.history),
-            note="A dotted line marks a new phase. Training: means over an epoch, with dropout and augmentation.",
+            note="A dotted line marks a new phase. Training values: epoch means, with dropout and augmentation.",
         ),
         *_of_metrics(metrics),
         Shown(
@@ -99,11 +102,9 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
         ],
         figures=shown,
         galleries=[
-            Gallery(
-                title="Most confident mistakes", examples=facts.mistakes, note="Of the test images, the worst first."
-            ),
-            Gallery(title="Least confident hits", examples=facts.hits, note="Right, but barely."),
-            Gallery(title="Samples of the training images", examples=[_sample(one) for one in facts.samples]),
+            Gallery(title="Most confident mistakes", examples=facts.mistakes, note="Test images, the worst first."),
+            Gallery(title="Least confident hits", examples=facts.hits, note="Correct, with the lowest confidence."),
+            Gallery(title="Samples of the training images", examples=[_sample(picture) for picture in facts.samples]),
         ],
         tables=_tables(metrics),
         facts=[
@@ -125,11 +126,11 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
 
 
 def write_evaluation_page(evaluation: Evaluation) -> str:
-    """Writes the page of an evaluation and its figures into its output; gives the page's URI."""
+    """Writes the page of an evaluation and its figures into its output folder; gives the URI of the page."""
     page = evaluation_page(evaluation)
     with tempfile.TemporaryDirectory() as scratch:
         write_page(page, Path(scratch))
-        for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == REPORT_FILE):  # the page last
+        for path in sorted(Path(scratch).rglob("*"), key=lambda path: path.name == REPORT_FILE):  # The page is last.
             if path.is_file():
                 uri = join(evaluation.output, path.relative_to(scratch).as_posix())
                 ANYWHERE.write_bytes(uri, path.read_bytes())
@@ -137,23 +138,23 @@ def write_evaluation_page(evaluation: Evaluation) -> str:
 
 
 def evaluation_page(evaluation: Evaluation) -> Page:
-    """The page of an evaluated table; pictures are read again where they still lie."""
+    """Builds the page of an evaluated table; the pictures are read again, if they still exist."""
     metrics, table = evaluation.metrics, evaluation.table
     moved = evaluation.comparison.moved if evaluation.comparison else ()
-    uris = [one.uri for one in (*metrics.mistakes, *metrics.doubtful_hits)] + [one.uri for one in moved]
+    uris = [image.uri for image in (*metrics.mistakes, *metrics.doubtful_hits)] + [image.uri for image in moved]
     pixels = load_pictures(uris)
     mistakes, hits = (
         [
             Example(
-                name=one.uri,
-                predicted=one.predicted,
-                confidence=one.confidence,
-                truth=one.truth,
-                pixels=pixels[one.uri],
+                name=image.uri,
+                predicted=image.predicted,
+                confidence=image.confidence,
+                truth=image.truth,
+                pixels=pixels[image.uri],
             )
-            for one in some
+            for image in images
         ]
-        for some in (metrics.mistakes, metrics.doubtful_hits)
+        for images in (metrics.mistakes, metrics.doubtful_hits)
     )
     shown = [*_of_metrics(metrics), *_of_predictions(metrics)]
     if mistakes:
@@ -162,22 +163,22 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     if metrics.accuracy is not None:
         galleries = [
             Gallery(title="Most confident mistakes", examples=mistakes, note="The worst first."),
-            Gallery(title="Least confident hits", examples=hits, note="Right, but barely."),
+            Gallery(title="Least confident hits", examples=hits, note="Correct, with the lowest confidence."),
         ]
     if evaluation.comparison is not None:
         galleries.append(
             Gallery(
-                title="Images that the two models see differently",
+                title="Images that the two models classify differently",
                 examples=[
                     Example(
-                        name=one.uri,
-                        predicted=one.first,
-                        second=one.second,
-                        confidence=one.second_confidence,
-                        truth=one.truth,
-                        pixels=pixels[one.uri],
+                        name=image.uri,
+                        predicted=image.first,
+                        second=image.second,
+                        confidence=image.second_confidence,
+                        truth=image.truth,
+                        pixels=pixels[image.uri],
                     )
-                    for one in moved
+                    for image in moved
                 ],
                 note="First table → second table, with the confidence of the second.",
             )
@@ -185,7 +186,7 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     summary, bundle = read_provenance(table.uri)
     texts = {"classification report": evaluation.classification_report} if evaluation.classification_report else {}
     for title, values in (
-        ("settings of the scoring", summary and summary.settings),
+        ("scoring settings", summary and summary.settings),
         ("configuration", bundle and bundle.config),
     ):
         texts |= {title: json.dumps(values, indent=2)} if values else {}
@@ -200,7 +201,7 @@ def evaluation_page(evaluation: Evaluation) -> Page:
         facts=[
             ("command", command_line()),
             ("model", table.model_id),
-            ("truth", evaluation.truth or "none was given or found"),
+            ("truth", evaluation.truth or "no labels were given or found"),
             *_of_provenance(summary, bundle),
         ],
         texts=texts,
@@ -211,7 +212,7 @@ def evaluation_page(evaluation: Evaluation) -> Page:
 
 
 def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[tuple[str, str]]:
-    """How the table came to be, as far as that is still known."""
+    """How the table was made, as far as this is still known."""
     facts: list[tuple[str, object]] = []
     if summary is not None:
         facts += [
@@ -223,7 +224,7 @@ def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[t
         facts += [
             ("backbone", bundle.backbone),
             ("weights", bundle.weights),
-            ("data fingerprint of the training", bundle.data_fingerprint),
+            ("training data fingerprint", bundle.data_fingerprint),
             *((f"version of {name}", version) for name, version in bundle.versions.items()),
         ]
     return [(name, str(value)) for name, value in facts if value is not None]
@@ -239,9 +240,9 @@ def _headlines(metrics: Metrics, *, of: str) -> list[Headline]:
         shown.append(Headline(label=f"{of} accuracy".strip(), value=f"{100 * metrics.accuracy:.2f} %", note=interval))
     optional = (
         ("macro F1", metrics.macro_f1, "mean over the classes"),
-        ("log loss", metrics.log_loss, "nats, less is better"),
+        ("log loss", metrics.log_loss, "nats, lower is better"),
         ("ROC AUC", metrics.roc_auc, "one class against the rest"),
-        ("calibration error", metrics.ece, "expected, 15 bins"),
+        ("calibration error", metrics.ece, "expected (ECE), 15 bins"),
     )
     shown += [
         Headline(label=name, value=f"{value:.4f}", note=note) for name, value, note in optional if value is not None
@@ -252,38 +253,38 @@ def _headlines(metrics: Metrics, *, of: str) -> list[Headline]:
 
 
 def _of_metrics(metrics: Metrics) -> list[Shown]:
-    """The figures that need a truth."""
+    """The figures that need labels."""
     shown = []
     if metrics.confusion is not None:
         shown.append(
             Shown(
                 name="confusion_matrix",
                 title="Confusion matrix",
-                alt=f"Confusion matrix of {len(metrics.classes)} classes; {metrics.confusion.trace():,} are right",
+                alt=f"Confusion matrix of {len(metrics.classes)} classes; {metrics.confusion.trace():,} are correct",
                 figure=figures.confusion_matrix(metrics.confusion, metrics.classes),
             )
         )
     if metrics.calibration is not None and metrics.ece is not None:
-        found = metrics.calibration
+        calibration = metrics.calibration
         shown.append(
             Shown(
                 name="reliability",
                 title="Reliability",
                 alt=f"Accuracy against confidence in 15 bins; expected calibration error {metrics.ece:.4f}",
-                figure=figures.reliability(found.counts, found.confidences, found.hits),
-                note="Bars above the line: more often right than the model thinks.",
+                figure=figures.reliability(calibration.counts, calibration.confidences, calibration.hits),
+                note="Bars above the line: the model is right more often than its confidence says.",
             )
         )
     return shown
 
 
 def _of_predictions(metrics: Metrics) -> list[Shown]:
-    """The figures that need no truth."""
+    """The figures that need no labels."""
     shown = []
     if metrics.predicted is not None and metrics.classes:
         counts = {"predicted": metrics.predicted}
         if metrics.per_class:
-            counts["truth"] = np.array([one.support for one in metrics.per_class])
+            counts["truth"] = np.array([row.support for row in metrics.per_class])
         shown.append(
             Shown(
                 name="class_distribution",
@@ -307,25 +308,27 @@ def _of_predictions(metrics: Metrics) -> list[Shown]:
 def _pictures_file(name: str, title: str, examples: Sequence[Example]) -> Shown:
     pictures = [
         figures.Picture(
-            pixels=one.pixels,
-            caption=(one.predicted if one.confidence is None else f"{one.predicted} {100 * one.confidence:.0f} %")
-            + (f"\ntruth: {one.truth}" if one.truth not in (None, one.predicted) else ""),
+            pixels=image.pixels,
+            caption=(
+                image.predicted if image.confidence is None else f"{image.predicted} {100 * image.confidence:.0f} %"
+            )
+            + (f"\ntruth: {image.truth}" if image.truth not in (None, image.predicted) else ""),
         )
-        for one in examples
-        if one.pixels is not None
+        for image in examples
+        if image.pixels is not None
     ]
     return Shown(name=name, title=title, alt=title, figure=figures.pictures(pictures, title=title), on_page=False)
 
 
-def _sample(one: figures.Picture) -> Example:
-    return Example(name=one.name, predicted=one.caption, confidence=None, pixels=one.pixels)
+def _sample(picture: figures.Picture) -> Example:
+    return Example(name=picture.name, predicted=picture.caption, confidence=None, pixels=picture.pixels)
 
 
 def _tables(metrics: Metrics) -> list[Table]:
     tables = []
     if metrics.per_class:
         tables.append(Table(title="All metrics", columns=("", "value"), rows=_all_metrics(metrics)))
-        worst = sorted(metrics.per_class, key=lambda one: (one.f1 is None, one.f1 or 0.0))
+        worst = sorted(metrics.per_class, key=lambda row: (row.f1 is None, row.f1 or 0.0))
         rows = list(metrics.per_class) if len(worst) <= MAX_CLASSES else worst[:MAX_CLASSES]
         tables.append(
             Table(
@@ -333,13 +336,13 @@ def _tables(metrics: Metrics) -> list[Table]:
                 columns=("class", "images", "precision", "recall", "F1", "ROC AUC"),
                 rows=[
                     (
-                        one.name,
-                        f"{one.support:,}",
-                        *(_share(v) for v in (one.precision, one.recall, one.f1, one.roc_auc)),
+                        row.name,
+                        f"{row.support:,}",
+                        *(_share(v) for v in (row.precision, row.recall, row.f1, row.roc_auc)),
                     )
-                    for one in rows
+                    for row in rows
                 ],
-                note="" if len(worst) <= MAX_CLASSES else f"The {MAX_CLASSES} worst of {len(worst)} classes.",
+                note="" if len(worst) <= MAX_CLASSES else f"The worst {MAX_CLASSES} of {len(worst)} classes.",
             )
         )
     if metrics.statuses:
@@ -353,9 +356,9 @@ def _tables(metrics: Metrics) -> list[Table]:
 
 
 def _all_metrics(metrics: Metrics) -> list[tuple[str, str]]:
-    present = [one for one in metrics.per_class if one.support]
-    precisions = [one.precision or 0.0 for one in present]
-    recalls = [one.recall or 0.0 for one in present]
+    present = [row for row in metrics.per_class if row.support]
+    precisions = [row.precision or 0.0 for row in present]
+    recalls = [row.recall or 0.0 for row in present]
     rows = [
         ("accuracy", metrics.accuracy),
         ("balanced accuracy", metrics.balanced_accuracy),
@@ -381,14 +384,16 @@ def _compared(comparison: Comparison | None) -> list[Table]:
         rows += [
             ("accuracy of the first", _share(comparison.first_accuracy)),
             ("accuracy of the second", _share(comparison.second_accuracy)),
-            ("first alone is right", f"{comparison.first_right:,}"),
-            ("second alone is right", f"{comparison.second_right:,}"),
+            ("only the first is right", f"{comparison.first_right:,}"),
+            ("only the second is right", f"{comparison.second_right:,}"),
             ("McNemar's test", f"p = {comparison.mcnemar.p_value:.3g} ({comparison.mcnemar.method})"),
         ]
     tables = [Table(title="Comparison", columns=("", "value"), rows=rows)]
     if comparison.moves:
-        moves = [(one.first, one.second, f"{one.images:,}") for one in comparison.moves]
-        tables.append(Table(title="Which classes moved", columns=("first table", "second table", "images"), rows=moves))
+        moves = [(move.first, move.second, f"{move.images:,}") for move in comparison.moves]
+        tables.append(
+            Table(title="Changed predictions by class", columns=("first table", "second table", "images"), rows=moves)
+        )
     return tables
 
 

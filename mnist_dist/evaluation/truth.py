@@ -1,7 +1,7 @@
-"""Where the truth about the images of a prediction table comes from.
+"""Finds the labels of the images in a prediction table.
 
-Owns: the three sources, in this order: a file of labels, a carried column of the table, the folders that the images
-lie in. Does not own: which class a label means (`tables.Classes`).
+Owns: the three sources of labels, in this order: a label file, a carried column of the table, the folders of the
+images. Does not own: which class a label means (`tables.Classes`).
 """
 
 import contextlib
@@ -38,26 +38,26 @@ class Truth(Protocol):
     """A source of labels."""
 
     source: str
-    """For people: `the folders of the images`."""
+    """Name of the source for display, such as `the folders of the images`."""
     guessed: bool
-    """Nobody said that these are labels: where none of them is a class, there is no truth."""
+    """True: nobody said that these are labels. If none of them is a class, the table has no labels."""
     columns: tuple[str, ...]
-    """Of the table, that it needs."""
+    """Columns of the table that it needs."""
 
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
-        """`string [n]`: the label of each row, a class name or a class number; null where there is none."""
+        """`string [n]`: the label of each row, a class name or number; null if it has none."""
 
 
 def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> Truth:
-    """The first source that there is.
+    """Chooses the first available source of labels.
 
     Args:
-        table: what was scored.
+        table: the scored table.
         labels: a Parquet, CSV or TSV file with `uri` and `label`.
         label_column: a carried column of the table.
 
     Raises:
-        ConfigError: a column other than the usual one was named, and is not there.
+        ConfigError: a column other than the default one was named and does not exist.
         DataError: the file or the column holds no labels.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
@@ -73,7 +73,7 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> 
 
 
 class Folders:
-    """The name of the folder that each image lies in; for members of archives, the folder within the archive."""
+    """Takes the name of the folder of each image; for a member of an archive, the folder inside the archive."""
 
     source = "the folders of the images"
     guessed = True
@@ -85,14 +85,14 @@ class Folders:
 
 
 def folder_names(uris: pa.Array) -> pa.Array:
-    """`string [n]`: `dog` of `s3://bucket/dog/1.png` and `a.tar!x/dog/1.png`; null without a folder."""
+    """`string [n]`: `dog` of `s3://bucket/dog/1.png` and `a.tar!x/dog/1.png`; null if there is no folder."""
     if pc.any(pc.match_substring(uris, SEPARATOR)).as_py():
         uris = pc.replace_substring_regex(uris, pattern=_INSIDE_ARCHIVE, replacement="")
     return pc.struct_field(pc.extract_regex(uris, pattern=_FOLDER), "folder")
 
 
 class CarriedColumn:
-    """A column of the table.
+    """Takes the labels from a column of the table.
 
     Raises:
         DataError: it holds neither class names nor class numbers.
@@ -114,13 +114,13 @@ class CarriedColumn:
 
 
 class LabelFile:
-    """Labels by URI, from a file; in memory 16 bytes a line, twice that while they are sorted.
+    """Takes the labels from a file, by URI. Uses 16 bytes of memory per row, twice that while they are sorted.
 
     Args:
-        uri: Parquet, CSV or TSV with the columns `uri` and `label`. A relative path is taken from the working folder.
+        uri: Parquet, CSV or TSV with the columns `uri` and `label`. Relative paths start at the working directory.
 
     Raises:
-        DataError: it is no such file, or has two labels for an image.
+        DataError: there is no such file, it is not such a file, or it has two labels for an image.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
 
@@ -131,16 +131,16 @@ class LabelFile:
         self.source = uri
         hashes: list[Hashes] = []
         codes: list[npt.NDArray[np.int32]] = []
-        words: dict[str, int] = {}
+        codes_by_label: dict[str, int] = {}
         try:
             for uris, labels in _lines(uri):
                 hashes.append(uri_hashes(uris))
-                codes.append(_codes_of(labels, words))
+                codes.append(_codes_of(labels, codes_by_label))
         except FileNotFoundError as err:
             raise DataError(f"there is no such file. Received: labels={uri!r}") from err
         self._index = UriIndex(hashes)
         self._codes: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *codes])
-        self._words = pa.array(list(words), pa.string())
+        self._labels = pa.array(list(codes_by_label), pa.string())
         self._check_one_label_each()
 
     def __len__(self) -> int:
@@ -150,34 +150,34 @@ class LabelFile:
         """See `Truth`."""
         places = self._index.places(uri_hashes(batch[_URI]))
         codes = np.where(places >= 0, self._codes[places], -1) if len(self) else places
-        return self._words.take(pa.array(codes, mask=codes < 0))
+        return self._labels.take(pa.array(codes, mask=codes < 0))
 
     def _check_one_label_each(self) -> None:
         same = self._index.hashes[1:] == self._index.hashes[:-1]
         sorted_codes = self._codes[self._index.order]
-        two = np.flatnonzero(same & (sorted_codes[1:] != sorted_codes[:-1]))
-        if len(two):
-            rows = self._index.order[two[0] : two[0] + 2] + 1
+        conflicts = np.flatnonzero(same & (sorted_codes[1:] != sorted_codes[:-1]))
+        if len(conflicts):
+            rows = self._index.order[conflicts[0] : conflicts[0] + 2] + 1
             raise DataError(
-                f"{self.source}: an image has one label. Received: two labels, in the rows {rows[0]} and {rows[1]}, "
-                "the first being 1"
+                f"{self.source}: an image has one label. Received: two labels, in rows {rows[0]} and {rows[1]} "
+                "(counted from 1, without the header)"
             )
 
 
-def _codes_of(labels: pa.Array, words: dict[str, int]) -> npt.NDArray[np.int32]:
-    """The number of each label among all `words`, to which new ones are added; -1 for null."""
+def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[np.int32]:
+    """The code of each label, -1 for null; new labels are added to `codes_by_label`."""
     encoded = labels.dictionary_encode()
-    numbers = [words.setdefault(word, len(words)) for word in encoded.dictionary.to_pylist()]
+    numbers = [codes_by_label.setdefault(label, len(codes_by_label)) for label in encoded.dictionary.to_pylist()]
     indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    codes: npt.NDArray[np.int32] = np.array([*numbers, -1], np.int32)[indices]  # the last one for -1
+    codes: npt.NDArray[np.int32] = np.array([*numbers, -1], np.int32)[indices]  # Index -1 takes the last item, -1.
     return codes
 
 
 def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """URIs as they stand in tables, and labels as text."""
+    """Yields URIs in the form that tables have, and labels as text."""
     ending = next((suffix for suffix in (_PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
     if ending is None:
-        raise DataError(f"labels are a .parquet, .csv or .tsv file. Received: {uri!r}")
+        raise DataError(f"--labels is a .parquet, .csv or .tsv file. Received: {uri!r}")
     with _readable(uri), ANYWHERE.open_binary(uri) as stream:
         if ending == _PARQUET_SUFFIX:
             with pq.ParquetFile(stream) as file:
@@ -185,7 +185,7 @@ def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
                 for batch in file.iter_batches(columns=[_URI, _LABEL]):
                     yield _absolute(batch[_URI].cast(pa.string())), _text(uri, batch[_LABEL])
             return
-        options = pc_csv.ConvertOptions(  # `007` stays what it is
+        options = pc_csv.ConvertOptions(  # As strings, `007` stays `007`.
             column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True, null_values=[""]
         )
         parsing = pc_csv.ParseOptions(delimiter=_SEPARATORS[ending], newlines_in_values=True)
@@ -198,7 +198,7 @@ def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
 def _check_names(uri: str, names: list[str]) -> None:
     if missing := [name for name in (_URI, _LABEL) if names.count(name) != 1]:
         raise DataError(
-            f"{uri}: labels have one column each of uri and label, not so {', '.join(missing)}. "
+            f"{uri}: a label file has exactly one column each named uri and label; check {', '.join(missing)}. "
             f"Received: columns {', '.join(names) or 'none'}"
         )
 
@@ -206,7 +206,9 @@ def _check_names(uri: str, names: list[str]) -> None:
 def _text(uri: str, labels: pa.Array) -> pa.Array:
     plain = labels.dictionary_decode() if pa.types.is_dictionary(labels.type) else labels
     if not _is_label(plain.type):
-        raise DataError(f"{uri}: label holds class names (string) or numbers (integer). Received: {plain.type}")
+        raise DataError(
+            f"{uri}: the column label holds class names (string) or numbers (integer). Received: {plain.type}"
+        )
     return plain.cast(pa.string())
 
 
@@ -216,7 +218,7 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def _absolute(uris: pa.Array) -> pa.Array:
-    """As scoring names what a list names."""
+    """The URIs as scoring writes those of a list."""
     plain = pc.and_(
         pc.or_(pc.starts_with(uris, "/"), are_remote(uris)),
         pc.invert(pc.match_substring_regex(uris, "[^:]//|^//|/[.]{1,2}/|/$")),
@@ -224,7 +226,7 @@ def _absolute(uris: pa.Array) -> pa.Array:
     if pc.all(plain, skip_nulls=False).as_py():
         return uris
     if uris.null_count:
-        raise DataError("each row of the labels has a uri. Received: null")
+        raise DataError("each row of a label file has a uri. Received: null")
     return pa.array([row_of_line(uri).uri for uri in uris.to_pylist()], pa.string())
 
 
@@ -233,4 +235,4 @@ def _readable(uri: str) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as err:
-        raise DataError(f"{uri}: not a readable file of labels: {err}") from err
+        raise DataError(f"{uri}: cannot be read as a label file: {err}") from err
