@@ -153,18 +153,21 @@ def map_in_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
 ) -> Iterator[_Result]:
     """Like `map`, but in threads; at most `ahead` results wait for the consumer."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque[Future[_Result]] = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads)
+    waiting: collections.deque[Future[_Result]] = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        # Joins no thread: the garbage collector may end a generator that nobody closed, in any thread, at any moment,
+        # even while that thread holds the lock of Python's threading module that a join takes (seen as a deadlock).
+        pool.shutdown(wait=False)
 
 
 def _open(config: DataConfig) -> Source:

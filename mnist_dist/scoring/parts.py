@@ -9,7 +9,7 @@ import functools
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +113,8 @@ class Building:
                 self._keep(committed, table, old=old, replaced=manifest.read(["uri"])["uri"])
             elif committed:
                 table.removed += committed.mark.files
-            self._write(table, "", self._new_rows(manifest, shards, progress))
+            with contextlib.closing(self._new_rows(manifest, shards, progress)) as rows:
+                self._write(table, "", rows)
             if not table.files:
                 self._write_part(table, self._name("", 0), iter(()))  # an empty table needs one file for its columns
         return table
@@ -150,7 +151,9 @@ class Building:
             kept = pc.invert(pc.is_in(rows["uri"], value_set=replaced))
             yield _Rows(widened(rows, self.schema).filter(kept), group.filter(kept))
 
-    def _new_rows(self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]) -> Iterator[_Rows]:
+    def _new_rows(
+        self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]
+    ) -> Generator[_Rows, None, None]:
         if manifest.num_row_groups != shards:
             raise MnistDistError(f"{self.generation.manifest_uri} has {manifest.num_row_groups} shards, not {shards}")
         uris = [self.generation.shard_uri(shard) for shard in range(shards)]

@@ -106,7 +106,8 @@ class Trainer:
         batches = evaluation_batches(
             self.task.images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
         )
-        logits = [predictor(batch) for batch in ahead(batches)]
+        with closing(ahead(batches)) as ready:
+            logits = [predictor(batch) for batch in ready]
         return np.concatenate(logits) if logits else np.zeros((0, len(self.task.class_names)), np.float32)
 
     @property
@@ -244,8 +245,9 @@ class Trainer:
         batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
             images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
         )
-        for batch in ahead(batches):
-            sums += evaluator(batch)
+        with closing(ahead(batches)) as ready:
+            for batch in ready:
+                sums += evaluator(batch)
         loss, hits, images = sum_over_workers(self.strategy, sums)
         return {"loss": float(loss / images), "accuracy": float(hits / images)}
 
