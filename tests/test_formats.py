@@ -16,7 +16,7 @@ from mnist_dist.console import Stop
 from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines import formats
 from mnist_dist.engines.choice import EngineChoice, open_engine
-from mnist_dist.engines.conversion import Conversion
+from mnist_dist.engines.conversion import Conversion, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine, padded
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
@@ -255,3 +255,7 @@ def test_smaller_batches_are_filled_with_zeros(images: int) -> None:
     assert full.dtype == np.uint8
     np.testing.assert_array_equal(full[:images], pixels)
     assert not full[images:].any()
+
+
+def test_packages_that_are_not_installed_have_no_version() -> None:
+    assert versions_of(("numpy", "no-such-package")) == {"numpy": np.__version__}

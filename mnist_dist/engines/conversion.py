@@ -10,6 +10,7 @@ requested); preprocessing is inside. The driver loads neither Keras nor a runtim
 
 # B = batch, N = images that are compared, H = height px, W = width px, C = channels, K = classes
 
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,12 @@ def compare(reference: Probabilities, answers: Answers) -> Check:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of installed packages."""
-    return {name: metadata.version(name) for name in packages}
+    """The versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
