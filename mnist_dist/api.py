@@ -8,14 +8,13 @@ SIGINT (Ctrl-C, a notebook's stop button) saves the progress and raises `Interru
 KeyboardInterrupt.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 from mnist_dist import console
 from mnist_dist.config import ScoreJob, TrainJob
-from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.keywords import job_of, takes_fields_of
@@ -42,15 +41,11 @@ def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> Tr
         Interrupted: a signal arrived; everything is saved.
         MnistDistError: see `errors`.
     """
-    job = job_of(TrainJob, flags, base=_recipe(TRAINING_RECIPES, recipe))
+    job = job_of(TrainJob, flags, base=console.find_recipe(TRAINING_RECIPES, recipe)())
     with _shown(show, verbose=job.run.verbose) as shown:
-        if job.run.plan:
-            from mnist_dist.on_ray.training.plan import plan_train
+        from mnist_dist.commands.train import run
 
-            return TrainResult(plan_train(job, recipe=recipe, console=shown))
-        from mnist_dist.on_ray.training.train import train as run
-
-        return TrainResult(run(job, recipe=recipe, console=shown))
+        return TrainResult(run(job, recipe, shown))
 
 
 @takes_fields_of(SearchJob)
@@ -65,7 +60,7 @@ def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -
     Raises:
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
-    job = job_of(SearchJob, flags, base=_recipe(SEARCH_RECIPES, recipe))
+    job = job_of(SearchJob, flags, base=console.find_recipe(SEARCH_RECIPES, recipe)())
     with _shown(show, verbose=job.run.verbose) as shown:
         from mnist_dist.on_ray.search.search import search as run
 
@@ -89,13 +84,9 @@ def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = 
     """
     job = job_of(ScoreJob, {"bundle": bundle, "input": input, "output": output, **flags})
     with _shown(show, verbose=job.run.verbose) as shown:
-        if job.run.plan:
-            from mnist_dist.on_ray.scoring.plan import plan_score
+        from mnist_dist.commands.score import run
 
-            return ScoreResult(plan_score(job, console=shown))
-        from mnist_dist.on_ray.scoring.score import score as run
-
-        return ScoreResult(run(job, console=shown))
+        return ScoreResult(run(job, shown))
 
 
 @takes_fields_of(EvaluateJob)
@@ -137,12 +128,6 @@ def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: An
         from mnist_dist.engines.export import export_bundle
 
         return ExportResult(export_bundle(job, console=shown))
-
-
-def _recipe(recipes: "dict[str, Callable[[], Any]]", name: str) -> Any:
-    if name not in recipes:
-        raise ConfigError(f"the recipes are {', '.join(recipes)}. Received: {name!r}")
-    return recipes[name]()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ and the JSON line, the last line on stdout. `Stop` handles signals; the job poll
 
 import atexit
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
+from mnist_dist.errors import ConfigError, Interrupted, MnistDistError, suggestion
 
 log = logging.getLogger(__name__)
 
@@ -240,11 +239,7 @@ def parse(
         name = default
     else:
         name = arguments.pop(0)
-    if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"The recipes are {', '.join(recipes)}{hint}. Received: {name!r}")
-    recipe = recipes[name]
+    recipe = find_recipe(recipes, name)
     if isinstance(recipe, type):  # A job without recipes; it may have required flags.
         description = f"{recipe.__doc__}\n\n{also}" if also else None
         config = (tyro.conf.OmitArgPrefixes,)
@@ -259,6 +254,17 @@ def parse(
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return name, job
+
+
+def find_recipe(recipes: Mapping[str, Callable[..., Job]], name: str) -> Callable[..., Job]:
+    """The builder of a recipe's job.
+
+    Raises:
+        ConfigError: unknown name; the message lists all names and suggests a similar one.
+    """
+    if name not in recipes:
+        raise ConfigError(f"The recipes are {', '.join(recipes)}{suggestion(name, recipes)}. Received: {name!r}")
+    return recipes[name]
 
 
 def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
@@ -335,7 +341,9 @@ def quiet(*, verbose: bool) -> None:
         return
     _quiet_packages()
     warnings.filterwarnings("ignore")
-    _filter_native_lines()
+    lines = _Filter()
+    sys.stderr = os.fdopen(lines.original, "w", buffering=1, errors="backslashreplace")
+    lines.start()
 
 
 class _Quieted:
@@ -366,14 +374,11 @@ class _Quieted:
         _quiet_packages()
         self._undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        original, (read_end, write_end) = os.dup(STDERR), os.pipe()
+        lines = _Filter()
         if _is_stderr(sys.stderr):  # What Python itself writes need not pass the filter, and may go to a terminal.
-            file = os.fdopen(os.dup(original), "w", buffering=1, errors="backslashreplace")
+            file = os.fdopen(os.dup(lines.original), "w", buffering=1, errors="backslashreplace")
             self._undo.callback(file.close)
             self._undo.enter_context(contextlib.redirect_stderr(file))
-        os.dup2(write_end, STDERR)
-        os.close(write_end)
-        lines = _Filter(read_end, original)
         lines.start()
         self._undo.callback(lines.end, close=True)
 
@@ -384,7 +389,7 @@ quieted = _Quieted()
 def _is_stderr(file: Any) -> bool:
     try:
         return bool(file.fileno() == STDERR)
-    except (AttributeError, OSError, ValueError):  # a notebook's
+    except (AttributeError, OSError, ValueError):  # A notebook's stderr has no file descriptor.
         return False
 
 
@@ -400,27 +405,29 @@ def _quiet_packages() -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The search itself reports failed trials.
 
 
-def _filter_native_lines() -> None:
-    """Drops non-fatal log lines that Ray's C++ core writes to stderr; Ray's settings would drop its log files, too."""
-    original, (read_end, write_end) = os.dup(STDERR), os.pipe()
-    sys.stderr = os.fdopen(original, "w", buffering=1, errors="backslashreplace")
-    os.dup2(write_end, STDERR)
-    os.close(write_end)
-    _Filter(read_end, original).start()
-
-
 class _Filter(threading.Thread):
-    """Passes on what is written to file descriptor 2, except Ray's native log lines."""
+    """Passes on what is written to file descriptor 2, except non-fatal log lines of Ray's C++ core.
 
-    def __init__(self, read_end: int, original: int) -> None:
+    Ray's own settings would drop its log files, too.
+
+    Attributes:
+        original: a duplicate of file descriptor 2 as it was before.
+    """
+
+    def __init__(self) -> None:
         super().__init__(daemon=True, name="stderr")
-        self._read_end, self._original = read_end, original
+        self.original, (self._read_end, self._write_end) = os.dup(STDERR), os.pipe()
+
+    def start(self) -> None:
+        os.dup2(self._write_end, STDERR)
+        os.close(self._write_end)
+        super().start()
 
     def run(self) -> None:
         with open(self._read_end, "rb", closefd=False) as lines:
             for line in lines:
                 if not _NATIVE_LINE.match(line):
-                    os.write(self._original, line)
+                    os.write(self.original, line)
 
     def end(self, *, close: bool = False) -> None:
         """Restores file descriptor 2 once everything that was written to it is passed on.
@@ -428,11 +435,11 @@ class _Filter(threading.Thread):
         Args:
             close: also closes the file descriptors of the filter.
         """
-        os.dup2(self._original, STDERR)  # Closes the write end of the pipe, unless a child process holds it, too.
+        os.dup2(self.original, STDERR)  # Closes the write end of the pipe, unless a child process holds it, too.
         deadline = time.monotonic() + FILTER_S
         self.join(QUIET_S)
         while self.is_alive() and time.monotonic() < deadline and select.select([self._read_end], [], [], 0)[0]:
             self.join(QUIET_S)
-        if close and not self.is_alive():  # else a process that goes on has the pipe, and is listened to
+        if close and not self.is_alive():  # Otherwise a child process still writes to the pipe, and is passed on.
             os.close(self._read_end)
-            os.close(self._original)
+            os.close(self.original)

@@ -26,7 +26,8 @@ Messages name the place and what is allowed, and end in `Received: ...`. Every c
 arguments, so that pickle carries it between processes.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -147,6 +148,12 @@ class ResourceError(ConfigError):
 
 class StorageError(ConfigError):
     """The storage cannot be written or read."""
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """` (did you mean X?)` for a misspelt name, or nothing if no name is close to it."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ of its dataclass.
 """
 
 import dataclasses
-import difflib
+import functools
 import inspect
 import os
 import types
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, cast
 import msgspec
 import tyro
 
-from mnist_dist.errors import ConfigError
+from mnist_dist.errors import ConfigError, suggestion
 
 Job = TypeVar("Job")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,9 +37,8 @@ def job_of(kind: type[Job], keywords: Mapping[str, Any], *, base: Job | None = N
     names = fields_of(kind)
     for name in keywords:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"there is no argument of that name ({hint}). Received: {name!r}")
+            hint = suggestion(name, names) or f" (there are {', '.join(names)})"
+            raise ConfigError(f"there is no argument of that name{hint}. Received: {name!r}")
     return cast(Job, _filled(kind, keywords, base))
 
 
@@ -49,7 +48,7 @@ def fields_of(kind: type) -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if _is_suppressed(kind, field.name):
+        if field.name in _without_flags(kind):
             continue
         if dataclasses.is_dataclass(hint):
             fields |= fields_of(cast(type, hint))
@@ -82,7 +81,7 @@ def _filled(kind: Any, keywords: Mapping[str, Any], base: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             inner = getattr(base, name, None)
             values[name] = _filled(hint, keywords, inner)
-        elif name in keywords and not _is_suppressed(kind, name):
+        elif name in keywords and name not in _without_flags(kind):
             values[name] = _checked(name, keywords[name], hint)
         elif base is not None:
             values[name] = getattr(base, name)
@@ -92,7 +91,7 @@ def _filled(kind: Any, keywords: Mapping[str, Any], base: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Without paths, NumPy's types and lists."""
+    """The value with paths as strings, NumPy values as Python's own, and lists as tuples."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
@@ -100,10 +99,12 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
-def _is_suppressed(kind: type, name: str) -> bool:
-    """Whether a field is none of a person's: it has no flag."""
-    hint = typing.get_type_hints(kind, include_extras=True)[name]
-    return typing.get_origin(hint) is Annotated and tyro.conf.Suppress in hint.__metadata__
+@functools.cache
+def _without_flags(kind: type) -> frozenset[str]:
+    """The fields that users cannot set: tyro makes no flags of them either."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    annotated = {name: hint for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+    return frozenset(name for name, hint in annotated.items() if tyro.conf.Suppress in hint.__metadata__)
 
 
 def _is_required(field: "dataclasses.Field[Any]") -> bool:

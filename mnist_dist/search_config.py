@@ -5,7 +5,6 @@ Owns: the fields of a search, as `config.py` owns those of training and scoring.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, require
+from mnist_dist.errors import suggestion
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
@@ -153,9 +153,8 @@ class SearchJob:
         known = {space.backbone: space for space in self.space.backbones}
         weights = {name: uri for name, _, uri in (pair.partition("=") for pair in self.search.weights)}
         for name in (*self.search.backbones, *weights):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            require(name in known, f"backbones of this search are {', '.join(known)}{hint}", backbone=name)
+            names = f"{', '.join(known)}{suggestion(name, known)}"
+            require(name in known, f"backbones of this search are {names}", backbone=name)
         for name, uri in weights.items():
             require(bool(uri), "weights must be given as backbone=PATH", weights=name)
         chosen = [space for name, space in known.items() if not self.search.backbones or name in self.search.backbones]

@@ -18,7 +18,7 @@ from mnist_dist.commands import JOBS
 
 def mnist_dist_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mnist_dist", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_help_lists_the_jobs() -> None:
@@ -51,7 +51,7 @@ def test_a_job_that_does_not_exist_is_refused(arguments: tuple[str, ...], messag
 )
 def test_the_help_of_a_job_names_it_as_it_was_called(module: str, program: str) -> None:
     command = [sys.executable, "-m", *module.split(), "quickstart", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"usage: {program} ")
 
 

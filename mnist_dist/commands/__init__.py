@@ -5,14 +5,13 @@ Owns: the table of jobs and the command `mnist-dist`. Does not own: the work its
 `program` is the command as the user called it, for help texts.
 """
 
-import difflib
 import importlib
 import sys
 from typing import Any, NoReturn
 
 import mnist_dist
 from mnist_dist import console
-from mnist_dist.errors import ConfigError
+from mnist_dist.errors import ConfigError, suggestion
 
 JOBS = {
     "quickstart": "train a small classifier on the included digits and score images with it, in about a minute",
@@ -57,6 +56,5 @@ def _run(job: str, arguments: list[str], *, program: str) -> NoReturn:
 
 
 def _refuse(name: str) -> dict[str, Any]:
-    near = difflib.get_close_matches(name, JOBS, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = suggestion(name, JOBS)
     raise ConfigError(f"the jobs are {', '.join(JOBS)}{hint}; mnist-dist --help describes them. Received: {name!r}")

@@ -53,17 +53,17 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 
 
 def _what_was_made(trained: dict[str, Any], scored: dict[str, Any], *, command: str) -> str:
-    bundle, table = trained["bundle"], scored["output"]
+    bundle, output = trained["bundle"], scored["output"]
     return f"""
 Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} correct on {trained["test_images"]} unseen \
 digits, and a table with its prediction for each of {scored["images"]} images.
   {trained["report"]}       report with its metrics, for a browser
   {bundle}/model.keras       load it with plain keras.saving.load_model
   {bundle}/bundle.json       classes, metrics, versions, configuration
-  {table}/table/*.parquet       uri, status, predicted_class, confidence, probabilities, ...
+  {output}/table/*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
 Try next:
-  python -c "import mnist_dist; print(mnist_dist.read_predictions('{table}').to_pandas())"
+  python -c "import mnist_dist; print(mnist_dist.read_predictions('{output}').to_pandas())"
   {command}score --bundle {bundle} --input YOUR_IMAGES --output predictions
   {command}train mnist-cnn --data-dir FOLDER      MNIST from its idx files
   {command}train folder-mobilenet-v2 --data FOLDER      your own images, one subfolder per class

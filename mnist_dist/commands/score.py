@@ -18,20 +18,25 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=inventory.HELP)
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    if job.run.plan:
-        from mnist_dist.on_ray.scoring.plan import plan_score
-
-        return plan_score(job, console=shown)
-    from mnist_dist.on_ray.scoring.score import score  # After `quiet`: Ray reads the environment on import.
-
-    result = score(job, console=shown)
-    if not job.run.dry_run:
+    result = run(job, shown)
+    if not (job.run.plan or job.run.dry_run):
         shown.line(
             f"table: {result['output']}\n"
             f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/table/*.parquet' GROUP BY 1\"\n"
             f"  python -c \"import pandas; print(pandas.read_parquet('{result['output']}/table'))\""
         )
     return result
+
+
+def run(job: ScoreJob, shown: console.Console) -> dict[str, Any]:
+    """Scores, or forecasts if the job is a plan; returns the job's JSON keys. Ray is imported here, after `quiet`."""
+    if job.run.plan:
+        from mnist_dist.on_ray.scoring.plan import plan_score
+
+        return plan_score(job, console=shown)
+    from mnist_dist.on_ray.scoring.score import score
+
+    return score(job, console=shown)
 
 
 def show_tables(listing: inventory.ListJob) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import console, inventory
+from mnist_dist.config import TrainJob
 from mnist_dist.recipes import TRAINING_RECIPES
 
 
@@ -20,13 +21,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
+    result = run(job, recipe, shown)
     if job.run.plan:
-        from mnist_dist.on_ray.training.plan import plan_train
-
-        return plan_train(job, recipe=recipe, console=shown)
-    from mnist_dist.on_ray.training.train import train  # After `quiet`: Ray reads the environment on import.
-
-    result = train(job, recipe=recipe, console=shown)
+        return result
     shown.line(
         f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} on {result['test_images']:,} "
         f"images; {result['epochs']} epochs in {result['seconds']:.0f} s"
@@ -34,6 +31,17 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
     return result
+
+
+def run(job: TrainJob, recipe: str, shown: console.Console) -> dict[str, Any]:
+    """Trains, or forecasts if the job is a plan; returns the job's JSON keys. Ray is imported here, after `quiet`."""
+    if job.run.plan:
+        from mnist_dist.on_ray.training.plan import plan_train
+
+        return plan_train(job, recipe=recipe, console=shown)
+    from mnist_dist.on_ray.training.train import train
+
+    return train(job, recipe=recipe, console=shown)
 
 
 def show_runs(listing: inventory.ListJob) -> dict[str, Any]:

@@ -182,17 +182,15 @@ class Cache:
             ConfigError: the node's disk has too little free space; the message gives both sizes.
             PermissionError, ServiceError, StorageError: see `store.base`.
         """
-        local = self
-        if is_remote(self.storage):
-            local = replace(self, storage=str(local_dir))
-            Path(local.root).mkdir(parents=True, exist_ok=True)
-            with _node_lock(Path(local.root) / "lock"):
-                mark = self._checked_mark()
-                if not local.is_finished() or self.store.read_bytes(local._mark) != mark:
-                    self._download(Path(local.root), mark)
-                local._checked_mark()
-            return local
-        local._checked_mark()
+        if not is_remote(self.storage):
+            self._checked_mark()
+            return self
+        local = replace(self, storage=str(local_dir))
+        Path(local.root).mkdir(parents=True, exist_ok=True)
+        with _node_lock(Path(local.root) / "lock"):
+            mark = self._checked_mark()
+            if not local.is_finished() or self.store.read_bytes(local._mark) != mark:
+                self._download(Path(local.root), mark)
         return local
 
     def read(self, shard: int, columns: Sequence[str]) -> pa.Table:

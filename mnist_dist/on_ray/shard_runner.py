@@ -178,22 +178,20 @@ def run_shards(
     ray_data = SideThread(drain, name="ray-data")
     ray_data.start()
     try:
-        with session.console.progress(title) as bar:
-            session.watch(ray_data.ended, show=lambda: progress.show(bar))
+        try:
+            with session.console.progress(title) as bar:
+                session.watch(ray_data.ended, show=lambda: progress.show(bar))
+        finally:
+            given_up.set()
+            ray_data.join(GIVE_UP_S)
         if ray_data.error is not None:
             raise WorkersFailed(words_of(ray_data.error)) from ray_data.error
         if not_done := sorted(set(shards) - work.done()):
             raise markers.failure_of(not_done[0])
-    except ServiceError:
-        raise  # nothing is cleared away in a storage that does not answer
-    except (MnistDistError, OSError):
-        given_up.set()
-        ray_data.join(GIVE_UP_S)
-        markers.forget_failures()
+    except (MnistDistError, OSError) as error:
+        if not isinstance(error, ServiceError):  # A store that does not answer would only delay the error.
+            markers.forget_failures()
         raise
-    finally:
-        given_up.set()
-        ray_data.join(GIVE_UP_S)
     return Ran(reports=progress.reports, steady_images_per_s=progress.steady.images_per_s)
 
 

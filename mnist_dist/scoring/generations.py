@@ -225,7 +225,7 @@ class Output:
         return Generation(number, self._generation_uri(number), plan, self.store)
 
     def part_uri(self, name: str) -> str:
-        """Of a file of the table."""
+        """The URI of a file of the table."""
         return join(self.uri, TABLE, name)
 
     def discard(self, generation: Generation) -> None:

@@ -64,7 +64,7 @@ def _has_table(folder: Folder) -> bool:
 def _shards(generation: Generation) -> dict[str, int]:
     """The progress of a generation, in shards and rows."""
     done = generation.done_shards()
-    with Manifest(generation.manifest_uri) as manifest:
+    with Manifest(generation.manifest_uri, store=generation.store) as manifest:
         return {
             "shards_done": len(done),
             "shards": manifest.shards,

@@ -69,7 +69,7 @@ def new_rows(found: pa.Table, output: Output) -> pa.Table:
     Raises:
         FileNotFoundError, ServiceError, StorageError: see `store.base`.
     """
-    with ANYWHERE.open_binary(join(output.uri, MANIFEST)) as file:
+    with output.store.open_binary(join(output.uri, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
     return found.filter(_is_new(found, known))
 
@@ -121,7 +121,7 @@ def _bad_rows(job: ScoreJob, output: Output) -> Selection:
     names = ["uri", "status", *job.inputs.carried]
     batches = [
         batch.filter(pc.invert(pc.is_in(batch["status"], value_set=pa.array(NOT_BAD))))
-        for batch in iter_predictions(output.uri, columns=names)
+        for batch in iter_predictions(output.uri, columns=names, store=output.store)
     ]
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
     bad = bad.filter(pa.array([not is_archive(uri) for uri in bad["uri"].to_pylist()], pa.bool_()))

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from mnist_dist.errors import ServiceError
 from mnist_dist.store.base import Entry, Level, Store, names_to_upload
-from mnist_dist.store.uris import is_temporary_name, path_of, temporary_name
+from mnist_dist.store.uris import is_file_uri, is_temporary_name, path_of, temporary_name
 
 _SERVICE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -25,7 +25,7 @@ class LocalStore(Store):
 
     def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
         with _errors(uri):
-            path = path_of(uri) if uri.startswith("file:") or uri.endswith("/") else uri
+            path = path_of(uri) if is_file_uri(uri) or uri.endswith("/") else uri
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # Opening a pipe must not block.
             try:
                 status = os.fstat(descriptor)

@@ -2,7 +2,7 @@
 
 The lock is a small JSON object beside the work, created only if it does not exist. Its holder renews it. A holder that
 has been silent for 60 s, or whose process on this host is dead, loses the lock to the next driver that wants it. A
-driver can wait for a holder on another host until the holder renews the lock or has been silent long enough. Before it
+driver can wait for a holder that may be dead, until it renews the lock or has been silent long enough. Before it
 publishes anything, a driver calls `check`. Owns: the lock object. Does not own: what it protects.
 """
 
@@ -40,13 +40,9 @@ class Holder:
     @property
     def is_alive(self) -> bool:
         """Whether the holder may be working: it renewed the lock within 60 s and is no dead process of this host."""
-        if self.is_of_this_host and not _is_process(self.pid):
+        if self.host == _host() and not _is_process(self.pid):
             return False
         return time.time() - self.time < SILENCE_S
-
-    @property
-    def is_of_this_host(self) -> bool:
-        return self.host == _host()
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, last seen {time.time() - self.time:.0f} s ago"
@@ -74,7 +70,7 @@ class Lock:
     Args:
         uri: URI of the lock object.
         what: what is locked, for messages.
-        wait_s: how long to wait, s, for a holder on another host that may be dead.
+        wait_s: how long to wait, s, for a holder that may be dead.
         console: where to report the wait.
         stop: ends the wait.
         store: the store of the object.
@@ -115,7 +111,7 @@ class Lock:
             if holder.is_alive and not self._wait_until_silent(holder):
                 continue
             log.info("taking over %s from %s", self._uri, holder)
-            if holder_of(self._uri, store=self._store) == holder:  # another one who waited may have been quicker
+            if holder_of(self._uri, store=self._store) == holder:  # Another waiting driver may have been faster.
                 self._store.delete(self._uri)
         self._thread.start()
         return self
@@ -141,6 +137,7 @@ class Lock:
             if current is None:
                 return False
             if current != holder:
+                holder = current
                 break
             if not current.is_alive or time.monotonic() - began >= SILENCE_S:
                 return True

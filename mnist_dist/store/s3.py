@@ -48,7 +48,7 @@ class S3Store(Store):
         self.forget_clients()
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[()]]:
-        return S3Store, ()  # clients stay where they are
+        return S3Store, ()  # Without the clients, which belong to this process.
 
     def forget_clients(self) -> None:
         """Drops the clients, so that the next call reads the AWS settings again."""

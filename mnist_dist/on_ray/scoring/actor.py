@@ -24,7 +24,6 @@ from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
 from mnist_dist.scoring.scorer import Scorer
-from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ class ScoringWorker:
         """The manifest, opened with the first shard: it exists by then."""
         with self._lock:
             if self._manifest is None:
-                self._manifest = Manifest(self._task.generation.manifest_uri)
+                self._manifest = Manifest(self._task.generation.manifest_uri, store=self._task.generation.store)
             return self._manifest
 
     def _write(self, shard: int, rows: pa.Table, outcomes: Outcomes) -> None:
@@ -123,7 +122,7 @@ class ScoringWorker:
             scored_at=datetime.now(UTC),
             carried=rows.select(carried.names),
         )
-        with ANYWHERE.new_object(self._task.generation.shard_uri(shard)) as file:
+        with self._task.generation.store.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")
 
 
@@ -141,7 +140,7 @@ class DecodingWorker:
     def work(self, shard: int, given: None, *, attempt: Attempt, counter: "Counter") -> DecodedShard | None:
         """The decoded images; None if the actor has to decode the shard."""
         task = self._task
-        with Manifest(task.generation.manifest_uri) as manifest:
+        with Manifest(task.generation.manifest_uri, store=task.generation.store) as manifest:
             if manifest.shard_rows(shard) * task.spec.image_bytes > TASK_SHARD_BYTES:
                 return None  # a large compressed archive: the actor decodes it as a stream
             rows = manifest.read(shard)

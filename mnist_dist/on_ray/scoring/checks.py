@@ -42,7 +42,7 @@ def check_found(job: ScoreJob, table: pa.Table, output: Output, *, keep_old: boo
         ConfigError: not all nodes see the images, the images include the output, or their columns do not fit the table.
     """
     schema = prediction_schema(job.table, carried=carried_schema(table))
-    if keep_old and not fits(table_schema(output.uri), schema):
+    if keep_old and not fits(table_schema(output.uri, store=output.store), schema):
         raise ConfigError(
             f"the existing table has other columns, or columns of other types; --mode fresh makes a new table. "
             f"Received: {', '.join(schema.names)}"

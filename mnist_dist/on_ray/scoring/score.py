@@ -213,7 +213,7 @@ class Scoring:
 
     def _complete(self, unfinished: Generation) -> Committed:
         """Scores the remaining shards of a generation, and commits it."""
-        with Manifest(unfinished.manifest_uri) as manifest:
+        with Manifest(unfinished.manifest_uri, store=unfinished.store) as manifest:
             shards = manifest.shards
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
@@ -275,7 +275,7 @@ class Scoring:
         """
         generation = self.output.reserve(self._plan(None, engine))
         check_found(self.job, rows, self.output, keep_old=False, nodes=have.nodes)
-        generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size))
+        generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size, store=generation.store))
         self._score(generation, engine, actors, have)
         return self._summary(self._commit(generation))
 
@@ -361,7 +361,7 @@ class Scoring:
             total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
             most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
-        generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=size))
+        generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=size, store=generation.store))
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
@@ -383,7 +383,7 @@ class Scoring:
         from mnist_dist.on_ray.shard_runner import ShardWork, run_shards  # imported here because it loads Ray Data
 
         done = generation.done_shards()
-        with Manifest(generation.manifest_uri) as manifest:
+        with Manifest(generation.manifest_uri, store=generation.store) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
             rows_done = sum(manifest.shard_rows(shard) for shard in done)
         if not left:  # the workers of an earlier driver have finished the last shards in the meantime
@@ -425,7 +425,7 @@ class Scoring:
     # --- the table ---------------------------------------------------------------------------------------------------
 
     def _commit(self, generation: Generation) -> Committed:
-        with Manifest(generation.manifest_uri) as manifest:
+        with Manifest(generation.manifest_uri, store=generation.store) as manifest:
             shards, carried = manifest.shards, manifest.carried
         with self.session.console.progress("committing") as bar:
             return commit(
