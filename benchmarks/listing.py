@@ -61,6 +61,7 @@ PAGE_KEYS = 1_000  # S3's own limit per page.
 PART_OF_KEYS = 5  # A first listing has one key in this many, to see how memory grows.
 NEW_OF_ROWS = 10  # One shard in this many is not done; one row in this many is new.
 GROUP_ROWS = 250_000  # Rows per group of a table's manifest, about one file of the table.
+FENCE = 1  # Number of the lock under which a prepared output was made.
 GOLDEN = 0x9E3779B97F4A7C15F39CC0605CEDC835  # Odd, so that its multiples are distinct and look random.
 AFTER_ALL = chr(0x10FFFF)  # Sorts after anything that may follow a prefix.
 
@@ -238,7 +239,7 @@ def plan_resume(folder: str) -> Figures:
     """Does what `on_ray/scoring/score.py` does between taking the lock and giving Ray the shards."""
     began = time.perf_counter()
     output = Output(folder)
-    output.sweep()
+    output.sweep(fence=FENCE)
     generation = output.unfinished()
     assert generation is not None, "write_unfinished made it"
     with Manifest(generation.manifest_uri) as manifest:
@@ -263,7 +264,7 @@ def find_new(folder: str, rows: int) -> Figures:
     images = listed_table(rows // NEW_OF_ROWS, rows)
     listing_bytes = psutil.Process().memory_info().rss
     began = time.perf_counter()
-    new = new_rows(images, Output(folder))
+    new = new_rows(images, Output(folder), number=FENCE)
     return {
         "seconds": time.perf_counter() - began,
         "peak_bytes": peak_memory_bytes(),
@@ -280,7 +281,7 @@ def write_unfinished(folder: str, rows: int) -> Figures:
     images = listed_table(0, rows)
     size = choose_shard_size(rows, total_bytes=pc.sum(images["size_bytes"]).as_py())
     plan = Plan(model_id="benchmark", settings={}, mode="fresh", keep_old=False, began_at="")
-    generation = Output(folder).reserve(plan)
+    generation = Output(folder).new_generation(plan, fence=FENCE)
     generation.begin(lambda uri: write_manifest(uri, images, shard_size=size))
     rows_left = 0
     with Manifest(generation.manifest_uri) as manifest:
@@ -294,7 +295,9 @@ def write_unfinished(folder: str, rows: int) -> Figures:
 
 def write_committed(folder: str, rows: int) -> Figures:
     """Writes the manifest of a table; a comparison does not read the table itself."""
-    with pq.ParquetWriter(Path(folder) / MANIFEST, LISTED, compression="zstd") as writer:
+    path = Path(Output(folder).version_uri(FENCE, MANIFEST))
+    path.parent.mkdir(parents=True)
+    with pq.ParquetWriter(path, LISTED, compression="zstd") as writer:
         for start in range(0, rows, GROUP_ROWS):
             images = listed_table(start, min(GROUP_ROWS, rows - start))
             ok = pa.repeat(pa.scalar("ok", LISTED.field("status").type), len(images))

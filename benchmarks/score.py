@@ -42,7 +42,7 @@ from mnist_dist.console import Console
 from mnist_dist.data.steady_speed import SETTLING
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, MnistDistError
-from mnist_dist.scoring.generations import SUMMARY
+from mnist_dist.scoring.generations import SUMMARY_COPY
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
@@ -333,7 +333,7 @@ def check_ours(task: Task, count: int, ready: EngineChoice) -> dict[str, Any]:
     line = last_json(Path(task.scratch))
     if (line["images"], line["ok"]) != (count, count):
         raise MnistDistError(f"our job must score each of {count} images. Received: {line}")
-    written = json.loads(ANYWHERE.read_bytes(join(task.output, SUMMARY)))
+    written = json.loads(ANYWHERE.read_bytes(join(task.output, SUMMARY_COPY)))
     engine = {name: written[name] for name in ready.noted()}
     # If the job had checked an engine itself, the measured speeds would differ; on GPUs there is no check.
     if engine["engine_check"] not in (None, ready.noted()["engine_check"]):

@@ -1,9 +1,9 @@
 """Lists a storage: one row with state, progress and result for each run, search or prediction table.
 
-Owns: `--list` on the command line, the rows and their display, walking a storage's folders, and `run.json`, which
-distinguishes a run from a search. Does not own: the other files of a run, a search or a table (`training/runs.py`,
-`tuning/search_row.py` and `scoring/output_row.py` read them). It only reads, takes no lock and loads neither Ray nor
-TensorFlow.
+Owns: `--list` on the command line, the rows and their display, walking a storage's folders, and `run-000017.json`,
+which distinguishes a run from a search. Does not own: the other files of a run, a search or a table
+(`training/runs.py`, `tuning/search_row.py` and `scoring/output_row.py` read them). It only reads, takes no lock and
+loads neither Ray nor TensorFlow.
 
 ```
 finished     the result exists
@@ -15,8 +15,9 @@ unreadable   damaged, or access denied; the result column says why
 ```
 """
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,7 +42,9 @@ THREADS = 16  # Folders are read in parallel because a request to an object stor
 MAX_NAMES = 10_000  # Listing a folder stops here, because it may be a huge folder of images.
 TITLES = ("name", "state", "progress", "result", "touched")
 TRIALS, ATTEMPT = "trials", "attempt-"
-_RUN_FILES = {"run.json", "lock"}
+_FACTS = re.compile(r"run-(\d{6,})\.json")
+LOCK = "lock"
+"""Folder of a run or search with the objects of its lock; see `store/lock.py`."""
 _DAMAGES = (OSError, ValueError, TypeError, LookupError)  # Reading a damaged folder raises one of these.
 
 
@@ -57,7 +60,7 @@ class ListJob:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Everything that determines the result of a run or a search: `run.json`."""
+    """Everything that determines the result of a run or a search: `run-000017.json`; the number is that of the lock."""
 
     recipe: str
     settings: Mapping[str, Any]
@@ -131,9 +134,22 @@ class Folder:
             return None
         return documents.read(self.store, join(self.uri, name), kind)
 
+    def facts(self) -> RunFacts | None:
+        """The facts of the run or search; None if there are none yet.
+
+        Raises:
+            DataError: the document is damaged.
+        """
+        number = self.facts_number()
+        return self.read(facts_name(number), RunFacts) if number else None
+
+    def facts_number(self) -> int:
+        """The number of the lock under which the run or search was begun; 0: it was not."""
+        return max(facts_names(self.files).values(), default=0)
+
     def driver(self) -> Holder | None:
         """The driver that is working on the run or search, or None."""
-        return living(join(self.uri, "lock")) if "lock" in self.files else None
+        return living(join(self.uri, LOCK)) if LOCK in self.folders else None
 
 
 RowOf = Callable[[Folder], InventoryRow | None]
@@ -147,7 +163,7 @@ def living(lock_uri: str) -> Holder | None:
         DataError: the lock is damaged.
     """
     holder = holder_of(lock_uri)
-    return holder if holder is not None and holder.is_alive else None
+    return holder if holder is not None and holder.seems_alive else None
 
 
 def state_of(*, is_finished: bool, driver: Holder | None, is_saved: bool) -> State:
@@ -170,13 +186,23 @@ def is_search(folder: Folder) -> bool | None:
         return True
     if any(name.startswith(ATTEMPT) for name in folder.folders):
         return False
-    facts = folder.read("run.json", RunFacts)
+    facts = folder.facts()
     return None if facts is None else "search" in facts.settings
 
 
 def is_run(folder: Folder) -> bool:
     """Whether a folder holds a run or a search."""
-    return not _RUN_FILES.isdisjoint(folder.files)
+    return bool(folder.facts_number()) or folder.driver() is not None
+
+
+def facts_name(number: int) -> str:
+    """The name of the facts of a run that was begun under a lock of this number."""
+    return f"run-{number:06d}.json"
+
+
+def facts_names(names: Iterable[str]) -> dict[str, int]:
+    """Of the names in a folder those of facts, with their numbers; the highest number counts."""
+    return {name: int(match[1]) for name in names if (match := _FACTS.fullmatch(name))}
 
 
 # --- walking a storage -----------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.store.lock import Lock
+from mnist_dist.errors import Locked, MnistDistError, ServiceError
+from mnist_dist.store.lock import Fence, Lock
 
 POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
 
@@ -22,6 +23,12 @@ class Session:
     stop: Stop
     lock: Lock | None = None
     """Guards what the job changes; None if it changes nothing."""
+
+    @property
+    def fence(self) -> Fence:
+        """The lock, whose number names what this driver makes; see `store.lock`."""
+        assert self.lock is not None, "a job that changes nothing has no lock"
+        return self.lock.fence
 
     def check(self) -> None:
         """Checks that the work may continue.
@@ -75,10 +82,22 @@ class Session:
 
 
 @contextmanager
-def locked_session(console: Console, *, lock_uri: str, what: str, wait_s: float = 0.0) -> Iterator[Session]:
-    """A session that handles signals and holds a lock; see `Lock`."""
+def locked_session(
+    console: Console, *, lock_uri: str, what: str, wait_s: float = 0.0, above: Callable[[], int] = lambda: 0
+) -> Iterator[Session]:
+    """A session that handles signals and holds a lock; see `Lock`.
+
+    Raises:
+        Locked: see `Lock`; also in place of an error within the block, such as a file that is gone, if another driver
+            has taken over the lock.
+    """
     with (
         Stop(console) as stop,
-        Lock(lock_uri, what=what, wait_s=wait_s, console=console, stop=stop) as lock,
+        Lock(lock_uri, what=what, wait_s=wait_s, console=console, stop=stop, above=above) as lock,
     ):
-        yield Session(console=console, stop=stop, lock=lock)
+        try:
+            yield Session(console=console, stop=stop, lock=lock)
+        except (MnistDistError, OSError) as error:
+            if not isinstance(error, Locked | ServiceError):
+                lock.check()
+            raise

@@ -22,7 +22,6 @@ from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
-from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.history import Epoch
 from mnist_dist.store.anywhere import ANYWHERE, Anywhere
 
@@ -183,6 +182,10 @@ class Watched(Anywhere):
             yield file
             self._change("put", uri)
 
+    def create_bytes(self, uri: str, data: bytes) -> bool:
+        self._change("create", uri)
+        return super().create_bytes(uri, data)
+
     def move(self, source: str, target: str) -> None:
         self._change("move", target)
         super().move(source, target)
@@ -216,6 +219,8 @@ def is_alive(pid: int) -> bool:
 
 def write_spread_bundle(path: Path, *, images: Sequence[Image.Image], seed: int) -> Path:
     """A bundle of random weights, but such that these images (of `SPEC`'s size) are spread over the classes."""
+    from mnist_dist.models.classifier import build_classifier  # loads TensorFlow, which few processes need
+
     model = build_classifier(ModelConfig(backbone="cnn"), spec=SPEC, num_classes=len(CLASSES), seed=seed).model
     logits = model.get_layer("logits")
     kernel, bias = logits.get_weights()

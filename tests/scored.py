@@ -15,7 +15,7 @@ from mnist_dist.config import TableConfig
 from mnist_dist.data.images import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.scoring.generations import Description, Plan, Summary
-from mnist_dist.scoring.predictions import Mark, Outcomes, prediction_rows, prediction_schema
+from mnist_dist.scoring.predictions import MARK, Mark, Outcomes, prediction_rows, prediction_schema, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
 
 ALL = TableConfig()
@@ -43,19 +43,19 @@ def described_by(names: Sequence[str], *, bundle: str = "models/b") -> Descripti
 
 
 def write_summary(table: str, *, bundle: str, model_id: str = MODEL) -> None:
-    """A `_summary.json` that remembers a bundle."""
+    """A summary that remembers a bundle."""
     summary = Summary(
         model_id=model_id,
         settings={},
         described=described_by(("ant", "bee"), bundle=bundle),
         images_per_s=None,
-        generation=1,
+        number=1,
         rows=0,
         files=(),
         statuses={},
         examples={},
     )
-    documents.write(ANYWHERE, f"{table}/_summary.json", summary)
+    documents.write(ANYWHERE, f"{table}/_tables/000001/summary.json", summary)
 
 
 def scored_rows(
@@ -93,12 +93,17 @@ def scored_rows(
 def write_scored(folder: Path, *parts: pa.Table, model_id: str = MODEL, failed: bool = False) -> str:
     """A finished table of one file for each part; its path."""
     (folder / "table").mkdir(parents=True, exist_ok=True)
-    names = tuple(f"part-g0001-{number:05d}.parquet" for number in range(len(parts)))
+    names = tuple(f"part-000001-{number:05d}.parquet" for number in range(len(parts)))
     for name, rows in zip(names, parts, strict=True):
         pq.write_table(rows, folder / "table" / name, row_group_size=7)
     rows_of_all = sum(map(len, parts))
-    Mark(generation=1, files=names, rows=rows_of_all, model_id=model_id, failed=failed).write(str(folder))
+    write_mark(str(folder), Mark(number=1, files=names, rows=rows_of_all, model_id=model_id, failed=failed))
     return str(folder)
+
+
+def write_mark(output: str, mark: Mark) -> None:
+    """Makes a version of the table valid."""
+    documents.write(ANYWHERE, table_uri(output, mark.number, MARK), mark)
 
 
 def one_hot(codes: Sequence[int], classes: int, *, confidence: float = 0.8) -> npt.NDArray[np.float32]:

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from harness import ROOT, Recorder, run_command
-from scored import one_hot, scored_rows, write_bundle_info, write_scored
+from scored import one_hot, scored_rows, write_bundle_info, write_mark, write_scored
 
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
-from mnist_dist.scoring.predictions import Mark
+from mnist_dist.scoring.predictions import MARK, Mark, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
@@ -138,7 +138,7 @@ def test_a_report_is_written_by_whoever_is_handed_in(table: str) -> None:
 def test_tables_and_results_may_be_on_s3(s3: str) -> None:
     rows = scored_rows(URIS, one_hot(PREDICTED, 3), NAMES)
     ANYWHERE.write_bytes(f"{s3}/t/table/part", _parquet(rows))
-    Mark(generation=1, files=("part",), rows=8, model_id="m", failed=True).write(f"{s3}/t")
+    write_mark(f"{s3}/t", Mark(number=1, files=("part",), rows=8, model_id="m", failed=True))
     result, lines, _ = run(predictions=f"{s3}/t")
     assert result["accuracy"] == pytest.approx(6 / 8)
     assert result["output"] == f"{s3}/t-evaluation"
@@ -154,7 +154,7 @@ def _parquet(rows: pa.Table) -> bytes:
 
 
 def test_a_table_that_is_not_finished_is_refused(table: str) -> None:
-    (Path(table) / "_SUCCESS").unlink()
+    Path(table_uri(table, 1, MARK)).unlink()
     with pytest.raises(DataError, match="there is no prediction table"):
         run(predictions=table)
     assert not Path(f"{table}-evaluation").exists()

@@ -18,21 +18,22 @@ from scored import described_by, one_hot, plan_of, scored_rows
 
 from mnist_dist import inventory
 from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
+from mnist_dist.documents import encode
 from mnist_dist.errors import StorageError
-from mnist_dist.inventory import Folder, InventoryRow, ListJob, RunFacts, ago, rows_below
+from mnist_dist.inventory import Folder, InventoryRow, ListJob, RunFacts, ago, facts_name, facts_names, rows_below
 from mnist_dist.models.history import history_csv
 from mnist_dist.scoring.commit import commit
-from mnist_dist.scoring.generations import Generation, Output
+from mnist_dist.scoring.generations import SUMMARY, Generation, Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.output_row import DEPTH, table_row
-from mnist_dist.scoring.predictions import prediction_schema
+from mnist_dist.scoring.predictions import MARK, prediction_schema
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.lock import Lock, holder_of
+from mnist_dist.store.lock import Holder, Lock, holder_of
 from mnist_dist.store.s3_reads import FastReads
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, State, write_checkpoint
-from mnist_dist.training.runs import Run, run_row
+from mnist_dist.training.runs import Run, attempt_name, run_row
 from mnist_dist.tuning.search_row import search_row
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, TrialsOver
 
@@ -43,6 +44,8 @@ SEARCH = SearchJob(
 )
 CLASSES = ("ant", "bee", "cat")
 SHARD_SIZE = 4
+FENCE = 17
+"""Number of the lock under which runs and searches begin."""
 KILLED_DRIVER = (
     "import os, sys; from mnist_dist.store.lock import Lock; Lock(sys.argv[1], what='it').__enter__(); os._exit(9)"
 )
@@ -56,9 +59,15 @@ def leave_lock(uri: str) -> None:
     assert subprocess.run([sys.executable, "-c", KILLED_DRIVER, uri]).returncode == 9
 
 
+def leave_released_lock(run: Run) -> None:
+    """As a driver that has ended."""
+    with Lock(run.lock_uri, what=run.uri, above=run.max_number):
+        pass
+
+
 def begun_run(root: str, name: str) -> Run:
     run = Run(join(root, name))
-    run.begin(RunFacts(recipe="quickstart", settings=TRAIN.settings(), features=None, records="abc"))
+    run.begin(RunFacts(recipe="quickstart", settings=TRAIN.settings(), features=None, records="abc"), fence=FENCE)
     return run
 
 
@@ -72,12 +81,12 @@ def save_checkpoint(run: Run, scratch: Path) -> None:
     scratch.mkdir()
     arrays = [np.zeros(3, np.float32)]
     write_checkpoint(scratch, Checkpoint(state=State(step=7), weights=arrays, optimizer=arrays, best=None))
-    ANYWHERE.upload_folder(scratch, join(run.uri, run.next_attempt(), "checkpoint-000000007"), last=STATE_FILE)
+    ANYWHERE.upload_folder(scratch, join(run.uri, attempt_name(FENCE), "checkpoint-000000007"), last=STATE_FILE)
 
 
 def begun_search(root: str, name: str, job: SearchJob = SEARCH) -> Run:
     run = Run(join(root, name))
-    run.begin(RunFacts(recipe="search-digits", settings=job.settings(), features=None, records="abc"))
+    run.begin(RunFacts(recipe="search-digits", settings=job.settings(), features=None, records="abc"), fence=FENCE)
     return run
 
 
@@ -86,12 +95,12 @@ def put_trials(run: Run, *status: Status, folder: str = "trials") -> None:
     for number, word in enumerate(status):
         accuracy = None if word in ("running", "failed") else 0.9 - abs(number - 2) / 100
         trial = Trial(number=number, params={}, status=word, val_accuracy=accuracy, val_loss=1.0)
-        TrialRecords(join(run.uri, folder)).write(trial)
+        TrialRecords(join(run.uri, folder), fence=FENCE).write(trial)
 
 
 def begun_table(uri: str, *, images: int) -> tuple[Output, Generation]:
     output = Output(uri)
-    generation = output.reserve(plan_of())
+    generation = output.new_generation(plan_of(), fence=output.max_number() + 1)
     rows = manifest_rows([f"{generation.number}-{index:02d}.png" for index in range(images)])
     generation.begin(lambda to: write_manifest(to, rows, shard_size=SHARD_SIZE))
     return output, generation
@@ -115,6 +124,7 @@ def committed_table(uri: str, *, images: int, good: bool = True) -> Output:
     commit(
         output,
         generation,
+        fence=generation.number,
         shards=shards,
         schema=prediction_schema(TableConfig(), carried=pa.schema([])),
         judge=lambda counts, rows: good,
@@ -175,7 +185,8 @@ def test_a_killed_driver_is_not_at_work(root: str) -> None:
     leave_lock(join(run.uri, "lock"))
     holder = holder_of(join(run.uri, "lock"))
     assert holder is not None
-    assert not holder.is_alive
+    assert holder.is_gone
+    assert not holder.seems_alive
     assert the_run(root).state == "stopped"
 
 
@@ -183,6 +194,51 @@ def test_a_driver_that_has_only_its_lock_is_told_by_both_lists(tmp_path: Path) -
     with Lock(str(tmp_path / "runs" / "first" / "lock"), what="it"):
         assert words(the_run(str(tmp_path / "runs"))) == ("running", "", "")
         assert words(the_search(str(tmp_path / "runs"))) == ("running", "", "")
+
+
+def test_a_driver_that_has_ended_is_not_at_work(root: str) -> None:
+    run = begun_run(root, "first")
+    leave_released_lock(run)
+    assert holder_of(run.lock_uri) is None
+    assert words(the_run(root)) == ("new", "0 of 7 epochs", "")
+    assert "driver" not in the_run(root).numbers
+
+
+def test_a_lock_alone_that_was_left_is_neither_a_run_nor_a_search_nor_a_table(root: str) -> None:
+    lock = Lock(join(root, "refused", "lock"), what="it", above=lambda: 3)
+    work = Lock(join(root, "table", "_work", "lock"), what="it", above=lambda: 3)
+    with lock, work:
+        pass
+    assert rows_below(root, run_row) == []
+    assert rows_below(root, search_row) == []
+    assert rows_below(root, table_row, depth=DEPTH) == []
+
+
+def test_a_driver_that_is_not_seen_for_a_minute_is_not_at_work(root: str) -> None:
+    run = begun_run(root, "first")
+    for number, age_s, state in ((1, 10, "running"), (2, 70, "new")):
+        holder = Holder(id="other", host="elsewhere", pid=1, time=time.time() - age_s)
+        ANYWHERE.write_bytes(join(run.lock_uri, f"{number:06d}"), encode(holder))
+        assert the_run(root).state == state
+
+
+def test_of_the_facts_and_trials_of_several_drivers_the_latest_are_told(root: str) -> None:
+    search = begun_search(root, "first")
+    put_trials(search, "failed", "failed")
+    TrialRecords(join(search.uri, "trials"), fence=FENCE - 1).write(Trial(number=2, params={}, status="failed"))
+    TrialRecords(join(search.uri, "trials"), fence=FENCE + 1).write(Trial(number=0, params={}, status="running"))
+    search.write("run-000016.json", RunFacts(recipe="late", settings={}, features=None))
+    row = the_search(root)
+    assert row.numbers["recipe"] == "search-digits"
+    assert words(row) == ("stopped", "1 of 5 trials, 1 failed", "")
+
+
+def test_the_facts_with_the_highest_number_count() -> None:
+    files = ("run-000009.json", "run-1000000.json", "run-999999.json", "run.json", "run-17.json", "run-000018.json.tmp")
+    assert facts_names(files) == {"run-000009.json": 9, "run-1000000.json": 1_000_000, "run-999999.json": 999_999}
+    folder = Folder(name="first", uri="first", folders=frozenset(), files=dict.fromkeys(files, 0.0))
+    assert facts_name(folder.facts_number()) == "run-1000000.json"
+    assert folder.facts_number() == 1_000_000
 
 
 def test_a_search_is_told_from_its_begin_to_its_result(root: str) -> None:
@@ -271,7 +327,13 @@ def test_only_what_is_asked_for_is_listed_and_the_newest_first(root: str) -> Non
     put_trials(begun_search(root, "searching"), "done")
     begun_search(root, "new-search")
     committed_table(join(root, "scores"), images=5)
-    for name in ("_records/abc/run.json", ".hidden/run.json", "bundle/bundle.json", "spark/_SUCCESS", "run.json.txt"):
+    for name in (
+        "_records/abc/run-000001.json",
+        ".hidden/run-000001.json",
+        "bundle/bundle.json",
+        "spark/_SUCCESS",
+        "run-000001.json.txt",
+    ):
         ANYWHERE.write_bytes(join(root, name), b"{}")
     assert [row.name for row in rows_below(root, run_row)] == ["training"]
     assert {row.name for row in rows_below(root, search_row)} == {"searching", "new-search"}
@@ -281,7 +343,7 @@ def test_only_what_is_asked_for_is_listed_and_the_newest_first(root: str) -> Non
 def test_what_was_touched_last_comes_first(tmp_path: Path) -> None:
     for name, at in (("a", 100), ("b", 300), ("c", 200)):
         begun_run(str(tmp_path), name)
-        os.utime(tmp_path / name / "run.json", (at, at))
+        os.utime(tmp_path / name / "run-000017.json", (at, at))
     rows = rows_below(str(tmp_path), run_row)
     assert [row.name for row in rows] == ["b", "c", "a"]
     assert rows[0].values()["updated"] == "1970-01-01T00:05:00+00:00"
@@ -302,6 +364,7 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
         save_checkpoint(run, tmp_path / name)
         end_epoch(run, 7)
         run.finish({"epochs": 7, "test_accuracy": 0.97})
+        leave_released_lock(run)
     for number in range(30):
         ANYWHERE.write_bytes(f"{s3}/_records/{number}/pixels.npy", b"1")
     asked, really = [], FastReads._get
@@ -317,19 +380,19 @@ def test_listing_s3_takes_a_few_requests_a_run_and_none_for_caches(
         assert len(rows_below(s3, run_row)) == 2
     finally:
         events.unregister("before-call.s3", unique_id="count")
-    # of the storage and of each run; run.json, result.json and history.csv of each
-    assert sorted(asked) == ["ListObjectsV2"] * 3 + ["quick read"] * 6
+    # of the storage, of each run and twice of its lock; facts, result, history and lock of each
+    assert sorted(asked) == ["ListObjectsV2"] * 7 + ["quick read"] * 8
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("run.json", b"{", "run.json is not a RunFacts"),
-        ("run.json", b"{}", "missing required field `recipe`"),
+        ("run-000017.json", b"{", "run-000017.json is not a RunFacts"),
+        ("run-000017.json", b"{}", "missing required field `recipe`"),
         ("result.json", b"[1]", "result.json is not a dict"),
         ("history.csv", b"epoch\n1\n", "KeyError: 'val_accuracy'"),
         ("history.csv", b"epoch,val_accuracy\n1,much\n", "could not convert string to float"),
-        ("lock", b"\xff", "lock is not a Holder"),
+        ("lock/000018", b"\xff", "lock/000018 is not a Holder"),
     ],
 )
 def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: bytes, reason: str) -> None:
@@ -343,20 +406,20 @@ def test_a_damaged_run_is_a_row_that_says_so(root: str, name: str, content: byte
 
 def test_a_damaged_search_and_a_damaged_table_are_rows_that_say_so(tmp_path: Path) -> None:
     run = begun_search(str(tmp_path), "search")
-    ANYWHERE.write_bytes(join(run.uri, "trials", "000000.json"), b"{}")
+    ANYWHERE.write_bytes(join(run.uri, "trials", "000000-000017.json"), b"{}")
     state, _, reason = words(the_search(str(tmp_path)))
     assert state == "unreadable"
-    assert "000000.json is not a Trial" in reason
+    assert "000000-000017.json is not a Trial" in reason
     table = committed_table(str(tmp_path / "scores"), images=5)
-    ANYWHERE.write_bytes(join(table.uri, "_SUCCESS"), b"")
+    ANYWHERE.write_bytes(table.version_uri(1, MARK), b"")
     state, _, reason = words(the_table(str(tmp_path)))
     assert state == "unreadable"
-    assert "is not the mark of a prediction table" in reason
+    assert "mark.json is not a Mark" in reason
 
 
 def test_a_table_without_its_summary_is_still_a_table(tmp_path: Path) -> None:
     table = committed_table(str(tmp_path / "scores"), images=5)
-    ANYWHERE.delete(join(table.uri, "_summary.json"))
+    ANYWHERE.delete(table.version_uri(1, SUMMARY))
     assert words(the_table(str(tmp_path))) == ("finished", "generation 1", "5 rows")
 
 

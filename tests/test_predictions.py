@@ -14,17 +14,21 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from scored import write_mark
 
 import mnist_dist
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.scoring import predictions
 from mnist_dist.scoring.predictions import (
+    MARK,
+    Mark,
     Outcomes,
     iter_predictions,
     prediction_rows,
     prediction_schema,
+    read_mark,
     read_predictions,
+    table_uri,
 )
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -232,9 +236,8 @@ def test_embeddings_that_were_asked_for_are_given() -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def put_mark(root: str, files: list[str], *, name: str = "_SUCCESS", generation: int = 1) -> None:
-    failed = name == "_FAILED"
-    predictions.Mark(generation=generation, files=tuple(files), rows=0, model_id="m", failed=failed).write(root)
+def put_mark(root: str, files: list[str], *, number: int = 1, failed: bool = False) -> None:
+    write_mark(root, Mark(number=number, files=tuple(files), rows=0, model_id="m", failed=failed))
 
 
 def put_part(root: str, name: str, rows: pa.Table) -> None:
@@ -253,10 +256,10 @@ def rows() -> pa.Table:
 def root(request: pytest.FixtureRequest, tmp_path: Path, rows: pa.Table) -> str:
     """A table of 3 + 2 rows, beside files that are not its own."""
     root = str(tmp_path / "a table") if request.param == "local" else str(request.getfixturevalue("s3"))
-    put_part(root, "part-g0001-00000.parquet", rows)
-    put_part(root, "part-g0001-00001.parquet", rows.slice(1))
-    put_part(root, "part-g0009-00000.parquet", rows)
-    put_mark(root, ["part-g0001-00000.parquet", "part-g0001-00001.parquet"])
+    put_part(root, "part-000001-00000.parquet", rows)
+    put_part(root, "part-000001-00001.parquet", rows.slice(1))
+    put_part(root, "part-000009-00000.parquet", rows)
+    put_mark(root, ["part-000001-00000.parquet", "part-000001-00001.parquet"])
     return root
 
 
@@ -284,19 +287,18 @@ def test_batches_are_no_larger_than_a_row_group(root: str) -> None:
 
 
 def test_a_table_that_was_judged_bad_is_read_like_any_other(root: str, rows: pa.Table) -> None:
-    ANYWHERE.delete(join(root, "_SUCCESS"))
-    put_mark(root, ["part-g0001-00001.parquet"], name="_FAILED")
+    put_mark(root, ["part-000001-00001.parquet"], number=2, failed=True)
     assert read_predictions(root).equals(rows.slice(1))
 
 
 def test_without_a_mark_there_is_no_table(root: str) -> None:
-    ANYWHERE.delete(join(root, "_SUCCESS"))
+    ANYWHERE.delete(table_uri(root, 1, MARK))
     with pytest.raises(DataError, match=r"there is no prediction table.*Received: '.*'"):
         read_predictions(root)
-    ANYWHERE.write_bytes(join(root, "_work/lock"), b"{}")
+    ANYWHERE.write_bytes(join(root, "_work/lock/000001"), b"{}")
     with pytest.raises(DataError, match="there is no prediction table"):
         next(iter_predictions(root))
-    ANYWHERE.write_bytes(join(root, "_work/g0001/plan.json"), b"{}")
+    ANYWHERE.write_bytes(join(root, "_work/g000001/plan.json"), b"{}")
     with pytest.raises(DataError, match="is not finished: a scoring job is still running, or was stopped"):
         read_predictions(root)
 
@@ -307,19 +309,19 @@ def test_the_folder_of_the_files_leads_to_the_output(root: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"files": []}'])
-def test_the_mark_of_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "_SUCCESS").write_bytes(data)
-    with pytest.raises(DataError, match="_SUCCESS is not the mark of a prediction table"):
+def test_a_damaged_mark_is_named(tmp_path: Path, data: bytes) -> None:
+    ANYWHERE.write_bytes(table_uri(str(tmp_path), 1, MARK), data)
+    with pytest.raises(DataError, match=r"000001/mark.json is not a Mark"):
         read_predictions(tmp_path)
 
 
 def test_a_file_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
-    put_mark(str(tmp_path), ["part-g0001-00000.parquet"])
-    with pytest.raises(DataError, match=r"_SUCCESS names a file that does not exist: .*part-g0001-00000"):
+    put_mark(str(tmp_path), ["part-000001-00000.parquet"])
+    with pytest.raises(DataError, match=r"its mark names a file that does not exist: .*part-000001-00000"):
         read_predictions(tmp_path)
     (tmp_path / "table").mkdir()
-    (tmp_path / "table" / "part-g0001-00000.parquet").write_bytes(b"PAR1 but not for long")
-    with pytest.raises(DataError, match=r"part-g0001-00000.parquet: not a readable Parquet file"):
+    (tmp_path / "table" / "part-000001-00000.parquet").write_bytes(b"PAR1 but not for long")
+    with pytest.raises(DataError, match=r"part-000001-00000.parquet: not a readable Parquet file"):
         read_predictions(tmp_path)
 
 
@@ -335,16 +337,16 @@ def test_pages_that_are_damaged_are_named(tmp_path: Path, rows: pa.Table) -> Non
 
 def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows: pa.Table) -> None:
     def replace() -> None:
-        put_part(root, "part-g0002-00000.parquet", rows)
-        put_mark(root, ["part-g0002-00000.parquet"], generation=2)
-        ANYWHERE.delete(join(root, "table/part-g0001-00001.parquet"))
+        put_part(root, "part-000002-00000.parquet", rows)
+        put_mark(root, ["part-000002-00000.parquet"], number=2)
+        ANYWHERE.delete(join(root, "table/part-000001-00001.parquet"))
 
     batches = iter_predictions(root)
     next(batches)
     replace()
     with pytest.raises(DataError, match="the table was replaced while it was read; read it again"):
         list(batches)
-    put_mark(root, ["part-g0001-00001.parquet"])
+    ANYWHERE.delete(table_uri(root, 2, MARK))
 
     class Late(list[str]):
         """The columns to read; looked at by the reader between the mark and the files."""
@@ -353,18 +355,17 @@ def test_a_table_replaced_while_it_is_read_is_read_again_or_said(root: str, rows
             replace()
             return super().__iter__()
 
-    ANYWHERE.write_bytes(join(root, "table/part-g0001-00001.parquet"), b"soon gone")
-    put_part(root, "part-g0001-00001.parquet", rows.slice(1))
+    put_part(root, "part-000001-00001.parquet", rows.slice(1))
     assert read_predictions(root, columns=Late(["uri"])).equals(rows.select(["uri"]))
 
 
-def test_a_table_judged_anew_has_a_mark_all_the_time(root: str) -> None:
-    ANYWHERE.delete(join(root, "_SUCCESS"))
-    assert predictions.read_mark(root) is None
-    put_mark(root, ["x"], name="_FAILED")
-    found = predictions.read_mark(root)
+def test_the_newest_mark_counts(root: str) -> None:
+    put_mark(root, ["x"], number=17, failed=True)
+    put_mark(root, ["y"], number=9)
+    ANYWHERE.write_bytes(table_uri(root, 18, "summary.json"), b"a version that is not valid yet")
+    found = read_mark(root)
     assert found is not None
-    assert (found.failed, found.name, found.files) == (True, "_FAILED", ("x",))
+    assert (found.number, found.copy_name, found.files) == (17, "_FAILED", ("x",))
 
 
 # --- readers of others -----------------------------------------------------------------------------------------------
@@ -380,10 +381,10 @@ COLUMNS = ["uri", "status", "predicted_class", "top_k_classes", "width"]
 @pytest.fixture
 def folder(tmp_path: Path, rows: pa.Table) -> Path:
     """An output with a table of two files, beside a file of the same columns that is no part of it."""
-    names = ["part-g0001-00000.parquet", "part-g0002-kept-00000.parquet"]
+    names = ["part-000001-00000.parquet", "part-000002-kept-00000.parquet"]
     put_part(str(tmp_path), names[0], rows.slice(0, 2))
     put_part(str(tmp_path), names[1], rows.slice(2))
-    pq.write_table(rows, tmp_path / "_manifest.parquet")
+    pq.write_table(rows, tmp_path / "manifest.parquet")
     put_mark(str(tmp_path), names)
     return tmp_path
 

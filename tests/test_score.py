@@ -225,7 +225,9 @@ def assert_predicted(row: dict[str, Any], image: Any, bundle: Bundle) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files of an output, without those of its lock, which each job changes."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith("_work/lock/"))
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -317,14 +319,16 @@ def test_the_result_and_the_summary_count_the_rows(scored: Scored) -> None:
 def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:
     assert names_in(Path(scored.job.output)) == [
         "_SUCCESS",
-        "_manifest.parquet",
         "_summary.json",
-        "table/part-g0001-00000.parquet",
+        "_tables/000001/manifest.parquet",
+        "_tables/000001/mark.json",
+        "_tables/000001/summary.json",
+        "table/part-000001-00000.parquet",
     ]
     assert pq.read_table(f"{scored.job.output}/table").num_rows == 17
     assert ray.data.read_parquet(f"{scored.job.output}/table").count() == 17
     assert json.loads((Path(scored.job.output) / "_SUCCESS").read_text())["rows"] == 17
-    listed = pq.read_table(f"{scored.job.output}/_manifest.parquet")
+    listed = pq.read_table(f"{scored.job.output}/_tables/000001/manifest.parquet")
     assert listed.column_names == ["uri", "size_bytes", "etag", "status", "error"]
     assert len(listed) == 17
 
@@ -508,8 +512,14 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
     assert without_time(rows_of(table.output)) == before
 
 
+def newest_summary(table: ScoreJob) -> Path:
+    """The summary of the table, of which `_summary.json` is a copy."""
+    (path,) = (Path(table.output) / "_tables").glob("*/summary.json")
+    return path
+
+
 def test_a_setting_that_an_older_version_did_not_know_has_its_default(table: ScoreJob) -> None:
-    path = Path(table.output) / "_summary.json"
+    path = newest_summary(table)
     summary = json.loads(path.read_text())
     del summary["settings"]["table"]["top_k"]
     path.write_text(json.dumps(summary))
@@ -525,10 +535,11 @@ def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
 
 @pytest.mark.parametrize("content", [None, "{}"])
 def test_without_its_summary_a_table_is_read_but_not_resumed(table: ScoreJob, content: str | None) -> None:
-    (Path(table.output) / "_summary.json").unlink()
+    path = newest_summary(table)
+    path.unlink()
     if content is not None:
-        (Path(table.output) / "_summary.json").write_text(content)
-    with pytest.raises(DataError, match=r"_summary.json, .* is gone or damaged; --mode fresh .*Received: '.*table'"):
+        path.write_text(content)
+    with pytest.raises(DataError, match=r"summary.json, .* is gone or damaged; --mode fresh .*Received: '.*table'"):
         score(table, console=Recorder())
     assert len(rows_of(table.output)) == 17
 
@@ -861,7 +872,7 @@ def test_help_names_every_flag_with_its_default() -> None:
 
 
 def test_shards_that_an_earlier_driver_s_workers_still_put_are_left_alone(tmp_path: Path) -> None:
-    generation = Output(str(tmp_path)).reserve(plan_of())
+    generation = Output(str(tmp_path)).new_generation(plan_of(), fence=1)
     generation.begin(lambda uri: write_manifest(uri, manifest_rows(["a.png", "b.png", "c.png"]), shard_size=2))
     for shard in (0, 1):
         ANYWHERE.write_bytes(generation.shard_uri(shard), b"rows")

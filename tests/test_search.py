@@ -110,7 +110,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(tmp_path: Path, at: st
     def is_time() -> bool:
         if at == "trials":
             return len(finished_records(tmp_path)) >= 2
-        return any(tmp_path.glob("run/finalists/*/lock"))
+        return any(tmp_path.glob("run/finalists/*/lock/*"))
 
     with Command(*command(tmp_path)) as job:
         assert job.until(is_time), job.stderr()

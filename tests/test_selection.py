@@ -60,7 +60,7 @@ class Place:
     def score(self, work: Selection, bad: Mapping[str, str] | None = None) -> None:
         """Makes rows of the work, ok but for the statuses in `bad`, and commits them."""
         assert len(work.table)
-        generation = self.output.reserve(plan_of())
+        generation = self.output.new_generation(plan_of(), fence=self.output.max_number() + 1)
         generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=SHARD_SIZE))
         with Manifest(generation.manifest_uri) as manifest:
             schema = prediction_schema(self.table, carried=manifest.carried)
@@ -72,6 +72,7 @@ class Place:
         commit(
             self.output,
             generation,
+            fence=generation.number,
             shards=shards,
             schema=schema,
             judge=lambda counts, rows: True,

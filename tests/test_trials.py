@@ -49,8 +49,8 @@ def accuracy_of(number: int) -> float:
     return (number * 37 % 101 + 1) / 103
 
 
-def opened(folder: Path, *, job: SearchJob = JOB, ends_at: float = NEVER) -> Trials:
-    return Trials(job, TrialRecords(str(folder)), ends_at=ends_at)
+def opened(folder: Path, *, job: SearchJob = JOB, ends_at: float = NEVER, fence: int = 17) -> Trials:
+    return Trials(job, TrialRecords(str(folder), fence=fence), ends_at=ends_at)
 
 
 def run_one(trials: Trials) -> Trial:
@@ -66,7 +66,7 @@ def numbers(trials: Iterable[Trial]) -> list[int]:
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    records = TrialRecords(str(tmp_path / "trials"))
+    records = TrialRecords(str(tmp_path / "trials"), fence=17)
     trial = Trial(
         number=12,
         params={"backbone": "mlp", "mlp.pooling": None, "learning_rate": 0.1 + 0.2, "batch_size": 64},
@@ -82,7 +82,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     records.write(replace(trial, status="running"))
     records.write(trial)
     assert records.read() == {12: trial}
-    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["000012.json"]
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["000012-000017.json"]
 
 
 def test_records_are_read_in_the_order_of_their_numbers_and_nothing_else_is(tmp_path: Path) -> None:
@@ -91,9 +91,27 @@ def test_records_are_read_in_the_order_of_their_numbers_and_nothing_else_is(tmp_
     for number in (1_000, 2, 10):
         records.write(made(number))
         (tmp_path / "finalists" / f"{number:06d}").mkdir()  # a finalist's run lies beside its record
-        (tmp_path / "finalists" / f"{number:06d}" / "000003.json").write_text("{}")
-    (tmp_path / "finalists" / "notes.json").write_text("{}")
+        (tmp_path / "finalists" / f"{number:06d}" / "000003-000001.json").write_text("{}")
+    for name in ("notes.json", "000003.json", "000003-000017.json.tmp", ".000003-000017.json.0a1b.tmp"):
+        (tmp_path / "finalists" / name).write_text("{}")
     assert list(records.read()) == [2, 10, 1_000]
+
+
+@pytest.mark.parametrize("order", [(3, 17, 1_000_000), (1_000_000, 17, 3)])
+def test_of_each_trial_the_record_of_the_latest_driver_counts(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for fence in order:
+        TrialRecords(str(tmp_path), fence=fence).write(made(2, fence / 1e7))
+    TrialRecords(str(tmp_path), fence=3).write(made(1, 0.25))
+    found = TrialRecords(str(tmp_path), fence=17).read()
+    assert [(number, trial.val_accuracy) for number, trial in found.items()] == [(1, 0.25), (2, 0.1)]
+
+
+def test_records_of_a_search_before_this_one_do_not_count(tmp_path: Path) -> None:
+    for number, fence in ((0, 4), (1, 4), (1, 5), (2, 6)):
+        TrialRecords(str(tmp_path), fence=fence).write(made(number, fence / 10))
+    found = TrialRecords(str(tmp_path), fence=6, since=5).read()
+    assert [(number, trial.val_accuracy) for number, trial in found.items()] == [(1, 0.5), (2, 0.6)]
+    assert TrialRecords(str(tmp_path), fence=7, since=7).read() == {}
 
 
 def test_the_best_is_the_max_accurate_then_of_min_loss_then_the_first() -> None:
@@ -152,10 +170,10 @@ def test_a_trial_that_ends_is_recorded_with_what_it_found(tmp_path: Path) -> Non
 def test_an_epoch_is_known_but_not_recorded(tmp_path: Path) -> None:
     trials = opened(tmp_path)
     trials.next()
-    before = (tmp_path / "000000.json").read_bytes()
+    before = (tmp_path / "000000-000017.json").read_bytes()
     trials.note(0, report(0.5, finished=False, epochs=1))
     assert (trials.known[0].val_accuracy, trials.known[0].status) == (0.5, "running")
-    assert (tmp_path / "000000.json").read_bytes() == before
+    assert (tmp_path / "000000-000017.json").read_bytes() == before
 
 
 def test_nothing_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
@@ -205,7 +223,21 @@ def test_a_new_driver_runs_what_was_unfinished_again_and_nothing_that_was_finish
     assert [trial and trial.number for trial in begun] == [1, 4, 6]
     assert [trial.params for trial in begun[:2] if trial] == [proposed[1], proposed[4]]
     assert {name: (tmp_path / name).read_bytes() for name in finished} == finished
-    assert finished.keys() == {"000000.json", "000002.json", "000003.json", "000005.json"}
+    assert finished.keys() == {"000000-000017.json", "000002-000017.json", "000003-000017.json", "000005-000017.json"}
+
+
+def test_a_driver_that_comes_late_changes_nothing_for_the_next_one(tmp_path: Path) -> None:
+    late = opened(tmp_path, fence=3)
+    for _ in range(2):
+        late.next()
+    trials = opened(tmp_path, fence=4)
+    assert [trial and trial.number for trial in (trials.next(), trials.next())] == [0, 1]
+    trials.end(0, report(0.75))
+    late.end(0, report(0.25))
+    late.end(1, report(0.0, error="the loss is no number"))
+    assert TrialRecords(str(tmp_path)).read() == trials.known
+    again = opened(tmp_path, fence=5)
+    assert (again.next(), again.known[0].val_accuracy) == (trials.known[1], 0.75)
 
 
 @pytest.mark.parametrize("killed_after", [0, 5, 12])
@@ -269,10 +301,10 @@ def test_a_record_that_cannot_be_written_ends_the_search_and_is_run_again(tmp_pa
     trials = opened(tmp_path)
     for _ in range(2):
         trials.next()
-    (tmp_path / "000001.json").unlink()
-    (tmp_path / "000001.json").mkdir()
-    (tmp_path / "000001.json" / "in the way").touch()
-    with pytest.raises(Exception, match=r"000001\.json"):
+    (tmp_path / "000001-000017.json").unlink()
+    (tmp_path / "000001-000017.json").mkdir()
+    (tmp_path / "000001-000017.json" / "in the way").touch()
+    with pytest.raises(Exception, match=r"000001-000017\.json"):
         trials.end(1, report(0.5))
     assert trials.stopped
     assert trials.error is not None

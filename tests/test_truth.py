@@ -15,6 +15,7 @@ from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
 from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_truth, folder_names
 from mnist_dist.scoring.commit import table_metadata
+from mnist_dist.scoring.predictions import MARK, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute
 
@@ -100,7 +101,7 @@ def test_another_bundle_or_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     table = write_scored(tmp_path / "t", some_rows())
-    (Path(table) / "_SUCCESS").unlink()
+    Path(table_uri(table, 1, MARK)).unlink()
     with pytest.raises(DataError, match="there is no prediction table"):
         open_table(table, bundle=None)
 

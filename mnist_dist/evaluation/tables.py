@@ -15,13 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist import documents
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.models.bundle import BundleInfo, read_bundle_info
-from mnist_dist.scoring.generations import SUMMARY, Summary
+from mnist_dist.scoring.generations import Output, Summary
 from mnist_dist.scoring.predictions import METADATA_KEY, iter_predictions, read_mark, table_schema
-from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import absolute, join
+from mnist_dist.store.uris import absolute
 
 # n = rows of a batch, K = classes
 
@@ -205,10 +203,13 @@ def _names_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
 
 
 def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
-    """What `_summary.json` says, and the `bundle.json` of the model that it names; None where they are gone."""
+    """The summary of the table, and the `bundle.json` of the model that it names; None where they are gone."""
     summary = None
     try:
-        summary = documents.read(ANYWHERE, join(root, SUMMARY), Summary)
+        committed = Output(root).committed()
+        summary = committed.summary if committed is not None else None
+        if summary is None:
+            return None, None
         info = read_bundle_info(summary.described.bundle)
     except (OSError, MnistDistError) as err:  # nothing that anybody asked for
         log.info("%s: its provenance cannot be read: %s", root, err)

@@ -3,12 +3,19 @@
 Owns: the order in which the table changes. Does not own: the folder (`generations`), the files (`parts`), or the lock,
 which the caller holds.
 
-A driver that dies leaves either the old table, or a `commit.json` from which the next driver resumes (`replay`).
+1. The new files are built beside the table, under names with the number of the driver's lock.
+2. `commit.json` is put if it is absent: the decision. Whoever comes next finishes this one, whichever driver made it.
+3. The copies of the old mark are deleted, and the files are moved into their places.
+4. `mark.json` of the new version is put if it is absent. From here on, this is the table.
+5. Sweeping deletes what the mark does not name and writes the copies.
+
+A driver that dies leaves either the old table, or a `commit.json` from which the next driver resumes (`replay`). A
+driver that was suspended anywhere in between and wakes up when another has taken over finds its files gone, or repeats
+a step of a decision that is published already, or puts a mark with a lower number: the newest table stays as it is.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -18,7 +25,6 @@ from mnist_dist import documents
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring.generations import (
     MANIFEST,
-    PART,
     SUMMARY,
     Committed,
     Description,
@@ -28,18 +34,11 @@ from mnist_dist.scoring.generations import (
     Summary,
 )
 from mnist_dist.scoring.parts import PART_BYTES, Building
-from mnist_dist.scoring.predictions import (
-    FAILED,
-    METADATA_KEY,
-    SUCCESS,
-    Mark,
-    read_mark,
-)
+from mnist_dist.scoring.predictions import MARK, METADATA_KEY, Mark, read_mark
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 THREADS = 8  # They move files; on object stores a request mostly waits.
-_LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY)})\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,6 @@ class _Decision:
     """The contents of `commit.json`: everything that is needed to finish the commit."""
 
     add: tuple[str, ...]
-    remove: tuple[str, ...]
     mark: Mark
     summary: Summary
 
@@ -56,6 +54,7 @@ def commit(
     output: Output,
     generation: Generation,
     *,
+    fence: int,
     shards: int,
     schema: pa.Schema,
     judge: Callable[[Mapping[str, int], int], bool],
@@ -70,6 +69,7 @@ def commit(
     Args:
         output: the folder of the table.
         generation: the generation whose shards become rows.
+        fence: number of the lock, which names the new version of the table.
         shards: the number of its shards.
         schema: the schema of the table.
         judge: takes the rows by status and the total number of rows; returns whether the table is good enough.
@@ -86,18 +86,15 @@ def commit(
         DataError, PermissionError, ServiceError, StorageError: the storage or the old table cannot be used.
     """
     if not generation.is_committing:
-        check()  # building deletes the files of an earlier attempt, which must not be another driver's
         described = schema.with_metadata(table_metadata(description, generation.plan))
-        building = Building(output, generation, schema=described, part_bytes=part_bytes)
+        building = Building(output, generation, fence=fence, schema=described, part_bytes=part_bytes)
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
-        counts = table.counts()
-        plan, files = generation.plan, tuple(table.files)
+        counts, plan = table.counts(), generation.plan
         decision = _Decision(
             add=tuple(table.added),
-            remove=tuple(table.removed),
             mark=Mark(
-                generation=generation.number,
-                files=files,
+                number=fence,
+                files=tuple(table.files),
                 rows=table.rows,
                 model_id=plan.model_id,
                 failed=not judge(counts, table.rows),
@@ -106,15 +103,15 @@ def commit(
                 **{field.name: getattr(plan, field.name) for field in fields(Origin)},
                 described=description,
                 images_per_s=images_per_s,
-                generation=generation.number,
+                number=fence,
                 rows=table.rows,
-                files=files,
+                files=tuple(table.files),
                 statuses=counts,
                 examples=table.examples,
             ),
         )
         check()
-        documents.write(output.store, generation.commit_uri, decision)
+        output.store.create_bytes(generation.commit_uri, documents.encode(decision))
     return replay(output, generation, check=check)
 
 
@@ -132,86 +129,92 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
         Locked: see `check`.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
+    check()
     decision = documents.read(output.store, generation.commit_uri, _Decision)
+    committed = Committed(mark=decision.mark, summary=decision.summary)
     mark = read_mark(output.uri, store=output.store)
-    if mark is None or mark.generation != decision.mark.generation:  # otherwise only sweeping is left
+    if mark is None or mark.number < decision.mark.number:  # otherwise only sweeping is left
         _publish(output, generation, decision, check=check)
-    output.sweep_published()
-    return Committed(mark=decision.mark, summary=decision.summary)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resumed:
-    """What `resume` did with unfinished work in an output."""
-
-    committed: Committed | None = None
-    """The table, if this job's own generation was committed."""
-    discarded: int = 0
-    """Number of another job's generation that was deleted, whose workers may still write; 0: none."""
+    check()
+    output.sweep_after(committed)
+    return committed
 
 
 def resume(
     output: Output,
     *,
+    fence: int,
     is_mine: Callable[[Generation], bool],
     complete: Callable[[Generation], Committed],
     check: Callable[[], None],
-) -> Resumed:
+) -> Committed | None:
     """Sweeps what killed drivers left in an output, then finishes the work that was begun there.
+
+    Returns the table if this job's own generation was committed, else None.
 
     A commit that has begun is replayed, whichever job began it, because the table before it is gone. An unfinished
     generation is completed if it belongs to this job, and discarded if it belongs to another.
 
     Args:
         output: the output; the caller holds its lock.
+        fence: number of the lock.
         is_mine: whether a generation belongs to this job; raises if it belongs to another and must be kept.
         complete: scores the remaining shards of a generation, and commits it.
         check: raises Locked when another driver has taken over the lock.
     """
-    output.sweep()
+    output.sweep(fence=fence)
     unfinished = output.unfinished()
     if unfinished is None:
-        return Resumed()
+        return None
     is_own = is_mine(unfinished)
     if unfinished.is_committing:
         committed = replay(output, unfinished, check=check)
-        return Resumed(committed=committed if is_own else None)
+        return committed if is_own else None
     if is_own:
-        return Resumed(committed=complete(unfinished))
+        return complete(unfinished)
     check()
     output.discard(unfinished)
-    return Resumed(discarded=unfinished.number)
+    return None
 
 
-def rejudge(output: Output, committed: Committed, *, ok: bool) -> Committed:
-    """Marks a table as good or failed without scoring. Can be repeated after it was killed midway."""
-    mark = replace(committed.mark, failed=not ok)
-    mark.write(output.uri, store=output.store)  # before the other mark is deleted: a table without a mark is lost
-    output.store.delete(join(output.uri, SUCCESS if mark.failed else FAILED))
-    return replace(committed, mark=mark)
+def rejudge(output: Output, committed: Committed, *, fence: int, ok: bool, check: Callable[[], None]) -> Committed:
+    """Marks a table as good or failed without scoring: a new version with the same files.
+
+    Args:
+        output: the output; the caller holds its lock.
+        committed: its table, whose summary must exist.
+        fence: number of the lock.
+        ok: whether the table is good.
+        check: raises Locked when another driver has taken over the lock.
+    """
+    manifest = output.version_uri(committed.mark.number, MANIFEST)
+    output.store.write_bytes(output.version_uri(fence, MANIFEST), output.store.read_bytes(manifest))
+    rejudged = Committed(
+        mark=replace(committed.mark, number=fence, failed=not ok),
+        summary=committed.summary and replace(committed.summary, number=fence),
+    )
+    check()
+    _put_version(output, rejudged)
+    check()
+    output.sweep_after(rejudged)
+    return rejudged
 
 
 def _publish(output: Output, generation: Generation, decision: _Decision, *, check: Callable[[], None]) -> None:
+    output.delete_copies()
+    number = decision.mark.number
+    targets = {name: output.part_uri(name) for name in decision.add}
+    targets[MANIFEST] = output.version_uri(number, MANIFEST)
+    _move_all(targets, generation.out_uri(number), output.store)
     check()
-    for name in (SUCCESS, FAILED):  # readers see no table until the new mark is written
-        output.store.delete(join(output.uri, name))
-    targets = {name: output.part_uri(name) for name in decision.add} | {MANIFEST: join(output.uri, MANIFEST)}
-    _move_all(targets, generation.out_uri, output.store)
-    for uri in sorted({*map(output.part_uri, decision.remove), *_orphans(output, decision)}):
-        output.store.delete(uri)
-    documents.write(output.store, join(output.uri, SUMMARY), decision.summary)
-    check()
-    decision.mark.write(output.uri, store=output.store)
+    _put_version(output, Committed(mark=decision.mark, summary=decision.summary))
 
 
-def _orphans(output: Output, decision: _Decision) -> Iterator[str]:
-    """Files that no table names: of generations whose `_work` was deleted, and of writes that were killed."""
-    for name in output.names():
-        match = PART.fullmatch(name)
-        is_part = match is not None and int(match[1]) <= decision.mark.generation
-        is_named = name.rpartition("/")[2] in decision.mark.files
-        if (is_part and not is_named) or _LEFT_BY_KILLED.fullmatch(name):
-            yield join(output.uri, name)
+def _put_version(output: Output, committed: Committed) -> None:
+    """Makes a version of the table valid, whose manifest and files are in their places."""
+    number = committed.mark.number
+    documents.write(output.store, output.version_uri(number, SUMMARY), committed.summary)
+    output.store.create_bytes(output.version_uri(number, MARK), documents.encode(committed.mark))
 
 
 def _move_all(targets: Mapping[str, str], source: str, store: Store) -> None:

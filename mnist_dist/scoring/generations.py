@@ -7,18 +7,24 @@ generations. Does not own: the contents of a row (`predictions`), what is scored
 ```
 <output>/
   table/                         the table and nothing else:
-    part-g0002-00000.parquet     new rows of generation 2; kept older ones: part-g0002-kept-00000.parquet
-  _manifest.parquet              uri, size_bytes, etag, status, error of every row; one row group per file, in order
-  _summary.json  _SUCCESS        (or _FAILED)
-  _work/lock
-  _work/g0003/                   a generation: a first run, an increment, a retry or a fresh start
+    part-000017-00000.parquet    new rows; kept older ones of rewritten files: part-000017-kept-00000.parquet
+  _tables/000017/                the newest version of the table; older ones are deleted
+    manifest.parquet             uri, size_bytes, etag, status, error of every row; one row group per file, in order
+    summary.json  mark.json      how it was made; its files. mark.json comes last and makes the version valid
+  _SUCCESS  _summary.json        copies of mark.json (or _FAILED) and summary.json, for people and other tools
+  _work/lock/000017              see `store/lock.py`
+  _work/g000016/                 a generation: a first run, an increment, a retry or a fresh start
     manifest.parquet  plan.json  what to score, and how; plan.json comes last and makes the generation valid
     *.begun  *.error             how often a shard was begun, what ended it (`data/markers.py`)
     shard-000007.parquet         rows of a finished shard
-    out/  commit.json            what to publish; once commit.json exists, the commit will be finished
+    out-000017/                  the new files of the table, built by the driver with lock 17
+    commit.json                  what to publish; once it exists, the commit will be finished
 ```
 
-A generation is published if the mark has its number or a higher one; what is left of its folder is debris.
+**Every number is that of a lock**: a generation has the number of the driver that began it, a version of the table and
+its files that of the driver that decided on it. So no two drivers ever make the same name, and a driver that wakes up
+after it has lost the lock knows only names that its successor does not need. A generation is published if the newest
+mark has its number or a higher one; what is left of its folder is debris.
 """
 
 import re
@@ -33,20 +39,28 @@ from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
     FAILED,
     LOCK,
+    SUCCESS,
     TABLE,
+    TABLES,
     WORK,
     Mark,
     read_mark,
+    table_uri,
 )
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
 
-MANIFEST, SUMMARY = "_manifest.parquet", "_summary.json"
+MANIFEST, SUMMARY = "manifest.parquet", "summary.json"
+SUMMARY_COPY = f"_{SUMMARY}"
 _PLAN = "plan.json"
 _GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
-PART = re.compile(rf"{TABLE}/part-g(\d+)-(?:kept-)?\d+\.parquet")
+_PART = re.compile(rf"{TABLE}/part-(\d+)-(?:kept-)?\d+\.parquet")
+_VERSION = re.compile(rf"{TABLES}/(\d+)/.*")
+_LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY_COPY)})\.[0-9a-f]+\.tmp")
+
+_NUMBERED = (_GENERATION, _PART, _VERSION)
 
 Mode = Literal["continue", "incremental", "fresh"]
 
@@ -99,11 +113,11 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Origin):
-    """`_summary.json`: a description of the table, for people and for the next job."""
+    """`summary.json`: a description of the table, for people and for the next job."""
 
     described: Description
     images_per_s: float | None
-    generation: int
+    number: int
     rows: int
     files: tuple[str, ...]
     statuses: dict[str, int]
@@ -134,9 +148,9 @@ class Generation:
     def manifest_uri(self) -> str:
         return join(self.uri, "manifest.parquet")
 
-    @property
-    def out_uri(self) -> str:
-        return join(self.uri, "out")
+    def out_uri(self, fence: int) -> str:
+        """The folder in which one driver builds the new files of the table."""
+        return join(self.uri, f"out-{fence:06d}")
 
     @property
     def commit_uri(self) -> str:
@@ -184,13 +198,18 @@ class Output:
         """The complete table; None if there is none.
 
         Raises:
-            DataError: the `_SUCCESS` or `_FAILED` in the folder is not the mark of a prediction table.
+            DataError: the mark is damaged, or the folder holds a table that something else has written.
         """
         mark = read_mark(self.uri, store=self.store)
         if mark is None:
+            if self.store.exists(join(self.uri, SUCCESS)):
+                raise DataError(
+                    f"{join(self.uri, SUCCESS)} is not the mark of a prediction table; choose another folder for the "
+                    f"output. Received: {self.uri!r}"
+                )
             return None
         try:
-            summary = documents.read(self.store, join(self.uri, SUMMARY), Summary)
+            summary = documents.read(self.store, self.version_uri(mark.number, SUMMARY), Summary)
         except (FileNotFoundError, DataError):  # deleted or damaged by hand; reading the table does not need it
             summary = None
         return Committed(mark=mark, summary=summary)
@@ -212,21 +231,27 @@ class Output:
         except DataError as err:
             raise DataError(f"{err}; delete this unfinished generation to start it again: {uri}") from err
 
-    def reserve(self, plan: Plan, *, above: int = 0) -> Generation:
-        """A new generation with an unused number; it becomes valid with `begin`.
+    def new_generation(self, plan: Plan, *, fence: int) -> Generation:
+        """The generation of the driver that holds the lock `fence`; it becomes valid with `begin`.
 
         Args:
             plan: what must stay the same when the generation is resumed.
-            above: number of a discarded generation whose workers may still write; it is not used again.
+            fence: number of the lock; a driver begins one generation at most.
         """
-        self.sweep()
-        parts = (int(match[1]) for name in self.names(TABLE) if (match := PART.fullmatch(name)))
-        number = max([above, self._published(), *self._generations(), *parts]) + 1
-        return Generation(number, self._generation_uri(number), plan, self.store)
+        return Generation(fence, self._generation_uri(fence), plan, self.store)
+
+    def max_number(self) -> int:
+        """The highest number in any name here; 0: there is none."""
+        numbers = [int(match[1]) for name in self.names() for kind in _NUMBERED if (match := kind.match(name))]
+        return max(numbers, default=0)
 
     def part_uri(self, name: str) -> str:
         """The URI of a file of the table."""
         return join(self.uri, TABLE, name)
+
+    def version_uri(self, number: int, name: str) -> str:
+        """The URI of a file that describes a version of the table."""
+        return table_uri(self.uri, number, name)
 
     def discard(self, generation: Generation) -> None:
         """Deletes a generation and its finished shards.
@@ -238,22 +263,62 @@ class Output:
             raise MnistDistError(f"a commit that has begun must be finished first. Received: {generation.uri!r}")
         self._delete(generation.number)
 
-    def sweep(self) -> None:
-        """Deletes what killed drivers left: published generations, generations without a plan, a second mark."""
-        self.sweep_published()
-        mark = read_mark(self.uri, store=self.store)
-        if mark is not None and not mark.failed:  # `rejudge` was killed between its two steps
-            self.store.delete(join(self.uri, FAILED))
+    # --- sweeping ----------------------------------------------------------------------------------------------------
+
+    def sweep(self, *, fence: int) -> None:
+        """Makes the folder agree with the newest mark: deletes what killed or late drivers left, renews the copies.
+
+        A driver that comes to this late does no harm: every name that it deletes has a number that is not in use any
+        more, and the copies are renewed by whoever comes next.
+
+        Args:
+            fence: number of the lock. Generations of later drivers may lack their plan because they are just beginning.
+        """
+        committed = self.committed()
         for number, names in self._generations().items():
-            if _PLAN not in names:
+            if _PLAN not in names and number < fence:
+                self._delete(number)
+        if committed is not None:
+            self.sweep_after(committed)
+
+    def sweep_after(self, committed: Committed) -> None:
+        """Deletes everything that a version of the table has replaced, and writes the copies."""
+        self._delete_unnamed(committed.mark)
+        self._write_copies(committed)
+        for number in sorted(self._generations()):
+            if number <= committed.mark.number:
                 self._delete(number)
 
-    def sweep_published(self) -> None:
-        """Deletes published generations. This is harmless even if the driver has just lost the lock."""
-        published = self._published()
-        for number in sorted(self._generations()):
-            if number <= published:
-                self._delete(number)
+    def _delete_unnamed(self, mark: Mark) -> None:
+        """Deletes older versions of the table, its files that the mark does not name, and files of killed writes."""
+        for name in list(self.names()):
+            part, version = _PART.fullmatch(name), _VERSION.fullmatch(name)
+            is_part = part is not None and int(part[1]) <= mark.number
+            is_named = name.rpartition("/")[2] in mark.files
+            is_older = version is not None and int(version[1]) < mark.number
+            if (is_part and not is_named) or is_older or _LEFT_BY_KILLED.fullmatch(name):
+                self.store.delete(join(self.uri, name))
+
+    def _write_copies(self, committed: Committed) -> None:
+        """Writes the copies of the mark and the summary for other tools, unless they exist."""
+        mark = committed.mark
+        self._write_copy(SUMMARY_COPY, committed.summary)
+        self._write_copy(mark.copy_name, mark)
+        self.store.delete(join(self.uri, SUCCESS if mark.failed else FAILED))
+
+    def delete_copies(self) -> None:
+        """Deletes the copies of the mark, so that other tools wait until the table is complete again."""
+        for name in (SUCCESS, FAILED):
+            self.store.delete(join(self.uri, name))
+
+    def _write_copy(self, name: str, document: Mark | Summary | None) -> None:
+        uri, data = join(self.uri, name), documents.encode(document)
+        try:
+            if document is None or self.store.read_bytes(uri) == data:
+                return
+        except FileNotFoundError:
+            pass
+        self.store.write_bytes(uri, data)
 
     def _delete(self, number: int) -> None:
         uri = self._generation_uri(number)
@@ -262,10 +327,10 @@ class Output:
 
     def _published(self) -> int:
         mark = read_mark(self.uri, store=self.store)
-        return mark.generation if mark else 0
+        return mark.number if mark else 0
 
     def _generation_uri(self, number: int) -> str:
-        return join(self.uri, WORK, f"g{number:04d}")
+        return join(self.uri, WORK, f"g{number:06d}")
 
     def _generations(self) -> dict[int, set[str]]:
         """Number of a generation -> the names in its folder."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnist_dist.inventory import Folder, InventoryRow, State, driver_values, living
-from mnist_dist.scoring.generations import MANIFEST, SUMMARY, Committed, Generation, Output
+from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.manifest import Manifest
-from mnist_dist.scoring.predictions import NOT_BAD, WORK
+from mnist_dist.scoring.predictions import NOT_BAD, TABLES, WORK
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.lock import Holder
 from mnist_dist.store.uris import join
@@ -22,11 +22,11 @@ def table_row(folder: Folder) -> InventoryRow | None:
         OSError, ValueError, TypeError, LookupError: the folder is damaged.
         ServiceError: the storage failed.
     """
-    has_work = WORK in folder.folders and not _is_empty(join(folder.uri, WORK))
-    if not has_work and not _has_table(folder):
-        return None
-    output = Output(folder.uri)
-    driver = living(output.lock_uri) if has_work else None
+    output, work = Output(folder.uri), _names_of_work(folder)
+    has_work = any(name.startswith("g") for name in work)
+    driver = living(output.lock_uri) if work else None
+    if TABLES not in folder.folders and not has_work and driver is None:
+        return None  # at most a lock, which a refused command left
     committed, unfinished = output.committed(), output.unfinished() if has_work else None
     shards = _shards(unfinished) if unfinished is not None else None
     return InventoryRow(
@@ -45,20 +45,14 @@ def table_row(folder: Folder) -> InventoryRow | None:
     )
 
 
-def _is_empty(uri: str) -> bool:
-    """Whether a folder is empty: on a disk, a refused command leaves an empty one."""
-    level = ANYWHERE.list_level(uri)
-    return not level.folders and not level.files
+def _names_of_work(folder: Folder) -> tuple[str, ...]:
+    """The names of the folders in `_work`: the lock, and the generations that are not swept."""
+    return ANYWHERE.list_level(join(folder.uri, WORK)).folders if WORK in folder.folders else ()
 
 
 def _work_folders(folder: Folder, unfinished: Generation | None) -> list[str]:
     """The folders that a driver writes to."""
     return [WORK] if unfinished is None else [WORK, unfinished.uri.removeprefix(f"{folder.uri}/")]
-
-
-def _has_table(folder: Folder) -> bool:
-    """Whether file names show a table; `_SUCCESS` does not, because other tools write it, too."""
-    return any(name in (MANIFEST, SUMMARY) for name in folder.files)
 
 
 def _shards(generation: Generation) -> dict[str, int]:
@@ -82,7 +76,7 @@ def _state(committed: Committed | None, shards: Mapping[str, int] | None, *, dri
 
 
 def _number(committed: Committed | None, unfinished: Generation | None) -> int | None:
-    return unfinished.number if unfinished is not None else committed.mark.generation if committed is not None else None
+    return unfinished.number if unfinished is not None else committed.mark.number if committed is not None else None
 
 
 def _counts(committed: Committed | None) -> dict[str, Any]:

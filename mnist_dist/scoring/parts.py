@@ -1,6 +1,6 @@
 """Builds the files of the next table, next to the current one.
 
-Owns: the files of the table and `_manifest.parquet` in the `out` of a generation: which old files are kept, which are
+Owns: the files of the table and its manifest in the `out` folder of a driver: which old files are kept, which are
 rewritten without the replaced rows, and which are new. Does not own: publishing them (`commit`).
 """
 
@@ -33,7 +33,7 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 PART_BYTES = 128 * 2**20  # few files for 10 million rows, yet enough to read them in parallel
-PART_ROWS = 1_000_000  # per file, because its rows of `_manifest.parquet` are in memory at once
+PART_ROWS = 1_000_000  # per file, because its rows of the manifest are in memory at once
 ROW_GROUP_BYTES = 32 * 2**20  # in memory; narrow rows then come in groups about as large as readers expect
 EXAMPLES = 3  # rows per status that the summary shows
 _READ_THREADS = 8  # on object stores a request mostly waits
@@ -46,13 +46,13 @@ LISTED = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""The columns of `_manifest.parquet`; size and etag come from reading, else from the listing."""
+"""The columns of the table's manifest; size and etag come from reading, else from the listing."""
 
 _SOURCE_COLUMNS = ("uri", "size_bytes", "etag")
 
 
 class _Rows(NamedTuple):
-    """Rows of the table, and the same rows in the form of `_manifest.parquet`."""
+    """Rows of the table, and the same rows in the form of the table's manifest."""
 
     rows: pa.Table
     listed: pa.Table
@@ -65,13 +65,12 @@ class NewTable:
     listing: pq.ParquetWriter
     files: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
     rows: int = 0
     examples: dict[str, list[Example]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     def note(self, name: str, listed: pa.Table) -> None:
-        """Adds a file to the table, with its rows as they stand in `_manifest.parquet`."""
+        """Adds a file to the table, with its rows as they stand in the manifest."""
         self.files.append(name)
         self.rows += len(listed)
         self.listing.write_table(listed, row_group_size=max(len(listed), 1))
@@ -93,15 +92,15 @@ class NewTable:
 
 @dataclass(frozen=True)
 class Building:
-    """Writes the files of the next table into the `out` of a generation; files of an earlier attempt are deleted."""
+    """Writes the files of the next table into the `out` folder of one driver."""
 
     output: Output
     generation: Generation
+    fence: int = field(kw_only=True)
     schema: pa.Schema = field(kw_only=True)
     part_bytes: int = field(kw_only=True)
 
     def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
-        self.output.store.delete_tree(self.generation.out_uri)
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             file = stack.enter_context(self._new_file(MANIFEST))
@@ -109,10 +108,9 @@ class Building:
             manifest = stack.enter_context(_parquet(self.output.store, self.generation.manifest_uri, scratch / "new"))
             committed = self.output.committed()
             if committed and keep_old:
-                old = stack.enter_context(_parquet(self.output.store, join(self.output.uri, MANIFEST), scratch / "old"))
+                listed = self.output.version_uri(committed.mark.number, MANIFEST)
+                old = stack.enter_context(_parquet(self.output.store, listed, scratch / "old"))
                 self._keep(committed, table, old=old, replaced=manifest.read(["uri"])["uri"])
-            elif committed:
-                table.removed += committed.mark.files
             with contextlib.closing(self._new_rows(manifest, shards, progress)) as rows:
                 self._write(table, "", rows)
             if not table.files:
@@ -129,7 +127,7 @@ class Building:
                 f"{', '.join(self.schema.names)}"
             )
         if old.num_row_groups != len(committed.mark.files):
-            raise DataError(f"{self.output.uri}/{MANIFEST} does not belong to the table; --mode fresh makes a new one")
+            raise DataError(f"{self.output.uri}: the manifest is not that of the table; --mode fresh makes a new one")
         touched = []
         for index, name in enumerate(committed.mark.files):
             listed = old.read_row_group(index)
@@ -137,7 +135,6 @@ class Building:
                 touched.append(index)
             else:
                 table.note(name, listed)
-        table.removed += [committed.mark.files[index] for index in touched]
         left = itertools.chain.from_iterable(
             self._left_rows(committed.mark.files[index], old.read_row_group(index), replaced) for index in touched
         )
@@ -147,7 +144,7 @@ class Building:
         for rows in read_row_groups(self.output.part_uri(name), store=self.output.store):
             group, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
             if not rows["uri"].equals(group["uri"]):
-                raise DataError(f"{self.output.uri}: {name} and {MANIFEST} differ; --mode fresh makes a new table")
+                raise DataError(f"{self.output.uri}: {name} and the manifest differ; --mode fresh makes a new table")
             kept = pc.invert(pc.is_in(rows["uri"], value_set=replaced))
             yield _Rows(widened(rows, self.schema).filter(kept), group.filter(kept))
 
@@ -165,7 +162,7 @@ class Building:
             progress(shard + 1, shards)
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
-        """Writes the pieces into as many files as needed: `part-g0001-00000.parquet`, ..."""
+        """Writes the pieces into as many files as needed: `part-000017-00000.parquet`, ..."""
         groups = _grouped(pieces, min_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
         for number in itertools.count():
             first = next(groups, None)
@@ -174,7 +171,7 @@ class Building:
             self._write_part(table, self._name(kind, number), itertools.chain([first], groups))
 
     def _name(self, kind: str, number: int) -> str:
-        return f"part-g{self.generation.number:04d}-{kind}{number:05d}.parquet"
+        return f"part-{self.fence:06d}-{kind}{number:05d}.parquet"
 
     def _write_part(self, table: NewTable, name: str, groups: Iterator[_Rows]) -> None:
         listed = [LISTED.empty_table()]
@@ -188,8 +185,8 @@ class Building:
         table.note(name, pa.concat_tables(listed))
 
     def _new_file(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A new file, which appears in `out` when the block ends without an error."""
-        return self.output.store.new_object(join(self.generation.out_uri, name))
+        """A new file, which appears when the block ends without an error."""
+        return self.output.store.new_object(join(self.generation.out_uri(self.fence), name))
 
 
 def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.ChunkedArray) -> pa.Table:

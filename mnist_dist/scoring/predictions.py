@@ -3,14 +3,15 @@
 Owns: the schema, turning model outputs into rows, which files in the folder are the table, and reading them.
 Does not own: how the files get there (`commit`), or the model.
 
-The files that `_SUCCESS` names are the table, with exactly one row per image. `_FAILED` in its place marks a table that
-is complete but holds more bad rows than its job allowed. Without either mark there is no table to read. A file never
-changes under its name, so a reader sees the old table or the new one, or gets an error.
+The files that the newest mark names (`_tables/000017/mark.json`) are the table, with exactly one row per image. A mark
+says, too, whether the table holds more bad rows than its job allowed. Without a mark there is no table to read. Neither
+a mark nor a file ever changes under its name, so a reader sees the old table or the new one, or gets an error.
 """
 
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,12 +60,17 @@ ALWAYS = ("uri", "status")
 
 TABLE = "table"
 """Folder of the output with the Parquet files and nothing else, which other readers are pointed to."""
+TABLES = "_tables"
+"""Folder of the output with a folder for each version of the table, of which the newest counts."""
+MARK = "mark.json"
 SUCCESS, FAILED = "_SUCCESS", "_FAILED"
+"""Copies of the newest mark, for tools that wait for a file of such a name; nothing here reads them."""
 METADATA_KEY = "mnist_dist"
 """Of the JSON in the metadata of each Parquet file: `class_names` in order, `bundle`, `model_id`, `engine`,
 `precision`, `resize` and `versions`."""
 WORK = "_work"
 LOCK = f"{WORK}/lock"
+_MARK = re.compile(rf"(\d{{6,}})/{re.escape(MARK)}")
 _READ_ATTEMPTS = 5  # reading starts again when the table is replaced meanwhile
 
 
@@ -92,9 +98,10 @@ class Outcomes:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """The contents of `_SUCCESS` or `_FAILED`: the files of a complete table."""
+    """The files of a complete table: `_tables/000017/mark.json`, and its copy `_SUCCESS` or `_FAILED`."""
 
-    generation: int
+    number: int
+    """The number of the lock under which the table was decided on; greater than those of older tables."""
     files: tuple[str, ...]
     """File names in `table/`, in the order of the rows."""
     rows: int
@@ -102,12 +109,9 @@ class Mark:
     failed: bool
     """Whether the table holds more bad rows than its job allowed."""
 
-    def write(self, root: str, *, store: Store = ANYWHERE) -> None:
-        """Writes the mark into the folder of the table."""
-        documents.write(store, join(root, self.name), self)
-
     @property
-    def name(self) -> str:
+    def copy_name(self) -> str:
+        """The name of its copy for other tools."""
         return FAILED if self.failed else SUCCESS
 
 
@@ -284,7 +288,7 @@ def read_predictions(
         except FileNotFoundError as err:
             before, mark = mark, _require_mark(root, store)
             if mark == before:
-                raise DataError(f"{root}: {mark.name} names a file that does not exist: {err}") from err
+                raise DataError(f"{root}: its mark names a file that does not exist: {err}") from err
     raise DataError(f"the table was replaced {_READ_ATTEMPTS} times while it was read. Received: {root!r}")
 
 
@@ -318,20 +322,27 @@ def table_schema(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> pa.
 
 
 def read_mark(uri: str, *, store: Store = ANYWHERE) -> Mark | None:
-    """Reads `_SUCCESS`, or else `_FAILED`; None if neither exists.
+    """Reads the newest mark; None if there is none.
 
     Raises:
-        DataError: the file is not the mark of a prediction table.
+        DataError: the mark is damaged.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    for name in (SUCCESS, FAILED, SUCCESS):  # _SUCCESS again: `rejudge` may swap the marks in between
+    for _ in range(_READ_ATTEMPTS):
+        names = (entry.uri.removeprefix(f"{join(uri, TABLES)}/") for entry in store.scan_entries(join(uri, TABLES)))
+        numbers = [int(match[1]) for name in names if (match := _MARK.fullmatch(name))]
+        if not numbers:
+            return None
         try:
-            return documents.read(store, join(uri, name), Mark)
-        except FileNotFoundError:
+            return documents.read(store, table_uri(uri, max(numbers), MARK), Mark)
+        except FileNotFoundError:  # A newer table has replaced it in the meantime.
             continue
-        except DataError as err:  # such as the empty `_SUCCESS` that Spark writes
-            raise DataError(f"{join(uri, name)} is not the mark of a prediction table: {err}") from err
-    return None
+    raise DataError(f"the table was replaced {_READ_ATTEMPTS} times while its mark was read. Received: {uri!r}")
+
+
+def table_uri(uri: str, number: int, name: str) -> str:
+    """The URI of a file that describes one version of the table."""
+    return join(uri, TABLES, f"{number:06d}", name)
 
 
 def read_row_groups(uri: str, *, columns: Sequence[str] | None = None, store: Store = ANYWHERE) -> Iterator[pa.Table]:
@@ -351,14 +362,14 @@ def _require_mark(root: str, store: Store) -> Mark:
     if mark is not None:
         return mark
     work = join(root, WORK)
-    if any(entry.uri != join(root, LOCK) for entry in store.scan_entries(work)):
+    if any(not entry.uri.startswith(f"{join(root, LOCK)}/") for entry in store.scan_entries(work)):
         raise DataError(
             f"the prediction table is not finished: a scoring job is still running, or was stopped; the same command "
             f"resumes it. Received: {root!r}"
         )
     output = root.removesuffix(f"/{TABLE}")
     hint = f" (did you mean {output}?)" if output != root and read_mark(output, store=store) is not None else ""
-    raise DataError(f"there is no prediction table (no {SUCCESS} and no {FAILED}){hint}. Received: {root!r}")
+    raise DataError(f"there is no prediction table (no {TABLES}/*/{MARK}){hint}. Received: {root!r}")
 
 
 def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.Schema:

@@ -21,7 +21,7 @@ from mnist_dist.scoring.manifest import COLUMNS
 from mnist_dist.scoring.predictions import NOT_BAD, iter_predictions
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
-from mnist_dist.store.uris import are_remote, join
+from mnist_dist.store.uris import are_remote
 
 LOOK_UP_THREADS = 32  # each requests the size and etag of one object
 LOOK_UP_AHEAD = 256
@@ -56,20 +56,21 @@ def select_images(
     listing = list_inputs(job.inputs, progress=progress)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
-    return Selection(listing, new_rows(_looked_up(listing.table), output))
+    return Selection(listing, new_rows(_looked_up(listing.table), output, number=before.mark.number))
 
 
-def new_rows(found: pa.Table, output: Output) -> pa.Table:
+def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
     """The rows that are new or changed, compared with the existing table.
 
     Args:
         found: rows of `manifest.COLUMNS`, with size and etag of those that will be read.
         output: the folder of the table.
+        number: the number of the table's version.
 
     Raises:
         FileNotFoundError, ServiceError, StorageError: see `store.base`.
     """
-    with output.store.open_binary(join(output.uri, MANIFEST)) as file:
+    with output.store.open_binary(output.version_uri(number, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
     return found.filter(_is_new(found, known))
 

@@ -1,17 +1,28 @@
-"""A lock that lets one driver at a time work on an output, on local storage and S3 alike.
+"""A lock that lets one driver at a time work on an output, on every store that can put an object if it is absent.
 
-The lock is a small JSON object beside the work, created only if it does not exist. Its holder renews it. A holder that
-has been silent for 60 s, or whose process on this host is dead, loses the lock to the next driver that wants it. A
-driver can wait for a holder that may be dead, until it renews the lock or has been silent long enough. Before it
-publishes anything, a driver calls `check`. Owns: the lock object. Does not own: what it protects.
+```
+<lock>/000017        a driver took the lock as the 17th; written only if absent, and never changed
+<lock>/000017.beat   the same driver is working, or has released the lock; renewed every 10 s
+```
+
+The highest number holds the lock, and it stays when the lock is released, so that numbers only grow; only a first
+driver that made nothing leaves nothing. The number is the holder's fence: work and files carry it in their names, and
+so a driver that was suspended and wakes up late cannot touch what its successor made. A driver takes the next number
+once the holder has released the lock, is a dead process of this host, or has not renewed its beat for 60 s of the
+waiting driver's own clock; clocks of two hosts are never compared. Before it deletes or publishes anything, a driver
+calls `check`.
+
+Owns: the objects of the lock. Does not own: what it protects, or the default of `--lock-wait-s` (`config.py`).
 """
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mnist_dist import documents
@@ -19,30 +30,36 @@ from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Locked, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.uris import join
 
 log = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_BETWEEN_LOOKS = 1.0  # A waiting driver reads the lock this often.
+_NAME = re.compile(r"\.?(\d{6,})(\..*)?")  # Killed writes on a local disk leave `.000017.beat.<hex>.tmp`.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The content of a lock object: the driver that holds the lock, or left it behind."""
+    """The content of a lock object: the driver that holds the lock, held it, or left it behind."""
 
     id: str
     host: str
     pid: int
     time: float
-    """When the lock was last renewed, s since the epoch, by the holder's clock."""
+    """When the lock was last renewed, s since the epoch, by the holder's clock; for display only."""
+    released: bool = False
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the holder may be working: it renewed the lock within 60 s and is no dead process of this host."""
-        if self.host == _host() and not _is_process(self.pid):
-            return False
-        return time.time() - self.time < SILENCE_S
+    def is_gone(self) -> bool:
+        """Whether the driver is known to have ended: it released the lock, or is a dead process of this host."""
+        return self.released or (self.host == _host() and not _is_process(self.pid))
+
+    @property
+    def seems_alive(self) -> bool:
+        """Whether the driver has probably not ended, for display: it renewed the lock within 60 s, if clocks agree."""
+        return not self.is_gone and time.time() - self.time < SILENCE_S
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, last seen {time.time() - self.time:.0f} s ago"
@@ -52,30 +69,90 @@ def holder_of(uri: str, *, store: Store = ANYWHERE) -> Holder | None:
     """Reads who holds the lock at `uri`; None if nobody does. Changes nothing.
 
     Raises:
-        DataError: the object is not a lock.
+        DataError: an object of the lock is damaged.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    try:
-        data = store.read_bytes(uri)
-    except FileNotFoundError:
+    objects = _Objects(uri, store)
+    number = objects.highest()
+    holder = objects.read(number) if number else None
+    return None if holder is None or holder.released else holder
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The number under which a driver holds a lock, as its workers know it; can be pickled."""
+
+    uri: str
+    """URI of the lock."""
+    number: int
+    store: Store = ANYWHERE
+
+    def check(self) -> None:
+        """Raises Locked if another driver has taken over."""
+        if _Objects(self.uri, self.store).highest() != self.number:
+            raise Locked(f"another driver has taken over, so this worker stops. Received: {self.uri}, {self.number}")
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """The objects of one lock."""
+
+    uri: str
+    store: Store
+
+    def names(self) -> dict[str, int]:
+        """Each object's number, by its name."""
+        names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.scan_entries(self.uri))
+        return {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+
+    def highest(self) -> int:
+        """The number that holds the lock; 0 if it was never taken."""
+        return max((number for name, number in self.names().items() if name.isdecimal()), default=0)
+
+    def create(self, number: int, holder: Holder) -> bool:
+        """Takes a number unless another driver has it."""
+        return self.store.create_bytes(join(self.uri, f"{number:06d}"), documents.encode(holder))
+
+    def renew(self, number: int, holder: Holder) -> None:
+        self.store.write_bytes(join(self.uri, f"{number:06d}.beat"), documents.encode(holder))
+
+    def read(self, number: int) -> Holder | None:
+        """The driver that took a number, as of its newest beat; None if the number was deleted in the meantime."""
+        for name in (f"{number:06d}.beat", f"{number:06d}"):
+            try:
+                data = self.store.read_bytes(join(self.uri, name))
+            except FileNotFoundError:
+                continue
+            if data:
+                return documents.decode(data, Holder, uri=join(self.uri, name))
+            return Holder(id="", host="", pid=0, time=time.time())  # Without hard links, it is empty for a moment.
         return None
-    if not data:  # Without hard links, a lock is empty while it is being written.
-        return Holder(id="", host="", pid=0, time=time.time())
-    return documents.decode(data, Holder, uri=uri)
+
+    def delete(self, number: int) -> None:
+        for name in (f"{number:06d}", f"{number:06d}.beat"):
+            self.store.delete(join(self.uri, name))
+
+    def delete_below(self, number: int) -> None:
+        for name, other in self.names().items():
+            if other < number:
+                self.store.delete(join(self.uri, name))
 
 
 class Lock:
     """A context manager that holds the lock within its block.
 
     Args:
-        uri: URI of the lock object.
+        uri: URI of the folder with the lock's objects.
         what: what is locked, for messages.
         wait_s: how long to wait, s, for a holder that may be dead.
         console: where to report the wait.
         stop: ends the wait.
-        store: the store of the object.
+        above: gives the highest number that work and files carry; 0: they carry none. The lock's number is greater,
+            even where the folder of the lock was deleted.
+        store: the store of the objects.
 
     Attributes:
+        number: greater than that of every earlier holder. 0 outside of the block.
         lost: whether another driver was seen to hold the lock.
 
     Raises:
@@ -92,32 +169,48 @@ class Lock:
         wait_s: float = 0.0,
         console: Console | None = None,
         stop: Stop | None = None,
+        above: Callable[[], int] = lambda: 0,
         store: Store = ANYWHERE,
     ) -> None:
-        self._uri, self._what, self._wait_s, self._console, self._stop = uri, what, wait_s, console, stop
-        self._store = store
+        self._objects = _Objects(uri, store)
+        self._what, self._wait_s, self._console, self._stop, self._above = what, wait_s, console, stop, above
         self._owner = Holder(id=uuid.uuid4().hex, host=_host(), pid=os.getpid(), time=0.0)
+        self.number = 0
         self.lost = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def __enter__(self) -> "Lock":
-        while not self._store.create_bytes(self._uri, self._content()):
-            holder = holder_of(self._uri, store=self._store)
-            if holder is None:
-                continue
-            if holder.id == self._owner.id:
-                break  # The store retried our own put after its first answer was lost.
-            if holder.is_alive and not self._wait_until_silent(holder):
-                continue
-            log.info("taking over %s from %s", self._uri, holder)
-            if holder_of(self._uri, store=self._store) == holder:  # Another waiting driver may have been faster.
-                self._store.delete(self._uri)
+        while not self._take():
+            pass
         self._thread.start()
         return self
 
-    def _wait_until_silent(self, holder: Holder) -> bool:
-        """Waits for a holder that may be dead. True: it is silent; False: the lock is free.
+    def _take(self) -> bool:
+        """Tries to take the next number; False: another driver was faster, so look again."""
+        before = self._objects.highest()
+        if before:
+            holder = self._objects.read(before)
+            if holder is None:
+                return False
+            if holder.id == self._owner.id:  # The store repeated our own put after its first answer was lost.
+                self.number = before
+                return True
+            if not holder.is_gone and not self._wait_until_silent(before, holder):
+                return False
+            log.info("taking over %s from %s", self._objects.uri, holder)
+        number = (before or self._above()) + 1
+        if not self._objects.create(number, self._now()):
+            return False
+        if self._objects.highest() != number:  # We were slow: this number had been taken, left and deleted before.
+            self._objects.delete(number)
+            return False
+        self.number = number
+        self._objects.delete_below(number)
+        return True
+
+    def _wait_until_silent(self, number: int, holder: Holder) -> bool:
+        """Waits for a holder that may be dead. True: it is silent or gone; False: another driver has taken the lock.
 
         Raises:
             Locked: the holder is working, or may be even after the wait.
@@ -129,25 +222,36 @@ class Lock:
                 f"Waiting up to {self._wait_s:g} s for the lock of {self._what}, held by {holder}. It is taken over "
                 f"after {SILENCE_S:g} s of silence."
             )
-        while time.monotonic() - began < self._wait_s:
+        while (waited_s := time.monotonic() - began) < self._wait_s:
+            if waited_s >= SILENCE_S:
+                return True
             if self._stop is not None:
                 self._stop.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            current = holder_of(self._uri, store=self._store)
+            current = self._objects.read(number)
             if current is None:
                 return False
+            if current.is_gone:
+                return True
             if current != holder:
                 holder = current
                 break
-            if not current.is_alive or time.monotonic() - began >= SILENCE_S:
-                return True
         raise Locked(f"another driver is working on {self._what}: {holder}")
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
-        if self._is_held():
-            self._store.delete(self._uri)
+        if not self._is_held():
+            return
+        if self.number == 1 and not self._above():
+            self._objects.delete(self.number)
+        else:
+            self._objects.renew(self.number, replace(self._now(), released=True))
+
+    @property
+    def fence(self) -> Fence:
+        """The lock for workers."""
+        return Fence(self._objects.uri, self.number, self._objects.store)
 
     def check(self) -> None:
         """Raises Locked if another driver has taken over the lock."""
@@ -160,16 +264,18 @@ class Lock:
                 if not self._is_held():
                     self.lost = True
                     return
-                self._store.write_bytes(self._uri, self._content())
+                self._objects.renew(self.number, self._now())
             except (OSError, ServiceError) as error:  # The next renewal may succeed; `check` decides.
-                log.warning("could not renew the lock %s: %s", self._uri, error)
+                log.warning("could not renew the lock %s: %s", self._objects.uri, error)
 
     def _is_held(self) -> bool:
-        holder = holder_of(self._uri, store=self._store)
-        return holder is not None and holder.id == self._owner.id
+        if self._objects.highest() != self.number:
+            return False
+        holder = self._objects.read(self.number)
+        return holder is not None and holder.id == self._owner.id  # Numbers start again in a folder that was deleted.
 
-    def _content(self) -> bytes:
-        return documents.encode(replace(self._owner, time=time.time()))
+    def _now(self) -> Holder:
+        return replace(self._owner, time=time.time())
 
 
 def _host() -> str:

@@ -1,12 +1,16 @@
 """The folder of a training run: its settings, its progress and its result.
 
 ```
-run.json           recipe, settings and data fingerprint: written first, compared when the run resumes
-attempt-0001/      checkpoints of one attempt (checkpoint-000000123/..., each complete once it has state.json)
+run-000017.json    recipe, settings and data fingerprint: written first, compared when the run resumes
+attempt-000017/    checkpoints of one attempt (checkpoint-000000123/..., each complete once it has state.json)
+lock/000017        see `store/lock.py`
 history.csv        one line per epoch so far
 bundle/            the model
 result.json        written last
 ```
+
+The numbers are those of locks, so that a driver that wakes up after it has lost the lock writes under names of its own.
+What an earlier number than that of `run-000017.json` saved belongs to another run, which had saved nothing by then.
 """
 
 import csv
@@ -19,14 +23,25 @@ from mnist_dist import documents
 from mnist_dist.config import PhasesConfig, differences
 from mnist_dist.documents import Document
 from mnist_dist.errors import ResumeConflict
-from mnist_dist.inventory import Folder, InventoryRow, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.inventory import (
+    LOCK,
+    Folder,
+    InventoryRow,
+    RunFacts,
+    driver_values,
+    facts_name,
+    facts_names,
+    is_run,
+    is_search,
+    state_of,
+)
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
-CHECKPOINT = re.compile(r"attempt-(\d+)/checkpoint-(\d+)/" + re.escape(STATE_FILE) + "$")
+CHECKPOINT = re.compile(r"attempt-(?P<fence>\d+)/checkpoint-(?P<steps>\d+)/" + re.escape(STATE_FILE) + "$")
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,13 @@ class Run:
 
     uri: str
     begun_by: re.Pattern[str] = CHECKPOINT
-    """Other settings are refused only once the run has saved an object of such a name (or has finished)."""
+    """Other settings are refused only once the run has saved an object of such a name (or has finished). The group
+    `fence` is the number of the lock of the driver that saved it."""
     store: Store = ANYWHERE
 
     @property
     def lock_uri(self) -> str:
-        return join(self.uri, "lock")
+        return join(self.uri, LOCK)
 
     @property
     def bundle(self) -> str:
@@ -50,16 +66,33 @@ class Run:
         """The result if the run is finished, else None."""
         return self.read("result.json", dict[str, Any])
 
-    def begin(self, facts: RunFacts) -> bool:
+    def begin(self, facts: RunFacts, *, fence: int) -> bool:
         """Records the facts that decide the result. Returns True for a new run, False for one that resumes.
+
+        Args:
+            facts: the facts.
+            fence: number of the lock.
 
         Raises:
             ResumeConflict: see `compare`.
         """
         if self.compare(facts):
             return False
-        self.write("run.json", facts)
+        self.write(facts_name(fence), facts)
+        for name, number in facts_names(self._names()).items():
+            if number < fence:
+                self.store.delete(join(self.uri, name))
         return True
+
+    def max_number(self) -> int:
+        """The highest number in any name here; 0: there is none."""
+        names = self._names()
+        attempts = [int(match[2]) for name in names if (match := ATTEMPT.match(name))]
+        return max([*attempts, *facts_names(names).values()], default=0)
+
+    def begun_by_number(self) -> int:
+        """The number of the lock under which the run was begun; 0: it was not."""
+        return max(facts_names(self._names()).values(), default=0)
 
     def compare(self, facts: RunFacts) -> bool:
         """Compares facts with those of the run. Returns whether the run has saved anything yet.
@@ -69,7 +102,7 @@ class Run:
         """
         if not self._is_begun():
             return False
-        stored = self.read("run.json", RunFacts)
+        stored = self.read(facts_name(self.begun_by_number()), RunFacts)
         if stored is None:
             return True
         lines = differences(asdict(replace(facts, records=stored.records)), asdict(stored))
@@ -83,28 +116,35 @@ class Run:
         return True
 
     def _is_begun(self) -> bool:
-        return self.result() is not None or any(self.begun_by.fullmatch(name) for name in self._names())
+        return self.result() is not None or bool(self._saved(self.begun_by))
+
+    def _saved(self, kind: re.Pattern[str]) -> list[re.Match[str]]:
+        """The objects of a kind that this run saved, and not another run before it."""
+        names = self._names()
+        matches = [match for name in names if (match := kind.fullmatch(name))]
+        return [match for match in matches if int(match["fence"]) >= max(facts_names(names).values(), default=0)]
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes the result, which marks the run as finished."""
-        self.write("result.json", result)
+        """Writes the result, which marks the run as finished; the first result stays."""
+        self.store.create_bytes(join(self.uri, "result.json"), documents.encode(dict(result)))
 
     def newest_checkpoint(self) -> str | None:
         """URI of the complete checkpoint with the most steps, or None."""
-        checkpoints = [
-            (int(match[2]), int(match[1]), name) for name in self._names() if (match := CHECKPOINT.fullmatch(name))
-        ]
+        checkpoints = [(int(match["steps"]), int(match["fence"]), match[0]) for match in self._saved(CHECKPOINT)]
         return join(self.uri, max(checkpoints)[2].removesuffix(f"/{STATE_FILE}")) if checkpoints else None
 
-    def next_attempt(self) -> str:
-        """The first unused name of an attempt."""
-        numbers = [int(match[2]) for name in self._names() if (match := ATTEMPT.match(name))]
-        return f"attempt-{max(numbers, default=0) + 1:04d}"
+    def clear_attempts(self, *, fence: int) -> None:
+        """Deletes the attempts of this driver and of earlier ones, except the one with the newest checkpoint.
 
-    def clear_attempts(self) -> None:
-        """Deletes all attempts except the one with the newest checkpoint."""
+        Args:
+            fence: number of the lock.
+        """
         kept = f"{self.newest_checkpoint()}/"
-        attempts = {join(self.uri, match[1]) for name in self._names() if (match := ATTEMPT.match(name))}
+        attempts = {
+            join(self.uri, match[1])
+            for name in self._names()
+            if (match := ATTEMPT.match(name)) and int(match[2]) <= fence
+        }
         for attempt in sorted(attempts):
             if not kept.startswith(f"{attempt}/"):
                 self.store.delete_tree(attempt)
@@ -129,6 +169,11 @@ class Run:
         documents.write(self.store, join(self.uri, name), document)
 
 
+def attempt_name(fence: int) -> str:
+    """The folder of the attempt of the driver that holds the lock `fence`."""
+    return f"attempt-{fence:06d}"
+
+
 # --- listing ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +186,7 @@ def run_row(folder: Folder) -> InventoryRow | None:
     """
     if not is_run(folder) or is_search(folder):
         return None
-    facts, driver = folder.read("run.json", RunFacts), folder.driver()
+    facts, driver = folder.facts(), folder.driver()
     result = folder.read("result.json", dict[str, Any])
     history, epochs = _read_history(folder), _epochs_planned(facts)
     is_saved = bool(history) or (result is None and Run(folder.uri).newest_checkpoint() is not None)
@@ -155,7 +200,7 @@ def run_row(folder: Folder) -> InventoryRow | None:
         state=state_of(is_finished=result is not None, driver=driver, is_saved=is_saved),
         progress=f"{done} of {epochs} epochs" if epochs is not None else "",
         result=_accuracy_in_words(test, val),
-        updated_s=folder.updated_s,
+        updated_s=folder.updated_with(*folder.folders & {LOCK}),
         numbers={
             "recipe": facts.recipe if facts is not None else None,
             "epochs_done": done,

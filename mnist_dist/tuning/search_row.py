@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_dist.inventory import TRIALS, Folder, InventoryRow, RunFacts, driver_values, is_run, is_search, state_of
+from mnist_dist.inventory import (
+    LOCK,
+    TRIALS,
+    Folder,
+    InventoryRow,
+    RunFacts,
+    driver_values,
+    is_run,
+    is_search,
+    state_of,
+)
 from mnist_dist.store.uris import join
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, usable
 
@@ -19,7 +29,7 @@ def search_row(folder: Folder) -> InventoryRow | None:
     """
     if not is_run(folder) or is_search(folder) is False:
         return None
-    facts, driver = folder.read("run.json", RunFacts), folder.driver()
+    facts, driver = folder.facts(), folder.driver()
     result = folder.read("result.json", dict[str, Any])
     trials = (
         _records(folder, TRIALS) if result is None else {}
@@ -35,7 +45,7 @@ def search_row(folder: Folder) -> InventoryRow | None:
         state=state,
         progress=goal.in_words(_counts(trials, result), finalists),
         result=_best_in_words(trials, result),
-        updated_s=folder.updated_with(*folder.folders & {TRIALS, FINALISTS}),
+        updated_s=folder.updated_with(*folder.folders & {TRIALS, FINALISTS, LOCK}),
         numbers={
             "recipe": facts.recipe if facts is not None else None,
             **_counts(trials, result),
@@ -49,14 +59,14 @@ def search_row(folder: Folder) -> InventoryRow | None:
 
 
 def _records(folder: Folder, name: str) -> dict[int, Trial]:
-    return TrialRecords(join(folder.uri, name)).read() if name in folder.folders else {}
+    return TrialRecords(join(folder.uri, name), since=folder.facts_number()).read() if name in folder.folders else {}
 
 
 class _Goal:
     """How many trials and finalists a search will run.
 
     Args:
-        facts: content of `run.json`, or None.
+        facts: the facts of the search, or None.
         over: content of `trials.json`, or None while trials remain.
     """
 

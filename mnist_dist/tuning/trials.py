@@ -2,16 +2,18 @@
 
 ```
 <storage>/<name>/
-run.json                 recipe, settings and data: written first, compared when the search resumes
-trials/000012.json       a trial, from the moment it is proposed; trials.json: all trials have ended
-finalists/000012.json    a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
+run-000017.json          recipe, settings and data: written first, compared when the search resumes
+trials/000012-000017.json  a trial, from the moment it is proposed; trials.json: all trials have ended
+finalists/000012-000017.json  a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
 speeds.json              ms per image and parameters of each architecture
 leaderboard.parquet      one row per trial, best first; pareto.png: accuracy against speed
 bundle/                  the winner
 result.json              written last
 ```
 
-A trial whose record says `running` was interrupted when its driver died. It runs again from its start.
+A trial whose record says `running` was interrupted when its driver died. It runs again from its start. The second
+number of a record is that of the lock of the driver that wrote it: the highest counts, so that a driver that wakes up
+after it has lost the lock changes nothing.
 """
 
 import re
@@ -30,7 +32,7 @@ from mnist_dist.store.uris import join
 Status = Literal["running", "done", "stopped", "failed"]
 """stopped: by the scheduler, or because the time ran out; its best epoch still counts."""
 THREADS = 8  # for reading records: on object stores a request is mostly waiting
-_RECORD = re.compile(r"(\d{6})\.json")
+_RECORD = re.compile(r"(\d{6})-(\d{6,})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +82,32 @@ def distinct_errors(trials: Iterable[Trial]) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class TrialRecords:
-    """The records below one folder (`trials` or `finalists`)."""
+    """The records below one folder (`trials` or `finalists`).
+
+    Args:
+        uri: URI of the folder.
+        fence: number of the lock under which records are written.
+        since: number of the lock under which the search was begun; older records belong to another search.
+        store: the store that holds the folder.
+    """
 
     uri: str
+    fence: int = 0
+    since: int = 0
     store: Store = ANYWHERE
 
     def write(self, trial: Trial) -> None:
         """Writes a trial's record, replacing an earlier one."""
-        documents.write(self.store, self._record_uri(trial.number), trial)
+        documents.write(self.store, self._record_uri(trial.number, self.fence), trial)
 
     def read(self) -> dict[int, Trial]:
         """Reads all trials, in order of their numbers."""
         names = (entry.uri.removeprefix(f"{self.uri}/") for entry in self.store.list_entries(self.uri))
-        numbers = sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
+        records = sorted((int(match[1]), int(match[2])) for name in names if (match := _RECORD.fullmatch(name)))
+        newest = {number: fence for number, fence in records if fence >= self.since}
         with ThreadPoolExecutor(THREADS) as pool:
-            read = pool.map(lambda number: documents.read(self.store, self._record_uri(number), Trial), numbers)
-            return dict(zip(numbers, read, strict=True))
+            read = pool.map(lambda record: documents.read(self.store, self._record_uri(*record), Trial), newest.items())
+            return dict(zip(newest, read, strict=True))
 
-    def _record_uri(self, number: int) -> str:
-        return join(self.uri, f"{number:06d}.json")
+    def _record_uri(self, number: int, fence: int) -> str:
+        return join(self.uri, f"{number:06d}-{fence:06d}.json")

@@ -92,7 +92,9 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
     ANYWHERE.check_writable(job.output)
-    with locked_session(console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s) as session:
+    with locked_session(
+        console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s, above=output.max_number
+    ) as session:
         return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
 
 
@@ -148,17 +150,21 @@ class Scoring:
         self.job, self.bundle, self.output = job, bundle, output
         self.session, self.began_at = session, began_at
         self.found = 0  # images listed so far
-        self.discarded = 0  # number of the other job's generation that this job deleted; 0: none
         self.scored, self.scoring_s = 0, 0.0  # images scored by this run, and the time it took
         self.steady_images_per_s: float | None = None
         self.reports: list[ShardReport[Times]] = []
 
     def run_to_end(self) -> dict[str, Any]:
         """Does whatever is left to do, and returns the result."""
-        resumed = resume(self.output, is_mine=self._is_mine, complete=self._complete, check=self.session.confirm_lock)
-        self.discarded = resumed.discarded
-        if resumed.committed is not None and self.job.mode != "incremental":
-            return self._result(self._judged(resumed.committed))
+        resumed = resume(
+            self.output,
+            fence=self.session.fence.number,
+            is_mine=self._is_mine,
+            complete=self._complete,
+            check=self.session.confirm_lock,
+        )
+        if resumed is not None and self.job.mode != "incremental":
+            return self._result(self._judged(resumed))
         before = self.output.committed()
         if before is not None and self.job.mode != "fresh":
             self._check_same(self._summary(before), but=("inputs",) if self.job.mode == "incremental" else ())
@@ -171,7 +177,7 @@ class Scoring:
     def _summary(self, before: Committed) -> Summary:
         if before.summary is None:
             raise DataError(
-                f"_summary.json, which says how the table was made, is gone or damaged; --mode fresh makes another. "
+                f"summary.json, which says how the table was made, is gone or damaged; --mode fresh makes another. "
                 f"Received: {self.output.uri!r}"
             )
         return before.summary
@@ -234,8 +240,7 @@ class Scoring:
         ok = self._judge(self._summary(before).statuses, before.mark.rows)
         if ok != before.mark.failed:
             return before
-        self.session.confirm_lock()
-        return rejudge(self.output, before, ok=ok)
+        return rejudge(self.output, before, fence=self.session.fence.number, ok=ok, check=self.session.confirm_lock)
 
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts in the meantime when listing takes long."""
@@ -256,7 +261,7 @@ class Scoring:
             if not len(listing.result().table):
                 return self._nothing_new(before)
             self.session.confirm_lock()
-            generation = self.output.reserve(self._plan(before, engine), above=self.discarded)
+            generation = self.output.new_generation(self._plan(before, engine), fence=self.session.fence.number)
             self._begin(generation, listing.result(), before, actors=actors, resources=resources)
             self._score(generation, engine, actors, resources)
         return self._commit(generation)
@@ -273,7 +278,7 @@ class Scoring:
             have: the resources of the cluster.
             shard_size: rows per shard.
         """
-        generation = self.output.reserve(self._plan(None, engine))
+        generation = self.output.new_generation(self._plan(None, engine), fence=self.session.fence.number)
         check_found(self.job, rows, self.output, keep_old=False, nodes=have.nodes)
         generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size, store=generation.store))
         self._score(generation, engine, actors, have)
@@ -431,6 +436,7 @@ class Scoring:
             return commit(
                 self.output,
                 generation,
+                fence=self.session.fence.number,
                 shards=shards,
                 schema=prediction_schema(self.job.table, carried=carried),
                 judge=self._judge,
@@ -483,7 +489,7 @@ class Scoring:
             "steady_images_per_s": self.steady_images_per_s and round(self.steady_images_per_s, 2),
             "seconds": round(time.time() - self.began_at, 2),
             "statuses": statuses,
-            "generation": mark.generation,
+            "generation": mark.number,
             "model_id": mark.model_id,
         }
         counts = ", ".join(f"{count:,} {status}" for status, count in statuses.items() if count)

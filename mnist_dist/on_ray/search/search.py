@@ -6,6 +6,7 @@ complete step. Imports neither TensorFlow nor Keras.
 Only validation images decide among trials and finalists. Only the winner is tested on the test images, once.
 """
 
+import functools
 import re
 import tempfile
 import time
@@ -56,7 +57,7 @@ from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_e
 PATIENCE_S = 30.0  # a finalist that was asked to stop is killed after this long
 LOCK_PATIENCE_S = 70.0  # more than the 60 s after which a lock that nobody renews is taken over
 NAMED_ERRORS = 5
-TRIAL_RECORD = re.compile(r"trials/\d{6}\.json")
+TRIAL_RECORD = re.compile(r"trials/\d{6}-(?P<fence>\d{6,})\.json")
 SPEED_BATCH_SIZE = 32
 SPEED_S = 1.0
 USUAL_SPEED_S = 10.0  # to measure one architecture, with the import of TensorFlow; only the progress bar uses it
@@ -94,7 +95,9 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         console.line(f"{run.uri} is finished. To search again, choose another --name or --seed.")
         return finished
     ANYWHERE.check_writable(job.run.storage)
-    with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
+    with locked_session(
+        console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s, above=run.max_number
+    ) as session:
         finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
@@ -164,7 +167,16 @@ class _Search:
         hours = job.search.hours
         self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
         self.architectures = [architecture for space in job.backbones for architecture in architectures_of(space)]
-        self.finalist_records = TrialRecords(join(run.uri, "finalists"))
+
+    @functools.cached_property
+    def _finalist_records(self) -> TrialRecords:
+        return self._records("finalists")
+
+    def _records(self, folder: str) -> TrialRecords:
+        """The records of a search that has begun."""
+        return TrialRecords(
+            join(self.run.uri, folder), fence=self.session.fence.number, since=self.run.begun_by_number()
+        )
 
     def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
         """Takes the remaining steps and returns the result."""
@@ -226,7 +238,9 @@ class _Search:
         for listed in plans.values():
             check_places(listed, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=resources.nodes)
         keys = sorted({listed.plan.cache.key for listed in plans.values()})
-        is_new = self.run.begin(replace(facts, records="-".join(key[:16] for key in keys)))
+        is_new = self.run.begin(
+            replace(facts, records="-".join(key[:16] for key in keys)), fence=self.session.fence.number
+        )
         self.console.line(f"{'Searching' if is_new else 'Resuming'} {self.run.uri}, on {resources}")
         by_key = {listed.plan.cache.key: listed for listed in plans.values()}
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
@@ -270,7 +284,7 @@ class _Search:
             return self._try(data, concurrent=_concurrent_trials(self.job, resources))
 
     def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
-        records = TrialRecords(join(self.run.uri, "trials"))
+        records = self._records("trials")
         if self.run.read("trials.json", TrialsOver) is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
             task = TrialTask(
@@ -293,6 +307,7 @@ class _Search:
             )
             known = trials.known
             if usable(known.values()):
+                self.session.confirm_lock()
                 self.run.write("trials.json", TrialsOver(len(known)))
         else:
             known = records.read()
@@ -345,7 +360,7 @@ class _Search:
         Raises:
             WorkersFailed: all finalists failed.
         """
-        done = self.finalist_records.read()
+        done = self._finalist_records.read()
         chosen = usable(trials.values())[: self.job.search.finalists]
         remaining = [trial for trial in chosen if trial.number not in done]
         room = max(1, resources.room(per_finalist.cpus, gpus=float(per_finalist.gpu)) // per_finalist.workers)
@@ -373,7 +388,7 @@ class _Search:
 
             self.session.watch(ended, show=show, on_signal=lambda: self._ask_to_stop(running, waiting))
         self.session.stop.check()
-        done = self.finalist_records.read()
+        done = self._finalist_records.read()
         if not usable(done.values()):
             self._write_leaderboard(trials, speeds, done, winner=None)
             errors = "; ".join(f"{count} x {words}" for words, count in distinct_errors(done.values()))
@@ -420,7 +435,7 @@ class _Search:
                 f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} "
                 f"({trial.val_accuracy:.4f} as a trial), loss {finalist.val_loss:.4f}"
             )
-        self.finalist_records.write(finalist)
+        self._finalist_records.write(finalist)
 
     def _finalist_task(
         self, data: _Data, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
@@ -478,6 +493,7 @@ class _Search:
             finalists=finalists,
             winner=winner,
         )
+        self.session.confirm_lock()
         ANYWHERE.write_bytes(self._leaderboard, parquet_bytes(table))
         ANYWHERE.write_bytes(join(self.run.uri, "pareto.png"), pareto_figure(table))
         self.console.table(shown_rows(table))
@@ -572,11 +588,11 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
 def _patient_lock(run: str) -> Iterator[Lock]:
     """The lock of a finalist's run. The search has only one driver, but a killed driver may have left a process that
     still holds the lock."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
+    deadline, uri, above = time.monotonic() + LOCK_PATIENCE_S, Run(run).lock_uri, Run(run).max_number
     with ExitStack() as stack:
         while True:
             try:
-                lock = stack.enter_context(Lock(join(run, "lock"), what=run))
+                lock = stack.enter_context(Lock(uri, what=run, wait_s=LOCK_PATIENCE_S, above=above))
                 break
             except Locked:
                 if time.monotonic() > deadline:

@@ -7,6 +7,7 @@ from mnist_dist.config import TrainJob
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError
+from mnist_dist.store.lock import Fence
 from mnist_dist.training.features import FeaturePlan
 
 
@@ -23,6 +24,8 @@ class WorkerTask:
     fingerprint: str
     run: str
     """URI of the run's folder."""
+    fence: Fence
+    """The driver's lock of the run."""
     checkpoint: str | None
     """URI of the checkpoint of an earlier attempt, or None."""
     board: Any

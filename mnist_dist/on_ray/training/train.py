@@ -39,7 +39,7 @@ from mnist_dist.session import Session, locked_session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
-from mnist_dist.training.runs import Run
+from mnist_dist.training.runs import Run, attempt_name
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,15 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         return finished
     listed = list_data(job.data, job.model, root=job.run.storage, console=console)
     ANYWHERE.check_writable(job.run.storage)
-    with locked_session(console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s) as session:
+    with locked_session(
+        console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s, above=run.max_number
+    ) as session:
         finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
         training = Training(job, session, recipe=recipe, run=run, began_at=began_at)
         result = training.run_to_end(listed)
+        session.confirm_lock()
         run.finish(result)
     return result
 
@@ -189,7 +192,9 @@ class Training:
                 batch_size=self.job.fit.batch_size,
                 workers=mine.workers,
             )
-            is_new = self.run.begin(replace(_facts(self.job, self.recipe), records=plan.cache.key))
+            is_new = self.run.begin(
+                replace(_facts(self.job, self.recipe), records=plan.cache.key), fence=self.session.fence.number
+            )
             began = time.monotonic()
             decoded = decode(listed, self.job.data, self.session)
             self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpu
@@ -241,7 +246,9 @@ class Training:
             command: the command as typed, if it was typed in another process.
             validated_only: skip the test and the bundle; another call makes them.
         """
-        self.run.clear_attempts()  # killed drivers leave old checkpoints; only the newest is needed
+        self.run.clear_attempts(
+            fence=self.session.fence.number
+        )  # killed drivers leave old checkpoints; only the newest is needed
         task = WorkerTask(
             job=with_absolute_weights(self.job),
             records=records,
@@ -249,6 +256,7 @@ class Training:
             features=features,
             fingerprint=fingerprint,
             run=self.run.uri,
+            fence=self.session.fence,
             checkpoint=self.run.newest_checkpoint(),
             board=board or make_board(),
             cpus=mine.cpus,
@@ -258,7 +266,7 @@ class Training:
             steps_limit=self.steps_limit,
             validated_only=validated_only,
         )
-        attempt = Attempt(task, name=self.run.next_attempt(), share=mine)
+        attempt = Attempt(task, name=attempt_name(self.session.fence.number), share=mine)
         result = attempt.run_to_end(self.session)
         if result.error is not None:
             raise result.error
@@ -266,7 +274,7 @@ class Training:
             self.session.check()
             raise WorkersFailed("The workers stopped although nobody asked them to. Run the same command to resume.")
         self.session.confirm_lock()
-        self.run.clear_attempts()
+        self.run.clear_attempts(fence=self.session.fence.number)
         return dict(result.metrics)
 
     def _result(self, metrics: dict[str, Any], mine: Share, *, bad: int, splits: Splits) -> dict[str, Any]:

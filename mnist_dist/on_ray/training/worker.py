@@ -37,6 +37,7 @@ from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask
 from mnist_dist.training.planning import TimedHost
 from mnist_dist.training.precision import resolve_precision
+from mnist_dist.training.runs import attempt_name
 
 
 def work(task: WorkerTask) -> WorkerResult:
@@ -46,7 +47,7 @@ def work(task: WorkerTask) -> WorkerResult:
     use_cpus(int(task.cpus))
     scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
     try:
-        with RayHost(task.board, scratch) as host:
+        with RayHost(task, scratch) as host:
             return _work(task, host, scratch)
     except TrainingDiverged as error:
         return WorkerResult(error=error)
@@ -61,9 +62,9 @@ def work(task: WorkerTask) -> WorkerResult:
 class RayHost:
     """The loop's `Host` on Ray Train: checkpoints go to the attempt's folder, progress to the board."""
 
-    def __init__(self, board: Any, scratch: Path) -> None:
-        self._scratch = scratch
-        self._poster = Poster(board) if ray.train.get_context().get_world_rank() == 0 else None
+    def __init__(self, task: WorkerTask, scratch: Path) -> None:
+        self._task, self._scratch = task, scratch
+        self._poster = Poster(task.board) if ray.train.get_context().get_world_rank() == 0 else None
 
     def __enter__(self) -> "RayHost":
         return self
@@ -88,6 +89,7 @@ class RayHost:
         if self._poster is None:
             ray.train.report(metrics, checkpoint_dir_name=name)
             return
+        self._task.fence.check()
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -184,7 +186,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     speed = state.timed_images / state.timed_s if state.timed_s else None
     test: dict[str, float] = {}
     if not task.validated_only:
-        tested = predict_test(trainer, final.network, scratch=join(task.run, "_test"))
+        tested = predict_test(trainer, final.network, scratch=join(task.run, attempt_name(task.fence.number), "test"))
         test = {f"test_{name}": value for name, value in tested.metrics.items()}
         if trainer.world.rank == 0 and task.steps_limit is None:
             finished = Finished(
@@ -197,6 +199,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
                 images_per_s=speed,
                 seconds=trainer.earlier_s + time.time() - task.began_at,
             )
+            task.fence.check()
             make_bundle(task, finished, records, scratch / "bundle")
     return {
         **test,
