@@ -20,6 +20,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Augmentation = Literal["none", "digits", "photos"]
 FeatureType = Literal["float16", "float32"]
 ResizeRule = Literal["stretch", "crop"]
+TableFormat = Literal["parquet", "delta"]
 EngineName = Literal["keras", "openvino", "onnx"]
 EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
@@ -404,6 +405,9 @@ class TableConfig:
     """Also write the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
     embeddings: bool = False
     """Also write the features before the head: `embedding`, a list of float32."""
+    table_format: TableFormat = "parquet"
+    """`parquet`: files in `<output>/table`. `delta`: a Delta table in `<output>/delta`, which changes in one
+    transaction; needs the extra `delta`."""
 
     def __post_init__(self) -> None:
         require(self.top_k >= 0, "top_k must be 0 (none) or a number of classes", top_k=self.top_k)
@@ -472,6 +476,9 @@ class ScoreRunConfig:
     """How often a worker may die on the same shard before the job fails."""
     storage_is_shared: bool = False
     """Local folders are the same on every node (NFS or similar)."""
+    vacuum_older_than: int | None = None
+    """Of a Delta table, delete replaced files that are older than this, h, after the commit. None: keep them, for
+    readers of older versions."""
     lock_wait_s: float = LOCK_WAIT_S
     """How long to wait for a lock that another driver holds, s; after 60 s of silence it is taken over. 0: fail at
     once."""
@@ -502,6 +509,11 @@ class ScoreRunConfig:
             max_bad_fraction=self.max_bad_fraction,
         )
         require(self.max_failures >= 0, "max_failures must be 0 or above", max_failures=self.max_failures)
+        require(
+            self.vacuum_older_than is None or self.vacuum_older_than >= 1,  # Files of a commit under way are younger.
+            "vacuum_older_than must be at least 1 h",
+            vacuum_older_than=self.vacuum_older_than,
+        )
         require(not (self.plan and self.dry_run), "choose either plan or dry_run", plan=True, dry_run=True)
         require(
             self.wait_for_nodes_s >= 0, "wait_for_nodes_s must be 0 or above", wait_for_nodes_s=self.wait_for_nodes_s

@@ -24,7 +24,7 @@ import pytest
 from harness import Watched
 from scored import described_by, plan_of
 
-from mnist_dist.config import TableConfig
+from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
@@ -155,12 +155,13 @@ class Case:
     keep_old: bool = True
     ok: bool = True
     was_ok: bool = True
+    table_format: TableFormat = "parquet"
 
     def put(self, uri: str) -> None:
         output = Output(uri)
         if self.before:
-            judge = self.judge_by(self.was_ok)
-            commit_it(output, put_generation(output, self.before, model_id="old"), judge=judge)
+            generation, judge = put_generation(output, self.before, model_id="old"), self.judge_by(self.was_ok)
+            commit_it(output, generation, judge=judge, table_format=self.table_format)
         put_generation(output, self.uris, model_id="new", shard_size=2, keep_old=self.keep_old)
 
     def resume(
@@ -173,7 +174,9 @@ class Case:
             output,
             fence=fence,
             is_mine=lambda generation: True,
-            complete=lambda generation: commit_it(output, generation, fence=fence, judge=judge, check=check),
+            complete=lambda generation: commit_it(
+                output, generation, fence=fence, judge=judge, check=check, table_format=self.table_format
+            ),
             check=check,
         )
         committed = resumed or output.committed()
@@ -325,6 +328,7 @@ def test_only_files_with_rows_that_changed_are_written(
         "rows": len(finished[name].rows),
         "model_id": "new",
         "failed": mark == "_FAILED",
+        "table_format": "parquet",
     }
     version = [f"_tables/newest/{file}" for file in ("manifest.parquet", "mark.json", "summary.json")]
     parts = [f"table/{file}" for file in files]
@@ -647,11 +651,12 @@ class Suspended:
             raise Locked("another driver has taken over")
 
 
-def score_again(uri: str, fence: int) -> None:
+def score_again(uri: str, fence: int, table_format: TableFormat = "parquet") -> None:
     """A third driver, which replaces the table: it scores `OLD` afresh, in other files."""
     output = Output(uri)
     output.sweep(fence=fence)
-    commit_it(output, put_generation(output, OLD[:7], model_id="third", keep_old=False), fence=fence)
+    generation = put_generation(output, OLD[:7], model_id="third", keep_old=False)
+    commit_it(output, generation, fence=fence, table_format=table_format)
 
 
 @pytest.mark.parametrize("then", ["finish", "replace"])

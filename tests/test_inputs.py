@@ -803,6 +803,8 @@ import sys, time
 from pathlib import Path
 from mnist_dist.config import InputConfig
 from mnist_dist.scoring.inputs import list_inputs
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry
 
 def scan(uri):
     for number in range(images):

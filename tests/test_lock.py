@@ -183,7 +183,6 @@ def test_a_holder_renews_its_beat_and_says_when_it_leaves(uri: str) -> None:
 
 
 @pytest.mark.usefixtures("quick_beats")
-@pytest.mark.xfail(strict=True, reason="a lock that is left loses its object before its beat")
 def test_one_who_comes_while_a_lock_is_left_is_not_taken_for_the_one_who_leaves(uri: str) -> None:
     taken: list[Lock] = []
 
@@ -260,7 +259,6 @@ def test_one_who_waits_is_refused_once_the_holder_renews_its_beat(uri: str, cloc
     assert names(uri) == ["000001", "000001.beat"]
 
 
-@pytest.mark.xfail(strict=True, reason="the silence is not looked at once more when it is over")
 def test_a_beat_counts_although_the_one_who_waits_slept_through_it(uri: str, clock: Clock) -> None:
     def sleep_long() -> None:
         leave(uri, "000001.beat", other(at=EPOCH_S + 55))
@@ -306,7 +304,6 @@ def test_a_signal_ends_the_waiting(uri: str, clock: Clock) -> None:
     assert names(uri) == ["000001"]
 
 
-@pytest.mark.xfail(strict=True, reason="an empty object seems to be renewed with each look")
 def test_a_lock_that_was_never_written_to_its_end_is_taken_over_after_a_minute(uri: str, clock: Clock) -> None:
     leave(uri, content=b"")  # as a killed driver leaves it on a file system without hard links
     with pytest.raises(Locked, match="working on the run"):

@@ -148,7 +148,6 @@ def test_the_highest_number_is_that_of_facts_or_of_an_attempt(run: Run) -> None:
     assert attempt_name(run.max_number()) == "attempt-000005"
 
 
-@pytest.mark.xfail(strict=True, reason="records of trials are not looked at")
 @pytest.mark.parametrize("name", ["trials/000012-000009.json", "finalists/000012-000009.json"])
 def test_the_highest_number_of_a_search_may_be_that_of_a_record(root: str, name: str) -> None:
     run = Run(join(root, "search"), begun_by=TRIAL_RECORD)

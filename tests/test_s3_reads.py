@@ -442,6 +442,7 @@ def test_forgotten_clients_are_made_anew(server: Server, monkeypatch: pytest.Mon
 
 FORKED = """
 import os, signal, sys
+from mnist_dist.store.anywhere import ANYWHERE
 before = ANYWHERE.read_bytes("s3://bucket/a/key")
 child = os.fork()
 if not child:

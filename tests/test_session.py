@@ -75,7 +75,7 @@ def locked(folder: Path, **fields: Any) -> AbstractContextManager[Session]:
 
 def test_a_locked_session_has_the_number_of_its_lock(tmp_path: Path) -> None:
     with locked(tmp_path, above=lambda: 16) as session:
-        assert session.fence == Fence(str(tmp_path / "lock"), 17)
+        assert session.fence == Fence(str(tmp_path / "lock"), 17, session.fence.id)
         session.fence.check()
         session.confirm_lock()
         take_over(tmp_path / "lock")

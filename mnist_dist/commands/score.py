@@ -9,6 +9,12 @@ from typing import Any
 from mnist_dist import console, inventory
 from mnist_dist.config import ScoreJob
 
+_HOW_TO_READ = {
+    "parquet": "  duckdb -c \"SELECT predicted_class, count(*) FROM '{output}/table/*.parquet' GROUP BY 1\"\n"
+    "  python -c \"import pandas; print(pandas.read_parquet('{output}/table'))\"",
+    "delta": "  python -c \"import polars; print(polars.scan_delta('{output}/delta').collect())\"",
+}
+
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses the command line, scores and shows how to read the table; returns the job's JSON keys."""
@@ -20,11 +26,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     console.quiet(verbose=job.run.verbose)
     result = run(job, shown)
     if not (job.run.plan or job.run.dry_run):
-        shown.line(
-            f"table: {result['output']}\n"
-            f"  duckdb -c \"SELECT predicted_class, count(*) FROM '{result['output']}/table/*.parquet' GROUP BY 1\"\n"
-            f"  python -c \"import pandas; print(pandas.read_parquet('{result['output']}/table'))\""
-        )
+        shown.line(f"table: {result['output']}\n{_HOW_TO_READ[job.table.table_format].format(**result)}")
     return result
 
 

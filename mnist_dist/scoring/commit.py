@@ -5,7 +5,7 @@ which the caller holds.
 
 1. The new files are built beside the table, under names with the number of the driver's lock.
 2. `commit.json` is put if it is absent: the decision. Whoever comes next finishes this one, whichever driver made it.
-3. The copies of the old mark are deleted, and the files are moved into their places.
+3. The copies of the old mark are deleted, and the files are moved into their places. A Delta table gets a transaction.
 4. `mark.json` of the new version is put if it is absent. From here on, this is the table.
 5. Sweeping deletes what the mark does not name and writes the copies.
 
@@ -20,9 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mnist_dist import documents
+from mnist_dist.config import TableFormat
 from mnist_dist.errors import MnistDistError
+from mnist_dist.scoring.delta import DeltaLog, Part, delta_schema
 from mnist_dist.scoring.generations import (
     MANIFEST,
     SUMMARY,
@@ -34,7 +37,7 @@ from mnist_dist.scoring.generations import (
     Summary,
 )
 from mnist_dist.scoring.parts import PART_BYTES, Building
-from mnist_dist.scoring.predictions import MARK, METADATA_KEY, Mark, read_mark
+from mnist_dist.scoring.predictions import MARK, METADATA_KEY, Mark, read_mark, schema_of
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
@@ -62,6 +65,7 @@ def commit(
     images_per_s: float | None,
     check: Callable[[], None],
     progress: Callable[[int, int], None],
+    table_format: TableFormat = "parquet",
     part_bytes: int = PART_BYTES,
 ) -> Committed:
     """Publishes the table of a generation whose shards are all done; a commit that has begun is finished.
@@ -77,6 +81,7 @@ def commit(
         images_per_s: speed of scoring this generation, for the summary.
         check: raises Locked when another driver has taken over the lock.
         progress: called with the number of finished shards and the number of all shards.
+        table_format: the form of the table; all versions of a table have the same.
         part_bytes: approximate size of a file of the table.
 
     Raises:
@@ -86,8 +91,15 @@ def commit(
         DataError, PermissionError, ServiceError, StorageError: the storage or the old table cannot be used.
     """
     if not generation.is_committing:
-        described = schema.with_metadata(table_metadata(description, generation.plan))
-        building = Building(output, generation, fence=fence, schema=described, part_bytes=part_bytes)
+        written = delta_schema(schema) if table_format == "delta" else schema
+        building = Building(
+            output,
+            generation,
+            fence=fence,
+            schema=schema,
+            written=written.with_metadata(table_metadata(description, generation.plan)),
+            part_bytes=part_bytes,
+        )
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts, plan = table.counts(), generation.plan
         decision = _Decision(
@@ -98,6 +110,7 @@ def commit(
                 rows=table.rows,
                 model_id=plan.model_id,
                 failed=not judge(counts, table.rows),
+                table_format=table_format,
             ),
             summary=Summary(
                 **{field.name: getattr(plan, field.name) for field in fields(Origin)},
@@ -202,12 +215,29 @@ def rejudge(output: Output, committed: Committed, *, fence: int, ok: bool, check
 
 def _publish(output: Output, generation: Generation, decision: _Decision, *, check: Callable[[], None]) -> None:
     output.delete_copies()
-    number = decision.mark.number
-    targets = {name: output.part_uri(name) for name in decision.add}
+    mark, number = decision.mark, decision.mark.number
+    targets = {name: output.part_uri(mark, name) for name in decision.add}
     targets[MANIFEST] = output.version_uri(number, MANIFEST)
     _move_all(targets, generation.out_uri(number), output.store)
     check()
-    _put_version(output, Committed(mark=decision.mark, summary=decision.summary))
+    if mark.table_format == "delta":
+        _publish_delta(output, mark)
+    _put_version(output, Committed(mark=mark, summary=decision.summary))
+
+
+def _publish_delta(output: Output, mark: Mark) -> None:
+    """Makes the files of a version the Delta table, for its readers."""
+    with output.store.open_binary(output.version_uri(mark.number, MANIFEST)) as file, pq.ParquetFile(file) as manifest:
+        parts = [_part(name, manifest.metadata.row_group(group)) for group, name in enumerate(mark.files)]
+    schema = schema_of(output.uri, mark, store=output.store)
+    DeltaLog(join(output.uri, mark.folder), output.store).publish(parts, schema=schema, number=mark.number)
+
+
+def _part(name: str, listed: pq.RowGroupMetaData) -> Part:
+    """A file, by the statistics of the group of rows that lists it."""
+    uris = listed.column(0).statistics if listed.num_rows else None
+    limits = (uris.min, uris.max) if uris is not None and uris.has_min_max else (None, None)
+    return Part(name=name, rows=listed.num_rows, min_uri=limits[0], max_uri=limits[1])
 
 
 def _put_version(output: Output, committed: Committed) -> None:

@@ -6,7 +6,7 @@ generations. Does not own: the contents of a row (`predictions`), what is scored
 
 ```
 <output>/
-  table/                         the table and nothing else:
+  table/                         the table and nothing else (`delta/`, with its log, where that was asked for):
     part-000017-00000.parquet    new rows; kept older ones of rewritten files: part-000017-kept-00000.parquet
   _tables/000017/                the newest version of the table; older ones are deleted
     manifest.parquet             uri, size_bytes, etag, status, error of every row; one row group per file, in order
@@ -37,6 +37,7 @@ from mnist_dist.config import EngineName, EnginePrecision, ResizeRule
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, MnistDistError
 from mnist_dist.scoring.predictions import (
+    DELTA,
     FAILED,
     LOCK,
     SUCCESS,
@@ -54,10 +55,10 @@ from mnist_dist.store.uris import absolute, join
 MANIFEST, SUMMARY = "manifest.parquet", "summary.json"
 SUMMARY_COPY = f"_{SUMMARY}"
 _PLAN = "plan.json"
-_GENERATION = re.compile(rf"{WORK}/g(\d+)/(.*)")
+_GENERATION = re.compile(rf"{WORK}/g(?P<number>\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
-_PART = re.compile(rf"{TABLE}/part-(\d+)-(?:kept-)?\d+\.parquet")
-_VERSION = re.compile(rf"{TABLES}/(\d+)/.*")
+_PART = re.compile(rf"(?P<folder>{TABLE}|{DELTA})/part-(?P<number>\d+)-(?:kept-)?\d+\.parquet")
+_VERSION = re.compile(rf"{TABLES}/(?P<number>\d+)/.*")
 _LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY_COPY)})\.[0-9a-f]+\.tmp")
 
 _NUMBERED = (_GENERATION, _PART, _VERSION)
@@ -242,12 +243,12 @@ class Output:
 
     def max_number(self) -> int:
         """The highest number in any name here; 0: there is none."""
-        numbers = [int(match[1]) for name in self.names() for kind in _NUMBERED if (match := kind.match(name))]
+        numbers = [int(match["number"]) for name in self.names() for kind in _NUMBERED if (match := kind.match(name))]
         return max(numbers, default=0)
 
-    def part_uri(self, name: str) -> str:
-        """The URI of a file of the table."""
-        return join(self.uri, TABLE, name)
+    def part_uri(self, mark: Mark, name: str) -> str:
+        """The URI of a file of a version of the table."""
+        return join(self.uri, mark.folder, name)
 
     def version_uri(self, number: int, name: str) -> str:
         """The URI of a file that describes a version of the table."""
@@ -290,12 +291,15 @@ class Output:
                 self._delete(number)
 
     def _delete_unnamed(self, mark: Mark) -> None:
-        """Deletes older versions of the table, its files that the mark does not name, and files of killed writes."""
+        """Deletes older versions of the table, its files that the mark does not name, and files of killed writes.
+
+        Of a Delta table the replaced files stay, for readers of its older versions.
+        """
         for name in list(self.names()):
             part, version = _PART.fullmatch(name), _VERSION.fullmatch(name)
-            is_part = part is not None and int(part[1]) <= mark.number
+            is_part = part is not None and part["folder"] == TABLE and int(part["number"]) <= mark.number
             is_named = name.rpartition("/")[2] in mark.files
-            is_older = version is not None and int(version[1]) < mark.number
+            is_older = version is not None and int(version["number"]) < mark.number
             if (is_part and not is_named) or is_older or _LEFT_BY_KILLED.fullmatch(name):
                 self.store.delete(join(self.uri, name))
 

@@ -24,6 +24,7 @@ from mnist_dist.errors import ConfigError, DataError, MnistDistError
 from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output
 from mnist_dist.scoring.predictions import (
     STATUSES,
+    Mark,
     fits,
     read_row_groups,
     table_schema,
@@ -98,6 +99,9 @@ class Building:
     generation: Generation
     fence: int = field(kw_only=True)
     schema: pa.Schema = field(kw_only=True)
+    """The columns of the shards."""
+    written: pa.Schema = field(kw_only=True)
+    """The columns of the files: the same names, in types that the table's format has."""
     part_bytes: int = field(kw_only=True)
 
     def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
@@ -121,7 +125,7 @@ class Building:
         """Keeps the old files; rewrites those that hold images in `replaced` without their rows. If the old table
         lacks a default column, all files are rewritten with nulls in it."""
         schema = table_schema(self.output.uri, store=self.output.store)
-        if not fits(schema, self.schema):
+        if not fits(schema, self.written):
             raise ConfigError(
                 f"the columns must be the same as before (--mode fresh makes a new table). Received: "
                 f"{', '.join(self.schema.names)}"
@@ -131,22 +135,23 @@ class Building:
         touched = []
         for index, name in enumerate(committed.mark.files):
             listed = old.read_row_group(index)
-            if not schema.equals(self.schema) or pc.any(pc.is_in(listed["uri"], value_set=replaced)).as_py():
+            if not schema.equals(self.written) or pc.any(pc.is_in(listed["uri"], value_set=replaced)).as_py():
                 touched.append(index)
             else:
                 table.note(name, listed)
         left = itertools.chain.from_iterable(
-            self._left_rows(committed.mark.files[index], old.read_row_group(index), replaced) for index in touched
+            self._left_rows(committed.mark, committed.mark.files[index], old.read_row_group(index), replaced)
+            for index in touched
         )
         self._write(table, "kept-", left)
 
-    def _left_rows(self, name: str, listed: pa.Table, replaced: pa.ChunkedArray) -> Iterator[_Rows]:
-        for rows in read_row_groups(self.output.part_uri(name), store=self.output.store):
+    def _left_rows(self, mark: Mark, name: str, listed: pa.Table, replaced: pa.ChunkedArray) -> Iterator[_Rows]:
+        for rows in read_row_groups(self.output.part_uri(mark, name), store=self.output.store):
             group, listed = listed.slice(0, len(rows)), listed.slice(len(rows))
             if not rows["uri"].equals(group["uri"]):
                 raise DataError(f"{self.output.uri}: {name} and the manifest differ; --mode fresh makes a new table")
             kept = pc.invert(pc.is_in(rows["uri"], value_set=replaced))
-            yield _Rows(widened(rows, self.schema).filter(kept), group.filter(kept))
+            yield _Rows(widened(rows, self.written).filter(kept), group.filter(kept))
 
     def _new_rows(
         self, manifest: pq.ParquetFile, shards: int, progress: Callable[[int, int], None]
@@ -158,7 +163,7 @@ class Building:
         for shard, data in enumerate(map_in_threads(read, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
             listed = manifest.read_row_group(shard, columns=list(_SOURCE_COLUMNS))
             rows = _rows_of_shard(uris[shard], data, schema=self.schema, expected=listed["uri"])
-            yield _Rows(rows, _listed(rows, listed))
+            yield _Rows(rows.cast(self.written), _listed(rows, listed))
             progress(shard + 1, shards)
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
@@ -175,7 +180,7 @@ class Building:
 
     def _write_part(self, table: NewTable, name: str, groups: Iterator[_Rows]) -> None:
         listed = [LISTED.empty_table()]
-        with self._new_file(name) as file, pq.ParquetWriter(file, self.schema, compression="zstd") as writer:
+        with self._new_file(name) as file, pq.ParquetWriter(file, self.written, compression="zstd") as writer:
             for group in groups:
                 writer.write_table(group.rows, row_group_size=len(group.rows))
                 listed.append(group.listed)

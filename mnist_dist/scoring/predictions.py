@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import TableConfig
+from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -60,6 +60,9 @@ ALWAYS = ("uri", "status")
 
 TABLE = "table"
 """Folder of the output with the Parquet files and nothing else, which other readers are pointed to."""
+DELTA = "delta"
+"""The same of a Delta table, with its log."""
+FOLDERS: dict[TableFormat, str] = {"parquet": TABLE, "delta": DELTA}
 TABLES = "_tables"
 """Folder of the output with a folder for each version of the table, of which the newest counts."""
 MARK = "mark.json"
@@ -103,11 +106,17 @@ class Mark:
     number: int
     """The number of the lock under which the table was decided on; greater than those of older tables."""
     files: tuple[str, ...]
-    """File names in `table/`, in the order of the rows."""
+    """File names in the folder, in the order of the rows."""
     rows: int
     model_id: str
     failed: bool
     """Whether the table holds more bad rows than its job allowed."""
+    table_format: TableFormat = "parquet"
+
+    @property
+    def folder(self) -> str:
+        """Folder of the files, in the output."""
+        return FOLDERS[self.table_format]
 
     @property
     def copy_name(self) -> str:
@@ -283,7 +292,7 @@ def read_predictions(
     mark = _require_mark(root, store)
     for _ in range(_READ_ATTEMPTS):
         try:
-            schema = _chosen(_schema_of(root, mark, store), columns, root)
+            schema = _chosen(schema_of(root, mark, store=store), columns, root)
             return pa.Table.from_batches(_batches(root, mark, schema, store), schema)
         except FileNotFoundError as err:
             before, mark = mark, _require_mark(root, store)
@@ -304,7 +313,7 @@ def iter_predictions(
     root = absolute(os.fspath(uri))
     mark = _require_mark(root, store)
     try:
-        yield from _batches(root, mark, _chosen(_schema_of(root, mark, store), columns, root), store)
+        yield from _batches(root, mark, _chosen(schema_of(root, mark, store=store), columns, root), store)
     except FileNotFoundError as err:
         raise DataError(f"{root}: the table was replaced while it was read; read it again: {err}") from err
 
@@ -318,7 +327,7 @@ def table_schema(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> pa.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(os.fspath(uri))
-    return _schema_of(root, _require_mark(root, store), store)
+    return schema_of(root, _require_mark(root, store), store=store)
 
 
 def read_mark(uri: str, *, store: Store = ANYWHERE) -> Mark | None:
@@ -367,7 +376,7 @@ def _require_mark(root: str, store: Store) -> Mark:
             f"the prediction table is not finished: a scoring job is still running, or was stopped; the same command "
             f"resumes it. Received: {root!r}"
         )
-    output = root.removesuffix(f"/{TABLE}")
+    output = root.removesuffix(f"/{TABLE}").removesuffix(f"/{DELTA}")
     hint = f" (did you mean {output}?)" if output != root and read_mark(output, store=store) is not None else ""
     raise DataError(f"there is no prediction table (no {TABLES}/*/{MARK}){hint}. Received: {root!r}")
 
@@ -382,14 +391,15 @@ def _chosen(schema: pa.Schema, columns: Sequence[str] | None, root: str) -> pa.S
     return pa.schema([schema.field(name) for name in columns])
 
 
-def _schema_of(root: str, mark: Mark, store: Store) -> pa.Schema:
-    with _open(join(root, TABLE, mark.files[0]), store) as file:
+def schema_of(root: str, mark: Mark, *, store: Store = ANYWHERE) -> pa.Schema:
+    """The columns of a version of the table; see `table_schema`."""
+    with _open(join(root, mark.folder, mark.files[0]), store) as file:
         return file.schema_arrow
 
 
 def _batches(root: str, mark: Mark, schema: pa.Schema, store: Store) -> Iterator[pa.RecordBatch]:
     for name in mark.files:
-        for rows in read_row_groups(join(root, TABLE, name), columns=schema.names, store=store):
+        for rows in read_row_groups(join(root, mark.folder, name), columns=schema.names, store=store):
             yield from rows.select(schema.names).to_batches()
 
 

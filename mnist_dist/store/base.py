@@ -195,6 +195,14 @@ class Store(ABC):
     def delete_leftovers(self, uri: str) -> None:  # noqa: B027 (buckets have no leftovers)
         """Deletes what killed calls of `upload_folder` left beside `uri`. Nobody else may be uploading there."""
 
+    def object_store_options(self, uri: str) -> dict[str, str]:
+        """The settings with which libraries on the Rust crate `object_store`, such as deltalake, reach this store.
+
+        Raises:
+            StorageError: such libraries cannot reach it.
+        """
+        raise StorageError(f"a Delta table cannot be kept in this store. Received: {uri!r}")
+
     def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
         """Drops connections, so that the next call reads the environment's settings again."""
 

@@ -101,7 +101,10 @@ class LocalStore(Store):
         with _errors(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(data)
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 _link(temporary, path)
             except FileExistsError:
                 return False
@@ -133,6 +136,9 @@ class LocalStore(Store):
     def delete(self, uri: str) -> None:
         with _errors(uri):
             path_of(uri).unlink(missing_ok=True)
+
+    def object_store_options(self, uri: str) -> dict[str, str]:
+        return {}
 
     def delete_tree(self, uri: str) -> None:
         path = path_of(uri)

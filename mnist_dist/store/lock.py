@@ -85,11 +85,13 @@ class Fence:
     uri: str
     """URI of the lock."""
     number: int
+    id: str
+    """The driver's id, because numbers start again in a folder that was deleted."""
     store: Store = ANYWHERE
 
     def check(self) -> None:
         """Raises Locked if another driver has taken over."""
-        if _Objects(self.uri, self.store).highest() != self.number:
+        if not _Objects(self.uri, self.store).is_held(self.number, id=self.id):
             raise Locked(f"another driver has taken over, so this worker stops. Received: {self.uri}, {self.number}")
 
 
@@ -118,18 +120,27 @@ class _Objects:
 
     def read(self, number: int) -> Holder | None:
         """The driver that took a number, as of its newest beat; None if the number was deleted in the meantime."""
-        for name in (f"{number:06d}.beat", f"{number:06d}"):
-            try:
-                data = self.store.read_bytes(join(self.uri, name))
-            except FileNotFoundError:
-                continue
-            if data:
-                return documents.decode(data, Holder, uri=join(self.uri, name))
-            return Holder(id="", host="", pid=0, time=time.time())  # Without hard links, it is empty for a moment.
-        return None
+        taken, beat = self._read(f"{number:06d}"), self._read(f"{number:06d}.beat")
+        return beat if taken is not None and beat is not None and beat.id == taken.id else taken
+
+    def _read(self, name: str) -> Holder | None:
+        try:
+            data = self.store.read_bytes(join(self.uri, name))
+        except FileNotFoundError:
+            return None
+        if not data:  # Without hard links, an object is empty for a moment, or for ever if its driver died then.
+            return Holder(id="", host="", pid=0, time=0.0)
+        return documents.decode(data, Holder, uri=join(self.uri, name))
+
+    def is_held(self, number: int, *, id: str) -> bool:
+        """Whether the driver with this id holds the lock under this number."""
+        if self.highest() != number:
+            return False
+        holder = self._read(f"{number:06d}")
+        return holder is not None and holder.id == id
 
     def delete(self, number: int) -> None:
-        for name in (f"{number:06d}", f"{number:06d}.beat"):
+        for name in (f"{number:06d}.beat", f"{number:06d}"):
             self.store.delete(join(self.uri, name))
 
     def delete_below(self, number: int) -> None:
@@ -152,7 +163,7 @@ class Lock:
         store: the store of the objects.
 
     Attributes:
-        number: greater than that of every earlier holder. 0 outside of the block.
+        number: greater than that of every earlier holder. 0 before the block.
         lost: whether another driver was seen to hold the lock.
 
     Raises:
@@ -194,8 +205,7 @@ class Lock:
             if holder is None:
                 return False
             if holder.id == self._owner.id:  # The store repeated our own put after its first answer was lost.
-                self.number = before
-                return True
+                return self._hold(before)
             if not holder.is_gone and not self._wait_until_silent(before, holder):
                 return False
             log.info("taking over %s from %s", self._objects.uri, holder)
@@ -205,6 +215,9 @@ class Lock:
         if self._objects.highest() != number:  # We were slow: this number had been taken, left and deleted before.
             self._objects.delete(number)
             return False
+        return self._hold(number)
+
+    def _hold(self, number: int) -> bool:
         self.number = number
         self._objects.delete_below(number)
         return True
@@ -222,12 +235,12 @@ class Lock:
                 f"Waiting up to {self._wait_s:g} s for the lock of {self._what}, held by {holder}. It is taken over "
                 f"after {SILENCE_S:g} s of silence."
             )
-        while (waited_s := time.monotonic() - began) < self._wait_s:
-            if waited_s >= SILENCE_S:
-                return True
+        waited_s = 0.0
+        while waited_s < self._wait_s:
             if self._stop is not None:
                 self._stop.check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
+            waited_s = time.monotonic() - began  # before the look: this waiter, too, may be suspended in between
             current = self._objects.read(number)
             if current is None:
                 return False
@@ -236,6 +249,8 @@ class Lock:
             if current != holder:
                 holder = current
                 break
+            if waited_s >= SILENCE_S:
+                return True
         raise Locked(f"another driver is working on {self._what}: {holder}")
 
     def __exit__(self, *_: object) -> None:
@@ -251,7 +266,7 @@ class Lock:
     @property
     def fence(self) -> Fence:
         """The lock for workers."""
-        return Fence(self._objects.uri, self.number, self._objects.store)
+        return Fence(self._objects.uri, self.number, self._owner.id, self._objects.store)
 
     def check(self) -> None:
         """Raises Locked if another driver has taken over the lock."""
@@ -269,10 +284,7 @@ class Lock:
                 log.warning("could not renew the lock %s: %s", self._objects.uri, error)
 
     def _is_held(self) -> bool:
-        if self._objects.highest() != self.number:
-            return False
-        holder = self._objects.read(self.number)
-        return holder is not None and holder.id == self._owner.id  # Numbers start again in a folder that was deleted.
+        return self._objects.is_held(self.number, id=self._owner.id)
 
     def _now(self) -> Holder:
         return replace(self._owner, time=time.time())

@@ -58,7 +58,8 @@ class MemoryStore(Store):
                 name for name in self._objects if name == uri
             ]
         for name in names:
-            yield self.entry_of(name)
+            with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
+                yield self.entry_of(name)
 
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
         _, key = bucket_and_key(uri)

@@ -232,6 +232,10 @@ class S3Store(Store):
                 self._clients = {os.getpid(): _Clients()}
             return self._clients[os.getpid()]
 
+    def object_store_options(self, uri: str) -> dict[str, str]:
+        with _errors(uri):
+            return self._of_this_process().object_store_options()
+
     def _fast(self, uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
         """Reads with obstore; None if boto3 has to do it."""
         with _errors(uri):
@@ -253,6 +257,26 @@ class _Clients:
         self.client.meta.events.register("before-parse.*.ListObjectsV2", take_objects)
         self._fast: FastReads | None = None
         self._lock = threading.Lock()
+
+    def object_store_options(self) -> dict[str, str]:
+        """Endpoint, region and the credentials of this moment, under the names that `object_store` gives them."""
+        found = self._session.get_credentials()
+        options = {
+            "aws_endpoint": str(self.client.meta.endpoint_url),
+            "aws_region": str(self.client.meta.region_name or "us-east-1"),
+            "aws_virtual_hosted_style_request": "false",  # All endpoints of boto3 accept the bucket in the path.
+            "aws_conditional_put": "etag",  # Commits are put if absent, as in `create_bytes`.
+            "allow_http": str(self.client.meta.endpoint_url.startswith("http://")).lower(),
+        }
+        if found is None:
+            return options
+        key = found.get_frozen_credentials()
+        secrets = {
+            "aws_access_key_id": key.access_key,
+            "aws_secret_access_key": key.secret_key,
+            "aws_session_token": key.token,
+        }
+        return options | {name: str(value) for name, value in secrets.items() if value}
 
     def fast_reads(self) -> "FastReads":
         """The obstore client, created on first use."""

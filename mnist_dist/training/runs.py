@@ -40,6 +40,7 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
+_NUMBERED = re.compile(r"(?:run|attempt|trials/\d{6}|finalists/\d{6})-(\d{6,})(?:\.json$|/)")  # A search is a run, too.
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
 CHECKPOINT = re.compile(r"attempt-(?P<fence>\d+)/checkpoint-(?P<steps>\d+)/" + re.escape(STATE_FILE) + "$")
 
@@ -86,9 +87,7 @@ class Run:
 
     def max_number(self) -> int:
         """The highest number in any name here; 0: there is none."""
-        names = self._names()
-        attempts = [int(match[2]) for name in names if (match := ATTEMPT.match(name))]
-        return max([*attempts, *facts_names(names).values()], default=0)
+        return max((int(match[1]) for name in self._names() if (match := _NUMBERED.match(name))), default=0)
 
     def begun_by_number(self) -> int:
         """The number of the lock under which the run was begun; 0: it was not."""
@@ -186,8 +185,8 @@ def run_row(folder: Folder) -> InventoryRow | None:
     """
     if not is_run(folder) or is_search(folder):
         return None
-    facts, driver = folder.facts(), folder.driver()
     result = folder.read("result.json", dict[str, Any])
+    facts, driver = folder.facts(), folder.driver() if result is None else None
     history, epochs = _read_history(folder), _epochs_planned(facts)
     is_saved = bool(history) or (result is None and Run(folder.uri).newest_checkpoint() is not None)
     if result is not None:
@@ -200,7 +199,7 @@ def run_row(folder: Folder) -> InventoryRow | None:
         state=state_of(is_finished=result is not None, driver=driver, is_saved=is_saved),
         progress=f"{done} of {epochs} epochs" if epochs is not None else "",
         result=_accuracy_in_words(test, val),
-        updated_s=folder.updated_with(*folder.folders & {LOCK}),
+        updated_s=folder.updated_with(*folder.folders & {LOCK}) if result is None else folder.updated_s,
         numbers={
             "recipe": facts.recipe if facts is not None else None,
             "epochs_done": done,

@@ -29,8 +29,8 @@ def search_row(folder: Folder) -> InventoryRow | None:
     """
     if not is_run(folder) or is_search(folder) is False:
         return None
-    facts, driver = folder.facts(), folder.driver()
     result = folder.read("result.json", dict[str, Any])
+    facts, driver = folder.facts(), folder.driver() if result is None else None
     trials = (
         _records(folder, TRIALS) if result is None else {}
     )  # the result counts the trials, of which there may be thousands

@@ -36,6 +36,7 @@ from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Times
+from mnist_dist.scoring.delta import DeltaLog, check_installed
 from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -47,7 +48,7 @@ from mnist_dist.scoring.manifest import (
     write_manifest,
 )
 from mnist_dist.scoring.planning import Means
-from mnist_dist.scoring.predictions import NOT_BAD, prediction_schema
+from mnist_dist.scoring.predictions import NOT_BAD, Mark, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
@@ -91,6 +92,9 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, output, console=console)
+    if job.table.table_format == "delta":
+        check_installed()
+        ANYWHERE.object_store_options(output.uri)
     ANYWHERE.check_writable(job.output)
     with locked_session(
         console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s, above=output.max_number
@@ -166,6 +170,7 @@ class Scoring:
         if resumed is not None and self.job.mode != "incremental":
             return self._result(self._judged(resumed))
         before = self.output.committed()
+        self._check_format(before)
         if before is not None and self.job.mode != "fresh":
             self._check_same(self._summary(before), but=("inputs",) if self.job.mode == "incremental" else ())
         if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
@@ -191,6 +196,13 @@ class Scoring:
                 f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
                 f"for other input, or --mode fresh to score everything again):\n  {shown}"
             )
+
+    def _check_format(self, before: Committed | None) -> None:
+        require(
+            before is None or before.mark.table_format == self.job.table.table_format,
+            f"{self.output.uri} holds a table of another format; choose another --output",
+            table_format=self.job.table.table_format,
+        )
 
     def _differences(self, origin: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
         own = {"model_id": self.bundle.info.model_id, **self.job.settings()}
@@ -443,6 +455,7 @@ class Scoring:
                 description=self._description(generation.plan),
                 images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
+                table_format=self.job.table.table_format,
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
             )
 
@@ -497,6 +510,7 @@ class Scoring:
         for status, examples in summary.examples.items():
             for example in examples:
                 self.session.console.line(f"  {status}: {example.uri}: {example.error}")
+        self._vacuum(mark)
         if mark.failed:
             raise TooManyBadImages(
                 f"{_bad(statuses):,} of {mark.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
@@ -504,6 +518,15 @@ class Scoring:
                 result,
             )
         return result
+
+    def _vacuum(self, mark: Mark) -> None:
+        """Deletes replaced files of a Delta table, if that was asked for."""
+        hours = self.job.run.vacuum_older_than
+        if hours is None or mark.table_format != "delta":
+            return
+        self.session.confirm_lock()
+        count = DeltaLog(join(self.output.uri, mark.folder), self.output.store).vacuum(hours=hours)
+        self.session.console.line(f"{count:,} replaced files older than {hours} h deleted")
 
 
 def _keras_backend() -> str:
