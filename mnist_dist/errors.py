@@ -142,6 +142,12 @@ class Locked(ConfigError):
     """Another driver is working on the same run or output."""
 
 
+class LockLost(Locked):
+    """Another driver has taken over the run or output of this one, which was silent for too long."""
+
+    exit_code = 1  # Not found before any work.
+
+
 class ResourceError(ConfigError):
     """The cluster has fewer resources than the job requests."""
 

@@ -35,18 +35,18 @@ class Session:
 
         Raises:
             Interrupted: a signal arrived.
-            Locked: another driver took over the lock.
+            LockLost: another driver took over the lock.
         """
         self.stop.check()
         self.check_lock()
 
     def check_lock(self) -> None:
-        """Raises Locked if the lock is already known to be lost; costs nothing."""
+        """Raises LockLost if the lock is already known to be lost; costs nothing."""
         if self.lock is not None and self.lock.lost:
             self.lock.check()
 
     def confirm_lock(self) -> None:
-        """Reads the lock and raises Locked if another driver holds it; call it before deleting or publishing."""
+        """Reads the lock and raises LockLost if another driver holds it; call it before deleting or publishing."""
         if self.lock is not None:
             self.lock.check()
 
@@ -66,7 +66,7 @@ class Session:
 
         Raises:
             Interrupted: a signal arrived and there is no `on_signal`.
-            Locked: another driver took over the lock.
+            LockLost: another driver took over the lock.
         """
         is_over = is_stopping = False
         while not is_over:
@@ -88,8 +88,8 @@ def locked_session(
     """A session that handles signals and holds a lock; see `Lock`.
 
     Raises:
-        Locked: see `Lock`; also in place of an error within the block, such as a file that is gone, if another driver
-            has taken over the lock.
+        Locked: see `Lock`.
+        LockLost: in place of an error within the block, such as a file that is gone, another driver has taken over.
     """
     with (
         Stop(console) as stop,

@@ -94,7 +94,7 @@ def test_a_driver_suspended_at_any_step_of_a_commit_changes_nothing_when_it_wake
     with suspended(late):
         assert committing(uri, log=tmp_path / "successor.log").wait() == 0, (tmp_path / "successor.log").read_text()
     if late.wait():  # otherwise only sweeping was left
-        assert "Locked: another driver has taken over" in log.read_text()
+        assert "LockLost: another driver has taken over" in log.read_text()
     assert read_predictions(uri).equals(finished.rows)
     assert committing(uri, log=log).wait() == 0, log.read_text()  # the next command
     shutil.rmtree(tmp_path / "output" / "_work" / "lock")
@@ -123,7 +123,7 @@ def test_a_training_driver_that_wakes_up_late_leaves_the_run_alone(tmp_path: Pat
             assert "Waiting up to 90 s for the lock" in err
             weights, files = load_bundle(result["bundle"]).model.get_weights(), contents(tmp_path / "run")
         code, line, err = late.ended()
-    assert (code, line["error_type"]) == (1, "Locked"), err
+    assert (code, line["error_type"]) == (1, "LockLost"), err
     assert contents(tmp_path / "run") == files
     for ours, theirs in zip(load_bundle(result["bundle"]).model.get_weights(), weights, strict=True):
         assert np.array_equal(ours, theirs)
@@ -146,7 +146,7 @@ def test_a_search_driver_that_wakes_up_late_leaves_the_trials_alone(tmp_path: Pa
             assert code == 0, err
             files = contents(tmp_path / "run")
         code, line, err = late.ended()
-    assert (code, line["error_type"]) == (1, "Locked"), err
+    assert (code, line["error_type"]) == (1, "LockLost"), err
     after = contents(tmp_path / "run")
     assert {name: after[name] for name in files} == files
     assert all(name.endswith("-000001.json") for name in set(after) - set(files))  # records of the late driver

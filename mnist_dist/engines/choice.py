@@ -201,7 +201,7 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
         ConfigError: the requested engine is not supported here, is not installed, or does not agree with Keras.
         StepFailed: the conversion or check of a requested engine failed.
         StorageError: there is no place to keep a requested engine.
-        Interrupted, Locked: see `Session.watch`.
+        Interrupted, LockLost: see `Session.watch`.
     """
     requested, gpu = request.requested, request.gpu
     has_images = not gpu and requested.engine != "keras" and calibration_of(bundle)[0] == "calibration"

@@ -48,7 +48,7 @@ def run_step(function: Callable[[Report], Result], *, title: str, session: Sessi
 
     Raises:
         StepFailed: the process failed.
-        Interrupted, Locked: see `Session.watch`.
+        Interrupted, LockLost: see `Session.watch`.
     """
     free_gib, received = psutil.virtual_memory().available / 2**30, dict[str, Any]()
     log.info("%s: %.1f GiB of memory are free", title, free_gib)

@@ -159,7 +159,7 @@ def run_shards(
         MnistDistError, OSError: a worker raised it.
         WorkersFailed: processes died on a shard more than `max_deaths` times, or Ray Data failed.
         Interrupted: SIGINT or SIGTERM.
-        Locked: another driver took over the lock.
+        LockLost: another driver took over the lock.
     """
     markers = Markers(work.folder, run_id=uuid.uuid4().hex, max_deaths=work.max_deaths)
     progress = _Progress(work, session, done=done, total=total)

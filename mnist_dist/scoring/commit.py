@@ -79,7 +79,7 @@ def commit(
         judge: takes the rows by status and the total number of rows; returns whether the table is good enough.
         description: describes the model, in the summary and in the metadata of each Parquet file.
         images_per_s: speed of scoring this generation, for the summary.
-        check: raises Locked when another driver has taken over the lock.
+        check: raises LockLost when another driver has taken over the lock.
         progress: called with the number of finished shards and the number of all shards.
         table_format: the form of the table; all versions of a table have the same.
         part_bytes: approximate size of a file of the table.
@@ -87,7 +87,7 @@ def commit(
     Raises:
         MnistDistError: a shard does not hold the rows of its manifest.
         ConfigError: rows of the old table are kept, but it has other columns.
-        Locked: see `check`.
+        LockLost: see `check`.
         DataError, PermissionError, ServiceError, StorageError: the storage or the old table cannot be used.
     """
     if not generation.is_committing:
@@ -139,7 +139,7 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
 
     Raises:
         MnistDistError: a file that is to be published is gone.
-        Locked: see `check`.
+        LockLost: see `check`.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     check()
@@ -173,7 +173,7 @@ def resume(
         fence: number of the lock.
         is_mine: whether a generation belongs to this job; raises if it belongs to another and must be kept.
         complete: scores the remaining shards of a generation, and commits it.
-        check: raises Locked when another driver has taken over the lock.
+        check: raises LockLost when another driver has taken over the lock.
     """
     output.sweep(fence=fence)
     unfinished = output.unfinished()
@@ -198,7 +198,7 @@ def rejudge(output: Output, committed: Committed, *, fence: int, ok: bool, check
         committed: its table, whose summary must exist.
         fence: number of the lock.
         ok: whether the table is good.
-        check: raises Locked when another driver has taken over the lock.
+        check: raises LockLost when another driver has taken over the lock.
     """
     manifest = output.version_uri(committed.mark.number, MANIFEST)
     output.store.write_bytes(output.version_uri(fence, MANIFEST), output.store.read_bytes(manifest))

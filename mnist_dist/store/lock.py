@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from mnist_dist import documents
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import Locked, ServiceError
+from mnist_dist.errors import Locked, LockLost, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -90,9 +90,9 @@ class Fence:
     store: Store = ANYWHERE
 
     def check(self) -> None:
-        """Raises Locked if another driver has taken over."""
+        """Raises LockLost if another driver has taken over."""
         if not _Objects(self.uri, self.store).is_held(self.number, id=self.id):
-            raise Locked(f"another driver has taken over, so this worker stops. Received: {self.uri}, {self.number}")
+            raise LockLost(f"another driver has taken over, so this worker stops. Received: {self.uri}, {self.number}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class Lock:
         lost: whether another driver was seen to hold the lock.
 
     Raises:
-        Locked: on entering, another driver is working, or may be even after the wait; on `check`, another driver has
-            taken over the lock.
+        Locked: on entering, another driver is working, or may be even after the wait.
+        LockLost: on `check`, another driver has taken over the lock.
         Interrupted: a signal came during the wait.
     """
 
@@ -269,9 +269,9 @@ class Lock:
         return Fence(self._objects.uri, self.number, self._owner.id, self._objects.store)
 
     def check(self) -> None:
-        """Raises Locked if another driver has taken over the lock."""
+        """Raises LockLost if another driver has taken over the lock."""
         if not self._is_held():
-            raise Locked(f"another driver has taken over {self._what}, so this one stops")
+            raise LockLost(f"another driver has taken over {self._what}, so this one stops")
 
     def _beat(self) -> None:
         while not self._closed.wait(SECONDS_BETWEEN_BEATS):

@@ -215,7 +215,7 @@ def run_trials(
 
     Raises:
         Interrupted: a signal came; the same command runs the unfinished trials again.
-        Locked: another driver took over the lock.
+        LockLost: another driver took over the lock.
         WorkersFailed: Ray Tune failed, or a trial could not be recorded.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = (

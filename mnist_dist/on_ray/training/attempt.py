@@ -60,7 +60,7 @@ class Attempt:
         Raises:
             MnistDistError: a worker's own error.
             WorkersFailed: a worker failed or died more often than `max_failures`.
-            Locked: another driver took over the lock.
+            LockLost: another driver took over the lock.
             Interrupted: a signal came before any worker ran that could save something.
         """
         fit = SideThread(self._trainer.fit, name="ray-train")
