@@ -34,8 +34,11 @@ from test_commit import (
 
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StorageError
+from mnist_dist.evaluation.tables import open_table
+from mnist_dist.inventory import rows_below
 from mnist_dist.scoring.delta import APPLICATION, DeltaLog, Part, delta_schema
 from mnist_dist.scoring.generations import Output
+from mnist_dist.scoring.output_row import table_row
 from mnist_dist.scoring.predictions import prediction_schema, read_predictions
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.memory import MemoryStore
@@ -110,6 +113,16 @@ def test_polars_reads_it(templates: dict[str, Path], finished: dict[str, list[di
     found = polars.scan_delta(str(tmp_path / "output" / "delta")).sort("uri").collect()
     assert found["uri"].to_list() == [row["uri"] for row in finished["retry"]]
     assert found["top_k_classes"].to_list() == [row["top_k_classes"] for row in finished["retry"]]
+
+
+def test_evaluation_and_listing_know_it(templates: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(templates["increment"], tmp_path / "scores" / "output")
+    uri = str(tmp_path / "scores" / "output")
+    DELTA["increment"].resume(uri)
+    table = open_table(uri, bundle=None)
+    assert (table.rows, table.failed, table.classes.names) == (15, True, ("ant", "bee"))
+    (row,) = rows_below(str(tmp_path / "scores"), table_row)
+    assert (row.state, row.result) == ("failed", "15 rows: 10 ok, 5 errors")
 
 
 @pytest.mark.slow

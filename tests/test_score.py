@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray.data
 from corpus import manifest_rows
+from deltalake import DeltaTable
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
 from PIL import Image
 from scored import plan_of
 
 from mnist_dist import load_bundle
-from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
+from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -545,9 +546,12 @@ def test_without_its_summary_a_table_is_read_but_not_resumed(table: ScoreJob, co
 
 
 @pytest.mark.slow
-def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(tmp_path: Path, bundle: Path) -> None:
-    images = write_images(tmp_path / "images", good=6)
-    job = replace(job_of(bundle, tmp_path / "table", images), mode="incremental")
+@pytest.mark.parametrize("table_format", ["parquet", "delta"])
+def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(
+    tmp_path: Path, bundle: Path, table_format: TableFormat
+) -> None:
+    images, columns = write_images(tmp_path / "images", good=6), TableConfig(table_format=table_format)
+    job = replace(job_of(bundle, tmp_path / "table", images, table=columns), mode="incremental")
     score(job, console=Recorder())
     before = rows_of(tmp_path / "table")
 
@@ -569,6 +573,15 @@ def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(tmp_path: 
     console = Recorder()
     assert score(job, console=console)["generation"] == 2
     assert any("there is nothing to score" in line for line in console.lines)
+    if table_format == "delta":
+        found = DeltaTable(str(tmp_path / "table" / "delta"))
+        assert {row["uri"]: row for row in found.to_pyarrow_table().to_pylist()} == after
+        assert found.version() == 1
+        with pytest.raises(ConfigError, match="holds a table of another format; choose another --output"):
+            score(replace(job, mode="fresh", table=TableConfig()), console=Recorder())
+        fresh = replace(job, mode="fresh", run=replace(job.run, vacuum_older_than=1))
+        assert score(fresh, console=Recorder())["skipped"] == 0
+        assert DeltaTable(str(tmp_path / "table" / "delta")).version() == 2
 
 
 @pytest.mark.slow
