@@ -664,18 +664,38 @@ def score_again(uri: str, fence: int, table_format: TableFormat = "parquet") -> 
 def test_a_driver_that_wakes_up_late_changes_nothing(
     templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path, name: str, then: str
 ) -> None:
-    case, is_over = CASES[name], False
+    def new_output(count: int) -> str:
+        return str(shutil.copytree(templates[name], tmp_path / str(count)))
+
+    assert_waking_up_late_changes_nothing(CASES[name], new_output, expected=finished[name], then=then)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["finish", "replace"])
+def test_a_driver_that_wakes_up_late_changes_nothing_on_s3(
+    templates: dict[str, Path], finished: dict[str, Seen], s3: str, then: str
+) -> None:
+    def new_output(count: int) -> str:
+        ANYWHERE.upload_folder(templates["retry"], f"{s3}/{count}")
+        return f"{s3}/{count}"
+
+    assert_waking_up_late_changes_nothing(CASES["retry"], new_output, expected=finished["retry"], then=then)
+
+
+def assert_waking_up_late_changes_nothing(
+    case: Case, new_output: Callable[[int], str], *, expected: Seen, then: str
+) -> None:
+    """Suspends a driver before each of its steps in turn."""
     for count in itertools.count():
-        uri = str(tmp_path / str(count))
-        shutil.copytree(templates[name], uri)
+        uri = new_output(count)
 
         def meanwhile(uri: str = uri) -> None:
             case.resume(uri, fence=3)
             if then == "replace":
                 score_again(uri, fence=4)
 
-        late = Suspended(count, meanwhile)
-        with contextlib.suppress(MnistDistError, OSError):  # as `locked_session` does, which raises Locked in its place
+        late, is_over = Suspended(count, meanwhile), False
+        with contextlib.suppress(MnistDistError, OSError):  # as `locked_session` does, which raises LockLost instead
             case.resume(uri, late.step, check=late.check)
             is_over = not late.was_suspended
         if is_over:
@@ -685,10 +705,10 @@ def test_a_driver_that_wakes_up_late_changes_nothing(
             assert rows["uri"].to_pylist() == list(OLD[:7])
             assert set(rows["model_id"].to_pylist()) == {"third"}
             continue
-        assert rows.equals(finished[name].rows), count
+        assert rows.equals(expected.rows), count
         case.resume(uri, fence=5)  # the next command
-        assert Seen.of(uri) == finished[name], count
-        assert len(pq.read_table(tmp_path / str(count) / "table", columns=["uri"])) == len(rows)
+        assert Seen.of(uri) == expected, count
+        assert sum(name.startswith("table/") for name in names_in(uri)) == len(expected.mark["files"])
     assert count > 15
 
 
