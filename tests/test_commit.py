@@ -519,9 +519,9 @@ def test_a_reader_sees_the_old_table_or_the_new_one(
     assert [kind for kind, _ in itertools.groupby(has_copy)] == ([True, False, True] if old else [False, True])
 
 
-def resume_as_another_job(output: Output) -> Committed | None:
+def resume_as_another_job(output: Output, *, fence: int = 3, check: Callable[[], None] = nothing) -> Committed | None:
     return resume(
-        output, fence=3, is_mine=lambda generation: False, complete=lambda generation: raise_died(), check=nothing
+        output, fence=fence, is_mine=lambda generation: False, complete=lambda generation: raise_died(), check=check
     )
 
 
@@ -680,6 +680,57 @@ def test_a_driver_that_wakes_up_late_changes_nothing_on_s3(
         return f"{s3}/{count}"
 
     assert_waking_up_late_changes_nothing(CASES["retry"], new_output, expected=finished["retry"], then=then)
+
+
+def test_a_driver_that_is_late_to_discard_deletes_nothing_of_its_successor(
+    templates: dict[str, Path], finished: dict[str, Seen], tmp_path: Path
+) -> None:
+    """It is suspended at each of its steps; meanwhile another driver resumes what it is about to discard."""
+    case = CASES["increment"]
+    for count in itertools.count():
+        uri = str(shutil.copytree(templates["increment"], tmp_path / str(count)))
+        resumed: list[bool] = []
+
+        def meanwhile(uri: str = uri, resumed: list[bool] = resumed) -> None:
+            resumed.append(begins_to_resume(uri))
+
+        late = Suspended(count, meanwhile)
+        with contextlib.suppress(MnistDistError, OSError):
+            resume_as_another_job(Output(uri, store=Watched(late.step)), fence=3, check=late.check)
+        if not resumed:
+            break
+        if resumed == [True]:
+            case.resume(uri, fence=4)
+            assert Seen.of(uri) == finished["increment"], count
+        else:  # it had been discarded for good
+            assert Output(uri).unfinished() is None
+    assert count > 1
+
+
+def begins_to_resume(uri: str) -> bool:
+    """A driver that takes over and resumes a generation, up to where it would score; whether there is one."""
+    begun: list[Generation] = []
+
+    def complete(generation: Generation) -> Never:
+        begun.append(generation)
+        raise Died
+
+    with contextlib.suppress(Died):
+        resume(Output(uri), fence=4, is_mine=lambda generation: True, complete=complete, check=nothing)
+    return bool(begun)
+
+
+def test_files_of_a_commit_whose_work_was_deleted_by_hand_go_with_the_next_command(
+    templates: dict[str, Path], tmp_path: Path
+) -> None:
+    uri = str(shutil.copytree(templates["increment"], tmp_path / "output"))
+    before = [name for name in names_in(uri) if name.startswith("table/")]
+    with pytest.raises(Died):
+        CASES["increment"].resume(uri, lambda step: raise_died() if step == "write summary.json" else None)
+    assert len(names_in(f"{uri}/table")) == 5
+    ANYWHERE.delete_tree(f"{uri}/_work")
+    assert resume_as_another_job(Output(uri)) is None
+    assert [name for name in names_in(uri) if name.startswith("table/")] == before
 
 
 def assert_waking_up_late_changes_nothing(
@@ -913,7 +964,7 @@ def test_work_whose_plan_is_damaged_names_the_folder_to_delete(empty: Output) ->
 def test_a_generation_that_is_discarded_leaves_the_table(output: Output) -> None:
     generation = put_generation(output, ("b00",))
     assert output.unfinished() == generation
-    output.discard(generation)
+    output.discard(generation, fence=2)
     assert output.unfinished() is None
     assert not any(name.startswith("_work/g") for name in names_in(output.uri))
 
@@ -922,7 +973,7 @@ def test_a_commit_that_was_begun_is_not_discarded(empty: Output) -> None:
     generation = begun_by(empty, plan_of(), write_nothing)
     ANYWHERE.write_bytes(generation.commit_uri, b"{}")
     with pytest.raises(MnistDistError, match="must be finished first"):
-        empty.discard(generation)
+        empty.discard(generation, fence=2)
 
 
 @pytest.mark.parametrize(

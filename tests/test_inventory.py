@@ -299,7 +299,7 @@ def test_a_prediction_table_is_told_from_its_begin_to_its_result(root: str) -> N
     assert 6 <= row.numbers["rows_done"] <= 7
     with Lock(output.lock_uri, what=output.uri):
         assert the_table(root).state == "running"
-    output.discard(generation)
+    output.discard(generation, fence=9)
     committed_table(output.uri, images=10)
     assert words(the_table(root)) == ("finished", "generation 1", "10 rows: 7 ok, 3 errors")
     begun_table(output.uri, images=5)

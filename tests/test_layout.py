@@ -184,3 +184,13 @@ def test_a_module_says_what_it_owns(module: str) -> None:
 def test_a_package_docstring_names_modules_that_exist(package: str) -> None:
     names = set(re.findall(r"`([a-z_0-9]+)(?:\.\w+)*`", ast.get_docstring(TREES[package]) or "")) - NO_MODULES
     assert {name for name in names if not {f"{package}.{name}", f"{PACKAGE}.{name}"} & TREES.keys()} == set()
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))])
+def test_a_page_links_to_files_and_tests_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for label, target in re.findall(r"\[([^\]]+)\]\(([^)#:]+)\)", text):
+        linked = (ROOT / page).parent / target
+        assert linked.exists(), f"{page} links to {target}"
+        if label.startswith("`test_"):
+            assert f"def {label.strip('`')}(" in linked.read_text(), f"{page} names {label}, which is not in {target}"

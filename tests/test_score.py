@@ -597,7 +597,7 @@ def test_other_inputs_are_added_in_mode_incremental(table: ScoreJob, tmp_path: P
 
 @pytest.mark.slow
 def test_a_table_of_a_time_before_a_column_is_added_to(table: ScoreJob, tmp_path: Path) -> None:
-    part = Path(table.output) / "table" / "part-g0001-00000.parquet"
+    part = Path(table.output) / "table" / "part-000001-00000.parquet"
     pq.write_table(pq.read_table(part).drop_columns(["etag"]), part)
     before = rows_of(table.output)
     noise(81).save(tmp_path / "one.png")
@@ -621,7 +621,7 @@ def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, ot
         if row["status"] == "ok":
             assert_predicted(row, uri, opened)
     assert (result["skipped"], result["generation"]) == (0, 2)
-    assert [name for name in names_in(Path(table.output)) if "part" in name] == ["table/part-g0002-00000.parquet"]
+    assert [name for name in names_in(Path(table.output)) if "part" in name] == ["table/part-000002-00000.parquet"]
 
 
 @pytest.mark.slow
@@ -651,7 +651,7 @@ def test_a_commit_that_was_begun_is_finished_by_whoever_comes_but_is_theirs_only
     tmp_path: Path, bundle: Path, other_bundle: Path, photos: Path
 ) -> None:
     job = job_of(bundle, tmp_path / "table", photos)
-    in_the_way = tmp_path / "table" / "table" / "part-g0001-00000.parquet"
+    in_the_way = tmp_path / "table" / "table" / "part-000001-00000.parquet"
     in_the_way.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         score(job, console=Recorder())
@@ -671,7 +671,7 @@ def test_a_commit_that_was_begun_is_finished_by_whoever_comes_but_is_theirs_only
 def test_fresh_does_not_go_on_with_an_increment(table: ScoreJob, tmp_path: Path) -> None:
     noise(85).save(tmp_path / "one.png")
     inputs = InputConfig(input=(*table.inputs.input, str(tmp_path / "one.png")))
-    shard = Path(table.output) / "_work" / "g0002" / "shard-000000.parquet"
+    shard = Path(table.output) / "_work" / "g000002" / "shard-000000.parquet"
     increment = replace(table, mode="incremental", inputs=inputs)
     with pytest.raises(IsADirectoryError):
         score(increment, console=Recorder("scoring", lambda: shard.mkdir()))
@@ -683,7 +683,7 @@ def test_a_full_disk_commits_nothing_and_the_same_command_goes_on(
     tmp_path: Path, scored: Scored, small_disk: Path
 ) -> None:
     job = replace(scored.job, output=str(small_disk / "table"))
-    generation = small_disk / "table" / "_work" / "g0001"
+    generation = small_disk / "table" / "_work" / "g000001"
     with pytest.raises(ServiceError, match="No space left on device"):
         score(job, console=Recorder("scoring", lambda: fill(small_disk / "filler")))
     assert all(pq.read_metadata(shard).num_rows for shard in generation.glob("shard-*.parquet"))
@@ -715,7 +715,7 @@ def test_a_token_that_expires_is_no_row_and_the_same_command_goes_on(
             score(job, console=Recorder())
     finally:
         s3_of_workers.answer = lambda: None
-    done = [pq.read_table(shard) for shard in (tmp_path / "table" / "_work" / "g0001").glob("shard-*.parquet")]
+    done = [pq.read_table(shard) for shard in (tmp_path / "table" / "_work" / "g000001").glob("shard-*.parquet")]
     assert {status for rows in done for status in rows["status"].to_pylist()} <= {"ok"}
     result = score(job, console=Recorder())
     assert (result["ok"], result["skipped"]) == (30, sum(map(len, done)))

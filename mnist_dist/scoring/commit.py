@@ -180,13 +180,16 @@ def resume(
     if unfinished is None:
         return None
     is_own = is_mine(unfinished)
+    if is_own or unfinished.is_committing:
+        unfinished.claim(fence=fence)
+        check()
     if unfinished.is_committing:
         committed = replay(output, unfinished, check=check)
         return committed if is_own else None
     if is_own:
         return complete(unfinished)
     check()
-    output.discard(unfinished)
+    output.discard(unfinished, fence=fence)
     return None
 
 

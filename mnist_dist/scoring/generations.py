@@ -19,6 +19,8 @@ generations. Does not own: the contents of a row (`predictions`), what is scored
     shard-000007.parquet         rows of a finished shard
     out-000017/                  the new files of the table, built by the driver with lock 17
     commit.json                  what to publish; once it exists, the commit will be finished
+    claimed-000018               the driver with lock 18 resumes it
+    discarded-000017             the driver with lock 17 deletes it, unless a later one has claimed it
 ```
 
 **Every number is that of a lock**: a generation has the number of the driver that began it, a version of the table and
@@ -28,14 +30,14 @@ mark has its number or a higher one; what is left of its folder is debris.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_dist import documents
 from mnist_dist.config import EngineName, EnginePrecision, ResizeRule
 from mnist_dist.engines.conversion import Check
-from mnist_dist.errors import DataError, MnistDistError
+from mnist_dist.errors import DataError, LockLost, MnistDistError
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,
@@ -54,14 +56,16 @@ from mnist_dist.store.uris import absolute, join
 
 MANIFEST, SUMMARY = "manifest.parquet", "summary.json"
 SUMMARY_COPY = f"_{SUMMARY}"
-_PLAN = "plan.json"
+_PLAN, _COMMIT = "plan.json", "commit.json"
 _GENERATION = re.compile(rf"{WORK}/g(?P<number>\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
 _PART = re.compile(rf"(?P<folder>{TABLE}|{DELTA})/part-(?P<number>\d+)-(?:kept-)?\d+\.parquet")
 _VERSION = re.compile(rf"{TABLES}/(?P<number>\d+)/.*")
 _LEFT_BY_KILLED = re.compile(rf"\.({SUCCESS}|{FAILED}|{re.escape(SUMMARY_COPY)})\.[0-9a-f]+\.tmp")
 
-_NUMBERED = (_GENERATION, _PART, _VERSION)
+_CLAIM = re.compile(r"(claimed|discarded)-(\d+)")
+_INSIDE = re.compile(rf"{WORK}/g\d+/(?:claimed|discarded|out)-(?P<number>\d+)")
+_NUMBERED = (_GENERATION, _PART, _VERSION, _INSIDE)
 
 Mode = Literal["continue", "incremental", "fresh"]
 
@@ -155,7 +159,7 @@ class Generation:
 
     @property
     def commit_uri(self) -> str:
-        return join(self.uri, "commit.json")
+        return join(self.uri, _COMMIT)
 
     @property
     def is_committing(self) -> bool:
@@ -170,6 +174,11 @@ class Generation:
         """
         manifest(self.manifest_uri)
         documents.write(self.store, join(self.uri, _PLAN), self.plan)
+
+    def claim(self, *, fence: int) -> None:
+        """Keeps the generation from being deleted by an earlier driver that comes to it late."""
+        if fence != self.number:
+            self.store.write_bytes(join(self.uri, f"claimed-{fence:06d}"), b"")
 
     def shard_uri(self, shard: int) -> str:
         return join(self.uri, f"shard-{shard:06d}.parquet")
@@ -216,14 +225,13 @@ class Output:
         return Committed(mark=mark, summary=summary)
 
     def unfinished(self) -> Generation | None:
-        """The newest generation that has a plan and is not published; None if there is none.
+        """The newest generation that was begun, is not published and not discarded; None if there is none.
 
         Raises:
             DataError: the plan is damaged.
         """
         published = self._published()
-        numbers = [number for number, names in self._generations().items() if _PLAN in names]
-        number = max(numbers, default=0)
+        number = max((number for number, names in self._generations().items() if _is_alive(names)), default=0)
         if number <= published:
             return None
         uri = self._generation_uri(number)
@@ -254,14 +262,20 @@ class Output:
         """The URI of a file that describes a version of the table."""
         return table_uri(self.uri, number, name)
 
-    def discard(self, generation: Generation) -> None:
+    def discard(self, generation: Generation, *, fence: int) -> None:
         """Deletes a generation and its finished shards.
+
+        First it is marked as discarded, so that no later driver resumes it; if one has claimed it, this driver is late.
 
         Raises:
             MnistDistError: its commit has begun, so that the old table is no longer complete.
+            LockLost: a later driver resumes it.
         """
         if generation.is_committing:
             raise MnistDistError(f"a commit that has begun must be finished first. Received: {generation.uri!r}")
+        self.store.write_bytes(join(generation.uri, f"discarded-{fence:06d}"), b"")
+        if _is_alive(self._generations().get(generation.number, set())):
+            raise LockLost(f"another driver resumes what this one discards. Received: {generation.uri!r}")
         self._delete(generation.number)
 
     # --- sweeping ----------------------------------------------------------------------------------------------------
@@ -275,29 +289,39 @@ class Output:
         Args:
             fence: number of the lock. Generations of later drivers may lack their plan because they are just beginning.
         """
-        committed = self.committed()
-        for number, names in self._generations().items():
-            if _PLAN not in names and number < fence:
+        names, generations = list(self.names()), self._generations()
+        committed = self.committed()  # after the names: what another driver has published since is named here
+        for number, files in generations.items():
+            if not _is_alive(files) and number < fence:
                 self._delete(number)
-        if committed is not None:
-            self.sweep_after(committed)
+        if committed is None:
+            return
+        is_committing = any(_COMMIT in files for files in generations.values())
+        self.sweep_after(committed, names=names, below=0 if is_committing else fence)
 
-    def sweep_after(self, committed: Committed) -> None:
-        """Deletes everything that a version of the table has replaced, and writes the copies."""
-        self._delete_unnamed(committed.mark)
+    def sweep_after(self, committed: Committed, *, names: Sequence[str] | None = None, below: int = 0) -> None:
+        """Deletes everything that a version of the table has replaced, and writes the copies.
+
+        Args:
+            committed: the version.
+            names: what is in the folder; None: looks.
+            below: numbers of files that no commit will publish, although they are greater than that of the version.
+        """
+        names = list(self.names()) if names is None else names
+        self._delete_unnamed(committed.mark, names, below=max(below, committed.mark.number + 1))
         self._write_copies(committed)
         for number in sorted(self._generations()):
             if number <= committed.mark.number:
                 self._delete(number)
 
-    def _delete_unnamed(self, mark: Mark) -> None:
+    def _delete_unnamed(self, mark: Mark, names: Iterable[str], *, below: int) -> None:
         """Deletes older versions of the table, its files that the mark does not name, and files of killed writes.
 
         Of a Delta table the replaced files stay, for readers of its older versions.
         """
-        for name in list(self.names()):
+        for name in names:
             part, version = _PART.fullmatch(name), _VERSION.fullmatch(name)
-            is_part = part is not None and part["folder"] == TABLE and int(part["number"]) <= mark.number
+            is_part = part is not None and part["folder"] == TABLE and int(part["number"]) < below
             is_named = name.rpartition("/")[2] in mark.files
             is_older = version is not None and int(version["number"]) < mark.number
             if (is_part and not is_named) or is_older or _LEFT_BY_KILLED.fullmatch(name):
@@ -348,3 +372,13 @@ class Output:
         """The paths of all files in the folder, relative to it."""
         for entry in self.store.scan_entries(join(self.uri, below) if below else self.uri):
             yield entry.uri.removeprefix(f"{self.uri}/")
+
+
+def _is_alive(names: Collection[str]) -> bool:
+    """Whether a generation with these names can be resumed: it was begun, and no driver but an earlier one discarded
+    it."""
+    latest = {"claimed": 0, "discarded": 0}
+    for name in names:
+        if match := _CLAIM.fullmatch(name):
+            latest[match[1]] = max(latest[match[1]], int(match[2]))
+    return _PLAN in names and MANIFEST in names and latest["discarded"] <= latest["claimed"]

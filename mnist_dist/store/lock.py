@@ -89,9 +89,13 @@ class Fence:
     """The driver's id, because numbers start again in a folder that was deleted."""
     store: Store = ANYWHERE
 
+    def is_held(self) -> bool:
+        """Whether the driver still holds the lock."""
+        return _Objects(self.uri, self.store).is_held(self.number, id=self.id)
+
     def check(self) -> None:
         """Raises LockLost if another driver has taken over."""
-        if not _Objects(self.uri, self.store).is_held(self.number, id=self.id):
+        if not self.is_held():
             raise LockLost(f"another driver has taken over, so this worker stops. Received: {self.uri}, {self.number}")
 
 
@@ -158,6 +162,7 @@ class Lock:
         wait_s: how long to wait, s, for a holder that may be dead.
         console: where to report the wait.
         stop: ends the wait.
+        within: the lock of the job that this one's work is a part of; with that lock, this one is lost.
         above: gives the highest number that work and files carry; 0: they carry none. The lock's number is greater,
             even where the folder of the lock was deleted.
         store: the store of the objects.
@@ -180,11 +185,13 @@ class Lock:
         wait_s: float = 0.0,
         console: Console | None = None,
         stop: Stop | None = None,
+        within: Fence | None = None,
         above: Callable[[], int] = lambda: 0,
         store: Store = ANYWHERE,
     ) -> None:
         self._objects = _Objects(uri, store)
         self._what, self._wait_s, self._console, self._stop, self._above = what, wait_s, console, stop, above
+        self._within = within
         self._owner = Holder(id=uuid.uuid4().hex, host=_host(), pid=os.getpid(), time=0.0)
         self.number = 0
         self.lost = False
@@ -256,7 +263,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
-        if not self._is_held():
+        if not self._objects.is_held(self.number, id=self._owner.id):
             return
         if self.number == 1 and not self._above():
             self._objects.delete(self.number)
@@ -284,7 +291,8 @@ class Lock:
                 log.warning("could not renew the lock %s: %s", self._objects.uri, error)
 
     def _is_held(self) -> bool:
-        return self._objects.is_held(self.number, id=self._owner.id)
+        is_held = self._objects.is_held(self.number, id=self._owner.id)
+        return is_held and (self._within is None or self._within.is_held())
 
     def _now(self) -> Holder:
         return replace(self._owner, time=time.time())

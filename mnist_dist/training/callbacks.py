@@ -4,7 +4,7 @@ Keras callbacks have no `get_state`, so the state of EarlyStopping and ReduceLRO
 name. A test checks these names against the installed Keras.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class LogFiles:
 
     history: str
     """URI of the CSV file with one line per epoch so far."""
+    check: Callable[[], None] = lambda: None
+    """Called before each write; raises if another driver has taken over the run."""
     tensorboard: Path | None = None
     """Folder for TensorBoard's event files, or None."""
 
@@ -37,14 +39,16 @@ class HistoryFile(keras.callbacks.Callback):
     Args:
         uri: URI of the CSV file.
         history: the epochs so far; the loop appends each epoch before this callback runs.
+        check: see `LogFiles`.
     """
 
-    def __init__(self, uri: str, history: Sequence[Epoch]) -> None:
+    def __init__(self, uri: str, history: Sequence[Epoch], *, check: Callable[[], None]) -> None:
         super().__init__()
-        self._uri, self._history = uri, history
+        self._uri, self._history, self._check = uri, history, check
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Replaces the file in one step."""
+        self._check()
         ANYWHERE.write_bytes(self._uri, history_csv(self._history))
 
 
@@ -62,7 +66,7 @@ def make_callbacks(
             )
         )
     if files is not None:
-        callbacks.append(HistoryFile(files.history, history))
+        callbacks.append(HistoryFile(files.history, history, check=files.check))
     if files is not None and files.tensorboard is not None:
         callbacks.append(keras.callbacks.TensorBoard(str(files.tensorboard), write_graph=False))
     return callbacks

@@ -46,7 +46,7 @@ from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.lock import Lock
+from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
@@ -138,6 +138,8 @@ class FinalistTask:
     board: Any
     command: str
     validated_only: bool
+    search: Fence
+    """The lock of the search, with which the finalist loses its own."""
 
 
 def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -341,6 +343,7 @@ class _Search:
             title = f"scoring speed of {len(missing)} architecture(s)"
             (measured,) = wait_for([future], self.session, title=title, expected_s=USUAL_SPEED_S * len(missing))
             known |= measured
+            self.session.confirm_lock()
             self.run.write("speeds.json", known)
         return known
 
@@ -453,6 +456,7 @@ class _Search:
             board=board,
             command=command_line(),
             validated_only=validated_only,
+            search=self.session.fence,
         )
 
     def _finalist_uri(self, trial: Trial) -> str:
@@ -568,7 +572,7 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
     """Trains a finalist with Ray Train, or resumes it, and returns its metrics."""
     began_at = time.time()
     console = Console(verbose=task.job.run.verbose, terminal=False)
-    with Stop(console) as stop, _patient_lock(task.run) as lock:
+    with Stop(console) as stop, _patient_lock(task.run, within=task.search) as lock:
         session = Session(console=console, stop=stop, lock=lock)
         training = Training(task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at)
         metrics = training.train_on(
@@ -585,14 +589,14 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
 
 
 @contextmanager
-def _patient_lock(run: str) -> Iterator[Lock]:
-    """The lock of a finalist's run. The search has only one driver, but a killed driver may have left a process that
-    still holds the lock."""
+def _patient_lock(run: str, *, within: Fence) -> Iterator[Lock]:
+    """The lock of a finalist's run. The search has only one driver, but an earlier one that was killed or suspended may
+    have left a process that holds the lock until it notices."""
     deadline, uri, above = time.monotonic() + LOCK_PATIENCE_S, Run(run).lock_uri, Run(run).max_number
     with ExitStack() as stack:
         while True:
             try:
-                lock = stack.enter_context(Lock(uri, what=run, wait_s=LOCK_PATIENCE_S, above=above))
+                lock = stack.enter_context(Lock(uri, what=run, wait_s=LOCK_PATIENCE_S, within=within, above=above))
                 break
             except Locked:
                 if time.monotonic() > deadline:

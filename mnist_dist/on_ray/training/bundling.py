@@ -92,6 +92,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         seconds=finished.seconds,
     )
     write_page(training_page(facts, metrics), folder)
+    task.fence.check()
     ANYWHERE.upload_folder(folder, bundle, last=BUNDLE_FILE)
 
 

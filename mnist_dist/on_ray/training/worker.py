@@ -160,7 +160,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
 
 def _log_files(task: WorkerTask) -> LogFiles:
     tensorboard = Path(task.run) / "tensorboard" if task.job.fit.tensorboard else None
-    return LogFiles(history=join(task.run, "history.csv"), tensorboard=tensorboard)
+    return LogFiles(history=join(task.run, "history.csv"), check=task.fence.check, tensorboard=tensorboard)
 
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
