@@ -25,6 +25,8 @@ EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
+MAX_ROWS_PER_FILE = 1_000_000
+"""The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -526,6 +528,9 @@ class ScoreJob:
     shard_size: int | None = None
     """Images per shard, the unit of work that is repeated if a worker dies. None: 256 to 4,096, depending on the number
     and size of the images."""
+    max_rows_per_file: int = MAX_ROWS_PER_FILE
+    """Largest number of rows in a Parquet file of the table; a file also ends at about 128 MiB. Counts for the files
+    that this job writes; files that stay as they are keep their size."""
     inputs: InputConfig
     table: TableConfig = TableConfig()
     decoding: DecodeConfig = DecodeConfig()
@@ -536,6 +541,11 @@ class ScoreJob:
         require(bool(self.output), "output must be a folder or an s3:// prefix", output=self.output)
         require(
             self.shard_size is None or self.shard_size >= 1, "shard_size must be at least 1", shard_size=self.shard_size
+        )
+        require(
+            self.max_rows_per_file >= 1,
+            "max_rows_per_file must be at least 1 row",
+            max_rows_per_file=self.max_rows_per_file,
         )
         require(
             not (self.retry_failed and self.mode != "continue"),

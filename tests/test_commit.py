@@ -391,6 +391,49 @@ def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
+def rows_by_file(output: Output, committed: Committed) -> list[int]:
+    return [pq.read_metadata(Path(output.uri) / "table" / name).num_rows for name in committed.mark.files]
+
+
+@pytest.mark.parametrize(("part_rows", "rows"), [(12, [12]), (5, [5, 5, 2]), (4, [4, 4, 4]), (1, [1] * 12)])
+def test_no_file_has_more_rows_than_asked_for(tmp_path: Path, part_rows: int, rows: list[int]) -> None:
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD), part_bytes=2**20, part_rows=part_rows)
+    assert rows_by_file(output, committed) == rows
+    assert read_predictions(tmp_path)["uri"].to_pylist() == list(OLD)
+    listed = pq.ParquetFile(manifest_in(output.uri))
+    assert [listed.metadata.row_group(group).num_rows for group in range(listed.num_row_groups)] == rows
+    assert listed.read()["uri"].to_pylist() == list(OLD)
+
+
+def test_a_group_that_a_file_cuts_goes_on_in_the_next_one(tmp_path: Path) -> None:
+    """Each shard of 4 rows fills a file by its bytes, so that a limit of 3 rows cuts each of them."""
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD), part_bytes=TINY, part_rows=3)
+    assert rows_by_file(output, committed) == [3, 1, 3, 1, 3, 1]
+    assert read_predictions(tmp_path)["uri"].to_pylist() == list(OLD)
+
+
+def test_another_number_of_rows_counts_for_the_files_that_a_generation_writes(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    commit_it(output, put_generation(output, OLD), part_bytes=2**20, part_rows=8)
+    committed = commit_it(output, put_generation(output, ("a01", "b00", "b01")), part_bytes=2**20, part_rows=2)
+    assert rows_by_file(output, committed) == [4, 2, 2, 2, 1, 2, 1]  # a file that is kept, seven old rows, three new
+    assert sorted(read_predictions(tmp_path)["uri"].to_pylist()) == sorted([*OLD, "b00", "b01"])
+
+
+def test_each_column_has_statistics_and_a_page_index(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD))
+    for name in committed.mark.files:
+        group = pq.read_metadata(tmp_path / "table" / name).row_group(0)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        assert {column.compression for column in columns} == {"ZSTD"}
+        assert all(column.is_stats_set and column.has_column_index and column.has_offset_index for column in columns)
+    uri = pq.read_metadata(tmp_path / "table" / committed.mark.files[1]).row_group(0).column(0)
+    assert (uri.statistics.min, uri.statistics.max) == ("a04", "a07")
+
+
 @pytest.mark.slow
 def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     """A compressed archive is one shard, whatever its size."""

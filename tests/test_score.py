@@ -530,7 +530,8 @@ def test_a_setting_that_an_older_version_did_not_know_has_its_default(table: Sco
 
 def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
     run = replace(table.run, actors=2, cpus_per_actor=1.0, batch_size=3, decode="tasks", max_failures=0, verbose=True)
-    assert score(replace(table, run=run, shard_size=2), console=Recorder())["skipped"] == 17
+    other = replace(table, run=run, shard_size=2, max_rows_per_file=3)
+    assert score(other, console=Recorder())["skipped"] == 17
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -866,7 +867,17 @@ def test_help_names_every_flag_with_its_default() -> None:
         assert job.ended()[0] == 0
         shown = job.stdout()
     fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
-    for name in [*fields, "bundle", "output", "mode", "retry_failed", "shard_size", "max_pixels", "image_timeout_s"]:
+    for name in [
+        *fields,
+        "bundle",
+        "output",
+        "mode",
+        "retry_failed",
+        "shard_size",
+        "max_rows_per_file",
+        "max_pixels",
+        "image_timeout_s",
+    ]:
         assert f"--{name.replace('_', '-')}" in shown
     assert shown.count("(required)") == 3
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import pyarrow as pa
 
 from mnist_dist import documents
+from mnist_dist.config import MAX_ROWS_PER_FILE
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring.generations import (
     MANIFEST,
@@ -63,6 +64,7 @@ def commit(
     check: Callable[[], None],
     progress: Callable[[int, int], None],
     part_bytes: int = PART_BYTES,
+    part_rows: int = MAX_ROWS_PER_FILE,
 ) -> Committed:
     """Publishes the table of a generation whose shards are all done; a commit that has begun is finished.
 
@@ -78,6 +80,7 @@ def commit(
         check: raises Locked when another driver has taken over the lock.
         progress: called with the number of finished shards and the number of all shards.
         part_bytes: approximate size of a file of the table.
+        part_rows: largest number of rows in a file of the table.
 
     Raises:
         MnistDistError: a shard does not hold the rows of its manifest.
@@ -87,7 +90,9 @@ def commit(
     """
     if not generation.is_committing:
         described = schema.with_metadata(table_metadata(description, generation.plan))
-        building = Building(output, generation, fence=fence, schema=described, part_bytes=part_bytes)
+        building = Building(
+            output, generation, fence=fence, schema=described, part_bytes=part_bytes, part_rows=part_rows
+        )
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts, plan = table.counts(), generation.plan
         decision = _Decision(

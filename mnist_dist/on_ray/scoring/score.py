@@ -444,6 +444,7 @@ class Scoring:
                 images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
+                part_rows=self.job.max_rows_per_file,
             )
 
     def _description(self, plan: Plan) -> Description:
