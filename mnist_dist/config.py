@@ -404,11 +404,21 @@ class TableConfig:
     """Columns to write, separated by spaces or commas; `uri` and `status` are always written. Empty: all."""
     top_k: int = 0
     """Also write the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
+    wide: bool = False
+    """Also write one column of float32 per class: `probability_<class name>`, in the order of the classes."""
     embeddings: bool = False
-    """Also write the features before the head: `embedding`, a list of float32."""
+    """Also write the features before the head: `embedding`, a list of fixed size."""
+    embedding_type: FeatureType = "float32"
+    """Number type of `embedding`. float16 takes half the space; features beyond 65,504 become infinite, and Spark
+    cannot read the table."""
 
     def __post_init__(self) -> None:
         require(self.top_k >= 0, "top_k must be 0 (none) or a number of classes", top_k=self.top_k)
+        require(
+            self.embeddings or self.embedding_type == "float32",
+            "embedding_type needs embeddings",
+            embedding_type=self.embedding_type,
+        )
 
     @property
     def chosen(self) -> tuple[str, ...]:

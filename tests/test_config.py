@@ -50,6 +50,11 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (SCORE, {"shard_size": 0}, r"^shard_size must be at least 1\. Received: shard_size=0$"),
     (SCORE, {"max_rows_per_file": 0}, r"^max_rows_per_file must be at least 1 row\. Received: max_rows_per_file=0$"),
     (TableConfig, {"top_k": -1}, r"^top_k must be 0 \(none\) or a number of classes\. Received: top_k=-1$"),
+    (
+        TableConfig,
+        {"embedding_type": "float16"},
+        r"^embedding_type needs embeddings\. Received: embedding_type='float16'$",
+    ),
     (ModelConfig, {"alpha": 0.0}, r"^alpha must be a positive width multiplier\. Received: alpha=0\.0$"),
     (ModelConfig, {"image_size_px": 0}, r"^image_size_px must be at least 1 px\. Received: image_size_px=0$"),
     (ModelConfig, {"hidden_units": -1}, r"^hidden_units must be 0 .* or a width\. Received: hidden_units=-1$"),
