@@ -1,7 +1,10 @@
 """predictions: the table's columns, the rows of a shard, and reading them."""
 
 import datetime
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -494,6 +497,50 @@ def test_pyarrow_reads_it(folder: Path) -> None:
     assert [tuple(row.values()) for row in table.select(COLUMNS).to_pylist()] == EXPECTED
     assert table["embedding"].to_pylist() == FEATURES_OF
     assert table["probability_ant"].to_pylist() == [pytest.approx(0.1), None, 0.5]
+
+
+@pytest.mark.slow
+def test_daft_reads_it(folder: Path, embedding_type: FeatureType) -> None:
+    daft = pytest.importorskip("daft", reason="needs Daft (pip install -e '.[readers]'); runs where it is installed")
+    table = daft.read_parquet(str(folder / "table")).sort("uri")
+    values = table.select(*COLUMNS, "embedding").to_pydict()
+    assert list(zip(*(values[name] for name in COLUMNS), strict=True)) == EXPECTED
+    assert values["embedding"] == FEATURES_OF
+    number = {"float16": daft.DataType.float16(), "float32": daft.DataType.float32()}[embedding_type]
+    assert table.schema()["embedding"].dtype == daft.DataType.fixed_size_list(number, FEATURES)
+
+
+# Prints the rows as JSON, or what Spark says against them. A process of its own, because the Java machine ends with it.
+IN_SPARK = """
+import json, sys
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+
+settings = {"spark.ui.enabled": "false", "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+spark = SparkSession.builder.master("local[1]").config(map=settings).getOrCreate()
+try:
+    rows = spark.read.parquet(sys.argv[1]).orderBy("uri").select(*sys.argv[2:]).collect()
+    print(json.dumps([list(row) for row in rows]))
+except AnalysisException as error:
+    print(json.dumps(error.getCondition()))
+spark.stop()
+"""
+
+
+@pytest.mark.slow
+def test_spark_reads_it_unless_embeddings_are_float16(folder: Path, embedding_type: FeatureType) -> None:
+    pytest.importorskip("pyspark", reason="needs PySpark (pip install -e '.[spark]'); runs where it is installed")
+    if shutil.which("java") is None:
+        pytest.skip("needs Java, which PySpark starts; runs where it is installed")
+    arguments = [sys.executable, "-c", IN_SPARK, f"{folder}/table", *COLUMNS, "embedding"]
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout.splitlines()[-1])
+    if embedding_type == "float16":
+        assert read == "PARQUET_TYPE_ILLEGAL"
+    else:
+        assert read == [[*row, features] for row, features in zip(EXPECTED, FEATURES_OF, strict=True)]
 
 
 def test_we_read_it(folder: Path) -> None:
