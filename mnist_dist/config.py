@@ -26,6 +26,8 @@ EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
+MAX_ROWS_PER_FILE = 1_000_000
+"""The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -403,14 +405,29 @@ class TableConfig:
     """Columns to write, separated by spaces or commas; `uri` and `status` are always written. Empty: all."""
     top_k: int = 0
     """Also write the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
+    wide: bool = False
+    """Also write one column of float32 per class: `probability_<class name>`, in the order of the classes."""
     embeddings: bool = False
-    """Also write the features before the head: `embedding`, a list of float32."""
+    """Also write the features before the head: `embedding`, a list of fixed size."""
+    embedding_type: FeatureType = "float32"
+    """Number type of `embedding`. float16 takes half the space; features beyond 65,504 become infinite, and Spark
+    cannot read the table."""
     table_format: TableFormat = "parquet"
     """`parquet`: files in `<output>/table`. `delta`: a Delta table in `<output>/delta`, which changes in one
     transaction; needs the extra `delta`."""
 
     def __post_init__(self) -> None:
         require(self.top_k >= 0, "top_k must be 0 (none) or a number of classes", top_k=self.top_k)
+        require(
+            not (self.table_format == "delta" and self.embeddings and self.embedding_type == "float16"),
+            "a Delta table has no float16; use --embedding-type float32",
+            embedding_type=self.embedding_type,
+        )
+        require(
+            self.embeddings or self.embedding_type == "float32",
+            "embedding_type needs embeddings",
+            embedding_type=self.embedding_type,
+        )
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -538,6 +555,9 @@ class ScoreJob:
     shard_size: int | None = None
     """Images per shard, the unit of work that is repeated if a worker dies. None: 256 to 4,096, depending on the number
     and size of the images."""
+    max_rows_per_file: int = MAX_ROWS_PER_FILE
+    """Largest number of rows in a Parquet file of the table; a file also ends at about 128 MiB. Counts for the files
+    that this job writes; files that stay as they are keep their size."""
     inputs: InputConfig
     table: TableConfig = TableConfig()
     decoding: DecodeConfig = DecodeConfig()
@@ -548,6 +568,11 @@ class ScoreJob:
         require(bool(self.output), "output must be a folder or an s3:// prefix", output=self.output)
         require(
             self.shard_size is None or self.shard_size >= 1, "shard_size must be at least 1", shard_size=self.shard_size
+        )
+        require(
+            self.max_rows_per_file >= 1,
+            "max_rows_per_file must be at least 1 row",
+            max_rows_per_file=self.max_rows_per_file,
         )
         require(
             not (self.retry_failed and self.mode != "continue"),

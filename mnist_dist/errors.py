@@ -11,6 +11,7 @@ MnistDistError                exit 1: the work started and could not be finished
 ├── WorkersFailed             a worker died more often than --max-failures allows
 │   └── DecoderStuck          an image takes too long in a thread that cannot be stopped
 ├── Interrupted               SIGINT or SIGTERM; the progress is saved (exit 130 or 143)
+├── LockLost                  another driver has taken over the run or output of this one
 ├── ServiceError              a whole service failed: expired token, no connection, disk full
 └── ConfigError (ValueError)  exit 2: wrong usage or configuration, found before any work starts
     ├── DataError             the given data cannot be used: unknown, empty, corrupt, only one class
@@ -112,6 +113,10 @@ class Interrupted(MnistDistError):
         return self.message
 
 
+class LockLost(MnistDistError):
+    """Another driver has taken over the run or output of this one, which was silent for too long."""
+
+
 class ServiceError(MnistDistError):
     """A whole service failed, not a single object; no work in flight may be committed."""
 
@@ -140,12 +145,6 @@ class ResumeConflict(ConfigError):
 
 class Locked(ConfigError):
     """Another driver is working on the same run or output."""
-
-
-class LockLost(Locked):
-    """Another driver has taken over the run or output of this one, which was silent for too long."""
-
-    exit_code = 1  # Not found before any work.
 
 
 class ResourceError(ConfigError):

@@ -67,11 +67,17 @@ def scored_rows(
     table: TableConfig = ALL,
     carried: pa.Table | None = None,
     model_id: str = MODEL,
+    embeddings: npt.NDArray[np.float32] | None = None,
 ) -> pa.Table:
-    """The rows of images with these probabilities, `[n, K]`."""
+    """The rows of images with these probabilities, `[n, K]`, and embeddings, `[n, D]`."""
     words = list(status or ["ok"] * len(uris))
     return prediction_rows(
-        prediction_schema(table, carried=pa.schema([]) if carried is None else carried.schema),
+        prediction_schema(
+            table,
+            carried=pa.schema([]) if carried is None else carried.schema,
+            class_names=class_names,
+            num_features=0 if embeddings is None else embeddings.shape[1],
+        ),
         uris=pa.array(list(uris), pa.string()),
         outcomes=Outcomes(
             status=words,
@@ -81,6 +87,7 @@ def scored_rows(
             size_bytes=[345] * len(words),
             etag=["e"] * len(words),
             probabilities=probabilities.astype(np.float32),
+            embeddings=embeddings,
         ),
         class_names=class_names,
         top_k=table.top_k,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from PIL import Image
 import mnist_dist
 from mnist_dist.config import ModelConfig
 from mnist_dist.data.images import ImageSpec
+from mnist_dist.engines.engine import with_features
 from mnist_dist.errors import BundleError, ConfigError, ImageError
 from mnist_dist.models.bundle import BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
@@ -237,9 +239,25 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         _ = mnist_dist.trian
 
 
+@pytest.mark.parametrize("head", [{}, {"hidden_units": 23}, {"dropout": 0.3}, {"hidden_units": 23, "dropout": 0.3}])
+def test_a_bundle_knows_the_number_of_its_features(tmp_path: Path, head: dict[str, Any]) -> None:
+    model = build_classifier(ModelConfig(backbone="cnn", **head), spec=SPEC, num_classes=4).model
+    write(tmp_path / "bundle", model=model)
+    assert load_bundle(tmp_path / "bundle").num_features == with_features(model).outputs[1].shape[-1]
+
+
+def test_a_model_without_a_head_of_ours_has_no_known_features(tmp_path: Path) -> None:
+    pixels = keras.Input((9, 7, 1))
+    scores = keras.layers.Dense(4, activation="softmax", name="mine")(keras.layers.Flatten(name="flat")(pixels))
+    write(tmp_path / "bundle", model=keras.Model(pixels, scores))
+    bundle = load_bundle(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"no layer hidden or logits .*Received: layers input_layer\w*, flat, mine"):
+        bundle.num_features  # noqa: B018
+
+
 def test_opening_a_bundle_loads_no_keras(bundle_path: Path) -> None:
     script = (
-        "import sys, mnist_dist; mnist_dist.load_bundle(sys.argv[1])\n"
+        "import sys, mnist_dist; mnist_dist.load_bundle(sys.argv[1]).num_features\n"
         "print({'ray', 'keras', 'tensorflow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(bundle_path)], capture_output=True, text=True, check=True)

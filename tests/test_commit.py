@@ -24,8 +24,8 @@ import pytest
 from harness import Watched
 from scored import described_by, plan_of
 
-from mnist_dist.config import TableConfig, TableFormat
-from mnist_dist.errors import ConfigError, DataError, Locked, MnistDistError
+from mnist_dist.config import FeatureType, TableConfig, TableFormat
+from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import COLUMNS, write_manifest
@@ -37,6 +37,7 @@ from mnist_dist.store.uris import join
 
 NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)
 CLASSES = ("ant", "bee", "cat")
+FEATURES = 5
 CARRIED = pa.schema([("label", pa.int8())])
 ALL = TableConfig(top_k=2)
 OLD = tuple(f"a{index:02d}" for index in range(12))
@@ -64,6 +65,10 @@ def manifest_of(uris: tuple[str, ...]) -> pa.Table:
     return table.append_column(CARRIED.field(0), pa.array(range(len(uris)), pa.int8()))
 
 
+def schema_of(table: TableConfig) -> pa.Schema:
+    return prediction_schema(table, carried=CARRIED, class_names=CLASSES, num_features=FEATURES)
+
+
 def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
     """The rows of a shard; each third image is missing, what the model said depends on its id."""
     count, uris = len(planned), planned["uri"].to_pylist()
@@ -77,9 +82,10 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
         size_bytes=[None if gone else 100 for gone in missing],
         etag=[None if gone else f"read {uri}" for gone, uri in zip(missing, uris, strict=True)],
         probabilities=generator.random((count, len(CLASSES)), np.float32),
+        embeddings=generator.random((count, FEATURES), np.float32) if table.embeddings else None,
     )
     return prediction_rows(
-        prediction_schema(table, carried=CARRIED),
+        schema_of(table),
         uris=planned["uri"],
         outcomes=outcomes,
         class_names=CLASSES,
@@ -395,6 +401,49 @@ def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:
     assert shown == [(1, 3), (2, 3), (3, 3)]
 
 
+def rows_by_file(output: Output, committed: Committed) -> list[int]:
+    return [pq.read_metadata(Path(output.uri) / "table" / name).num_rows for name in committed.mark.files]
+
+
+@pytest.mark.parametrize(("part_rows", "rows"), [(12, [12]), (5, [5, 5, 2]), (4, [4, 4, 4]), (1, [1] * 12)])
+def test_no_file_has_more_rows_than_asked_for(tmp_path: Path, part_rows: int, rows: list[int]) -> None:
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD), part_bytes=2**20, part_rows=part_rows)
+    assert rows_by_file(output, committed) == rows
+    assert read_predictions(tmp_path)["uri"].to_pylist() == list(OLD)
+    listed = pq.ParquetFile(manifest_in(output.uri))
+    assert [listed.metadata.row_group(group).num_rows for group in range(listed.num_row_groups)] == rows
+    assert listed.read()["uri"].to_pylist() == list(OLD)
+
+
+def test_a_group_that_a_file_cuts_goes_on_in_the_next_one(tmp_path: Path) -> None:
+    """Each shard of 4 rows fills a file by its bytes, so that a limit of 3 rows cuts each of them."""
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD), part_bytes=TINY, part_rows=3)
+    assert rows_by_file(output, committed) == [3, 1, 3, 1, 3, 1]
+    assert read_predictions(tmp_path)["uri"].to_pylist() == list(OLD)
+
+
+def test_another_number_of_rows_counts_for_the_files_that_a_generation_writes(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    commit_it(output, put_generation(output, OLD), part_bytes=2**20, part_rows=8)
+    committed = commit_it(output, put_generation(output, ("a01", "b00", "b01")), part_bytes=2**20, part_rows=2)
+    assert rows_by_file(output, committed) == [4, 2, 2, 2, 1, 2, 1]  # a file that is kept, seven old rows, three new
+    assert sorted(read_predictions(tmp_path)["uri"].to_pylist()) == sorted([*OLD, "b00", "b01"])
+
+
+def test_each_column_has_statistics_and_a_page_index(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    committed = commit_it(output, put_generation(output, OLD))
+    for name in committed.mark.files:
+        group = pq.read_metadata(tmp_path / "table" / name).row_group(0)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        assert {column.compression for column in columns} == {"ZSTD"}
+        assert all(column.is_stats_set and column.has_column_index and column.has_offset_index for column in columns)
+    uri = pq.read_metadata(tmp_path / "table" / committed.mark.files[1]).row_group(0).column(0)
+    assert (uri.statistics.min, uri.statistics.max) == ("a04", "a07")
+
+
 @pytest.mark.slow
 def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     """A compressed archive is one shard, whatever its size."""
@@ -402,8 +451,9 @@ def test_a_large_shard_becomes_several_row_groups(tmp_path: Path) -> None:
     generation = put_generation(output, tuple(f"a{index:02d}" for index in range(rows)), shard_size=rows)
     planned = shards_of(generation)[0]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * width, np.float32)), width)
-    schema = prediction_schema(TableConfig(columns=("uri",), embeddings=True), carried=pa.schema([]))
-    columns = [planned["uri"], pa.repeat("ok", rows), vectors.cast(schema.field("embedding").type)]
+    table = TableConfig(columns=("uri",), embeddings=True)
+    schema = prediction_schema(table, carried=pa.schema([]), num_features=width)
+    columns = [planned["uri"], pa.repeat("ok", rows), vectors]
     put_shard(generation, 0, pa.table(columns, schema=schema))
     committed = commit_it(output, generation, schema=schema, part_bytes=2**30)
     metadata = pq.read_metadata(tmp_path / "table" / committed.mark.files[0])
@@ -418,6 +468,31 @@ def test_a_table_may_have_no_rows(tmp_path: Path) -> None:
     assert read_predictions(tmp_path).schema.equals(prediction_schema(ALL, carried=CARRIED))
     assert commit_it(output, put_generation(output, ("b00",))).mark.rows == 1
     assert read_predictions(tmp_path)["uri"].to_pylist() == ["b00"]
+
+
+@pytest.mark.parametrize("embedding_type", ["float32", "float16"])
+def test_embeddings_and_wide_columns_keep_their_types_whatever_a_generation_holds(
+    tmp_path: Path, embedding_type: FeatureType
+) -> None:
+    """No rows; only rows that are not ok; more rows, of which one replaces an old row, whose file is rewritten."""
+    output = Output(str(tmp_path))
+    table = TableConfig(wide=True, embeddings=True, embedding_type=embedding_type)
+    schema = schema_of(table)
+    for uris in ((), ("a02", "a05"), OLD[:2], ("a01", "a02", "b00")):
+        commit_it(output, put_generation(output, uris, table=table), schema=schema, part_rows=3)
+        assert all(pq.read_schema(path).equals(schema) for path in (tmp_path / "table").iterdir())
+    rows = read_predictions(tmp_path)
+    assert rows.schema.equals(schema)
+    assert sorted(rows["uri"].to_pylist()) == ["a00", "a01", "a02", "a05", "b00"]
+    missing = pc.not_equal(rows["status"], "ok")
+    for name in ("embedding", *(f"probability_{name}" for name in CLASSES)):
+        assert rows[name].is_null().equals(missing)
+    for name, index in zip(CLASSES, range(3), strict=True):
+        assert rows[f"probability_{name}"].equals(pc.list_element(rows["probabilities"], index))
+    narrower = TableConfig(embeddings=True, embedding_type=embedding_type)
+    generation = put_generation(output, ("b01",), table=narrower)
+    with pytest.raises(ConfigError, match="columns must be the same as before"):
+        commit_it(output, generation, schema=schema_of(narrower))
 
 
 def test_a_table_is_made_in_any_store_that_is_given() -> None:
@@ -614,12 +689,12 @@ def test_a_driver_that_lost_the_lock_stops_before_it_publishes(
 
         def check(left: Iterator[int] = left) -> None:
             if next(left) == 0:
-                raise Locked("another driver has taken over")
+                raise LockLost("another driver has taken over")
 
         try:
             CASES["fresh"].resume(output.uri, fence=2 + calls, check=check)
             break
-        except Locked:
+        except LockLost:
             now = read_predictions(output.uri)
             assert now.equals(before) or now.equals(finished["fresh"].rows)
     assert calls >= 3  # before the decision, the moves, the mark and the sweep, of which some come again
@@ -648,7 +723,7 @@ class Suspended:
 
     def check(self) -> None:
         if self.was_suspended:
-            raise Locked("another driver has taken over")
+            raise LockLost("another driver has taken over")
 
 
 def score_again(uri: str, fence: int, table_format: TableFormat = "parquet") -> None:

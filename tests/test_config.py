@@ -1,6 +1,7 @@
 """config: every check, the phases, and what a run's name depends on."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +12,14 @@ import pytest
 from mnist_dist.config import (
     DataConfig,
     FitConfig,
+    InputConfig,
     ModelConfig,
     OptimizerConfig,
     Phase,
     PhasesConfig,
     RunConfig,
+    ScoreJob,
+    TableConfig,
     TrainJob,
     differences,
     require,
@@ -23,6 +27,7 @@ from mnist_dist.config import (
 from mnist_dist.errors import ConfigError
 
 NAN = float("nan")
+SCORE = functools.partial(ScoreJob, bundle="b", output="o", inputs=InputConfig(input=("i",)))
 REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (DataConfig, {"data": ""}, r"^data must be a name, .*Received: data=''$"),
     (DataConfig, {"validation_fraction": 0.0}, r"^validation_fraction must be between 0 and 1\. .*=0\.0$"),
@@ -42,6 +47,14 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (DataConfig, {"max_bad_fraction": -0.01}, r"^max_bad_fraction must be in \[0, 1\]"),
     (DataConfig, {"limit": 0}, r"^limit must be at least 1 image\. Received: limit=0$"),
     (DataConfig, {"max_pixels": 0}, r"^max_pixels must be at least 1\. Received: max_pixels=0$"),
+    (SCORE, {"shard_size": 0}, r"^shard_size must be at least 1\. Received: shard_size=0$"),
+    (SCORE, {"max_rows_per_file": 0}, r"^max_rows_per_file must be at least 1 row\. Received: max_rows_per_file=0$"),
+    (TableConfig, {"top_k": -1}, r"^top_k must be 0 \(none\) or a number of classes\. Received: top_k=-1$"),
+    (
+        TableConfig,
+        {"embedding_type": "float16"},
+        r"^embedding_type needs embeddings\. Received: embedding_type='float16'$",
+    ),
     (ModelConfig, {"alpha": 0.0}, r"^alpha must be a positive width multiplier\. Received: alpha=0\.0$"),
     (ModelConfig, {"image_size_px": 0}, r"^image_size_px must be at least 1 px\. Received: image_size_px=0$"),
     (ModelConfig, {"hidden_units": -1}, r"^hidden_units must be 0 .* or a width\. Received: hidden_units=-1$"),

@@ -320,6 +320,17 @@ def test_columns_that_delta_does_not_have_are_refused(kind: pa.DataType) -> None
         delta_schema(pa.schema([("x", kind)]))
 
 
+@pytest.mark.parametrize("name", ["probability_a bee", "a=b", "a,b"])
+def test_names_that_readers_of_delta_refuse_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="names of a Delta table's columns have no space"):
+        delta_schema(pa.schema([(name, pa.string())]))
+
+
+def test_float16_is_refused_before_any_work() -> None:
+    with pytest.raises(ConfigError, match="a Delta table has no float16"):
+        TableConfig(table_format="delta", embeddings=True, embedding_type="float16")
+
+
 def test_carried_values_come_back_as_they_were(tmp_path: Path) -> None:
     """`label` is int8 in the shards; an unsigned byte above 127 must not wrap around."""
     schema = pa.schema([("uri", pa.string()), ("shade", pa.uint8())])

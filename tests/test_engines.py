@@ -80,7 +80,7 @@ def test_embeddings_are_the_features_before_the_head(written: Written, images: i
     outputs = engine(pixels)
     assert outputs.embeddings is not None
     assert outputs.embeddings.shape == (images, engine.num_features)
-    assert engine.num_features == FEATURES[written.bundle.info.backbone]
+    assert engine.num_features == written.bundle.num_features == FEATURES[written.bundle.info.backbone]
     assert outputs.embeddings.dtype == np.float32
     features = written.classifier.features(pixels.astype(np.float32), training=False).numpy()
     np.testing.assert_allclose(outputs.embeddings, features, atol=1e-4)

@@ -17,7 +17,7 @@ from harness import Recorder, Watched
 
 from mnist_dist import documents
 from mnist_dist.console import Stop
-from mnist_dist.errors import Interrupted, Locked
+from mnist_dist.errors import Interrupted, Locked, LockLost
 from mnist_dist.store.anywhere import ANYWHERE, Anywhere
 from mnist_dist.store.base import Store
 from mnist_dist.store.lock import Holder, Lock, _host, holder_of
@@ -190,7 +190,7 @@ def test_one_who_comes_while_a_lock_is_left_is_not_taken_for_the_one_who_leaves(
         if change.startswith("delete") and not taken:
             try:
                 taken.append(take(uri))
-            except Locked:
+            except (Locked, LockLost):
                 return
             taken[0].check()
 
@@ -338,7 +338,7 @@ def test_of_many_who_race_for_a_lock_that_was_left_exactly_one_wins(tmp_path: Pa
         start.wait()
         try:
             return lock.__enter__()
-        except Locked:
+        except (Locked, LockLost):
             return None
 
     with ThreadPoolExecutor(racers) as pool:
@@ -370,7 +370,7 @@ def test_holders_that_follow_each_other_never_hold_it_together(tmp_path: Path) -
                     numbers.append(lock.number)
                     inside.release()
                     return
-            except Locked:
+            except (Locked, LockLost):
                 continue
 
     with ThreadPoolExecutor(4) as pool:
@@ -444,12 +444,12 @@ def test_a_put_whose_answer_was_lost_is_known_again(uri: str) -> None:
 
 
 def check_lost(lock: Lock) -> None:
-    with pytest.raises(Locked, match="another driver has taken over the run"):
+    with pytest.raises(LockLost, match="another driver has taken over the run"):
         lock.check()
 
 
 def check_fenced_off(lock: Lock) -> None:
-    with pytest.raises(Locked, match="another driver has taken over, so this worker stops"):
+    with pytest.raises(LockLost, match="another driver has taken over, so this worker stops"):
         lock.fence.check()
 
 
@@ -471,7 +471,7 @@ def test_a_worker_in_another_process_has_the_same_fence(uri: str) -> None:
         assert fence == lock.fence
         fence.check()
         leave(uri, "000002")
-        with pytest.raises(Locked, match=f"Received: {uri}, 1$"):
+        with pytest.raises(LockLost, match=f"Received: {uri}, 1$"):
             fence.check()
 
 

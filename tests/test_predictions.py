@@ -1,7 +1,10 @@
 """predictions: the table's columns, the rows of a shard, and reading them."""
 
 import datetime
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ import pytest
 from scored import write_mark
 
 import mnist_dist
-from mnist_dist.config import TableConfig
+from mnist_dist.config import FeatureType, TableConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.scoring.predictions import (
     MARK,
@@ -37,6 +40,7 @@ NOW = datetime.datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
 NOTHING = pa.schema([])
 ALL = TableConfig()
 CLASSES = ("ant", "bee", "cat", "dog")
+FEATURES = 3
 
 
 def some_outcomes(probabilities: list[list[float]], status: list[str], **other: Any) -> Outcomes:
@@ -55,11 +59,14 @@ def some_outcomes(probabilities: list[list[float]], status: list[str], **other: 
     )
 
 
+def schema_of(table: TableConfig, *, carried: pa.Schema = NOTHING) -> pa.Schema:
+    return prediction_schema(table, carried=carried, class_names=CLASSES, num_features=FEATURES)
+
+
 def rows_of(outcomes: Outcomes, *, table: TableConfig = ALL, carried: pa.Table | None = None) -> pa.Table:
     """Of images named 0, 1, ..."""
-    schema = prediction_schema(table, carried=NOTHING if carried is None else carried.schema)
     return prediction_rows(
-        schema,
+        schema_of(table, carried=NOTHING if carried is None else carried.schema),
         uris=pa.array([str(index) for index in range(len(outcomes.status))]),
         outcomes=outcomes,
         class_names=CLASSES,
@@ -105,12 +112,39 @@ def test_the_contract_is_written_down_here_once_more() -> None:
 )
 def test_chosen_columns_stand_in_the_order_of_the_contract(table: TableConfig, names: str) -> None:
     carried = pa.schema([("label", pa.int8())])
-    assert prediction_schema(table, carried=carried).names == [*names.split(), "label"]
+    assert schema_of(table, carried=carried).names == [*names.split(), "label"]
 
 
 def test_flags_add_columns_to_all_of_them() -> None:
-    names = prediction_schema(TableConfig(top_k=3, embeddings=True), carried=NOTHING).names
-    assert names[-4:] == ["scored_at", "top_k_classes", "top_k_confidences", "embedding"]
+    names = schema_of(TableConfig(top_k=3, wide=True, embeddings=True)).names
+    wide = ["probability_ant", "probability_bee", "probability_cat", "probability_dog"]
+    assert names[-8:] == ["scored_at", *wide, "top_k_classes", "top_k_confidences", "embedding"]
+
+
+@pytest.mark.parametrize(("embedding_type", "shown"), [("float32", "float"), ("float16", "halffloat")])
+def test_an_embedding_is_a_list_of_fixed_size(embedding_type: FeatureType, shown: str) -> None:
+    schema = schema_of(TableConfig(embeddings=True, embedding_type=embedding_type))
+    assert str(schema.field("embedding").type).replace("element", "item") == f"fixed_size_list<item: {shown}>[3]"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (TableConfig(wide=True), r"wide needs class names.*Received: class_names=\(\), num_features=0"),
+        (TableConfig(embeddings=True), r"embeddings a number of features.*num_features=0"),
+    ],
+)
+def test_what_the_model_has_to_say_of_the_columns_is_given(table: TableConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prediction_schema(table, carried=NOTHING)
+
+
+def test_a_carried_column_is_not_taken_for_the_probability_of_a_class() -> None:
+    carried = pa.table({"probability_cat": ["x"]})
+    with pytest.raises(ConfigError, match=r"\(wide adds probability_<class name>\)\. .*carry='probability_cat'"):
+        schema_of(TableConfig(wide=True), carried=carried.schema)
+    rows = rows_of(some_outcomes([[0, 0, 1, 0]], ["ok"]), carried=carried)
+    assert rows["probability_cat"].to_pylist() == ["x"]
 
 
 def test_an_unknown_column_is_refused_with_the_known_ones() -> None:
@@ -226,6 +260,29 @@ def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: st
         setattr(outcomes, name, value)
     with pytest.raises(ValueError, match=message):
         rows_of(outcomes)
+
+
+def test_wide_rows_have_the_probability_of_each_class() -> None:
+    outcomes = some_outcomes([[0.125, 0.25, 0.5, 0.125], [float("nan")] * 4], ["ok", "failed"])
+    rows = rows_of(outcomes, table=TableConfig(columns=("uri",), wide=True)).drop_columns(["uri", "status"])
+    assert rows.to_pylist() == [
+        {"probability_ant": 0.125, "probability_bee": 0.25, "probability_cat": 0.5, "probability_dog": 0.125},
+        dict.fromkeys(rows.column_names),
+    ]
+    assert set(rows.schema.types) == {pa.float32()}
+
+
+def test_half_precision_rounds_features_and_what_is_too_large_for_it_is_infinite() -> None:
+    embeddings = np.array([[0.1, -65_504, 70_000], [float("nan")] * 3], np.float32)
+    outcomes = some_outcomes([[1, 0, 0, 0]] * 2, ["ok", "failed"], embeddings=embeddings)
+    rows = rows_of(outcomes, table=TableConfig(embeddings=True, embedding_type="float16"))
+    assert rows["embedding"].to_pylist() == [[float(np.float16(0.1)), -65_504, float("inf")], None]
+
+
+def test_embeddings_of_another_size_are_refused() -> None:
+    outcomes = some_outcomes([[1, 0, 0, 0]], ["ok"], embeddings=np.zeros((1, 5), np.float32))
+    with pytest.raises(ValueError, match=r"embeddings must be \[1, 3\]. Received: \[1, 5\]"):
+        rows_of(outcomes, table=TableConfig(embeddings=True))
 
 
 def test_embeddings_that_were_asked_for_are_given() -> None:
@@ -370,6 +427,7 @@ def test_the_newest_mark_counts(root: str) -> None:
 
 # --- readers of others -----------------------------------------------------------------------------------------------
 
+FEATURES_OF = [[0.5, -1.25, 2], None, [3, 4, 65_504]]
 EXPECTED = [
     ("0", "ok", "bee", ["bee", "ant"], 12),
     ("1", "denied", None, None, 12),
@@ -378,9 +436,21 @@ EXPECTED = [
 COLUMNS = ["uri", "status", "predicted_class", "top_k_classes", "width"]
 
 
+@pytest.fixture(params=["float32", "float16"])
+def embedding_type(request: pytest.FixtureRequest) -> FeatureType:
+    chosen: FeatureType = request.param
+    return chosen
+
+
 @pytest.fixture
-def folder(tmp_path: Path, rows: pa.Table) -> Path:
+def folder(tmp_path: Path, embedding_type: FeatureType) -> Path:
     """An output with a table of two files, beside a file of the same columns that is no part of it."""
+    outcomes = some_outcomes(
+        [[0.1, 0.7, 0.1, 0.1], [0] * 4, [0.5, 0.2, 0.2, 0.1]],
+        ["ok", "denied", "ok"],
+        embeddings=np.array([features or [9, 9, 9] for features in FEATURES_OF], np.float32),
+    )
+    rows = rows_of(outcomes, table=TableConfig(top_k=2, wide=True, embeddings=True, embedding_type=embedding_type))
     names = ["part-000001-00000.parquet", "part-000002-kept-00000.parquet"]
     put_part(str(tmp_path), names[0], rows.slice(0, 2))
     put_part(str(tmp_path), names[1], rows.slice(2))
@@ -390,31 +460,93 @@ def folder(tmp_path: Path, rows: pa.Table) -> Path:
 
 
 def test_duckdb_reads_it(folder: Path) -> None:
+    """Embeddings of either type are lists of FLOAT there."""
     duckdb = pytest.importorskip("duckdb", reason="needs DuckDB; runs where the extra `dev` is installed")
     query = f"select {', '.join(COLUMNS)} from '{folder}/table/*.parquet' order by uri"
     assert duckdb.sql(query).fetchall() == EXPECTED
+    vectors = duckdb.sql(f"select embedding, typeof(embedding) from '{folder}/table/*.parquet' order by uri").fetchall()
+    assert vectors == [(features, "FLOAT[]") for features in FEATURES_OF]
     times = duckdb.sql(f"select distinct epoch_us(scored_at), typeof(scored_at) from '{folder}/table/*.parquet'")
     assert times.fetchall() == [(round(NOW.timestamp() * 1e6), "TIMESTAMP WITH TIME ZONE")]
 
 
-def test_polars_reads_it(folder: Path) -> None:
+def test_polars_reads_it(folder: Path, embedding_type: FeatureType) -> None:
     polars = pytest.importorskip("polars", reason="needs Polars; runs where the extra `dev` is installed")
     table = polars.scan_parquet(folder / "table").collect().sort("uri")
     assert table.select(COLUMNS).rows() == EXPECTED
     assert table["scored_at"].to_list() == [NOW] * 3
+    assert table["embedding"].to_list() == FEATURES_OF
+    number = {"float16": polars.Float16, "float32": polars.Float32}[embedding_type]
+    assert table.schema["embedding"] == polars.Array(number, FEATURES)
+    assert table["probability_cat"].is_null().to_list() == [False, True, False]
 
 
-def test_pandas_reads_it(folder: Path) -> None:
+def test_pandas_reads_it(folder: Path, embedding_type: FeatureType) -> None:
     pandas = pytest.importorskip("pandas", reason="needs pandas; runs where Ray Data is installed with it")
-    table = pandas.read_parquet(folder / "table", columns=[*COLUMNS, "confidence"]).sort_values("uri")
+    table = pandas.read_parquet(folder / "table", columns=[*COLUMNS, "confidence", "embedding"]).sort_values("uri")
     assert table["uri"].tolist() == ["0", "1", "2"]
     assert table["predicted_class"].isna().tolist() == [False, True, False]
     assert table["confidence"].tolist()[2] == 0.5
+    vectors = table["embedding"].tolist()
+    assert [vector if vector is None else vector.tolist() for vector in vectors] == FEATURES_OF
+    assert vectors[0].dtype == embedding_type
 
 
 def test_pyarrow_reads_it(folder: Path) -> None:
-    table = pyarrow.dataset.dataset(folder / "table").to_table(columns=COLUMNS).sort_by("uri")
-    assert [tuple(row.values()) for row in table.to_pylist()] == EXPECTED
+    table = pyarrow.dataset.dataset(folder / "table").to_table().sort_by("uri")
+    assert [tuple(row.values()) for row in table.select(COLUMNS).to_pylist()] == EXPECTED
+    assert table["embedding"].to_pylist() == FEATURES_OF
+    assert table["probability_ant"].to_pylist() == [pytest.approx(0.1), None, 0.5]
+
+
+@pytest.mark.slow
+def test_daft_reads_it(folder: Path, embedding_type: FeatureType) -> None:
+    daft = pytest.importorskip("daft", reason="needs Daft (pip install -e '.[readers]'); runs where it is installed")
+    table = daft.read_parquet(str(folder / "table")).sort("uri")
+    values = table.select(*COLUMNS, "embedding").to_pydict()
+    assert list(zip(*(values[name] for name in COLUMNS), strict=True)) == EXPECTED
+    assert values["embedding"] == FEATURES_OF
+    number = {"float16": daft.DataType.float16(), "float32": daft.DataType.float32()}[embedding_type]
+    assert table.schema()["embedding"].dtype == daft.DataType.fixed_size_list(number, FEATURES)
+
+
+# Prints the rows as JSON, or what Spark says against them. A process of its own, because the Java machine ends with it.
+IN_SPARK = """
+import json, sys
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+
+settings = {"spark.ui.enabled": "false", "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+spark = SparkSession.builder.master("local[1]").config(map=settings).getOrCreate()
+try:
+    rows = spark.read.parquet(sys.argv[1]).orderBy("uri").select(*sys.argv[2:]).collect()
+    print(json.dumps([list(row) for row in rows]))
+except AnalysisException as error:
+    print(json.dumps(error.getCondition()))
+spark.stop()
+"""
+
+
+@pytest.mark.slow
+def test_spark_reads_it_unless_embeddings_are_float16(folder: Path, embedding_type: FeatureType) -> None:
+    pytest.importorskip("pyspark", reason="needs PySpark (pip install -e '.[spark]'); runs where it is installed")
+    if shutil.which("java") is None:
+        pytest.skip("needs Java, which PySpark starts; runs where it is installed")
+    arguments = [sys.executable, "-c", IN_SPARK, f"{folder}/table", *COLUMNS, "embedding"]
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout.splitlines()[-1])
+    if embedding_type == "float16":
+        assert read == "PARQUET_TYPE_ILLEGAL"
+    else:
+        assert read == [[*row, features] for row, features in zip(EXPECTED, FEATURES_OF, strict=True)]
+
+
+def test_we_read_it(folder: Path) -> None:
+    table = read_predictions(folder, columns=["embedding", "probability_ant"])
+    assert table["embedding"].to_pylist() == FEATURES_OF
+    assert table["probability_ant"].null_count == 1
 
 
 def test_reading_loads_neither_ray_nor_a_framework(folder: Path) -> None:

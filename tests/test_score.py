@@ -21,6 +21,7 @@ from typing import Any
 
 import boto3
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,10 +30,10 @@ from corpus import manifest_rows
 from deltalake import DeltaTable
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
 from PIL import Image
-from scored import plan_of
+from scored import one_hot, plan_of, scored_rows, write_scored
 
 from mnist_dist import load_bundle
-from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
+from mnist_dist.config import FeatureType, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -339,13 +340,15 @@ def test_top_k_embeddings_columns_and_carried_columns(tmp_path: Path, bundle: Pa
     paths = [photos / "00.png", photos / "empty.png", photos / "deep" / "01.jpg"]
     manifest = pa.table({"label": ["x", "y", "z"], "uri": [str(path) for path in paths], "fold": [3, 1, 2]})
     pq.write_table(manifest, tmp_path / "list.parquet")
-    wanted = TableConfig(columns=("confidence,width", "label"), top_k=3, embeddings=True)
+    wanted = TableConfig(columns=("confidence,width", "label"), top_k=3, wide=True, embeddings=True)
     score(
         job_of(bundle, tmp_path / "table", tmp_path / "list.parquet", carry=("label,fold",), table=wanted),
         console=Recorder(),
     )
+    wide = [f"probability_{name}" for name in CLASSES]
     assert read_predictions(tmp_path / "table").column_names == [
         *("uri", "status", "confidence", "width"),
+        *wide,
         *("top_k_classes", "top_k_confidences", "embedding", "label", "fold"),
     ]
     rows = rows_of(tmp_path / "table")
@@ -355,8 +358,48 @@ def test_top_k_embeddings_columns_and_carried_columns(tmp_path: Path, bundle: Pa
     assert row["top_k_classes"] == [CLASSES[index] for index in order]
     assert row["top_k_confidences"] == pytest.approx(expected.probabilities[order].tolist(), abs=1e-5)
     assert row["confidence"] == row["top_k_confidences"][0]
+    assert [row[name] for name in wide] == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
     assert len(row["embedding"]) == len(rows[str(paths[2])]["embedding"]) > 1
     assert rows[str(paths[1])]["embedding"] is rows[str(paths[1])]["top_k_classes"] is None
+    assert {rows[str(paths[1])][name] for name in wide} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("embedding_type", ["float32", "float16"])
+def test_an_increment_joins_a_table_that_held_no_embedding_yet(
+    tmp_path: Path, bundle: Path, photos: Path, embedding_type: FeatureType
+) -> None:
+    """The first run has no usable image: the number of features then comes from the bundle."""
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(photos / "empty.png", images)
+    table = TableConfig(columns=("uri",), wide=True, embeddings=True, embedding_type=embedding_type)
+    job = job_of(bundle, tmp_path / "table", images, table=table)
+    job = replace(job, run=replace(job.run, max_bad_fraction=1.0))
+    assert score(job, console=Recorder())["statuses"]["empty"] == 1
+    schema = read_predictions(job.output).schema
+    assert schema.field("embedding").type == pa.list_(
+        pa.type_for_alias(embedding_type), load_bundle(bundle).num_features
+    )
+    shutil.copy(photos / "00.png", images)
+    assert score(replace(job, mode="incremental"), console=Recorder())["ok"] == 1
+    rows = read_predictions(job.output)
+    assert rows.schema.equals(schema)
+    assert sorted(vector is None for vector in rows["embedding"].to_pylist()) == [False, True]
+    other = replace(table, embedding_type="float16" if embedding_type == "float32" else "float32")
+    with pytest.raises(ResumeConflict, match=r"table.embedding_type: 'float\d\d' now, 'float\d\d' in the run"):
+        score(replace(job, mode="incremental", table=other), console=Recorder())
+
+
+@pytest.mark.parametrize("embedding_type", ["float32", "float16"])
+def test_ray_data_reads_embeddings(tmp_path: Path, embedding_type: FeatureType) -> None:
+    table = TableConfig(columns=("uri",), wide=True, embeddings=True, embedding_type=embedding_type)
+    embeddings: npt.NDArray[np.float32] = np.array([[0.5, -2, 3], [0, 0, 0]], np.float32)
+    rows = scored_rows(["a", "b"], one_hot([1, 0], 2), "xy", status=["ok", "empty"], table=table, embeddings=embeddings)
+    output = write_scored(tmp_path, rows)
+    read = ray.data.read_parquet(f"{output}/table").take_all()
+    assert [row["embedding"] for row in read] == [[0.5, -2, 3], None]
+    assert [row["probability_y"] for row in read] == [pytest.approx(0.8), None]
 
 
 def write_archives(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -531,7 +574,8 @@ def test_a_setting_that_an_older_version_did_not_know_has_its_default(table: Sco
 
 def test_what_only_may_be_spent_may_differ(table: ScoreJob) -> None:
     run = replace(table.run, actors=2, cpus_per_actor=1.0, batch_size=3, decode="tasks", max_failures=0, verbose=True)
-    assert score(replace(table, run=run, shard_size=2), console=Recorder())["skipped"] == 17
+    other = replace(table, run=run, shard_size=2, max_rows_per_file=3)
+    assert score(other, console=Recorder())["skipped"] == 17
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -879,7 +923,17 @@ def test_help_names_every_flag_with_its_default() -> None:
         assert job.ended()[0] == 0
         shown = job.stdout()
     fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
-    for name in [*fields, "bundle", "output", "mode", "retry_failed", "shard_size", "max_pixels", "image_timeout_s"]:
+    for name in [
+        *fields,
+        "bundle",
+        "output",
+        "mode",
+        "retry_failed",
+        "shard_size",
+        "max_rows_per_file",
+        "max_pixels",
+        "image_timeout_s",
+    ]:
         assert f"--{name.replace('_', '-')}" in shown
     assert shown.count("(required)") == 3
 

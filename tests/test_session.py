@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import DataError, Interrupted, Locked, ServiceError
+from mnist_dist.errors import DataError, Interrupted, LockLost, ServiceError
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.lock import Fence, Lock
@@ -60,7 +60,7 @@ def test_a_lock_that_was_lost_ends_the_wait(tmp_path: Path) -> None:
     with Stop(CONSOLE) as stop, Lock(str(tmp_path / "lock"), what="the run") as lock:
         take_over(tmp_path / "lock")
         lock.lost = True  # as its thread would find
-        with pytest.raises(Locked, match="taken over the run"):
+        with pytest.raises(LockLost, match="taken over the run"):
             Session(console=CONSOLE, stop=stop, lock=lock).watch(lambda timeout_s: False)
 
 
@@ -81,13 +81,13 @@ def test_a_locked_session_has_the_number_of_its_lock(tmp_path: Path) -> None:
         take_over(tmp_path / "lock")
         (tmp_path / "lock" / "000017").rename(tmp_path / "lock" / "000018")
         for check in (session.fence.check, session.confirm_lock):
-            with pytest.raises(Locked, match="another driver has taken over"):
+            with pytest.raises(LockLost, match="another driver has taken over"):
                 check()
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("it is gone"), DataError("it is damaged")])
 def test_what_fails_because_another_driver_has_taken_over_says_so(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(Locked, match="taken over the run"), locked(tmp_path):
+    with pytest.raises(LockLost, match="taken over the run"), locked(tmp_path):
         fail_after_another_took_over(tmp_path / "lock", error)
 
 

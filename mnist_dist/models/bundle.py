@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -117,6 +118,24 @@ class Bundle:
         import keras
 
         return keras.saving.load_model(self.path / MODEL_FILE, compile=False)
+
+    @functools.cached_property
+    def num_features(self) -> int:
+        """D, the number of features before the head, as the model file says; does not load Keras.
+
+        Raises:
+            BundleError: the model file has no head whose input is known.
+        """
+        with zipfile.ZipFile(self.path / MODEL_FILE) as file:
+            layers = json.loads(file.read("config.json"))["config"]["layers"]
+        shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
+        for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
+            shape = shapes.get(name)
+            if shape is not None:
+                return int(shape[-1])
+        raise BundleError(
+            f"{MODEL_FILE} has no layer hidden or logits whose input is known. Received: layers {', '.join(shapes)}"
+        )
 
     @overload
     def predict(self, image: Image) -> Prediction: ...

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import TableFormat
+from mnist_dist.config import MAX_ROWS_PER_FILE, TableFormat
 from mnist_dist.errors import MnistDistError
 from mnist_dist.scoring.delta import DeltaLog, Part, delta_schema
 from mnist_dist.scoring.generations import (
@@ -67,6 +67,7 @@ def commit(
     progress: Callable[[int, int], None],
     table_format: TableFormat = "parquet",
     part_bytes: int = PART_BYTES,
+    part_rows: int = MAX_ROWS_PER_FILE,
 ) -> Committed:
     """Publishes the table of a generation whose shards are all done; a commit that has begun is finished.
 
@@ -83,6 +84,7 @@ def commit(
         progress: called with the number of finished shards and the number of all shards.
         table_format: the form of the table; all versions of a table have the same.
         part_bytes: approximate size of a file of the table.
+        part_rows: largest number of rows in a file of the table.
 
     Raises:
         MnistDistError: a shard does not hold the rows of its manifest.
@@ -99,6 +101,7 @@ def commit(
             schema=schema,
             written=written.with_metadata(table_metadata(description, generation.plan)),
             part_bytes=part_bytes,
+            part_rows=part_rows,
         )
         table = building.build(shards=shards, keep_old=generation.plan.keep_old, progress=progress)
         counts, plan = table.counts(), generation.plan

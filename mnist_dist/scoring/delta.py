@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 APPLICATION = "mnist_dist"
+_FORBIDDEN = frozenset(" ,;{}()\n\t=")  # Spark's, without column mapping.
 CONFLICTS = 20  # Others may commit in between, such as a job that optimizes the table; each conflict loads it again.
 _WIDER = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64()}  # Delta's integers are signed.
 
@@ -55,8 +56,14 @@ def delta_schema(schema: pa.Schema) -> pa.Schema:
     become lists, times are in µs.
 
     Raises:
-        ConfigError: a column has no counterpart in Delta.
+        ConfigError: a column has no counterpart in Delta, or a name that its readers refuse.
     """
+    for name in schema.names:
+        if _FORBIDDEN.intersection(name):
+            raise ConfigError(
+                f"the names of a Delta table's columns have no space and none of ,;{{}}()=; rename the column or the "
+                f"class, leave it out, or use --table-format parquet. Received: {name!r}"
+            )
     return pa.schema([field.with_type(_delta_type(field.type, field.name)) for field in schema], schema.metadata)
 
 

@@ -42,7 +42,7 @@ from mnist_dist.store.uris import absolute, is_file_uri, is_remote
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
-_OWN_COLUMNS = frozenset({*COLUMNS.names, SHARD.name, *CONTRACT.names, *TOP_K.names, *EMBEDDING.names})
+_OWN_COLUMNS = frozenset({*COLUMNS.names, SHARD.name, *CONTRACT.names, *TOP_K.names, EMBEDDING})
 _THREADS = 8  # The threads wait for storage, not for a core.
 _AHEAD = 16  # archives, or pieces of a list, that are opened before they are needed
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time

@@ -34,7 +34,6 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 
 PART_BYTES = 128 * 2**20  # few files for 10 million rows, yet enough to read them in parallel
-PART_ROWS = 1_000_000  # per file, because its rows of the manifest are in memory at once
 ROW_GROUP_BYTES = 32 * 2**20  # in memory; narrow rows then come in groups about as large as readers expect
 EXAMPLES = 3  # rows per status that the summary shows
 _READ_THREADS = 8  # on object stores a request mostly waits
@@ -103,6 +102,7 @@ class Building:
     written: pa.Schema = field(kw_only=True)
     """The columns of the files: the same names, in types that the table's format has."""
     part_bytes: int = field(kw_only=True)
+    part_rows: int = field(kw_only=True)
 
     def build(self, *, shards: int, keep_old: bool, progress: Callable[[int, int], None]) -> NewTable:
         with contextlib.ExitStack() as stack:
@@ -118,7 +118,8 @@ class Building:
             with contextlib.closing(self._new_rows(manifest, shards, progress)) as rows:
                 self._write(table, "", rows)
             if not table.files:
-                self._write_part(table, self._name("", 0), iter(()))  # an empty table needs one file for its columns
+                # An empty table needs one file for its columns.
+                self._write_part(table, self._name("", 0), _Groups(iter(())))
         return table
 
     def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, replaced: pa.ChunkedArray) -> None:
@@ -168,30 +169,62 @@ class Building:
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
         """Writes the pieces into as many files as needed: `part-000017-00000.parquet`, ..."""
-        groups = _grouped(pieces, min_bytes=min(ROW_GROUP_BYTES, self.part_bytes))
+        groups = _Groups(_grouped(pieces, min_bytes=min(ROW_GROUP_BYTES, self.part_bytes)))
         for number in itertools.count():
             first = next(groups, None)
             if first is None:
                 return
-            self._write_part(table, self._name(kind, number), itertools.chain([first], groups))
+            groups.put_back(first)
+            self._write_part(table, self._name(kind, number), groups)
 
     def _name(self, kind: str, number: int) -> str:
         return f"part-{self.fence:06d}-{kind}{number:05d}.parquet"
 
-    def _write_part(self, table: NewTable, name: str, groups: Iterator[_Rows]) -> None:
-        listed = [LISTED.empty_table()]
-        with self._new_file(name) as file, pq.ParquetWriter(file, self.written, compression="zstd") as writer:
+    def _write_part(self, table: NewTable, name: str, groups: "_Groups") -> None:
+        """Writes one file; what does not fit any more stays in `groups`."""
+        listed, room = [LISTED.empty_table()], self.part_rows
+        with self._new_file(name) as file, self._writer(file) as writer:
             for group in groups:
+                group = groups.cut(group, room)
                 writer.write_table(group.rows, row_group_size=len(group.rows))
                 listed.append(group.listed)
-                if file.tell() >= self.part_bytes or sum(map(len, listed)) >= PART_ROWS:
+                room -= len(group.rows)
+                if file.tell() >= self.part_bytes or room == 0:
                     break
         table.added.append(name)
         table.note(name, pa.concat_tables(listed))
 
+    def _writer(self, file: BinaryIO) -> pq.ParquetWriter:
+        """With statistics and a page index, so that readers skip row groups and pages that a filter rules out."""
+        return pq.ParquetWriter(file, self.written, compression="zstd", write_statistics=True, write_page_index=True)
+
     def _new_file(self, name: str) -> AbstractContextManager[BinaryIO]:
         """A new file, which appears when the block ends without an error."""
         return self.output.store.new_object(join(self.generation.out_uri(self.fence), name))
+
+
+class _Groups:
+    """Groups of rows in their order, some of which do not fit into a file as a whole."""
+
+    def __init__(self, groups: Iterator[_Rows]) -> None:
+        self._groups, self._waiting = groups, list[_Rows]()
+
+    def __iter__(self) -> "_Groups":
+        return self
+
+    def __next__(self) -> _Rows:
+        return self._waiting.pop() if self._waiting else next(self._groups)
+
+    def put_back(self, group: _Rows) -> None:
+        """Makes a group the next one again."""
+        self._waiting.append(group)
+
+    def cut(self, group: _Rows, rows: int) -> _Rows:
+        """The first rows of a group, at most so many; the others are put back."""
+        if len(group.rows) <= rows:
+            return group
+        self.put_back(_Rows(group.rows.slice(rows), group.listed.slice(rows)))
+        return _Rows(group.rows.slice(0, rows), group.listed.slice(0, rows))
 
 
 def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.ChunkedArray) -> pa.Table:

@@ -55,7 +55,9 @@ CONTRACT = pa.schema(
 )
 """The default columns, which other tools rely on."""
 TOP_K = pa.schema([("top_k_classes", pa.list_(pa.string())), ("top_k_confidences", pa.list_(pa.float32()))])
-EMBEDDING = pa.schema([("embedding", pa.list_(pa.float32()))])
+EMBEDDING = "embedding"
+WIDE = "probability_"
+"""How the names of the columns of `--wide` begin; the name of the class follows."""
 ALWAYS = ("uri", "status")
 
 TABLE = "table"
@@ -127,27 +129,45 @@ class Mark:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def prediction_schema(table: TableConfig, *, carried: pa.Schema) -> pa.Schema:
-    """The columns of a table: the chosen columns of `CONTRACT` in its order, then the carried columns.
+def prediction_schema(
+    table: TableConfig, *, carried: pa.Schema, class_names: Sequence[str] = (), num_features: int = 0
+) -> pa.Schema:
+    """The columns of a table: the chosen columns of `CONTRACT` in its order, those that have their own flag, then the
+    carried columns.
 
     Args:
         table: the chosen columns. `uri` and `status` are always included, and so are columns that have their own flag.
         carried: the columns of the inputs that are copied into the table.
+        class_names: the names of the K classes; needed for `wide`.
+        num_features: D; needed for `embeddings`.
 
     Raises:
         ConfigError: a chosen column is unknown, or a carried column has the name of another column.
+        ValueError: the class names or the number of features are needed and not given.
     """
-    flagged = [*(TOP_K if table.top_k else ()), *(EMBEDDING if table.embeddings else ())]
+    if (table.wide and not class_names) or (table.embeddings and num_features < 1):
+        raise ValueError(
+            f"wide needs class names, and embeddings a number of features. Received: "
+            f"class_names={tuple(class_names)}, num_features={num_features}"
+        )
+    wide = [pa.field(f"{WIDE}{name}", pa.float32()) for name in class_names] if table.wide else []
+    flagged = [*wide, *(TOP_K if table.top_k else ())]
+    if table.embeddings:
+        number = pa.type_for_alias(table.embedding_type)
+        flagged.append(pa.field(EMBEDDING, pa.list_(number, num_features)))
     available = [*CONTRACT.names, *(field.name for field in flagged), *carried.names]
     if unknown := [name for name in table.chosen if name not in available]:
         raise ConfigError(
-            f"columns must be among {', '.join(available)} (top_k_classes, top_k_confidences and embedding have their "
-            f"own flags). Received: {', '.join(unknown)}"
+            f"columns must be among {', '.join(available)} (top_k_classes, top_k_confidences, embedding and "
+            f"probability_<class name> have their own flags). Received: {', '.join(unknown)}"
         )
-    used = [*CONTRACT.names, *TOP_K.names, *EMBEDDING.names]
+    used = [*CONTRACT.names, *TOP_K.names, EMBEDDING, *(field.name for field in wide)]
     for name in carried.names:
         if name in used:
-            raise ConfigError(f"a carried column must not have the name of another column. Received: carry={name!r}")
+            hint = f" (wide adds {WIDE}<class name>)" if table.wide and name.startswith(WIDE) else ""
+            raise ConfigError(
+                f"a carried column must not have the name of another column{hint}. Received: carry={name!r}"
+            )
         used.append(name)
     chosen = table.chosen or CONTRACT.names
     return pa.schema([field for field in CONTRACT if field.name in (*ALWAYS, *chosen)] + [*flagged, *carried])
@@ -214,8 +234,9 @@ def prediction_rows(
     values |= _best(names, scored, ok)
     if TOP_K.names[0] in schema.names:
         values |= _top_k(names, scored, ok, top_k)
-    if outcomes.embeddings is not None:
-        values["embedding"] = _lists(pa.array(outcomes.embeddings[ok].ravel(), pa.float32()), ok)
+    if EMBEDDING in schema.names and outcomes.embeddings is not None:
+        values[EMBEDDING] = _vectors(outcomes.embeddings, ok, schema.field(EMBEDDING).type)
+    values |= _wide(class_names, outcomes.probabilities, ok, wanted=set(schema.names))
     if carried is not None:
         values |= dict(zip(carried.column_names, carried.columns, strict=True))
     if missing := [name for name in schema.names if name not in values]:
@@ -261,6 +282,25 @@ def _top_k(
         "top_k_classes": _lists(names.take(pa.array(indices.ravel())), ok),
         "top_k_confidences": _lists(pa.array(confidences.ravel(), pa.float32()), ok),
     }
+
+
+def _wide(
+    names: Sequence[str], probabilities: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_], *, wanted: set[str]
+) -> dict[str, pa.Array]:
+    """The wanted ones of the columns `probability_<class name>`."""
+    columns = zip((f"{WIDE}{name}" for name in names), probabilities.T, strict=True)
+    return {name: pa.array(column, mask=~ok) for name, column in columns if name in wanted}
+
+
+def _vectors(
+    values: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_], kind: pa.FixedSizeListType
+) -> pa.FixedSizeListArray:
+    """`[n, D]` as n lists of D numbers; rows that are not ok are null."""
+    if values.shape[1] != kind.list_size:
+        raise ValueError(f"embeddings must be [{len(ok)}, {kind.list_size}]. Received: {list(values.shape)}")
+    with np.errstate(over="ignore"):  # features that float16 cannot hold become infinite, as the flag says
+        numbers = np.where(ok[:, None], values, np.float32(0)).astype(kind.value_type.to_pandas_dtype())
+    return pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), type=kind, mask=pa.array(~ok))
 
 
 def _lists(values: pa.Array, ok: npt.NDArray[np.bool_]) -> pa.ListArray:

@@ -100,6 +100,9 @@ class Anywhere(Store):
     def delete(self, uri: str) -> None:
         self.of(uri).delete(uri)
 
+    def delete_empty_folder(self, uri: str) -> None:
+        self.of(uri).delete_empty_folder(uri)
+
     def delete_tree(self, uri: str) -> None:
         self.of(uri).delete_tree(uri)
 

@@ -222,6 +222,9 @@ class Store(ABC):
     def delete(self, uri: str) -> None:
         """Deletes one object, if it exists."""
 
+    def delete_empty_folder(self, uri: str) -> None:  # noqa: B027 (buckets have no empty folders)
+        """Deletes a folder that holds nothing."""
+
     @abstractmethod
     def delete_tree(self, uri: str) -> None:
         """Deletes everything at or below `uri`, if it exists."""

@@ -137,6 +137,10 @@ class LocalStore(Store):
         with _errors(uri):
             path_of(uri).unlink(missing_ok=True)
 
+    def delete_empty_folder(self, uri: str) -> None:
+        with contextlib.suppress(OSError):  # It holds something, or is gone.
+            path_of(uri).rmdir()
+
     def object_store_options(self, uri: str) -> dict[str, str]:
         return {}
 

@@ -267,6 +267,7 @@ class Lock:
             return
         if self.number == 1 and not self._above():
             self._objects.delete(self.number)
+            self._objects.store.delete_empty_folder(self._objects.uri)
         else:
             self._objects.renew(self.number, replace(self._now(), released=True))
 

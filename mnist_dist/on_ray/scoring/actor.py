@@ -22,7 +22,7 @@ from mnist_dist.models.bundle import load_bundle
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
-from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema
+from mnist_dist.scoring.predictions import Outcomes, prediction_rows
 from mnist_dist.scoring.scorer import Scorer
 from mnist_dist.store.uris import is_remote
 
@@ -43,6 +43,8 @@ class ScoreTask:
     generation: Generation
     spec: ImageSpec
     table: TableConfig
+    schema: pa.Schema
+    """The columns of the table."""
     decoding: DecodeConfig
     batch_size: int
     cpus: int
@@ -113,7 +115,7 @@ class ScoringWorker:
     def _write(self, shard: int, rows: pa.Table, outcomes: Outcomes) -> None:
         carried = self._shards().carried
         table = prediction_rows(
-            prediction_schema(self._task.table, carried=carried),
+            self._task.schema,
             uris=rows["uri"],
             outcomes=outcomes,
             class_names=self._class_names,

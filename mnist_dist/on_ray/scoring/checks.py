@@ -11,8 +11,7 @@ from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.models.bundle import MODEL_FILE, Bundle
 from mnist_dist.on_ray.cluster import check_storage
 from mnist_dist.scoring.generations import Output
-from mnist_dist.scoring.manifest import carried_schema
-from mnist_dist.scoring.predictions import fits, prediction_schema, table_schema
+from mnist_dist.scoring.predictions import fits, table_schema
 from mnist_dist.store.uris import absolute, are_remote, is_remote
 
 ROW_BYTES = 400  # of a row on disk, without probabilities and embeddings
@@ -28,20 +27,22 @@ def check_output_is_outside(job: ScoreJob) -> None:
             raise ConfigError(f"the output must lie outside of the input {uri!r}. Received: output={job.output!r}")
 
 
-def check_found(job: ScoreJob, table: pa.Table, output: Output, *, keep_old: bool, nodes: int) -> None:
+def check_found(
+    job: ScoreJob, table: pa.Table, output: Output, *, schema: pa.Schema, keep_old: bool, nodes: int
+) -> None:
     """Checks the listed images before they are scored.
 
     Args:
         job: the job.
         table: `manifest.COLUMNS`, then the carried columns.
         output: the folder of the table.
+        schema: the columns of the table.
         keep_old: whether rows of the existing table are kept.
         nodes: number of nodes in the cluster.
 
     Raises:
         ConfigError: not all nodes see the images, the images include the output, or their columns do not fit the table.
     """
-    schema = prediction_schema(job.table, carried=carried_schema(table))
     if keep_old and not fits(table_schema(output.uri, store=output.store), schema):
         raise ConfigError(
             f"the existing table has other columns, or columns of other types; --mode fresh makes a new table. "

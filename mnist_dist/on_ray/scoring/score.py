@@ -36,7 +36,7 @@ from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Times
-from mnist_dist.scoring.delta import DeltaLog, check_installed
+from mnist_dist.scoring.delta import DeltaLog, check_installed, delta_schema
 from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -91,7 +91,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     bundle = load_bundle(job.bundle)
     output = Output(absolute(job.output))
     if job.run.dry_run:
-        return _dry_run(job, output, console=console)
+        return _dry_run(job, bundle, output, console=console)
     if job.table.table_format == "delta":
         check_installed()
         ANYWHERE.object_store_options(output.uri)
@@ -102,11 +102,21 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
 
 
-def _dry_run(job: ScoreJob, output: Output, *, console: Console) -> dict[str, Any]:
+def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:
+    """The columns of the job's table, as the shards have them."""
+    num_features = bundle.num_features if job.table.embeddings else 0
+    names = bundle.info.class_names
+    schema = prediction_schema(job.table, carried=carried, class_names=names, num_features=num_features)
+    if job.table.table_format == "delta":
+        delta_schema(schema)  # raises for what Delta does not have, before any work
+    return schema
+
+
+def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console) -> dict[str, Any]:
     """Lists the input and reports what would be scored; writes nothing."""
     began = time.monotonic()
     listing = list_inputs(job.inputs)
-    prediction_schema(job.table, carried=carried_schema(listing.table))
+    _schema(job, bundle, carried=carried_schema(listing.table))
     _show_listing(listing, console)
     committed = output.committed()
     if committed is not None:
@@ -291,7 +301,8 @@ class Scoring:
             shard_size: rows per shard.
         """
         generation = self.output.new_generation(self._plan(None, engine), fence=self.session.fence.number)
-        check_found(self.job, rows, self.output, keep_old=False, nodes=have.nodes)
+        schema = _schema(self.job, self.bundle, carried=carried_schema(rows))
+        check_found(self.job, rows, self.output, schema=schema, keep_old=False, nodes=have.nodes)
         generation.begin(lambda uri: write_manifest(uri, rows, shard_size=shard_size, store=generation.store))
         self._score(generation, engine, actors, have)
         return self._summary(self._commit(generation))
@@ -365,7 +376,14 @@ class Scoring:
             self.session.console.line(
                 f"{len(work.table):,} images to score; the table already holds {before.mark.rows:,} rows"
             )
-        check_found(self.job, work.table, self.output, keep_old=generation.plan.keep_old, nodes=resources.nodes)
+        check_found(
+            self.job,
+            work.table,
+            self.output,
+            schema=_schema(self.job, self.bundle, carried=carried_schema(work.table)),
+            keep_old=generation.plan.keep_old,
+            nodes=resources.nodes,
+        )
         check_room(
             self.job,
             self.bundle,
@@ -382,7 +400,7 @@ class Scoring:
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def _task(self, generation: Generation, engine: EngineChoice, actors: Actors) -> ScoreTask:
+    def _task(self, generation: Generation, engine: EngineChoice, actors: Actors, *, carried: pa.Schema) -> ScoreTask:
         return ScoreTask(
             bundle=absolute(self.job.bundle),
             model_id=self.bundle.info.model_id,
@@ -390,6 +408,7 @@ class Scoring:
             generation=generation,
             spec=self.bundle.info.spec,
             table=self.job.table,
+            schema=_schema(self.job, self.bundle, carried=carried),
             decoding=self.job.decoding,
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
@@ -402,7 +421,7 @@ class Scoring:
         done = generation.done_shards()
         with Manifest(generation.manifest_uri, store=generation.store) as manifest:
             rows, left = manifest.rows, [shard for shard in range(manifest.shards) if shard not in done]
-            rows_done = sum(manifest.shard_rows(shard) for shard in done)
+            rows_done, carried = sum(manifest.shard_rows(shard) for shard in done), manifest.carried
         if not left:  # the workers of an earlier driver have finished the last shards in the meantime
             return
         self.session.console.line(
@@ -410,7 +429,7 @@ class Scoring:
             f"{f' ({rows_done:,} already done)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, on {resources}"
         )
-        task = self._task(generation, engine, actors)
+        task = self._task(generation, engine, actors, carried=carried)
         work = ShardWork(
             worker=ScoringWorker(task),
             done=generation.done_shards,
@@ -450,13 +469,14 @@ class Scoring:
                 generation,
                 fence=self.session.fence.number,
                 shards=shards,
-                schema=prediction_schema(self.job.table, carried=carried),
+                schema=_schema(self.job, self.bundle, carried=carried),
                 judge=self._judge,
                 description=self._description(generation.plan),
                 images_per_s=self._images_per_s(),
                 check=lambda: self._check(generation),
                 table_format=self.job.table.table_format,
                 progress=lambda done, total: bar.update(done=done, total=total, note=f"{done:,} of {total:,} shards"),
+                part_rows=self.job.max_rows_per_file,
             )
 
     def _description(self, plan: Plan) -> Description:

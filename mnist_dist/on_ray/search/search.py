@@ -24,7 +24,7 @@ from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import Locked, MnistDistError, ResourceError, WorkersFailed, first_line
+from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
@@ -419,7 +419,7 @@ class _Search:
             if self.session.stop.signal_number is not None:
                 return
             cause = getattr(error, "cause", None)
-            if cause is not None and (isinstance(cause, Locked) or is_outage(cause)):
+            if cause is not None and (isinstance(cause, Locked | LockLost) or is_outage(cause)):
                 raise cause from error  # the same command resumes the finalist
             words = _words(error)
             self.console.line(f"finalist {trial.number} failed: {words}")
