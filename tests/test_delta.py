@@ -36,7 +36,7 @@ from mnist_dist.config import TableConfig
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StorageError
 from mnist_dist.evaluation.tables import open_table
 from mnist_dist.inventory import rows_below
-from mnist_dist.scoring.delta import APPLICATION, DeltaLog, Part, delta_schema
+from mnist_dist.scoring.delta import APPLICATION, DeltaLog, Part, check_output, delta_schema
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.output_row import table_row
 from mnist_dist.scoring.predictions import prediction_schema, read_predictions
@@ -47,7 +47,8 @@ DELTA = {name: replace(case, table_format="delta") for name, case in CASES.items
 
 
 def table_of(uri: str) -> DeltaTable:
-    return DeltaTable(f"{uri}/delta", storage_options=ANYWHERE.object_store_options(uri))
+    url, options = ANYWHERE.object_store_access(f"{uri}/delta")
+    return DeltaTable(url, storage_options=options)
 
 
 def rows_in(uri: str) -> list[dict[str, Any]]:
@@ -105,6 +106,15 @@ def test_the_same_on_s3(
     DELTA[name].resume(s3)
     assert assert_both_are_the_same(s3) == finished[name]
     assert table_of(s3).transaction_version(APPLICATION) == 2
+
+
+@pytest.mark.parametrize("name", ["a b", "ä#b", "file://"])
+def test_a_table_lies_wherever_its_output_may(tmp_path: Path, name: str) -> None:
+    output = Output(f"file://{tmp_path}/output" if name == "file://" else f"{tmp_path}/{name}")
+    for uris in (OLD, OLD[:5]):
+        commit_it(output, put_generation(output, uris, keep_old=False), table_format="delta")
+    assert len(assert_both_are_the_same(output.uri)) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["output" if name == "file://" else name]
 
 
 def test_polars_reads_it(templates: dict[str, Path], finished: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -341,9 +351,17 @@ def test_carried_values_come_back_as_they_were(tmp_path: Path) -> None:
     assert DeltaTable(str(tmp_path)).to_pyarrow_table()["shade"].to_pylist() == [200]
 
 
-def test_a_store_that_others_cannot_reach_holds_no_delta_table() -> None:
+def test_an_output_that_cannot_hold_a_delta_table_is_refused() -> None:
     with pytest.raises(StorageError, match="a Delta table cannot be kept in this store"):
-        MemoryStore().object_store_options("memory://bucket/delta")
+        check_output("memory://bucket/delta", MemoryStore())
+    with pytest.raises(ConfigError, match="must not have a % in its name"):
+        check_output("/outputs/a%20b", ANYWHERE)
+
+
+def test_without_deltalake_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mnist_dist\[delta\]'"):
+        check_output("/outputs/a", ANYWHERE)
 
 
 # --- a reader beside the commits -------------------------------------------------------------------------------------

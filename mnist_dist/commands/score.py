@@ -12,7 +12,7 @@ from mnist_dist.config import ScoreJob
 _HOW_TO_READ = {
     "parquet": "  duckdb -c \"SELECT predicted_class, count(*) FROM '{output}/table/*.parquet' GROUP BY 1\"\n"
     "  python -c \"import pandas; print(pandas.read_parquet('{output}/table'))\"",
-    "delta": "  python -c \"import polars; print(polars.scan_delta('{output}/delta').collect())\"",
+    "delta": "  python -c \"import deltalake; print(deltalake.DeltaTable('{output}/delta').to_pyarrow_table())\"",
 }
 
 

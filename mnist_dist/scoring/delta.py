@@ -41,8 +41,16 @@ class Part:
     max_uri: str | None
 
 
-def check_installed() -> None:
-    """Raises ConfigError if the package `deltalake` is missing."""
+def check_output(uri: str, store: Store) -> None:
+    """Checks that a Delta table can be kept in an output.
+
+    Raises:
+        ConfigError: the package `deltalake` is missing, or decodes the URI into another one.
+        StorageError: the store cannot be reached by it.
+    """
+    store.object_store_access(uri)
+    if "%" in uri:
+        raise ConfigError(f"the output of a Delta table must not have a % in its name. Received: output={uri!r}")
     try:
         import deltalake  # noqa: F401 (only whether it is there)
     except ImportError as err:
@@ -132,7 +140,8 @@ class DeltaLog:
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
         try:
-            return DeltaTable(self.uri, storage_options=self._options())
+            url, options = self.store.object_store_access(self.uri)
+            return DeltaTable(url, storage_options=options)
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as err:
@@ -150,13 +159,10 @@ class DeltaLog:
         columns = Schema.from_arrow(schema)
         try:
             if table is None:
+                url, options = self.store.object_store_access(self.uri)
+                adds = [self._add(part) for part in parts]
                 create_table_with_add_actions(
-                    self.uri,
-                    columns,
-                    [self._add(part) for part in parts],
-                    mode="error",
-                    storage_options=self._options(),
-                    commit_properties=properties,
+                    url, columns, adds, mode="error", storage_options=options, commit_properties=properties
                 )
                 return True
             before = {uri.rpartition("/")[2] for uri in table.file_uris()}
@@ -189,9 +195,6 @@ class DeltaLog:
         limits: Mapping[str, Any] = {"minValues": {"uri": part.min_uri}, "maxValues": {"uri": part.max_uri}}
         stats = {"numRecords": part.rows, **(limits if part.rows else {})}
         return AddAction(part.name, entry.size_bytes, {}, time.time_ns() // 1_000_000, True, json.dumps(stats))
-
-    def _options(self) -> dict[str, str]:
-        return self.store.object_store_options(self.uri)
 
     def _failure(self, err: Exception) -> ServiceError:
         return ServiceError(f"the log of the Delta table {self.uri} cannot be used: {first_line(err)}")

@@ -91,8 +91,8 @@ class Anywhere(Store):
     def delete_leftovers(self, uri: str) -> None:
         self.of(uri).delete_leftovers(uri)
 
-    def object_store_options(self, uri: str) -> dict[str, str]:
-        return self.of(uri).object_store_options(uri)
+    def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
+        return self.of(uri).object_store_access(uri)
 
     def move(self, source: str, target: str) -> None:
         self.of(source).move(source, target)

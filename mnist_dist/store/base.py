@@ -195,8 +195,8 @@ class Store(ABC):
     def delete_leftovers(self, uri: str) -> None:  # noqa: B027 (buckets have no leftovers)
         """Deletes what killed calls of `upload_folder` left beside `uri`. Nobody else may be uploading there."""
 
-    def object_store_options(self, uri: str) -> dict[str, str]:
-        """The settings with which libraries on the Rust crate `object_store`, such as deltalake, reach this store.
+    def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
+        """The URL and settings with which libraries on the Rust crate `object_store` (deltalake) reach a folder.
 
         Raises:
             StorageError: such libraries cannot reach it.

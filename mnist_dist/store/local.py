@@ -141,8 +141,8 @@ class LocalStore(Store):
         with contextlib.suppress(OSError):  # It holds something, or is gone.
             path_of(uri).rmdir()
 
-    def object_store_options(self, uri: str) -> dict[str, str]:
-        return {}
+    def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
+        return path_of(uri).absolute().as_uri(), {}
 
     def delete_tree(self, uri: str) -> None:
         path = path_of(uri)

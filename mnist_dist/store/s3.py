@@ -232,9 +232,9 @@ class S3Store(Store):
                 self._clients = {os.getpid(): _Clients()}
             return self._clients[os.getpid()]
 
-    def object_store_options(self, uri: str) -> dict[str, str]:
+    def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         with _errors(uri):
-            return self._of_this_process().object_store_options()
+            return uri, self._of_this_process().object_store_options()
 
     def _fast(self, uri: str, read: "Callable[[FastReads], Value | None]") -> "Value | None":
         """Reads with obstore; None if boto3 has to do it."""

@@ -36,7 +36,7 @@ from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Times
-from mnist_dist.scoring.delta import DeltaLog, check_installed, delta_schema
+from mnist_dist.scoring.delta import DeltaLog, check_output, delta_schema
 from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
@@ -93,8 +93,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
     if job.table.table_format == "delta":
-        check_installed()
-        ANYWHERE.object_store_options(output.uri)
+        check_output(output.uri, output.store)
     ANYWHERE.check_writable(job.output)
     with locked_session(
         console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s, above=output.max_number
