@@ -299,7 +299,7 @@ def _vectors(
     if values.shape[1] != kind.list_size:
         raise ValueError(f"embeddings must be [{len(ok)}, {kind.list_size}]. Received: {list(values.shape)}")
     with np.errstate(over="ignore"):  # features that float16 cannot hold become infinite, as the flag says
-        numbers = np.where(ok[:, None], values, np.float32(0)).astype(kind.value_type.to_pandas_dtype())
+        numbers = values.astype(kind.value_type.to_pandas_dtype())
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), type=kind, mask=pa.array(~ok))
 
 
