@@ -319,13 +319,17 @@ class Output:
 
         Of a Delta table the replaced files stay, for readers of its older versions.
         """
+        older = set[int]()
         for name in names:
             part, version = _PART.fullmatch(name), _VERSION.fullmatch(name)
             is_part = part is not None and part["folder"] == TABLE and int(part["number"]) < below
             is_named = name.rpartition("/")[2] in mark.files
-            is_older = version is not None and int(version["number"]) < mark.number
-            if (is_part and not is_named) or is_older or _LEFT_BY_KILLED.fullmatch(name):
+            if (is_part and not is_named) or _LEFT_BY_KILLED.fullmatch(name):
                 self.store.delete(join(self.uri, name))
+            if version is not None and int(version["number"]) < mark.number:
+                older.add(int(version["number"]))
+        for number in sorted(older):
+            self.store.delete_tree(join(self.uri, TABLES, f"{number:06d}"))
 
     def _write_copies(self, committed: Committed) -> None:
         """Writes the copies of the mark and the summary for other tools, unless they exist."""
