@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import Locked, LockLost, MnistDistError, ServiceError
+from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ServiceError
 from mnist_dist.store.lock import Fence, Lock
 
 POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
@@ -98,6 +98,6 @@ def locked_session(
         try:
             yield Session(console=console, stop=stop, lock=lock)
         except (MnistDistError, OSError) as error:
-            if not isinstance(error, Locked | LockLost | ServiceError):
+            if not isinstance(error, Interrupted | Locked | LockLost | ServiceError):
                 lock.check()
             raise

@@ -839,6 +839,12 @@ def assert_waking_up_late_changes_nothing(
     assert count > 15
 
 
+def test_one_number_is_that_of_one_version(output: Output) -> None:
+    generation = put_generation(output, ("b00",))
+    with pytest.raises(MnistDistError, match="version 1 of the table is published, so version 1 cannot be"):
+        commit_it(output, generation, fence=1)
+
+
 def test_a_file_that_somebody_took_away_is_named(templates: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(templates["first"], tmp_path / "output")
     uri = str(tmp_path / "output")

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import boto3
 import numpy as np
@@ -625,6 +625,36 @@ def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(
         fresh = replace(job, mode="fresh", run=replace(job.run, vacuum_older_than=1))
         assert score(fresh, console=Recorder())["skipped"] == 0
         assert DeltaTable(str(tmp_path / "table" / "delta")).version() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table_format", ["parquet", "delta"])
+def test_an_increment_that_was_stopped_is_finished_before_the_next_one(
+    tmp_path: Path, bundle: Path, table_format: TableFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, columns = write_images(tmp_path / "images", good=6), TableConfig(table_format=table_format)
+    job = replace(job_of(bundle, tmp_path / "table", images, table=columns), mode="incremental")
+    score(job, console=Recorder())
+    noise(70).save(images / "new.png")
+    with monkeypatch.context() as patched:
+        patched.setattr("mnist_dist.on_ray.scoring.score.commit", raise_outage)
+        with pytest.raises(ServiceError):
+            score(job, console=Recorder())
+    noise(71).save(images / "00.png")  # its row is in the table
+    noise(72).save(images / "newer.png")
+    result = score(job, console=Recorder())
+    rows = rows_of(tmp_path / "table")
+    assert result["images"] == len(rows) == 13
+    opened = load_bundle(bundle)
+    for name in ("new.png", "00.png", "newer.png"):
+        assert_predicted(rows[str(images / name)], images / name, opened)
+    if table_format == "delta":
+        found = DeltaTable(str(tmp_path / "table" / "delta")).to_pyarrow_table().to_pylist()
+        assert {row["uri"]: row for row in found} == rows
+
+
+def raise_outage(*_: object, **__: object) -> Never:
+    raise ServiceError("the storage does not answer")
 
 
 @pytest.mark.slow

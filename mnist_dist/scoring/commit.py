@@ -141,7 +141,7 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
     """Finishes a commit, however far it got; it no longer needs the old table.
 
     Raises:
-        MnistDistError: a file that is to be published is gone.
+        MnistDistError: a file that is to be published is gone, or a later version was published.
         LockLost: see `check`.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
@@ -149,8 +149,14 @@ def replay(output: Output, generation: Generation, *, check: Callable[[], None])
     decision = documents.read(output.store, generation.commit_uri, _Decision)
     committed = Committed(mark=decision.mark, summary=decision.summary)
     mark = read_mark(output.uri, store=output.store)
-    if mark is None or mark.number < decision.mark.number:  # otherwise only sweeping is left
+    if mark is None or mark.number < decision.mark.number:
         _publish(output, generation, decision, check=check)
+    elif mark != decision.mark:  # otherwise only sweeping is left
+        check()
+        raise MnistDistError(
+            f"version {mark.number} of the table is published, so version {decision.mark.number} cannot be; delete "
+            f"this folder to give it up: {generation.uri}"
+        )
     check()
     output.sweep_after(committed)
     return committed
@@ -250,7 +256,9 @@ def _put_version(output: Output, committed: Committed) -> None:
     """Makes a version of the table valid, whose manifest and files are in their places."""
     number = committed.mark.number
     documents.write(output.store, output.version_uri(number, SUMMARY), committed.summary)
-    output.store.create_bytes(output.version_uri(number, MARK), documents.encode(committed.mark))
+    is_new = output.store.create_bytes(output.version_uri(number, MARK), documents.encode(committed.mark))
+    if not is_new and documents.read(output.store, output.version_uri(number, MARK), Mark) != committed.mark:
+        raise MnistDistError(f"another version {number} of the table is published. Received: {output.uri!r}")
 
 
 def _move_all(targets: Mapping[str, str], source: str, store: Store) -> None:

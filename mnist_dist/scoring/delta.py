@@ -5,11 +5,13 @@ is published (`commit`). The package `deltalake` is loaded on first use; it is i
 
 Each transaction carries the number of the version (application transaction id `mnist_dist`), and is committed through
 the very handle in which that number was compared: of two drivers that publish, one gets a conflict, loads the table
-again and sees that the work is done. The log is the truth of Delta's readers, the mark that of `read_predictions`;
-both name the same files. Replaced files stay for readers of older versions until `vacuum`.
+again and sees that the work is done. The log is the truth of Delta's readers, the mark that of `read_predictions`. Both
+name the same files, until another program changes the table; the next version names ours again. Replaced files stay for
+readers of older versions until `vacuum`.
 """
 
 import json
+import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import pyarrow as pa
 
 from mnist_dist.errors import ConfigError, DataError, ServiceError, first_line
 from mnist_dist.store.base import Store
-from mnist_dist.store.uris import join
+from mnist_dist.store.uris import is_remote, join
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -45,12 +47,20 @@ def check_output(uri: str, store: Store) -> None:
     """Checks that a Delta table can be kept in an output.
 
     Raises:
-        ConfigError: the package `deltalake` is missing, or decodes the URI into another one.
+        ConfigError: the package `deltalake` is missing, or would read the URI as another one.
         StorageError: the store cannot be reached by it.
     """
     store.object_store_access(uri)
-    if "%" in uri:
-        raise ConfigError(f"the output of a Delta table must not have a % in its name. Received: output={uri!r}")
+    unusable = set("%\\\n\r\t") | (set("#?") if is_remote(uri) else set())
+    if unusable.intersection(uri) or "//" in uri.partition("://")[2]:
+        raise ConfigError(
+            f"the output of a Delta table must not have one of {' '.join(sorted(unusable - set(string.whitespace)))}, "
+            f"control characters or an empty folder in its name. Received: output={uri!r}"
+        )
+    _require_deltalake()
+
+
+def _require_deltalake() -> None:
     try:
         import deltalake  # noqa: F401 (only whether it is there)
     except ImportError as err:
@@ -72,24 +82,43 @@ def delta_schema(schema: pa.Schema) -> pa.Schema:
                 f"the names of a Delta table's columns have no space and none of ,;{{}}()=; rename the column or the "
                 f"class, leave it out, or use --table-format parquet. Received: {name!r}"
             )
-    return pa.schema([field.with_type(_delta_type(field.type, field.name)) for field in schema], schema.metadata)
+    converted = [pa.field(field.name, _delta_type(field.type, field.name), field.nullable) for field in schema]
+    for field in converted:
+        _check_known(field)
+    return pa.schema(converted, schema.metadata)
+
+
+def _check_known(field: pa.Field) -> None:
+    """Raises ConfigError if deltalake has no type for a column."""
+    _require_deltalake()
+    from deltalake import Schema
+
+    try:
+        Schema.from_arrow(pa.schema([field]))
+    except Exception as err:  # deltalake raises Exception itself
+        raise _no_type(field.type, field.name) from err
+
+
+def _no_type(kind: pa.DataType, column: str) -> ConfigError:
+    return ConfigError(
+        f"a Delta table has no type for the column {column!r}; leave it out, or use --table-format parquet. "
+        f"Received: {kind}"
+    )
 
 
 def _delta_type(kind: pa.DataType, column: str) -> pa.DataType:
     if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.list_(pa.field("element", _delta_type(kind.value_type, column)))
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_delta_type(field.type, column)) for field in kind])
+        return pa.struct([pa.field(field.name, _delta_type(field.type, column), field.nullable) for field in kind])
     if pa.types.is_dictionary(kind):
         return _delta_type(kind.value_type, column)
-    if pa.types.is_timestamp(kind):
-        return pa.timestamp("us", tz="UTC" if kind.tz else None)
-    has_none = (pa.types.is_uint64, pa.types.is_float16, pa.types.is_time, pa.types.is_duration, pa.types.is_null)
-    if any(is_kind(kind) for is_kind in has_none):
-        raise ConfigError(
-            f"a Delta table has no type for the column {column!r}; leave it out, or use --table-format parquet. "
-            f"Received: {kind}"
-        )
+    if pa.types.is_timestamp(kind) and kind.tz:
+        return pa.timestamp("us", tz="UTC")
+    # Times without a zone and uuid are read by few: the first needs a feature of the table that not every table has.
+    refused = (pa.types.is_uint64, pa.types.is_null, pa.types.is_timestamp, lambda kind: isinstance(kind, pa.UuidType))
+    if any(is_kind(kind) for is_kind in refused):
+        raise _no_type(kind, column)
     return _WIDER.get(kind, kind)
 
 
@@ -117,21 +146,37 @@ class DeltaLog:
             DataError: a file is missing, or others keep changing the table.
             ServiceError: the store failed.
         """
+        _require_deltalake()
         for _ in range(CONFLICTS):
             table = self._open()
-            if table is not None and (table.transaction_version(APPLICATION) or 0) >= number:
-                return
-            if self._try_to_commit(table, parts, schema=schema, number=number):
+            published = (table.transaction_version(APPLICATION) or 0) if table is not None else 0
+            if published > number:
+                raise DataError(
+                    f"version {published} of the Delta table is newer than what is to be published. "
+                    f"Received: version {number} of {self.uri!r}"
+                )
+            if published == number or self._try_to_commit(table, parts, schema=schema, number=number):
                 return
         raise DataError(f"the Delta table was changed by others {CONFLICTS} times in a row. Received: {self.uri!r}")
 
-    def vacuum(self, *, hours: int) -> int:
-        """Deletes files that the newest version does not name and that are older than this; returns their number."""
+    def vacuum(self, names: Sequence[str], *, hours: int) -> int | None:
+        """Deletes files that the newest version does not name and that are older than this; returns their number.
+
+        Args:
+            names: the files of the table by its mark.
+            hours: the least age of a file, h.
+
+        Returns:
+            None: nothing is deleted, because another program has changed the table, and readers by the mark still need
+            the files that it replaced.
+        """
         from deltalake.exceptions import DeltaError
 
         table = self._open()
+        if table is None or _names_in(table) != set(names):
+            return None
         try:
-            return len(table.vacuum(hours, dry_run=False, enforce_retention_duration=False)) if table is not None else 0
+            return len(table.vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True))
         except (DeltaError, OSError) as err:
             raise self._failure(err) from err
 
@@ -165,15 +210,14 @@ class DeltaLog:
                     url, columns, adds, mode="error", storage_options=options, commit_properties=properties
                 )
                 return True
-            before = {uri.rpartition("/")[2] for uri in table.file_uris()}
+            before, now = _names_in(table), time.time_ns() // 1_000_000
             adds = [self._add(part) for part in parts if part.name not in before]
-            if table.schema() != columns:  # Then no file was kept.
+            if len(adds) == len(parts) and table.schema() != columns:  # No file is kept, so others may come.
                 table.create_write_transaction(adds, "overwrite", columns, commit_properties=properties)
                 return True
-            now = time.time_ns() // 1_000_000
             gone = sorted(before - {part.name for part in parts})
             removes = [RemoveAction(name, data_change=True, deletion_timestamp=now) for name in gone]
-            table.create_write_transaction([*adds, *removes], "append", columns, commit_properties=properties)
+            table.create_write_transaction([*adds, *removes], "append", table.schema(), commit_properties=properties)
         except CommitFailedError:
             return False
         except (DeltaError, OSError) as err:
@@ -189,8 +233,8 @@ class DeltaLog:
             entry = self.store.entry_of(join(self.uri, part.name))
         except FileNotFoundError as err:
             raise DataError(
-                f"a file of the Delta table is gone; has another program vacuumed it? --mode fresh makes a new table. "
-                f"Received: {part.name!r} in {self.uri!r}"
+                f"a file of the Delta table is gone; has another program vacuumed it? Restore it, or delete the folder "
+                f"_work of the output to give this commit up. Received: {part.name!r} in {self.uri!r}"
             ) from err
         limits: Mapping[str, Any] = {"minValues": {"uri": part.min_uri}, "maxValues": {"uri": part.max_uri}}
         stats = {"numRecords": part.rows, **(limits if part.rows else {})}
@@ -198,3 +242,7 @@ class DeltaLog:
 
     def _failure(self, err: Exception) -> ServiceError:
         return ServiceError(f"the log of the Delta table {self.uri} cannot be used: {first_line(err)}")
+
+
+def _names_in(table: "DeltaTable") -> set[str]:
+    return {uri.rpartition("/")[2] for uri in table.file_uris()}

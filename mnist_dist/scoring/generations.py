@@ -35,12 +35,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, EnginePrecision, ResizeRule
+from mnist_dist.config import EngineName, EnginePrecision, ResizeRule, TableFormat
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,
+    FOLDERS,
     LOCK,
     SUCCESS,
     TABLE,
@@ -151,7 +152,7 @@ class Generation:
 
     @property
     def manifest_uri(self) -> str:
-        return join(self.uri, "manifest.parquet")
+        return join(self.uri, MANIFEST)
 
     def out_uri(self, fence: int) -> str:
         """The folder in which one driver builds the new files of the table."""
@@ -212,11 +213,12 @@ class Output:
         """
         mark = read_mark(self.uri, store=self.store)
         if mark is None:
-            if self.store.exists(join(self.uri, SUCCESS)):
-                raise DataError(
-                    f"{join(self.uri, SUCCESS)} is not the mark of a prediction table; choose another folder for the "
-                    f"output. Received: {self.uri!r}"
-                )
+            for name in (SUCCESS, FAILED):
+                if self.store.exists(join(self.uri, name)):
+                    raise DataError(
+                        f"{join(self.uri, name)} is not the mark of a prediction table; choose another folder for the "
+                        f"output. Received: {self.uri!r}"
+                    )
             return None
         try:
             summary = documents.read(self.store, self.version_uri(mark.number, SUMMARY), Summary)
@@ -240,12 +242,26 @@ class Output:
         except DataError as err:
             raise DataError(f"{err}; delete this unfinished generation to start it again: {uri}") from err
 
+    def check_nothing_else(self, table_format: TableFormat) -> None:
+        """Checks, before the first version of a table, that its folder holds nothing else.
+
+        Raises:
+            DataError: it holds the files of another program, or of a table whose description was deleted.
+        """
+        folder = FOLDERS[table_format]
+        for name in self.names(folder):
+            if table_format == "delta" or not _PART.fullmatch(name):
+                raise DataError(
+                    f"{folder}/ must be empty before the first run; delete it or choose another folder for the output. "
+                    f"Received: {name!r} in {self.uri!r}"
+                )
+
     def new_generation(self, plan: Plan, *, fence: int) -> Generation:
         """The generation of the driver that holds the lock `fence`; it becomes valid with `begin`.
 
         Args:
             plan: what must stay the same when the generation is resumed.
-            fence: number of the lock; a driver begins one generation at most.
+            fence: number of the lock, under which one generation is begun and one version published at most.
         """
         return Generation(fence, self._generation_uri(fence), plan, self.store)
 

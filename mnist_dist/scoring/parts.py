@@ -133,6 +133,11 @@ class Building:
             )
         if old.num_row_groups != len(committed.mark.files):
             raise DataError(f"{self.output.uri}: the manifest is not that of the table; --mode fresh makes a new one")
+        there = {uri.rpartition("/")[2] for uri in self.output.names(committed.mark.folder)}
+        if gone := [name for name in committed.mark.files if name not in there]:
+            raise DataError(
+                f"{self.output.uri}: files of the table are gone; --mode fresh makes a new one. Received: {gone[0]!r}"
+            )
         touched = []
         for index, name in enumerate(committed.mark.files):
             listed = old.read_row_group(index)
@@ -164,7 +169,7 @@ class Building:
         for shard, data in enumerate(map_in_threads(read, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
             listed = manifest.read_row_group(shard, columns=list(_SOURCE_COLUMNS))
             rows = _rows_of_shard(uris[shard], data, schema=self.schema, expected=listed["uri"])
-            yield _Rows(rows.cast(self.written), _listed(rows, listed))
+            yield _Rows(_converted(rows, self.written), _listed(rows, listed))
             progress(shard + 1, shards)
 
     def _write(self, table: NewTable, kind: str, pieces: Iterator[_Rows]) -> None:
@@ -239,6 +244,15 @@ def _rows_of_shard(uri: str, data: bytes, *, schema: pa.Schema, expected: pa.Chu
             f"{', '.join(schema.names)}"
         )
     return rows
+
+
+def _converted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows in other types of the same columns; times may lose what their unit cannot hold."""
+    if rows.schema.equals(schema):
+        return rows.replace_schema_metadata(schema.metadata)
+    casts = [pc.CastOptions(target_type=field.type, allow_time_truncate=True) for field in schema]
+    columns = [pc.cast(column, options=cast) for column, cast in zip(rows.columns, casts, strict=True)]
+    return pa.table(columns, schema=schema)
 
 
 def _listed(rows: pa.Table, source: pa.Table) -> pa.Table:

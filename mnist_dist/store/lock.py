@@ -62,6 +62,8 @@ class Holder:
         return not self.is_gone and time.time() - self.time < SILENCE_S
 
     def __str__(self) -> str:
+        if not self.host:
+            return "a driver that has not written its name yet"
         return f"process {self.pid} on {self.host}, last seen {time.time() - self.time:.0f} s ago"
 
 
@@ -164,7 +166,7 @@ class Lock:
         stop: ends the wait.
         within: the lock of the job that this one's work is a part of; with that lock, this one is lost.
         above: gives the highest number that work and files carry; 0: they carry none. The lock's number is greater,
-            even where the folder of the lock was deleted.
+            even where the folder of the lock was deleted, or is an old copy.
         store: the store of the objects.
 
     Attributes:
@@ -199,10 +201,16 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lock")
 
     def __enter__(self) -> "Lock":
-        while not self._take():
+        while not self._take_unless_raced():
             pass
         self._thread.start()
         return self
+
+    def _take_unless_raced(self) -> bool:
+        try:
+            return self._take()
+        except (FileNotFoundError, FileExistsError):  # A driver that leaves nothing has just deleted the folder.
+            return False
 
     def _take(self) -> bool:
         """Tries to take the next number; False: another driver was faster, so look again."""
@@ -216,7 +224,7 @@ class Lock:
             if not holder.is_gone and not self._wait_until_silent(before, holder):
                 return False
             log.info("taking over %s from %s", self._objects.uri, holder)
-        number = (before or self._above()) + 1
+        number = max(before, self._above()) + 1
         if not self._objects.create(number, self._now()):
             return False
         if self._objects.highest() != number:  # We were slow: this number had been taken, left and deleted before.

@@ -95,10 +95,15 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     if job.table.table_format == "delta":
         check_output(output.uri, output.store)
     ANYWHERE.check_writable(job.output)
-    with locked_session(
-        console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s, above=output.max_number
-    ) as session:
-        return Scoring(job, bundle, output=output, session=session, began_at=began_at).run_to_end()
+    scoring, result = None, None
+    while result is None:  # Each version of the table takes a lock of its own, which numbers it.
+        with locked_session(
+            console, lock_uri=output.lock_uri, what=output.uri, wait_s=job.run.lock_wait_s, above=output.max_number
+        ) as session:
+            scoring = scoring or Scoring(job, bundle, output=output, session=session, began_at=began_at)
+            scoring.session = session
+            result = scoring.run_to_end()
+    return result
 
 
 def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:
@@ -111,6 +116,15 @@ def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:
     return schema
 
 
+def _check_format(job: ScoreJob, output: Output, before: Committed) -> None:
+    """Raises ConfigError if the output holds a table of another format."""
+    require(
+        before.mark.table_format == job.table.table_format,
+        f"{output.uri} holds a table of another format; choose another --output",
+        table_format=job.table.table_format,
+    )
+
+
 def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console) -> dict[str, Any]:
     """Lists the input and reports what would be scored; writes nothing."""
     began = time.monotonic()
@@ -119,6 +133,7 @@ def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console)
     _show_listing(listing, console)
     committed = output.committed()
     if committed is not None:
+        _check_format(job, output, committed)
         console.line(f"{output.uri} already holds {committed.mark.rows:,} rows by model {committed.mark.model_id[:12]}")
     console.line("dry run: nothing was written")
     return {
@@ -167,8 +182,12 @@ class Scoring:
         self.steady_images_per_s: float | None = None
         self.reports: list[ShardReport[Times]] = []
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Does whatever is left to do, and returns the result."""
+    def run_to_end(self) -> dict[str, Any] | None:
+        """Does what is left to do, and returns the result; None: only an earlier run was finished, and the increment
+        needs another lock."""
+        before = self.output.committed()
+        if before is not None:
+            _check_format(self.job, self.output, before)
         resumed = resume(
             self.output,
             fence=self.session.fence.number,
@@ -176,10 +195,9 @@ class Scoring:
             complete=self._complete,
             check=self.session.confirm_lock,
         )
-        if resumed is not None and self.job.mode != "incremental":
-            return self._result(self._judged(resumed))
+        if resumed is not None:
+            return self._result(self._judged(resumed)) if self.job.mode != "incremental" else None
         before = self.output.committed()
-        self._check_format(before)
         if before is not None and self.job.mode != "fresh":
             self._check_same(self._summary(before), but=("inputs",) if self.job.mode == "incremental" else ())
         if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
@@ -205,13 +223,6 @@ class Scoring:
                 f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
                 f"for other input, or --mode fresh to score everything again):\n  {shown}"
             )
-
-    def _check_format(self, before: Committed | None) -> None:
-        require(
-            before is None or before.mark.table_format == self.job.table.table_format,
-            f"{self.output.uri} holds a table of another format; choose another --output",
-            table_format=self.job.table.table_format,
-        )
 
     def _differences(self, origin: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
         own = {"model_id": self.bundle.info.model_id, **self.job.settings()}
@@ -282,6 +293,8 @@ class Scoring:
             if not len(listing.result().table):
                 return self._nothing_new(before)
             self.session.confirm_lock()
+            if before is None:
+                self.output.check_nothing_else(self.job.table.table_format)
             generation = self.output.new_generation(self._plan(before, engine), fence=self.session.fence.number)
             self._begin(generation, listing.result(), before, actors=actors, resources=resources)
             self._score(generation, engine, actors, resources)
@@ -544,8 +557,12 @@ class Scoring:
         if hours is None or mark.table_format != "delta":
             return
         self.session.confirm_lock()
-        count = DeltaLog(join(self.output.uri, mark.folder), self.output.store).vacuum(hours=hours)
-        self.session.console.line(f"{count:,} replaced files older than {hours} h deleted")
+        count = DeltaLog(join(self.output.uri, mark.folder), self.output.store).vacuum(mark.files, hours=hours)
+        self.session.console.line(
+            f"{count:,} replaced files older than {hours} h deleted"
+            if count is not None
+            else "no replaced files were deleted: another program has changed the Delta table since"
+        )
 
 
 def _keras_backend() -> str:

@@ -102,6 +102,7 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         if finished is not None:
             return finished
         result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
+        session.confirm_lock()
         run.finish(result)
     return result
 
