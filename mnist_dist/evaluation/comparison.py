@@ -23,7 +23,7 @@ from mnist_dist.evaluation.truth import Truth
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, repeated, uri_hashes
 
 EXACT_BELOW = 25
-"""McNemar's test is exact if exactly one classifier is right on fewer images than this."""
+"""McNemar's test is exact if fewer images than this are right in one table only."""
 _MAX_PAIRS = 100  # Pairs of classes in the result, those with the most changed predictions.
 _MOVED = pa.schema(
     {
@@ -150,7 +150,7 @@ def compare_tables(
     """Compares the predictions of two tables for the images that are in both.
 
     Args:
-        first: the table to compare with; read twice if it has images that the second has not.
+        first: the table to compare with; read twice if it has images that the second lacks.
         second: the other table; read once.
         truth: labels of the first table's images; None: there are none.
         shown: how many example images the result lists of each kind.
@@ -349,7 +349,7 @@ class _Pairs:
             )
 
     def _unseen(self, table: ScoredTable) -> Iterator[str]:
-        """Yields example images that the second table has not."""
+        """Yields example images that the second table lacks."""
         missing = self._shown
         for batch in table.batches(("uri",)):
             if not missing:

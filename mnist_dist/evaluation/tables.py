@@ -217,8 +217,8 @@ def _names_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
 def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:
     names, count = _predicted_names(root, schema), _number_of_probabilities(root, schema)
     count = max([count, *(code + 1 for code in names)])
-    if len(names) > 1 and all(name == str(code) for code, name in names.items()):  # So are the others.
-        names = {code: str(code) for code in range(count)}
+    if len(names) > 1 and all(name == str(code) for code, name in names.items()):
+        names = {code: str(code) for code in range(count)}  # Classes that were never predicted are named alike.
     unnamed = tuple(code for code in range(count) if code not in names)
     return Classes(tuple(names.get(code, f"#{code}") for code in range(count)), unnamed)
 
