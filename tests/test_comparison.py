@@ -150,7 +150,7 @@ def test_tables_may_lack_columns(tmp_path: Path) -> None:
     assert found.moved[0].first_confidence is None
     assert found.moved[0].second_confidence == pytest.approx(0.8)
     bare = table_of(tmp_path / "c", rows, table=TableConfig(columns=("width",)))
-    with pytest.raises(DataError, match=r"or probabilities are what is compared. Received: columns uri"):
+    with pytest.raises(DataError, match=r"or probabilities to be compared. Received: columns uri"):
         compare(first, bare)
 
 

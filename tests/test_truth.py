@@ -93,7 +93,7 @@ def test_the_metadata_of_the_files_names_the_classes(tmp_path: Path) -> None:
 def test_another_bundle_or_none_is_refused(tmp_path: Path) -> None:
     table = write_scored(tmp_path / "t", some_rows())
     other = write_bundle_info(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
-    with pytest.raises(DataError, match=r"the one that made the table, model model-1. Received: '.*b', model-2"):
+    with pytest.raises(DataError, match=r"the model model-1 made the table. Received: bundle '.*b', model model-2"):
         open_table(table, bundle=other)
     with pytest.raises(BundleError, match=r"this is not a bundle: it has no bundle.json. Received: '.*gone'"):
         open_table(table, bundle=str(tmp_path / "gone"))

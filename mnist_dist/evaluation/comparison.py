@@ -1,12 +1,10 @@
-"""Two tables of predictions over the same images: where they agree, which is better, and what moved.
+"""Compares two prediction tables of the same images: where they agree, which is better, and which predictions changed.
 
-Owns: the join by URI, and what is counted over it. Does not own: the truth, which is that of the first table.
+Owns: the join by URI and the counts over it. Does not own: the labels, which are those of the first table.
 
-Memory: 29 bytes for each row of the first table, up to twice that while they are sorted, a batch of the second, and
-two numbers for each pair of classes that images moved between.
+Memory: 29 bytes per row of the first table (up to twice that while the rows are sorted), 8 bytes per row that only the
+second table has, one batch of the second table, and two numbers per pair of classes between which predictions changed.
 """
-
-# n = rows of the first table, m = rows of a batch of the second, s = images that both have predictions of
 
 import math
 from collections import Counter
@@ -20,24 +18,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.errors import DataError
-from mnist_dist.evaluation.tables import (
-    PREDICTION_COLUMNS,
-    Classes,
-    ScoredTable,
-    confidences,
-    predicted_codes,
-)
+from mnist_dist.evaluation.tables import PREDICTION_COLUMNS, Classes, ScoredTable, confidences, predicted_codes
 from mnist_dist.evaluation.truth import Truth
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, repeated, uri_hashes
 
 EXACT_BELOW = 25
-"""Images on which one alone is right, below which McNemar's test is the exact one."""
-_MAX_PAIRS = 100  # of classes that images moved between
+"""McNemar's test is exact if fewer images than this are right in one table only."""
+_MAX_PAIRS = 100  # Pairs of classes in the result, those with the most changed predictions.
+_MOVED = pa.schema(
+    {
+        "uri": pa.string(),
+        **dict.fromkeys(("truth", "first", "second"), pa.int32()),
+        **dict.fromkeys(("first_confidence", "second_confidence", "min_confidence"), pa.float32()),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class McNemar:
-    """Whether one of two classifiers of the same images is right more often, beyond chance.
+    """Tests whether one of two classifiers of the same images is right significantly more often.
 
     Source: McNemar 1947, Psychometrika 12, 153-157; with Edwards' correction for continuity (1948, Psychometrika 13,
     185-187).
@@ -46,13 +45,13 @@ class McNemar:
     method: str
     """`exact` (binomial) or `chi-squared` (with correction for continuity)."""
     statistic: float | None
-    """Of the chi-squared test, one degree of freedom."""
+    """Chi-squared with one degree of freedom; None for the exact test."""
     p_value: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMove:
-    """Images that the first table says to be of one class, and the second of another."""
+    """How many images the first table assigns to one class and the second to another."""
 
     first: str
     second: str
@@ -61,7 +60,7 @@ class ClassMove:
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """One image that the two tables say different things about."""
+    """An image that the two tables assign to different classes."""
 
     uri: str
     truth: str | None
@@ -73,15 +72,15 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What two tables have in common. Counts are of images; an image that is there twice counts where it is first."""
+    """The result of a comparison. Counts are of images; of duplicates, only the first row counts."""
 
     first: str
     second: str
-    """The tables."""
+    """URIs of the tables."""
     first_model: str
     second_model: str
     common: int
-    """Images that are in both."""
+    """Images in both tables."""
     only_in_first: int
     only_in_second: int
     only_in_first_examples: tuple[str, ...]
@@ -89,58 +88,54 @@ class Comparison:
     duplicates_in_first: int
     duplicates_in_second: int
     compared: int
-    """Images that both have predictions of."""
+    """Common images with a prediction in both tables."""
     only_first_ok: int
-    """Images in both, that the second has no prediction of."""
+    """Common images with a prediction in the first table only."""
     only_second_ok: int
     neither_ok: int
     agreement: float | None
-    """Share of the compared ones that both say the same class of."""
+    """Share of the compared images that both tables assign to the same class."""
     moves: tuple[ClassMove, ...]
-    """The pairs of classes with the most images that moved, the most first."""
+    """The pairs of classes with the most changed predictions, in descending order."""
     moved: tuple[Moved, ...]
-    """Images that moved, those first that both are sure of."""
+    """Images whose predictions differ, first those where the less confident model is the most confident."""
     known: int
-    """Compared images with a known truth; what follows is over them."""
+    """Compared images with a known label; the fields below refer to them."""
     both_right: int
     first_right: int
-    """The first alone is right."""
+    """Only the first is right."""
     second_right: int
     both_wrong: int
     mcnemar: McNemar | None
 
     @property
     def first_accuracy(self) -> float | None:
-        """Over the same images as `second_accuracy`."""
+        """Accuracy of the first table on the same images as `second_accuracy`."""
         return (self.both_right + self.first_right) / self.known if self.known else None
 
     @property
     def second_accuracy(self) -> float | None:
-        """Over the same images as `first_accuracy`."""
+        """Accuracy of the second table on the same images as `first_accuracy`."""
         return (self.both_right + self.second_right) / self.known if self.known else None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            **asdict(self),
-            "first_accuracy": self.first_accuracy,
-            "second_accuracy": self.second_accuracy,
-        }
+        """Returns the fields and the accuracies as JSON values."""
+        return {**asdict(self), "first_accuracy": self.first_accuracy, "second_accuracy": self.second_accuracy}
 
 
 def mcnemar(first_right: int, second_right: int) -> McNemar:
-    """The test of the images that one alone is right about.
+    """Runs McNemar's test.
 
     Args:
-        first_right: images that the first alone is right about.
-        second_right: images that the second alone is right about.
+        first_right: number of images on which only the first classifier is right.
+        second_right: number of images on which only the second classifier is right.
     """
     count = first_right + second_right
     if count < EXACT_BELOW:
         tail = sum(math.comb(count, k) for k in range(min(first_right, second_right) + 1)) / 2**count
         return McNemar(method="exact", statistic=None, p_value=min(1.0, 2 * tail))
     statistic = max(abs(first_right - second_right) - 1, 0) ** 2 / count
-    # the upper tail of chi-squared with one degree of freedom, which is the square of a normal variable
+    # erfc is the upper tail of chi-squared with one degree of freedom, the square of a standard normal variable.
     return McNemar(method="chi-squared", statistic=statistic, p_value=math.erfc(math.sqrt(statistic / 2)))
 
 
@@ -152,109 +147,109 @@ def compare_tables(
     shown: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Comparison:
-    """What two tables say about the images that they have in common.
+    """Compares the predictions of two tables for the images that are in both.
 
     Args:
-        first: read twice where it has images that the second has not.
-        second: read once.
-        truth: of the first table's images; None: there is none.
-        shown: how many images are named, of each kind.
-        progress: is told the rows of each batch that was read.
+        first: the table to compare with; read twice if it has images that the second lacks.
+        second: the other table; read once.
+        truth: labels of the first table's images; None: there are none.
+        shown: how many example images the result lists of each kind.
+        progress: called with the number of rows of each batch that was read.
 
     Raises:
-        DataError: a table says no predicted class, or was replaced meanwhile.
+        DataError: a table has no column with the predicted class, or was replaced while it was read.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     for table in (first, second):
         if not {"predicted_index", "predicted_class", "probabilities"} & set(table.schema.names):
             raise DataError(
-                f"{table.uri}: predicted_index, predicted_class or probabilities are what is compared. "
+                f"{table.uri} needs a column predicted_index, predicted_class or probabilities to be compared. "
                 f"Received: columns {', '.join(table.schema.names)}"
             )
     joint = Classes(tuple(dict.fromkeys(first.classes.names + second.classes.names)))
     rows = _Rows(first, joint, truth, progress)
     pairs = _Pairs(rows, joint, shown)
     for batch in second.batches(("uri", "status", *PREDICTION_COLUMNS)):
-        pairs.add(batch, _numbers(batch, second.classes, joint))
+        pairs.add(batch, _predictions(batch, second.classes, joint))
         progress(len(batch))
     return pairs.result(first, second)
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """The predictions of some rows: class (of both tables' classes together, -1: none) and confidence (or NaN)."""
+class _Predictions:
+    """The predictions of some rows: a joint class code (-1: no prediction), and the confidence (NaN: unknown)."""
 
     predicted: npt.NDArray[np.int32]
     confidence: npt.NDArray[np.float32]
 
 
-def _numbers(batch: pa.RecordBatch, classes: Classes, joint: Classes) -> _Numbers:
+def _predictions(batch: pa.RecordBatch, classes: Classes, joint: Classes) -> _Predictions:
     codes, confidence = predicted_codes(batch, classes), confidences(batch, classes)
-    assert codes is not None, "a column that says the class was looked for"
+    assert codes is not None, "compare_tables checks that a column has the class"
     ok = pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)
-    return _Numbers(
+    return _Predictions(
         np.where(ok, _joint_codes(classes, joint)[codes], -1).astype(np.int32),
         (np.full(len(batch), np.nan) if confidence is None else confidence).astype(np.float32),
     )
 
 
 def _joint_codes(classes: Classes, joint: Classes) -> npt.NDArray[np.int32]:
-    """Of each class; -1 the last, for none."""
-    place = {name: code for code, name in enumerate(joint.names)}
-    return np.array([*(place[name] for name in classes.names), -1], np.int32)
+    """Maps the class codes of a table to joint codes; the last element maps -1, no class, to itself."""
+    code_of = {name: code for code, name in enumerate(joint.names)}
+    return np.array([*(code_of[name] for name in classes.names), -1], np.int32)
 
 
 class _Rows:
-    """The first table, by URI."""
+    """The rows of the first table, indexed by URI."""
 
     def __init__(
         self, table: ScoredTable, joint: Classes, truth: Truth | None, progress: Callable[[int], None]
     ) -> None:
-        own_codes = _joint_codes(table.classes, joint)
+        joint_codes = _joint_codes(table.classes, joint)
         hashes: list[Hashes] = []
-        numbers: list[_Numbers] = []
+        predictions: list[_Predictions] = []
         truths: list[npt.NDArray[np.int32]] = []
         for batch in table.batches(("uri", "status", *PREDICTION_COLUMNS, *(truth.columns if truth else ()))):
             hashes.append(uri_hashes(batch["uri"]))
-            numbers.append(_numbers(batch, table.classes, joint))
+            predictions.append(_predictions(batch, table.classes, joint))
             if truth is not None:
-                codes = table.classes.codes(truth.labels(batch))
-                truths.append(own_codes[np.where(codes < 0, -1, codes)])
+                truths.append(joint_codes[np.maximum(table.classes.codes(truth.labels(batch)), -1)])
             progress(len(batch))
         self.index = UriIndex(hashes)
         count = len(self.index.hashes)
-        self.predicted = np.concatenate([np.zeros(0, np.int32), *(part.predicted for part in numbers)])
-        self.confidence = np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in numbers)])
+        self.predicted = np.concatenate([np.zeros(0, np.int32), *(part.predicted for part in predictions)])
+        self.confidence = np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in predictions)])
         self.truth = np.concatenate(truths) if truths else np.full(count, -1, np.int32)
         self.seen = np.zeros(count, np.bool_)
 
 
 class _Pairs:
-    """Counts over the images that both tables have."""
+    """Joins the second table with the rows of the first, and counts."""
 
     def __init__(self, rows: _Rows, joint: Classes, shown: int) -> None:
         self._rows, self._joint, self._shown = rows, joint, shown
         self._counts: Counter[str] = Counter()
         self._moves: Counter[int] = Counter()
-        self._strange: list[Hashes] = []  # of the second table alone
-        self._strange_examples: list[str] = []
-        self._moved = _no_moved()
+        self._only_second: list[Hashes] = []
+        self._only_second_examples: list[str] = []
+        self._moved = _MOVED.empty_table()
 
-    def add(self, batch: pa.RecordBatch, numbers: _Numbers) -> None:
-        """Rows of the second table."""
+    def add(self, batch: pa.RecordBatch, predictions: _Predictions) -> None:
+        """Adds rows of the second table."""
         hashes = uri_hashes(batch["uri"])
         places = self._rows.index.places(hashes)
-        alone = np.flatnonzero(places < 0)
-        self._strange.append(hashes[alone])
-        if missing := self._shown - len(self._strange_examples):
-            self._strange_examples += batch["uri"].take(pa.array(alone[:missing])).to_pylist()
-        found = np.flatnonzero(places >= 0)
-        _, firsts = np.unique(places[found], return_index=True)
-        new = found[np.sort(firsts)]
+        unmatched = np.flatnonzero(places < 0)
+        self._only_second.append(hashes[unmatched])
+        if missing := self._shown - len(self._only_second_examples):
+            self._only_second_examples += batch["uri"].take(pa.array(unmatched[:missing])).to_pylist()
+        matched = np.flatnonzero(places >= 0)
+        _, firsts = np.unique(places[matched], return_index=True)
+        new = matched[np.sort(firsts)]
         new = new[~self._rows.seen[places[new]]]
-        self._counts["duplicates"] += len(found) - len(new)
+        self._counts["duplicates"] += len(matched) - len(new)
         self._rows.seen[places[new]] = True
-        self._add_pairs(batch["uri"].take(pa.array(new)), places[new], numbers.predicted[new], numbers.confidence[new])
+        uris = batch["uri"].take(pa.array(new))
+        self._add_pairs(uris, places[new], predictions.predicted[new], predictions.confidence[new])
 
     def _add_pairs(
         self,
@@ -266,7 +261,7 @@ class _Pairs:
         first, truth = self._rows.predicted[places], self._rows.truth[places]
         both = (first >= 0) & (second >= 0)
         moved, known = both & (first != second), both & (truth >= 0)
-        right, second_right = known & (first == truth), known & (second == truth)
+        first_right, second_right = known & (first == truth), known & (second == truth)
         self._counts.update(
             common=len(places),
             compared=int(both.sum()),
@@ -275,9 +270,9 @@ class _Pairs:
             neither_ok=int(((first < 0) & (second < 0)).sum()),
             moved=int(moved.sum()),
             known=int(known.sum()),
-            both_right=int((right & second_right).sum()),
-            first_right=int((right & ~second_right).sum()),
-            second_right=int((second_right & ~right).sum()),
+            both_right=int((first_right & second_right).sum()),
+            first_right=int((first_right & ~second_right).sum()),
+            second_right=int((second_right & ~first_right).sum()),
         )
         rows = np.flatnonzero(moved)
         pairs, counts = np.unique(first[rows].astype(np.int64) * len(self._joint) + second[rows], return_counts=True)
@@ -292,20 +287,20 @@ class _Pairs:
         codes: tuple[npt.NDArray[np.int32], ...],
         confidence: tuple[npt.NDArray[np.float32], ...],
     ) -> None:
+        """Adds changed predictions to the examples, of which the most confident stay."""
         if not len(rows) or not self._shown:
             return
-        surety = np.nan_to_num(np.minimum(*confidence)[rows], nan=0.0)
-        columns = [uris.take(pa.array(rows)), *(values[rows] for values in (*codes, *confidence)), surety]
-        both = pa.concat_tables([self._moved, pa.table(columns, schema=self._moved.schema)])
-        order = pc.select_k_unstable(
-            both, min(self._shown, len(both)), sort_keys=[("surety", "descending"), ("uri", "ascending")]
-        )
-        self._moved = both.take(order).combine_chunks()
+        min_confidence = np.nan_to_num(np.minimum(*confidence)[rows], nan=0.0)
+        columns = [uris.take(pa.array(rows)), *(values[rows] for values in (*codes, *confidence)), min_confidence]
+        candidates = pa.concat_tables([self._moved, pa.table(columns, schema=_MOVED)])
+        sort_keys = [("min_confidence", "descending"), ("uri", "ascending")]
+        order = pc.select_k_unstable(candidates, min(self._shown, len(candidates)), sort_keys=sort_keys)
+        self._moved = candidates.take(order).combine_chunks()
 
     def result(self, first: ScoredTable, second: ScoredTable) -> Comparison:
         counts, rows = self._counts, self._rows
-        strange = sum(map(len, self._strange))
-        strange_again = repeated(self._strange)[0]
+        only_second = sum(map(len, self._only_second))
+        only_second_repeated = repeated(self._only_second)[0]
         only_in_first = len(rows.seen) - rows.index.repeated - counts["common"]
         wrong = counts["known"] - counts["both_right"] - counts["first_right"] - counts["second_right"]
         return Comparison(
@@ -315,11 +310,11 @@ class _Pairs:
             second_model=second.model_id,
             common=counts["common"],
             only_in_first=only_in_first,
-            only_in_second=strange - strange_again,
+            only_in_second=only_second - only_second_repeated,
             only_in_first_examples=tuple(self._unseen(first)) if only_in_first else (),
-            only_in_second_examples=tuple(dict.fromkeys(self._strange_examples)),
+            only_in_second_examples=tuple(dict.fromkeys(self._only_second_examples)),
             duplicates_in_first=rows.index.repeated,
-            duplicates_in_second=counts["duplicates"] + strange_again,
+            duplicates_in_second=counts["duplicates"] + only_second_repeated,
             compared=counts["compared"],
             only_first_ok=counts["only_first_ok"],
             only_second_ok=counts["only_second_ok"],
@@ -349,28 +344,22 @@ class _Pairs:
                 truth=names[row["truth"]] if row["truth"] >= 0 else None,
                 first=names[row["first"]],
                 second=names[row["second"]],
-                first_confidence=_number(row["first_confidence"]),
-                second_confidence=_number(row["second_confidence"]),
+                first_confidence=_none_if_nan(row["first_confidence"]),
+                second_confidence=_none_if_nan(row["second_confidence"]),
             )
 
     def _unseen(self, table: ScoredTable) -> Iterator[str]:
-        """Some images that the second table has not."""
-        left = self._shown
+        """Yields example images that the second table lacks."""
+        missing = self._shown
         for batch in table.batches(("uri",)):
-            if not left:
+            if not missing:
                 return
             places = self._rows.index.places(uri_hashes(batch["uri"]))
-            rows = np.flatnonzero(~self._rows.seen[places])[:left]
+            rows = np.flatnonzero(~self._rows.seen[places])[:missing]
             self._rows.seen[places[rows]] = True
-            left -= len(rows)
+            missing -= len(rows)
             yield from dict.fromkeys(batch["uri"].take(pa.array(rows)).to_pylist())
 
 
-def _no_moved() -> pa.Table:
-    columns = {"uri": pa.string(), "truth": pa.int32(), "first": pa.int32(), "second": pa.int32()}
-    numbers = dict.fromkeys(("first_confidence", "second_confidence", "surety"), pa.float32())
-    return pa.schema({**columns, **numbers}).empty_table()
-
-
-def _number(value: float) -> float | None:
+def _none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value

@@ -1,10 +1,10 @@
-"""One self-contained page that says what a model or a table of predictions is worth, and the same figures as files.
+"""Renders a report as one self-contained HTML page, and writes its figures as files beside it.
 
-Owns: what a page consists of and how it is rendered. Does not own: the numbers (`metrics`), the figures themselves
-(`figures`), or which of them belong to a bundle or to an evaluation (`pages`).
+Owns: the elements of a page and their rendering. Does not own: the metrics (`metrics`), the figures (`figures`), or
+what the page of a bundle or of an evaluation shows (`pages`).
 
-Contract: nothing on the page comes from the network, and whatever comes from outside (file names, labels, paths, error
-texts) is escaped.
+Contract: the page loads nothing from the network, and all text from outside (file names, labels, paths, error
+messages) is escaped.
 """
 
 import base64
@@ -12,7 +12,6 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -26,12 +25,12 @@ from mnist_dist.store.anywhere import ANYWHERE
 
 FIGURES_FOLDER = "figures"
 PICTURE_PX = 112
-"""Longest side of a picture on the page."""
+"""Longest side of a picture on the page; smaller pictures are enlarged by whole factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """A figure that a reader looks for first."""
+    """A number at the top of the page."""
 
     label: str
     value: str
@@ -40,41 +39,41 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A figure with what it shows, for those who do not see it, too."""
+    """A figure with its title and alternative text."""
 
     name: str
-    """Of its file, without suffix: `confusion_matrix`."""
+    """Name of its file without the suffix, such as `confusion_matrix`."""
     title: str
     alt: str
     figure: Figure
     note: str = ""
     on_page: bool = True
-    """False: a file only."""
+    """False: the figure is only written as a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A picture with truth and prediction."""
+    """A picture with its label and prediction."""
 
     name: str
-    """Where it lies."""
+    """URI of the image."""
     predicted: str
     confidence: float | None
     truth: str | None = None
     pixels: npt.NDArray[np.uint8] | None = None
-    """`uint8 [H, W, C]`; None: it cannot be read any more."""
+    """`uint8 [H, W, C]`; None: the image can no longer be read."""
     second: str | None = None
-    """What another model says."""
+    """Class that the second model predicts, if two are compared."""
 
     @property
     def is_right(self) -> bool:
-        """Whether the prediction, the second one where there are two, is the truth."""
+        """Whether the prediction is correct: that of the second model if there are two."""
         return self.truth == (self.predicted if self.second is None else self.second)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Some examples under a title."""
+    """Examples under a common title."""
 
     title: str
     examples: Sequence[Example]
@@ -83,7 +82,7 @@ class Gallery:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells under column titles; numbers stand to the right."""
+    """A table of text; cells that hold numbers are right-aligned, except in the first column."""
 
     title: str
     columns: Sequence[str]
@@ -93,7 +92,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Everything on a page, in the order in which it is shown."""
+    """The content of a page, in the order in which it is shown."""
 
     title: str
     subtitle: str
@@ -103,15 +102,15 @@ class Page:
     galleries: Sequence[Gallery] = ()
     tables: Sequence[Table] = ()
     facts: Sequence[tuple[str, str]] = ()
-    """What was run: names and values."""
+    """Names and values that describe what was run."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Longer texts that are folded away: title -> text."""
+    """Longer texts, shown collapsed: title -> text."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Text files beside the figures: name -> text."""
+    """Text files written beside the figures: name -> text."""
 
 
 def write_page(page: Page, folder: Path) -> Path:
-    """Writes `report.html` and `figures/` into a local folder; the page last. Gives its path."""
+    """Writes `figures/` and then `report.html` into a local folder; returns the path of the page."""
     (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
     for shown in page.figures:
         ANYWHERE.write_bytes(str(folder / FIGURES_FOLDER / f"{shown.name}.png"), png(shown.figure))
@@ -123,7 +122,7 @@ def write_page(page: Page, folder: Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Renders the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_dist.evaluation", "."),
         autoescape=True,
@@ -138,7 +137,7 @@ def render(page: Page) -> str:
 
 
 def picture(pixels: npt.NDArray[np.uint8]) -> str:
-    """An image as a data URI: small ones enlarged by whole factors, large ones reduced."""
+    """Encodes an image as a PNG data URI, enlarged by a whole factor or reduced to fit `PICTURE_PX`."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     longest = max(image.size)
     if longest < PICTURE_PX:
@@ -151,5 +150,5 @@ def picture(pixels: npt.NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _is_number(cell: Any) -> bool:
-    return bool(cell) and set(str(cell)) <= set("0123456789.,-+%eE ")
+def _is_number(cell: str) -> bool:
+    return bool(cell) and set(cell) <= set("0123456789.,-+%eE ")

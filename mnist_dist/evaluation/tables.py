@@ -1,7 +1,7 @@
-"""A prediction table that is evaluated: its classes, and the columns of a batch as numbers.
+"""Opens a prediction table for evaluation: finds its class names, and turns the columns of a batch into numbers.
 
-Owns: where class names come from, and what a row predicts when some columns were left out of the table. Does not own:
-reading (`scoring/predictions`), or the truth (`truth`).
+Owns: the sources of class names, and the prediction of a row if the table lacks some columns. Does not own: reading
+(`scoring/predictions`), or the labels (`truth`).
 """
 
 import functools
@@ -21,7 +21,7 @@ from mnist_dist.scoring.generations import Output, Summary
 from mnist_dist.scoring.predictions import METADATA_KEY, iter_predictions, read_mark, table_schema
 from mnist_dist.store.uris import absolute
 
-# n = rows of a batch, K = classes
+# n = rows of a batch, s = rows with probabilities, K = classes
 
 log = logging.getLogger(__name__)
 
@@ -35,30 +35,30 @@ class Classes:
     """The K classes of a table."""
 
     names: tuple[str, ...]
-    """In the order of the probabilities; `#7` for a class whose name is not known."""
+    """In the order of the probabilities; `#7` if the name of class 7 is unknown."""
     unnamed: tuple[int, ...] = ()
-    """Numbers of the classes whose names are not known, since they were never predicted."""
+    """Numbers of the classes without a known name, as they were never predicted."""
     by_number: bool = True
-    """A label may be the number of a class; not where labels are guessed: a folder called `1` is no second class."""
+    """Whether a label may be a class number. False for guessed labels: a folder called `1` is not the second class."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def codes(self, labels: pa.Array) -> npt.NDArray[np.int64]:
-        """The class number of each label.
+        """Maps each label to its class number.
 
-        A label is the name of a class. A whole number also matches a name of the same value (`7` is `007`); where no
-        name is a number, it is the number of a class.
+        A label is the name of a class. A whole number also matches a name of the same value: `7` is `007`. If no name
+        is a number, a whole number is a class number.
 
         Args:
             labels: `string [n]`.
 
         Returns:
-            `int64 [n]`; `NO_LABEL` for null, `UNKNOWN_LABEL` where there is no such class.
+            `int64 [n]`; `NO_LABEL` for null, `UNKNOWN_LABEL` if no class matches.
         """
         texts, numbers = self._lookup
-        found = numbers.take(pc.index_in(labels, value_set=texts)).fill_null(UNKNOWN_LABEL)
-        codes: npt.NDArray[np.int64] = found.to_numpy(zero_copy_only=False)
+        matches = numbers.take(pc.index_in(labels, value_set=texts)).fill_null(UNKNOWN_LABEL)
+        codes: npt.NDArray[np.int64] = matches.to_numpy(zero_copy_only=False)
         return np.where(labels.is_null().to_numpy(zero_copy_only=False), NO_LABEL, codes)
 
     @functools.cached_property
@@ -67,7 +67,7 @@ class Classes:
         numbers = {name: str(int(name)) for name in codes if name.isascii() and name.isdigit()}
         if not numbers and self.by_number:
             codes |= {str(code): code for code in range(len(self.names))}
-        elif numbers and len(set(numbers.values())) == len(numbers):  # `7` could be `07` or `007`
+        elif numbers and len(set(numbers.values())) == len(numbers):  # Otherwise `7` could be `07` or `007`.
             codes = {number: codes[name] for name, number in numbers.items()} | codes
         return pa.array(list(codes), pa.string()), pa.array(list(codes.values()), pa.int64())
 
@@ -81,26 +81,25 @@ class ScoredTable:
     rows: int
     model_id: str
     failed: bool
-    """It holds more bad rows than its job allowed."""
+    """True if the table has more bad rows than its job allowed."""
     classes: Classes
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Its rows with those of the columns that it has; see `iter_predictions`."""
-        return iter_predictions(
-            self.uri, columns=[name for name in dict.fromkeys(columns) if name in self.schema.names]
-        )
+        """Reads those of the columns that the table has; see `iter_predictions`."""
+        present = [name for name in dict.fromkeys(columns) if name in self.schema.names]
+        return iter_predictions(self.uri, columns=present)
 
 
 def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
-    """A finished table, and the names of its classes.
+    """Opens a finished table and finds the names of its classes.
 
     Args:
         uri: a folder or an `s3://` prefix.
-        bundle: that made it; None: the one that the table remembers, or else what its rows say.
+        bundle: the bundle that made the table; None: the names come from the table's metadata, or else from its rows.
 
     Raises:
         DataError: there is no finished table, or another bundle made it.
-        BundleError: there is no such bundle.
+        BundleError: the bundle cannot be read.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     root = absolute(uri)
@@ -122,17 +121,32 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
     )
 
 
+def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
+    """Reads the summary of a table, and the `bundle.json` of the model that made it; None if they are gone."""
+    summary = None
+    try:
+        committed = Output(root).committed()
+        summary = committed.summary if committed is not None else None
+        if summary is None:
+            return None, None
+        info = read_bundle_info(summary.described.bundle)
+    except (OSError, MnistDistError) as err:  # The provenance is an extra; an evaluation succeeds without it.
+        log.info("%s: cannot read the provenance of the table: %s", root, err)
+        return summary, None
+    return summary, info if info.model_id == summary.model_id else None
+
+
 # --- the columns of a batch ------------------------------------------------------------------------------------------
 
 
 def predicted_codes(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.int64] | None:
-    """The number of the predicted class of each row, from whichever column says it.
+    """Returns the predicted class of each row, from the first available of index, class and probabilities.
 
     Returns:
-        `int64 [n]`, -1 where the row has no prediction. None: no column says it.
+        `int64 [n]`: class numbers, -1 for a row without a prediction. None: the table has none of these columns.
 
     Raises:
-        DataError: a number is not one of a class.
+        DataError: a prediction is none of the classes.
     """
     names = batch.schema.names
     if _INDEX in names:
@@ -140,8 +154,8 @@ def predicted_codes(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.i
     elif _CLASS in names:
         codes = classes.codes(batch[_CLASS])
         if (codes == UNKNOWN_LABEL).any():
-            odd = batch[_CLASS][int((codes == UNKNOWN_LABEL).argmax())]
-            raise DataError(f"the predicted classes are of {', '.join(classes.names[:20])}. Received: {odd.as_py()!r}")
+            unknown = batch[_CLASS][int((codes == UNKNOWN_LABEL).argmax())].as_py()
+            raise DataError(f"predicted_class is one of {', '.join(classes.names[:20])}. Received: {unknown!r}")
     elif _PROBABILITIES in names:
         rows, scores = probabilities(batch, classes)
         codes = np.full(len(batch), -1, np.int64)
@@ -154,32 +168,32 @@ def predicted_codes(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.i
 
 
 def confidences(batch: pa.RecordBatch, classes: Classes) -> npt.NDArray[np.float64] | None:
-    """The probability of the predicted class; `float64 [n]`, NaN where the row has none. None: no column says it."""
+    """Returns the probability of each predicted class; `float64 [n]`, NaN if unknown. None: no column has it."""
     if _CONFIDENCE in batch.schema.names:
         values = batch[_CONFIDENCE].cast(pa.float64()).fill_null(np.nan)
         return np.asarray(values.to_numpy(zero_copy_only=False), np.float64)
     if _PROBABILITIES not in batch.schema.names:
         return None
-    found = np.full(len(batch), np.nan)
+    highest = np.full(len(batch), np.nan)
     rows, scores = probabilities(batch, classes)
     if len(rows):
-        found[rows] = scores.max(axis=1)
-    return found
+        highest[rows] = scores.max(axis=1)
+    return highest
 
 
 def probabilities(batch: pa.RecordBatch, classes: Classes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The rows that have probabilities, and those: `int64 [s]`, `float32 [s, K]`.
+    """Returns the rows that have probabilities, `int64 [s]`, and their probabilities, `float32 [s, K]`.
 
     Raises:
-        DataError: a row has more or fewer than one for each class.
+        DataError: a row does not have one probability per class.
     """
     lists = batch[_PROBABILITIES]
     rows = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
     present = lists.drop_null()
     lengths = pc.list_value_length(present).to_numpy(zero_copy_only=False)
     if (lengths != len(classes)).any():
-        odd = int((lengths != len(classes)).argmax())
-        raise DataError(f"each row has {len(classes)} probabilities, one for each class. Received: {lengths[odd]}")
+        wrong = lengths[int((lengths != len(classes)).argmax())]
+        raise DataError(f"each row has {len(classes)} probabilities, one for each class. Received: {wrong}")
     values = present.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
     return rows, values.reshape(len(rows), len(classes))
 
@@ -190,38 +204,21 @@ def probabilities(batch: pa.RecordBatch, classes: Classes) -> tuple[npt.NDArray[
 def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
     info = read_bundle_info(bundle)
     if info.model_id != model_id:
-        raise DataError(
-            f"the bundle is the one that made the table, model {model_id}. Received: {bundle!r}, {info.model_id}"
-        )
+        raise DataError(f"the model {model_id} made the table. Received: bundle {bundle!r}, model {info.model_id}")
     return info.class_names
 
 
 def _names_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
-    """The class names that the Parquet metadata has; None: the table was not written by a job of ours."""
+    """The class names in the Parquet metadata; None: another program wrote the table."""
     described = (schema.metadata or {}).get(METADATA_KEY.encode())
     return None if described is None else tuple(json.loads(described)["class_names"])
-
-
-def read_provenance(root: str) -> tuple[Summary | None, BundleInfo | None]:
-    """The summary of the table, and the `bundle.json` of the model that it names; None where they are gone."""
-    summary = None
-    try:
-        committed = Output(root).committed()
-        summary = committed.summary if committed is not None else None
-        if summary is None:
-            return None, None
-        info = read_bundle_info(summary.described.bundle)
-    except (OSError, MnistDistError) as err:  # nothing that anybody asked for
-        log.info("%s: its provenance cannot be read: %s", root, err)
-        return summary, None
-    return summary, info if info.model_id == summary.model_id else None
 
 
 def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:
     names, count = _predicted_names(root, schema), _number_of_probabilities(root, schema)
     count = max([count, *(code + 1 for code in names)])
-    if len(names) > 1 and all(name == str(code) for code, name in names.items()):  # digits: the others are, too
-        names = {code: str(code) for code in range(count)}
+    if len(names) > 1 and all(name == str(code) for code, name in names.items()):
+        names = {code: str(code) for code in range(count)}  # Classes that were never predicted are named alike.
     unnamed = tuple(code for code in range(count) if code not in names)
     return Classes(tuple(names.get(code, f"#{code}") for code in range(count)), unnamed)
 
@@ -236,14 +233,14 @@ def _number_of_probabilities(root: str, schema: pa.Schema) -> int:
 
 
 def _predicted_names(root: str, schema: pa.Schema) -> dict[int, str]:
-    """Class names by class number, of those that were predicted; where there are no numbers, in the names' order."""
+    """The names of the predicted classes by class number; without a number column, numbers follow the sorted names."""
     if _CLASS not in schema.names:
         return {}
     if _INDEX not in schema.names:
-        found: set[str] = set()
+        distinct: set[str] = set()
         for batch in iter_predictions(root, columns=[_CLASS]):
-            found |= set(batch[_CLASS].drop_null().unique().to_pylist())
-        return dict(enumerate(sorted(found)))
+            distinct |= set(batch[_CLASS].drop_null().unique().to_pylist())
+        return dict(enumerate(sorted(distinct)))
     names: dict[int, str] = {}
     for batch in iter_predictions(root, columns=[_INDEX, _CLASS]):
         pairs = pa.Table.from_batches([batch]).group_by([_INDEX, _CLASS]).aggregate([])
@@ -251,5 +248,5 @@ def _predicted_names(root: str, schema: pa.Schema) -> dict[int, str]:
             if code is None or name is None:
                 continue
             if names.setdefault(code, name) != name:
-                raise DataError(f"{root}: a class has one name. Received: {names[code]!r} and {name!r} for {code}")
+                raise DataError(f"{root}: each class has one name. Received: {names[code]!r}, {name!r} for {code}")
     return names

@@ -1,7 +1,7 @@
-"""URIs as 64-bit numbers, so that millions of them can be looked up and counted in 8 bytes each.
+"""Hashes URIs to 64-bit numbers, so that millions of them can be looked up and counted at 8 bytes each.
 
-Owns: the hash, the sorted index over it. Two different URIs share a hash with a chance of n² / 2^65 for n of them:
-3e-6 for 10 million. It is Python's own SipHash, whose key differs from process to process: hashes are not stored.
+Owns: the hash, and the sorted index over the hashes. Among n URIs, any two share a hash with a probability of about
+n² / 2^65: 3e-6 for 10 million. The hash is Python's SipHash; its key differs between processes, so never store a hash.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ Hashes = npt.NDArray[np.int64]
 
 
 def uri_hashes(uris: pa.Array) -> Hashes:
-    """`int64 [n]`, one for each URI."""
+    """Hashes URIs; `int64 [n]`."""
     return np.fromiter(map(hash, uris.to_pylist()), np.int64, len(uris))
 
 
 def repeated(parts: list[Hashes]) -> tuple[int, Hashes]:
-    """How many URIs were there before, and the hashes of those that are there more than once."""
+    """Counts the duplicates (all but the first of each URI), and returns the hashes of the URIs that have some."""
     hashes = np.concatenate([np.zeros(0, np.int64), *parts])
     hashes.sort()
     again = hashes[1:] == hashes[:-1]
@@ -27,28 +27,28 @@ def repeated(parts: list[Hashes]) -> tuple[int, Hashes]:
 
 
 class UriIndex:
-    """Where each of n URIs stands; of one that is there several times, the first place.
+    """Finds the position of a URI among n URIs; of duplicates, that of the first.
 
     Args:
-        parts: hashes of the URIs, in their order; emptied, so that they are not in memory twice.
+        parts: hashes of the URIs, in order; the list is emptied, so that memory does not hold them twice.
     """
 
     def __init__(self, parts: list[Hashes]) -> None:
         hashes = np.concatenate([np.zeros(0, np.int64), *parts])
         parts.clear()
         self.order: npt.NDArray[np.int64] = hashes.argsort(kind="stable")
-        """`int64 [n]`: the place of each of the sorted hashes."""
+        """`int64 [n]`: the original position of each of the sorted hashes."""
         self.hashes: Hashes = hashes[self.order]
         """`int64 [n]`, sorted."""
 
     @property
     def repeated(self) -> int:
-        """How many URIs were there before."""
+        """Number of duplicates: all but the first of each URI."""
         return int((self.hashes[1:] == self.hashes[:-1]).sum())
 
     def places(self, hashes: Hashes) -> npt.NDArray[np.int64]:
-        """`int64 [m]`: the place of each URI that is looked up, -1 where it is not there."""
+        """Looks up m URIs; `int64 [m]`: their positions, -1 for those not in the index."""
         if not len(self.hashes):
             return np.full(len(hashes), -1)
-        found = np.minimum(self.hashes.searchsorted(hashes), len(self.hashes) - 1)
-        return np.where(self.hashes[found] == hashes, self.order[found], -1)
+        rows = np.minimum(self.hashes.searchsorted(hashes), len(self.hashes) - 1)
+        return np.where(self.hashes[rows] == hashes, self.order[rows], -1)
