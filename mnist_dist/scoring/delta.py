@@ -135,7 +135,7 @@ class DeltaLog:
     store: Store
 
     def publish(self, parts: Sequence[Part], *, schema: pa.Schema, number: int) -> None:
-        """Makes these files the table in one transaction, unless a transaction of this number or a later one has.
+        """Makes these files the table in one transaction, unless a transaction of this number has done so.
 
         Args:
             parts: all files of the table, of which the log may know some.
@@ -143,7 +143,8 @@ class DeltaLog:
             number: number of the version; greater than those of older versions.
 
         Raises:
-            DataError: a file is missing, or others keep changing the table.
+            ConfigError: the package `deltalake` is missing.
+            DataError: a file is missing, a later version is published, or others keep changing the table.
             ServiceError: the store failed.
         """
         _require_deltalake()
@@ -212,7 +213,7 @@ class DeltaLog:
                 return True
             before, now = _names_in(table), time.time_ns() // 1_000_000
             adds = [self._add(part) for part in parts if part.name not in before]
-            if len(adds) == len(parts) and table.schema() != columns:  # No file is kept, so others may come.
+            if len(adds) == len(parts) and table.schema() != columns:  # No file is kept, so the columns may change.
                 table.create_write_transaction(adds, "overwrite", columns, commit_properties=properties)
                 return True
             gone = sorted(before - {part.name for part in parts})

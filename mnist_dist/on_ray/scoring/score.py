@@ -276,6 +276,8 @@ class Scoring:
 
     def _run_new(self, before: Committed | None) -> Committed:
         """Lists, scores and commits a new generation; Ray starts in the meantime when listing takes long."""
+        if before is None:
+            self.output.check_nothing_else(self.job.table.table_format)
         listing = SideThread(
             lambda: select_images(self.job, self.output, before=before, progress=self.note_found), name="listing"
         )
@@ -293,8 +295,6 @@ class Scoring:
             if not len(listing.result().table):
                 return self._nothing_new(before)
             self.session.confirm_lock()
-            if before is None:
-                self.output.check_nothing_else(self.job.table.table_format)
             generation = self.output.new_generation(self._plan(before, engine), fence=self.session.fence.number)
             self._begin(generation, listing.result(), before, actors=actors, resources=resources)
             self._score(generation, engine, actors, resources)
