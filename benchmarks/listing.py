@@ -44,13 +44,13 @@ from mnist_dist import processor
 from mnist_dist.config import InputConfig, require
 from mnist_dist.console import Console
 from mnist_dist.errors import MnistDistError
-from mnist_dist.scoring import image_table
 from mnist_dist.scoring.generations import MANIFEST, Output, Plan
-from mnist_dist.scoring.image_table import ImageRow
-from mnist_dist.scoring.inputs import list_inputs
 from mnist_dist.scoring.manifest import MIN_SHARD, Manifest, choose_shard_size, write_manifest
 from mnist_dist.scoring.parts import LISTED
 from mnist_dist.scoring.selection import new_rows
+from mnist_dist.sources import image_table
+from mnist_dist.sources.image_table import ImageRow
+from mnist_dist.sources.listing import list_inputs
 
 Case = Literal["listing", "resume", "incremental"]
 Figures = dict[str, float]

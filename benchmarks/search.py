@@ -21,8 +21,8 @@ from benchmarks.programs import last_json, run_program
 from mnist_dist import processor
 from mnist_dist.config import DataConfig, require
 from mnist_dist.console import Console
-from mnist_dist.data.sources import open_source
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.sources.source import open_source
 
 Case = Literal["cache", "vgg16"]
 SMALL = BackboneSpace(backbone="mobilenet", alpha=(0.25,), image_size_px=(96,))

@@ -120,9 +120,9 @@ def _hush() -> None:
 
 def _classifier(job: TrainJob) -> tuple[Any, Any, Any]:
     """The job's classifier, and its decoded images and labels, uint8 [N, H, W, C] and int32 [N]."""
-    from mnist_dist.data.sources import image_spec, open_source
     from mnist_dist.models.backbones import backbone_size_px, find_backbone
     from mnist_dist.models.classifier import build_classifier, set_trainable
+    from mnist_dist.sources.source import image_spec, open_source
 
     source = open_source(job.data)
     spec = image_spec(

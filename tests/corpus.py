@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from mnist_dist.data.images import Pixels
-from mnist_dist.scoring.manifest import COLUMNS
+from mnist_dist.images.decoder import Pixels
+from mnist_dist.sources.image_table import COLUMNS
 
 # H = height px, W = width px
 

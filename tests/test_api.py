@@ -21,7 +21,7 @@ import os, signal, sys, warnings
 from pathlib import Path
 
 import mnist_dist
-from mnist_dist.data.arrays import write_digits
+from mnist_dist.sources.arrays import write_digits
 
 assert not {"ray", "keras", "tensorflow", "pyarrow"} & set(sys.modules)
 before = signal.getsignal(signal.SIGINT), list(warnings.filters), os.fstat(2).st_ino

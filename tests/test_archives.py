@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist.data.archives import (
+from mnist_dist.errors import ImageError, ServiceError
+from mnist_dist.sources.archives import (
     ARCHIVE_SUFFIXES,
     ArchiveIndex,
     Member,
@@ -27,7 +28,6 @@ from mnist_dist.data.archives import (
     read_members,
     split_member,
 )
-from mnist_dist.errors import ImageError, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
 
 MAX_BYTES = 2**20

@@ -16,9 +16,9 @@ from PIL import Image
 
 import mnist_dist
 from mnist_dist.config import ModelConfig
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.engines.engine import with_features
 from mnist_dist.errors import BundleError, ConfigError, ImageError
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 
@@ -269,7 +269,7 @@ def test_a_prediction_of_encoded_bytes_goes_through_the_shared_decoder(bundle_pa
     buffer = io.BytesIO()
     Image.fromarray(random_image(40, 33, 3)).save(buffer, "JPEG", quality=95)
     (tmp_path / "photo.jpg").write_bytes(buffer.getvalue())
-    from mnist_dist.data.images import decode_image
+    from mnist_dist.images.decoder import decode_image
 
     bundle = load_bundle(bundle_path)
     pixels = decode_image(buffer.getvalue(), SPEC).pixels

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines.calibration import (
     MAX_IMAGES,
     RANDOM_IMAGES,
@@ -22,6 +21,7 @@ from mnist_dist.engines.calibration import (
 )
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import BundleError
+from mnist_dist.images.decoder import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, BundleInfo
 
 # b = images of a call

@@ -23,7 +23,6 @@ from test_score_kills import SHARD, Job, rows_of, squares
 from mnist_dist import documents, processor
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision, ModelConfig
 from mnist_dist.console import Stop
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.engines import conversion
 from mnist_dist.engines.calibration import MAX_IMAGES, calibration_images, calibration_labels
 from mnist_dist.engines.choice import (
@@ -45,6 +44,7 @@ from mnist_dist.engines.conversion import Answers, Check, compare, smallest_fast
 from mnist_dist.engines.engine import KerasEngine
 from mnist_dist.engines.formats import FORMATS, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed, StorageError
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session

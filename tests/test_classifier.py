@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mnist_dist.config import ModelConfig, Pooling
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, WeightsError
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier, set_trainable
 
@@ -240,7 +240,7 @@ def test_imagenet_without_a_network_names_the_file_and_its_place(tmp_path: Path)
     script = (
         "import json\n"
         "from mnist_dist.config import ModelConfig\n"
-        "from mnist_dist.data.images import ImageSpec\n"
+        "from mnist_dist.images.decoder import ImageSpec\n"
         "from mnist_dist.errors import WeightsError\n"
         "from mnist_dist.models.classifier import build_classifier\n"
         "config = ModelConfig(backbone='mobilenet', weights='imagenet', alpha=0.25, image_size_px=128)\n"

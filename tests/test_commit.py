@@ -28,9 +28,10 @@ from mnist_dist.config import FeatureType, TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
-from mnist_dist.scoring.manifest import COLUMNS, write_manifest
+from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.parts import LISTED
 from mnist_dist.scoring.predictions import STATUSES, Outcomes, prediction_rows, prediction_schema, read_predictions
+from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.memory import MemoryStore
 from mnist_dist.store.uris import join

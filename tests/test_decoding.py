@@ -13,10 +13,10 @@ from corpus import DANGERS, H, W, colour_png, danger, encoded, flat_png, manifes
 from PIL import Image
 
 from mnist_dist.config import DecodeConfig, InputConfig
-from mnist_dist.data.images import Decoded, ImageSpec, decode_image
 from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
-from mnist_dist.scoring.inputs import list_inputs
+from mnist_dist.sources.listing import list_inputs
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 NOISE = encoded(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8)), "PNG")
@@ -29,7 +29,7 @@ import re, sys
 from pathlib import Path
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.data.images import ImageSpec
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
 
 def peak_kib():
@@ -53,7 +53,7 @@ HANGS = """
 import os, sys
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.data.images import ImageSpec
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.errors import DecoderStuck
 from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
 

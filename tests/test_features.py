@@ -29,17 +29,17 @@ from mnist_dist.config import (
 )
 from mnist_dist.console import Stop
 from mnist_dist.data.cache import Cache, ShardRows, column_of
-from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.records import RecordPlan, Records, open_records, plan_records
 from mnist_dist.data.records import finish as finish_records
-from mnist_dist.data.sources import image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, Interrupted, WeightsError
+from mnist_dist.images.decoder import ImageSpec, Pixels
 from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
+from mnist_dist.sources.source import image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.training.checkpoints import Checkpoint

@@ -13,12 +13,12 @@ from harness import Recorder
 from mnist_dist import processor
 from mnist_dist.config import EngineName, ModelConfig
 from mnist_dist.console import Stop
-from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.engines import formats
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.conversion import Conversion, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine, padded
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
+from mnist_dist.images.decoder import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
@@ -192,7 +192,7 @@ def test_a_signal_is_survived_by_a_process_that_had_several_engines(converted: P
     program = (
         "import gc, os, signal, sys\n"
         "from pathlib import Path\n"
-        "from mnist_dist.data.images import ImageSpec\n"
+        "from mnist_dist.images.decoder import ImageSpec\n"
         "from mnist_dist.engines.formats import ConvertedEngine\n"
         "height_px, width_px, channels = map(int, sys.argv[2:])\n"
         "spec = ImageSpec(height_px=height_px, width_px=width_px, channels=channels)\n"

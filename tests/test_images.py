@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from mnist_dist.data.images import ImageSpec, Pixels, decode_image, match_channels, probe_image, resize_pixels
 from mnist_dist.errors import ConfigError, ImageError
+from mnist_dist.images.decoder import ImageSpec, Pixels, decode_image, match_channels, probe_image, resize_pixels
 
 H, W = 11, 17
 

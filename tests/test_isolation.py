@@ -15,9 +15,9 @@ import pytest
 from corpus import DANGERS, danger, encoded, every_format, rgb_pixels
 from PIL import Image
 
-from mnist_dist.data.images import Decoded, ImageSpec, decode_image
-from mnist_dist.data.isolation import IsolatedDecoder
 from mnist_dist.errors import ImageError, WorkersFailed
+from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
+from mnist_dist.images.isolation import IsolatedDecoder
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 GOOD = encoded(Image.fromarray(rgb_pixels()), "JPEG")
@@ -28,8 +28,8 @@ END_S = 120
 
 PARENT = """
 import sys
-from mnist_dist.data.images import ImageSpec
-from mnist_dist.data.isolation import IsolatedDecoder
+from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.isolation import IsolatedDecoder
 
 decoder = IsolatedDecoder(ImageSpec(height_px=5, width_px=7, channels=3), max_pixels=10_000, timeout_s=1)
 for path in sys.argv[1:]:
@@ -66,7 +66,7 @@ def children() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            if "mnist_dist.data.isolation" in process.cmdline():
+            if "mnist_dist.images.isolation" in process.cmdline():
                 found.append(process)
     return found
 

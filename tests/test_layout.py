@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mnist_dist"
-# ground floor <- store <- data <- models <- engines <- training, tuning, scoring <- evaluation <- on_ray <- commands
-# <- api, jobs, benchmarks
+# ground floor <- store <- images <- sources <- data <- models <- engines <- training, tuning, scoring <- evaluation
+# <- on_ray <- commands <- api, jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(
         ("errors", "config", "search_config", "recipes", "console", "side_thread", "processor", "keywords"), 0
@@ -20,14 +20,16 @@ FLOORS = {
     "documents": 1,
     "store": 2,
     **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "doctor_config"), 3),
-    "data": 4,
-    "models": 5,
-    "engines": 6,
-    **dict.fromkeys(("training", "tuning", "scoring"), 7),
-    "evaluation": 8,
-    "on_ray": 9,
-    **dict.fromkeys(("commands", "results"), 10),
-    **dict.fromkeys(("api", "jobs", "benchmarks", "__main__"), 11),
+    "images": 4,
+    "sources": 5,
+    "data": 6,
+    "models": 7,
+    "engines": 8,
+    **dict.fromkeys(("training", "tuning", "scoring"), 9),
+    "evaluation": 10,
+    "on_ray": 11,
+    **dict.fromkeys(("commands", "results"), 12),
+    **dict.fromkeys(("api", "jobs", "benchmarks", "__main__"), 13),
 }
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
@@ -52,7 +54,7 @@ class Import:
 
 
 def name_of(path: Path) -> str:
-    """`mnist_dist.data.images` of `mnist_dist/data/images.py`."""
+    """`mnist_dist.images.decoder` of `mnist_dist/images/decoder.py`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -86,7 +88,7 @@ NO_MODULES = {"keras", "program"}
 
 
 def part_of(module: str) -> str:
-    """The part of the house: `data` of `mnist_dist.data.images`, `jobs` of `jobs.train`; empty: the front door."""
+    """The part of the house: `data` of `mnist_dist.images.decoder`, `jobs` of `jobs.train`; empty: the front door."""
     names = module.split(".")
     return names[0] if names[0] != PACKAGE else names[1] if len(names) > 1 else ""
 

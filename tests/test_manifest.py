@@ -11,7 +11,6 @@ import pytest
 from corpus import manifest_rows
 
 from mnist_dist.scoring.manifest import (
-    COLUMNS,
     MAX_SHARD,
     MAX_SHARDS,
     MIN_SHARD,
@@ -22,6 +21,7 @@ from mnist_dist.scoring.manifest import (
     shard_bounds,
     write_manifest,
 )
+from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.store.uris import join
 
 Run = tuple[int, str | None, str | None]

@@ -16,8 +16,8 @@ from corpus import manifest_rows, tar_of
 
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import ImageError, ServiceError, StorageError
-from mnist_dist.scoring.inputs import list_inputs
-from mnist_dist.scoring.reading import Encoded, plan_reads
+from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.reading import Encoded, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from mnist_dist.config import DataConfig
-from mnist_dist.data.images import ImageSpec, Pixels
 from mnist_dist.data.records import (
     RecordPlan,
     Records,
@@ -27,8 +26,9 @@ from mnist_dist.data.records import (
     open_records,
     plan_records,
 )
-from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.errors import ConfigError, DataError, ServiceError
+from mnist_dist.images.decoder import ImageSpec, Pixels
+from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)

@@ -17,9 +17,10 @@ from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import DataError
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Committed, Output
-from mnist_dist.scoring.manifest import COLUMNS, Manifest, write_manifest
+from mnist_dist.scoring.manifest import Manifest, write_manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows, prediction_schema, read_predictions
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote, join
 

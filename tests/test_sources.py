@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 from mnist_dist.config import DataConfig
-from mnist_dist.data import sources
-from mnist_dist.data.arrays import parse_idx
-from mnist_dist.data.sources import Source, image_spec, map_in_threads, open_source, read_encoded
 from mnist_dist.errors import DataError, ImageError, ServiceError, StorageError
+from mnist_dist.sources import source as sources
+from mnist_dist.sources.arrays import parse_idx
+from mnist_dist.sources.source import Source, image_spec, open_source, read_encoded
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 

@@ -19,9 +19,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.console import Stop
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.data.records import Records, decode_shard, open_records, plan_records
-from mnist_dist.data.sources import open_source
 from mnist_dist.data.splits import assign_splits
 from mnist_dist.errors import (
     ConfigError,
@@ -31,10 +29,12 @@ from mnist_dist.errors import (
     TooManyBadImages,
     TrainingDiverged,
 )
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.on_ray.data.prepare import list_data
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
+from mnist_dist.sources.source import open_source
 from mnist_dist.training.checkpoints import read_checkpoint
 from mnist_dist.training.runs import Run
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mnist_dist import console
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
-from mnist_dist.data.arrays import write_digits
 from mnist_dist.recipes import quickstart
+from mnist_dist.sources.arrays import write_digits
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 

@@ -25,9 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
-from mnist_dist.data.images import ImageSpec, Pixels, decode_image, match_channels, resize_pixels
-from mnist_dist.data.sources import Source, map_in_threads, read_encoded
 from mnist_dist.errors import DataError, ImageError
+from mnist_dist.images.decoder import ImageSpec, Pixels, decode_image, match_channels, resize_pixels
+from mnist_dist.sources.source import Source, read_encoded
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)

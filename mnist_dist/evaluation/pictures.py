@@ -1,6 +1,6 @@
 """Loads images by URI, members of archives too, as small pictures for a report.
 
-Does not own: reading (`data/sources`, `data/archives`), or the decoding that models see (`data/images`).
+Does not own: reading (`sources`), or the decoding that models see (`images`).
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-from mnist_dist.data.archives import SEPARATOR, index_archive, read_members, split_member
-from mnist_dist.data.images import Pixels
-from mnist_dist.data.sources import read_encoded
 from mnist_dist.errors import ImageError, MnistDistError
+from mnist_dist.images.decoder import Pixels
+from mnist_dist.sources.archives import SEPARATOR, index_archive, read_members, split_member
+from mnist_dist.sources.source import read_encoded
 
 LONGEST_PX = 224
 MAX_BYTES = 64 * 2**20

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from mnist_dist.data.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import LABEL_COLUMN
 from mnist_dist.evaluation.tables import ScoredTable
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
-from mnist_dist.scoring.choice import row_of_line
+from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
+from mnist_dist.sources.choice import row_of_line
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import are_remote
 

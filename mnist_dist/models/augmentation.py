@@ -24,8 +24,8 @@ import keras
 from keras import ops
 
 from mnist_dist.config import Augmentation
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError
+from mnist_dist.images.decoder import ImageSpec
 
 MASK_32_BITS = 0xFFFFFFFF
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601

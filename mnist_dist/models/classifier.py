@@ -27,8 +27,8 @@ from typing import Literal
 import keras
 
 from mnist_dist.config import ModelConfig, Pooling
-from mnist_dist.data.images import ImageSpec
 from mnist_dist.errors import ConfigError, MnistDistError, WeightsError
+from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.models.backbones import (
     Backbone,
     Preprocessing,

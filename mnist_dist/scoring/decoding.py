@@ -1,7 +1,7 @@
 """Reads and decodes the rows of shards, in a pool of threads that works across shard boundaries.
 
 Owns: the threads that read and decode images, how many there are, the time limit per image, and the time spent per
-stage. Does not own: what a request reads (`reading`), the pixels (`data/images.py`), or their use (a `Sink`).
+stage. Does not own: what a request reads (`reading`), the pixels (`images/decoder.py`), or their use (a `Sink`).
 """
 
 import functools
@@ -16,10 +16,10 @@ from typing import Protocol
 import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
-from mnist_dist.data.images import Decoded, ImageSpec, decode_image
-from mnist_dist.data.isolation import IsolatedDecoder
 from mnist_dist.errors import DecoderStuck, ImageError
-from mnist_dist.scoring.reading import Encoded, Read, plan_reads
+from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
+from mnist_dist.images.isolation import IsolatedDecoder
+from mnist_dist.sources.reading import Encoded, Read, plan_reads
 
 SETTLED_IMAGES = 32  # The first images are slow (imports, connections) and say nothing of the speed.
 LOOK_S = 1.0  # between checks of the time limit for decoding

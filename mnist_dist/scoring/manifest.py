@@ -1,7 +1,7 @@
 """The manifest: the frozen work list of a scoring job, one row per image in a fixed order, cut into shards.
 
 Owns: the columns of the manifest, the number of images per shard, and the file. Does not own: where the rows come from
-(`inputs`, `selection`), or which shards are done (`generations`).
+(`sources/listing.py`, `selection`), or which shards are done (`generations`).
 
 The file has one Parquet row group per shard, so that a worker reads only its own shard. It is written once per
 generation, which scores exactly these rows; the input is not listed again.
@@ -16,26 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 
-COLUMNS = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
-        ("size_bytes", pa.int64()),  # null: unknown until it is read
-        ("etag", pa.string()),  # null: unknown until it is read; for a member: that of its archive
-        # only for members of archives: where the bytes lie (`data/archives.py`)
-        ("archive", pa.string()),
-        ("packing", pa.string()),
-        ("offset", pa.int64()),
-        ("stored_bytes", pa.int64()),
-        ("crc32", pa.int64()),
-        # only for images known to be unusable before they are read
-        ("status", pa.string()),
-        ("error", pa.string()),
-    ]
-)
-"""The columns of the manifest; the columns carried from a list follow, then `shard`."""
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
 MIN_SHARD, MAX_SHARD, MAX_SHARDS = 256, 4_096, 10_000  # images per shard, shards per manifest

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import ConfigError, DataError, MnistDistError
 from mnist_dist.scoring.generations import MANIFEST, Committed, Example, Generation, Output
 from mnist_dist.scoring.predictions import (
@@ -30,6 +29,7 @@ from mnist_dist.scoring.predictions import (
     table_schema,
     widened,
 )
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 

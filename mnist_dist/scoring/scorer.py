@@ -22,12 +22,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
-from mnist_dist.data.images import Decoded, ImageSpec, Pixels
 from mnist_dist.engines.engine import Engine, Outputs
 from mnist_dist.errors import ImageError
+from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels
 from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.scoring.predictions import Outcomes
-from mnist_dist.scoring.reading import Encoded
+from mnist_dist.sources.reading import Encoded
 
 SHARDS_AT_ONCE = 2  # The next shard is decoded while the model finishes the last one.
 BATCHES_WAITING = 2  # decoded ones that may wait, besides the one being filled and the one in the model

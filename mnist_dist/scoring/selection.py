@@ -1,6 +1,7 @@
 """Selects the images of a new generation: all, new or changed ones, or failed ones.
 
-Owns: comparing the listed images with the table. Does not own: listing (`inputs`), or the manifest file (`manifest`).
+Owns: comparing the listed images with the table. Does not own: listing (`sources`), or the
+manifest file (`manifest`).
 """
 
 import tempfile
@@ -13,16 +14,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.config import InputConfig, ScoreJob
-from mnist_dist.data.archives import is_archive
-from mnist_dist.data.sources import map_in_threads
 from mnist_dist.scoring.generations import MANIFEST, Committed, Output
-from mnist_dist.scoring.inputs import Listing, list_inputs
-from mnist_dist.scoring.manifest import COLUMNS
-from mnist_dist.scoring.predictions import NOT_BAD, iter_predictions
+from mnist_dist.scoring.manifest import SHARD
+from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, NOT_BAD, TOP_K, iter_predictions
+from mnist_dist.sources.archives import is_archive
+from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.listing import Listing, list_inputs
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import are_remote
 
+RESERVED = (SHARD.name, *CONTRACT.names, *TOP_K.names, EMBEDDING)
+"""Names of columns that a carried column may not have."""
 LOOK_UP_THREADS = 32  # each requests the size and etag of one object
 LOOK_UP_AHEAD = 256
 
@@ -53,7 +57,7 @@ def select_images(
     """
     if before is not None and job.retry_failed:
         return _bad_rows(job, output)
-    listing = list_inputs(job.inputs, progress=progress)
+    listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
     return Selection(listing, new_rows(_looked_up(listing.table), output, number=before.mark.number))

@@ -15,7 +15,6 @@ import pyarrow as pa
 from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
-from mnist_dist.data.sources import Source, image_spec, open_source
 from mnist_dist.data.splits import Splits, assign_splits
 from mnist_dist.errors import TooManyBadImages
 from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
@@ -23,6 +22,7 @@ from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.session import Session
+from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan, plan_features

@@ -4,9 +4,9 @@ from typing import Any
 
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import RecordPlan, decode_shard, finish
-from mnist_dist.data.sources import Source
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.session import Session
+from mnist_dist.sources.source import Source
 
 MAX_DEATHS = 3
 """How often a process may die on the same shard (out of memory, or with its node) before the job fails."""

@@ -38,7 +38,6 @@ from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.delta import DeltaLog, check_output, delta_schema
 from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
-from mnist_dist.scoring.inputs import Listing, list_inputs
 from mnist_dist.scoring.manifest import (
     MAX_SHARD,
     MIN_SHARD,
@@ -53,6 +52,7 @@ from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join
 

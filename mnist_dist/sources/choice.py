@@ -1,7 +1,7 @@
 """Which files are scored, and the row of each: a listed file, a line of a list, or a member of an archive.
 
 Owns: include, exclude and file suffixes, and what is known about a row before it is read. Does not own: where files are
-searched (`inputs`), or reading archives (`data/archives.py`).
+searched (`listing`), or reading archives (`sources/archives.py`).
 
 Contract: a file without an image suffix is left out and counted, unless the user named it. Everything that the user
 named gets a row; if it cannot be read, the row says so.
@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from mnist_dist.config import InputConfig
-from mnist_dist.data.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
-from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.scoring import image_table
-from mnist_dist.scoring.image_table import ImageRow
+from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.sources import image_table
+from mnist_dist.sources.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
+from mnist_dist.sources.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_remote

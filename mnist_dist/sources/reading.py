@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from mnist_dist.data.archives import Member, Packing, member_groups, read_members
-from mnist_dist.data.sources import image_error
 from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.sources.archives import Member, Packing, member_groups, read_members
+from mnist_dist.sources.source import image_error
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mnist_dist.data.images import Pixels
 from mnist_dist.errors import DataError
+from mnist_dist.images.decoder import Pixels
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 

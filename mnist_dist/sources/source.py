@@ -15,8 +15,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 
 from mnist_dist.config import DataConfig, require
-from mnist_dist.data.arrays import NAMED_ARRAYS, read_arrays
-from mnist_dist.data.images import IMAGE_SUFFIXES, ImageSpec, Pixels, probe_image
-from mnist_dist.data.parquet import PARQUET_SUFFIX, LabelColumn, read_labels, read_rows
 from mnist_dist.errors import DataError, ImageError
+from mnist_dist.images.decoder import IMAGE_SUFFIXES, ImageSpec, Pixels, probe_image
+from mnist_dist.sources.arrays import NAMED_ARRAYS, read_arrays
+from mnist_dist.sources.parquet import PARQUET_SUFFIX, LabelColumn, read_labels, read_rows
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute
@@ -147,27 +147,6 @@ def image_error(error: OSError) -> ImageError:
     if isinstance(error, PermissionError):
         return ImageError("denied", error.strerror or str(error))
     return ImageError("failed", error.strerror or str(error))  # A bad sector, or a folder or pipe of that name.
-
-
-def map_in_threads(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
-) -> Iterator[_Result]:
-    """Like `map`, but in threads; at most `ahead` results wait for the consumer."""
-    pool = ThreadPoolExecutor(threads)
-    waiting: collections.deque[Future[_Result]] = collections.deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-        # Joins no thread: the garbage collector may end a generator that nobody closed, in any thread, at any moment,
-        # even while that thread holds the lock of Python's threading module that a join takes (seen as a deadlock).
-        pool.shutdown(wait=False)
 
 
 def _open(config: DataConfig) -> Source:

@@ -1,7 +1,7 @@
 """Reads the user's lists of URIs, a batch of lines at a time.
 
 Owns: the formats (Parquet and CSV with a column `uri`, text with one URI per line), and rejecting invalid lists. Does
-not own: what a URI means (`inputs`).
+not own: what a URI means (`sources/listing.py`).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError
-from mnist_dist.scoring.image_table import BATCH_ROWS
+from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.store.anywhere import ANYWHERE
 
 URI_COLUMN = "uri"

@@ -1,6 +1,6 @@
 """Rows of the manifest as an Arrow table: collected in batches, sorted, without duplicates.
 
-Owns: converting rows to Arrow, their order, duplicates and samples. Does not own: which rows there are (`inputs`).
+Owns: converting rows to Arrow, their order, duplicates and samples. Does not own: which rows there are (`listing`).
 
 Contract: no row stays a Python object for longer than its batch, and no array grows with the table. Hence ten million
 rows fit into memory, and a column may hold more than the 2 GiB of a single Arrow string array. A table that is already
@@ -20,10 +20,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.errors import DataError
-from mnist_dist.scoring.manifest import COLUMNS
 
 # N = rows of a table
 
+COLUMNS = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
+        ("size_bytes", pa.int64()),  # null: unknown until it is read
+        ("etag", pa.string()),  # null: unknown until it is read; for a member: that of its archive
+        # only for members of archives: where the bytes lie (`sources/archives.py`)
+        ("archive", pa.string()),
+        ("packing", pa.string()),
+        ("offset", pa.int64()),
+        ("stored_bytes", pa.int64()),
+        ("crc32", pa.int64()),
+        # only for images known to be unusable before they are read
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""The columns of the manifest; the columns carried from a list follow, then `shard`."""
 BATCH_ROWS = 50_000
 _NO_SUFFIX = ""
 _SUFFIX = r"(?P<suffix>\.[^./!]*)$"

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnist_dist.config import InputConfig
-from mnist_dist.data.images import IMAGE_SUFFIXES
 from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
-from mnist_dist.scoring import image_table
-from mnist_dist.scoring.image_table import BATCH_ROWS, ImageRow
-from mnist_dist.scoring.inputs import Listing, list_inputs
-from mnist_dist.scoring.manifest import COLUMNS
+from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.scoring.selection import RESERVED
+from mnist_dist.sources import image_table
+from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS, ImageRow
+from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import join
@@ -361,7 +361,7 @@ def test_stdin_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_the_own_stdin_may_name_files_by_any_bytes(tmp_path: Path) -> None:
     code = """if True:
-        from mnist_dist.scoring.inputs import InputConfig, list_inputs
+        from mnist_dist.sources.listing import InputConfig, list_inputs
         print(list_inputs(InputConfig(input=("-",))).table["uri"].to_pylist())"""
     ran = subprocess.run(
         [sys.executable, "-c", code], input=b"/a/\xff.png\n/a/b.png\n", capture_output=True, check=True
@@ -535,7 +535,7 @@ def test_a_manifest_without_rows_still_has_its_columns(tmp_path: Path) -> None:
 def test_a_carried_column_may_not_hide_one_of_ours(tmp_path: Path, name: str) -> None:
     manifest = write_text(f"{tmp_path}/a.csv", f"uri,{name}x\n/a.png,1\n")
     with pytest.raises(ConfigError, match=rf"Received: carry=\['{name}'\]"):
-        found(manifest, carry=(name,))
+        list_inputs(InputConfig(input=(manifest,), carry=(name,)), reserved=RESERVED)
 
 
 # --- archives
@@ -802,7 +802,7 @@ LISTS_MANY = """
 import sys, time
 from pathlib import Path
 from mnist_dist.config import InputConfig
-from mnist_dist.scoring.inputs import list_inputs
+from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 

@@ -4,8 +4,8 @@ Owns: the child process and its protocol. Does not own: which shards are decoded
 processes). If a decoder crashes or hangs, one image becomes an `ImageError` with status `failed`, and the next image
 gets a new child. Images are decoded one at a time.
 
-`python -m mnist_dist.data.isolation FD` is the child: it receives encoded bytes over the socket, and sends pixels or an
-`ImageError` back.
+`python -m mnist_dist.images.isolation FD` is the child: it receives encoded bytes over the socket, and sends pixels or
+an `ImageError` back.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import mnist_dist
-from mnist_dist.data.images import Decoded, ImageSpec, decode_image
 from mnist_dist.errors import ImageError, WorkersFailed
+from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
 
 MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
 _START_TIMEOUT_S = 120.0

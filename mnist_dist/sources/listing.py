@@ -2,7 +2,7 @@
 
 Owns: what an input is (a file, a folder, a prefix, a glob, an archive, a list), and listing it. Does not own: which
 files are taken and what an archive holds (`choice`), the order of the table and its duplicates (`image_table`), or the
-formats of lists (`uri_lists`).
+formats of lists (`lists`).
 
 Contract: listing reads only lists and the indexes of archives, and loses no row. An image already known to be unusable
 gets its status here. An S3 object that a list names is not looked up; whether it exists shows when it is read. A name
@@ -26,23 +26,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.config import InputConfig, require
-from mnist_dist.data.archives import split_member
-from mnist_dist.data.images import IMAGE_SUFFIXES
-from mnist_dist.data.sources import map_in_threads
 from mnist_dist.errors import DataError
-from mnist_dist.scoring import image_table, uri_lists
-from mnist_dist.scoring.choice import Choice, LeftOut, Opened, open_archive, row_of_entry, row_of_line
-from mnist_dist.scoring.image_table import ImageRow, WaitingRows
-from mnist_dist.scoring.manifest import COLUMNS, SHARD
-from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, TOP_K
-from mnist_dist.scoring.uri_lists import Lines
+from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.sources import image_table, lists
+from mnist_dist.sources.archives import split_member
+from mnist_dist.sources.choice import Choice, LeftOut, Opened, open_archive, row_of_entry, row_of_line
+from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
+from mnist_dist.sources.lists import Lines
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_file_uri, is_remote
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
-_OWN_COLUMNS = frozenset({*COLUMNS.names, SHARD.name, *CONTRACT.names, *TOP_K.names, EMBEDDING})
 _THREADS = 8  # The threads wait for storage, not for a core.
 _AHEAD = 16  # archives, or pieces of a list, that are opened before they are needed
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
@@ -78,20 +75,27 @@ class Listing:
 
 
 def list_inputs(
-    config: InputConfig, *, stdin: TextIO | None = None, progress: Callable[[int], None] | None = None
+    config: InputConfig,
+    *,
+    reserved: Iterable[str] = (),
+    stdin: TextIO | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Listing:
     """Lists all images that `config.input` names.
 
     Args:
         config: the inputs, and which of their files to take.
+        reserved: column names that may not be carried, besides those of `COLUMNS`.
         stdin: the stream to read for the input `-`. None: the stdin of the process.
         progress: called now and then with the number of images listed so far.
 
     Raises:
-        ConfigError: a carried column has the name of a column of the predictions.
+        ConfigError: a carried column has a reserved name.
         DataError: an input does not exist, must not be listed or is an unreadable list, or there are no images.
         ServiceError, StorageError: see `store.base`.
     """
+    clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carried))
+    require(not clashing, "carry must not name columns of the predictions", carry=clashing)
     return _Search(config, stdin=stdin, progress=progress).listing()
 
 
@@ -130,8 +134,6 @@ class _Search:
 
     def listing(self) -> Listing:
         """Lists all inputs."""
-        clashing = sorted(_OWN_COLUMNS.intersection(self._carried))
-        require(not clashing, "carry must not name columns of the predictions", carry=clashing)
         places = [_place_of(name) for name in self._config.input]
         columns = {place.uri: _columns_of(place) for place in places if place.kind == "list"}
         _check_carried(self._carried, columns)
@@ -185,8 +187,8 @@ class _Search:
         if place.kind == "line":
             return iter([Lines([place.uri])])
         if place.kind == "list":
-            return uri_lists.read_list(place.uri, carried=carried)
-        return uri_lists.read_text(self._stdin or _own_stdin())
+            return lists.read_list(place.uri, carried=carried)
+        return lists.read_text(self._stdin or _own_stdin())
 
     def _batch(self, lines: Lines, place: _Place) -> pa.RecordBatch:
         pieces = (lines.uris[start : start + _PIECE_LINES] for start in range(0, len(lines.uris), _PIECE_LINES))
@@ -232,7 +234,7 @@ def _own_stdin() -> TextIO:
 
 def _columns_of(place: _Place) -> tuple[str, ...]:
     with _errors_of(place.name):
-        return uri_lists.column_names(place.uri)
+        return lists.column_names(place.uri)
 
 
 def _check_carried(carried: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
@@ -268,7 +270,7 @@ def _place_of(name: str) -> _Place:
 
 def _remote_place(name: str) -> _Place:
     uri = absolute(name)
-    if uri_lists.is_list(uri) and _is_object(uri):
+    if lists.is_list(uri) and _is_object(uri):
         return _Place(name, "list", uri)
     is_plain = split_member(uri) is None and not _MAGIC.search(uri)
     if is_plain or ANYWHERE.exists(uri):  # whether the prefix holds anything shows when it is listed
@@ -278,7 +280,7 @@ def _remote_place(name: str) -> _Place:
 
 def _local_place(name: str) -> _Place:
     path = absolute(name)
-    if os.path.isfile(path) and uri_lists.is_list(path):
+    if os.path.isfile(path) and lists.is_list(path):
         return _Place(name, "list", path)
     if os.path.lexists(path):
         return _Place(name, "tree", path)

@@ -1,0 +1,1 @@
+"""Decoding: encoded bytes to uint8 pixels, or why not."""
