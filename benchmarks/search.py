@@ -96,7 +96,7 @@ def table(result: Mapping[str, Any]) -> str:
 def _data(benchmark: SearchBenchmark, *, images: int) -> DataConfig:
     if benchmark.data_dir is None and images == benchmark.small_images:
         return DataConfig(limit=images)
-    return DataConfig(data="mnist", data_dir=benchmark.data_dir, limit=images)
+    return DataConfig(data=("mnist",), data_dir=benchmark.data_dir, limit=images)
 
 
 def _measure_cache(benchmark: SearchBenchmark, *, console: Console) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _measure_case(case: str, benchmark: TrainBenchmark, *, console: Console) -> 
 
 def _job(case: str, benchmark: TrainBenchmark) -> TrainJob:
     if case == "cnn":
-        data = DataConfig(data="mnist", data_dir=benchmark.data_dir)
+        data = DataConfig(data=("mnist",), data_dir=benchmark.data_dir)
         return TrainJob(data=data, fit=FitConfig(batch_size=128, precision="float32"))
     trainable = "head" if case == "vgg16-head" else "all"
     return TrainJob(
@@ -186,7 +186,7 @@ def _job_images_per_s(job: TrainJob, steps: int, *, console: Console) -> float:
 
     batch = job.fit.batch_size
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as storage:
-        images = 54_000 if job.data.data == "mnist" else None
+        images = 54_000 if job.data.data == ("mnist",) else None
         epochs = max(1, round(steps * batch / images)) if images else 1
         limit = None if images else min(1_797, int(steps * batch / 0.8) + 1)
         job = replace(

@@ -41,15 +41,19 @@ def require(condition: bool, expected: str, **received: object) -> None:
 class DataConfig:
     """What to train on and how to split it."""
 
-    data: str = "digits"
-    """`digits` (included), `mnist`, `fashion_mnist`, or a folder, `s3://` prefix or Parquet file of images."""
+    data: tuple[str, ...] = ("digits",)
+    """Images and their classes, in any combination: named data sets (`digits`, which is included, `mnist`,
+    `fashion_mnist`, `emnist`); folders, globs and `s3://` prefixes with one subfolder per class; archives (tar,
+    compressed tar, zip), also WebDataset shards with labels; Parquet files or Hugging Face folders; lists of URIs
+    (Parquet, CSV or text). `train` and `test` in names of folders and files are splits."""
     data_dir: str | None = None
-    """Files of `mnist` or `fashion_mnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras downloads
-    them."""
-    image_column: str = "image"
-    """Parquet only: the column of encoded image bytes (or of structs with a `bytes` field)."""
+    """Files of `mnist`, `fashion_mnist` or `emnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras
+    downloads them (not `emnist`)."""
+    image_column: str | None = None
+    """The column of Parquet files that holds the images: encoded bytes, or structs with `bytes`. None: found by its
+    type."""
     label_column: str = "label"
-    """Parquet only: the column of class names or class numbers."""
+    """The column of lists and Parquet files that holds class names or class numbers."""
     channels: Literal["auto", "1", "3"] = "auto"
     """Channels to keep: 1 (grey) or 3 (RGB). auto: 1 if a sample of the images is all grey, else 3."""
     resize: ResizeRule = "stretch"
@@ -71,7 +75,7 @@ class DataConfig:
     """Use at most this many images of each split, or in total if the data has no splits. None: all."""
 
     def __post_init__(self) -> None:
-        require(bool(self.data), "data must be a name, a folder, an s3:// prefix or a Parquet file", data=self.data)
+        require(bool(self.data) and all(self.data), "data must name at least one location", data=self.data)
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)
             require(0 < value < 1, f"{name} must be between 0 and 1", **{name: value})
@@ -369,10 +373,17 @@ class InputConfig:
     """Which images to score."""
 
     input: tuple[str, ...]
-    """Files, folders, globs, `s3://` objects or prefixes, archives (tar, compressed tar, zip) and lists (Parquet or CSV
-    with a `uri` column, or a text file with one URI per line; `-` reads one from stdin), in any combination."""
+    """Files, folders, globs, `s3://` objects or prefixes, archives (tar, compressed tar, zip), Parquet files of images
+    (or folders of them, as on Hugging Face), lists (Parquet or CSV with a `uri` column, or a text file with one URI per
+    line; `-` reads one from stdin) and named data sets (`digits`, `mnist`), in any combination."""
     carry: tuple[str, ...] = ()
-    """Columns of the lists to copy into the table, separated by spaces or commas."""
+    """Columns of the lists and of Parquet files of images to copy into the table, as they are."""
+    image_column: str | None = None
+    """The column of Parquet files that holds the images: encoded bytes, or structs with `bytes`. None: found by its
+    type."""
+    data_dir: str | None = None
+    """The files of named data sets such as `mnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras
+    downloads them."""
     all_files: bool = False
     """Take files with any name. A file that is not an image gets the status `unsupported`, which does not count as
     bad."""
@@ -390,11 +401,6 @@ class InputConfig:
         for name in ("limit", "sample"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1 image", **{name: value})
-
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """The names of the carried columns."""
-        return _names(self.carry)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def quickstart() -> TrainJob:
 def mnist_mlp() -> TrainJob:
     """python -m jobs.train mnist-mlp --data-dir IDX_FOLDER: 784-128-64-10. Expect 98.7 % (published: 98.23 %)."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05),
         model=ModelConfig(backbone="mlp"),
         phases=PhasesConfig(epochs=(40,)),
         optimizer=OptimizerConfig(schedule="cosine"),
@@ -43,7 +43,7 @@ def mnist_cnn_bn() -> TrainJob:
     EarlyStopping, ReduceLROnPlateau and augmentation. Expect 99.5 %, loss 0.015, within 5 minutes on 2 cores
     (published: 99.2 %, loss 0.03)."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05),
         model=ModelConfig(backbone="cnn_bn"),
         phases=PhasesConfig(epochs=(18,)),
         fit=FitConfig(augmentation="digits", early_stopping_patience=5, plateau_patience=1),
@@ -54,7 +54,7 @@ def mnist_vgg16() -> TrainJob:
     """python -m jobs.train mnist-vgg16 --data-dir IDX_FOLDER: frozen VGG16 at 224 px with a dense softmax on its
     7 x 7 x 512 outputs, which are computed once. Expect 97.5 % with 11,000 training digits (--limit 11600)."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05),
         model=ModelConfig(backbone="vgg16", weights="imagenet", pooling="flatten"),
         phases=PhasesConfig(epochs=(20,), learning_rate=(1e-4,), trainable=("head",)),
     )
@@ -74,7 +74,7 @@ def mnist_mobilenet_v2() -> TrainJob:
     """python -m jobs.train mnist-mobilenet-v2 --data-dir IDX_FOLDER: MobileNetV2 at 32 px as published: 10 epochs
     of the head, then 5 of all but the first 100 layers at 1e-5 (published: 84.13 %, loss 0.56)."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05),
         model=ModelConfig(backbone="mobilenet_v2", weights="imagenet", image_size_px=32),
         phases=PhasesConfig(epochs=(10, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "100")),
         fit=FitConfig(batch_size=32),  # BatchNorm's averages move by a thousandth per step, so it takes many steps.
@@ -96,7 +96,7 @@ def mnist_conv_base() -> TrainJob:
     """python -m jobs.train mnist-conv-base --data-dir IDX_FOLDER: three convolutions, trained on half of MNIST, for
     `mnist-conv-transfer`."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05, limit=30_000),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05, limit=30_000),
         model=ModelConfig(backbone="conv_base"),
         phases=PhasesConfig(epochs=(8,)),
         run=RunConfig(name="mnist-conv-base"),
@@ -107,7 +107,7 @@ def mnist_conv_transfer() -> TrainJob:
     """python -m jobs.train mnist-conv-transfer --data-dir IDX_FOLDER: the convolutions of `mnist-conv-base`, frozen,
     under a new head trained on the other half of MNIST. Expect 99.2 % (published: over 99 %)."""
     return TrainJob(
-        data=DataConfig(data="mnist", validation_fraction=0.05, skip=30_000),
+        data=DataConfig(data=("mnist",), validation_fraction=0.05, skip=30_000),
         model=ModelConfig(backbone="conv_base", weights="runs/mnist-conv-base/bundle"),
         phases=PhasesConfig(epochs=(20,), trainable=("head",)),
     )
@@ -170,7 +170,7 @@ def search_mnist() -> SearchJob:
     """python -m jobs.search search-mnist --data-dir IDX_FOLDER: 30 trials of three small networks trained whole and of
     new heads on MobileNetV2 and VGG16 (ImageNet weights, frozen)."""
     return SearchJob(
-        data=DataConfig(data="mnist", validation_fraction=0.1),
+        data=DataConfig(data=("mnist",), validation_fraction=0.1),
         space=SearchSpace(
             backbones=(
                 BackboneSpace(backbone="mlp", trained=("all",)),
@@ -194,7 +194,7 @@ def search_vgg16_head() -> SearchJob:
     """python -m jobs.search search-vgg16-head --data-dir IDX_FOLDER: 100 heads on VGG16's features at 224 px, which
     are computed once."""
     return SearchJob(
-        data=DataConfig(data="mnist", validation_fraction=0.1),
+        data=DataConfig(data=("mnist",), validation_fraction=0.1),
         space=SearchSpace(
             backbones=(BackboneSpace(backbone="vgg16", weights="imagenet", pooling=("avg",)),),
             hidden_units=(0, 64, 128, 256, 512),
@@ -222,7 +222,7 @@ def search_backbones() -> SearchJob:
     ]
     backbones[0] = replace(backbones[0], alpha=(0.5, 1.0, 1.4), image_size_px=(160, 224))
     return SearchJob(
-        data=DataConfig(data="images"),
+        data=DataConfig(data=("images",)),
         space=SearchSpace(backbones=tuple(backbones), hidden_units=(0, 128, 256, 512)),
         search=SearchConfig(trials=300, trial_epochs=20, finalists=5, fine_tune_epochs=10),
     )

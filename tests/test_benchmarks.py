@@ -31,11 +31,11 @@ from benchmarks.score import (
 from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
+from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
 from mnist_dist.images.decoder import ImageSpec
-from mnist_dist.scoring.decoding import DecodePool, Threads
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join

@@ -13,9 +13,9 @@ from corpus import DANGERS, H, W, colour_png, danger, encoded, flat_png, manifes
 from PIL import Image
 
 from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
-from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
 from mnist_dist.sources.listing import list_inputs
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
@@ -30,7 +30,7 @@ from pathlib import Path
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
 from mnist_dist.images.decoder import ImageSpec
-from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
+from mnist_dist.data.decoding import Collector, DecodePool, Threads
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -55,7 +55,7 @@ from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
 from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.errors import DecoderStuck
-from mnist_dist.scoring.decoding import Collector, DecodePool, Threads
+from mnist_dist.data.decoding import Collector, DecodePool, Threads
 
 spec, config = ImageSpec(height_px=5, width_px=7, channels=3), DecodeConfig(image_timeout_s=0.2)
 found = Collector(2)

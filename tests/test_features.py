@@ -97,7 +97,7 @@ def records_plan(
     spec: ImageSpec = SPEC, *, storage: str = "runs", class_names: tuple[str, ...] = CLASSES
 ) -> RecordPlan:
     cache = Cache(what="records", storage=storage, key="some", rows=COUNT, min_shard_rows=64)
-    return RecordPlan(cache=cache, spec=spec, max_pixels=1_000, class_names=class_names, image_column=None)
+    return RecordPlan(cache=cache, spec=spec, max_pixels=1_000, class_names=class_names)
 
 
 def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:

@@ -27,6 +27,7 @@ from mnist_dist.config import (
     TrainJob,
 )
 from mnist_dist.console import duration
+from mnist_dist.data.decoding import Times
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.errors import ConfigError, DataError, Interrupted, ResourceError
 from mnist_dist.models.history import Epoch
@@ -37,7 +38,6 @@ from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.scoring.stages import means_of
 from mnist_dist.on_ray.training.plan import plan_train, sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
-from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position
@@ -339,7 +339,7 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
         noise(number, width=90, height=70).save(folder / f"{number}.jpg")
     job = replace(
         training(tmp_path / "runs", plan=True, workers=2, cpus_per_worker=1),
-        data=DataConfig(data=str(tmp_path / "data")),
+        data=DataConfig(data=(str(tmp_path / "data"),)),
         model=ModelConfig(backbone="mobilenet_v2", alpha=0.35, image_size_px=32),
         phases=PhasesConfig(epochs=(2,), learning_rate=(1e-3,), trainable=("head",)),
     )

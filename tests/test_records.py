@@ -68,13 +68,13 @@ class Planned(NamedTuple):
 
     def decode(self, *shards: int) -> None:
         """Decodes some shards, or all that are missing."""
-        uris = self.source.table["uri"].to_pylist()
         for shard in shards or self.plan.cache.missing():
-            decode_shard(self.plan, shard, uris[self.plan.cache.rows_of(shard)])
+            rows = self.plan.cache.rows_of(shard)
+            decode_shard(self.plan, shard, self.source.table.slice(rows.start, rows.stop - rows.start))
 
 
 def planned(images: Path, root: str, spec: ImageSpec = SPEC) -> Planned:
-    source = open_source(DataConfig(data=str(images)))
+    source = open_source(DataConfig(data=(str(images),)))
     plan = plan_records(source, spec, storage=root, max_pixels=1000)
     return Planned(replace(plan, cache=replace(plan.cache, min_shard_rows=64)), source)
 
@@ -175,7 +175,7 @@ def test_arrays_need_no_decoding(root: str, tmp_path: Path) -> None:
 
 
 def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path: Path) -> None:
-    source = open_source(DataConfig(data=str(images)))
+    source = open_source(DataConfig(data=(str(images),)))
 
     def key(source: Source = source, spec: ImageSpec = SPEC, max_pixels: int = 1000) -> str:
         return plan_records(source, spec, storage=str(tmp_path), max_pixels=max_pixels).cache.key
@@ -198,7 +198,7 @@ def test_a_plan_is_plain_and_crosses_processes(images: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("size_px", "expected"), [(8, 65_536), (28, 14_266), (224, 222), (1000, 64)])
 def test_a_shard_is_about_32_mib(images: Path, tmp_path: Path, size_px: int, expected: int) -> None:
-    source = open_source(DataConfig(data=str(images)))
+    source = open_source(DataConfig(data=(str(images),)))
     spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
     assert plan_records(source, spec, storage=str(tmp_path), max_pixels=1).cache.shard_rows == expected
 

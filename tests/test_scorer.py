@@ -20,11 +20,11 @@ import pytest
 from corpus import DANGERS, H, W, colour_png, danger, every_format, manifest_rows, slow_pgm, tar_of
 
 from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.data.decoding import Threads
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels, decode_image
 from mnist_dist.scoring import scorer as module
-from mnist_dist.scoring.decoding import Threads
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer
 from mnist_dist.sources.listing import list_inputs

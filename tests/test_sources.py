@@ -20,9 +20,12 @@ from PIL import Image
 
 from mnist_dist.config import DataConfig
 from mnist_dist.errors import DataError, ImageError, ServiceError, StorageError
-from mnist_dist.sources import source as sources
+from mnist_dist.sources import image_table
 from mnist_dist.sources.arrays import parse_idx
-from mnist_dist.sources.source import Source, image_spec, open_source, read_encoded
+from mnist_dist.sources.image_table import COLUMNS, ImageRow
+from mnist_dist.sources.listing import list_uris
+from mnist_dist.sources.reading import read_in_order
+from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -45,6 +48,14 @@ def columns(source: Source) -> tuple[list[str], list[str], list[str | None]]:
     return uris, [source.class_names[n] for n in source.table["label"].to_pylist()], source.table["split"].to_pylist()
 
 
+def encoded(rows: pa.Table) -> list[bytes | ImageError]:
+    return list(read_in_order(rows, max_bytes=10_000))
+
+
+def rows_of(*uris: str) -> pa.Table:
+    return image_table.table_of(map(ImageRow, uris))
+
+
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "images")
@@ -60,7 +71,7 @@ def test_digits_are_embedded_and_scaled() -> None:
     assert source.pixels.dtype == np.uint8
     assert (source.pixels.min(), source.pixels.max()) == (0, 255)
     assert source.class_names == tuple("0123456789")
-    assert source.table.schema == sources.TABLE_SCHEMA
+    assert source.table.column_names == [*COLUMNS.names, "label", "split"]
     assert source.table["split"].null_count == 1797
     assert source.table["label"].to_pylist()[:5] == [0, 1, 2, 3, 4]
 
@@ -88,7 +99,7 @@ def write_mnist(
         data = (replaced or {}).get(name.split("-idx")[0].replace("-", "_"), data)
         name = name.replace("-idx", ".idx") if dotted else name
         ANYWHERE.write_bytes(join(root, name + ".gz" * zipped), gzip.compress(data) if zipped else data)
-    return DataConfig(data="mnist", data_dir=root)
+    return DataConfig(data=("mnist",), data_dir=root)
 
 
 @pytest.mark.parametrize("dotted", [False, True])
@@ -107,15 +118,15 @@ def test_an_npz_is_read(tmp_path: Path) -> None:
     arrays = {"x_train": rng.integers(0, 256, (6, 4, 3), np.uint8), "y_train": np.arange(6)}
     arrays |= {"x_test": rng.integers(0, 256, (2, 4, 3), np.uint8), "y_test": np.array([9, 0])}
     np.savez(tmp_path / "f.npz", **arrays)  # type: ignore[arg-type]
-    source = open_source(DataConfig(data="fashion_mnist", data_dir=str(tmp_path / "f.npz")))
+    source = open_source(DataConfig(data=("fashion_mnist",), data_dir=str(tmp_path / "f.npz")))
     assert source.class_names[source.table["label"].to_pylist()[6]] == "Ankle boot"
     assert source.table["split"].to_pylist() == ["train"] * 6 + ["test"] * 2
     np.savez(tmp_path / "g.npz", x_train=arrays["x_train"])
     with pytest.raises(DataError, match=r"g\.npz lacks y_train, x_test, y_test\. Received: x_train"):
-        open_source(DataConfig(data="mnist", data_dir=str(tmp_path / "g.npz")))
+        open_source(DataConfig(data=("mnist",), data_dir=str(tmp_path / "g.npz")))
     (tmp_path / "h.npz").write_bytes(b"no zip")
     with pytest.raises(DataError, match=r"h\.npz: not a readable \.npz"):
-        open_source(DataConfig(data="mnist", data_dir=str(tmp_path / "h.npz")))
+        open_source(DataConfig(data=("mnist",), data_dir=str(tmp_path / "h.npz")))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +159,7 @@ def test_a_cut_gzip_file_is_refused(tmp_path: Path) -> None:
 
 def test_missing_idx_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the files train-images-idx3-ubyte, train-images-idx3-ubyte\.gz"):
-        open_source(DataConfig(data="mnist", data_dir=str(tmp_path / "nowhere")))
+        open_source(DataConfig(data=("mnist",), data_dir=str(tmp_path / "nowhere")))
 
 
 def test_an_idx_header_may_promise_too_much() -> None:
@@ -166,13 +177,13 @@ def test_keras_downloads_where_no_folder_is_named(monkeypatch: pytest.MonkeyPatc
         fashion_mnist=types.SimpleNamespace(load_data=load_data),
     )
     monkeypatch.setitem(sys.modules, "keras", types.SimpleNamespace(datasets=datasets))
-    assert len(open_source(DataConfig(data="mnist")).table) == 6
+    assert len(open_source(DataConfig(data=("mnist",))).table) == 6
     with pytest.raises(DataError, match=r"could not be downloaded: URL fetch failure.*four idx files"):
-        open_source(DataConfig(data="fashion_mnist"))
+        open_source(DataConfig(data=("fashion_mnist",)))
 
 
 def test_the_real_mnist_is_read(mnist_dir: Path) -> None:
-    source = open_source(DataConfig(data="mnist", data_dir=str(mnist_dir)))
+    source = open_source(DataConfig(data=("mnist",), data_dir=str(mnist_dir)))
     assert source.pixels is not None
     assert source.pixels.shape == (70_000, 28, 28, 1)
     assert source.table["label"].to_pylist()[:6] == [5, 0, 4, 1, 9, 2]
@@ -187,17 +198,17 @@ def test_one_subfolder_is_one_class(root: str) -> None:
     ANYWHERE.write_bytes(join(root, "a/.hidden/1.png"), b"x")
     ANYWHERE.write_bytes(join(root, "readme.txt"), b"x")
     ANYWHERE.write_bytes(join(root, "cover.png"), b"x")
-    source = open_source(DataConfig(data=root))
+    source = open_source(DataConfig(data=(root,)))
     assert columns(source) == (["a/3.jpeg", "a/x/1.PNG", "b/2.png", "b/_4.png"], ["a", "a", "b", "b"], [None] * 4)
     assert source.pixels is None
-    assert source.image_column is None
+    assert source.notes == ("2 other files skipped", "1 hidden files skipped", "1 images without a class skipped")
     assert all(source.table["etag"].to_pylist())
     assert source.table["size_bytes"].to_pylist()[0] == len(png(2))
 
 
 def test_folders_of_splits_are_kept(root: str) -> None:
     put_images(root, "train/a/1.png", "train/b/1.png", "validation/a/1.png", "valid/b/2.png", "test/b/1.png")
-    uris, classes, splits = columns(open_source(DataConfig(data=root)))
+    uris, classes, splits = columns(open_source(DataConfig(data=(root,))))
     assert splits == ["test", "train", "train", "val", "val"]
     assert classes == ["b", "a", "b", "b", "a"]
     assert uris[0] == "test/b/1.png"
@@ -205,20 +216,20 @@ def test_folders_of_splits_are_kept(root: str) -> None:
 
 def test_splits_may_be_called_training_and_testing(tmp_path: Path) -> None:
     put_images(str(tmp_path), "training/a/1.png", "training/b/1.png", "testing/a/1.png")
-    source = open_source(DataConfig(data=str(tmp_path)))
+    source = open_source(DataConfig(data=(str(tmp_path),)))
     assert source.class_names == ("a", "b")
     assert source.table["split"].to_pylist() == ["test", "train", "train"]
 
 
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     put_images(str(tmp_path), "train/1.png", "bus/1.png", "test/2.png")
-    assert open_source(DataConfig(data=str(tmp_path))).class_names == ("bus", "test", "train")
+    assert open_source(DataConfig(data=(str(tmp_path),))).class_names == ("bus", "test", "train")
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_images(str(tmp_path / "here"), "a/1.png", "b/1.png")
     monkeypatch.chdir(tmp_path)
-    uris = open_source(DataConfig(data="here")).table["uri"].to_pylist()
+    uris = open_source(DataConfig(data=("here",))).table["uri"].to_pylist()
     assert uris == [f"{tmp_path}/here/a/1.png", f"{tmp_path}/here/b/1.png"]
 
 
@@ -228,29 +239,29 @@ def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], r"train, which has a, b\. Received: test/c"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/b/1.png"], "only val/ and test/ may stand.*extra"),
         (["a/1.png", "a/2.png"], r"at least two classes\. Received: \('a',\)"),
-        (["1.png", "2.png"], "must be in one subfolder per class. Received: 2 images in none"),
-        (["a/1.txt", "b/2.csv"], r"named like an image \(\.jpg, .*Received: 2 other files"),
+        (["1.png", "2.png"], "must be in one subfolder per class, .*Received: 2 images without a class"),
+        (["a/1.txt", "b/2.csv"], r"image suffixes are \.jpg, .*2 other files"),
     ],
 )
 def test_a_folder_of_another_layout_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
     put_images(str(tmp_path), *names)
     with pytest.raises(DataError, match=message):
-        open_source(DataConfig(data=str(tmp_path)))
+        open_source(DataConfig(data=(str(tmp_path),)))
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"one of digits, mnist, fashion_mnist, or an existing.*data='minst'"):
-        open_source(DataConfig(data="minst"))
-    with pytest.raises(DataError, match="folder is empty"):
-        open_source(DataConfig(data=str(tmp_path)))
+    with pytest.raises(DataError, match=r"no data set of this name \(digits, mnist, .*input='minst'"):
+        open_source(DataConfig(data=("minst",)))
+    with pytest.raises(DataError, match=r"no images were found; .*: nothing"):
+        open_source(DataConfig(data=(str(tmp_path),)))
     with pytest.raises(StorageError, match="gs://b"):
-        open_source(DataConfig(data="gs://b"))
+        open_source(DataConfig(data=("gs://b",)))
 
 
 def test_a_limit_is_the_same_sample_of_each_split(tmp_path: Path) -> None:
     names = [f"{split}/{kind}/{n}.png" for split in ("train", "test") for kind in "ab" for n in range(20)]
     put_images(str(tmp_path), *names)
-    limited = [open_source(DataConfig(data=str(tmp_path), limit=limit)).table for limit in (5, 9, 1000)]
+    limited = [open_source(DataConfig(data=(str(tmp_path),), limit=limit)).table for limit in (5, 9, 1000)]
     assert [len(table) for table in limited] == [10, 18, 80]
     uris = [table["uri"].to_pylist() for table in limited]
     assert set(uris[0]) < set(uris[1])
@@ -280,13 +291,12 @@ def rows(labels: list[Any], *, struct_column: bool = False, kind: pa.DataType | 
 def test_a_parquet_file_is_read_row_by_row(root: str, struct_column: bool) -> None:
     uri = join(root, "data.parquet")
     write_parquet(uri, rows(["cat", "dog", "ant", "cat", "dog", "ant", "ant"], struct_column=struct_column))
-    source = open_source(DataConfig(data=uri))
+    source = open_source(DataConfig(data=(uri,)))
     assert source.class_names == ("ant", "cat", "dog")
     assert source.table["label"].to_pylist() == [1, 2, 0, 1, 2, 0, 0]
     uris = source.table["uri"].to_pylist()
-    assert uris == [f"{uri}!{row}" for row in range(7)]
-    assert source.image_column == "image"
-    assert list(read_encoded([uris[row] for row in (0, 1, 5, 2)], "image")) == [png(row) for row in (0, 1, 5, 2)]
+    assert uris == [f"{uri}#row={row}" for row in range(7)]
+    assert encoded(source.table.take([0, 1, 5, 2])) == [png(row) for row in (0, 1, 5, 2)]
 
 
 def test_rows_far_apart_in_a_large_row_group_are_found(tmp_path: Path) -> None:
@@ -294,14 +304,15 @@ def test_rows_far_apart_in_a_large_row_group_are_found(tmp_path: Path) -> None:
     table = pa.table({"image": [b"%d" % row for row in range(300)], "label": ["ab"[row % 2] for row in range(300)]})
     write_parquet(uri, table, row_group_size=170)
     wanted = [0, 63, 64, 65, 169, 170, 299]
-    assert list(read_encoded([f"{uri}!{row}" for row in wanted], "image")) == [b"%d" % row for row in wanted]
+    table = open_source(DataConfig(data=(uri,))).table
+    assert encoded(table.take(wanted)) == [b"%d" % row for row in wanted]
 
 
 def test_parquet_files_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
     write_parquet(str(tmp_path / "train-0.parquet"), hugging_face(rows([0, 1]), ["cat", "dog"]))
     write_parquet(str(tmp_path / "test-0.parquet"), hugging_face(rows([0, 1]), ["dog", "cat"]))
     with pytest.raises(DataError, match=r"the same classes in the same order\. Received: \['cat', 'dog'\] and"):
-        open_source(DataConfig(data=str(tmp_path)))
+        open_source(DataConfig(data=(str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +326,7 @@ def test_parquet_files_that_number_their_classes_differently_are_refused(tmp_pat
 )
 def test_labels_are_names_or_numbers(tmp_path: Path, labels: list[Any], kind: Any, names: tuple[str, ...]) -> None:
     write_parquet(str(tmp_path / "x.parquet"), rows(labels, kind=kind))
-    source = open_source(DataConfig(data=str(tmp_path)))
+    source = open_source(DataConfig(data=(str(tmp_path),)))
     assert source.class_names == names
     assert [names[label] for label in source.table["label"].to_pylist()] == [str(label) for label in labels]
 
@@ -329,7 +340,7 @@ def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> N
     for name, labels in (("train-00000-of-00002", [0, 2]), ("train-00001-of-00002", [1, 1, 0]), ("test-0", [2, 1])):
         table = hugging_face(rows(labels, struct_column=True), ["cat", "ant", "bee"])
         write_parquet(join(root, f"data/{name}.parquet"), table)
-    source = open_source(DataConfig(data=root))
+    source = open_source(DataConfig(data=(root,)))
     assert source.class_names == ("cat", "ant", "bee")
     assert source.table["label"].to_pylist() == [2, 1, 0, 2, 1, 1, 0]
     assert source.table["split"].to_pylist() == ["test"] * 2 + ["train"] * 5
@@ -338,11 +349,14 @@ def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> N
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (pa.table({"img": [b"x"], "y": [0]}), r"no column 'image', 'label'; .*Received: columns img, y"),
-        (pa.table({"image": [1.5], "label": [0]}), "column 'image' must hold encoded images.*Received: double"),
+        (pa.table({"img": [b"x"], "y": [0]}), r"no column 'label'; .*Received: columns img, y"),
+        (pa.table({"image": [1.5], "label": [0]}), r"no images were found; .*image_column.*\.parquet 1"),
         (pa.table({"image": [b"x"], "label": [0.5]}), "column 'label' must hold class names.*Received: double"),
-        (pa.table({"image": [b"x"] * 2, "label": ["a", None]}), r"x\.parquet!1: column 'label' must have a value in"),
-        (rows([]).set_column(1, "label", pa.array([], pa.int64())).cast(rows([0]).schema), "have no rows"),
+        (
+            pa.table({"image": [b"x"] * 2, "label": ["a", None]}),
+            r"'label' must have a value in every row\. Received: None in row 1,",
+        ),
+        (rows([]).set_column(1, "label", pa.array([], pa.int64())).cast(rows([0]).schema), "no images were found"),
         (hugging_face(rows([0, 3]), ["a", "b"]), r"labels must be 0 to 1, .*Received: 0 to 3"),
         (rows(["a", "a"]), "at least two classes"),
     ],
@@ -350,22 +364,27 @@ def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> N
 def test_a_parquet_file_of_another_layout_is_refused(tmp_path: Path, table: pa.Table, message: str) -> None:
     write_parquet(str(tmp_path / "x.parquet"), table)
     with pytest.raises(DataError, match=message):
-        open_source(DataConfig(data=str(tmp_path)))
+        open_source(DataConfig(data=(str(tmp_path),)))
 
 
 def test_a_corrupt_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file"):
-        open_source(DataConfig(data=str(tmp_path)))
+    with pytest.raises(DataError, match=r"no images were found; .*\.parquet 1"):
+        open_source(DataConfig(data=(str(tmp_path),)))
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable parquet file"):
+        open_source(DataConfig(data=(str(tmp_path / "x.parquet"),)))
 
 
 def test_rows_that_cannot_be_read_are_values(tmp_path: Path) -> None:
     uri = str(tmp_path / "x.parquet")
     write_parquet(uri, pa.table({"image": [b"x", None, b"", b"y"], "label": list("abab")}))
     (tmp_path / "bad.parquet").write_bytes(b"garbage")
-    asked = [f"{uri}!{row}" for row in range(4)] + [f"{tmp_path}/no.parquet!0", f"{tmp_path}/bad.parquet!0", f"{uri}!9"]
-    results = [r.status if isinstance(r, ImageError) else r for r in read_encoded(asked, "image")]
-    assert results == [b"x", "empty", "empty", b"y", "missing", "unreadable", "unreadable"]
+    asked = [f"{uri}#row={row}" for row in range(4)]
+    asked += [f"{tmp_path}/no.parquet#row=0", f"{tmp_path}/bad.parquet#row=0", f"{uri}#row=9"]
+    rows = list_uris(asked)
+    results = [r.status if isinstance(r, ImageError) else r for r in encoded(rows)]
+    expected = [b"x", "empty", "empty", b"y", "missing", "unreadable", "missing"]
+    assert dict(zip(rows["uri"].to_pylist(), results, strict=True)) == dict(zip(asked, expected, strict=True))
 
 
 # --- reading
@@ -375,33 +394,33 @@ def test_files_that_cannot_be_read_are_values_in_order(root: str) -> None:
     ANYWHERE.write_bytes(join(root, "a"), b"1")
     ANYWHERE.write_bytes(join(root, "b"), b"")
     uris = [join(root, name) for name in ("a", "missing", "b", "a")]
-    results = [r.status if isinstance(r, ImageError) else r for r in read_encoded(uris, None)]
+    results = [r.status if isinstance(r, ImageError) else r for r in encoded(rows_of(*uris))]
     assert results == [b"1", "missing", "empty", b"1"]
 
 
 def test_a_file_without_permission_is_denied(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(uri: str) -> bytes:
+    def read(uri: str, *, max_bytes: int) -> bytes:
         raise PermissionError(13, "access denied", uri)
 
-    monkeypatch.setattr(ANYWHERE, "read_bytes", read)  # not by a file's mode: root may read everything
-    result = next(read_encoded(["s3://b/k"], None))
+    monkeypatch.setattr(ANYWHERE, "read_object", read)  # not by a file's mode: root may read everything
+    (result,) = encoded(rows_of("s3://b/k"))
     assert isinstance(result, ImageError)
     assert (result.status, result.message) == ("denied", "access denied")
 
 
-def test_a_folder_in_place_of_a_file_has_failed(tmp_path: Path) -> None:
-    result = next(read_encoded([str(tmp_path)], None))
+def test_a_folder_in_place_of_a_file_is_unsupported(tmp_path: Path) -> None:
+    (result,) = encoded(rows_of(str(tmp_path)))
     assert isinstance(result, ImageError)
-    assert result.status == "failed"
+    assert result.status == "unsupported"
 
 
 def test_no_connection_is_not_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(uri: str) -> bytes:
+    def read(uri: str, *, max_bytes: int) -> bytes:
         raise ServiceError("no connection")
 
-    monkeypatch.setattr(ANYWHERE, "read_bytes", read)
+    monkeypatch.setattr(ANYWHERE, "read_object", read)
     with pytest.raises(ServiceError, match="no connection"):
-        list(read_encoded(["a", "b"], None))
+        encoded(rows_of("a", "b"))
 
 
 def test_threads_keep_the_order_and_never_run_far_ahead() -> None:
@@ -433,7 +452,7 @@ def test_an_abandoned_map_stops_its_threads() -> None:
 
 
 def spec_of(data: str, *, backbone: int = 32, scratch: bool = False, **config: Any) -> tuple[int, int, int]:
-    parsed = DataConfig(data=data, **config)
+    parsed = DataConfig(data=(data,), **config)
     spec = image_spec(open_source(parsed), backbone_size_px=backbone, scratch_size=scratch, config=parsed)
     return spec.height_px, spec.width_px, spec.channels
 

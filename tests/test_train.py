@@ -327,7 +327,7 @@ def test_ones_own_bundle_named_by_a_relative_path_is_the_frozen_base(
 
 def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, folder_of_images: Path) -> None:
     (folder_of_images / "a" / "broken.png").write_bytes(b"no image")
-    job = small_job(tmp_path, epochs=1, data=DataConfig(data=str(folder_of_images)), fit=FitConfig(batch_size=6))
+    job = small_job(tmp_path, epochs=1, data=DataConfig(data=(str(folder_of_images),)), fit=FitConfig(batch_size=6))
     console = Recorder()
     with pytest.raises(TooManyBadImages, match=r"1 of 41 images are unreadable, such as .*broken.png"):
         train(job, recipe="test", console=console)
@@ -340,7 +340,7 @@ def test_unreadable_images_are_named_and_too_many_fail_the_job(tmp_path: Path, f
 def test_images_that_could_not_be_read_are_read_anew_by_the_next_run(tmp_path: Path, folder_of_images: Path) -> None:
     link = folder_of_images / "a" / "elsewhere.png"
     link.symlink_to(tmp_path / "later.png")
-    job = small_job(tmp_path, epochs=1, data=DataConfig(data=str(folder_of_images)), fit=FitConfig(batch_size=6))
+    job = small_job(tmp_path, epochs=1, data=DataConfig(data=(str(folder_of_images),)), fit=FitConfig(batch_size=6))
     with pytest.raises(TooManyBadImages, match=r"elsewhere.png \(missing"):
         train(job, recipe="test", console=Recorder())
     shutil.copy(next(folder_of_images.glob("b/*.png")), tmp_path / "later.png")
@@ -350,11 +350,10 @@ def test_images_that_could_not_be_read_are_read_anew_by_the_next_run(tmp_path: P
 def test_decoding_with_ray_data_resumes_at_the_missing_shards_and_tells_of_a_failing_storage(
     tmp_path: Path, folder_of_images: Path
 ) -> None:
-    source = open_source(DataConfig(data=str(folder_of_images)))
+    source = open_source(DataConfig(data=(str(folder_of_images),)))
     plan = plan_records(source, ImageSpec(height_px=5, width_px=6, channels=3), storage=str(tmp_path), max_pixels=1_000)
     plan = replace(plan, cache=replace(plan.cache, min_shard_rows=7))
-    uris = source.table["uri"].to_pylist()
-    decode_shard(plan, 2, uris[14:21])
+    decode_shard(plan, 2, source.table.slice(14, 7))
     with Stop(Recorder()) as stop:
         decode_missing(plan, source, Session(console=Recorder(), stop=stop))
     assert open_records(plan, local_dir=tmp_path).pixels.shape == (40, 5, 6, 3)

@@ -3,10 +3,10 @@
 from benchmarks.peers.task import Stamps, Task
 from mnist_dist import processor
 from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.data.decoding import AwaitedSink, DecodePool, Threads
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import Decoded
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.scoring.decoding import AwaitedSink, DecodePool, Threads
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import Encoded
 

@@ -10,7 +10,6 @@ zero pixels, never an exception.
 
 # N = records, n = records of a shard, H = height px, W = width px, C = channels
 
-import functools
 import hashlib
 import io
 import json
@@ -24,19 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mnist_dist.config import DecodeConfig
 from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
+from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.errors import DataError, ImageError
-from mnist_dist.images.decoder import ImageSpec, Pixels, decode_image, match_channels, resize_pixels
-from mnist_dist.sources.source import Source, read_encoded
-from mnist_dist.sources.threads import map_in_threads
+from mnist_dist.images.decoder import ImageSpec, Pixels, match_channels, resize_pixels
+from mnist_dist.sources.source import Source
 from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _SHARD_BYTES = 32 * 2**20
 _MIN_ROWS, _MAX_ROWS = 64, 65_536
-_DECODE_THREADS = 2
-_DECODE_AHEAD = 4
+_DECODE_THREADS = 2  # of a task, which has one core: reading waits for storage
 _INDEX = "index.parquet"
 _OK = "ok"
 _DESCRIBED = ("status", "error", "digest")
@@ -50,7 +49,6 @@ class RecordPlan:
     spec: ImageSpec
     max_pixels: int
     class_names: tuple[str, ...]
-    image_column: str | None
 
 
 @dataclass(frozen=True)
@@ -86,32 +84,34 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: i
     )
     if not is_remote(cache.root) and not cache.is_finished():
         check_free_space(Path(cache.root), cache.rows * spec.image_bytes, "the decoded images")
-    return RecordPlan(
-        cache=cache, spec=spec, max_pixels=max_pixels, class_names=source.class_names, image_column=source.image_column
-    )
+    return RecordPlan(cache=cache, spec=spec, max_pixels=max_pixels, class_names=source.class_names)
 
 
-def decode_shard(plan: RecordPlan, shard: int, uris: Sequence[str]) -> None:
+def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool = False) -> None:
     """Reads, decodes and stores the records of one shard.
 
     Args:
         plan: the plan of the records.
         shard: 0 to `plan.cache.shards` - 1.
-        uris: URIs of the shard's records, in order.
+        rows: the shard's rows of the source's table.
+        isolated: decode one image at a time in a child process, because an image seems to kill processes.
 
     Raises:
+        DecoderStuck: an image takes longer than `DecodeConfig.image_timeout_s`.
         ServiceError, StorageError, PermissionError: the storage failed, not an image.
     """
-    decode = functools.partial(_decode_record, plan.spec, plan.max_pixels)
-    encoded = read_encoded(uris, plan.image_column)
-    results = map_in_threads(decode, encoded, threads=_DECODE_THREADS, ahead=_DECODE_AHEAD)
-    pixels = np.zeros((len(uris), *plan.spec.shape), np.uint8)
+    collector = Collector(len(rows))
+    limits = DecodeConfig(max_pixels=plan.max_pixels)
+    with DecodePool(plan.spec, config=limits, threads=Threads(decoding=_DECODE_THREADS)) as pool:
+        pool.begin(rows, collector, isolated=isolated)
+        collector.wait(pool)
+    pixels = np.zeros((len(rows), *plan.spec.shape), np.uint8)
     errors: dict[int, ImageError] = {}
-    for row, result in enumerate(results):
-        if isinstance(result, ImageError):
-            errors[row] = result
+    for row, image in enumerate(collector.images):
+        if isinstance(image, ImageError):
+            errors[row] = image
         else:
-            pixels[row] = result
+            pixels[row] = image.pixels
     _put(plan, shard, pixels, errors)
 
 
@@ -176,8 +176,8 @@ def read_index(cache: Cache) -> pa.Table:
 
 
 def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
-    """Hex sha256 of the class names and of the digests and labels of the readable records, in order."""
-    readable = index.filter(pc.equal(index["status"], _OK))
+    """Hex sha256 of the class names and of the digests and labels of the readable records, in the order of both."""
+    readable = index.filter(pc.equal(index["status"], _OK)).sort_by([("digest", "ascending"), ("label", "ascending")])
     sha = hashlib.sha256(json.dumps(list(class_names)).encode())
     sha.update("".join(readable["digest"].to_pylist()).encode())
     sha.update(readable["label"].to_numpy().astype("<i4").tobytes())
@@ -189,15 +189,6 @@ def bad_records(index: pa.Table) -> list[tuple[str, str, str]]:
     bad = index.filter(pc.not_equal(index["status"], _OK))
     columns = (bad[name].to_pylist() for name in ("uri", "status", "error"))
     return list(zip(*columns, strict=True))
-
-
-def _decode_record(spec: ImageSpec, max_pixels: int, data: bytes | ImageError) -> Pixels | ImageError:
-    if isinstance(data, ImageError):
-        return data
-    try:
-        return decode_image(data, spec, max_pixels=max_pixels).pixels
-    except ImageError as err:
-        return err
 
 
 def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
@@ -220,7 +211,7 @@ def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageEr
 
 def _key(source: Source, spec: ImageSpec, max_pixels: int) -> str:
     sha = hashlib.sha256()
-    head = [_FORMAT_VERSION, asdict(spec), max_pixels, source.class_names, source.image_column]
+    head = [_FORMAT_VERSION, asdict(spec), max_pixels, source.class_names]
     sha.update(json.dumps(head, sort_keys=True).encode())
     for name in source.table.column_names:
         values = source.table[name].to_pylist()

@@ -3,7 +3,7 @@
 Owns: the rule. Does not own: reading or decoding. Contract: splits that the data defines are kept. A missing split is
 taken from the training images, class by class: sorted by the sha256 of their decoded pixels, the first fraction goes to
 test and the next to validation. So file names and their order do not matter, and images with the same pixels, which are
-neighbours in that order, always land in the same split.
+neighbours in that order, always land in the same split. The records of a split are in that order, too.
 """
 
 # N = records
@@ -31,7 +31,8 @@ class Splits:
     """The records of each split, and the duplicates between splits."""
 
     train: Ints
-    """`int64 [count]`, ascending indices into the records; `val` and `test` have the same form."""
+    """`int64 [count]`: indices into the records, in the order of (digest, label), so that the same images from anywhere
+    come in the same order; `val` and `test` have the same form."""
     val: Ints
     test: Ints
     duplicates: int
@@ -80,7 +81,8 @@ def assign_splits(
     kept = readable.copy()
     if config.drop_duplicates:
         kept[repeats] = False
-    train, val, test = (np.flatnonzero(kept & (splits == code)) for code in (_TRAIN, _VAL, _TEST))
+    order = np.lexsort((labels, ids))
+    train, val, test = (order[(kept & (splits == code))[order]] for code in (_TRAIN, _VAL, _TEST))
     result = Splits(train, val, test, len(repeats), pairs, len(repeats) if config.drop_duplicates else 0)
     _check(result, labels, readable, class_names)
     return result

@@ -1,46 +1,33 @@
-"""Loads images by URI, members of archives too, as small pictures for a report.
+"""Loads images by URI, members of archives and rows of Parquet files too, as small pictures for a report.
 
 Does not own: reading (`sources`), or the decoding that models see (`images`).
 """
 
 import contextlib
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mnist_dist.errors import ImageError, MnistDistError
 from mnist_dist.images.decoder import Pixels
-from mnist_dist.sources.archives import SEPARATOR, index_archive, read_members, split_member
-from mnist_dist.sources.source import read_encoded
+from mnist_dist.sources.listing import list_uris
+from mnist_dist.sources.reading import read_in_order
 
 LONGEST_PX = 224
 MAX_BYTES = 64 * 2**20
-"""Larger members of archives are not read."""
+"""Larger images are not read."""
 
 
 def load_pictures(uris: Iterable[str]) -> dict[str, Pixels | None]:
     """Loads pictures `uint8 [H, W, 3]` of at most 224 px by URI, reading each archive once; None if unreadable."""
     pictures: dict[str, Pixels | None] = dict.fromkeys(uris)
-    by_archive = defaultdict[str, set[str]](set)
-    for uri in pictures:
-        if (member := split_member(uri)) is not None:
-            by_archive[member[0]].add(member[1])
-            continue
-        with contextlib.suppress(OSError, MnistDistError):
-            pictures[uri] = _picture(next(iter(read_encoded([uri], None))))
-    for archive, names in by_archive.items():
-        with contextlib.suppress(OSError, MnistDistError):
-            pictures |= {f"{archive}{SEPARATOR}{name}": _picture(data) for name, data in _members(archive, names)}
+    with contextlib.suppress(OSError, MnistDistError):  # A report without pictures is better than none.
+        rows = list_uris(list(pictures))
+        for uri, data in zip(rows["uri"].to_pylist(), read_in_order(rows, max_bytes=MAX_BYTES), strict=True):
+            pictures[uri] = _picture(data)
     return pictures
-
-
-def _members(archive: str, names: set[str]) -> Iterator[tuple[str, bytes | ImageError]]:
-    members = [member for member in index_archive(archive).members if member.name in names]
-    encoded = read_members(archive, members, max_bytes=MAX_BYTES)
-    return zip((member.name for member in members), encoded, strict=True)
 
 
 def _picture(data: bytes | ImageError) -> Pixels | None:

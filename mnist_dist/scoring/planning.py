@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnist_dist.data.decoding import Times
 from mnist_dist.data.sampling import RUN_ROWS, spread_rows
-from mnist_dist.scoring.decoding import Times
 
 STREAM_ROWS = 256  # first rows of a compressed archive; later rows can only be read after all rows before them
 

@@ -22,10 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
+from mnist_dist.data.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.engines.engine import Engine, Outputs
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels
-from mnist_dist.scoring.decoding import LOOK_S, DecodePool, Threads, Times
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.sources.reading import Encoded
 

@@ -123,7 +123,7 @@ def _bad_rows(job: ScoreJob, output: Output) -> Selection:
 
     Rows of whole archives are left out, because the URI of an archive does not name its members.
     """
-    names = ["uri", "status", *job.inputs.carried]
+    names = ["uri", "status", *job.inputs.carry]
     batches = [
         batch.filter(pc.invert(pc.is_in(batch["status"], value_set=pa.array(NOT_BAD))))
         for batch in iter_predictions(output.uri, columns=names, store=output.store)

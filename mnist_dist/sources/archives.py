@@ -28,7 +28,7 @@ from typing import BinaryIO, Literal, cast
 
 from mnist_dist.errors import ImageError, MnistDistError, ServiceError
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Entry
+from mnist_dist.store.base import Entry, Store
 from mnist_dist.store.local import is_service_error
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -111,7 +111,7 @@ def split_member(uri: str) -> tuple[str, str] | None:
     return None
 
 
-def index_archive(uri: str) -> ArchiveIndex:
+def index_archive(uri: str, *, store: Store = ANYWHERE) -> ArchiveIndex:
     """Lists an archive: a tar from its headers, a zip from its directory, a compressed tar by reading all of it once.
 
     Args:
@@ -168,7 +168,9 @@ def member_groups(members: Sequence[Member], *, max_bytes: int = 4 * 2**20, max_
     return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(members)])]
 
 
-def read_members(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[bytes | ImageError]:
+def read_members(
+    uri: str, members: Sequence[Member], *, max_bytes: int, store: Store = ANYWHERE
+) -> Iterator[bytes | ImageError]:
     """Reads the bytes of members of one archive, in the given order.
 
     Args:

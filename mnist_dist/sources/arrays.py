@@ -1,29 +1,36 @@
-"""The data sets known by name (digits, MNIST and Fashion-MNIST) as arrays in memory.
+"""The data sets known by name (digits, MNIST, Fashion-MNIST, EMNIST) as arrays in memory.
 
-Owns: finding their files, reading their formats (idx, .npz, Keras' download) and checking them. Does not own: how the
-arrays are used.
+Owns: finding their files, reading their formats (idx, .npz, Keras' download) and checking them, and their images as
+rows of a listing and as PNG files. Does not own: how the arrays are used.
 """
 
 # N = records, H = height px, W = width px, C = channels
 
+import functools
 import gzip
 import io
 import math
+import string
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image
 
 from mnist_dist.errors import DataError
 from mnist_dist.images.decoder import Pixels
+from mnist_dist.sources import image_table
+from mnist_dist.sources.columns import LABEL, SPLIT
+from mnist_dist.sources.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import join
+from mnist_dist.store.uris import absolute, join
 
 _DIGIT_NAMES = tuple("0123456789")
 # Source: the README of zalandoresearch/fashion-mnist, section Labels
@@ -31,6 +38,19 @@ _FASHION_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+_DIGITS_AND_CAPITALS = (*_DIGIT_NAMES, *string.ascii_uppercase)
+# Source: G. Cohen et al., "EMNIST: an extension of MNIST to handwritten letters" (2017), figure 2 and table II: the
+# letters whose upper and lower case look alike are merged in `bymerge` and `balanced`, and all of them in `letters`.
+_EMNIST_NAMES = {
+    "byclass": (*_DIGITS_AND_CAPITALS, *string.ascii_lowercase),
+    "bymerge": (*_DIGITS_AND_CAPITALS, *"abdefghnqrt"),
+    "balanced": (*_DIGITS_AND_CAPITALS, *"abdefghnqrt"),
+    "letters": tuple(string.ascii_uppercase),
+    "digits": _DIGIT_NAMES,
+    "mnist": _DIGIT_NAMES,
+}
+PACKING = "array:"
+"""Begins the packing of a row of a listing; the name of the data set follows."""
 _IDX_STEMS = {"train": "train", "test": "t10k"}
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -48,14 +68,20 @@ class ArrayPart:
 
 
 @dataclass(frozen=True)
-class NamedArrays:
-    """A data set: its class names, and the function that reads its parts from `data_dir`."""
+class Arrays:
+    """A data set in memory."""
 
     class_names: tuple[str, ...]
-    read: Callable[[str, str | None], list[ArrayPart]]
+    parts: Sequence[ArrayPart]
+
+    @property
+    def pixels(self) -> Pixels:
+        """`uint8 [N, H, W, C]`: all parts, in order."""
+        images = np.concatenate([part.images for part in self.parts])
+        return images if images.ndim == 4 else images[..., None]
 
 
-def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[ArrayPart]]:
+def read_arrays(name: str, data_dir: str | None) -> Arrays:
     """Reads and checks a data set of `NAMED_ARRAYS`.
 
     Args:
@@ -63,20 +89,57 @@ def read_arrays(name: str, data_dir: str | None) -> tuple[tuple[str, ...], list[
         data_dir: a folder of idx files (plain or .gz) or an .npz file. None: Keras downloads the data.
 
     Returns:
-        The class names and the parts. All images have the same shape.
+        The data, whose images all have the same shape.
 
     Raises:
         DataError: a file is missing or corrupt, or the download failed.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    data = NAMED_ARRAYS[name]
-    parts = data.read(name, data_dir)
-    for part in parts:
+    data = NAMED_ARRAYS[name](name, data_dir)
+    for part in data.parts:
         _check_part(f"{name} {part.split or ''}".strip(), part, len(data.class_names))
-    shapes = sorted({part.images.shape[1:] for part in parts})
+    shapes = sorted({part.images.shape[1:] for part in data.parts})
     if len(shapes) > 1:
         raise DataError(f"{name}: the images of all splits must have one size. Received: {shapes}")
-    return data.class_names, parts
+    return data
+
+
+def list_rows(name: str, data_dir: str | None, *, labelled: bool) -> tuple[pa.Table, tuple[str, ...]]:
+    """The images as rows of a listing, `name/split/00017`, and the class names.
+
+    Args:
+        name, data_dir: as for `read_arrays`.
+        labelled: add `label` and `split`.
+
+    Raises:
+        DataError, PermissionError, ServiceError, StorageError: as from `read_arrays`.
+    """
+    data = read_arrays(name, data_dir)
+    image_bytes = math.prod(data.pixels.shape[1:])
+    uris = (f"{name}/{part.split or 'all'}/{row:05d}" for part in data.parts for row in range(len(part.images)))
+    table = image_table.table_of(
+        ImageRow(uri, image_bytes, None, archive=data_dir or "", packing=f"{PACKING}{name}", offset=row)
+        for row, uri in enumerate(uris)
+    )
+    if labelled:
+        labels = np.concatenate([part.labels for part in data.parts]).astype(np.int64)
+        splits = [part.split for part in data.parts for _ in part.labels]
+        table = table.append_column(LABEL, pa.array(data.class_names, pa.string()).take(pa.array(labels)))
+        table = table.append_column(SPLIT, pa.array(splits, pa.string()))
+    return table, data.class_names
+
+
+def encoded_rows(name: str, data_dir: str | None, rows: Sequence[int]) -> Iterator[bytes]:
+    """The images at `rows` of `list_rows` as PNG files; raises as `read_arrays` does."""
+    pixels = _cached_pixels(name, data_dir)
+    for row in rows:
+        image = pixels[row, ..., 0] if pixels.shape[3] == 1 else pixels[row, ..., ::-1]  # OpenCV has BGR.
+        yield cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_pixels(name: str, data_dir: str | None) -> Pixels:
+    return read_arrays(name, data_dir).pixels  # Two requests read the same data, at worst twice.
 
 
 def write_digits(uri: str, *, count: int) -> None:
@@ -89,7 +152,7 @@ def write_digits(uri: str, *, count: int) -> None:
     Raises:
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    _, (digits,) = read_arrays("digits", None)
+    (digits,) = read_arrays("digits", None).parts
     with ANYWHERE.new_object(uri) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for number, (pixels, label) in enumerate(zip(digits.images[:count], digits.labels, strict=False)):
             png = io.BytesIO()
@@ -132,26 +195,54 @@ def parse_idx(data: bytes, *, dimensions: int, place: str) -> Pixels:
     return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape)
 
 
-def _read_digits(name: str, data_dir: str | None) -> list[ArrayPart]:
+def _read_digits(name: str, data_dir: str | None) -> Arrays:
     from sklearn.datasets import load_digits
 
     digits = load_digits()  # Comes with scikit-learn, so it needs no file and no network.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return [ArrayPart(None, pixels, digits.target)]
+    return Arrays(_DIGIT_NAMES, [ArrayPart(None, pixels, digits.target)])
 
 
-def _read_mnist(name: str, data_dir: str | None) -> list[ArrayPart]:
+def _read_mnist(name: str, data_dir: str | None) -> Arrays:
+    class_names = _FASHION_NAMES if name == "fashion_mnist" else _DIGIT_NAMES
     if data_dir is None:
-        return _download(name)
+        return Arrays(class_names, _download(name))
     if data_dir.lower().endswith(".npz"):
-        return _read_npz(data_dir)
-    return [_read_idx_pair(name, data_dir, split) for split in _IDX_STEMS]
+        return Arrays(class_names, _read_npz(data_dir))
+    return Arrays(class_names, [_read_idx_pair(name, data_dir, split, stem) for split, stem in _IDX_STEMS.items()])
 
 
-NAMED_ARRAYS = {
-    "digits": NamedArrays(_DIGIT_NAMES, _read_digits),
-    "mnist": NamedArrays(_DIGIT_NAMES, _read_mnist),
-    "fashion_mnist": NamedArrays(_FASHION_NAMES, _read_mnist),
+def _read_emnist(name: str, data_dir: str | None) -> Arrays:
+    """The images are stored transposed, and the labels of `letters` begin at 1."""
+    if data_dir is None:
+        raise DataError(
+            f"{name} cannot be downloaded; set data_dir to a folder of its idx files. Received: data_dir=None"
+        )
+    subset = name.partition("_")[2] or _emnist_subset(data_dir)
+    first = 1 if subset == "letters" else 0
+    parts = [
+        ArrayPart(part.split, part.images.transpose(0, 2, 1), part.labels.astype(np.int64) - first)
+        for part in (_read_idx_pair(name, data_dir, split, f"emnist-{subset}-{split}") for split in _IDX_STEMS)
+    ]
+    return Arrays(_EMNIST_NAMES[subset], parts)
+
+
+def _emnist_subset(folder: str) -> str:
+    """The only subset whose files are in the folder."""
+    files = ANYWHERE.list_level(absolute(folder)).files
+    found = sorted({subset for subset in _EMNIST_NAMES for file in files if file.startswith(f"emnist-{subset}-train-")})
+    if len(found) != 1:
+        names = ", ".join(f"emnist_{subset}" for subset in found or _EMNIST_NAMES)
+        raise DataError(f"{folder}: name one of the subsets: {names}. Received: files of {', '.join(found) or 'none'}")
+    return found[0]
+
+
+NAMED_ARRAYS: dict[str, Callable[[str, str | None], Arrays]] = {
+    "digits": _read_digits,
+    "mnist": _read_mnist,
+    "fashion_mnist": _read_mnist,
+    "emnist": _read_emnist,
+    **{f"emnist_{subset}": _read_emnist for subset in _EMNIST_NAMES},
 }
 
 
@@ -183,8 +274,7 @@ def _read_npz(uri: str) -> list[ArrayPart]:
     return [ArrayPart("train", *arrays[:2]), ArrayPart("test", *arrays[2:])]
 
 
-def _read_idx_pair(name: str, folder: str, split: str) -> ArrayPart:
-    stem = _IDX_STEMS[split]
+def _read_idx_pair(name: str, folder: str, split: str, stem: str) -> ArrayPart:
     images, image_file = _read_idx(name, folder, f"{stem}-images", 3)
     labels, label_file = _read_idx(name, folder, f"{stem}-labels", 1)
     if len(images) != len(labels):

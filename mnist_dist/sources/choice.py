@@ -1,32 +1,32 @@
-"""Which files are scored, and the row of each: a listed file, a line of a list, or a member of an archive.
+"""Which files are taken, and the row of each: a listed file, or a line of a list.
 
-Owns: include, exclude and file suffixes, and what is known about a row before it is read. Does not own: where files are
-searched (`listing`), or reading archives (`sources/archives.py`).
+Owns: include, exclude, hidden names and file suffixes, and what is known about a row before it is read. Does not own:
+where files are searched (`listing`), or opening archives and Parquet files (`containers`).
 
-Contract: a file without an image suffix is left out and counted, unless the user named it. Everything that the user
-named gets a row; if it cannot be read, the row says so.
+Contract: a file that is hidden or without an image suffix is left out and counted, unless the user named it. Everything
+that the user named gets a row; if it cannot be read, the row says so.
 """
 
 import collections
 import fnmatch
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from mnist_dist.config import InputConfig
-from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.errors import StorageError
 from mnist_dist.images.decoder import IMAGE_SUFFIXES
-from mnist_dist.sources import image_table
-from mnist_dist.sources.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive, split_member
+from mnist_dist.sources import parquet
+from mnist_dist.sources.archives import SEPARATOR, is_archive, split_member
 from mnist_dist.sources.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_remote
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|@eaDir/|__MACOSX/)")
+"""Source: dot files; thumbnails of Synology; what the Finder packs beside the files of a zip."""
+_HIDDEN_PARQUET = re.compile(r"(?:^|/)_")  # As Spark and pyarrow: `_temporary/`, `_metadata`.
 _MAX_SUFFIXES = 1_000  # counted separately; file names that end in numbers would fill the memory
 _REST = "..."  # counts all further suffixes
 
@@ -39,11 +39,19 @@ class LeftOut:
     """Files without an image suffix, by their lower-case suffix."""
     by_pattern: int = 0
     """Files left out by include and exclude."""
+    hidden: int = 0
+    """Images whose name, or that of a folder above, begins with a dot, and the like (`is_hidden`)."""
+    beside: int = 0
+    """Images beside Parquet files that hold the data set."""
+    nested: int = 0
+    """Archives inside archives, which are not opened."""
+    first_nested: str = ""
+    """URI of the first one."""
 
     @property
     def total(self) -> int:
         """All files left out."""
-        return self.by_suffix.total() + self.by_pattern
+        return self.by_suffix.total() + self.by_pattern + self.hidden + self.beside
 
     def add(self, suffix: str, files: int = 1) -> None:
         """Counts files with this suffix."""
@@ -55,6 +63,10 @@ class LeftOut:
         for suffix, files in other.by_suffix.items():
             self.add(suffix, files)
         self.by_pattern += other.by_pattern
+        self.hidden += other.hidden
+        self.beside += other.beside
+        self.nested += other.nested
+        self.first_nested = self.first_nested or other.first_nested
 
 
 @dataclass(frozen=True)
@@ -87,13 +99,16 @@ class Choice:
 
         Args:
             uri: URI of the file, or of the member of an archive.
-            name: path of the file; for a member, its path within the archive.
+            name: path of the file, relative to the folder that is listed; for a member, its path within the archive.
             left_out: counts the file if it is left out.
             named: whether the user named the file, so that any suffix is accepted.
         """
-        suffix = _suffix(name)
+        suffix = suffix_of(name)
         if suffix not in _IMAGE_SUFFIXES and not named and (not self.all_files or is_archive(name)):
             left_out.add(suffix)
+            return False
+        if not named and not self.all_files and is_hidden(name):
+            left_out.hidden += 1
             return False
         if not self.matches(uri, name):
             left_out.by_pattern += 1
@@ -102,27 +117,41 @@ class Choice:
 
     def keeps(self, row: ImageRow, left_out: LeftOut) -> bool:
         """Whether include and exclude accept a row that the user named; if not, it is counted in `left_out`."""
-        name = _member_name(row.uri, row.archive) if row.archive else row.uri
+        name = member_name(row.uri, row.archive) if row.archive else row.uri
         # include applies to the members of an archive, not to the archive itself
         kept = not self.excludes(row.uri, name) if row.uri == row.archive else self.matches(row.uri, name)
         left_out.by_pattern += not kept
         return kept
 
 
-def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, named: bool) -> ImageRow | None:
-    """The row of a listed file, or of an archive to be opened later; None: the file is left out, and counted."""
-    uri = entry.uri
-    if _suffix(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
+def is_hidden(name: str) -> bool:
+    """Whether a relative path is hidden: dot files, and what Synology and the Finder leave beside images. Of Parquet
+    files, also names that begin with an underscore."""
+    return bool(_HIDDEN.search(name) or (parquet.is_parquet(name) and _HIDDEN_PARQUET.search(name)))
+
+
+def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, root: str) -> ImageRow | None:
+    """The row of a listed file, or of an archive to be opened later; None: the file is left out, and counted.
+
+    Args:
+        entry: the file.
+        choice: which files are taken.
+        left_out: counts the file if it is left out.
+        root: the folder that is listed, or the file itself, which the user named then.
+    """
+    uri, named = entry.uri, entry.uri == root
+    name = uri.removeprefix(root).lstrip("/") or uri
+    if suffix_of(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
         row = ImageRow(uri, archive=uri)
-        return row if choice.keeps(row, left_out) else None
-    if not choice.takes(uri, uri, left_out, named=named):
+        return row if (named or not is_hidden(name)) and choice.keeps(row, left_out) else None
+    if not choice.takes(uri, name, left_out, named=named):
         return None
     # a file without an etag is a broken link
     return ImageRow(uri, entry.size_bytes, entry.etag) if entry.etag else ImageRow(uri)
 
 
 def row_of_line(line: str) -> ImageRow:
-    """The row of any line in a list. Archives, also those of members, are opened later.
+    """The row of any line in a list. Archives and Parquet files, also those of members and rows, are opened later.
 
     Raises:
         ServiceError: see `store.base`.
@@ -139,54 +168,13 @@ def row_of_line(line: str) -> ImageRow:
     if member is not None:
         archive = absolute(member[0])
         return ImageRow(f"{archive}{SEPARATOR}{member[1]}", archive=archive)
+    row = parquet.split_row(line)
+    if row is not None:
+        return ImageRow(parquet.row_uri(absolute(row[0]), row[1]), archive=absolute(row[0]))
     uri = absolute(line)
-    if is_archive(uri):
+    if is_archive(uri) or parquet.is_parquet(uri):
         return ImageRow(uri, archive=uri)
     return ImageRow(uri) if remote else _row_of_path(uri)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The rows of one archive."""
-
-    table: pa.Table
-    duplicates: int
-    """Members that a later member of the same name replaces."""
-    left_out: LeftOut
-
-
-def open_archive(archive: str, asked: pa.Table, choice: Choice) -> Opened:
-    """Opens an archive, and returns its rows in place of those that wait for it.
-
-    Args:
-        archive: URI of the archive.
-        asked: the waiting rows. One that names the archive stands for all its chosen members; one that names a member
-            stands for that member, whatever its suffix.
-        choice: which members are scored.
-
-    Returns:
-        The members in the order of the archive, with the carried columns of the rows that waited for them.
-
-    Raises:
-        ServiceError, StorageError: see `store.base`.
-    """
-    index = index_archive(archive)
-    left_out = LeftOut()
-    requested: dict[str, list[int]] = {}  # member -> numbers of the rows that name it
-    whole = []  # numbers of the rows that name the archive
-    for number, uri in enumerate(asked["uri"].to_pylist()):
-        if uri == archive:
-            whole.append(number)
-        else:
-            requested.setdefault(_member_name(uri, archive), []).append(number)
-    all_rows = ((number, row) for number in whole for row in _all_rows(index, choice, left_out))
-    origins: list[int] = []
-    rows = itertools.chain(all_rows, _requested_rows(index, requested))
-    table = image_table.table_of(_keeping_numbers(rows, origins))
-    for name in asked.column_names[len(table.column_names) :]:
-        column = image_table.taken(asked[name], pa.array(origins, pa.int64()))
-        table = table.append_column(asked.schema.field(name), column)
-    return Opened(table, index.duplicates, left_out)
 
 
 def _row_of_path(path: str) -> ImageRow:
@@ -199,61 +187,13 @@ def _row_of_path(path: str) -> ImageRow:
     return ImageRow(path, entry.size_bytes, entry.etag)
 
 
-def _keeping_numbers(numbered: Iterable[tuple[int, ImageRow]], numbers: list[int]) -> Iterator[ImageRow]:
-    for number, row in numbered:
-        numbers.append(number)
-        yield row
-
-
-def _all_rows(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterator[ImageRow]:
-    archive = index.entry.uri
-    if index.problem is not None:
-        error = f"{index.problem.message}; {len(index.members):,} members were readable"
-        yield ImageRow(archive, etag=index.entry.etag or None, status=index.problem.status, error=error)
-    for member in index.members:
-        if choice.takes(f"{archive}{SEPARATOR}{member.name}", member.name, left_out):
-            yield _row_of_member(index, member)
-
-
-def _requested_rows(index: ArchiveIndex, requested: dict[str, list[int]]) -> Iterator[tuple[int, ImageRow]]:
-    """The rows of the requested members, each with the number of the row that names it."""
-    names = {member.name for member in index.members if member.name in requested}
-    for member in index.members:
-        for number in requested.get(member.name, ()):
-            yield number, _row_of_member(index, member)
-    problem = index.problem or ImageError("missing", "no such member")
-    for name, numbers in requested.items():
-        if name not in names:
-            # no archive column: there is nothing to read
-            row = ImageRow(
-                f"{index.entry.uri}{SEPARATOR}{name}",
-                etag=index.entry.etag or None,
-                status=problem.status,
-                error=problem.message,
-            )
-            yield from ((number, row) for number in numbers)
-
-
-def _row_of_member(index: ArchiveIndex, member: Member) -> ImageRow:
-    return ImageRow(
-        uri=f"{index.entry.uri}{SEPARATOR}{member.name}",
-        size_bytes=member.size_bytes,
-        etag=index.entry.etag,
-        archive=index.entry.uri,
-        packing=member.packing,
-        offset=member.offset,
-        stored_bytes=member.stored_bytes,
-        crc32=member.crc32,
-        status=None if member.problem is None else member.problem.status,
-        error=None if member.problem is None else member.problem.message,
-    )
-
-
-def _member_name(uri: str, archive: str) -> str:
+def member_name(uri: str, archive: str) -> str:
+    """The name within the archive of a member's URI."""
     return uri.removeprefix(f"{archive}{SEPARATOR}")
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """The lower-case suffix of a file's name, with its dot; empty: none."""
     dot = name.rfind(".")
     return name[dot:].lower() if dot > name.rfind("/") else ""
 

@@ -1,4 +1,4 @@
-"""Rows of the manifest as an Arrow table: collected in batches, sorted, without duplicates.
+"""The rows of a listing as an Arrow table: collected in batches, sorted, without duplicates.
 
 Owns: converting rows to Arrow, their order, duplicates and samples. Does not own: which rows there are (`listing`).
 
@@ -28,11 +28,11 @@ COLUMNS = pa.schema(
         pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
         ("size_bytes", pa.int64()),  # null: unknown until it is read
         ("etag", pa.string()),  # null: unknown until it is read; for a member: that of its archive
-        # only for members of archives: where the bytes lie (`sources/archives.py`)
-        ("archive", pa.string()),
+        # only for images in a container: where the bytes lie (`archives`, `parquet`, `arrays`)
+        ("archive", pa.string()),  # the container; of arrays the folder of their files, or empty
         ("packing", pa.string()),
-        ("offset", pa.int64()),
-        ("stored_bytes", pa.int64()),
+        ("offset", pa.int64()),  # in bytes; the number of a row
+        ("stored_bytes", pa.int64()),  # in an archive; the row group of a Parquet file
         ("crc32", pa.int64()),
         # only for images known to be unusable before they are read
         ("status", pa.string()),

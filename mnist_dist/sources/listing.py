@@ -1,26 +1,23 @@
-"""Turns the input arguments into a table of the images to score.
+"""Lists the images that inputs name: what every job trains on, scores or evaluates.
 
-Owns: what an input is (a file, a folder, a prefix, a glob, an archive, a list), and listing it. Does not own: which
-files are taken and what an archive holds (`choice`), the order of the table and its duplicates (`image_table`), or the
-formats of lists (`lists`).
+Owns: listing inputs of all kinds into one table. Does not own: what kind an input is (`places`), which files are taken
+(`choice`), what archives and Parquet files hold (`containers`), the order of the table and its duplicates
+(`image_table`), or the formats of lists (`lists`).
 
-Contract: listing reads only lists and the indexes of archives, and loses no row. An image already known to be unusable
-gets its status here. An S3 object that a list names is not looked up; whether it exists shows when it is read. A name
-that exists is taken literally before it is tried as a glob.
+Contract: listing reads only lists, the indexes of archives, and columns beside the images; for labels also the small
+files of WebDataset shards. It loses no row: an image already known to be unusable gets its status here. A remote object
+that a list names is not looked up; whether it exists shows when it is read. In a folder that holds Parquet files of
+images, pictures beside them are not part of the data.
 """
 
-import contextlib
-import fnmatch
 import functools
-import glob
 import itertools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TextIO
+from dataclasses import dataclass
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,199 +25,329 @@ import pyarrow.compute as pc
 from mnist_dist.config import InputConfig, require
 from mnist_dist.errors import DataError
 from mnist_dist.images.decoder import IMAGE_SUFFIXES
-from mnist_dist.sources import image_table, lists
-from mnist_dist.sources.archives import split_member
-from mnist_dist.sources.choice import Choice, LeftOut, Opened, open_archive, row_of_entry, row_of_line
+from mnist_dist.sources import arrays, image_table, labels, lists, parquet
+from mnist_dist.sources.choice import Choice, LeftOut, is_hidden, row_of_entry, row_of_line
+from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
+from mnist_dist.sources.places import Place, errors_of, matching, not_there, place_of
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Entry
-from mnist_dist.store.uris import absolute, is_file_uri, is_remote
+from mnist_dist.store.base import Entry, Store
 
 _log = logging.getLogger(__name__)
-_STDIN = "-"
 _THREADS = 8  # The threads wait for storage, not for a core.
-_AHEAD = 16  # archives, or pieces of a list, that are opened before they are needed
+_AHEAD = 16  # containers, or pieces of a list, that are opened before they are needed
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
 _PROGRESS_ENTRIES = 1_000  # files between two reports of progress
 _MAX_SHOWN = 10  # inputs, or file suffixes, in a message
-_MAGIC = re.compile(r"[*?\[]")
-_ESCAPED = re.compile(r"\[([*?\[])\]")
-_GLOB_TOKEN = re.compile(r"(?:(?<=/)|^)\*\*/|\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images to score, and counts of what was left out."""
+    """The images that the inputs name, and counts of what was left out."""
 
     table: pa.Table
-    """`manifest.COLUMNS`, then the carried columns. Each URI occurs once. Inputs keep their order; each is sorted by
-    URI, and members come in the order of their archive."""
+    """`COLUMNS`, then the carried columns, or `label` and `split` of a labelled listing. Each URI occurs once. Inputs
+    keep their order; each is sorted by URI, and members come in the order of their archive."""
     by_suffix: Mapping[str, int]
     """Number of images by lower-case file suffix (`.jpg`), the most frequent first."""
     archives: int
-    """Archives that were opened."""
+    """Archives and Parquet files that were opened."""
     named_twice: int
     """Duplicate rows left out; the first row of a URI is kept."""
     duplicate_members: int
     """Members of archives that a later member of the same name replaces."""
-    others: int
-    """Files left out because their suffix is not an image suffix, or by include and exclude."""
+    left_out: LeftOut
+    """Files left out because of their names."""
+    unlabelled: int
+    """Images left out of a labelled listing because nothing gives their class."""
+    empty_folders: tuple[str, ...]
+    """Folders beside those of the classes in which there are no images; only of a labelled listing, and local."""
+    class_names: tuple[tuple[str, ...], ...]
+    """The class names, by class number, that Parquet files and named data sets declare; without duplicates."""
 
     @property
     def total_bytes(self) -> int:
         """Total size of the images whose size is known."""
         return int(pc.sum(self.table["size_bytes"]).as_py() or 0)
 
+    def notes(self) -> list[str]:
+        """What a person should know about what was opened, ignored and left out."""
+        counts = {
+            "in {:,} archives": self.archives,
+            "{:,} duplicates ignored": self.named_twice,
+            "{:,} archive members replaced by later members of the same name": self.duplicate_members,
+            "{:,} other files skipped": self.left_out.total - self.left_out.hidden - self.left_out.beside,
+            "{:,} hidden files skipped": self.left_out.hidden,
+            "{:,} pictures beside the Parquet files skipped": self.left_out.beside,
+            f"{{:,}} archives inside archives not opened, such as {self.left_out.first_nested}": self.left_out.nested,
+            "{:,} images without a class skipped": self.unlabelled,
+        }
+        empty = ", ".join(self.empty_folders[:_MAX_SHOWN])
+        return [text.format(count) for text, count in counts.items() if count] + (
+            [f"no images in the folders {empty}"] if empty else []
+        )
+
 
 def list_inputs(
     config: InputConfig,
     *,
+    label_column: str | None = None,
     reserved: Iterable[str] = (),
     stdin: TextIO | None = None,
     progress: Callable[[int], None] | None = None,
+    store: Store = ANYWHERE,
 ) -> Listing:
     """Lists all images that `config.input` names.
 
     Args:
         config: the inputs, and which of their files to take.
+        label_column: list the classes and splits as well; this column of lists and Parquet files holds the labels.
         reserved: column names that may not be carried, besides those of `COLUMNS`.
         stdin: the stream to read for the input `-`. None: the stdin of the process.
         progress: called now and then with the number of images listed so far.
+        store: where the inputs are.
 
     Raises:
         ConfigError: a carried column has a reserved name.
         DataError: an input does not exist, must not be listed or is an unreadable list, or there are no images.
         ServiceError, StorageError: see `store.base`.
     """
-    clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carried))
+    clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    return _Search(config, stdin=stdin, progress=progress).listing()
+    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column)
+    return _Search(config, wanted, stdin=stdin, progress=progress, store=store).listing()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One input: what kind it is, and counts of the files left out of it."""
+def list_uris(uris: Sequence[str], *, store: Store = ANYWHERE) -> pa.Table:
+    """The rows (`COLUMNS`) of images by their URIs, as prediction tables have them; sorted by URI.
 
-    name: str
-    """As typed by the user."""
-    kind: Literal["stdin", "line", "list", "glob", "tree"]
-    uri: str
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    @property
-    def is_listed(self) -> bool:
-        """Whether the input names images one by one."""
-        return self.kind in ("stdin", "line", "list")
+    Raises:
+        ServiceError, StorageError: see `store.base`.
+    """
+    table = image_table.sorted_by_uri(image_table.table_of(map(row_of_line, uris)))
+    choice, wanted = Choice.of(InputConfig(input=("-",))), Wanted()
+    pieces, done = [], 0
+    for run in image_table.waiting_runs(table):
+        opened = _open_run(run, table=table, choice=choice, wanted=wanted, store=store)[1]
+        pieces += [table.slice(done, run.start - done), opened.table]
+        done = run.stop
+    return image_table.sorted_by_uri(pa.concat_tables([*pieces, table.slice(done)]))
 
 
 class _Search:
     """The state of one listing.
 
     Args:
-        config, stdin, progress: as for `list_inputs`.
+        wanted: what is read beside the images.
+        config, stdin, progress, store: as for `list_inputs`.
     """
 
-    def __init__(self, config: InputConfig, *, stdin: TextIO | None, progress: Callable[[int], None] | None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: InputConfig,
+        wanted: Wanted,
+        *,
+        stdin: TextIO | None,
+        progress: Callable[[int], None] | None,
+        store: Store,
+    ) -> None:
+        self._config, self._wanted, self._store = config, wanted, store
         self._choice = Choice.of(config)
-        self._carried = tuple(dict.fromkeys(config.carried))
         self._stdin = stdin
         self._progress = progress or (lambda images: None)
         self._images = 0
-        self._archives: dict[str, int] = {}
-        """Opened archive -> how many of its members are replaced by later ones."""
+        self._left_out: dict[str, LeftOut] = {name: LeftOut() for name in config.input}
+        self._containers: dict[str, int] = {}
+        """Opened container -> how many of its members are replaced by later ones."""
+        self._columns: set[str] = set()
+        """Columns that can be carried."""
+        self._class_names: dict[tuple[str, ...], None] = {}
+        self._unlabelled = 0
+        self._empty_folders: list[str] = []
 
     def listing(self) -> Listing:
         """Lists all inputs."""
-        places = [_place_of(name) for name in self._config.input]
-        columns = {place.uri: _columns_of(place) for place in places if place.kind == "list"}
-        _check_carried(self._carried, columns)
-        tables = [self._table_of(place, columns.get(place.uri, ())) for place in places]
-        rows = image_table.joined(tables, self._carried)
+        places = [place_of(name, image_column=self._wanted.image_column) for name in self._config.input]
+        self._read_columns(places)
+        tables = [self._table_of(place) for place in places]
+        self._check_carried()
+        if self._wanted.label_column is not None:
+            tables = _with_splits_of_inputs(places, tables)
+        beside = self._wanted.carried if self._wanted.label_column is None else (LABEL, SPLIT)
+        rows = image_table.joined(tables, beside)
         if not len(rows):
-            raise DataError(_no_images(self._config, places))
+            raise DataError(_no_images(self._config, self._left_out, self._unlabelled))
         # A single folder or glob has no duplicates, so the search for them is skipped.
         unique = rows if len(places) == 1 and not places[0].is_listed else image_table.first_of_each(rows)
         table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
         table = image_table.compact(table.slice(0, self._config.limit))
+        left_out = LeftOut()
+        for part in self._left_out.values():
+            left_out.update(part)
         return Listing(
             table=table,
             by_suffix=image_table.count_suffixes(table),
-            archives=len(self._archives),
+            archives=len(self._containers),
             named_twice=len(rows) - len(unique),
-            duplicate_members=sum(self._archives.values()),
-            others=sum(place.left_out.total for place in places),
+            duplicate_members=sum(self._containers.values()),
+            left_out=left_out,
+            unlabelled=self._unlabelled,
+            empty_folders=tuple(self._empty_folders),
+            class_names=tuple(self._class_names),
         )
 
-    def _table_of(self, place: _Place, columns: Sequence[str]) -> pa.Table:
+    # --- columns -----------------------------------------------------------------------------------------------------
+
+    def _read_columns(self, places: Sequence[Place]) -> None:
+        """Checks what can be carried before anything is listed, where only lists can have columns."""
+        for place in places:
+            if place.kind == "list":
+                with errors_of(place.name):
+                    self._columns.update(lists.column_names(place.uri))
+        if all(place.is_listed for place in places):
+            self._check_carried()
+
+    def _check_carried(self) -> None:
+        missing = [name for name in self._wanted.carried if name not in self._columns]
+        if missing:
+            raise DataError(
+                "carry must name columns of the lists and Parquet files among the inputs:"
+                f" {', '.join(sorted(self._columns)) or 'there are none'}. Received: carry={', '.join(missing)}"
+            )
+
+    # --- one input ---------------------------------------------------------------------------------------------------
+
+    def _table_of(self, place: Place) -> pa.Table:
         _log.info("listing %s", place.name)
-        with _errors_of(place.name):
-            table = self._named(place, columns) if place.is_listed else self._scanned(place)
-            table = self._with_members(image_table.sorted_by_uri(table), place)
+        with errors_of(place.name):
+            if place.kind == "arrays":
+                table = self._arrays(place)
+            else:
+                table = self._named(place) if place.is_listed else self._scanned(place)
+                table = self._with_contents(image_table.sorted_by_uri(table), place)
+            if self._wanted.label_column is not None:
+                table = self._labelled(table, place)
         self._progress(self._images)
         return table
 
-    def _scanned(self, place: _Place) -> pa.Table:
-        entries = _matching(place.uri) if place.kind == "glob" else ANYWHERE.scan_entries(place.uri)
+    def _arrays(self, place: Place) -> pa.Table:
+        is_labelled = self._wanted.label_column is not None
+        table, class_names = arrays.list_rows(place.name, self._config.data_dir, labelled=is_labelled)
+        self._class_names[class_names] = None
+        self._images += len(table)
+        return table
+
+    def _scanned(self, place: Place) -> pa.Table:
+        entries = matching(place.uri) if place.kind == "glob" else self._store.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
-            raise _not_there(place.name, place.uri)
-        return image_table.table_of(self._rows(itertools.chain([first] if first else [], entries), place))
+            raise not_there(place.name, place.uri)
+        files: list[Entry] = []
+        rows = self._rows(itertools.chain([first] if first else [], entries), place, files)
+        table = image_table.table_of(rows)
+        if not self._is_parquet_data(files):
+            if files:
+                self._left_out[place.name].add(parquet.PARQUET_SUFFIX, len(files))
+            return table
+        containers = table.filter(pc.is_valid(table["archive"]))
+        self._left_out[place.name].beside += len(table) - len(containers)
+        self._images -= len(table) - len(containers)
+        waiting = image_table.table_of(ImageRow(entry.uri, archive=entry.uri) for entry in files)
+        return pa.concat_tables([containers, waiting])
 
-    def _rows(self, entries: Iterable[Entry], place: _Place) -> Iterator[ImageRow]:
+    def _rows(self, entries: Iterable[Entry], place: Place, files: list[Entry]) -> Iterator[ImageRow]:
+        """The rows of files and archives; Parquet files are collected in `files`."""
+        root, left_out = place.root, self._left_out[place.name]
         for count, entry in enumerate(entries, start=1):
-            row = row_of_entry(entry, self._choice, place.left_out, named=entry.uri == place.uri)
+            if parquet.is_parquet(entry.uri):
+                self._take_parquet(entry, root, files, left_out)
+                continue
+            row = row_of_entry(entry, self._choice, left_out, root=root)
             if row is not None:
                 self._images += not row.waits
                 yield row
             if count % _PROGRESS_ENTRIES == 0:
                 self._progress(self._images)
 
-    def _named(self, place: _Place, columns: Sequence[str]) -> pa.Table:
-        carried = [name for name in self._carried if name in columns]
-        batches = [self._batch(lines, place) for lines in self._lines(place, carried)]
+    def _take_parquet(self, entry: Entry, root: str, files: list[Entry], left_out: LeftOut) -> None:
+        if entry.uri != root and is_hidden(entry.uri.removeprefix(root)):
+            left_out.hidden += 1
+        elif not self._choice.matches(entry.uri, entry.uri):
+            left_out.by_pattern += 1
+        else:
+            files.append(entry)
+
+    def _is_parquet_data(self, files: Sequence[Entry]) -> bool:
+        """Whether the first Parquet file holds images; the others may be damaged."""
+        column = self._wanted.image_column
+        return any(parquet.holds_images(entry.uri, column, store=self._store) for entry in files[:_MAX_SHOWN])
+
+    def _named(self, place: Place) -> pa.Table:
+        batches = [self._batch(lines, place) for lines in self._lines(place)]
         return pa.Table.from_batches(batches) if batches else COLUMNS.empty_table()
 
-    def _lines(self, place: _Place, carried: Sequence[str]) -> Iterator[Lines]:
+    def _lines(self, place: Place) -> Iterator[Lines]:
         if place.kind == "line":
             return iter([Lines([place.uri])])
         if place.kind == "list":
-            return lists.read_list(place.uri, carried=carried)
+            return lists.read_list(place.uri, self._wanted)
         return lists.read_text(self._stdin or _own_stdin())
 
-    def _batch(self, lines: Lines, place: _Place) -> pa.RecordBatch:
+    def _batch(self, lines: Lines, place: Place) -> pa.RecordBatch:
         pieces = (lines.uris[start : start + _PIECE_LINES] for start in range(0, len(lines.uris), _PIECE_LINES))
         rows: list[ImageRow] = []
         kept: list[bool] = []
         for piece in map_in_threads(_rows_of_lines, pieces, threads=_THREADS, ahead=_AHEAD):
             rows += piece
-            kept += [self._choice.keeps(row, place.left_out) for row in piece]
+            kept += [self._choice.keeps(row, self._left_out[place.name]) for row in piece]
             self._images += sum(not row.waits for row in piece)
             self._progress(self._images)
         batch = image_table.batch_of(rows)
-        for name, values in lines.carried.items():
+        for name, values in lines.beside.items():
             batch = batch.append_column(name, values)
         return batch.filter(pa.array(kept, pa.bool_()))
 
-    def _with_members(self, table: pa.Table, place: _Place) -> pa.Table:
-        """Replaces the rows that wait for an archive by the rows of its members."""
+    def _with_contents(self, table: pa.Table, place: Place) -> pa.Table:
+        """Replaces the rows that wait for a container by the rows of its images."""
         pieces, done = [], 0
-        work = functools.partial(_open_run, table=table, choice=self._choice)
+        work = functools.partial(_open_run, table=table, choice=self._choice, wanted=self._wanted, store=self._store)
         for run, opened in map_in_threads(work, image_table.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
             pieces += [table.slice(done, run.start - done), opened.table]
             done = run.stop
-            self._archives[run.archive] = opened.duplicates
-            place.left_out.update(opened.left_out)
-            self._images += len(opened.table)
-            self._progress(self._images)
+            self._count(run.archive, opened, place)
         pieces.append(table.slice(done))
-        return pa.concat_tables([piece for piece in pieces if len(piece)] or [table])
+        pieces = [piece for piece in pieces if len(piece)] or [table.slice(0, 0)]
+        return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces, promote_options="permissive")
+
+    def _count(self, container: str, opened: Opened, place: Place) -> None:
+        self._containers[container] = opened.duplicates
+        self._left_out[place.name].update(opened.left_out)
+        self._columns.update(opened.columns)
+        self._unlabelled += opened.unlabelled
+        if opened.class_names is not None:
+            self._class_names[opened.class_names] = None
+        self._images += len(opened.table)
+        self._progress(self._images)
+
+    def _labelled(self, table: pa.Table, place: Place) -> pa.Table:
+        """Adds classes and splits, and leaves out images without a class."""
+        root = labels.common_folder(table["uri"].to_pylist()) if place.is_listed else place.root
+        table = labels.fill_by_folder(table, root=root, name=place.name)
+        if place.kind == "tree":
+            self._empty_folders += labels.empty_folders(root, table)
+        kept = table.filter(pc.or_(pc.is_valid(table[LABEL]), pc.is_valid(table["status"])))
+        self._unlabelled += len(table) - len(kept)
+        return kept
 
 
-def _open_run(run: WaitingRows, *, table: pa.Table, choice: Choice) -> tuple[WaitingRows, Opened]:
-    return run, open_archive(run.archive, table.slice(run.start, run.stop - run.start), choice)
+def _open_run(
+    run: WaitingRows, *, table: pa.Table, choice: Choice, wanted: Wanted, store: Store
+) -> tuple[WaitingRows, Opened]:
+    asked = table.slice(run.start, run.stop - run.start)
+    return run, open_container(run.archive, asked, choice, wanted, store=store)
 
 
 def _rows_of_lines(lines: Sequence[str]) -> list[ImageRow]:
@@ -232,131 +359,30 @@ def _own_stdin() -> TextIO:
     return open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False)
 
 
-def _columns_of(place: _Place) -> tuple[str, ...]:
-    with _errors_of(place.name):
-        return lists.column_names(place.uri)
-
-
-def _check_carried(carried: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
-    available = sorted(set(itertools.chain.from_iterable(columns.values())))
-    missing = [name for name in carried if name not in available]
-    if missing:
-        raise DataError(
-            f"carry must name columns of the lists among the inputs: {', '.join(available) or 'there are none'}."
-            f" Received: carry={', '.join(missing)}"
-        )
-
-
-@contextlib.contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as err:
-        raise DataError(f"no permission to list this input: {err}. Received: input={name!r}") from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"this input cannot be listed: {err}. Received: input={name!r}") from err
-
-
-# --- what an input is ------------------------------------------------------------------------------------------------
-
-
-def _place_of(name: str) -> _Place:
-    """An existing path is taken literally; otherwise a member of an archive is tried, then a glob."""
-    if name == _STDIN:
-        return _Place(name, "stdin", name)
-    with _errors_of(name):
-        return _remote_place(name) if is_remote(name) else _local_place(name)
-
-
-def _remote_place(name: str) -> _Place:
-    uri = absolute(name)
-    if lists.is_list(uri) and _is_object(uri):
-        return _Place(name, "list", uri)
-    is_plain = split_member(uri) is None and not _MAGIC.search(uri)
-    if is_plain or ANYWHERE.exists(uri):  # whether the prefix holds anything shows when it is listed
-        return _Place(name, "tree", uri)
-    return _Place(name, "glob" if split_member(uri) is None else "line", uri)
-
-
-def _local_place(name: str) -> _Place:
-    path = absolute(name)
-    if os.path.isfile(path) and lists.is_list(path):
-        return _Place(name, "list", path)
-    if os.path.lexists(path):
-        return _Place(name, "tree", path)
-    if split_member(path) is not None:
-        return _Place(name, "line", path)
-    if _MAGIC.search(name):
-        return _Place(name, "glob", _absolute_pattern(name))
-    raise _not_there(name, path)
-
-
-def _is_object(uri: str) -> bool:
-    try:
-        ANYWHERE.entry_of(uri)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _absolute_pattern(name: str) -> str:
-    """Escapes the working directory, whose name may hold characters that are special in a glob."""
-    pattern = absolute(name) if is_file_uri(name) else name
-    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
-
-
-def _not_there(name: str, uri: str) -> DataError:
-    return DataError(
-        f"{uri}: there is no such file, folder or prefix, and no match for a glob. Received: input={name!r}"
-    )
-
-
-# --- globs -----------------------------------------------------------------------------------------------------------
-
-
-def _matching(pattern: str) -> Iterator[Entry]:
-    """Files that match, and files in folders that match. S3 has no folders: there, the keys that match."""
-    remote = is_remote(pattern)
-    if not remote and "**" not in pattern.split("/"):
-        for path in sorted(glob.glob(pattern, include_hidden=True)):
-            yield from ANYWHERE.scan_entries(path)
-        return
-    # `glob` follows a loop of links forty times, and never returns from several loops; hence a regex.
-    regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
-    for entry in ANYWHERE.scan_entries(_literal_folder(pattern) or "/"):
-        if regex.fullmatch(entry.uri):
-            yield entry
-
-
-def _literal_folder(pattern: str) -> str:
-    """The part of the path above the first component with a special character."""
-    literal = itertools.takewhile(lambda part: not _MAGIC.search(_ESCAPED.sub("", part)), pattern.split("/")[:-1])
-    return _ESCAPED.sub(r"\1", "/".join(literal))
-
-
-def _translated(pattern: str) -> str:
-    """A glob as a regular expression: `*` and `?` match within one path component, `**` matches any number of them."""
-    return "".join(map(_translated_token, _GLOB_TOKEN.findall(pattern)))
-
-
-def _translated_token(token: str) -> str:
-    if token == "**/":
-        return "(?:.*/)?"
-    if token[0] in "*?":
-        return {"*": "[^/]*", "?": "[^/]"}.get(token, ".*")
-    if len(token) > 1:
-        return "(?!/)" + fnmatch.translate(token)[:-2]  # cuts off the end-of-string anchor
-    return re.escape(token)
+def _with_splits_of_inputs(places: Sequence[Place], tables: Sequence[pa.Table]) -> list[pa.Table]:
+    """The split that an input's own name gives, where the images have none: `--data train.tar test.tar`."""
+    splits = labels.splits_of_names([place.uri.split("/")[-1:] for place in places])
+    named = []
+    for table, split in zip(tables, splits, strict=True):
+        values = table[SPLIT] if split is None else pc.fill_null(table[SPLIT], split)
+        named.append(table.set_column(table.schema.get_field_index(SPLIT), SPLIT, values))
+    return named
 
 
 # --- no images -------------------------------------------------------------------------------------------------------
 
 
-def _no_images(config: InputConfig, places: Sequence[_Place]) -> str:
-    shown = [f"{place.name}: {_described(place.left_out)}" for place in places[:_MAX_SHOWN]]
-    shown += [f"and {len(places) - _MAX_SHOWN} more inputs"] if len(places) > _MAX_SHOWN else []
+def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], unlabelled: int) -> str:
+    if unlabelled:
+        return (
+            "images must be in one subfolder per class, or have a label beside them or in a column."
+            f" Received: {unlabelled:,} images without a class, input={config.input[:_MAX_SHOWN]}"
+        )
+    shown = [f"{name}: {_described(part)}" for name, part in itertools.islice(left_out.items(), _MAX_SHOWN)]
+    shown += [f"and {len(left_out) - _MAX_SHOWN} more inputs"] if len(left_out) > _MAX_SHOWN else []
     return (
-        f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}; all_files takes any file."
+        f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}; all_files takes any file, and"
+        " image_column names the column of Parquet files that holds images."
         f" {'; '.join(shown)}. Received: input={config.input[:_MAX_SHOWN]}"
     )
 
@@ -369,4 +395,6 @@ def _described(left_out: LeftOut) -> str:
         parts.append(f"{left_out.by_suffix.total():,} other files ({shown})")
     if left_out.by_pattern:
         parts.append(f"{left_out.by_pattern:,} left out by include and exclude")
+    if left_out.hidden:
+        parts.append(f"{left_out.hidden:,} hidden files")
     return ", ".join(parts) or "nothing"

@@ -1,9 +1,14 @@
 """Reads the user's lists of URIs, a batch of lines at a time.
 
 Owns: the formats (Parquet and CSV with a column `uri`, text with one URI per line), and rejecting invalid lists. Does
-not own: what a URI means (`sources/listing.py`).
+not own: what a URI means (`listing`).
+
+Contract: text stays text (`0007`, `NA`, `1.10`), and typed columns of Parquet keep their type. UTF-8, and UTF-16 or
+UTF-32 with a byte order mark, are read. A URI that is not valid UTF-8 keeps its bytes as surrogates, so that its row
+can say so. No list is refused for a single line, except for one without a URI.
 """
 
+import codecs
 import contextlib
 import io
 import itertools
@@ -12,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError
+from mnist_dist.sources import columns
+from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.store.anywhere import ANYWHERE
 
@@ -26,6 +32,14 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TEXT_SUFFIXES = (".txt", ".lst")
 LIST_SUFFIXES = (_PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
 """Lower-case file suffixes of lists."""
+_UTF_8 = "utf-8"
+_ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16.
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,8 @@ class Lines:
     """At most `BATCH_ROWS` lines of a list, unchanged."""
 
     uris: Sequence[str]
-    carried: Mapping[str, pa.Array] = field(default_factory=dict)
-    """Carried column -> one value per line."""
+    beside: Mapping[str, pa.Array] = field(default_factory=dict)
+    """One value per line for each carried column and, in a labelled listing, `label` and `split`."""
 
 
 def is_list(uri: str) -> bool:
@@ -55,7 +69,8 @@ def column_names(uri: str) -> tuple[str, ...]:
         if uri.lower().endswith(_PARQUET_SUFFIX):
             schema = pq.read_schema(stream)
         else:
-            with pc_csv.open_csv(stream, parse_options=_parse_options(uri)) as reader:
+            reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
+            with pc_csv.open_csv(stream, read_options=reading, parse_options=_parse_options(uri)) as reader:
                 schema = reader.schema
     names = [name for name in schema.names if name != URI_COLUMN]
     if len(names) != len(schema.names) - 1:
@@ -65,28 +80,32 @@ def column_names(uri: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_list(uri: str, *, carried: Sequence[str]) -> Iterator[Lines]:
+def read_list(uri: str, wanted: Wanted) -> Iterator[Lines]:
     """The lines of a list, in order; of a text file, without blank lines and lines that begin with #.
 
     Args:
         uri: URI of the list.
-        carried: existing columns to read as well.
+        wanted: what is read beside the URIs, as far as the list has it.
 
     Raises:
-        DataError: the file does not have the format of its suffix, or a row has no URI.
+        DataError: the file does not have the format of its suffix, or a row lacks its URI or label.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
+    names = column_names(uri)
     with ANYWHERE.open_binary(uri) as stream:
         if uri.lower().endswith(_TEXT_SUFFIXES):
             # a file name may hold any bytes; surrogateescape keeps them
-            with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="\n") as lines:
+            encoding = _encoding(uri, stream)
+            errors = "surrogateescape" if encoding == _UTF_8 else "strict"
+            with io.TextIOWrapper(stream, encoding, errors=errors, newline="\n") as lines:
                 yield from read_text(lines)
             return
-        names = [URI_COLUMN, *carried]
+        chosen = wanted.columns(names)
+        columns.check_unique(uri, names, chosen)
         with _readable(uri):
             is_parquet = uri.lower().endswith(_PARQUET_SUFFIX)
-            batches = _parquet_batches(stream, names) if is_parquet else _csv_batches(stream, uri, names)
-            yield from _lines_of(uri, batches)
+            read = _parquet_batches if is_parquet else _csv_batches
+            yield from _lines_of(uri, read(stream, uri, [URI_COLUMN, *chosen]), wanted)
 
 
 def read_text(lines: Iterable[str]) -> Iterator[Lines]:
@@ -102,15 +121,26 @@ def _once() -> Iterator[bool]:
     return itertools.chain([True], itertools.repeat(False))
 
 
-def _parquet_batches(stream: BinaryIO, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _encoding(uri: str, stream: BinaryIO) -> str:
+    """The encoding of a text, by its byte order mark; the stream is at its start afterwards."""
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(0)
+    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), _UTF_8)
+    if encoding == _UTF_8 and b"\0" in head:
+        raise DataError(f"{uri}: a list is text in UTF-8, or in UTF-16 with a byte order mark. Received: zero bytes")
+    return encoding
+
+
+def _parquet_batches(stream: BinaryIO, uri: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(stream) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS, columns=list(names))
 
 
 def _csv_batches(stream: BinaryIO, uri: str, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    # read whole: when streaming, the first block alone determines the types
-    options = pc_csv.ConvertOptions(include_columns=list(names), column_types={URI_COLUMN: pa.string()})
-    table = pc_csv.read_csv(stream, parse_options=_parse_options(uri), convert_options=options)
+    # as bytes: typed columns would change text such as 0007, and a string column must be valid UTF-8 as a whole
+    options = pc_csv.ConvertOptions(include_columns=list(names), column_types=dict.fromkeys(names, pa.binary()))
+    reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
+    table = pc_csv.read_csv(stream, read_options=reading, parse_options=_parse_options(uri), convert_options=options)
     yield from table.to_batches(max_chunksize=BATCH_ROWS)
 
 
@@ -119,36 +149,54 @@ def _parse_options(uri: str) -> pc_csv.ParseOptions:
     return pc_csv.ParseOptions(delimiter=separator, newlines_in_values=True)
 
 
-def _lines_of(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
+def _lines_of(uri: str, batches: Iterable[pa.RecordBatch], wanted: Wanted) -> Iterator[Lines]:
     before = 0
+    is_text = not uri.lower().endswith(_PARQUET_SUFFIX)
     for batch in batches:
-        columns = {name: _plain(batch[name]) for name in batch.schema.names}
-        uris = columns.pop(URI_COLUMN)
-        _check_uris(uri, uris, before)
-        yield Lines(uris.to_pylist(), columns)
+        values = {name: columns.plain(batch[name]) for name in batch.schema.names}
+        uris = _uris(uri, values.pop(URI_COLUMN), before)
+        beside = {name: _text(array) if is_text else array for name, array in values.items()}
+        yield Lines(uris, _labelled(uri, beside, wanted, before))
         before += len(batch)
 
 
-def _plain(values: pa.Array) -> pa.Array:
-    """Decodes dictionaries, since each batch may have its own."""
-    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+def _labelled(uri: str, beside: dict[str, pa.Array], wanted: Wanted, before: int) -> dict[str, pa.Array]:
+    """The label as text under its own name, for a labelled listing."""
+    if wanted.label_column is None:
+        return beside
+    found = {SPLIT: beside[SPLIT].cast(pa.string())} if SPLIT in beside else {}
+    if wanted.label_column in beside:
+        place = f"{uri}: column {wanted.label_column!r}"
+        found[LABEL] = columns.text_labels(place, beside[wanted.label_column], None, before=before)
+    return found
 
 
-def _check_uris(uri: str, uris: pa.Array, before: int) -> None:
-    if not (pa.types.is_string(uris.type) or pa.types.is_large_string(uris.type)):
-        raise DataError(f"{uri}: the column {URI_COLUMN!r} must hold strings. Received: {uris.type}")
-    missing = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(uris), ""), True)
-    row = pc.index(missing, True).as_py()
-    if row >= 0:
-        raise DataError(
-            f"{uri}: each row must have a {URI_COLUMN}. Received: {uris[row].as_py()!r} in row {before + row + 1},"
-            " counted from 1"
-        )
+def _text(values: pa.Array) -> pa.Array:
+    """Bytes as strings; what is not UTF-8 is escaped."""
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([value.decode("utf-8", "backslashreplace") for value in values.to_pylist()], pa.string())
+
+
+def _uris(uri: str, values: pa.Array, before: int) -> list[str]:
+    """The URIs; bytes that are not UTF-8 become surrogates, as in the name of a file."""
+    if values.type not in (pa.string(), pa.large_string(), pa.binary()):
+        raise DataError(f"{uri}: the column {URI_COLUMN!r} must hold strings. Received: {values.type}")
+    uris: list[str | None] = values.to_pylist()
+    if values.type == pa.binary():
+        uris = [None if value is None else value.decode("utf-8", "surrogateescape") for value in values.to_pylist()]
+    for number, text in enumerate(uris, start=before + 1):
+        if text is None or not text.strip():
+            raise DataError(
+                f"{uri}: each row must have a {URI_COLUMN}. Received: {text!r} in row {number}, counted from 1"
+            )
+    return [text or "" for text in uris]
 
 
 @contextlib.contextmanager
 def _readable(uri: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as err:
+    except (pa.ArrowException, UnicodeError) as err:
         raise DataError(f"{uri}: not a readable {uri.rpartition('.')[2]} file: {err}") from err

@@ -1,97 +1,256 @@
-"""Parquet files of encoded images: their labels, and the image bytes of their rows.
+"""Parquet files of encoded images, among them those of Hugging Face: listing and reading their rows.
 
-Owns: the columns, their types and class names, and reading rows by row group. Does not own: decoding, or the splits.
-A row's URI is `file.parquet!ROW`, where ROW counts from 0 through the whole file. An image column is binary, or a
-struct with a binary field `bytes` as Hugging Face writes it. A label column holds strings or integers.
+Owns: which column holds images, the URIs of rows, their labels and carried columns, and reading rows by row group. Does
+not own: decoding, or which Parquet files belong to a data set (`listing`).
+
+The URI of a row is `file.parquet#row=17`, counted from 0 through the whole file. An image column is binary, or a struct
+with a binary field `bytes` as Hugging Face writes it; the other field, `path`, can be carried under that name.
 """
 
 import bisect
 import collections
 import contextlib
 import itertools
-import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, ImageError
+from mnist_dist.sources import columns
+from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Entry, Store
 
 PARQUET_SUFFIX = ".parquet"
+PACKING = "parquet:"
+"""Begins the packing of a row of the manifest; the name of the image column follows."""
+PATH = "path"
+_ROW = "#row="
+_ROW_URI = re.compile(rf"(?is)(.*\{PARQUET_SUFFIX}){_ROW}([0-9]{{1,18}})")
 _BYTES_FIELD = "bytes"
+_NAMES = ("image", "img", "images", "picture", "image_bytes")  # of binary columns that are taken for images
 _BATCH_ROWS = 64
 _READ_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class LabelColumn:
-    """The labels of one Parquet file, in the order of its rows."""
+class FileRows:
+    """The rows of one file."""
 
-    values: list[str] | list[int]
-    names: tuple[str, ...] | None
-    """Class names by class number, if the file's Hugging Face metadata has them."""
+    table: pa.Table
+    """`COLUMNS`, the carried columns, and for a labelled listing `label` and `split`."""
+    class_names: tuple[str, ...] | None
+    """Class names by class number, if the file declares them."""
+    columns: tuple[str, ...]
+    """The columns that can be carried."""
 
 
-def read_labels(uri: str, *, image_column: str, label_column: str) -> LabelColumn:
-    """Reads the label column of one file, and checks that its image column has a readable type.
+def is_parquet(uri: str) -> bool:
+    """Whether the suffix is that of Parquet."""
+    return uri.lower().endswith(PARQUET_SUFFIX)
+
+
+def row_uri(uri: str, row: int) -> str:
+    """The URI of a row."""
+    return f"{uri}{_ROW}{row}"
+
+
+def split_row(uri: str) -> tuple[str, int] | None:
+    """Splits `a.parquet#row=17` into `("a.parquet", 17)`; None: the URI names no row."""
+    match = _ROW_URI.fullmatch(uri)
+    return (match[1], int(match[2])) if match else None
+
+
+def holds_images(uri: str, image_column: str | None, *, store: Store = ANYWHERE) -> bool:
+    """Whether a file is Parquet with a column of images, rather than a list of URIs or something else.
 
     Raises:
-        DataError: the file is not Parquet, a column is missing or has another type, or a label is null.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    with _open(uri) as file:
+    try:
+        with _open(uri, store) as file:
+            return image_column_of(file.schema_arrow, image_column) is not None
+    except ImageError:
+        return False
+
+
+def image_column_of(schema: pa.Schema, requested: str | None) -> str | None:
+    """The column that holds images: the requested one; else the one that the metadata of Hugging Face calls an image;
+    else the only struct with a binary field `bytes`; else a binary column called `image`, `img` or similar."""
+    if requested is not None:
+        return requested if requested in schema.names else None
+    declared = [
+        name
+        for name, feature in columns.features(schema).items()
+        if name in schema.names and isinstance(feature, dict) and feature.get("_type") == "Image"
+    ]
+    structs = [field.name for field in schema if _has_bytes(field.type)]
+    binary = [field.name for field in schema if _is_binary(field.type) and field.name.lower() in _NAMES]
+    return next((names[0] for names in (declared, structs, binary) if names), None)
+
+
+def list_rows(entry: Entry, wanted: Wanted, *, store: Store = ANYWHERE) -> FileRows:
+    """Lists the rows of a file; the images themselves are not read.
+
+    Args:
+        entry: the file.
+        wanted: what is read beside the images.
+        store: the store of the file.
+
+    Raises:
+        DataError: a column is missing or has another type, or a label is missing.
+        ImageError: the file is damaged.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
+    """
+    with _open(entry.uri, store) as file:
         schema = file.schema_arrow
-        _check_columns(uri, schema, image_column, label_column)
-        try:
-            column = file.read([label_column])[label_column]
-        except (pa.ArrowException, OSError) as err:
-            raise DataError(f"{uri}: column {label_column!r} cannot be read: {err}") from err
-    if column.null_count:
-        row = pc.index(column.is_null(), pa.scalar(True)).as_py()
-        raise DataError(f"{uri}!{row}: column {label_column!r} must have a value in every row. Received: null")
-    return LabelColumn(column.to_pylist(), _class_label_names(schema, label_column))
+        image = _checked_image_column(entry.uri, schema, wanted)
+        table = _located(entry, f"{PACKING}{image}", ends=_ends(file))
+        named = None if wanted.label_column is None else columns.declared_names(schema, wanted.label_column)
+        for name, values in _beside(entry.uri, file, image, wanted, named).items():
+            table = table.append_column(name, values)
+    has_path = pa.types.is_struct(schema.field(image).type) and PATH not in schema.names
+    others = (name for name in schema.names if name != image)
+    return FileRows(table, named, (*others, *([PATH] if has_path else [])))
 
 
-def read_rows(uris: Sequence[str], image_column: str) -> Iterator[bytes | ImageError]:
-    """Reads the encoded bytes of rows, in the order of `uris`. The rows of one file must ascend.
+def read_rows(
+    uri: str, image_column: str, rows: Sequence[int], *, max_bytes: int, store: Store = ANYWHERE
+) -> Iterator[bytes | ImageError]:
+    """Reads the encoded bytes of rows.
+
+    Args:
+        uri: URI of the file.
+        image_column: the column that holds the images.
+        rows: ascending row numbers.
+        max_bytes: larger images get the status `too_large`.
+        store: the store of the file.
 
     Yields:
-        The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `failed` or `unreadable`.
+        The bytes, or an `ImageError` with status `missing`, `denied`, `empty`, `too_large`, `failed` or `unreadable`.
 
     Raises:
         ServiceError, StorageError: see `store.base`.
     """
-    addresses = [(uri, *uri.rsplit("!", 1)) for uri in uris]
-    for file_uri, rows in itertools.groupby(addresses, key=lambda address: address[1]):
-        yield from _rows_of_file(file_uri, [int(row) for _, _, row in rows], image_column)
-
-
-def _rows_of_file(uri: str, rows: Sequence[int], image_column: str) -> Iterator[bytes | ImageError]:
     done = 0
     try:
-        with _open(uri) as file:
+        with _open(uri, store) as file:
             for image in _image_rows(file, rows, image_column):
-                yield image
+                is_large = isinstance(image, bytes) and len(image) > max_bytes
                 done += 1
+                yield ImageError("too_large", f"more than {max_bytes:,} bytes") if is_large else image
     except FileNotFoundError as err:
         yield from itertools.repeat(ImageError("missing", str(err)), len(rows) - done)
     except PermissionError as err:
         yield from itertools.repeat(ImageError("denied", str(err)), len(rows) - done)
     except OSError as err:
         yield from itertools.repeat(ImageError("failed", f"{uri}: {err}"), len(rows) - done)
-    except (DataError, KeyError, IndexError, pa.ArrowException) as err:  # The file changed after it was listed.
+    except (ImageError, KeyError, IndexError, pa.ArrowException) as err:  # The file changed after it was listed.
         yield from itertools.repeat(ImageError("unreadable", f"{uri}: {err}"), len(rows) - done)
 
 
+def _located(entry: Entry, packing: str, *, ends: Sequence[int]) -> pa.Table:
+    """The rows as `COLUMNS`, in batches, so that the URIs of ten million rows fit into memory."""
+    batches, rows = [], [0, *ends][-1]
+    for start in range(0, rows, BATCH_ROWS):
+        numbers = np.arange(start, min(start + BATCH_ROWS, rows))
+        part = pa.array(numbers)
+        uris = pc.binary_join_element_wise(f"{entry.uri}{_ROW}", part.cast(pa.string()), "")
+        known = {
+            "uri": uris,
+            "etag": pa.repeat(pa.scalar(entry.etag, pa.string()), len(part)),
+            "archive": pa.repeat(pa.scalar(entry.uri, pa.string()), len(part)),
+            "packing": pa.repeat(pa.scalar(packing, pa.string()), len(part)),
+            "offset": part,
+            "stored_bytes": pa.array(np.searchsorted(ends, numbers, side="right")),
+        }
+        arrays = [known[field.name] if field.name in known else pa.nulls(len(part), field.type) for field in COLUMNS]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=COLUMNS))
+    return pa.Table.from_batches(batches, COLUMNS)
+
+
+def _beside(
+    uri: str, file: pq.ParquetFile, image: str, wanted: Wanted, named: tuple[str, ...] | None
+) -> dict[str, pa.ChunkedArray]:
+    """The carried columns, label and split of all rows."""
+    found: dict[str, pa.ChunkedArray] = {}
+    for name in wanted.carried:
+        path = f"{image}.{PATH}" if name == PATH and name not in file.schema_arrow.names else name
+        if path.partition(".")[0] in file.schema_arrow.names:
+            found[name] = _read_column(uri, file, path)
+    if wanted.label_column is not None:
+        labels = _read_column(uri, file, wanted.label_column)
+        place = f"{uri}: column {wanted.label_column!r}"
+        found[LABEL] = pa.chunked_array([columns.text_labels(place, labels.combine_chunks(), named)], pa.string())
+        if SPLIT in file.schema_arrow.names:
+            found[SPLIT] = _read_column(uri, file, SPLIT).cast(pa.string())
+    return found
+
+
+def _read_column(uri: str, file: pq.ParquetFile, path: str) -> pa.ChunkedArray:
+    """Reads a column, or the field of a struct without its siblings."""
+    try:
+        column = file.read([path])[0]
+    except (pa.ArrowException, OSError) as err:
+        raise ImageError("unreadable", f"column {path!r} cannot be read: {err}") from err
+    chunks = [columns.plain(_field(chunk, path)) for chunk in column.chunks]
+    return pa.chunked_array(chunks, chunks[0].type if chunks else pa.null())
+
+
+def _field(values: pa.Array, path: str) -> pa.Array:
+    return pc.struct_field(values, PATH) if pa.types.is_struct(values.type) and path.endswith(f".{PATH}") else values
+
+
+def _checked_image_column(uri: str, schema: pa.Schema, wanted: Wanted) -> str:
+    columns.check_unique(uri, schema.names, [*wanted.carried, wanted.image_column or "", wanted.label_column or ""])
+    image = image_column_of(schema, wanted.image_column)
+    missing = [] if image is not None else [wanted.image_column or "image"]
+    if wanted.label_column is not None and wanted.label_column not in schema.names:
+        missing.append(wanted.label_column)
+    if image is None or missing:
+        raise DataError(
+            f"{uri}: there is no column {', '.join(map(repr, missing))}; set image_column and label_column."
+            f" Received: columns {', '.join(schema.names)}"
+        )
+    columns.check_unique(uri, schema.names, [image])
+    kind = schema.field(image).type
+    if not (_is_binary(kind) or _has_bytes(kind)):
+        raise DataError(
+            f"{uri}: column {image!r} must hold encoded images, as binary or as a struct with a binary field"
+            f" {_BYTES_FIELD!r}. Received: {kind}"
+        )
+    return image
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    field = kind.get_field_index(_BYTES_FIELD)
+    return field >= 0 and _is_binary(kind.field(field).type)
+
+
 def _image_rows(file: pq.ParquetFile, rows: Sequence[int], image_column: str) -> Iterator[bytes | ImageError]:
-    sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-    ends = list(itertools.accumulate(sizes))
+    ends = _ends(file)
     for group, members in itertools.groupby(rows, key=lambda row: bisect.bisect_right(ends, row)):
         start = ends[group - 1] if group else 0
         yield from _images_of_group(file, group, [row - start for row in members], image_column)
+
+
+def _ends(file: pq.ParquetFile) -> list[int]:
+    sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    return list(itertools.accumulate(sizes))
 
 
 def _images_of_group(
@@ -99,9 +258,11 @@ def _images_of_group(
 ) -> Iterator[bytes | ImageError]:
     """Yields the images at ascending rows of a row group. A group may hold gigabytes, so only a batch is in memory."""
     wanted, first = collections.deque(rows), 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[image_column]):
+    is_struct = pa.types.is_struct(file.schema_arrow.field(image_column).type)
+    path = f"{image_column}.{_BYTES_FIELD}" if is_struct else image_column
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[path]):
         column = batch.column(0)
-        if pa.types.is_struct(column.type):
+        if is_struct:
             column = pc.struct_field(column, _BYTES_FIELD)
         while wanted and wanted[0] < first + len(column):
             image = column[wanted.popleft() - first].as_py()
@@ -109,46 +270,15 @@ def _images_of_group(
         if not wanted:
             return
         first += len(column)
+    raise IndexError(f"row group {group} has {first} rows")
 
 
 @contextlib.contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    with ANYWHERE.open_binary(uri) as stream:
+def _open(uri: str, store: Store) -> Iterator[pq.ParquetFile]:
+    with store.open_binary(uri) as stream:
         try:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
-            raise DataError(f"{uri}: not a readable Parquet file: {err}") from err
+            raise ImageError("unreadable", f"not a readable Parquet file: {err}") from err
         with file:
             yield file
-
-
-def _check_columns(uri: str, schema: pa.Schema, image_column: str, label_column: str) -> None:
-    missing = [name for name in (image_column, label_column) if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{uri}: there is no column {', '.join(map(repr, missing))}; set image_column and label_column."
-            f" Received: columns {', '.join(schema.names)}"
-        )
-    images, labels = schema.field(image_column).type, schema.field(label_column).type
-    if pa.types.is_struct(images) and images.get_field_index(_BYTES_FIELD) >= 0:
-        images = images.field(_BYTES_FIELD).type
-    if not (pa.types.is_binary(images) or pa.types.is_large_binary(images)):
-        raise DataError(
-            f"{uri}: column {image_column!r} must hold encoded images, as binary or as a struct with a binary field"
-            f" {_BYTES_FIELD!r}. Received: {images}"
-        )
-    if pa.types.is_dictionary(labels):
-        labels = labels.value_type
-    if not (pa.types.is_integer(labels) or pa.types.is_string(labels) or pa.types.is_large_string(labels)):
-        raise DataError(
-            f"{uri}: column {label_column!r} must hold class names (string) or numbers (integer). Received: {labels}"
-        )
-
-
-def _class_label_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
-    """Source: `datasets.Features.arrow_schema`: {"info": {"features": {column: {"names": [...]}}}} as JSON."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[label_column]["names"]))
-    except (KeyError, TypeError, ValueError):  # Another tool wrote the file, or the column is no ClassLabel.
-        return None

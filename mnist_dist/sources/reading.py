@@ -1,11 +1,13 @@
-"""Reads the encoded bytes of the rows of a shard.
+"""Plans how to read the rows of a listing, and reads their encoded bytes.
 
-Owns: which rows are read with one request (a file; neighbours in an archive; a whole compressed archive), and the
-status that a failed read becomes. Does not own: decoding, or the threads that read (`decoding`).
+Owns: the requests (a file, neighbouring members of an archive, rows of a Parquet file), checking that a container is
+still the one that was listed, and the status that a failed read becomes. Does not own: decoding, or the threads that
+read (`data/decoding.py`).
 
 Contract: an error of one object is an `ImageError` in place of its bytes; an error of the service is raised.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from mnist_dist.errors import ImageError, StorageError
+from mnist_dist.sources import arrays, parquet
 from mnist_dist.sources.archives import Member, Packing, member_groups, read_members
-from mnist_dist.sources.source import image_error
+from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
+
+_PARQUET_ROWS = 1_024  # of a request
+_THREADS = 8  # They wait for storage, not for a core.
+_AHEAD = 16  # Bounds the requests whose bytes are held in memory.
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,117 +36,138 @@ class Encoded:
     size_bytes: int | None
     """None if nothing was read."""
     etag: str | None
-    """ETag of the file that was read; for a member: that of its archive."""
+    """ETag of the file that was read; for a member or row: that of its container."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One request, and the rows of the shard that it reads."""
+    """One request, and the rows of the table that it reads."""
 
     rows: Sequence[int]
     run: Callable[[], Iterator[Encoded]]
     """Makes the request; yields one item for each row, in order."""
 
 
-def plan_reads(shard: pa.Table, *, max_bytes: int) -> list[Read]:
-    """The requests that read all rows of a shard (`manifest.COLUMNS`).
+def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> list[Read]:
+    """The requests that read all rows of a listing, in order.
 
     Args:
-        shard: the rows of the shard.
-        max_bytes: larger files and members get the status `too_large` without being read.
+        rows: `image_table.COLUMNS`.
+        max_bytes: larger images get the status `too_large` without being read.
+        store: where they are read from.
 
     Raises, when a request is run:
         ServiceError, StorageError: the storage failed, not a single object.
     """
-    columns = shard.select(["uri", "size_bytes", "etag", "archive", "status", "error"]).to_pydict()
+    columns = rows.select(["uri", "size_bytes", "etag", "archive", "packing", "status", "error"]).to_pydict()
     reads: list[Read] = []
-    for archive, group in itertools.groupby(range(len(shard)), key=columns["archive"].__getitem__):
-        rows = list(group)
+    for archive, group in itertools.groupby(range(len(rows)), key=columns["archive"].__getitem__):
+        numbers = list(group)
+        first, packing = numbers[0], columns["packing"][numbers[0]]
         if archive is None:
-            reads += [Read([row], _one(columns, row, max_bytes)) for row in rows]
+            reads += [Read([row], _one(columns, row, max_bytes, store)) for row in numbers]
+            continue
+        part = rows.slice(first, len(numbers))
+        if packing.startswith(parquet.PACKING):
+            reads += _parquet_reads(archive, part, first=first, max_bytes=max_bytes, store=store)
+        elif packing.startswith(arrays.PACKING):
+            reads.append(Read(numbers, functools.partial(_array_rows, archive, part)))
         else:
-            members = shard.slice(rows[0], len(rows))
-            reads += _archive_reads(archive, members, first=rows[0], max_bytes=max_bytes)
+            reads += _archive_reads(archive, part, first=first, max_bytes=max_bytes, store=store)
     return reads
 
 
-def _one(columns: dict[str, list[Any]], row: int, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
-    status = columns["status"][row]
-    if status is None:
-        return _file(columns["uri"][row], max_bytes)
-    known = ImageError(status, columns["error"][row] or status)
-    return _known(known, columns["size_bytes"][row], columns["etag"][row])
+def read_in_order(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> Iterator[bytes | ImageError]:
+    """The encoded bytes of each row, in order. A few threads read slightly ahead of the consumer.
+
+    Args:
+        rows, max_bytes, store: as for `plan_reads`.
+
+    Raises:
+        ServiceError, StorageError: the storage failed, not a single object.
+    """
+    reads = plan_reads(rows, max_bytes=max_bytes, store=store)
+    for encoded in map_in_threads(lambda read: list(read.run()), reads, threads=_THREADS, ahead=_AHEAD):
+        yield from (image.data for image in encoded)
 
 
-def _known(problem: ImageError, size_bytes: int | None, etag: str | None) -> Callable[[], Iterator[Encoded]]:
-    def run() -> Iterator[Encoded]:
-        yield Encoded(problem, size_bytes, etag)
-
-    return run
-
-
-def _file(uri: str, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
-    def run() -> Iterator[Encoded]:
-        try:
-            entry, data = ANYWHERE.read_object(uri, max_bytes=max_bytes)
-        except OSError as error:
-            yield Encoded(_status_of(error), None, None)
-            return
-        except StorageError as error:
-            if not is_remote(uri):
-                raise
-            # a list may name a bucket that does not exist
-            yield Encoded(ImageError("missing", str(error)), None, None)
-            return
-        if data is None:
-            problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {max_bytes:,}")
-            yield Encoded(problem, entry.size_bytes, entry.etag)
-        else:
-            yield Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
-
-    return run
-
-
-def _status_of(error: OSError) -> ImageError:
+def image_error(error: OSError) -> ImageError:
+    """The `ImageError` of one unreadable file; a failure that concerns more than one file is a ServiceError."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError("missing", "no such file")
+    if isinstance(error, PermissionError):
+        return ImageError("denied", error.strerror or str(error))
     if isinstance(error, IsADirectoryError):
         return ImageError("unsupported", "a folder, not a file")
-    return image_error(error)
+    return ImageError("failed", error.strerror or str(error))  # A bad sector, or a pipe of that name.
 
 
-def _archive_reads(archive: str, rows: pa.Table, *, first: int, max_bytes: int) -> list[Read]:
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _one(columns: dict[str, list[Any]], row: int, max_bytes: int, store: Store) -> Callable[[], Iterator[Encoded]]:
+    status = columns["status"][row]
+    if status is None:
+        return functools.partial(_file, columns["uri"][row], max_bytes, store)
+    known = ImageError(status, columns["error"][row] or status)
+    encoded = Encoded(known, columns["size_bytes"][row], columns["etag"][row])
+    return lambda: iter([encoded])
+
+
+def _file(uri: str, max_bytes: int, store: Store) -> Iterator[Encoded]:
+    try:
+        entry, data = store.read_object(uri, max_bytes=max_bytes)
+    except OSError as error:
+        yield Encoded(image_error(error), None, None)
+        return
+    except StorageError as error:
+        if not is_remote(uri):
+            raise
+        # a list may name a bucket that does not exist
+        yield Encoded(ImageError("missing", str(error)), None, None)
+        return
+    if data is None:
+        problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {max_bytes:,}")
+        yield Encoded(problem, entry.size_bytes, entry.etag)
+    else:
+        yield Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
+
+
+# --- containers ------------------------------------------------------------------------------------------------------
+
+
+def _archive_reads(archive: str, rows: pa.Table, *, first: int, max_bytes: int, store: Store) -> list[Read]:
     members = _members(rows, archive)
     etag = rows["etag"][0].as_py()
     return [
         Read(
             range(first + group.start, first + group.stop),
-            _group(archive, members[group.start : group.stop], etag, max_bytes),
+            functools.partial(_group, archive, members[group.start : group.stop], etag, max_bytes, store),
         )
         for group in member_groups(members)
     ]
 
 
 def _group(
-    archive: str, members: Sequence[Member], etag: str | None, max_bytes: int
-) -> Callable[[], Iterator[Encoded]]:
-    def run() -> Iterator[Encoded]:
-        changed = _changed(archive, etag)
-        if changed is not None:
-            yield from (Encoded(changed, member.size_bytes, etag) for member in members)
-            return
-        for member, data in zip(members, read_members(archive, members, max_bytes=max_bytes), strict=True):
-            yield Encoded(data, member.size_bytes, etag)
-
-    return run
+    archive: str, members: Sequence[Member], etag: str | None, max_bytes: int, store: Store
+) -> Iterator[Encoded]:
+    changed = _changed(archive, etag, store)
+    if changed is not None:
+        yield from (Encoded(changed, member.size_bytes, etag) for member in members)
+        return
+    images = read_members(archive, members, max_bytes=max_bytes, store=store)
+    for member, data in zip(members, images, strict=True):
+        yield Encoded(data, member.size_bytes, etag)
 
 
-def _changed(archive: str, etag: str | None) -> ImageError | None:
-    """Why the archive cannot be read as listed: in a changed archive, the offsets point into other images."""
+def _changed(container: str, etag: str | None, store: Store) -> ImageError | None:
+    """Why the container cannot be read as listed: in a changed one, the positions are those of other images."""
     try:
-        entry = ANYWHERE.entry_of(archive)
+        entry = store.entry_of(container)
     except OSError as error:
-        return _status_of(error)
+        return image_error(error)
     if etag is not None and entry.etag != etag:
-        return ImageError("failed", "the archive changed since it was listed (--mode incremental lists it again)")
+        return ImageError("failed", "the file changed since it was listed (--mode incremental lists it again)")
     return None
 
 
@@ -162,3 +191,42 @@ def _members(rows: pa.Table, archive: str) -> list[Member]:
 
 def _packing(text: str) -> Packing:
     return text  # type: ignore[return-value] # the manifest was written from members
+
+
+def _parquet_reads(uri: str, rows: pa.Table, *, first: int, max_bytes: int, store: Store) -> list[Read]:
+    """One request per row group; more for a large one, whose images several threads shall decode."""
+    packing, etag = rows["packing"][0].as_py(), rows["etag"][0].as_py()
+    column = packing.removeprefix(parquet.PACKING)
+    places = list(zip(rows["stored_bytes"].to_pylist(), rows["offset"].to_pylist(), strict=True))
+    reads: list[Read] = []
+    for _, same in itertools.groupby(enumerate(places), key=lambda item: (item[1][0], item[0] // _PARQUET_ROWS)):
+        numbered = list(same)
+        start, numbers = first + numbered[0][0], [row for _, (_, row) in numbered]
+        run = functools.partial(_parquet_rows, uri, column, numbers, etag, max_bytes, store)
+        reads.append(Read(range(start, start + len(numbers)), run))
+    return reads
+
+
+def _parquet_rows(
+    uri: str, column: str, rows: Sequence[int], etag: str | None, max_bytes: int, store: Store
+) -> Iterator[Encoded]:
+    changed = _changed(uri, etag, store)
+    if changed is not None:
+        yield from (Encoded(changed, None, etag) for _ in rows)
+        return
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # A list may name rows in any order.
+    ascending = [rows[place] for place in order]
+    if ascending == list(rows):
+        images: Iterator[bytes | ImageError] = parquet.read_rows(uri, column, rows, max_bytes=max_bytes, store=store)
+    else:
+        read = parquet.read_rows(uri, column, ascending, max_bytes=max_bytes, store=store)
+        by_place = dict(zip(order, read, strict=True))
+        images = (by_place[place] for place in range(len(rows)))
+    for image in images:
+        yield Encoded(image, len(image) if isinstance(image, bytes) else None, etag)
+
+
+def _array_rows(data_dir: str, rows: pa.Table) -> Iterator[Encoded]:
+    name = rows["packing"][0].as_py().removeprefix(arrays.PACKING)
+    for image in arrays.encoded_rows(name, data_dir or None, rows["offset"].to_pylist()):
+        yield Encoded(image, len(image), None)

@@ -22,6 +22,7 @@ from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.session import Session
+from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, is_remote, join
@@ -67,6 +68,8 @@ def open_data(data: DataConfig, *, console: Console) -> Source:
     """Lists the images and prints their number."""
     source = open_source(data)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
+    for note in source.notes:
+        console.line(f"  {note}")
     return source
 
 
@@ -105,8 +108,9 @@ def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:
     """Raises ConfigError if some nodes of the cluster would not see the storage or the images."""
     check_storage(root, is_shared=is_shared, nodes=nodes)
-    if listed.source.pixels is None:
-        check_storage(data.data, is_shared=is_shared, nodes=nodes, name="data")
+    local = [name for name in data.data if name not in NAMED_ARRAYS] if listed.source.pixels is None else []
+    for name in local:
+        check_storage(name, is_shared=is_shared, nodes=nodes, name="data")
 
 
 def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:

@@ -1,6 +1,7 @@
 """Decodes the images of a source once, spread over the cluster, into the record cache."""
 
-from typing import Any
+import numpy as np
+import pyarrow as pa
 
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import RecordPlan, decode_shard, finish
@@ -30,15 +31,14 @@ def decode_missing(plan: RecordPlan, source: Source, session: Session) -> float:
         return core_s
     shards = [] if source.pixels is not None else cache.missing()
     if shards:
-        uris = source.table["uri"].to_pylist()
         work = ShardWork(
             worker=DecodingWorker(plan),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
-            given=lambda shard: uris[cache.rows_of(shard)],
+            given=lambda shard: _rows(source, cache.rows_of(shard)),
         )
-        left = sum(len(uris[cache.rows_of(shard)]) for shard in shards)
+        left = sum(len(range(cache.rows)[cache.rows_of(shard)]) for shard in shards)
         ran = run_shards(work, shards, session, title="decoding", done=cache.rows - left, total=cache.rows)
         core_s = sum(report.ended_at - report.began_at for report in ran.reports)
     finish(plan, source)
@@ -54,9 +54,14 @@ class DecodingWorker:
         self._plan = plan
 
     def open(self) -> None:
-        """Needs nothing."""
+        """Needs nothing: each shard gets its own threads."""
 
-    def work(self, shard: int, given: Any, *, attempt: Attempt, counter: Counter) -> None:
-        """Decodes a shard, whose URIs are `given`."""
-        decode_shard(self._plan, shard, given)
+    def work(self, shard: int, given: pa.Table, *, attempt: Attempt, counter: Counter) -> None:
+        """Decodes a shard, whose rows are `given`; in a child process if it seems to kill processes."""
+        decode_shard(self._plan, shard, given, isolated=attempt.is_suspect)
         counter.add(len(given), 0)
+
+
+def _rows(source: Source, rows: slice) -> pa.Table:
+    """A copy: a slice would travel with the whole table."""
+    return source.table.slice(rows.start, rows.stop - rows.start).take(np.arange(rows.stop - rows.start))

@@ -23,6 +23,7 @@ from rich import filesize
 import mnist_dist
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console
+from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import versions_of
 from mnist_dist.engines.formats import FORMATS
@@ -35,7 +36,6 @@ from mnist_dist.on_ray.scoring.checks import check_found, check_output_is_outsid
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
-from mnist_dist.scoring.decoding import Times
 from mnist_dist.scoring.delta import DeltaLog, check_output, delta_schema
 from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
 from mnist_dist.scoring.manifest import (
@@ -152,15 +152,9 @@ def _show_listing(listing: Listing, console: Console) -> None:
     by_count = sorted(listing.by_suffix.items(), key=lambda item: -item[1])
     suffixes = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in by_count[:SHOWN_SUFFIXES])
     console.line(f"found {len(listing.table):,} images, {filesize.decimal(listing.total_bytes)} ({suffixes})")
-    notes = {
-        "in {:,} archives": listing.archives,
-        "{:,} duplicates ignored": listing.named_twice,
-        "{:,} archive members replaced by later members of the same name": listing.duplicate_members,
-        "{:,} other files skipped": listing.others,
-    }
-    shown = [text.format(count) for text, count in notes.items() if count]
-    if shown:
-        console.line(f"  {'; '.join(shown)}")
+    notes = listing.notes()
+    if notes:
+        console.line(f"  {'; '.join(notes)}")
 
 
 class Scoring:

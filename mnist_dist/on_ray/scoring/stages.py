@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mnist_dist.data.decoding import Threads, Times
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
-from mnist_dist.scoring.decoding import Threads, Times
 from mnist_dist.scoring.planning import Means, busy_s
 
 if TYPE_CHECKING:

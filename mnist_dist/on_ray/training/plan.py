@@ -22,6 +22,7 @@ from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
 from mnist_dist.on_ray.training.train import Training, check_job
 from mnist_dist.session import Session, locked_session
+from mnist_dist.sources.source import taken
 from mnist_dist.store.uris import join
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
@@ -149,8 +150,7 @@ class _Plan:
         max_rows = MAX_SAMPLE_OF_FEATURES if self._job.uses_features else MAX_SAMPLE
         by_bytes = max(MIN_SAMPLE, SAMPLE_BYTES // spec.image_bytes)
         rows = spread_rows(len(source.table), most=max(min_rows, min(by_bytes, max_rows)), run_rows=64)
-        pixels = None if source.pixels is None else source.pixels[rows]
-        source = replace(source, table=source.table.take(pa.array(rows)), pixels=pixels)
+        source = taken(source, list(rows))
         root, max_pixels = self._job.run.storage, self._job.data.max_pixels
         return Listed(source=source, plan=plan_records(source, spec, storage=root, max_pixels=max_pixels))
 

@@ -1,4 +1,4 @@
-"""Reads and decodes the rows of shards, in a pool of threads that works across shard boundaries.
+"""Reads and decodes rows of a listing, in a pool of threads that works across shard boundaries.
 
 Owns: the threads that read and decode images, how many there are, the time limit per image, and the time spent per
 stage. Does not own: what a request reads (`reading`), the pixels (`images/decoder.py`), or their use (a `Sink`).
@@ -96,7 +96,7 @@ class DecodePool:
         self._child.close()
 
     def begin(self, rows: pa.Table, sink: Sink, *, isolated: bool) -> None:
-        """Starts reading and decoding the rows of a shard (`manifest.COLUMNS`), and returns at once.
+        """Starts reading and decoding the rows of a shard (`image_table.COLUMNS`), and returns at once.
 
         Args:
             rows: the rows of the shard.

@@ -1,0 +1,109 @@
+"""Which columns of lists and Parquet files are read beside the images, and under which names.
+
+Owns: the carried columns, and the labels and splits as text. Does not own: reading the files (`lists`, `parquet`), or
+what a label means (`labels`).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist.errors import DataError
+
+LABEL, SPLIT = "label", "split"
+"""Columns of a labelled listing: the class of each image and its split, as text; null: not known."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read beside the images themselves."""
+
+    carried: tuple[str, ...] = ()
+    """Columns to copy, as they are."""
+    image_column: str | None = None
+    """The column of Parquet files that holds the images. None: see `parquet.image_column_of`."""
+    label_column: str | None = None
+    """The column that holds the labels. None: labels are not wanted."""
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """The wanted columns among `names`."""
+        labels = [] if self.label_column is None else [self.label_column, SPLIT]
+        return [name for name in dict.fromkeys([*self.carried, *labels]) if name in names]
+
+
+def check_unique(place: str, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raises DataError if a file has two columns of a wanted name."""
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{place}: each column must have a name of its own; {twice[0]!r} occurs {names.count(twice[0])} times."
+            f" Received: columns {', '.join(names)}"
+        )
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """Strings and bytes of every encoding as plain ones; dictionaries decoded, since each batch may have its own."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string_view(values.type):
+        return values.cast(pa.string())
+    return values.cast(pa.binary()) if pa.types.is_binary_view(values.type) else values
+
+
+def text_labels(place: str, values: pa.Array, names: Sequence[str] | None, *, before: int = 0) -> pa.Array:
+    """Labels as text, `string [n]`.
+
+    Args:
+        place: the file and column, for messages.
+        values: class names (string), class numbers (integer) or true and false.
+        names: class names by number, if the file declares them.
+        before: number of rows before these, for messages.
+
+    Raises:
+        DataError: a label is missing, has another type, or is a number without a declared name.
+    """
+    values = plain(values)
+    if values.type not in (pa.string(), pa.large_string(), pa.bool_()) and not pa.types.is_integer(values.type):
+        raise DataError(f"{place} must hold class names (string) or numbers (integer). Received: {values.type}")
+    if names is not None and pa.types.is_integer(values.type):
+        _check_numbers(place, values, names)
+        values = pa.array(names, pa.string()).take(values)
+    texts = values.cast(pa.string())
+    row = pc.index(pc.fill_null(pc.equal(texts, ""), True), True).as_py()
+    if row >= 0:
+        raise DataError(
+            f"{place} must have a value in every row. Received: {values[row].as_py()!r} in row {before + row}, counted"
+            " from 0"
+        )
+    return texts
+
+
+def declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """The class names that a Hugging Face file declares for a column, by class number.
+
+    Source: `datasets.Features.arrow_schema`: {"info": {"features": {column: {"names": [...]}}}} as JSON.
+    """
+    names = features(schema).get(column, {})
+    names = names.get("names") if isinstance(names, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def features(schema: pa.Schema) -> dict[str, object]:
+    """The columns as Hugging Face describes them in the schema's metadata; empty: another tool wrote the file."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_numbers(place: str, numbers: pa.Array, names: Sequence[str]) -> None:
+    ends = pc.min_max(numbers).as_py()
+    if ends["min"] is not None and (ends["min"] < 0 or ends["max"] >= len(names)):
+        raise DataError(
+            f"{place}: labels must be 0 to {len(names) - 1}, as the file names {len(names)} classes."
+            f" Received: {ends['min']} to {ends['max']}"
+        )

@@ -1,0 +1,259 @@
+"""Classes and splits that follow from names: of folders, files and inputs.
+
+Owns: the rules. Does not own: labels that stand in a file (`columns`, `webdataset`).
+
+The rules, for the images of one input, whose paths are relative to its folder (those of members: to their archive):
+
+- The class of an image is its top-level folder: `cat/1.png`, `cat/old/1.png`.
+- If the top-level folders are all called train, val or test (or training, valid, validation, dev, testing), and `train`
+  holds folders, they are splits, and the classes are the folders in them. So a class may be called `train`: beside
+  `bus`, or if it holds images only.
+- A single folder that holds everything in an archive is ignored, unless it has the name of a split.
+- An archive or Parquet file belongs to a split if its path names one (`test/0.tar`, `train-00000.parquet`), and so does
+  everything of an input (`--data train.tar test.tar`); this holds if one of the files or inputs is called train.
+"""
+
+import itertools
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist.errors import DataError
+from mnist_dist.sources.archives import SEPARATOR, split_member
+from mnist_dist.sources.columns import LABEL, SPLIT
+from mnist_dist.store.uris import is_remote
+
+TRAIN = "train"
+SPLIT_NAMES = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
+}
+"""Lower-case names of the splits, and what they mean."""
+_SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, reverse=True))})([-_.].*)?", re.IGNORECASE)
+_MAX_SHOWN = 10
+Parts = Sequence[str]
+"""The components of a path."""
+
+
+def fill_by_folder(table: pa.Table, *, root: str, name: str) -> pa.Table:
+    """Adds `label` and `split` to the rows of one input, from their folders where nothing else gives them.
+
+    Args:
+        table: the rows of the input, with the columns `label` and `split` if some are known.
+        root: the folder that the paths of files are relative to.
+        name: the input, for messages.
+
+    Returns:
+        The table with both columns; null: not known.
+
+    Raises:
+        DataError: other folders than splits stand beside train/ and test/, or a split is not called train, val or test.
+    """
+    labels = _column(table, LABEL)
+    splits = _split_values(_column(table, SPLIT), name)
+    uris, archives, statuses = (table[column].to_pylist() for column in ("uri", "archive", "status"))
+    of_file = splits_of_names([_parts(archive, root) if archive else () for archive in archives])
+    unknown = [row for row in range(len(table)) if labels[row] is None and statuses[row] is None]
+    for is_member in (False, True):
+        rows = [row for row in unknown if (archives[row] is not None) == is_member]
+        paths = [_path(uris[row], archives[row], root) for row in rows]
+        found = _of_folders(name, paths, ignore_single=is_member)
+        for row, (label, split) in zip(rows, found, strict=True):
+            labels[row], splits[row] = label, splits[row] or split
+    splits = [split or file for split, file in zip(splits, of_file, strict=True)]
+    kept = table.drop_columns([column for column in (LABEL, SPLIT) if column in table.column_names])
+    return kept.append_column(LABEL, pa.array(labels, pa.string())).append_column(SPLIT, pa.array(splits, pa.string()))
+
+
+def splits_of_names(names: Sequence[Parts]) -> list[str | None]:
+    """The split of each file or input from its path; all None if none is called train."""
+    splits = [_split_of(parts) for parts in names]
+    return splits if TRAIN in splits else [None] * len(splits)
+
+
+def empty_folders(root: str, table: pa.Table) -> list[str]:
+    """The local folders beside those of the classes that hold none of the images; sorted.
+
+    Args:
+        root: the folder of the input.
+        table: its images, with `label` and `split`.
+    """
+    if is_remote(root) or not os.path.isdir(root):
+        return []
+    loose = table.filter(pc.is_null(table["archive"]))
+    has_splits = pc.any(pc.is_valid(loose[SPLIT])).as_py()
+    used = {"/".join(_parts(uri, root)[: 2 if has_splits else 1]) for uri in loose["uri"].to_pylist()}
+    folders = [folder for top in _folders(root) for folder in (_folders(top) if has_splits else [top])]
+    names = (folder.removeprefix(root).strip("/") for folder in folders)
+    return sorted(name for name in names if name not in used) if used else []
+
+
+def common_folder(uris: Iterable[str]) -> str:
+    """The deepest folder that contains all URIs."""
+    first: list[str] | None = None
+    for uri in uris:
+        folders = uri.split("/")[:-1]
+        same = zip(first or folders, folders, strict=False)
+        first = [left for left, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same)]
+    return "/".join(first or [])
+
+
+def class_names_of(
+    labels: pa.ChunkedArray, splits: pa.ChunkedArray, declared: Sequence[tuple[str, ...]], *, name: str
+) -> tuple[str, ...]:
+    """The class names, in the order of their numbers: as declared, else sorted; whole numbers by their value.
+
+    Args:
+        labels: the label of each image, as text.
+        splits: the split of each image, or null.
+        declared: class names that Parquet files and named data sets declare.
+        name: the data, for messages.
+
+    Raises:
+        DataError: two names differ only in their Unicode normalisation, the files declare different classes, or a
+            split has a class that train has not.
+    """
+    seen = _seen(labels, splits)
+    trained = {label for split, label in seen if split in (None, TRAIN)}
+    _check_normalised({label for _, label in seen})
+    if declared:
+        return _declared(declared, {label for _, label in seen}, name)
+    names = sorted(trained, key=_class_order)
+    foreign = sorted(f"{split}/{label}" for split, label in seen if label not in trained)
+    if foreign:
+        raise DataError(
+            f"{name}: every class must occur in train, which has {', '.join(names[:20])}."
+            f" Received: {', '.join(foreign[:_MAX_SHOWN])}"
+        )
+    return tuple(names)
+
+
+def codes_of(labels: pa.ChunkedArray, class_names: Sequence[str]) -> pa.ChunkedArray:
+    """`int32 [N]`: the number of each label; -1 for null."""
+    codes = pc.index_in(labels, value_set=pa.array(class_names, pa.string()))
+    return pc.fill_null(codes, -1).cast(pa.int32())
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def _folders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_dir() and not entry.name.startswith((".", "_", "@"))]
+
+
+def _column(table: pa.Table, name: str) -> list[str | None]:
+    values: list[str | None] = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+    return values
+
+
+def _parts(uri: str, root: str) -> Parts:
+    """The components of a path below `root`, the file's name among them."""
+    return uri.removeprefix(root).strip("/").split("/") if uri != root else uri.split("/")[-1:]
+
+
+def _path(uri: str, archive: str | None, root: str) -> Parts:
+    if archive is None:
+        return _parts(uri, root)
+    member = split_member(uri)
+    return (member[1] if member else uri.removeprefix(f"{archive}{SEPARATOR}")).strip("/").removeprefix("./").split("/")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _of_folders(name: str, paths: Sequence[Parts], *, ignore_single: bool) -> list[tuple[str | None, str | None]]:
+    """The class and split of each path; None: it lies in no class folder, or there are no splits."""
+    depth = _ignored(paths) if ignore_single else 0
+    below = [parts[depth:] for parts in paths]
+    of_split = 1 if _is_split_layout(name, below) else 0
+    return [
+        (parts[of_split], SPLIT_NAMES[parts[0].lower()] if of_split else None)
+        if len(parts) >= of_split + 2
+        else (None, None)
+        for parts in below
+    ]
+
+
+def _ignored(paths: Sequence[Parts]) -> int:
+    """How many folders hold everything and name neither a split nor a class."""
+    depth = 0
+    while paths and all(len(parts) >= depth + 3 for parts in paths):
+        tops = {parts[depth] for parts in paths}
+        if len(tops) > 1 or tops.pop().lower() in SPLIT_NAMES:
+            break
+        depth += 1
+    return depth
+
+
+def _is_split_layout(name: str, paths: Sequence[Parts]) -> bool:
+    tops = {parts[0] for parts in paths if len(parts) >= 2}
+    others = sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
+    holding = {SPLIT_NAMES[parts[0].lower()] for parts in paths if len(parts) >= 3 and parts[0].lower() in SPLIT_NAMES}
+    if TRAIN not in holding:
+        return False
+    if others and len(holding) > 1:
+        raise DataError(
+            f"{name}: only val/ and test/ may stand beside train/. Received: {', '.join(others[:_MAX_SHOWN])}"
+        )
+    return not others
+
+
+def _split_of(parts: Parts) -> str | None:
+    names = (match[1].lower() for part in parts if (match := _SPLIT_PREFIX.fullmatch(part)))
+    return next((SPLIT_NAMES[name] for name in names), None)
+
+
+def _split_values(values: Sequence[str | None], name: str) -> list[str | None]:
+    """The splits that a column gives, in their short form."""
+    unknown = sorted({value for value in values if value and value.lower() not in SPLIT_NAMES})
+    if unknown:
+        raise DataError(
+            f"{name}: the column {SPLIT!r} must hold {', '.join(SPLIT_NAMES)}."
+            f" Received: {', '.join(unknown[:_MAX_SHOWN])}"
+        )
+    return [SPLIT_NAMES[value.lower()] if value else None for value in values]
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _seen(labels: pa.ChunkedArray, splits: pa.ChunkedArray) -> set[tuple[str | None, str]]:
+    pairs = pa.table({LABEL: labels, SPLIT: splits}).group_by([LABEL, SPLIT]).aggregate([])
+    rows = zip(pairs[SPLIT].to_pylist(), pairs[LABEL].to_pylist(), strict=True)
+    return {(split, label) for split, label in rows if label is not None}
+
+
+def _declared(declared: Sequence[tuple[str, ...]], labels: set[str], name: str) -> tuple[str, ...]:
+    if len(set(declared)) > 1:
+        shown = " and ".join(str(list(names)) for names in sorted(set(declared), key=str)[:2])
+        raise DataError(f"{name}: all data must name the same classes in the same order. Received: {shown}")
+    foreign = sorted(labels - {*declared[0]})
+    if foreign:
+        raise DataError(
+            f"{name}: the classes are declared as {', '.join(declared[0][:20])}."
+            f" Received: {', '.join(foreign[:_MAX_SHOWN])}"
+        )
+    return declared[0]
+
+
+def _class_order(name: str) -> tuple[int, int, str]:
+    """Whole numbers by their value, then everything else."""
+    is_number = name.isdecimal() and name.isascii()
+    return (0, int(name), name) if is_number else (1, 0, name)
+
+
+def _check_normalised(names: Iterable[str]) -> None:
+    same: dict[str, list[str]] = {}
+    for name in sorted(names):
+        same.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    for spellings in same.values():
+        if len(spellings) > 1:
+            shown = " and ".join(f"{name!r} ({' '.join(f'U+{ord(char):04X}' for char in name)})" for name in spellings)
+            raise DataError(
+                f"two classes have the same name in different Unicode normalisation; rename one. Received: {shown}"
+            )
