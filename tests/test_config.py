@@ -29,7 +29,7 @@ from mnist_dist.errors import ConfigError
 NAN = float("nan")
 SCORE = functools.partial(ScoreJob, bundle="b", output="o", inputs=InputConfig(input=("i",)))
 REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
-    (DataConfig, {"data": ""}, r"^data must be a name, .*Received: data=''$"),
+    (DataConfig, {"data": ()}, r"^data must name at least one location. Received: data=\(\)$"),
     (DataConfig, {"validation_fraction": 0.0}, r"^validation_fraction must be between 0 and 1\. .*=0\.0$"),
     (DataConfig, {"validation_fraction": 1.0}, r"^validation_fraction must be between 0 and 1\. .*=1\.0$"),
     (DataConfig, {"test_fraction": -0.1}, r"^test_fraction must be between 0 and 1\. .*=-0\.1$"),

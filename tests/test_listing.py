@@ -475,8 +475,6 @@ def test_carried_columns_go_along_and_others_get_null(root: str) -> None:
     put(root, "a.png", "b.png", "c.png")
     columns = {"label": ["7", "8"], "note": ["x", "y"]}
     first = write_parquet(f"{root}/1.parquet", uri=[f"{root}/b.png", f"{root}/a.png"], **columns)
-        f"{root}/1.parquet", uri=[f"{root}/b.png", f"{root}/a.png"], label=["7", "8"], note=["x", "y"]
-    )
     second = write_text(f"{root}/2.csv", f"label,uri\n2.5,{root}/c.png\n")
     listing = found(second, root, first, carry=("label", "note"))
     assert listing.table.schema.names == [*COLUMNS.names, "label", "note"]
