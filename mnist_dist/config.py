@@ -556,6 +556,9 @@ class ScoreJob:
     mode: Literal["continue", "incremental", "fresh"] = "continue"
     """continue: resume the job, or return its finished table. incremental: list the inputs again and score what is new
     or changed. fresh: score everything again; the old table stays until the new one is complete."""
+    drop_missing: bool = False
+    """With mode incremental: delete the rows of images that lay in the listed folders and archives and are gone.
+    Without it, their rows stay."""
     retry_failed: bool = False
     """Score again the rows that are neither ok nor unsupported."""
     shard_size: int | None = None
@@ -579,6 +582,11 @@ class ScoreJob:
             self.max_rows_per_file >= 1,
             "max_rows_per_file must be at least 1 row",
             max_rows_per_file=self.max_rows_per_file,
+        )
+        require(
+            not self.drop_missing or self.mode == "incremental",
+            "drop_missing needs mode incremental",
+            mode=self.mode,
         )
         require(
             not (self.retry_failed and self.mode != "continue"),

@@ -21,8 +21,8 @@ class EvaluateJob:
     """Images to score first with `bundle`, into `<output>/predictions`; the same forms as for scoring. From lists
     (Parquet, CSV) the label column is copied into the table."""
     labels: str | None = None
-    """Parquet, CSV or TSV file with the columns `uri` and `label`. None: the label column of the table, or else the
-    names of the images' folders."""
+    """Parquet, CSV or TSV file with the columns `uri` and `label`, or the labelled images themselves, in any form that
+    can be trained on. None: the label column of the table, the labels of `input`, or else the images' folders."""
     label_column: str = LABEL_COLUMN
     """Column of the table with the true labels, if it was carried: class names or class numbers."""
     compare: str | None = None

@@ -180,7 +180,8 @@ def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path
     def key(source: Source = source, spec: ImageSpec = SPEC, max_pixels: int = 1000) -> str:
         return plan_records(source, spec, storage=str(tmp_path), max_pixels=max_pixels).cache.key
 
-    changed = source.table.set_column(4, "etag", [["new", *source.table["etag"].to_pylist()[1:]]])
+    place = source.table.schema.get_field_index("etag")
+    changed = source.table.set_column(place, "etag", [["new", *source.table["etag"].to_pylist()[1:]]])
     keys = [key(), key(spec=replace(SPEC, resize="crop")), key(spec=replace(SPEC, width_px=8)), key(max_pixels=999)]
     keys += [key(replace(source, table=changed)), key(replace(source, table=source.table.slice(1)))]
     digits = open_source(DataConfig())

@@ -629,6 +629,39 @@ def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table_format", ["parquet", "delta"])
+@pytest.mark.parametrize("and_new", [False, True])
+def test_rows_of_images_that_are_gone_are_dropped_if_that_is_asked_for(
+    tmp_path: Path, bundle: Path, table_format: TableFormat, and_new: bool
+) -> None:
+    images, columns = write_images(tmp_path / "images", good=6), TableConfig(table_format=table_format)
+    (images / "unnamed").write_bytes(encoded(73))
+    noise(74).save(tmp_path / "elsewhere.png")
+    everything = (str(images), str(images / "unnamed"), str(tmp_path / "elsewhere.png"))
+    job = job_of(bundle, tmp_path / "table", images, table=columns)
+    score(replace(job, inputs=replace(job.inputs, input=everything)), console=Recorder())
+    before = rows_of(tmp_path / "table")
+    (images / "deep" / "01.jpg").unlink()
+    (images / "00.png").unlink()
+    (tmp_path / "elsewhere.png").unlink()  # not in what is listed
+    if and_new:
+        noise(75).save(images / "new.png")
+    job = replace(job, mode="incremental")
+    assert score(job, console=Recorder())["images"] == len(before) + and_new
+    console = Recorder()
+    score(replace(job, drop_missing=True), console=console)
+    after = rows_of(tmp_path / "table")
+    assert set(before) - set(after) == {str(images / "deep" / "01.jpg"), str(images / "00.png")}
+    assert set(after) - set(before) == ({str(images / "new.png")} if and_new else set())
+    assert "2 rows of images that are gone are dropped" in console.lines
+    if table_format == "delta":
+        found = DeltaTable(str(tmp_path / "table" / "delta")).to_pyarrow_table().to_pylist()
+        assert {row["uri"]: row for row in found} == after
+    with pytest.raises(ConfigError, match="drop_missing needs mode incremental"):
+        replace(job, mode="fresh", drop_missing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table_format", ["parquet", "delta"])
 def test_an_increment_that_was_stopped_is_finished_before_the_next_one(
     tmp_path: Path, bundle: Path, table_format: TableFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:

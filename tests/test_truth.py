@@ -13,7 +13,7 @@ from scored import MODEL, described_by, one_hot, plan_of, scored_rows, write_bun
 from mnist_dist.config import TableConfig
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
-from mnist_dist.evaluation.truth import CarriedColumn, Folders, LabelFile, find_truth, folder_names
+from mnist_dist.evaluation.truth import CarriedColumn, Folders, KnownLabels, find_truth, folder_names, label_file
 from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.scoring.predictions import MARK, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
@@ -137,7 +137,7 @@ def test_the_first_source_that_there_is_is_taken(tmp_path: Path) -> None:
     labels.write_text("uri,label\n/data/ant/1.png,bee\n")
     carried = pa.table({"label": pa.array([2, None, 0, 1], pa.int8())})
     table = open_table(write_scored(tmp_path / "t", some_rows(carried=carried)), bundle=None)
-    assert isinstance(find_truth(table, labels=str(labels), label_column="label"), LabelFile)
+    assert isinstance(find_truth(table, labels=str(labels), label_column="label"), KnownLabels)
     column = find_truth(table, labels=None, label_column="label")
     assert isinstance(column, CarriedColumn)
     batch = next(table.batches(column.columns))
@@ -167,7 +167,7 @@ def test_a_column_may_be_a_dictionary() -> None:
 
 
 @pytest.fixture(params=["labels.csv", "labels.tsv", "labels.parquet"])
-def label_file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def labels_path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Labels that look like numbers, of images in another order than the table's."""
     path = tmp_path / request.param
     rows = [("s3://bucket/cat/4.png", "007"), ("/data/bee/2.png", "010"), ("/data/ant/1.png", None)]
@@ -180,8 +180,8 @@ def label_file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(path)
 
 
-def test_labels_are_found_by_uri(label_file: str) -> None:
-    truth = LabelFile(label_file)
+def test_labels_are_found_by_uri(labels_path: str) -> None:
+    truth = label_file(labels_path)
     assert len(truth) == 3
     assert truth.labels(batch_of(uri=[*URIS, "x"])).to_pylist() == [None, "010", None, "007", None]
 
@@ -189,28 +189,28 @@ def test_labels_are_found_by_uri(label_file: str) -> None:
 def test_labels_on_s3_are_read(s3: str) -> None:
     ANYWHERE.write_bytes(f"{s3}/labels.csv", b"uri,label\na.png,ant\n/b.tar!x/b.png,bee\n")
     uris = [absolute("a.png"), "/b.tar!x/b.png"]  # a relative path is what scoring makes of it
-    assert LabelFile(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
+    assert label_file(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
 
 
 def test_numbers_and_categories_in_parquet_are_labels(tmp_path: Path) -> None:
     for number, labels in enumerate((pa.array([2, 0]), pa.array(["2", "0"]).dictionary_encode())):
         path = str(tmp_path / f"{number}.parquet")
         pq.write_table(pa.table({"uri": ["/a", "/b"], "label": labels}), path)
-        assert LabelFile(path).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["0", "2"]
+        assert label_file(path).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["0", "2"]
 
 
 def test_an_empty_file_labels_nothing(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("uri,label\n")
-    assert LabelFile(str(tmp_path / "labels.csv")).labels(batch_of(uri=["/a"])).to_pylist() == [None]
+    assert label_file(str(tmp_path / "labels.csv")).labels(batch_of(uri=["/a"])).to_pylist() == [None]
 
 
 def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,ant\n")
-    assert LabelFile(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
+    assert label_file(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,bee\n")
     with pytest.raises(DataError, match=r"an image has one label. Received: two labels, in rows 1 and 3"):
-        LabelFile(str(path))
+        label_file(str(path))
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) 
 def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        LabelFile(str(tmp_path / name))
+        label_file(str(tmp_path / name))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no such file. Received: labels='.*gone.csv'"):
-        LabelFile(str(tmp_path / "gone.csv"))
+        label_file(str(tmp_path / "gone.csv"))
 
 
 def test_folders_that_are_numbers_are_no_class_numbers() -> None:
@@ -253,4 +253,4 @@ def test_labels_that_look_like_nothing_are_labels(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("uri,label\n/a,NA\n/b,null\n/c,\n")
     batch = pa.RecordBatch.from_pydict({"uri": ["/a", "/b", "/c"]})
-    assert LabelFile(str(path)).labels(batch).to_pylist() == ["NA", "null", None]
+    assert label_file(str(path)).labels(batch).to_pylist() == ["NA", "null", None]

@@ -32,9 +32,10 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
     """Scores the images, or resumes scoring them."""
     from mnist_dist.evaluation.evaluate import check_named
     from mnist_dist.on_ray.scoring.score import score  # Imported here because evaluating a table does not need Ray.
+    from mnist_dist.sources.places import columns_of, place_of
 
     check_named(job)
-    has_labels = job.labels is None and all(uri.lower().endswith((".csv", ".parquet")) for uri in job.input)
+    has_labels = job.labels is None and all(job.label_column in columns_of(place_of(name)) for name in job.input)
     inputs = InputConfig(input=job.input, carry=(job.label_column,) if has_labels else ())
     run = ScoreRunConfig(verbose=job.verbose)
     score(ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, run=run), console=shown)

@@ -16,20 +16,24 @@ import numpy as np
 import pyarrow as pa
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import DataError
+from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
 from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
 from mnist_dist.evaluation.tables import ScoredTable, open_table
 from mnist_dist.evaluation.truth import Truth, find_truth
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
+from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.session import Session
+from mnist_dist.sources.places import place_of
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import names_in
 from mnist_dist.store.uris import join
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE, CLASSIFICATION_REPORT_FILE = "metrics.json", "classification_report.txt"
+_OWN = frozenset({METRICS_FILE, CLASSIFICATION_REPORT_FILE, "figures", "predictions", REPORT_FILE})
 _WORST_CLASSES = 5
 _NAMED = 3  # Examples in a note, such as unknown labels or duplicates.
 
@@ -82,11 +86,12 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         BundleError, ConfigError, PermissionError, ServiceError, StorageError: an input or the output cannot be used.
         Interrupted: SIGINT or SIGTERM.
     """
+    check_named(job)
     with Stop(console) as stop:
         session = Session(console=console, stop=stop)
         table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
-        truth = find_truth(table, labels=job.labels, label_column=job.label_column)
+        truth = find_truth(table, labels=job.labels, scored=job.input, label_column=job.label_column)
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
         ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
@@ -109,13 +114,20 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
 
 
 def check_named(job: EvaluateJob) -> None:
-    """Checks that the inputs exist, before a scoring that takes hours.
+    """Checks that the inputs exist and the output is free, before a scoring that takes hours.
 
     Raises:
         DataError: the labels or the table to compare with do not exist.
+        ConfigError: the output holds foreign files.
     """
-    if job.labels is not None and not ANYWHERE.exists(job.labels):
-        raise DataError(f"there is no such file. Received: labels={job.labels!r}")
+    foreign = [name for name in names_in(ANYWHERE, job.output_uri) if name not in _OWN]
+    if foreign:
+        raise ConfigError(
+            "output must be a new folder, or one that an evaluation has made. Received: "
+            f"{job.output_uri!r}, which holds {', '.join(foreign[:_NAMED])}"
+        )
+    if job.labels is not None:
+        place_of(job.labels)
     if job.compare is not None:
         open_table(job.compare, bundle=None)
 

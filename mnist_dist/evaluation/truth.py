@@ -1,11 +1,12 @@
 """Finds the labels of the images in a prediction table.
 
-Owns: the three sources of labels, in this order: a label file, a carried column of the table, the folders of the
-images. Does not own: which class a label means (`tables.Classes`).
+Owns: where labels come from, in this order: what the user names (a label file, or any labelled images), a carried
+column of the table, the images that were scored just before, the folders of the images. Does not own: which class a
+label means (`tables.Classes`).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,14 +16,18 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
+from mnist_dist.config import InputConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import LABEL_COLUMN
 from mnist_dist.evaluation.tables import ScoredTable
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
 from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.sources.choice import row_of_line
+from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.parquet import holds_images
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import are_remote
+from mnist_dist.store.uris import absolute, are_remote
 
 # n = rows of a batch
 
@@ -48,13 +53,14 @@ class Truth(Protocol):
         """`string [n]`: the label of each row, a class name or number; null if it has none."""
 
 
-def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> Truth:
+def find_truth(table: ScoredTable, *, labels: str | None, label_column: str, scored: Sequence[str] = ()) -> Truth:
     """Chooses the first available source of labels.
 
     Args:
         table: the scored table.
-        labels: a Parquet, CSV or TSV file with `uri` and `label`.
-        label_column: a carried column of the table.
+        labels: a Parquet, CSV or TSV file with `uri` and `label`, or labelled images, as for training.
+        label_column: a carried column of the table; of labelled Parquet files and lists the column of the labels.
+        scored: the inputs that were scored for this evaluation.
 
     Raises:
         ConfigError: a column other than the default one was named and does not exist.
@@ -62,13 +68,17 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str) -> 
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if labels is not None:
-        return LabelFile(labels)
+        return label_file(labels) if _is_label_file(labels) else labels_of_images((labels,), label_column)
     if label_column in table.schema.names:
         return CarriedColumn(table.schema, label_column)
     if label_column != LABEL_COLUMN:
         raise ConfigError(
             f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
         )
+    with contextlib.suppress(DataError):  # Nothing says that the images have labels.
+        of_images = _list_labels(scored, label_column) if scored else COLUMNS.empty_table()
+        if pc.any(pc.is_valid(of_images["archive"])).as_py():
+            return KnownLabels("the labels beside the images", _lines_of(of_images), guessed=True)
     return Folders()
 
 
@@ -113,31 +123,28 @@ class CarriedColumn:
         return (values.dictionary_decode() if pa.types.is_dictionary(values.type) else values).cast(pa.string())
 
 
-class LabelFile:
-    """Takes the labels from a file, by URI. Uses 16 bytes of memory per row, twice that while they are sorted.
+class KnownLabels:
+    """Labels by URI. Uses 16 bytes of memory per row, twice that while they are sorted.
 
     Args:
-        uri: Parquet, CSV or TSV with the columns `uri` and `label`. Relative paths start at the working directory.
+        source: name of the source, for display.
+        lines: URIs and labels, `string [n]` each.
+        guessed: see `Truth`.
 
     Raises:
-        DataError: there is no such file, it is not such a file, or it has two labels for an image.
-        PermissionError, ServiceError, StorageError: see `store.base`.
+        DataError: an image has two labels.
     """
 
-    guessed = False
     columns: tuple[str, ...] = (_URI,)
 
-    def __init__(self, uri: str) -> None:
-        self.source = uri
+    def __init__(self, source: str, lines: Iterable[tuple[pa.Array, pa.Array]], *, guessed: bool = False) -> None:
+        self.source, self.guessed = source, guessed
         hashes: list[Hashes] = []
         codes: list[npt.NDArray[np.int32]] = []
         codes_by_label: dict[str, int] = {}
-        try:
-            for uris, labels in _lines(uri):
-                hashes.append(uri_hashes(uris))
-                codes.append(_codes_of(labels, codes_by_label))
-        except FileNotFoundError as err:
-            raise DataError(f"there is no such file. Received: labels={uri!r}") from err
+        for uris, labels in lines:
+            hashes.append(uri_hashes(uris))
+            codes.append(_codes_of(labels, codes_by_label))
         self._index = UriIndex(hashes)
         self._codes: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *codes])
         self._labels = pa.array(list(codes_by_label), pa.string())
@@ -162,6 +169,45 @@ class LabelFile:
                 f"{self.source}: an image has one label. Received: two labels, in rows {rows[0]} and {rows[1]} "
                 "(counted from 1, without the header)"
             )
+
+
+def label_file(uri: str) -> KnownLabels:
+    """Takes the labels from a file.
+
+    Args:
+        uri: Parquet, CSV or TSV with the columns `uri` and `label`. Relative paths start at the working directory.
+
+    Raises:
+        DataError: there is no such file, it is not such a file, or it has two labels for an image.
+        PermissionError, ServiceError, StorageError: see `store.base`.
+    """
+    try:
+        return KnownLabels(uri, _lines(uri))
+    except FileNotFoundError as err:
+        raise DataError(f"there is no such file. Received: labels={uri!r}") from err
+
+
+def labels_of_images(inputs: Sequence[str], label_column: str) -> KnownLabels:
+    """Takes the labels from images: folders, WebDataset shards, Parquet files and everything else that is trained on.
+
+    Raises:
+        DataError: the images are unknown or have no classes.
+        PermissionError, ServiceError, StorageError: see `store.base`.
+    """
+    return KnownLabels(", ".join(inputs[:3]), _lines_of(_list_labels(inputs, label_column)))
+
+
+def _list_labels(inputs: Sequence[str], label_column: str) -> pa.Table:
+    return list_inputs(InputConfig(input=tuple(inputs)), label_column=label_column).table
+
+
+def _lines_of(table: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:
+    return ((batch[_URI], batch[_LABEL]) for batch in table.select([_URI, _LABEL]).to_batches())
+
+
+def _is_label_file(uri: str) -> bool:
+    is_table = uri.lower().endswith((_PARQUET_SUFFIX, *_SEPARATORS))
+    return is_table and not (uri.lower().endswith(_PARQUET_SUFFIX) and holds_images(absolute(uri), None))
 
 
 def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[np.int32]:

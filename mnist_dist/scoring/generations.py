@@ -34,6 +34,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mnist_dist import documents
 from mnist_dist.config import EngineName, EnginePrecision, ResizeRule, TableFormat
 from mnist_dist.engines.conversion import Check
@@ -52,12 +55,16 @@ from mnist_dist.scoring.predictions import (
     table_uri,
 )
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Store
+from mnist_dist.store.base import Store, names_in
 from mnist_dist.store.uris import absolute, join
 
 MANIFEST, SUMMARY = "manifest.parquet", "summary.json"
 SUMMARY_COPY = f"_{SUMMARY}"
-_PLAN, _COMMIT = "plan.json", "commit.json"
+ENGINES_FOLDER = "_engines"
+"""Folder in the output for converted models, when the folder beside the bundle is read-only."""
+_OWN = frozenset({*FOLDERS.values(), TABLES, WORK, SUCCESS, FAILED, SUMMARY_COPY, ENGINES_FOLDER})
+_MAX_SHOWN = 5
+_PLAN, _COMMIT, _DROPPED = "plan.json", "commit.json", "dropped.parquet"
 _GENERATION = re.compile(rf"{WORK}/g(?P<number>\d+)/(.*)")
 _SHARD = re.compile(r"shard-(\d+)\.parquet")
 _PART = re.compile(rf"(?P<folder>{TABLE}|{DELTA})/part-(?P<number>\d+)-(?:kept-)?\d+\.parquet")
@@ -93,6 +100,8 @@ class Plan(Origin):
     """Whether rows of the old table are kept, except those of images in this generation."""
     began_at: str
     """Time, ISO 8601."""
+    dropped: int = 0
+    """Number of rows of the old table that are dropped because their images are gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +163,11 @@ class Generation:
     def manifest_uri(self) -> str:
         return join(self.uri, MANIFEST)
 
+    @property
+    def dropped_uri(self) -> str:
+        """Parquet with the `uri` of the rows that are dropped, if there are some."""
+        return join(self.uri, _DROPPED)
+
     def out_uri(self, fence: int) -> str:
         """The folder in which one driver builds the new files of the table."""
         return join(self.uri, f"out-{fence:06d}")
@@ -167,13 +181,17 @@ class Generation:
         """Whether its commit has begun; the commit must then be finished (`replay`)."""
         return self.store.exists(self.commit_uri)
 
-    def begin(self, manifest: Callable[[str], None]) -> None:
+    def begin(self, manifest: Callable[[str], None], *, dropped: pa.Array | None = None) -> None:
         """Writes the manifest and then the plan, which makes the generation valid.
 
         Args:
             manifest: writes the manifest to the given URI.
+            dropped: URIs of the rows of the old table that are dropped.
         """
         manifest(self.manifest_uri)
+        if dropped:
+            with self.store.new_object(self.dropped_uri) as file:
+                pq.write_table(pa.table({"uri": dropped}), file)
         documents.write(self.store, join(self.uri, _PLAN), self.plan)
 
     def claim(self, *, fence: int) -> None:
@@ -243,11 +261,17 @@ class Output:
             raise DataError(f"{err}; delete this unfinished generation to start it again: {uri}") from err
 
     def check_nothing_else(self, table_format: TableFormat) -> None:
-        """Checks, before the first version of a table, that its folder holds nothing else.
+        """Checks, before the first version of a table, that the output holds nothing else, hidden files excepted.
 
         Raises:
-            DataError: it holds the files of another program, or of a table whose description was deleted.
+            DataError: it holds foreign files, or those of a table whose description was deleted.
         """
+        foreign = [name for name in names_in(self.store, self.uri) if name not in _OWN]
+        if foreign:
+            raise DataError(
+                f"the output must be a new folder, or one that scoring has made. Received: {self.uri!r}, which holds "
+                f"{', '.join(foreign[:_MAX_SHOWN])}"
+            )
         folder = FOLDERS[table_format]
         for name in self.names(folder):
             if table_format == "delta" or not _PART.fullmatch(name):

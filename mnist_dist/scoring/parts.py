@@ -114,13 +114,21 @@ class Building:
             if committed and keep_old:
                 listed = self.output.version_uri(committed.mark.number, MANIFEST)
                 old = stack.enter_context(_parquet(self.output.store, listed, scratch / "old"))
-                self._keep(committed, table, old=old, replaced=manifest.read(["uri"])["uri"])
+                self._keep(committed, table, old=old, replaced=self._replaced(manifest))
             with contextlib.closing(self._new_rows(manifest, shards, progress)) as rows:
                 self._write(table, "", rows)
             if not table.files:
                 # An empty table needs one file for its columns.
                 self._write_part(table, self._name("", 0), _Groups(iter(())))
         return table
+
+    def _replaced(self, manifest: pq.ParquetFile) -> pa.ChunkedArray:
+        """The URIs whose old rows do not stay: they are scored again, or their images are gone."""
+        uris = manifest.read(["uri"])["uri"]
+        if not self.generation.plan.dropped:
+            return uris
+        with self.output.store.open_binary(self.generation.dropped_uri) as file:
+            return pa.chunked_array([*uris.chunks, *pq.read_table(file)["uri"].chunks], pa.string())
 
     def _keep(self, committed: Committed, table: NewTable, *, old: pq.ParquetFile, replaced: pa.ChunkedArray) -> None:
         """Keeps the old files; rewrites those that hold images in `replaced` without their rows. If the old table

@@ -5,7 +5,7 @@ manifest file (`manifest`).
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from mnist_dist.config import InputConfig, ScoreJob
 from mnist_dist.scoring.generations import MANIFEST, Committed, Output
 from mnist_dist.scoring.manifest import SHARD
 from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, NOT_BAD, TOP_K, iter_predictions
-from mnist_dist.sources.archives import is_archive
+from mnist_dist.sources import parquet
+from mnist_dist.sources.archives import SEPARATOR, is_archive
 from mnist_dist.sources.image_table import COLUMNS
-from mnist_dist.sources.listing import Listing, list_inputs
+from mnist_dist.sources.listing import Listing, list_inputs, list_uris
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
@@ -39,6 +40,13 @@ class Selection:
     """The listing; None if there are no bad rows to score again."""
     table: pa.Table
     """The listed rows that are scored; may be empty."""
+    gone: pa.Array | None = None
+    """URIs of rows of the existing table whose images are gone, if they are to be dropped."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the table stays as it is."""
+        return not len(self.table) and not self.gone
 
 
 def select_images(
@@ -60,7 +68,8 @@ def select_images(
     listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
-    return Selection(listing, new_rows(_looked_up(listing.table), output, number=before.mark.number))
+    found = new_rows(_looked_up(listing.table), output, number=before.mark.number)
+    return Selection(listing, found, _gone(listing, output, number=before.mark.number) if job.drop_missing else None)
 
 
 def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
@@ -77,6 +86,37 @@ def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
     with output.store.open_binary(output.version_uri(number, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri", "size_bytes", "etag"])
     return found.filter(_is_new(found, known))
+
+
+def _gone(listing: Listing, output: Output, *, number: int) -> pa.Array:
+    """The URIs in the table that lie in what was listed, were not found, and do not exist any more."""
+    with output.store.open_binary(output.version_uri(number, MANIFEST)) as file:
+        known = pq.read_table(file, columns=["uri"])["uri"]
+    lost = known.filter(pc.invert(pc.is_in(known, value_set=listing.table["uri"])))
+    inside = [uri for uri in lost.to_pylist() if any(uri.startswith(_beginnings(root)) for root in listing.roots)]
+    return pa.array([uri for uri, exists in _existing(inside) if not exists], pa.string())
+
+
+def _beginnings(root: str) -> tuple[str, ...]:
+    return tuple(f"{root.rstrip('/')}{mark}" for mark in ("/", SEPARATOR, parquet.ROW_SEPARATOR))
+
+
+def _existing(uris: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Whether the image of each URI exists: a file may be left out for its name, and still be there."""
+    rows = list_uris(uris).select(["uri", "packing", "status"]).to_pylist()
+    seen = map_in_threads(_is_there, rows, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
+    return ((row["uri"], is_there) for row, is_there in zip(rows, seen, strict=True))
+
+
+def _is_there(row: Mapping[str, str | None]) -> bool:
+    if row["packing"] or row["status"]:  # of an image in a container, which was looked for there
+        return row["status"] != "missing"
+    try:
+        return bool(ANYWHERE.entry_of(str(row["uri"])))
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
 
 
 def _is_new(listed: pa.Table, known: pa.Table) -> pa.ChunkedArray:
@@ -129,7 +169,8 @@ def _bad_rows(job: ScoreJob, output: Output) -> Selection:
         for batch in iter_predictions(output.uri, columns=names, store=output.store)
     ]
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
-    bad = bad.filter(pa.array([not is_archive(uri) for uri in bad["uri"].to_pylist()], pa.bool_()))
+    is_image = [not (is_archive(uri) or parquet.is_parquet(uri)) for uri in bad["uri"].to_pylist()]
+    bad = bad.filter(pa.array(is_image, pa.bool_()))
     if not len(bad):
         return Selection(None, COLUMNS.empty_table())
     with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:

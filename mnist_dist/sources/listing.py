@@ -31,7 +31,7 @@ from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
-from mnist_dist.sources.places import Place, errors_of, matching, not_there, place_of
+from mnist_dist.sources.places import Place, columns_of, errors_of, matching, not_there, place_of
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
@@ -65,6 +65,8 @@ class Listing:
     """Images left out of a labelled listing because nothing gives their class."""
     empty_folders: tuple[str, ...]
     """Folders beside those of the classes in which there are no images; only of a labelled listing, and local."""
+    roots: tuple[str, ...]
+    """The folders, prefixes, archives and files among the inputs that were listed as a whole."""
     class_names: tuple[tuple[str, ...], ...]
     """The class names, by class number, that Parquet files and named data sets declare; without duplicates."""
 
@@ -196,6 +198,7 @@ class _Search:
             left_out=left_out,
             unlabelled=self._unlabelled,
             empty_folders=tuple(self._empty_folders),
+            roots=tuple(place.root for place in places if place.kind in ("tree", "glob")),
             class_names=tuple(self._class_names),
         )
 
@@ -204,9 +207,7 @@ class _Search:
     def _read_columns(self, places: Sequence[Place]) -> None:
         """Checks what can be carried before anything is listed, where only lists can have columns."""
         for place in places:
-            if place.kind == "list":
-                with errors_of(place.name):
-                    self._columns.update(lists.column_names(place.uri))
+            self._columns.update(columns_of(place))
         if all(place.is_listed for place in places):
             self._check_carried()
 

@@ -31,8 +31,9 @@ PARQUET_SUFFIX = ".parquet"
 PACKING = "parquet:"
 """Begins the packing of a row of the manifest; the name of the image column follows."""
 PATH = "path"
-_ROW = "#row="
-_ROW_URI = re.compile(rf"(?is)(.*\{PARQUET_SUFFIX}){_ROW}([0-9]{{1,18}})")
+ROW_SEPARATOR = "#row="
+"""Stands between a file and the number of a row."""
+_ROW_URI = re.compile(rf"(?is)(.*\{PARQUET_SUFFIX}){ROW_SEPARATOR}([0-9]{{1,18}})")
 _BYTES_FIELD = "bytes"
 _NAMES = ("image", "img", "images", "picture", "image_bytes")  # of binary columns that are taken for images
 _BATCH_ROWS = 64
@@ -58,7 +59,7 @@ def is_parquet(uri: str) -> bool:
 
 def row_uri(uri: str, row: int) -> str:
     """The URI of a row."""
-    return f"{uri}{_ROW}{row}"
+    return f"{uri}{ROW_SEPARATOR}{row}"
 
 
 def split_row(uri: str) -> tuple[str, int] | None:
@@ -161,7 +162,7 @@ def _located(entry: Entry, packing: str, *, ends: Sequence[int]) -> pa.Table:
     for start in range(0, rows, BATCH_ROWS):
         numbers = np.arange(start, min(start + BATCH_ROWS, rows))
         part = pa.array(numbers)
-        uris = pc.binary_join_element_wise(f"{entry.uri}{_ROW}", part.cast(pa.string()), "")
+        uris = pc.binary_join_element_wise(f"{entry.uri}{ROW_SEPARATOR}", part.cast(pa.string()), "")
         known = {
             "uri": uris,
             "etag": pa.repeat(pa.scalar(entry.etag, pa.string()), len(part)),

@@ -12,11 +12,11 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mnist_dist.errors import DataError
+from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.sources import lists, parquet
 from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.arrays import NAMED_ARRAYS
@@ -69,6 +69,34 @@ def place_of(name: str, *, image_column: str | None = None) -> Place:
         return Place(name, "arrays", name)
     with errors_of(name):
         return _remote_place(name, image_column) if is_remote(name) else _local_place(name, image_column)
+
+
+def check_outside(folder: str, inputs: Iterable[str], *, name: str) -> None:
+    """Checks that what a job writes does not lie in what it reads, where the next listing would find it.
+
+    Args:
+        folder: URI of the folder that is written.
+        inputs: the inputs, as typed by the user.
+        name: the flag of the folder.
+
+    Raises:
+        ConfigError: it lies inside an input.
+    """
+    written = absolute(folder)
+    for uri in inputs:
+        if uri not in (STDIN, *NAMED_ARRAYS) and f"{written}/".startswith(f"{absolute(uri)}/"):
+            raise ConfigError(f"the {name} must lie outside of the input {uri!r}. Received: {name}={folder!r}")
+
+
+def columns_of(place: Place) -> tuple[str, ...]:
+    """The columns of a list that can be carried; other inputs have none before they are opened.
+
+    Raises:
+        DataError: the list is not readable.
+        ServiceError, StorageError: see `store.base`.
+    """
+    with errors_of(place.name):
+        return lists.column_names(place.uri) if place.kind == "list" else ()
 
 
 def matching(pattern: str) -> Iterator[Entry]:

@@ -243,6 +243,19 @@ class Store(ABC):
             raise StorageError(f"the storage cannot be written: {err}. Received: {uri!r}") from err
 
 
+def names_in(store: Store, uri: str) -> list[str]:
+    """The sorted names directly in a folder, hidden ones excepted; none if there is no such folder.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    try:
+        level = store.list_level(uri)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in {*level.folders, *level.files} if not name.startswith("."))
+
+
 def names_to_upload(local: Path, *, last: str | None) -> list[str]:
     """Lists the files below a local folder, relative to it, with `last` at the end.
 

@@ -12,19 +12,11 @@ from mnist_dist.models.bundle import MODEL_FILE, Bundle
 from mnist_dist.on_ray.cluster import check_storage
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.predictions import fits, table_schema
-from mnist_dist.store.uris import absolute, are_remote, is_remote
+from mnist_dist.store.uris import are_remote, is_remote
 
 ROW_BYTES = 400  # of a row on disk, without probabilities and embeddings
 PROCESS_BYTES = 2**30  # memory of an actor, without its model
 MODEL_COPIES = 4  # copies of the weights in an actor: file, Keras, constants, scratch
-
-
-def check_output_is_outside(job: ScoreJob) -> None:
-    """Raises ConfigError if the output lies inside an input: the next listing would find the table."""
-    output = absolute(job.output)
-    for uri in job.inputs.input:
-        if uri != "-" and f"{output}/".startswith(f"{absolute(uri).rstrip('/')}/"):
-            raise ConfigError(f"the output must lie outside of the input {uri!r}. Received: output={job.output!r}")
 
 
 def check_found(

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,21 @@ from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
-from mnist_dist.on_ray.scoring.checks import check_found, check_output_is_outside, check_room
+from mnist_dist.on_ray.scoring.checks import check_found, check_room
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.delta import DeltaLog, check_output, delta_schema
-from mnist_dist.scoring.generations import Committed, Description, Generation, Origin, Output, Plan, Summary
+from mnist_dist.scoring.generations import (
+    ENGINES_FOLDER,
+    Committed,
+    Description,
+    Generation,
+    Origin,
+    Output,
+    Plan,
+    Summary,
+)
 from mnist_dist.scoring.manifest import (
     MAX_SHARD,
     MIN_SHARD,
@@ -53,6 +62,7 @@ from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
+from mnist_dist.sources.places import check_outside
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join
 
@@ -61,7 +71,6 @@ if TYPE_CHECKING:
 
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
-ENGINES_FOLDER = "_engines"  # folder in the output for converted models, when the folder beside the bundle is read-only
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
 SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
 
@@ -87,7 +96,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     began_at = time.time()
     require(not job.run.plan, "a plan is made by plan_score", plan=True)
     check_job_storage(job, nodes=1)
-    check_output_is_outside(job)
+    check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
     output = Output(absolute(job.output))
     if job.run.dry_run:
@@ -279,18 +288,20 @@ class Scoring:
         listing.join(LIST_BEFORE_RAY_S)
         rows = None if listing.is_alive() else len(listing.result().table)
         if rows == 0:
-            return self._nothing_new(before)
+            return self._nothing_new(before, listing.result())
         with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
             resources = await_actors(resources, self.job.run, self.session)
             shards = rows and -(-rows // (self.job.shard_size or MIN_SHARD))
             actors = choose_actors(resources, self.job.run, most=shards)
             engine = self.choose_engine(self._requested_engine(before), actors, resources, images=rows)
             self.wait_for(listing)
-            if not len(listing.result().table):
-                return self._nothing_new(before)
+            work = listing.result()
+            if not len(work.table):
+                return self._nothing_new(before, work)
             self.session.confirm_lock()
-            generation = self.output.new_generation(self._plan(before, engine), fence=self.session.fence.number)
-            self._begin(generation, listing.result(), before, actors=actors, resources=resources)
+            plan = self._plan(before, engine, dropped=len(work.gone or ()))
+            generation = self.output.new_generation(plan, fence=self.session.fence.number)
+            self._begin(generation, work, before, actors=actors, resources=resources)
             self._score(generation, engine, actors, resources)
         return self._commit(generation)
 
@@ -324,10 +335,26 @@ class Scoring:
                 listing.ended, show=lambda: bar.update(done=0, total=1, note=f"{self.found:,} images so far")
             )
 
-    def _nothing_new(self, before: Committed | None) -> Committed:
+    def _nothing_new(self, before: Committed | None, work: Selection) -> Committed:
         assert before is not None, "without a table, an empty listing raises"
         self.session.console.line(f"{self.output.uri}: there is nothing to score")
-        return self._judged(before)
+        return self._judged(before) if work.is_empty else self._drop(before, work)
+
+    def _drop(self, before: Committed, work: Selection) -> Committed:
+        """Commits the old table without the rows whose images are gone."""
+        assert work.gone is not None
+        self.session.confirm_lock()
+        made = self._summary(before)
+        origin = {field.name: getattr(made, field.name) for field in fields(Origin)}
+        own = {"settings": self.job.settings(), "mode": self.job.mode, "keep_old": True, "began_at": self._began_at}
+        plan = Plan(**{**origin, **own}, dropped=len(work.gone))
+        generation = self.output.new_generation(plan, fence=self.session.fence.number)
+        self.session.console.line(f"{len(work.gone):,} rows of images that are gone are dropped")
+        empty = work.table.slice(0, 0)
+        generation.begin(
+            lambda uri: write_manifest(uri, empty, shard_size=1, store=generation.store), dropped=work.gone
+        )
+        return self._commit(generation)
 
     def _requested_engine(self, before: Committed | None) -> EngineConfig:
         """The engine to use for a new generation: that of the existing rows, if they are kept."""
@@ -359,7 +386,11 @@ class Scoring:
             session=self.session,
         )
 
-    def _plan(self, before: Committed | None, engine: EngineChoice) -> Plan:
+    @property
+    def _began_at(self) -> str:
+        return datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds")
+
+    def _plan(self, before: Committed | None, engine: EngineChoice, *, dropped: int = 0) -> Plan:
         return Plan(
             model_id=self.bundle.info.model_id,
             settings=self.job.settings(),
@@ -369,7 +400,8 @@ class Scoring:
             keras_backend=_keras_backend(),
             mode=self.job.mode,
             keep_old=before is not None and self.job.mode != "fresh",
-            began_at=datetime.fromtimestamp(self.began_at, UTC).isoformat(timespec="seconds"),
+            began_at=self._began_at,
+            dropped=dropped,
         )
 
     def _begin(
@@ -382,6 +414,8 @@ class Scoring:
             self.session.console.line(
                 f"{len(work.table):,} images to score; the table already holds {before.mark.rows:,} rows"
             )
+        if work.gone:
+            self.session.console.line(f"{len(work.gone):,} rows of images that are gone are dropped")
         check_found(
             self.job,
             work.table,
@@ -402,7 +436,9 @@ class Scoring:
             total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
             most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
-        generation.begin(lambda uri: write_manifest(uri, work.table, shard_size=size, store=generation.store))
+        generation.begin(
+            lambda uri: write_manifest(uri, work.table, shard_size=size, store=generation.store), dropped=work.gone
+        )
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 

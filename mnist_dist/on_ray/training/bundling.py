@@ -121,7 +121,7 @@ def _calibration(splits: Splits, records: Records) -> pa.Table:
     uint8 [H, W, C] of the bundle's input)."""
     held_out = np.concatenate([splits.val, splits.test])
     count = min(CALIBRATION_IMAGES, len(held_out))
-    rows = np.sort(held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)])
+    rows = held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)]
     chosen = records.index.take(pa.array(rows))
     pixels = [records.pixels[row].tobytes() for row in rows]
     return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})

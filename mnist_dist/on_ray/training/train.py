@@ -36,6 +36,7 @@ from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session
+from mnist_dist.sources.places import check_outside
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
@@ -100,6 +101,7 @@ def check_job(job: TrainJob) -> None:
         ConfigError: for the first setting that is wrong.
     """
     check_storage(job.run.storage, is_shared=job.run.storage_is_shared)
+    check_outside(job.run.storage, job.data.data, name="storage")
     backbone = check_model(job.model)
     for phase in job.phases.phases():
         check_trainable(backbone, phase.trainable)
