@@ -17,17 +17,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mnist_dist.config import InputConfig
-from mnist_dist.errors import ConfigError, DataError, ServiceError, StorageError
+from mnist_dist.errors import ConfigError, DataError, ImageError, ServiceError, StorageError
 from mnist_dist.images.decoder import IMAGE_SUFFIXES
 from mnist_dist.scoring.selection import RESERVED
-from mnist_dist.sources import image_table
+from mnist_dist.sources import arrays, image_table
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS, ImageRow
 from mnist_dist.sources.listing import Listing, list_inputs
+from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import join
@@ -916,3 +919,113 @@ def test_a_million_images_need_little_memory(inputs: tuple[str, ...]) -> None:
     assert ran.returncode == 0, ran.stderr
     growth_mib = int(ran.stdout.split()[0])
     assert growth_mib < MAX_GROWTH_MIB, ran.stdout
+
+
+# --- Parquet files of images
+
+
+def images_of(rows: int, *, name: str = "image", struct_column: bool = True) -> dict[str, Any]:
+    images = [b"image %d" % row for row in range(rows)]
+    return {
+        name: [{"bytes": image, "path": f"{row}.png"} for row, image in enumerate(images)] if struct_column else images
+    }
+
+
+def test_rows_of_parquet_files_are_images(root: str) -> None:
+    write_parquet(f"{root}/d/train-0.parquet", **images_of(3), label=[5, 6, 7])
+    write_parquet(f"{root}/d/test-0.parquet", **images_of(2), label=[8, 9])
+    listing = found(f"{root}/d", carry=("label", "path"))
+    assert names_in(listing, f"{root}/d") == [
+        *("test-0.parquet#row=0", "test-0.parquet#row=1"),
+        *(f"train-0.parquet#row={row}" for row in range(3)),
+    ]
+    assert listing.table["label"].to_pylist() == [8, 9, 5, 6, 7]
+    assert listing.table["path"].to_pylist() == ["0.png", "1.png", "0.png", "1.png", "2.png"]
+    assert names_in(found(f"{root}/d", include=("*/test-*",)), f"{root}/d") == names_in(listing, f"{root}/d")[:2]
+    assert len(found(f"{root}/d/train-*.parquet").table) == 3
+
+
+def test_pictures_beside_parquet_files_of_images_are_not_part_of_the_data(root: str) -> None:
+    write_parquet(f"{root}/data/0.parquet", **images_of(2))
+    put(root, "cover.png", "README.md", "assets/a.jpg")
+    for hidden in ("._0", ".ipynb_checkpoints/0", "_temporary/0", "@eaDir/0"):
+        write_parquet(f"{root}/data/{hidden}.parquet", **images_of(2))
+    listing = found(root)
+    assert names_in(listing, root) == ["data/0.parquet#row=0", "data/0.parquet#row=1"]
+    assert {"2 pictures beside the Parquet files skipped", "4 hidden files skipped"} <= {*listing.notes()}
+
+
+def test_parquet_files_without_images_are_other_files(root: str) -> None:
+    write_parquet(f"{root}/predictions.parquet", uri=["/a.png"], confidence=[0.5])
+    put(root, "a.png")
+    listing = found(root)
+    assert (names_in(listing, root), listing.left_out.by_suffix) == (["a.png"], {".parquet": 1})
+
+
+def test_a_parquet_file_is_a_list_unless_it_holds_images(tmp_path: Path) -> None:
+    path = write_parquet(f"{tmp_path}/a.parquet", uri=["/x.png"], image=pa.array([b"bytes"]))
+    assert names_in(found(path), str(tmp_path)) == ["a.parquet#row=0"]
+    path = write_parquet(f"{tmp_path}/b.parquet", uri=["/x.png"], thumbnail=pa.array([b"bytes"]))
+    assert names_in(found(path), "") == ["x.png"]
+    assert names_in(found(path, image_column="thumbnail"), str(tmp_path)) == ["b.parquet#row=0"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_images_may_be_binary_of_any_kind(tmp_path: Path, kind: pa.DataType) -> None:
+    path = write_parquet(f"{tmp_path}/a.parquet", image=pa.array([b"x", b"y"]).cast(kind))
+    assert list(read_in_order(found(path).table, max_bytes=9)) == [b"x", b"y"]
+
+
+def test_a_damaged_parquet_file_is_a_row_and_the_others_are_read(tmp_path: Path) -> None:
+    write_parquet(f"{tmp_path}/a.parquet", **images_of(1))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    rows = rows_of(found(str(tmp_path)))
+    assert {uri.rpartition("/")[2]: row["status"] for uri, row in rows.items()} == {
+        "a.parquet#row=0": None,
+        "b.parquet": "unreadable",
+    }
+
+
+def test_lists_name_rows_and_whole_parquet_files(root: str, tmp_path: Path) -> None:
+    path = write_parquet(f"{root}/a.parquet", **images_of(4))
+    lines = [f"{path}#row=2", f"{path}#row=9", f"{root}/none.parquet#row=0", f"{path}#row=0"]
+    rows = rows_of(found(write_text(f"{tmp_path}/l.txt", "\n".join(lines))))
+    assert {uri: row["status"] for uri, row in rows.items()} == dict(
+        zip(lines, [None, "missing", "missing", None], strict=True)
+    )
+    assert len(found(write_text(f"{tmp_path}/m.txt", path)).table) == 4
+    assert names_in(found(f"{path}#row=3"), root) == ["a.parquet#row=3"]
+
+
+def test_large_images_of_parquet_files_are_too_large_and_others_are_read(tmp_path: Path) -> None:
+    path = write_parquet(f"{tmp_path}/a.parquet", image=[b"x" * 9, b"x" * 10, b"", None])
+    results = [r.status if isinstance(r, ImageError) else r for r in read_in_order(found(path).table, max_bytes=9)]
+    assert results == [b"x" * 9, "too_large", "empty", "empty"]
+
+
+def test_a_parquet_file_that_changed_is_not_read(root: str) -> None:
+    path = write_parquet(f"{root}/a.parquet", **images_of(2))
+    table = found(path).table
+    write_parquet(path, **images_of(3))
+    statuses = {r.status for r in read_in_order(table, max_bytes=99) if isinstance(r, ImageError)}
+    assert statuses == {"failed"}
+
+
+# --- archives in archives, named arrays
+
+
+def test_archives_inside_archives_are_counted_and_named(root: str) -> None:
+    ANYWHERE.write_bytes(f"{root}/a.tar", tar_of("x.png", "inner.zip", "deep/b.tar.gz"))
+    assert any(note.startswith("2 archives inside archives not opened, such as ") for note in found(root).notes())
+    assert f"{root}/a.tar!inner.zip" in " ".join(found(root).notes())
+
+
+def test_a_named_data_set_is_rows_of_png_files() -> None:
+    table = found("digits").table
+    assert table["uri"][17].as_py() == "digits/all/00017"
+    (image,) = read_in_order(table.slice(17, 1), max_bytes=9)
+    assert isinstance(image, bytes)
+    digits = arrays.read_arrays("digits", None).parts[0].images
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), digits[17])

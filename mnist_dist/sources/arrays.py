@@ -215,9 +215,7 @@ def _read_mnist(name: str, data_dir: str | None) -> Arrays:
 def _read_emnist(name: str, data_dir: str | None) -> Arrays:
     """The images are stored transposed, and the labels of `letters` begin at 1."""
     if data_dir is None:
-        raise DataError(
-            f"{name} cannot be downloaded; set data_dir to a folder of its idx files. Received: data_dir=None"
-        )
+        raise DataError(f"{name} is not downloaded; set data_dir to a folder of its idx files. Received: data_dir=None")
     subset = name.partition("_")[2] or _emnist_subset(data_dir)
     first = 1 if subset == "letters" else 0
     parts = [

@@ -1,0 +1,213 @@
+"""labels: classes and splits that follow from the names of folders, files and inputs."""
+
+import io
+import json
+import tarfile
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mnist_dist.config import DataConfig
+from mnist_dist.errors import DataError
+from mnist_dist.sources.arrays import NAMED_ARRAYS
+from mnist_dist.sources.labels import class_names_of, common_folder, splits_of_names
+from mnist_dist.sources.source import Source, open_source
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import join
+
+
+def put(root: str, *names: str) -> None:
+    for name in names:
+        ANYWHERE.write_bytes(join(root, name), name.encode())
+
+
+def tar(uri: str, files: Mapping[str, bytes] | Sequence[str]) -> str:
+    buffer = io.BytesIO()
+    named = files if isinstance(files, Mapping) else {name: name.encode() for name in files}
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in named.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    ANYWHERE.write_bytes(uri, buffer.getvalue())
+    return uri
+
+
+def seen(source: Source) -> dict[str, tuple[str, str | None]]:
+    """Name of each image -> its class and split."""
+    table = source.table
+    columns = zip(*(table[name].to_pylist() for name in ("uri", "label", "split")), strict=True)
+    return {
+        uri.rpartition("/")[2].rpartition("!")[2]: (source.class_names[label], split) for uri, label, split in columns
+    }
+
+
+def opened(*inputs: str, **settings: Any) -> Source:
+    return open_source(DataConfig(data=inputs, **settings))
+
+
+# --- folders
+
+
+def test_a_class_called_train_beside_others_is_a_class_even_if_it_holds_folders(tmp_path: Path) -> None:
+    put(str(tmp_path), "train/red/1.png", "bus/2.png", "bus/old/3.png")
+    assert seen(opened(str(tmp_path))) == {"1.png": ("train", None), "2.png": ("bus", None), "3.png": ("bus", None)}
+
+
+def test_an_empty_folder_of_a_class_is_named(tmp_path: Path) -> None:
+    put(str(tmp_path / "plain"), "a/1.png", "b/2.png", "c/note.txt")
+    (tmp_path / "plain" / "d").mkdir()
+    assert "no images in the folders c, d" in opened(str(tmp_path / "plain")).notes
+    put(str(tmp_path / "split"), "train/a/1.png", "train/b/2.png", "test/a/3.png")
+    (tmp_path / "split" / "test" / "b").mkdir()
+    assert "no images in the folders test/b" in opened(str(tmp_path / "split")).notes
+
+
+def test_classes_that_differ_in_normalisation_alone_are_shown_with_their_code_points(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    put(str(tmp_path), *(f"{name}/{number}.png" for number, name in enumerate(names)))
+    with pytest.raises(DataError, match=r"Unicode normalisation.*Received: .*\(U\+0065 U\+0301\) and .*\(U\+00E9\)"):
+        opened(str(tmp_path))
+
+
+def test_numbers_are_classes_in_the_order_of_their_values(tmp_path: Path) -> None:
+    put(str(tmp_path), "10/a.png", "9/b.png", "02/c.png", "x/d.png")
+    assert opened(str(tmp_path)).class_names == ("02", "9", "10", "x")
+
+
+# --- archives, files and inputs
+
+
+def test_a_folder_around_everything_in_an_archive_is_ignored(tmp_path: Path) -> None:
+    archive = tar(str(tmp_path / "x.tar"), ["set/png/a/1.png", "set/png/b/2.png", "set/README.md"])
+    assert seen(opened(archive)) == {"set/png/a/1.png".rpartition("/")[2]: ("a", None), "2.png": ("b", None)}
+    archive = tar(str(tmp_path / "y.tar"), ["set/train/a/1.png", "set/train/b/2.png", "set/test/a/3.png"])
+    assert seen(opened(archive)) == {"1.png": ("a", "train"), "2.png": ("b", "train"), "3.png": ("a", "test")}
+
+
+def test_names_of_archives_and_inputs_are_splits(tmp_path: Path) -> None:
+    for name in ("train-00.tar", "train-01.tar", "val.tar"):
+        tar(str(tmp_path / "shards" / name), [f"a/{name}.png", f"b/{name}-2.png"])
+    splits = {name: split for name, (_, split) in seen(opened(str(tmp_path / "shards"))).items()}
+    assert splits == {
+        **{"train-00.tar.png": "train", "train-00.tar-2.png": "train", "val.tar.png": "val", "val.tar-2.png": "val"},
+        **{"train-01.tar.png": "train", "train-01.tar-2.png": "train"},
+    }
+    put(str(tmp_path / "train"), "a/1.png", "b/2.png")
+    put(str(tmp_path / "test"), "a/3.png")
+    assert seen(opened(str(tmp_path / "train"), str(tmp_path / "test"))) == {
+        **{"1.png": ("a", "train"), "2.png": ("b", "train"), "3.png": ("a", "test")}
+    }
+
+
+def test_a_split_is_one_only_beside_train() -> None:
+    assert splits_of_names([["test.tar"], ["b.tar"]]) == [None, None]
+    assert splits_of_names([["Test-1.tar"], ["training", "b.tar"], ["dev_x.tar"]]) == ["test", "train", "val"]
+
+
+def test_the_folders_of_a_list_begin_where_its_uris_part(tmp_path: Path) -> None:
+    uris = [f"{tmp_path}/deep/cat/1.png", f"{tmp_path}/deep/dog/old/2.png"]
+    (tmp_path / "list.txt").write_text("\n".join(uris))
+    assert opened(str(tmp_path / "list.txt")).class_names == ("cat", "dog")
+    assert common_folder(["s3://b/x/a/1", "s3://b/x/b/2"]) == "s3://b/x"
+
+
+def test_a_list_has_labels_and_splits_in_columns(tmp_path: Path) -> None:
+    rows = ["1.png,cat,train", "2.png,dog,Training", "3.png,cat,valid", "ftp://x/4.png,cat,test"]
+    (tmp_path / "list.csv").write_text("\n".join(["uri,kind,split", *rows]))
+    source = opened(str(tmp_path / "list.csv"), label_column="kind")
+    found = list(zip(source.table["label"].to_pylist(), source.table["split"].to_pylist(), strict=True))
+    assert sorted(found) == [(0, "test"), (0, "train"), (0, "val"), (1, "train")]
+    assert source.table["status"].to_pylist().count("unsupported") == 1
+    (tmp_path / "list.csv").write_text("uri,label,split\n1.png,cat,holdout\n")
+    with pytest.raises(DataError, match=r"the column 'split' must hold train, .*Received: holdout"):
+        opened(str(tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_text("uri,label\n1.png,cat\n2.png,\n")
+    with pytest.raises(DataError, match=r"column 'label' must have a value in every row\. Received: .* in row 1"):
+        opened(str(tmp_path / "list.csv"))
+
+
+def test_declared_names_are_the_classes_in_their_order() -> None:
+    labels, splits = pa.chunked_array([["b", "a"]]), pa.chunked_array([[None, None]], pa.string())
+    assert class_names_of(labels, splits, [("c", "b", "a")], name="x") == ("c", "b", "a")
+    with pytest.raises(DataError, match=r"the classes are declared as c, b\. Received: a"):
+        class_names_of(labels, splits, [("c", "b")], name="x")
+
+
+# --- WebDataset
+
+
+def test_an_image_without_its_label_is_left_out_where_others_have_one(tmp_path: Path) -> None:
+    files = {"a/1.png": b"", "a/1.cls": b"cat", "a/2.png": b"", "a/3.seg.png": b"", "a/3.cls": b" dog\n", "x.txt": b"z"}
+    source = opened(tar(str(tmp_path / "x.tar"), files))
+    assert seen(source) == {"1.png": ("cat", None), "3.seg.png": ("dog", None)}
+    assert "1 images without a class skipped" in source.notes
+
+
+def test_the_number_of_a_class_wins_over_json_and_json_over_text(tmp_path: Path) -> None:
+    one = {"1.png": b"", "1.cls": b"7", "1.json": b'{"label": "j"}', "1.txt": b"t", "2.png": b"", "2.cls": b"11"}
+    assert opened(tar(str(tmp_path / "x.tar"), one)).class_names == ("7", "11")
+    two = {
+        "1.png": b"",
+        "1.json": json.dumps({"class_name": "j"}).encode(),
+        "1.txt": b"t",
+        "2.png": b"",
+        "2.json": b'{"cls": 3}',
+    }
+    assert opened(tar(str(tmp_path / "y.tar"), two)).class_names == ("3", "j")
+    three = {"1.png": b"", "1.json": b"no json", "1.txt": b"t", "2.png": b"", "2.txt": b"u"}
+    assert opened(tar(str(tmp_path / "z.tar"), three)).class_names == ("t", "u")
+
+
+def test_captions_are_no_labels(tmp_path: Path) -> None:
+    files = {"a/1.png": b"", "a/1.txt": b"a cat on a mat\nat night", "b/2.png": b"", "b/2.txt": b"x" * 200}
+    assert opened(tar(str(tmp_path / "x.tar"), files)).class_names == ("a", "b")
+
+
+# --- EMNIST
+
+
+def write_idx(folder: Path, stem: str, images: Any, labels: Sequence[int]) -> None:
+    folder.mkdir(exist_ok=True)
+    shape = np.array(images.shape, ">u4").tobytes()
+    (folder / f"{stem}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + shape + images.tobytes())
+    count = np.array([len(labels)], ">u4").tobytes()
+    (folder / f"{stem}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + count + bytes(labels))
+
+
+@pytest.mark.parametrize(
+    ("subset", "labels", "names"),
+    [
+        ("letters", [1, 2, 26], ["A", "B", "Z"]),
+        ("byclass", [0, 10, 61], ["0", "A", "z"]),
+        ("balanced", [9, 35, 46], ["9", "Z", "t"]),
+        ("digits", [0, 5, 9], ["0", "5", "9"]),
+    ],
+)
+def test_emnist_is_transposed_and_its_classes_are_named(
+    tmp_path: Path, subset: str, labels: list[int], names: list[str]
+) -> None:
+    images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    for split in ("train", "test"):
+        write_idx(tmp_path / "e", f"emnist-{subset}-{split}", images, labels)
+    for name in ("emnist", f"emnist_{subset}"):
+        source = opened(name, data_dir=str(tmp_path / "e"))
+        assert [source.class_names[label] for label in source.table["label"].to_pylist()] == names * 2
+        assert source.pixels is not None
+        np.testing.assert_array_equal(source.pixels[0, ..., 0], images[0].T)
+
+
+def test_a_folder_of_several_emnist_sets_asks_which(tmp_path: Path) -> None:
+    images = np.zeros((1, 28, 28), np.uint8)
+    for subset in ("letters", "digits"):
+        write_idx(tmp_path / "e", f"emnist-{subset}-train", images, [1])
+    with pytest.raises(DataError, match=r"name one of the subsets: emnist_digits, emnist_letters\. Received: files of"):
+        opened("emnist", data_dir=str(tmp_path / "e"))
+    with pytest.raises(DataError, match="emnist is not downloaded"):
+        opened("emnist")
+    assert "emnist_byclass" in NAMED_ARRAYS
