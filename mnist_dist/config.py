@@ -68,6 +68,8 @@ class DataConfig:
     """Fail the job if more than this fraction of the images is unreadable, in [0, 1]."""
     max_pixels: int = 100_000_000
     """Do not decode images with more pixels than this; the size is read from the header."""
+    image_timeout_s: float = 60.0
+    """Images that take longer than this to decode, s, are unreadable."""
     skip: int = 0
     """Leave out this many training images (of all images if the data has no splits): the ones that the same `limit`
     would take, so that two runs can train on disjoint images."""
@@ -93,6 +95,7 @@ class DataConfig:
         require(self.limit is None or self.limit >= 1, "limit must be at least 1 image", limit=self.limit)
         require(self.skip >= 0, "skip must be 0 or a number of images", skip=self.skip)
         require(self.max_pixels >= 1, "max_pixels must be at least 1", max_pixels=self.max_pixels)
+        require(self.image_timeout_s > 0, "image_timeout_s must be positive", image_timeout_s=self.image_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)

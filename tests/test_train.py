@@ -14,6 +14,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 from harness import Command, Recorder, private_ray, run_command
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist import load_bundle
@@ -345,6 +346,22 @@ def test_images_that_could_not_be_read_are_read_anew_by_the_next_run(tmp_path: P
         train(job, recipe="test", console=Recorder())
     shutil.copy(next(folder_of_images.glob("b/*.png")), tmp_path / "later.png")
     assert train(job, recipe="test", console=Recorder())["bad_images"] == 0
+
+
+def test_images_that_crash_or_hang_their_decoder_are_unreadable_and_the_training_goes_on(
+    tmp_path: Path, folder_of_images: Path
+) -> None:
+    for name, danger in (("x", "crash"), ("y", "hang"), ("z", "memory")):
+        pixels = np.random.default_rng(0).integers(0, 255, (10, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(folder_of_images / "a" / f"{name}.jpg", comment=f"danger:{danger}")
+    command = f"jobs.train --data {folder_of_images} --storage {tmp_path / 'runs'} --name run --epochs 1 --batch-size 6"
+    flags = "--image-timeout-s 2 --max-bad-fraction 0.1 --max-failures 5"
+    crashing = str(Path(__file__).parent / "crashing")
+    code, result, err = run_command(*command.split(), *flags.split(), PYTHONPATH=crashing)
+    assert code == 0, err
+    assert result["bad_images"] == 3
+    assert "x.jpg: failed: the decoder crashed (SIGSEGV)" in err
+    assert "y.jpg: failed: decoding took longer than 2 s" in err
 
 
 def test_decoding_with_ray_data_resumes_at_the_missing_shards_and_tells_of_a_failing_storage(

@@ -48,6 +48,7 @@ class RecordPlan:
     cache: Cache
     spec: ImageSpec
     max_pixels: int
+    image_timeout_s: float = DecodeConfig.image_timeout_s
     class_names: tuple[str, ...]
 
 
@@ -63,7 +64,14 @@ class Records:
     spec: ImageSpec
 
 
-def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: int) -> RecordPlan:
+def plan_records(
+    source: Source,
+    spec: ImageSpec,
+    *,
+    storage: str,
+    max_pixels: int,
+    image_timeout_s: float = DecodeConfig.image_timeout_s,
+) -> RecordPlan:
     """Plans the decoding of a source and checks that local storage has room for the result.
 
     Args:
@@ -71,6 +79,7 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: i
         spec: what each image becomes.
         storage: folder or `s3://` prefix of the job.
         max_pixels: larger images are not decoded.
+        image_timeout_s: images that take longer than this to decode, s, are unreadable.
 
     Raises:
         ConfigError: local storage has too little free space; the message gives both sizes.
@@ -84,7 +93,13 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, max_pixels: i
     )
     if not is_remote(cache.root) and not cache.is_finished():
         check_free_space(Path(cache.root), cache.rows * spec.image_bytes, "the decoded images")
-    return RecordPlan(cache=cache, spec=spec, max_pixels=max_pixels, class_names=source.class_names)
+    return RecordPlan(
+        cache=cache,
+        spec=spec,
+        max_pixels=max_pixels,
+        image_timeout_s=image_timeout_s,
+        class_names=source.class_names,
+    )
 
 
 def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool = False) -> None:
@@ -97,11 +112,11 @@ def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool
         isolated: decode one image at a time in a child process, because an image seems to kill processes.
 
     Raises:
-        DecoderStuck: an image takes longer than `DecodeConfig.image_timeout_s`.
+        DecoderStuck: an image takes longer than `plan.image_timeout_s`.
         ServiceError, StorageError, PermissionError: the storage failed, not an image.
     """
     collector = Collector(len(rows))
-    limits = DecodeConfig(max_pixels=plan.max_pixels)
+    limits = DecodeConfig(max_pixels=plan.max_pixels, image_timeout_s=plan.image_timeout_s)
     with DecodePool(plan.spec, config=limits, threads=Threads(decoding=_DECODE_THREADS)) as pool:
         pool.begin(rows, collector, isolated=isolated)
         collector.wait(pool)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
 from mnist_dist.data.splits import Splits, assign_splits
-from mnist_dist.errors import ConfigError, TooManyBadImages
+from mnist_dist.errors import TooManyBadImages
 from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
@@ -85,7 +84,9 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
     spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
     if follows_images:
         check_size(backbone, min(spec.height_px, spec.width_px))
-    plan = plan_records(source, spec, storage=absolute(root), max_pixels=data.max_pixels)
+    plan = plan_records(
+        source, spec, storage=absolute(root), max_pixels=data.max_pixels, image_timeout_s=data.image_timeout_s
+    )
     return Listed(source=source, plan=plan)
 
 
@@ -107,14 +108,7 @@ def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
 
 
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:
-    """Raises ConfigError if some nodes of the cluster would not see the storage or the images, or if images lie in the
-    storage."""
-    uris = listed.source.table["uri"]
-    inside = uris.filter(pc.starts_with(uris, pattern=f"{absolute(root)}/"))
-    if len(inside):
-        raise ConfigError(
-            f"the storage must not hold images of the data, such as {inside[0].as_py()!r}. Received: storage={root!r}"
-        )
+    """Raises ConfigError if some nodes of the cluster would not see the storage or the images."""
     check_storage(root, is_shared=is_shared, nodes=nodes)
     local = [name for name in data.data if name not in NAMED_ARRAYS] if listed.source.pixels is None else []
     for name in local:
