@@ -21,6 +21,7 @@ MAX_SIZE_BYTES = 2**62
 MAX_TARGET_BYTES = 4096
 """Longer targets of links are not followed; Linux has the same limit."""
 
+_SHOWN_CHARACTERS = 300  # Of a target, in a message.
 _MAX_LINKS = 40  # In one chain, as in Linux.
 _MAX_PARTS = 256  # In one chain; bounds the work that a hostile archive can cause.
 
@@ -106,7 +107,7 @@ class Listing:
         for name, link in self._links.items():
             found = _followed(_absolute(name, link), files, links)
             if isinstance(found, str):
-                problem = ImageError("missing", f"a {link.kind} link to {link.target[:MAX_TARGET_BYTES]!r}, {found}")
+                problem = ImageError("missing", f"a {link.kind} link to {link.target[:_SHOWN_CHARACTERS]!r}, {found}")
                 self.members[name] = replace(self.members[name], problem=problem)
             else:
                 self.members[name] = replace(found, name=name)
