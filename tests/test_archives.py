@@ -7,14 +7,17 @@ import io
 import lzma
 import pickle
 import random
+import re
 import stat
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from mnist_dist.errors import ImageError, ServiceError
@@ -29,6 +32,7 @@ from mnist_dist.sources.archives import (
     split_member,
 )
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.memory import MemoryStore
 
 MAX_BYTES = 2**20
 BLOCK_BYTES = 512
@@ -105,6 +109,18 @@ def with_checksum(header: bytes) -> bytes:
     return patched(header, 148, b"%06o\0 " % sum(blank))
 
 
+class CountingStore(MemoryStore):
+    """Counts ranged requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges = 0
+
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        self.ranges += 1
+        return super().read_range(uri, start, length)
+
+
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path)
@@ -138,12 +154,21 @@ def test_a_member_is_split_from_its_archive_at_the_first_archive(uri: str, parts
 
 # --- whole archives of every kind
 
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data))
+
+
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".tar": bytes,
     ".tar.gz": gzip.compress,
     ".tgz": gzip.compress,
     ".tar.bz2": bz2.compress,
+    ".tbz2": bz2.compress,
     ".tar.xz": lzma.compress,
+    ".txz": lzma.compress,
+    ".tar.zst": zstd,
+    ".tzst": zstd,
 }
 ZIP_PACKINGS = {
     "stored": zipfile.ZIP_STORED,
@@ -184,6 +209,8 @@ def test_an_index_crosses_processes(tmp_path: Path) -> None:
     ("name", "data"),
     [
         ("gzip.tar", gzip.compress(tar_bytes(FILES.items()))),
+        ("zstd.tgz", zstd(tar_bytes(FILES.items()))),
+        ("plain.tar.zst", tar_bytes(FILES.items())),
         ("plain.tar.gz", tar_bytes(FILES.items())),
         ("xz.tar.bz2", lzma.compress(tar_bytes(FILES.items()))),
         ("tar.zip", tar_bytes(FILES.items())),
@@ -197,7 +224,7 @@ def test_the_first_bytes_decide_not_the_name(tmp_path: Path, name: str, data: by
     assert read(uri, index_archive(uri)) == FILES
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])
 def test_a_tar_compressed_in_several_streams_is_read_to_its_end(
     tmp_path: Path, compress: Callable[[bytes], bytes]
 ) -> None:
@@ -206,7 +233,17 @@ def test_a_tar_compressed_in_several_streams_is_read_to_its_end(
     assert read(uri, index_archive(uri)) == FILES
 
 
-@pytest.mark.parametrize("data", [bytes(10240), zip_bytes([]), gzip.compress(bytes(10240))])
+@pytest.mark.parametrize("number", [0x50, 0x5F])
+def test_zstd_frames_to_be_skipped_are_skipped(tmp_path: Path, number: int) -> None:
+    skipped = struct.pack("<LL", 0x184D2A00 | number, 4) + b"size"  # pzstd begins with one
+    data = tar_bytes(FILES.items())
+    uri = put(tmp_path, skipped + zstd(data[:6000]) + skipped + zstd(data[6000:]) + skipped)
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
+
+
+@pytest.mark.parametrize("data", [bytes(10240), zip_bytes([]), gzip.compress(bytes(10240)), zstd(bytes(10240))])
 def test_an_archive_may_hold_nothing(tmp_path: Path, data: bytes) -> None:
     index = index_archive(put(tmp_path, data))
     assert (index.members, index.problem) == ((), None)
@@ -217,12 +254,60 @@ def test_a_zip_behind_something_else_is_read(tmp_path: Path) -> None:
     assert read(uri, index_archive(uri)) == FILES
 
 
-def test_a_zip64_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [b"", b"#!/bin/sh\n" * 70])
+def test_a_zip64_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # real ones begin at 2 GiB
     data = zip_bytes(FILES.items(), zipfile.ZIP_DEFLATED)
     assert b"PK\6\6" in data
-    uri = put(tmp_path, data, "shard.zip")
+    uri = put(tmp_path, before + data, "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
+
+
+def test_a_zip64_end_record_with_more_fields_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    data = zip_bytes(FILES.items())
+    end64 = data.index(b"PK\6\6")
+    longer = struct.pack("<Q", 44 + 8)
+    uri = put(tmp_path, patched(data[: end64 + 56], end64 + 4, longer) + b"8 bytes." + data[end64 + 56 :], "a.zip")
     assert read(uri, index_archive(uri)) == FILES
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [b"x", b"PK\5\6", bytes(2**16 - 1), zip_bytes([("b.png", b"b")])[:-1], zip_bytes([("b.png", b"b")]) + b"x"],
+    ids=["short", "magic", "longest", "cut off zip", "zip"],
+)
+def test_a_zip_may_end_in_a_comment(tmp_path: Path, comment: bytes) -> None:
+    data = zip_bytes([("a.png", b"abc")])
+    uri = put(tmp_path, data[:-2] + struct.pack("<H", len(comment)) + comment, "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == {"a.png": b"abc"}
+
+
+def test_bytes_behind_a_zip_are_ignored(tmp_path: Path) -> None:
+    uri = put(tmp_path, zip_bytes(FILES.items()) + b"\r\n" * 9, "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
+
+
+def test_bytes_between_the_directory_and_the_end_record_of_a_zip_are_ignored(tmp_path: Path) -> None:
+    data = zip_bytes(FILES.items())
+    uri = put(tmp_path, data[:-22] + b"PK\5\5\4\0sign" + data[-22:], "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
+
+
+def test_an_end_record_may_count_65536_members_less_than_there_are(tmp_path: Path) -> None:
+    data = zip_bytes(FILES.items())
+    uri = put(tmp_path, patched(data, len(data) - 12, struct.pack("<H", 2)), "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
 
 
 # --- names and kinds of members
@@ -267,7 +352,7 @@ def test_of_members_of_one_name_the_last_counts(tmp_path: Path, suffix: str) -> 
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
-def test_of_a_tar_only_files_and_hard_links_are_listed(tmp_path: Path, suffix: str) -> None:
+def test_of_a_tar_only_files_and_links_are_listed(tmp_path: Path, suffix: str) -> None:
     others = [
         tar_header("folder.png", 0, kind=tarfile.DIRTYPE),
         tar_header("symbolic.png", 0, kind=tarfile.SYMTYPE, link="a/one.png"),
@@ -278,12 +363,16 @@ def test_of_a_tar_only_files_and_hard_links_are_listed(tmp_path: Path, suffix: s
     ]
     uri = put(tmp_path, COMPRESSIONS[suffix](tar_bytes(FILES.items(), *others)), f"shard{suffix}")
     more = FILES["b/more.png"]
-    assert read(uri, index_archive(uri)) == FILES | {"hard.png": more, "again.png": more}
+    links = {"symbolic.png": b"1", "hard.png": more, "again.png": more}
+    assert read(uri, index_archive(uri)) == FILES | links
 
 
 def test_a_hard_link_to_nothing_is_missing(tmp_path: Path) -> None:
     link = tar_header("hard.png", 0, kind=tarfile.LNKTYPE, link="gone.png")
     uri = put(tmp_path, tar_bytes([("a.png", b"x")], link))
+    assert str(index_archive(uri).members[1].problem) == (
+        "missing: a hard link to 'gone.png', which is not a file in the archive"
+    )
     assert statuses(uri) == ("ok", ["ok", "missing"])
 
 
@@ -300,11 +389,16 @@ def test_a_file_with_holes_is_unsupported_and_does_not_disturb_the_next(tmp_path
     assert read(uri, index) == {"holes.png": "unsupported", "next.png": b"abc"}
 
 
-def test_of_a_zip_only_files_are_listed(tmp_path: Path) -> None:
-    link = zipfile.ZipInfo("link.png")
+def zip_link(name: str) -> zipfile.ZipInfo:
+    link = zipfile.ZipInfo(name)
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    index = index_archive(put(tmp_path, zip_bytes([("folder.png/", b""), (link, b"a.png"), ("a.png", b"x")]), "s.zip"))
-    assert names(index) == ["a.png"]
+    return link
+
+
+def test_of_a_zip_only_files_and_links_are_listed(tmp_path: Path) -> None:
+    files = [("folder.png/", b""), (zip_link("link.png"), b"a.png"), ("a.png", b"x")]
+    uri = put(tmp_path, zip_bytes(files), "s.zip")
+    assert read(uri, index_archive(uri)) == {"link.png": b"x", "a.png": b"x"}
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
@@ -313,6 +407,294 @@ def test_a_member_without_bytes_is_empty(tmp_path: Path, suffix: str) -> None:
     data = zip_bytes(files) if suffix == ".zip" else COMPRESSIONS[suffix](tar_bytes(files))
     uri = put(tmp_path, data, f"shard{suffix}")
     assert read(uri, index_archive(uri)) == {"none.png": "empty", "some.png": b"x"}
+
+
+def made_zip(entries: Iterable["ZipEntry"]) -> bytes:
+    """A zip of stored members as other programs write them."""
+    data, directory = b"", b""
+    count = 0
+    for entry in entries:
+        crc = zlib.crc32(entry.data)
+        sizes = struct.pack("<HHHHHLLL", 20, entry.flags, entry.method, 0, 0, crc, entry.stored, entry.size)
+        lengths = struct.pack("<HH", len(entry.name), len(entry.extra))
+        directory += b"PK\1\2" + struct.pack("<H", 20) + sizes + lengths
+        directory += struct.pack("<HHHLL", 0, 0, 0, 0, len(data)) + entry.name + entry.extra
+        data += b"PK\3\4" + sizes + lengths + entry.name + entry.extra + entry.packed
+        count += 1
+    return data + directory + struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, count, count, len(directory), len(data), 0)
+
+
+@dataclass(frozen=True)
+class ZipEntry:
+    name: bytes
+    data: bytes = b"the file"
+    flags: int = 0
+    extra: bytes = b""
+    method: int = 0
+    compressed: bytes | None = None
+    claimed: int | None = None
+
+    @property
+    def packed(self) -> bytes:
+        return self.data if self.compressed is None else self.compressed
+
+    @property
+    def stored(self) -> int:
+        return len(self.packed)
+
+    @property
+    def size(self) -> int:
+        return len(self.data) if self.claimed is None else self.claimed
+
+
+def unicode_path(name: bytes, path: bytes, *, version: int = 1) -> bytes:
+    return struct.pack("<HHBL", 0x7075, 5 + len(path), version, zlib.crc32(name)) + path
+
+
+UTF8 = 0x800
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        (ZipEntry("Crémieux.jpg".encode(), flags=UTF8), "Crémieux.jpg"),
+        (ZipEntry("Crémieux.jpg".encode()), "Crémieux.jpg"),  # Info-ZIP
+        (ZipEntry("Crémieux.jpg".encode("cp437")), "Crémieux.jpg"),
+        (ZipEntry(b"caf\xff.png", flags=UTF8), "caf\\xff.png"),
+        (ZipEntry(b"a\0b.png"), "a\\x00b.png"),
+        (ZipEntry(b"__.png", extra=unicode_path(b"__.png", "日本.png".encode())), "日本.png"),
+        (ZipEntry(b"__.png", extra=b"UT\1\0\7" + unicode_path(b"__.png", "日本.png".encode())), "日本.png"),
+        (ZipEntry(b"__.png", extra=unicode_path(b"old.png", "日本.png".encode())), "__.png"),  # renamed since
+        (ZipEntry(b"__.png", extra=unicode_path(b"__.png", b"\xff.png")), "__.png"),
+        (ZipEntry(b"__.png", extra=unicode_path(b"__.png", b"")), "__.png"),
+        (ZipEntry(b"__.png", extra=unicode_path(b"__.png", b"a.png", version=2)), "__.png"),
+        (ZipEntry("é.png".encode(), flags=UTF8, extra=unicode_path("é.png".encode(), b"a.png")), "é.png"),
+    ],
+)
+def test_a_zip_name_is_read_as_its_writer_meant_it(tmp_path: Path, entry: ZipEntry, name: str) -> None:
+    uri = put(tmp_path, made_zip([ZipEntry(b"first.png"), entry]), "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == {"first.png": b"the file", name: b"the file"}
+
+
+def test_two_members_told_apart_by_their_unicode_paths_are_two(tmp_path: Path) -> None:
+    paths = ["日本.png".encode(), "中国.png".encode()]
+    data = made_zip(ZipEntry(b"__.png", path, extra=unicode_path(b"__.png", path)) for path in paths)
+    uri = put(tmp_path, data, "shard.zip")
+    index = index_archive(uri)
+    assert index.duplicates == 0
+    assert read(uri, index) == {"日本.png": paths[0], "中国.png": paths[1]}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [b"x", b"ux\xff", b"ux2\0\1\4", b"up\xff\xff", b"up\1\0\1", b"\1\0\xff\xff", b"\1\0\0\0"],
+)
+def test_an_odd_extra_field_does_not_matter(tmp_path: Path, extra: bytes) -> None:
+    entries = [ZipEntry(b"a.png"), ZipEntry(b"b.png", extra=extra), ZipEntry(b"c.png")]
+    uri = put(tmp_path, made_zip(entries), "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == dict.fromkeys(["a.png", "b.png", "c.png"], b"the file")
+
+
+@pytest.mark.parametrize("extra", [b"", b"\1\0\x08\0", b"\1\0\7\0" + bytes(7), b"ux\x08\0" + bytes(8)])
+def test_a_member_whose_zip64_field_is_missing_is_one_bad_member(tmp_path: Path, extra: bytes) -> None:
+    entries = [ZipEntry(b"a.png"), ZipEntry(b"b.png", extra=extra, claimed=2**32 - 1), ZipEntry(b"c.png")]
+    uri = put(tmp_path, made_zip(entries), "shard.zip")
+    index = index_archive(uri)
+    assert index.problem is None
+    assert str(index.members[1].problem) == "unreadable: the zip directory does not say its size or position"
+    assert read(uri, index) == {"a.png": b"the file", "b.png": "unreadable", "c.png": b"the file"}
+
+
+@pytest.mark.parametrize("method", [93, 20])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zstd_members_are_read(tmp_path: Path, method: int, frames: int) -> None:
+    entries = [
+        ZipEntry(name.encode(), data * frames, method=method, compressed=zstd(data) * frames)
+        for name, data in FILES.items()
+    ]
+    uri = put(tmp_path, made_zip(entries), "shard.zip")
+    index = index_archive(uri)
+    assert {member.packing for member in index.members} == {"zstd"}
+    assert read(uri, index) == {name: data * frames for name, data in FILES.items()}
+
+
+@pytest.mark.parametrize(
+    ("compressed", "claimed"),
+    [
+        (zstd(b"abc" * 9)[:-3], 27),
+        (zstd(b"abc" * 9), 26),
+        (zstd(b"abc" * 9), 28),
+        (zstd(b"abd" * 9), 27),
+        (zstd(bytes(5 * 2**20)), 27),
+        (b"no zstd at all", 27),
+        (b"\x28\xb5\x2f\xfd\0\xff" + bytes(20), 27),  # a window of terabytes
+    ],
+    ids=["cut", "longer", "shorter", "other bytes", "bomb", "not zstd", "window"],
+)
+def test_damaged_zstd_is_unreadable(tmp_path: Path, compressed: bytes, claimed: int) -> None:
+    entry = ZipEntry(b"a.png", b"abc" * 9, method=93, compressed=compressed, claimed=claimed)
+    uri = put(tmp_path, made_zip([entry, ZipEntry(b"b.png")]), "shard.zip")
+    assert statuses(uri) == ("ok", ["unreadable", "ok"])
+
+
+# --- links
+
+
+def symbolic(name: str, target: str) -> tarfile.TarInfo:
+    return tar_header(name, 0, kind=tarfile.SYMTYPE, link=target)
+
+
+def hard(name: str, target: str) -> tarfile.TarInfo:
+    return tar_header(name, 0, kind=tarfile.LNKTYPE, link=target)
+
+
+def with_links(suffix: str, links: list[tuple[str, str]], files: dict[str, bytes]) -> bytes:
+    """An archive of symbolic links, then files."""
+    if suffix == ".zip":
+        return zip_bytes([*((zip_link(name), target.encode()) for name, target in links), *files.items()])
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, target in links:
+            tar.addfile(symbolic(name, target))
+        for name, data in files.items():
+            tar.addfile(tar_header(name, len(data)), io.BytesIO(data))
+    return COMPRESSIONS[suffix](buffer.getvalue())
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+@pytest.mark.parametrize(
+    ("links", "file"),
+    [
+        ([("link.png", "a.png")], "a.png"),
+        ([("link.png", "./x/../a.png")], "a.png"),
+        ([("class/link.png", "../store/a.png")], "store/a.png"),
+        ([("./class/link.png", "../store//a.png")], "./store/a.png"),
+        ([("link.png", "/".join(["x", ".."] * 50) + "/a.png")], "a.png"),
+        ([("link.png", "kätzchen.png")], "kätzchen.png"),
+        ([("b/link.png", "../c/second.png"), ("c/second.png", "third.png"), ("c/third.png", "../a.png")], "a.png"),
+        ([("link.png", "new/a.png"), ("new", "versions/2")], "versions/2/a.png"),
+        ([("link.png", "new/../a.png"), ("new", "versions/2")], "versions/a.png"),  # as on disk
+        ([("1/link.png", "a.png"), ("1/a.png", "../l/x.png"), ("l", "deep/er")], "deep/er/x.png"),
+        ([("link.png", "0.png"), *((f"{n}.png", f"{n + 1}.png") for n in range(38)), ("38.png", "a.png")], "a.png"),
+    ],
+)
+def test_a_symbolic_link_gives_the_bytes_of_its_file(
+    tmp_path: Path, suffix: str, links: list[tuple[str, str]], file: str
+) -> None:
+    uri = put(tmp_path, with_links(suffix, links, {"other.png": b"other", file: b"the file"}), f"shard{suffix}")
+    index = index_archive(uri)
+    members = {member.name: member for member in index.members}
+    link = next(name for name, _ in links if name.endswith("link.png"))
+    assert (index.problem, index.duplicates) == (None, 0)
+    assert members[link] == replace(members[file], name=link)
+    assert read(uri, index)[link] == b"the file"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+@pytest.mark.parametrize(
+    ("links", "why"),
+    [
+        ([("link.png", "gone.png")], "'gone.png', which is not a file in the archive"),
+        ([("link.png", ".")], "'.', which is not a file in the archive"),
+        ([("link.png", "folder")], "'folder', which is not a file in the archive"),
+        ([("x/link.png", "../folder/")], "'../folder/', which is not a file in the archive"),
+        ([("link.png", "/folder/a.png")], "'/folder/a.png', which is not inside the archive"),
+        ([("x/link.png", "../../folder/a.png")], "'../../folder/a.png', which is not inside the archive"),
+        ([("link.png", "up/a.png"), ("up", "/folder")], "'up/a.png', which is not inside the archive"),
+        ([("link.png", "link.png")], "'link.png', which leads through too many links or folders"),
+        ([("link.png", "b.png"), ("b.png", "link.png")], "'b.png', which leads through too many links or folders"),
+        ([("link.png", "loop/a.png"), ("loop", "loop/x")], "'loop/a.png', which leads through too many links"),
+        ([("link.png", "x/" * 500 + "a.png")], "which leads through too many links or folders"),
+        (
+            [("link.png", "0.png"), *((f"{n}.png", f"{n + 1}.png") for n in range(39)), ("39.png", "folder/a.png")],
+            "'0.png', which leads through too many links or folders",
+        ),
+    ],
+)
+def test_a_symbolic_link_that_leads_to_no_file_is_missing_and_names_its_target(
+    tmp_path: Path, suffix: str, links: list[tuple[str, str]], why: str
+) -> None:
+    uri = put(tmp_path, with_links(suffix, links, {"folder/a.png": b"the file"}), f"shard{suffix}")
+    link = next(member for member in index_archive(uri).members if member.name.endswith("link.png"))
+    assert status(link.problem) == "missing"
+    assert why in str(link.problem)
+    assert read(uri, index_archive(uri))["folder/a.png"] == b"the file"
+
+
+def test_a_hard_link_leads_to_a_later_file_and_to_a_link(tmp_path: Path) -> None:
+    first = tar_bytes([], hard("x/early.png", "./b.png"), symbolic("x/s.png", "../b.png"), hard("h.png", "x/s.png"))
+    data = first[: 3 * BLOCK_BYTES] + tar_bytes([("b.png", b"the file")])
+    uri = put(tmp_path, data)
+    assert read(uri, index_archive(uri)) == dict.fromkeys(["x/early.png", "x/s.png", "h.png", "b.png"], b"the file")
+
+
+def test_a_hard_link_keeps_the_file_that_a_later_one_replaces_and_a_symbolic_link_does_not(tmp_path: Path) -> None:
+    links = [hard("hard.png", "a.png"), symbolic("symbolic.png", "a.png")]
+    data = tar_bytes([("a.png", b"old")], *links)[: 4 * BLOCK_BYTES] + tar_bytes([("a.png", b"new")])
+    uri = put(tmp_path, data)
+    assert read(uri, index_archive(uri)) == {"hard.png": b"old", "symbolic.png": b"new", "a.png": b"new"}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("suffix", [".tar", ".zip"])
+def test_a_file_replaces_a_link_of_its_name(tmp_path: Path, suffix: str) -> None:
+    uri = put(tmp_path, with_links(suffix, [("a.png", "b.png")], {"a.png": b"a", "b.png": b"b"}), f"shard{suffix}")
+    index = index_archive(uri)
+    assert index.duplicates == 1
+    assert read(uri, index) == {"a.png": b"a", "b.png": b"b"}
+
+
+def test_a_link_to_a_cut_off_file_is_truncated(tmp_path: Path) -> None:
+    uri = put(tmp_path, with_links(".tar", [("link.png", "a.png")], {"a.png": bytes(900)})[:1600])
+    assert statuses(uri) == ("truncated", ["truncated", "truncated"])
+
+
+@pytest.mark.parametrize(
+    ("target", "word", "reason"),
+    [
+        (b"x" * 4097, "too_large", "4,097 bytes are more than 4,096"),
+        (b"", "empty", "the member has no bytes"),
+        (b"\xff.png", "missing", "a symbolic link to '\\\\xff.png', which is not"),
+    ],
+)
+def test_a_zip_link_whose_target_cannot_be_read_is_a_bad_member(
+    tmp_path: Path, target: bytes, word: str, reason: str
+) -> None:
+    uri = put(tmp_path, zip_bytes([(zip_link("link.png"), target), ("a.png", b"x")]), "shard.zip")
+    (link, _) = index_archive(uri).members
+    assert status(link.problem) == word
+    assert reason in str(link.problem)
+
+
+def test_the_targets_of_zip_links_cost_few_requests() -> None:
+    store = CountingStore()
+    links = [(f"{n}.png", f"../store/{n}.png") for n in range(300)]
+    files = {f"store/{n}.png": bytes([n % 256]) * 3000 for n in range(300)}
+    data = with_links(".zip", [(f"class/{name}", target) for name, target in links], files)
+    store.write_bytes("memory://b/a.zip", data)
+    index = index_archive("memory://b/a.zip", store=store)
+    assert not any(member.problem for member in index.members)
+    assert store.ranges <= len(data) // 2**20 + 4
+
+
+# --- archives in archives
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_archives_in_an_archive_are_counted_and_the_first_are_named(tmp_path: Path, suffix: str) -> None:
+    files = {f"{n}.TGZ": b"x" for n in range(5)} | {"z.zip.png": b"x", "zip": b"x"}
+    uri = put(tmp_path, with_links(suffix, [], files), f"shard{suffix}")
+    index = index_archive(uri)
+    assert (index.nested, index.nested_count) == (("0.TGZ", "1.TGZ", "2.TGZ"), 5)
+
+
+def test_an_archive_without_archives_names_none(tmp_path: Path) -> None:
+    index = index_archive(put(tmp_path, tar_bytes(FILES.items())))
+    assert (index.nested, index.nested_count) == ((), 0)
 
 
 # --- archives that are not there, or none
@@ -338,6 +720,9 @@ def test_an_archive_that_is_not_there_is_missing(tmp_path: Path) -> None:
         ("a.tar.gz", gzip.compress(b"")[:10] + b"no gzip" * 100, "unreadable"),
         ("a.tar.xz", b"\xfd7zXZ\0" + b"no xz" * 100, "unreadable"),
         ("a.tar.bz2", b"BZh91AY&SY" + b"no bzip2" * 100, "unreadable"),
+        ("a.tar.zst", b"\x28\xb5\x2f\xfd" + b"no zstd" * 100, "unreadable"),
+        ("a.tar.zst", b"\x28\xb5\x2f\xfd", "truncated"),
+        ("a.tar.zst", b"\x50\x2a\x4d\x18\0\0\0\0", "empty"),
     ],
 )
 def test_what_is_no_archive_has_a_problem_and_no_members(tmp_path: Path, name: str, data: bytes, word: str) -> None:
@@ -353,7 +738,7 @@ def test_what_is_no_archive_has_a_problem_and_no_members(tmp_path: Path, name: s
         (OSError(errno.EIO, "bad sector"), "failed"),
     ],
 )
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_what_the_storage_says_of_the_archive_is_said_of_each_member(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, word: str, compress: Callable[[bytes], bytes]
 ) -> None:
@@ -369,7 +754,7 @@ def test_what_the_storage_says_of_the_archive_is_said_of_each_member(
     assert status(index_archive(uri).problem) == word
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_a_failing_service_is_no_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
 ) -> None:
@@ -409,7 +794,7 @@ USTAR = tar_bytes(THREE, format=tarfile.USTAR_FORMAT)  # headers at 0, 1536 and 
         (4608 + 100, "ok", ["ok", "ok", "ok"]),
     ],
 )
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_a_tar_that_is_cut_gives_what_comes_before(
     tmp_path: Path, size_bytes: int, word: str, members: list[str], compress: Callable[[bytes], bytes]
 ) -> None:
@@ -427,7 +812,7 @@ def test_a_tar_that_is_cut_between_a_long_name_and_its_file_is_truncated(tmp_pat
     )
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     index = index_archive(put(tmp_path, compress(patched(USTAR, 1536, b"?"))))
     assert names(index) == ["a.png"]
@@ -436,7 +821,7 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path, compress:
 
 
 @pytest.mark.parametrize("size_bytes", [-1, -512, -1024, -4096, 2**70])
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_an_impossible_size_ends_the_list(tmp_path: Path, size_bytes: int, compress: Callable[[bytes], bytes]) -> None:
     field = (b"\x80" if size_bytes > 0 else b"\xff") + (size_bytes % 2**88).to_bytes(11, "big")
     header = with_checksum(patched(USTAR[1536:2048], 124, field))
@@ -460,6 +845,7 @@ FAST: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "bzip2": lambda data: bz2.compress(data, 1),
     "xz": lambda data: lzma.compress(data, preset=0),
+    "zstd": zstd,
 }
 
 
@@ -508,7 +894,7 @@ def test_where_a_stream_is_damaged_the_rest_is_unreadable(tmp_path: Path) -> Non
     assert found[3:] == ["unreadable", "unreadable"]
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_members_of_an_archive_that_became_shorter_are_truncated(
     tmp_path: Path, compress: Callable[[bytes], bytes]
 ) -> None:
@@ -533,10 +919,42 @@ def zip_directory(data: bytes) -> int:
     return data.index(b"PK\1\2")
 
 
-@pytest.mark.parametrize("kept", [20, 1000, -1, -30])
+@pytest.mark.parametrize("kept", [20, 1000, zip_directory(zip_bytes(FILES.items()))])
 def test_a_zip_without_its_directory_is_truncated(tmp_path: Path, kept: int) -> None:
     index = index_archive(put(tmp_path, zip_bytes(FILES.items())[:kept], "shard.zip"))
     assert (index.members, status(index.problem)) == ((), "truncated")
+
+
+@pytest.mark.parametrize(("cut", "members"), [(1, 5), (21, 5), (22, 5), (23, 4), (80, 3), (63 + 22, 3), (300, 0)])
+def test_a_zip_cut_in_its_directory_gives_the_members_before(tmp_path: Path, cut: int, members: int) -> None:
+    data = zip_bytes(FILES.items())
+    index = index_archive(put(tmp_path, data[:-cut], "shard.zip"))
+    assert status(index.problem) == "truncated"
+    assert names(index) == list(FILES)[:members]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_damaged_directory_gives_the_members_before_the_damage(tmp_path: Path, number: int) -> None:
+    data = zip_bytes(FILES.items())
+    entries = [match.start() for match in re.finditer(b"PK\1\2", data)]
+    uri = put(tmp_path, patched(data, entries[number], b"??"), "shard.zip")
+    index = index_archive(uri)
+    assert str(index.problem) == f"unreadable: the directory of the zip is damaged at byte {entries[number]}"
+    assert read(uri, index) == dict(list(FILES.items())[:number])
+
+
+def test_a_directory_that_lacks_entries_is_damaged(tmp_path: Path) -> None:
+    data = zip_bytes(FILES.items())
+    last = data.rindex(b"PK\1\2")
+    index = index_archive(put(tmp_path, data[:last] + data[-22:], "shard.zip"))
+    assert (names(index), status(index.problem)) == (list(FILES)[:-1], "unreadable")
+
+
+@pytest.mark.parametrize(("position", "value"), [(16, 2**32 - 1), (16, 2**31), (12, 2**32 - 1), (12, 1)])
+def test_an_end_record_that_lies_of_the_directory_raises_nothing(tmp_path: Path, position: int, value: int) -> None:
+    data = zip_bytes([("a.png", b"abc")])
+    index = index_archive(put(tmp_path, patched(data, len(data) - 22 + position, struct.pack("<L", value)), "a.zip"))
+    assert (len(index.members), status(index.problem)) in {(1, "ok"), (0, "unreadable")}
 
 
 def test_a_zip_with_a_damaged_directory_is_unreadable(tmp_path: Path) -> None:
@@ -553,14 +971,16 @@ def test_an_encrypted_member_is_unreadable_without_being_read(tmp_path: Path, fl
     assert statuses(uri) == ("ok", ["unreadable"])
 
 
-@pytest.mark.parametrize("packing", [9, 93])  # deflate64, zstandard
-def test_an_unknown_compression_is_unsupported(tmp_path: Path, packing: int) -> None:
+@pytest.mark.parametrize(("method", "name"), [(9, "deflate64"), (95, "xz"), (98, "ppmd"), (77, "method 77")])
+def test_an_unknown_compression_is_a_bad_member(tmp_path: Path, method: int, name: str) -> None:
     data = zip_bytes([("a.png", b"abc")])
-    uri = put(tmp_path, patched(data, zip_directory(data) + 10, struct.pack("<H", packing)), "shard.zip")
+    uri = put(tmp_path, patched(data, zip_directory(data) + 10, struct.pack("<H", method)), "shard.zip")
     (member,) = index_archive(uri).members
     assert member.packing == "other"
-    assert f"type {packing}" in str(member.problem)
-    assert statuses(uri) == ("ok", ["unsupported"])
+    assert str(member.problem) == (
+        f"unreadable: the compression must be one of stored, deflated, bzip2, lzma, zstd. Received: {name}"
+    )
+    assert statuses(uri) == ("ok", ["unreadable"])
 
 
 @pytest.mark.parametrize("packing", ZIP_PACKINGS)
