@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mnist_dist.errors import ImageError
 from mnist_dist.sources import image_table, parquet
-from mnist_dist.sources.archives import SEPARATOR, ArchiveIndex, Member, index_archive, is_archive
+from mnist_dist.sources.archives import SEPARATOR, ArchiveIndex, Member, index_archive
 from mnist_dist.sources.choice import Choice, LeftOut, member_name
 from mnist_dist.sources.columns import LABEL, Wanted
 from mnist_dist.sources.image_table import COLUMNS, ImageRow
@@ -112,7 +112,9 @@ def _numbered(rows: Iterable[tuple[int, ImageRow]]) -> tuple[pa.Table, list[int]
 
 def _archive(request: _Request, choice: Choice, wanted: Wanted, store: Store) -> Opened:
     index = index_archive(request.uri, store=store)
-    left_out = LeftOut()
+    left_out = LeftOut(nested=index.nested_count)
+    if index.nested:
+        left_out.first_nested = f"{index.entry.uri}{SEPARATOR}{index.nested[0]}"
     labels = member_labels(index, store=store) if wanted.label_column is not None else {}
     chosen = list(_chosen(index, choice, left_out)) if request.whole else []
     members = [member for member in chosen if not labels or member.name in labels]
@@ -128,11 +130,7 @@ def _archive(request: _Request, choice: Choice, wanted: Wanted, store: Store) ->
 
 def _chosen(index: ArchiveIndex, choice: Choice, left_out: LeftOut) -> Iterator[Member]:
     for member in index.members:
-        uri = f"{index.entry.uri}{SEPARATOR}{member.name}"
-        if is_archive(member.name):
-            left_out.nested += 1
-            left_out.first_nested = left_out.first_nested or uri
-        if choice.takes(uri, member.name, left_out):
+        if choice.takes(f"{index.entry.uri}{SEPARATOR}{member.name}", member.name, left_out):
             yield member
 
 
