@@ -123,6 +123,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_bad_fraction": 0.5,
         "max_pixels": 7,
         "limit": 11,
+        "image_timeout_s": 3.0,
         "skip": 7,
     },
     "model": {
