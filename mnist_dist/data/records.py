@@ -29,6 +29,8 @@ from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.decoder import ImageSpec, Pixels, match_channels, resize_pixels
 from mnist_dist.sources.source import Source
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)
@@ -102,7 +104,9 @@ def plan_records(
     )
 
 
-def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool = False) -> None:
+def decode_shard(
+    plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool = False, store: Store = ANYWHERE
+) -> None:
     """Reads, decodes and stores the records of one shard.
 
     Args:
@@ -110,6 +114,7 @@ def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool
         shard: 0 to `plan.cache.shards` - 1.
         rows: the shard's rows of the source's table.
         isolated: decode one image at a time in a child process, because an image seems to kill processes.
+        store: the store to read the images from.
 
     Raises:
         DecoderStuck: an image takes longer than `plan.image_timeout_s`.
@@ -117,7 +122,8 @@ def decode_shard(plan: RecordPlan, shard: int, rows: pa.Table, *, isolated: bool
     """
     collector = Collector(len(rows))
     limits = DecodeConfig(max_pixels=plan.max_pixels, image_timeout_s=plan.image_timeout_s)
-    with DecodePool(plan.spec, config=limits, threads=Threads(decoding=_DECODE_THREADS)) as pool:
+    threads = Threads(decoding=_DECODE_THREADS)
+    with DecodePool(plan.spec, config=limits, threads=threads, store=store) as pool:
         pool.begin(rows, collector, isolated=isolated)
         collector.wait(pool)
     pixels = np.zeros((len(rows), *plan.spec.shape), np.uint8)

@@ -172,7 +172,8 @@ class _Search:
 
     def listing(self) -> Listing:
         """Lists all inputs."""
-        places = [place_of(name, image_column=self._wanted.image_column) for name in self._config.input]
+        column, store = self._wanted.image_column, self._store
+        places = [place_of(name, image_column=column, store=store) for name in self._config.input]
         self._read_columns(places)
         tables = [self._table_of(place) for place in places]
         self._check_carried()
@@ -207,7 +208,7 @@ class _Search:
     def _read_columns(self, places: Sequence[Place]) -> None:
         """Checks what can be carried before anything is listed, where only lists can have columns."""
         for place in places:
-            self._columns.update(columns_of(place))
+            self._columns.update(columns_of(place, store=self._store))
         if all(place.is_listed for place in places):
             self._check_carried()
 
@@ -242,7 +243,8 @@ class _Search:
         return table
 
     def _scanned(self, place: Place) -> pa.Table:
-        entries = matching(place.uri) if place.kind == "glob" else self._store.scan_entries(place.uri)
+        store = self._store
+        entries = matching(place.uri, store=store) if place.kind == "glob" else store.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
             raise not_there(place.name, place.uri)
@@ -294,7 +296,7 @@ class _Search:
         if place.kind == "line":
             return iter([Lines([place.uri])])
         if place.kind == "list":
-            return lists.read_list(place.uri, self._wanted)
+            return lists.read_list(place.uri, self._wanted, store=self._store)
         return lists.read_text(self._stdin or _own_stdin())
 
     def _batch(self, lines: Lines, place: Place) -> pa.RecordBatch:

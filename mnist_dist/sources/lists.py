@@ -25,6 +25,7 @@ from mnist_dist.sources import columns
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 URI_COLUMN = "uri"
 _PARQUET_SUFFIX = ".parquet"
@@ -56,7 +57,7 @@ def is_list(uri: str) -> bool:
     return uri.lower().endswith(LIST_SUFFIXES)
 
 
-def column_names(uri: str) -> tuple[str, ...]:
+def column_names(uri: str, *, store: Store = ANYWHERE) -> tuple[str, ...]:
     """The columns of a list other than `uri`; a text file has none.
 
     Raises:
@@ -65,7 +66,7 @@ def column_names(uri: str) -> tuple[str, ...]:
     """
     if uri.lower().endswith(_TEXT_SUFFIXES):
         return ()
-    with _readable(uri), ANYWHERE.open_binary(uri) as stream:
+    with _readable(uri), store.open_binary(uri) as stream:
         if uri.lower().endswith(_PARQUET_SUFFIX):
             schema = pq.read_schema(stream)
         else:
@@ -80,19 +81,20 @@ def column_names(uri: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_list(uri: str, wanted: Wanted) -> Iterator[Lines]:
+def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[Lines]:
     """The lines of a list, in order; of a text file, without blank lines and lines that begin with #.
 
     Args:
         uri: URI of the list.
         wanted: what is read beside the URIs, as far as the list has it.
+        store: the store of the list.
 
     Raises:
         DataError: the file does not have the format of its suffix, or a row lacks its URI or label.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    names = column_names(uri)
-    with ANYWHERE.open_binary(uri) as stream:
+    names = column_names(uri, store=store)
+    with store.open_binary(uri) as stream:
         if uri.lower().endswith(_TEXT_SUFFIXES):
             # a file name may hold any bytes; surrogateescape keeps them
             encoding = _encoding(uri, stream)

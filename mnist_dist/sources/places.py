@@ -21,7 +21,7 @@ from mnist_dist.sources import lists, parquet
 from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Entry
+from mnist_dist.store.base import Entry, Store
 from mnist_dist.store.uris import absolute, is_file_uri, is_remote
 
 Kind = Literal["stdin", "line", "list", "arrays", "glob", "tree"]
@@ -52,12 +52,13 @@ class Place:
         return _literal_folder(self.uri) if self.kind == "glob" else self.uri
 
 
-def place_of(name: str, *, image_column: str | None = None) -> Place:
+def place_of(name: str, *, image_column: str | None = None, store: Store = ANYWHERE) -> Place:
     """Finds out what an input is.
 
     Args:
         name: as typed by the user.
         image_column: the column of Parquet files that holds images, if the user named it.
+        store: where inputs are looked for.
 
     Raises:
         DataError: nothing of that name exists, and it is no glob.
@@ -68,7 +69,7 @@ def place_of(name: str, *, image_column: str | None = None) -> Place:
     if name in NAMED_ARRAYS:
         return Place(name, "arrays", name)
     with errors_of(name):
-        return _remote_place(name, image_column) if is_remote(name) else _local_place(name, image_column)
+        return _remote_place(name, image_column, store) if is_remote(name) else _local_place(name, image_column)
 
 
 def check_outside(folder: str, inputs: Iterable[str], *, name: str) -> None:
@@ -88,7 +89,7 @@ def check_outside(folder: str, inputs: Iterable[str], *, name: str) -> None:
             raise ConfigError(f"the {name} must lie outside of the input {uri!r}. Received: {name}={folder!r}")
 
 
-def columns_of(place: Place) -> tuple[str, ...]:
+def columns_of(place: Place, *, store: Store = ANYWHERE) -> tuple[str, ...]:
     """The columns of a list that can be carried; other inputs have none before they are opened.
 
     Raises:
@@ -96,19 +97,19 @@ def columns_of(place: Place) -> tuple[str, ...]:
         ServiceError, StorageError: see `store.base`.
     """
     with errors_of(place.name):
-        return lists.column_names(place.uri) if place.kind == "list" else ()
+        return lists.column_names(place.uri, store=store) if place.kind == "list" else ()
 
 
-def matching(pattern: str) -> Iterator[Entry]:
+def matching(pattern: str, *, store: Store = ANYWHERE) -> Iterator[Entry]:
     """Files that match, and files in folders that match. A bucket has no folders: there, the keys that match."""
     remote = is_remote(pattern)
     if not remote and "**" not in pattern.split("/"):
         for path in sorted(glob.glob(pattern, include_hidden=True)):
-            yield from ANYWHERE.scan_entries(path)
+            yield from store.scan_entries(path)
         return
     # `glob` follows a loop of links forty times, and never returns from several loops; hence a regex.
     regex = re.compile(_translated(pattern) + ("" if remote else "(?:/.*)?"), re.DOTALL)
-    for entry in ANYWHERE.scan_entries(_literal_folder(pattern) or "/"):
+    for entry in store.scan_entries(_literal_folder(pattern) or "/"):
         if regex.fullmatch(entry.uri):
             yield entry
 
@@ -133,12 +134,12 @@ def not_there(name: str, uri: str) -> DataError:
     )
 
 
-def _remote_place(name: str, image_column: str | None) -> Place:
+def _remote_place(name: str, image_column: str | None, store: Store) -> Place:
     uri = absolute(name)
-    if lists.is_list(uri) and _is_object(uri):
-        return Place(name, "tree" if _holds_images(uri, image_column) else "list", uri)
+    if lists.is_list(uri) and _is_object(uri, store):
+        return Place(name, "tree" if _holds_images(uri, image_column, store) else "list", uri)
     is_plain = split_member(uri) is None and parquet.split_row(uri) is None and not _MAGIC.search(uri)
-    if is_plain or ANYWHERE.exists(uri):  # whether the prefix holds anything shows when it is listed
+    if is_plain or store.exists(uri):  # whether the prefix holds anything shows when it is listed
         return Place(name, "tree", uri)
     return Place(name, "line" if _names_a_part(uri) else "glob", uri)
 
@@ -146,7 +147,7 @@ def _remote_place(name: str, image_column: str | None) -> Place:
 def _local_place(name: str, image_column: str | None) -> Place:
     path = absolute(name)
     if os.path.isfile(path) and lists.is_list(path):
-        return Place(name, "tree" if _holds_images(path, image_column) else "list", path)
+        return Place(name, "tree" if _holds_images(path, image_column, ANYWHERE) else "list", path)
     if os.path.lexists(path):
         return Place(name, "tree", path)
     if _names_a_part(path):
@@ -161,13 +162,13 @@ def _names_a_part(uri: str) -> bool:
     return split_member(uri) is not None or parquet.split_row(uri) is not None
 
 
-def _holds_images(uri: str, image_column: str | None) -> bool:
-    return parquet.is_parquet(uri) and parquet.holds_images(uri, image_column)
+def _holds_images(uri: str, image_column: str | None, store: Store) -> bool:
+    return parquet.is_parquet(uri) and parquet.holds_images(uri, image_column, store=store)
 
 
-def _is_object(uri: str) -> bool:
+def _is_object(uri: str, store: Store) -> bool:
     try:
-        ANYWHERE.entry_of(uri)
+        store.entry_of(uri)
     except FileNotFoundError:
         return False
     return True

@@ -26,6 +26,8 @@ from mnist_dist.sources import arrays, image_table, labels
 from mnist_dist.sources.columns import LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.sources.reading import read_in_order
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute
 
 _log = logging.getLogger(__name__)
@@ -48,20 +50,26 @@ class Source:
     `split` (null, `train`, `val` or `test`)."""
     notes: tuple[str, ...] = ()
     """What a person should know about what was opened, ignored and left out."""
+    store: Store = ANYWHERE
+    """Where the images are read from."""
     pixels: Pixels | None = None
     """A single named data set: `uint8 [N, H, W, C]`, 0-255, in the order of the table."""
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
     """Lists the data that `config.data` names, with `config.skip` and `config.limit` applied.
+
+    Args:
+        config: what to list.
+        store: where the data is.
 
     Raises:
         DataError: the data is unknown, empty or corrupt, has only one class, or its splits contradict each other.
         ServiceError, StorageError: see `store.base`.
     """
-    listing = list_inputs(input_config(config), label_column=config.label_column)
+    listing = list_inputs(input_config(config), label_column=config.label_column, store=store)
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
-    source = _limited(_coded(name, listing, _pixels(config)), config)
+    source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
     if len(source.class_names) < 2:
         raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
     counts = dict(collections.Counter(source.table[SPLIT].to_pylist()))
@@ -160,7 +168,7 @@ def _probe_files(source: Source, max_pixels: int) -> list[tuple[int, int, int]]:
     count = min(_PROBED_IMAGES, len(readable))
     rows = readable[np.linspace(0, len(readable) - 1, count).astype(np.int64)] if count else readable
     probes, errors = [], []
-    for data in read_in_order(source.table.take(pa.array(rows)), max_bytes=_PROBED_BYTES):
+    for data in read_in_order(source.table.take(pa.array(rows)), max_bytes=_PROBED_BYTES, store=source.store):
         try:
             if isinstance(data, ImageError):
                 raise data

@@ -8,6 +8,7 @@ from mnist_dist.data.records import RecordPlan, decode_shard, finish
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.session import Session
 from mnist_dist.sources.source import Source
+from mnist_dist.store.base import Store
 
 MAX_DEATHS = 3
 """How often a process may die on the same shard (out of memory, or with its node) before the job fails."""
@@ -32,7 +33,7 @@ def decode_missing(plan: RecordPlan, source: Source, session: Session) -> float:
     shards = [] if source.pixels is not None else cache.missing()
     if shards:
         work = ShardWork(
-            worker=DecodingWorker(plan),
+            worker=DecodingWorker(plan, source.store),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
@@ -50,15 +51,15 @@ class DecodingWorker:
 
     title = "decoding"
 
-    def __init__(self, plan: RecordPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: RecordPlan, store: Store) -> None:
+        self._plan, self._store = plan, store
 
     def open(self) -> None:
         """Needs nothing: each shard gets its own threads."""
 
     def work(self, shard: int, given: pa.Table, *, attempt: Attempt, counter: Counter) -> None:
         """Decodes a shard, whose rows are `given`; in a child process if it seems to kill processes."""
-        decode_shard(self._plan, shard, given, isolated=attempt.is_suspect)
+        decode_shard(self._plan, shard, given, isolated=attempt.is_suspect, store=self._store)
         counter.add(len(given), 0)
 
 
