@@ -941,6 +941,7 @@ def test_rows_of_parquet_files_are_images(root: str) -> None:
     ]
     assert listing.table["label"].to_pylist() == [8, 9, 5, 6, 7]
     assert listing.table["path"].to_pylist() == ["0.png", "1.png", "0.png", "1.png", "2.png"]
+    assert listing.by_suffix == {".parquet": 5}
     assert names_in(found(f"{root}/d", include=("*/test-*",)), f"{root}/d") == names_in(listing, f"{root}/d")[:2]
     assert len(found(f"{root}/d/train-*.parquet").table) == 3
 

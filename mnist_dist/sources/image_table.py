@@ -42,7 +42,7 @@ COLUMNS = pa.schema(
 """The columns of the manifest; the columns carried from a list follow, then `shard`."""
 BATCH_ROWS = 50_000
 _NO_SUFFIX = ""
-_SUFFIX = r"(?P<suffix>\.[^./!]*)$"
+_SUFFIX = r"(?P<suffix>\.[^./!]*?)(?:#row=[0-9]+)?$"  # without the number of a Parquet file's row
 _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 

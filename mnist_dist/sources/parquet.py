@@ -159,20 +159,18 @@ def read_rows(
 def _located(entry: Entry, packing: str, *, ends: Sequence[int]) -> pa.Table:
     """The rows as `COLUMNS`, in batches, so that the URIs of ten million rows fit into memory."""
     batches, rows = [], [0, *ends][-1]
+    size = min(rows, BATCH_ROWS)
+    same = {"etag": entry.etag, "archive": entry.uri, "packing": packing}
+    shared = {  # by all batches
+        field.name: pa.repeat(pa.scalar(same.get(field.name), field.type), size) for field in COLUMNS
+    }
     for start in range(0, rows, BATCH_ROWS):
         numbers = np.arange(start, min(start + BATCH_ROWS, rows))
         part = pa.array(numbers)
         uris = pc.binary_join_element_wise(f"{entry.uri}{ROW_SEPARATOR}", part.cast(pa.string()), "")
-        known = {
-            "uri": uris,
-            "etag": pa.repeat(pa.scalar(entry.etag, pa.string()), len(part)),
-            "archive": pa.repeat(pa.scalar(entry.uri, pa.string()), len(part)),
-            "packing": pa.repeat(pa.scalar(packing, pa.string()), len(part)),
-            "offset": part,
-            "stored_bytes": pa.array(np.searchsorted(ends, numbers, side="right")),
-        }
-        arrays = [known[field.name] if field.name in known else pa.nulls(len(part), field.type) for field in COLUMNS]
-        batches.append(pa.RecordBatch.from_arrays(arrays, schema=COLUMNS))
+        groups = pa.array(np.searchsorted(ends, numbers, side="right"))
+        values = {**shared, "uri": uris, "offset": part, "stored_bytes": groups}
+        batches.append(pa.RecordBatch.from_arrays([array[: len(part)] for array in values.values()], schema=COLUMNS))
     return pa.Table.from_batches(batches, COLUMNS)
 
 
