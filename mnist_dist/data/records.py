@@ -40,6 +40,7 @@ _MIN_ROWS, _MAX_ROWS = 64, 65_536
 _DECODE_THREADS = 2  # of a task, which has one core: reading waits for storage
 _INDEX = "index.parquet"
 _OK = "ok"
+_KEY_COLUMNS, _KEY_ROWS = ("uri", "label", "split", "size_bytes", "etag"), 100_000
 _DESCRIBED = ("status", "error", "digest")
 
 
@@ -234,9 +235,9 @@ def _key(source: Source, spec: ImageSpec, max_pixels: int) -> str:
     sha = hashlib.sha256()
     head = [_FORMAT_VERSION, asdict(spec), max_pixels, source.class_names]
     sha.update(json.dumps(head, sort_keys=True).encode())
-    for name in source.table.column_names:
-        values = source.table[name].to_pylist()
-        sha.update("\0".join(map(str, values)).encode())
+    for name in _KEY_COLUMNS:
+        for batch in source.table.select([name]).to_batches(max_chunksize=_KEY_ROWS):
+            sha.update("".join(f"{value}\0" for value in batch.column(0).to_pylist()).encode())
         sha.update(b"\n")
     if source.pixels is not None:
         sha.update(np.ascontiguousarray(source.pixels).data)

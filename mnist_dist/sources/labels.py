@@ -53,20 +53,16 @@ def fill_by_folder(table: pa.Table, *, root: str, name: str) -> pa.Table:
     Raises:
         DataError: other folders than splits stand beside train/ and test/, or a split is not called train, val or test.
     """
-    labels = _column(table, LABEL)
-    splits = _split_values(_column(table, SPLIT), name)
-    uris, archives, statuses = (table[column].to_pylist() for column in ("uri", "archive", "status"))
-    of_file = splits_of_names([_parts(archive, root) if archive else () for archive in archives])
-    unknown = [row for row in range(len(table)) if labels[row] is None and statuses[row] is None]
-    for is_member in (False, True):
-        rows = [row for row in unknown if (archives[row] is not None) == is_member]
-        paths = [_path(uris[row], archives[row], root) for row in rows]
-        found = _of_folders(name, paths, ignore_single=is_member)
-        for row, (label, split) in zip(rows, found, strict=True):
-            labels[row], splits[row] = label, splits[row] or split
-    splits = [split or file for split, file in zip(splits, of_file, strict=True)]
+    labels, splits = _column(table, LABEL), _split_values(_column(table, SPLIT), name)
+    unknown = pc.and_(pc.is_null(labels), pc.is_null(table["status"]))
+    if pc.any(unknown).as_py():
+        found = _from_folders(table.filter(unknown), root, name)
+        labels = pc.replace_with_mask(labels, unknown.combine_chunks(), found[LABEL])
+        known = pc.coalesce(splits.filter(unknown).combine_chunks(), found[SPLIT])
+        splits = pc.replace_with_mask(splits, unknown.combine_chunks(), known)
+    splits = pc.coalesce(splits, _splits_of_containers(table["archive"], root))
     kept = table.drop_columns([column for column in (LABEL, SPLIT) if column in table.column_names])
-    return kept.append_column(LABEL, pa.array(labels, pa.string())).append_column(SPLIT, pa.array(splits, pa.string()))
+    return kept.append_column(LABEL, labels).append_column(SPLIT, splits)
 
 
 def splits_of_names(names: Sequence[Parts]) -> list[str | None]:
@@ -146,9 +142,31 @@ def _folders(folder: str) -> list[str]:
         return [entry.path for entry in entries if entry.is_dir() and not entry.name.startswith((".", "_", "@"))]
 
 
-def _column(table: pa.Table, name: str) -> list[str | None]:
-    values: list[str | None] = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-    return values
+def _column(table: pa.Table, name: str) -> pa.Array:
+    """The column in one piece, `string [n]`; classes and splits are short."""
+    if name not in table.column_names:
+        return pa.nulls(len(table), pa.string())
+    return table[name].cast(pa.string()).combine_chunks()
+
+
+def _from_folders(table: pa.Table, root: str, name: str) -> dict[str, pa.Array]:
+    """The class and split of each row, from its folders."""
+    uris, archives = table["uri"].to_pylist(), table["archive"].to_pylist()
+    found: list[tuple[str | None, str | None]] = [(None, None)] * len(table)
+    for is_member in (False, True):
+        rows = [row for row, archive in enumerate(archives) if (archive is not None) == is_member]
+        paths = [_path(uris[row], archives[row], root) for row in rows]
+        for row, pair in zip(rows, _of_folders(name, paths, ignore_single=is_member), strict=True):
+            found[row] = pair
+    labels, splits = zip(*found, strict=True)
+    return {LABEL: pa.array(labels, pa.string()), SPLIT: pa.array(splits, pa.string())}
+
+
+def _splits_of_containers(archives: pa.ChunkedArray, root: str) -> pa.Array:
+    """The split that the path of each row's container names; null: none, or a plain file."""
+    names = pc.unique(archives).drop_null()
+    splits = splits_of_names([_parts(archive, root) for archive in names.to_pylist()])
+    return pa.array(splits, pa.string()).take(pc.index_in(archives, value_set=names).combine_chunks())
 
 
 def _parts(uri: str, root: str) -> Parts:
@@ -208,15 +226,17 @@ def _split_of(parts: Parts) -> str | None:
     return next((SPLIT_NAMES[name] for name in names), None)
 
 
-def _split_values(values: Sequence[str | None], name: str) -> list[str | None]:
-    """The splits that a column gives, in their short form."""
-    unknown = sorted({value for value in values if value and value.lower() not in SPLIT_NAMES})
+def _split_values(values: pa.Array, name: str) -> pa.Array:
+    """The splits that a column gives, in their short form; empty text is none."""
+    found = pc.unique(values).drop_null().to_pylist()
+    unknown = sorted(value for value in found if value and value.lower() not in SPLIT_NAMES)
     if unknown:
         raise DataError(
             f"{name}: the column {SPLIT!r} must hold {', '.join(SPLIT_NAMES)}."
             f" Received: {', '.join(unknown[:_MAX_SHOWN])}"
         )
-    return [SPLIT_NAMES[value.lower()] if value else None for value in values]
+    short = pa.array([SPLIT_NAMES.get(value.lower()) for value in found], pa.string())
+    return short.take(pc.index_in(values, value_set=pa.array(found, pa.string())))
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
