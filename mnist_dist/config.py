@@ -97,6 +97,11 @@ class DataConfig:
         require(self.max_pixels >= 1, "max_pixels must be at least 1", max_pixels=self.max_pixels)
         require(self.image_timeout_s > 0, "image_timeout_s must be positive", image_timeout_s=self.image_timeout_s)
 
+    @property
+    def limits(self) -> "DecodeConfig":
+        """The limits for a single image."""
+        return DecodeConfig(max_pixels=self.max_pixels, image_timeout_s=self.image_timeout_s)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

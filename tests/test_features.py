@@ -19,6 +19,7 @@ from harness import Recorder, run_command
 
 from mnist_dist.config import (
     DataConfig,
+    DecodeConfig,
     FeatureType,
     FitConfig,
     ModelConfig,
@@ -97,7 +98,7 @@ def records_plan(
     spec: ImageSpec = SPEC, *, storage: str = "runs", class_names: tuple[str, ...] = CLASSES
 ) -> RecordPlan:
     cache = Cache(what="records", storage=storage, key="some", rows=COUNT, min_shard_rows=64)
-    return RecordPlan(cache=cache, spec=spec, max_pixels=1_000, class_names=class_names)
+    return RecordPlan(cache=cache, spec=spec, limits=DecodeConfig(max_pixels=1_000), class_names=class_names)
 
 
 def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
@@ -602,7 +603,7 @@ def digits(folder: Path) -> Digits:
     """Finished records of 600 digits, and a plan for the features of all of them."""
     source = open_source(DataConfig(limit=600))
     spec = image_spec(source, backbone_size_px=28, scratch_size=True, config=DataConfig())
-    plan = plan_records(source, spec, storage=str(folder), max_pixels=1_000)
+    plan = plan_records(source, spec, storage=str(folder), limits=DecodeConfig(max_pixels=1_000))
     finish_records(plan, source)
     records = open_records(plan, local_dir=folder)
     features = plan_features(

@@ -13,6 +13,7 @@ from harness import Recorder, private_ray
 
 from mnist_dist.config import (
     DataConfig,
+    DecodeConfig,
     FitConfig,
     InputConfig,
     ModelConfig,
@@ -44,7 +45,7 @@ def decoded(source: Source, storage: Path) -> tuple[RecordPlan, pa.Table]:
     """The index of the decoded images, without Ray."""
     spec = image_spec(source, backbone_size_px=28, scratch_size=True, config=DataConfig())
     assert spec == ImageSpec(height_px=8, width_px=8, channels=1)
-    plan = plan_records(source, spec, storage=str(storage), max_pixels=1_000)
+    plan = plan_records(source, spec, storage=str(storage), limits=DecodeConfig(max_pixels=1_000))
     for shard in () if source.pixels is not None else plan.cache.missing():
         rows = plan.cache.rows_of(shard)
         decode_shard(plan, shard, source.table.slice(rows.start, rows.stop - rows.start))

@@ -277,7 +277,7 @@ def test_an_archive_that_changed_is_not_read(root: str, name: str) -> None:
     ANYWHERE.write_bytes(archive, tar_of({"other.png": b"other", **MEMBERS}, mode))
     found = read(rows)
     assert {error_of(item) for item in found} == {
-        "failed: the file changed since it was listed (--mode incremental lists it again)"
+        "failed: the file changed since it was listed; list it again (scoring: --mode incremental)"
     }
     assert [item.etag for item in found] == rows["etag"].to_pylist()
 

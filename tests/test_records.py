@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist.config import DataConfig
+from mnist_dist.config import DataConfig, DecodeConfig
 from mnist_dist.data.records import (
     RecordPlan,
     Records,
@@ -32,6 +32,7 @@ from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
+LIMITS = DecodeConfig(max_pixels=1000)
 COUNT = 150  # of images: two shards of 64 and one of 22, with the smallest shards
 
 
@@ -75,7 +76,7 @@ class Planned(NamedTuple):
 
 def planned(images: Path, root: str, spec: ImageSpec = SPEC) -> Planned:
     source = open_source(DataConfig(data=(str(images),)))
-    plan = plan_records(source, spec, storage=root, max_pixels=1000)
+    plan = plan_records(source, spec, storage=root, limits=LIMITS)
     return Planned(replace(plan, cache=replace(plan.cache, min_shard_rows=64)), source)
 
 
@@ -164,7 +165,7 @@ def test_arrays_need_no_decoding(root: str, tmp_path: Path) -> None:
     source = open_source(config)
     for size_px, channels in ((32, 1), (6, 3)):
         spec = image_spec(source, backbone_size_px=size_px, scratch_size=False, config=config)
-        plan = plan_records(source, replace(spec, channels=channels), storage=root, max_pixels=1000)
+        plan = plan_records(source, replace(spec, channels=channels), storage=root, limits=LIMITS)
         finish(plan, source)
         records = open_records(plan, local_dir=tmp_path / "node")
         assert source.pixels is not None
@@ -177,12 +178,13 @@ def test_arrays_need_no_decoding(root: str, tmp_path: Path) -> None:
 def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path: Path) -> None:
     source = open_source(DataConfig(data=(str(images),)))
 
-    def key(source: Source = source, spec: ImageSpec = SPEC, max_pixels: int = 1000) -> str:
-        return plan_records(source, spec, storage=str(tmp_path), max_pixels=max_pixels).cache.key
+    def key(source: Source = source, spec: ImageSpec = SPEC, limits: DecodeConfig = LIMITS) -> str:
+        return plan_records(source, spec, storage=str(tmp_path), limits=limits).cache.key
 
     place = source.table.schema.get_field_index("etag")
     changed = source.table.set_column(place, "etag", [["new", *source.table["etag"].to_pylist()[1:]]])
-    keys = [key(), key(spec=replace(SPEC, resize="crop")), key(spec=replace(SPEC, width_px=8)), key(max_pixels=999)]
+    keys = [key(), key(spec=replace(SPEC, resize="crop")), key(spec=replace(SPEC, width_px=8))]
+    keys += [key(limits=replace(LIMITS, max_pixels=999)), key(limits=replace(LIMITS, image_timeout_s=2.0))]
     keys += [key(replace(source, table=changed)), key(replace(source, table=source.table.slice(1)))]
     digits = open_source(DataConfig())
     assert digits.pixels is not None
@@ -201,7 +203,7 @@ def test_a_plan_is_plain_and_crosses_processes(images: Path, tmp_path: Path) -> 
 def test_a_shard_is_about_32_mib(images: Path, tmp_path: Path, size_px: int, expected: int) -> None:
     source = open_source(DataConfig(data=(str(images),)))
     spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
-    assert plan_records(source, spec, storage=str(tmp_path), max_pixels=1).cache.shard_rows == expected
+    assert plan_records(source, spec, storage=str(tmp_path), limits=LIMITS).cache.shard_rows == expected
 
 
 @pytest.fixture

@@ -18,7 +18,16 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist import load_bundle
-from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
+from mnist_dist.config import (
+    DataConfig,
+    DecodeConfig,
+    FitConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhasesConfig,
+    RunConfig,
+    TrainJob,
+)
 from mnist_dist.console import Stop
 from mnist_dist.data.records import Records, decode_shard, open_records, plan_records
 from mnist_dist.data.splits import assign_splits
@@ -368,7 +377,8 @@ def test_decoding_with_ray_data_resumes_at_the_missing_shards_and_tells_of_a_fai
     tmp_path: Path, folder_of_images: Path
 ) -> None:
     source = open_source(DataConfig(data=(str(folder_of_images),)))
-    plan = plan_records(source, ImageSpec(height_px=5, width_px=6, channels=3), storage=str(tmp_path), max_pixels=1_000)
+    spec, limits = ImageSpec(height_px=5, width_px=6, channels=3), DecodeConfig(max_pixels=1_000)
+    plan = plan_records(source, spec, storage=str(tmp_path), limits=limits)
     plan = replace(plan, cache=replace(plan.cache, min_shard_rows=7))
     decode_shard(plan, 2, source.table.slice(14, 7))
     with Stop(Recorder()) as stop:

@@ -50,8 +50,7 @@ class RecordPlan:
 
     cache: Cache
     spec: ImageSpec
-    max_pixels: int
-    image_timeout_s: float = DecodeConfig.image_timeout_s
+    limits: DecodeConfig
     class_names: tuple[str, ...]
 
 
@@ -67,22 +66,14 @@ class Records:
     spec: ImageSpec
 
 
-def plan_records(
-    source: Source,
-    spec: ImageSpec,
-    *,
-    storage: str,
-    max_pixels: int,
-    image_timeout_s: float = DecodeConfig.image_timeout_s,
-) -> RecordPlan:
+def plan_records(source: Source, spec: ImageSpec, *, storage: str, limits: DecodeConfig) -> RecordPlan:
     """Plans the decoding of a source and checks that local storage has room for the result.
 
     Args:
         source: what to decode.
         spec: what each image becomes.
         storage: folder or `s3://` prefix of the job.
-        max_pixels: larger images are not decoded.
-        image_timeout_s: images that take longer than this to decode, s, are unreadable.
+        limits: larger images, and those that take longer to decode, are unreadable.
 
     Raises:
         ConfigError: local storage has too little free space; the message gives both sizes.
@@ -90,7 +81,7 @@ def plan_records(
     cache = Cache(
         what="records",
         storage=absolute(storage),
-        key=_key(source, spec, max_pixels),
+        key=_key(source, spec, limits),
         rows=len(source.table),
         min_shard_rows=min(max(_SHARD_BYTES // spec.image_bytes, _MIN_ROWS), _MAX_ROWS),
     )
@@ -99,8 +90,7 @@ def plan_records(
     return RecordPlan(
         cache=cache,
         spec=spec,
-        max_pixels=max_pixels,
-        image_timeout_s=image_timeout_s,
+        limits=limits,
         class_names=source.class_names,
     )
 
@@ -118,13 +108,12 @@ def decode_shard(
         store: the store to read the images from.
 
     Raises:
-        DecoderStuck: an image takes longer than `plan.image_timeout_s`.
+        DecoderStuck: an image takes longer than the limit.
         ServiceError, StorageError, PermissionError: the storage failed, not an image.
     """
     collector = Collector(len(rows))
-    limits = DecodeConfig(max_pixels=plan.max_pixels, image_timeout_s=plan.image_timeout_s)
     threads = Threads(decoding=_DECODE_THREADS)
-    with DecodePool(plan.spec, config=limits, threads=threads, store=store) as pool:
+    with DecodePool(plan.spec, config=plan.limits, threads=threads, store=store) as pool:
         pool.begin(rows, collector, isolated=isolated)
         collector.wait(pool)
     pixels = np.zeros((len(rows), *plan.spec.shape), np.uint8)
@@ -231,9 +220,9 @@ def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageEr
     plan.cache.put(shard, pa.table(columns))
 
 
-def _key(source: Source, spec: ImageSpec, max_pixels: int) -> str:
+def _key(source: Source, spec: ImageSpec, limits: DecodeConfig) -> str:
     sha = hashlib.sha256()
-    head = [_FORMAT_VERSION, asdict(spec), max_pixels, source.class_names]
+    head = [_FORMAT_VERSION, asdict(spec), asdict(limits), source.class_names]
     sha.update(json.dumps(head, sort_keys=True).encode())
     for name in _KEY_COLUMNS:
         for batch in source.table.select([name]).to_batches(max_chunksize=_KEY_ROWS):

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError
+from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
 from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
@@ -127,7 +127,9 @@ def check_named(job: EvaluateJob) -> None:
             f"{job.output_uri!r}, which holds {', '.join(foreign[:_NAMED])}"
         )
     if job.labels is not None:
-        place_of(job.labels)
+        place = place_of(job.labels)
+        if place.kind == "tree" and not ANYWHERE.exists(place.uri):
+            raise DataError(f"there is no such file. Received: labels={job.labels!r}")
     if job.compare is not None:
         open_table(job.compare, bundle=None)
 

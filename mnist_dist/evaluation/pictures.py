@@ -5,6 +5,7 @@ Does not own: reading (`sources`), or the decoding that models see (`images`).
 
 import contextlib
 import io
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image, ImageOps
 
 from mnist_dist.errors import ImageError, MnistDistError
 from mnist_dist.images.decoder import Pixels
+from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.listing import list_uris
+from mnist_dist.sources.parquet import split_row
 from mnist_dist.sources.reading import read_in_order
 
 LONGEST_PX = 224
@@ -23,10 +26,16 @@ MAX_BYTES = 64 * 2**20
 def load_pictures(uris: Iterable[str]) -> dict[str, Pixels | None]:
     """Loads pictures `uint8 [H, W, 3]` of at most 224 px by URI, reading each archive once; None if unreadable."""
     pictures: dict[str, Pixels | None] = dict.fromkeys(uris)
-    with contextlib.suppress(OSError, MnistDistError):  # A report without pictures is better than none.
-        rows = list_uris(list(pictures))
-        for uri, data in zip(rows["uri"].to_pylist(), read_in_order(rows, max_bytes=MAX_BYTES), strict=True):
-            pictures[uri] = _picture(data)
+    by_container = defaultdict[str, list[str]](list)
+    for uri in pictures:
+        part = split_member(uri) or split_row(uri)
+        by_container[part[0] if part else uri].append(uri)
+    for group in by_container.values():
+        with contextlib.suppress(OSError, MnistDistError):  # A report without a picture is better than none.
+            rows = list_uris(group)
+            for uri, data in zip(rows["uri"].to_pylist(), read_in_order(rows, max_bytes=MAX_BYTES), strict=True):
+                if uri in pictures:
+                    pictures[uri] = _picture(data)
     return pictures
 
 

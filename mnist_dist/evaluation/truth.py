@@ -71,14 +71,14 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str, sco
         return label_file(labels) if _is_label_file(labels) else labels_of_images((labels,), label_column)
     if label_column in table.schema.names:
         return CarriedColumn(table.schema, label_column)
-    if label_column != LABEL_COLUMN:
-        raise ConfigError(
-            f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
-        )
     with contextlib.suppress(DataError):  # Nothing says that the images have labels.
         of_images = _list_labels(scored, label_column) if scored else COLUMNS.empty_table()
         if pc.any(pc.is_valid(of_images["archive"])).as_py():
             return KnownLabels("the labels beside the images", _lines_of(of_images), guessed=True)
+    if label_column != LABEL_COLUMN:
+        raise ConfigError(
+            f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
+        )
     return Folders()
 
 

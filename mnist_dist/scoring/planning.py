@@ -95,7 +95,7 @@ def sample(table: pa.Table, *, images: int) -> pa.Table:
     """Rows spread evenly over a manifest; of compressed archives, only the first rows.
 
     Args:
-        table: `manifest.COLUMNS`, at least one row.
+        table: `image_table.COLUMNS`, at least one row.
         images: maximum number of rows, but not less than `RUN_ROWS`.
     """
     cheap = np.flatnonzero(_is_cheap(table))

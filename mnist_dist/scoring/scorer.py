@@ -82,7 +82,7 @@ class Scorer:
         return self._pool.times
 
     def score(self, rows: pa.Table, *, isolated: bool = False, progress: Progress = no_progress) -> Outcomes:
-        """Reads, decodes and classifies the rows of a shard (`manifest.COLUMNS`).
+        """Reads, decodes and classifies the rows of a shard (`image_table.COLUMNS`).
 
         Args:
             rows: at least one row.

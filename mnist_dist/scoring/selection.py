@@ -20,16 +20,12 @@ from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, NOT_BAD, TOP_K, 
 from mnist_dist.sources import parquet
 from mnist_dist.sources.archives import SEPARATOR, is_archive
 from mnist_dist.sources.image_table import COLUMNS
-from mnist_dist.sources.listing import Listing, list_inputs, list_uris
+from mnist_dist.sources.listing import LOOK_UP_AHEAD, LOOK_UP_THREADS, Listing, list_inputs, list_uris, with_etags
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Entry
-from mnist_dist.store.uris import are_remote
 
 RESERVED = (SHARD.name, *CONTRACT.names, *TOP_K.names, EMBEDDING)
 """Names of columns that a carried column may not have."""
-LOOK_UP_THREADS = 32  # each requests the size and etag of one object
-LOOK_UP_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def select_images(
     listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
-    found = new_rows(_looked_up(listing.table), output, number=before.mark.number)
+    found = new_rows(with_etags(listing.table), output, number=before.mark.number)
     return Selection(listing, found, _gone(listing, output, number=before.mark.number) if job.drop_missing else None)
 
 
@@ -76,7 +72,7 @@ def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
     """The rows that are new or changed, compared with the existing table.
 
     Args:
-        found: rows of `manifest.COLUMNS`, with size and etag of those that will be read.
+        found: rows of `image_table.COLUMNS`, with size and etag of those that will be read.
         output: the folder of the table.
         number: the number of the table's version.
 
@@ -93,12 +89,18 @@ def _gone(listing: Listing, output: Output, *, number: int) -> pa.Array:
     with output.store.open_binary(output.version_uri(number, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri"])["uri"]
     lost = known.filter(pc.invert(pc.is_in(known, value_set=listing.table["uri"])))
-    inside = [uri for uri in lost.to_pylist() if any(uri.startswith(_beginnings(root)) for root in listing.roots)]
-    return pa.array([uri for uri, exists in _existing(inside) if not exists], pa.string())
+    beginnings = tuple(
+        f"{root.rstrip('/')}{mark}" for root in listing.roots for mark in ("/", SEPARATOR, parquet.ROW_SEPARATOR)
+    )
+    inside = [uri for uri in lost.to_pylist() if uri.startswith(beginnings) or uri in listing.roots]
+    # The row of a whole container names its problem: it is gone when there is none any more.
+    whole = [uri for uri in inside if _is_container(uri)]
+    images = [uri for uri in inside if not _is_container(uri)]
+    return pa.array([*whole, *(uri for uri, exists in _existing(images) if not exists)], pa.string())
 
 
-def _beginnings(root: str) -> tuple[str, ...]:
-    return tuple(f"{root.rstrip('/')}{mark}" for mark in ("/", SEPARATOR, parquet.ROW_SEPARATOR))
+def _is_container(uri: str) -> bool:
+    return is_archive(uri) or parquet.is_parquet(uri)
 
 
 def _existing(uris: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -120,42 +122,18 @@ def _is_there(row: Mapping[str, str | None]) -> bool:
 
 
 def _is_new(listed: pa.Table, known: pa.Table) -> pa.ChunkedArray:
-    """Which rows are not in the table, or have another size or etag there."""
+    """Which rows are not in the table, or have another etag or size there."""
     places = pc.index_in(listed["uri"], value_set=known["uri"])
-    same = [_equal(listed[name], known[name].take(places)) for name in ("size_bytes", "etag")]
-    return pc.invert(pc.and_(pc.is_valid(places), pc.and_(*same)))
+    same_etag, same_size = (_equal(listed[name], known[name].take(places)) for name in ("etag", "size_bytes"))
+    # the size of an image in a container may be known only by reading it, and the etag is that of the container
+    same_size = pc.or_(same_size, pc.is_valid(listed["archive"]))
+    return pc.invert(pc.and_(pc.is_valid(places), pc.and_(same_etag, same_size)))
 
 
 def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether values are equal, or both unknown."""
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))
     return pc.or_(both_null, pc.fill_null(pc.equal(left, right), False))
-
-
-def _looked_up(table: pa.Table) -> pa.Table:
-    """Looks up size and etag of S3 objects from lists, which were named but not listed."""
-    is_to_be_read = pc.and_(pc.is_null(table["etag"]), pc.is_null(table["status"]))
-    unknown = pc.and_(is_to_be_read, are_remote(table["uri"])).to_numpy()
-    if not unknown.any():
-        return table
-    columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}
-    rows = unknown.nonzero()[0].tolist()
-    uris = table["uri"].filter(pa.array(unknown)).to_pylist()
-    entries = map_in_threads(_entry_of, uris, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
-    for row, entry in zip(rows, entries, strict=True):
-        if entry is not None:
-            columns["size_bytes"][row], columns["etag"][row] = entry.size_bytes, entry.etag
-    for name, values in columns.items():
-        field = table.schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
-    return table
-
-
-def _entry_of(uri: str) -> Entry | None:
-    try:
-        return ANYWHERE.entry_of(uri)
-    except (FileNotFoundError, PermissionError):
-        return None  # reading it will give a row with the reason
 
 
 def _bad_rows(job: ScoreJob, output: Output) -> Selection:
@@ -169,7 +147,7 @@ def _bad_rows(job: ScoreJob, output: Output) -> Selection:
         for batch in iter_predictions(output.uri, columns=names, store=output.store)
     ]
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
-    is_image = [not (is_archive(uri) or parquet.is_parquet(uri)) for uri in bad["uri"].to_pylist()]
+    is_image = [not _is_container(uri) for uri in bad["uri"].to_pylist()]
     bad = bad.filter(pa.array(is_image, pa.bool_()))
     if not len(bad):
         return Selection(None, COLUMNS.empty_table())

@@ -8,6 +8,7 @@ rows of a listing and as PNG files. Does not own: how the arrays are used.
 
 import functools
 import gzip
+import hashlib
 import io
 import math
 import string
@@ -114,11 +115,13 @@ def list_rows(name: str, data_dir: str | None, *, labelled: bool) -> tuple[pa.Ta
     Raises:
         DataError, PermissionError, ServiceError, StorageError: as from `read_arrays`.
     """
-    data = read_arrays(name, data_dir)
-    image_bytes = math.prod(data.pixels.shape[1:])
+    _cached.cache_clear()  # The files may have changed since the last listing.
+    data = _cached(name, absolute(data_dir) if data_dir else None)
+    etag = hashlib.sha256(np.ascontiguousarray(data.pixels).data).hexdigest()
     uris = (f"{name}/{part.split or 'all'}/{row:05d}" for part in data.parts for row in range(len(part.images)))
+    folder = absolute(data_dir) if data_dir else ""
     table = image_table.table_of(
-        ImageRow(uri, image_bytes, None, archive=data_dir or "", packing=f"{PACKING}{name}", offset=row)
+        ImageRow(uri, None, etag, archive=folder, packing=f"{PACKING}{name}", offset=row)
         for row, uri in enumerate(uris)
     )
     if labelled:
@@ -131,15 +134,20 @@ def list_rows(name: str, data_dir: str | None, *, labelled: bool) -> tuple[pa.Ta
 
 def encoded_rows(name: str, data_dir: str | None, rows: Sequence[int]) -> Iterator[bytes]:
     """The images at `rows` of `list_rows` as PNG files; raises as `read_arrays` does."""
-    pixels = _cached_pixels(name, data_dir)
+    pixels = cached_pixels(name, data_dir)
     for row in rows:
         image = pixels[row, ..., 0] if pixels.shape[3] == 1 else pixels[row, ..., ::-1]  # OpenCV has BGR.
         yield cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
 
 
+def cached_pixels(name: str, data_dir: str | None) -> Pixels:
+    """The images of `list_rows`, `uint8 [N, H, W, C]`; raises as `read_arrays` does."""
+    return _cached(name, absolute(data_dir) if data_dir else None).pixels
+
+
 @functools.lru_cache(maxsize=1)
-def _cached_pixels(name: str, data_dir: str | None) -> Pixels:
-    return read_arrays(name, data_dir).pixels  # Two requests read the same data, at worst twice.
+def _cached(name: str, data_dir: str | None) -> Arrays:
+    return read_arrays(name, data_dir)  # Two threads that ask at once read it twice.
 
 
 def write_digits(uri: str, *, count: int) -> None:

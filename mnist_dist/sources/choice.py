@@ -24,7 +24,7 @@ from mnist_dist.store.base import Entry
 from mnist_dist.store.uris import absolute, is_remote
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_HIDDEN = re.compile(r"(?:^|/)(?:\.|@eaDir/|__MACOSX/)")
+_HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|@eaDir/|__MACOSX/)")
 """Source: dot files; thumbnails of Synology; what the Finder packs beside the files of a zip."""
 _HIDDEN_PARQUET = re.compile(r"(?:^|/)_")  # As Spark and pyarrow: `_temporary/`, `_metadata`.
 _MAX_SUFFIXES = 1_000  # counted separately; file names that end in numbers would fill the memory

@@ -17,14 +17,16 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.errors import DataError
 from mnist_dist.sources.archives import SEPARATOR, split_member
 from mnist_dist.sources.columns import LABEL, SPLIT
+from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.store.uris import is_remote
 
 TRAIN = "train"
@@ -150,16 +152,27 @@ def _column(table: pa.Table, name: str) -> pa.Array:
 
 
 def _from_folders(table: pa.Table, root: str, name: str) -> dict[str, pa.Array]:
-    """The class and split of each row, from its folders."""
-    uris, archives = table["uri"].to_pylist(), table["archive"].to_pylist()
-    found: list[tuple[str | None, str | None]] = [(None, None)] * len(table)
+    """The class and split of each row, from its folders, of which there are far fewer than images."""
+    folders: dict[tuple[bool, Parts], int] = {}
+    numbers = np.empty(len(table), np.int32)
+    for row, folder in enumerate(_folders_of(table, root)):
+        numbers[row] = folders.setdefault(folder, len(folders))
+    found: list[tuple[str | None, str | None]] = [(None, None)] * len(folders)
     for is_member in (False, True):
-        rows = [row for row, archive in enumerate(archives) if (archive is not None) == is_member]
-        paths = [_path(uris[row], archives[row], root) for row in rows]
-        for row, pair in zip(rows, _of_folders(name, paths, ignore_single=is_member), strict=True):
-            found[row] = pair
+        some = [number for (inside, _), number in folders.items() if inside == is_member]
+        paths = [(*parts, "") for inside, parts in folders if inside == is_member]
+        for number, pair in zip(some, _of_folders(name, paths, ignore_single=is_member), strict=True):
+            found[number] = pair
     labels, splits = zip(*found, strict=True)
-    return {LABEL: pa.array(labels, pa.string()), SPLIT: pa.array(splits, pa.string())}
+    rows = pa.array(numbers)
+    return {LABEL: pa.array(labels, pa.string()).take(rows), SPLIT: pa.array(splits, pa.string()).take(rows)}
+
+
+def _folders_of(table: pa.Table, root: str) -> Iterator[tuple[bool, Parts]]:
+    """For each row whether it is a member of a container, and the folders that it lies in."""
+    for batch in table.select(["uri", "archive"]).to_batches(max_chunksize=BATCH_ROWS):
+        for uri, archive in zip(batch["uri"].to_pylist(), batch["archive"].to_pylist(), strict=True):
+            yield archive is not None, tuple(_path(uri, archive, root)[:-1])
 
 
 def _splits_of_containers(archives: pa.ChunkedArray, root: str) -> pa.Array:

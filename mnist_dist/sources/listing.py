@@ -35,8 +35,12 @@ from mnist_dist.sources.places import Place, columns_of, errors_of, matching, no
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
+from mnist_dist.store.uris import are_remote
 
 _log = logging.getLogger(__name__)
+LOOK_UP_THREADS = 32
+"""Each requests the size and etag of one object."""
+LOOK_UP_AHEAD = 256
 _THREADS = 8  # The threads wait for storage, not for a core.
 _AHEAD = 16  # containers, or pieces of a list, that are opened before they are needed
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
@@ -133,10 +137,41 @@ def list_uris(uris: Sequence[str], *, store: Store = ANYWHERE) -> pa.Table:
     choice, wanted = Choice.of(InputConfig(input=("-",))), Wanted()
     pieces, done = [], 0
     for run in image_table.waiting_runs(table):
-        opened = _open_run(run, table=table, choice=choice, wanted=wanted, store=store)[1]
+        opened = _open_run(run, table=table, choice=choice, wanted=wanted, named=True, store=store)[1]
         pieces += [table.slice(done, run.start - done), opened.table]
         done = run.stop
     return image_table.sorted_by_uri(pa.concat_tables([*pieces, table.slice(done)]))
+
+
+def with_etags(table: pa.Table, *, store: Store = ANYWHERE) -> pa.Table:
+    """The rows with size and etag of remote objects that lists named, and that were not looked up before.
+
+    Raises:
+        ServiceError, StorageError: see `store.base`.
+    """
+    is_to_be_read = pc.and_(pc.is_null(table["etag"]), pc.is_null(table["status"]))
+    unknown = pc.and_(is_to_be_read, are_remote(table["uri"])).to_numpy()
+    if not unknown.any():
+        return table
+    columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}
+    rows = unknown.nonzero()[0].tolist()
+    uris = table["uri"].filter(pa.array(unknown)).to_pylist()
+    look_up = functools.partial(_entry_of, store=store)
+    entries = map_in_threads(look_up, uris, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
+    for row, entry in zip(rows, entries, strict=True):
+        if entry is not None:
+            columns["size_bytes"][row], columns["etag"][row] = entry.size_bytes, entry.etag
+    for name, values in columns.items():
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def _entry_of(uri: str, *, store: Store) -> Entry | None:
+    try:
+        return store.entry_of(uri)
+    except (FileNotFoundError, PermissionError):
+        return None  # reading it will give a row with the reason
 
 
 class _Search:
@@ -284,9 +319,9 @@ class _Search:
             files.append(entry)
 
     def _is_parquet_data(self, files: Sequence[Entry]) -> bool:
-        """Whether the first Parquet file holds images; the others may be damaged."""
+        """Whether one of the Parquet files holds images; others may be damaged, or something else."""
         column = self._wanted.image_column
-        return any(parquet.holds_images(entry.uri, column, store=self._store) for entry in files[:_MAX_SHOWN])
+        return any(parquet.holds_images(entry.uri, column, store=self._store) for entry in files)
 
     def _named(self, place: Place) -> pa.Table:
         batches = [self._batch(lines, place) for lines in self._lines(place)]
@@ -316,7 +351,10 @@ class _Search:
     def _with_contents(self, table: pa.Table, place: Place) -> pa.Table:
         """Replaces the rows that wait for a container by the rows of its images."""
         pieces, done = [], 0
-        work = functools.partial(_open_run, table=table, choice=self._choice, wanted=self._wanted, store=self._store)
+        named = place.is_listed
+        work = functools.partial(
+            _open_run, table=table, choice=self._choice, wanted=self._wanted, named=named, store=self._store
+        )
         for run, opened in map_in_threads(work, image_table.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
             pieces += [table.slice(done, run.start - done), opened.table]
             done = run.stop
@@ -337,7 +375,8 @@ class _Search:
 
     def _labelled(self, table: pa.Table, place: Place) -> pa.Table:
         """Adds classes and splits, and leaves out images without a class."""
-        root = labels.common_folder(table["uri"].to_pylist()) if place.is_listed else place.root
+        uris = (uri for chunk in table["uri"].chunks for uri in chunk.to_pylist())
+        root = labels.common_folder(uris) if place.is_listed else place.root
         table = labels.fill_by_folder(table, root=root, name=place.name)
         if place.kind == "tree":
             self._empty_folders += labels.empty_folders(root, table)
@@ -347,10 +386,10 @@ class _Search:
 
 
 def _open_run(
-    run: WaitingRows, *, table: pa.Table, choice: Choice, wanted: Wanted, store: Store
+    run: WaitingRows, *, table: pa.Table, choice: Choice, wanted: Wanted, named: bool, store: Store
 ) -> tuple[WaitingRows, Opened]:
     asked = table.slice(run.start, run.stop - run.start)
-    return run, open_container(run.archive, asked, choice, wanted, store=store)
+    return run, open_container(run.archive, asked, choice, wanted, named=named, store=store)
 
 
 def _rows_of_lines(lines: Sequence[str]) -> list[ImageRow]:

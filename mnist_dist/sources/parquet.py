@@ -24,6 +24,7 @@ from mnist_dist.errors import DataError, ImageError
 from mnist_dist.sources import columns
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
+from mnist_dist.sources.members import bare, image_errors
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
 
@@ -106,7 +107,7 @@ def list_rows(entry: Entry, wanted: Wanted, *, store: Store = ANYWHERE) -> FileR
 
     Raises:
         DataError: a column is missing or has another type, or a label is missing.
-        ImageError: the file is damaged.
+        ImageError: the file is damaged, or has no column of images.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     with _open(entry.uri, store) as file:
@@ -141,19 +142,13 @@ def read_rows(
     """
     done = 0
     try:
-        with _open(uri, store) as file:
+        with image_errors(), _open(uri, store) as file:
             for image in _image_rows(file, rows, image_column):
                 is_large = isinstance(image, bytes) and len(image) > max_bytes
                 done += 1
                 yield ImageError("too_large", f"more than {max_bytes:,} bytes") if is_large else image
-    except FileNotFoundError as err:
-        yield from itertools.repeat(ImageError("missing", str(err)), len(rows) - done)
-    except PermissionError as err:
-        yield from itertools.repeat(ImageError("denied", str(err)), len(rows) - done)
-    except OSError as err:
-        yield from itertools.repeat(ImageError("failed", f"{uri}: {err}"), len(rows) - done)
-    except (ImageError, KeyError, IndexError, pa.ArrowException) as err:  # The file changed after it was listed.
-        yield from itertools.repeat(ImageError("unreadable", f"{uri}: {err}"), len(rows) - done)
+    except ImageError as err:  # The file changed after it was listed, or is damaged.
+        yield from itertools.repeat(bare(err), len(rows) - done)
 
 
 def _located(entry: Entry, packing: str, *, ends: Sequence[int]) -> pa.Table:
@@ -209,12 +204,11 @@ def _field(values: pa.Array, path: str) -> pa.Array:
 def _checked_image_column(uri: str, schema: pa.Schema, wanted: Wanted) -> str:
     columns.check_unique(uri, schema.names, [*wanted.carried, wanted.image_column or "", wanted.label_column or ""])
     image = image_column_of(schema, wanted.image_column)
-    missing = [] if image is not None else [wanted.image_column or "image"]
+    if image is None:
+        raise ImageError("unsupported", f"no column of encoded images among {', '.join(schema.names)}")
     if wanted.label_column is not None and wanted.label_column not in schema.names:
-        missing.append(wanted.label_column)
-    if image is None or missing:
         raise DataError(
-            f"{uri}: there is no column {', '.join(map(repr, missing))}; set image_column and label_column."
+            f"{uri}: there is no column {wanted.label_column!r}; set label_column."
             f" Received: columns {', '.join(schema.names)}"
         )
     columns.check_unique(uri, schema.names, [image])

@@ -85,8 +85,16 @@ def check_outside(folder: str, inputs: Iterable[str], *, name: str) -> None:
     """
     written = absolute(folder)
     for uri in inputs:
-        if uri not in (STDIN, *NAMED_ARRAYS) and f"{written}/".startswith(f"{absolute(uri)}/"):
+        if uri not in (STDIN, *NAMED_ARRAYS) and _would_list(uri, written):
             raise ConfigError(f"the {name} must lie outside of the input {uri!r}. Received: {name}={folder!r}")
+
+
+def _would_list(uri: str, folder: str) -> bool:
+    """Whether an input takes images from a folder: it contains it, matches it as a glob, or matches at any depth."""
+    pattern = absolute(uri)
+    deep = "**" in pattern.split("/") and f"{folder}/".startswith(f"{_literal_folder(pattern)}/")
+    matches = _MAGIC.search(uri) and re.fullmatch(_translated(pattern) + "(?:/.*)?", folder, re.DOTALL)
+    return deep or bool(matches) or f"{folder}/".startswith(f"{pattern}/")
 
 
 def columns_of(place: Place, *, store: Store = ANYWHERE) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ Contract: an error of one object is an `ImageError` in place of its bytes; an er
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> li
     """
     columns = rows.select(["uri", "size_bytes", "etag", "archive", "packing", "status", "error"]).to_pydict()
     reads: list[Read] = []
-    for archive, group in itertools.groupby(range(len(rows)), key=columns["archive"].__getitem__):
+    for (archive, _), group in itertools.groupby(range(len(rows)), key=functools.partial(_container_of, columns)):
         numbers = list(group)
         first, packing = numbers[0], columns["packing"][numbers[0]]
         if archive is None:
@@ -100,6 +100,12 @@ def image_error(error: OSError) -> ImageError:
     if isinstance(error, IsADirectoryError):
         return ImageError("unsupported", "a folder, not a file")
     return ImageError("failed", error.strerror or str(error))  # A bad sector, or a pipe of that name.
+
+
+def _container_of(columns: Mapping[str, list[Any]], row: int) -> tuple[str | None, str | None]:
+    """The container of a row; for arrays also their name, since several sets may lie in one folder."""
+    archive, packing = columns["archive"][row], columns["packing"][row]
+    return archive, packing if packing is not None and packing.startswith(arrays.PACKING) else None
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def _changed(container: str, etag: str | None, store: Store) -> ImageError | Non
     except OSError as error:
         return image_error(error)
     if etag is not None and entry.etag != etag:
-        return ImageError("failed", "the file changed since it was listed (--mode incremental lists it again)")
+        return ImageError("failed", "the file changed since it was listed; list it again (scoring: --mode incremental)")
     return None
 
 
@@ -228,5 +234,6 @@ def _parquet_rows(
 
 def _array_rows(data_dir: str, rows: pa.Table) -> Iterator[Encoded]:
     name = rows["packing"][0].as_py().removeprefix(arrays.PACKING)
+    etag = rows["etag"][0].as_py()
     for image in arrays.encoded_rows(name, data_dir or None, rows["offset"].to_pylist()):
-        yield Encoded(image, len(image), None)
+        yield Encoded(image, len(image), etag)

@@ -9,7 +9,6 @@ Named data sets are small and already decoded: where one is all there is, its pi
 
 # N = records, H = height px, W = width px, C = channels
 
-import collections
 import hashlib
 import itertools
 import logging
@@ -24,7 +23,7 @@ from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.decoder import ImageSpec, Pixels, probe_image
 from mnist_dist.sources import arrays, image_table, labels
 from mnist_dist.sources.columns import LABEL, SPLIT
-from mnist_dist.sources.listing import Listing, list_inputs
+from mnist_dist.sources.listing import Listing, list_inputs, with_etags
 from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -70,9 +69,10 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
     listing = list_inputs(input_config(config), label_column=config.label_column, store=store)
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
     source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
+    source = replace(source, table=with_etags(source.table, store=store))  # A changed image must be decoded again.
     if len(source.class_names) < 2:
         raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
-    counts = dict(collections.Counter(source.table[SPLIT].to_pylist()))
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(source.table[SPLIT]).to_pylist()}
     _log.info("%s: %d images, %d classes, splits %s", source.name, len(source.table), len(source.class_names), counts)
     return source
 
@@ -133,7 +133,7 @@ def _coded(name: str, listing: Listing, pixels: Pixels | None) -> Source:
 def _pixels(config: DataConfig) -> Pixels | None:
     if len(config.data) > 1 or config.data[0] not in arrays.NAMED_ARRAYS:
         return None
-    return arrays.read_arrays(config.data[0], config.data_dir).pixels
+    return arrays.cached_pixels(config.data[0], config.data_dir)
 
 
 def _limited(source: Source, config: DataConfig) -> Source:

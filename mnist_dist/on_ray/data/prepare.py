@@ -84,9 +84,7 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
     spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
     if follows_images:
         check_size(backbone, min(spec.height_px, spec.width_px))
-    plan = plan_records(
-        source, spec, storage=absolute(root), max_pixels=data.max_pixels, image_timeout_s=data.image_timeout_s
-    )
+    plan = plan_records(source, spec, storage=absolute(root), limits=data.limits)
     return Listed(source=source, plan=plan)
 
 
@@ -110,9 +108,13 @@ def scratch_storage(place: str, *, is_shared: bool, name: str) -> Iterator[str]:
 def check_places(listed: Listed, data: DataConfig, *, root: str, is_shared: bool, nodes: int) -> None:
     """Raises ConfigError if some nodes of the cluster would not see the storage or the images."""
     check_storage(root, is_shared=is_shared, nodes=nodes)
-    local = [name for name in data.data if name not in NAMED_ARRAYS] if listed.source.pixels is None else []
-    for name in local:
-        check_storage(name, is_shared=is_shared, nodes=nodes, name="data")
+    if listed.source.pixels is not None:
+        return
+    for name in data.data:
+        if name not in NAMED_ARRAYS:
+            check_storage(name, is_shared=is_shared, nodes=nodes, name="data")
+        elif data.data_dir is not None:
+            check_storage(data.data_dir, is_shared=is_shared, nodes=nodes, name="data_dir")
 
 
 def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:

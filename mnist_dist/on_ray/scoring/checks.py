@@ -26,7 +26,7 @@ def check_found(
 
     Args:
         job: the job.
-        table: `manifest.COLUMNS`, then the carried columns.
+        table: `image_table.COLUMNS`, then the carried columns.
         output: the folder of the table.
         schema: the columns of the table.
         keep_old: whether rows of the existing table are kept.
@@ -47,7 +47,9 @@ def check_found(
             f"the output must not hold images of the input, such as {inside[0].as_py()!r}. "
             f"Received: output={job.output!r}"
         )
-    local = uris.filter(pc.invert(are_remote(uris)))
+    # What is read is the container, where there is one; a row with a status is not read, nor is an embedded data set.
+    read = pc.coalesce(table["archive"], uris).filter(pc.is_null(table["status"]))
+    local = read.filter(pc.and_(pc.invert(are_remote(read)), pc.not_equal(read, "")))
     if len(local):
         check_storage(local[0].as_py(), is_shared=job.run.storage_is_shared, nodes=nodes, name="input")
 

@@ -245,6 +245,11 @@ class Scoring:
             ResumeConflict: it belongs to another job; only mode fresh deletes it.
         """
         fresh, is_committing = self.job.mode == "fresh", unfinished.is_committing
+        if unfinished.plan.dropped and not (self.job.drop_missing or fresh or is_committing):
+            raise ResumeConflict(
+                f"{self.output.uri}: the unfinished run drops {unfinished.plan.dropped:,} rows of images that are "
+                "gone; --mode incremental --drop-missing finishes it, --mode fresh scores everything again"
+            )
         is_mine = not self._differences(unfinished.plan) and (unfinished.plan.mode == "fresh" or not fresh)
         if is_committing:
             self.session.console.line(f"finishing the commit of {self.output.uri}")
@@ -311,7 +316,7 @@ class Scoring:
         """Scores and commits a sample as a new table; used by `--plan`.
 
         Args:
-            rows: `manifest.COLUMNS`, then the carried columns.
+            rows: `image_table.COLUMNS`, then the carried columns.
             engine: the engine that runs the model.
             actors: the actors to start.
             have: the resources of the cluster.
@@ -343,6 +348,9 @@ class Scoring:
     def _drop(self, before: Committed, work: Selection) -> Committed:
         """Commits the old table without the rows whose images are gone."""
         assert work.gone is not None
+        empty = work.table.slice(0, 0)
+        schema = _schema(self.job, self.bundle, carried=carried_schema(empty))
+        check_found(self.job, empty, self.output, schema=schema, keep_old=True, nodes=1)
         self.session.confirm_lock()
         made = self._summary(before)
         origin = {field.name: getattr(made, field.name) for field in fields(Origin)}
@@ -350,7 +358,6 @@ class Scoring:
         plan = Plan(**{**origin, **own}, dropped=len(work.gone))
         generation = self.output.new_generation(plan, fence=self.session.fence.number)
         self.session.console.line(f"{len(work.gone):,} rows of images that are gone are dropped")
-        empty = work.table.slice(0, 0)
         generation.begin(
             lambda uri: write_manifest(uri, empty, shard_size=1, store=generation.store), dropped=work.gone
         )

@@ -151,8 +151,8 @@ class _Plan:
         by_bytes = max(MIN_SAMPLE, SAMPLE_BYTES // spec.image_bytes)
         rows = spread_rows(len(source.table), most=max(min_rows, min(by_bytes, max_rows)), run_rows=64)
         source = taken(source, list(rows))
-        root, max_pixels = self._job.run.storage, self._job.data.max_pixels
-        return Listed(source=source, plan=plan_records(source, spec, storage=root, max_pixels=max_pixels))
+        root, limits = self._job.run.storage, self._job.data.limits
+        return Listed(source=source, plan=plan_records(source, spec, storage=root, limits=limits))
 
     def _report(self, plan: dict[str, Any], parts: dict[str, float], *, balance: float) -> None:
         line = self._session.console.line
