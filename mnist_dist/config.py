@@ -92,6 +92,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How to reach images, lists and archives. A job's own files (bundles, runs, tables) are reached without these
+    settings, and a resumed job may change them."""
+
+    s3_anonymous: bool = False
+    """Do not sign the requests that read images from S3: public buckets need no credentials."""
+    s3_requester_pays: bool = False
+    """Pay for the requests that read images from S3, where the owner of the bucket asks for that."""
+    allow_private_hosts: bool = False
+    """Also read `https://` and `http://` images from private, loopback and link-local addresses."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.s3_anonymous and self.s3_requester_pays),
+            "choose either s3_anonymous or s3_requester_pays: who pays is known by the credentials",
+            s3_anonymous=True,
+            s3_requester_pays=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network, its initial weights and its head."""
 
@@ -337,6 +358,7 @@ class TrainJob:
     phases: PhasesConfig = PhasesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     fit: FitConfig = FitConfig()
+    store: StoreConfig = StoreConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
@@ -348,9 +370,9 @@ class TrainJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON values: everything but `run`."""
+        """The settings that determine the result, as JSON values: everything but `store` and `run`."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        del values["run"]
+        del values["store"], values["run"]
         return dict(values)
 
     @property
@@ -562,6 +584,7 @@ class ScoreJob:
     table: TableConfig = TableConfig()
     decoding: DecodeConfig = DecodeConfig()
     engine: EngineConfig = EngineConfig()
+    store: StoreConfig = StoreConfig()
     run: ScoreRunConfig = ScoreRunConfig()
 
     def __post_init__(self) -> None:
