@@ -47,7 +47,8 @@ def scheme_of(uri: str) -> str:
 
 def is_web(uri: str) -> bool:
     """Whether `uri` is a URL of a web server."""
-    return uri.partition("://")[0] in WEB
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme in WEB
 
 
 def shown(uri: str) -> str:
