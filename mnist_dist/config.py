@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from mnist_dist.errors import ConfigError
+from mnist_dist.urls import shown_values
 
 Pooling = Literal["avg", "max", "flatten"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -370,8 +371,8 @@ class TrainJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON values: everything but `store` and `run`."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
         del values["store"], values["run"]
         return dict(values)
 
@@ -605,8 +606,8 @@ class ScoreJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the rows (together with the bundle), as JSON values."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        """The settings that determine the rows (together with the bundle), as JSON values without secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 
     @classmethod

@@ -14,6 +14,7 @@ import tyro
 
 from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, StoreConfig, require
 from mnist_dist.errors import suggestion
+from mnist_dist.urls import shown_values
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
@@ -163,8 +164,8 @@ class SearchJob:
         return tuple(replace(space, weights=weights.get(space.backbone, space.weights)) for space in chosen)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON values: everything but `store` and `run`."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
         del values["store"], values["run"]
         return dict(values)
 

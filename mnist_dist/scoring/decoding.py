@@ -20,6 +20,8 @@ from mnist_dist.errors import DecoderStuck, ImageError
 from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
 from mnist_dist.images.isolation import IsolatedDecoder
 from mnist_dist.sources.reading import Encoded, Read, plan_reads
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 SETTLED_IMAGES = 32  # The first images are slow (imports, connections) and say nothing of the speed.
 LOOK_S = 1.0  # between checks of the time limit for decoding
@@ -72,13 +74,14 @@ class DecodePool:
         spec: size and channels of the decoded images.
         config: limits for a single image.
         threads: see `Threads`.
+        store: the store to read the images from.
 
     Attributes:
         times: time spent on reading and decoding so far.
     """
 
-    def __init__(self, spec: ImageSpec, *, config: DecodeConfig, threads: Threads) -> None:
-        self._spec, self._config = spec, config
+    def __init__(self, spec: ImageSpec, *, config: DecodeConfig, threads: Threads, store: Store = ANYWHERE) -> None:
+        self._spec, self._config, self._store = spec, config, store
         self._threads = threads
         self._pool = _Pool(threads.decoding + min(1, threads.reading))
         self._slots = threading.Semaphore(threads.decoding)
@@ -104,7 +107,7 @@ class DecodePool:
             isolated: decode one image at a time in a child process; slow, but no image can kill this process.
         """
         decode = self._child.decode if isolated else self._decode_here
-        for read in plan_reads(rows, max_bytes=self._config.max_bytes):
+        for read in plan_reads(rows, max_bytes=self._config.max_bytes, store=self._store):
             self._pool.submit(functools.partial(self._run, read, sink, decode))
 
     def check_times(self) -> None:

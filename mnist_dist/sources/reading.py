@@ -17,6 +17,7 @@ from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.sources.archives import Member, Packing, member_groups, read_members
 from mnist_dist.sources.source import image_error
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
 
 
@@ -40,12 +41,13 @@ class Read:
     """Makes the request; yields one item for each row, in order."""
 
 
-def plan_reads(shard: pa.Table, *, max_bytes: int) -> list[Read]:
+def plan_reads(shard: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> list[Read]:
     """The requests that read all rows of a shard (`manifest.COLUMNS`).
 
     Args:
         shard: the rows of the shard.
         max_bytes: larger files and members get the status `too_large` without being read.
+        store: the store to read from.
 
     Raises, when a request is run:
         ServiceError, StorageError: the storage failed, not a single object.
@@ -55,17 +57,17 @@ def plan_reads(shard: pa.Table, *, max_bytes: int) -> list[Read]:
     for archive, group in itertools.groupby(range(len(shard)), key=columns["archive"].__getitem__):
         rows = list(group)
         if archive is None:
-            reads += [Read([row], _one(columns, row, max_bytes)) for row in rows]
+            reads += [Read([row], _one(columns, row, max_bytes, store)) for row in rows]
         else:
             members = shard.slice(rows[0], len(rows))
             reads += _archive_reads(archive, members, first=rows[0], max_bytes=max_bytes)
     return reads
 
 
-def _one(columns: dict[str, list[Any]], row: int, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
+def _one(columns: dict[str, list[Any]], row: int, max_bytes: int, store: Store) -> Callable[[], Iterator[Encoded]]:
     status = columns["status"][row]
     if status is None:
-        return _file(columns["uri"][row], max_bytes)
+        return _file(columns["uri"][row], max_bytes, store)
     known = ImageError(status, columns["error"][row] or status)
     return _known(known, columns["size_bytes"][row], columns["etag"][row])
 
@@ -77,10 +79,10 @@ def _known(problem: ImageError, size_bytes: int | None, etag: str | None) -> Cal
     return run
 
 
-def _file(uri: str, max_bytes: int) -> Callable[[], Iterator[Encoded]]:
+def _file(uri: str, max_bytes: int, store: Store) -> Callable[[], Iterator[Encoded]]:
     def run() -> Iterator[Encoded]:
         try:
-            entry, data = ANYWHERE.read_object(uri, max_bytes=max_bytes)
+            entry, data = store.read_object(uri, max_bytes=max_bytes)
         except OSError as error:
             yield Encoded(_status_of(error), None, None)
             return

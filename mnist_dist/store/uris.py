@@ -3,7 +3,7 @@
 A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` with a scheme in `REMOTE`. A URL has
 more parts, which are percent-encoded already: `https://user:password@host/path?query#fragment`.
 
-Owns: the forms of a URI, and what of it may be shown. Does not own: reading or writing (`base`).
+Owns: the forms of a URI. Does not own: reading or writing (`base`), or what of a URL may be shown (`urls`).
 """
 
 import os
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_dist.errors import StorageError
+from mnist_dist.urls import WEB, path_and_query
+from mnist_dist.urls import shown as shown  # Part of this module's interface: what of a URI may be shown.
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 S3, MEMORY = "s3", "memory"
-WEB = ("http", "https")
-"""Schemes of web servers, whose URIs may have user info, a query and a fragment."""
 REMOTE = (S3, *WEB, MEMORY)
 """Schemes of the stores whose objects are not local files."""
 _FILE = "file://"
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
 _NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
 
 
@@ -51,29 +50,6 @@ def is_web(uri: str) -> bool:
     return bool(separator) and scheme in WEB
 
 
-def shown(uri: str) -> str:
-    """The form of a URI that may stand in rows, messages and logs.
-
-    Of a URL these are scheme, host and path: user info, query and fragment may hold passwords and signatures. The same
-    goes for unknown schemes, but not for buckets and files, whose names may hold any character.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator or "/" in scheme or scheme == "file" or scheme in set(REMOTE) - set(WEB):
-        return uri
-    path, _ = _path_and_query(rest)
-    authority, slash, path = path.partition("/")
-    host = authority.rpartition("@")[2]
-    if not _HOST.fullmatch(host):  # A password with a bare `/`, `?` or `#` looks like a host and its port.
-        return f"{scheme}://..."
-    return f"{scheme}://{host}{slash}{path}"
-
-
-def _path_and_query(url: str) -> tuple[str, str]:
-    """Cuts a URL before its query or fragment; what was cut off keeps its `?` or `#`."""
-    path = re.split("[?#]", url, maxsplit=1)[0]
-    return path, url[len(path) :]
-
-
 def is_remote(uri: str) -> bool:
     """Whether `uri` names an object that is not a local file.
 
@@ -97,7 +73,7 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
         StorageError: the URI names no bucket.
     """
     scheme, _, rest = uri.partition("://")
-    bucket, _, key = (_path_and_query(rest)[0] if is_web(uri) else rest).partition("/")
+    bucket, _, key = (path_and_query(rest)[0] if is_web(uri) else rest).partition("/")
     if not bucket:
         raise StorageError(f"the URI of an object must be {scheme}://bucket/key. Received: {shown(uri)!r}")
     return bucket, key
@@ -112,7 +88,7 @@ def parent_of(uri: str) -> str:
     """The folder that contains an absolute URI; a bucket is its own parent. A query names no folder and is cut off."""
     if is_bucket(uri):
         return uri
-    return (_path_and_query(uri)[0] if is_web(uri) else uri).rpartition("/")[0]
+    return (path_and_query(uri)[0] if is_web(uri) else uri).rpartition("/")[0]
 
 
 def uri_of_path(path: str) -> str:
@@ -144,7 +120,7 @@ def is_absolute(uri: str) -> bool:
 
 def join(uri: str, *parts: str) -> str:
     """Appends `parts` to `uri`, with one slash before each; in a URL, to its path, before the query."""
-    base, query = _path_and_query(uri) if is_web(uri) else (uri if is_remote(uri) else str(path_of(uri)), "")
+    base, query = path_and_query(uri) if is_web(uri) else (uri if is_remote(uri) else str(path_of(uri)), "")
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + query
 
 

@@ -53,7 +53,7 @@ from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.uris import absolute, join
 
 if TYPE_CHECKING:
@@ -422,6 +422,7 @@ class Scoring:
             table=self.job.table,
             schema=_schema(self.job, self.bundle, carried=carried),
             decoding=self.job.decoding,
+            store=store_for(self.job.store),
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
         )
