@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from urllib3.util.connection import create_connection
 from web import MODIFIED, MODIFIED_S, Page, WebServer, running_web_server
 
 from mnist_dist.errors import ServiceError, StorageError
@@ -603,6 +604,88 @@ def test_a_private_host_is_not_asked_of_a_proxy(server: WebServer, monkeypatch: 
     assert server.asked == []
 
 
+# --- an internet on loopback -----------------------------------------------------------------------------------------
+
+REFUSING = "93.184.216.35"
+
+
+@dataclass
+class Internet:
+    """Names and public addresses that all lead to one server on loopback."""
+
+    server: WebServer
+    names: dict[str, list[str]]
+    resolved: list[str] = field(default_factory=list)
+    connected: list[str] = field(default_factory=list)
+
+    def plug_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Takes the place of the resolver, and of connections to checked addresses."""
+        resolve = socket.getaddrinfo
+
+        def fake_resolve(host: str, port: int, *args: Any, **keywords: Any) -> Any:
+            if host not in self.names:
+                return resolve(host, port, *args, **keywords)
+            self.resolved.append(host)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.names[host]]
+
+        def fake_connect(address: tuple[str, int], *args: Any, **keywords: Any) -> socket.socket:
+            self.connected.append(address[0])
+            if address[0] == REFUSING:
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+            return create_connection(("127.0.0.1", self.server.port), *args, **keywords)
+
+        monkeypatch.setattr(socket, "getaddrinfo", fake_resolve)
+        monkeypatch.setattr(public_hosts, "create_connection", fake_connect)
+
+
+@pytest.fixture
+def internet(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> Internet:
+    one = Internet(server, {"images.test": ["93.184.216.34"]})
+    one.plug_in(monkeypatch)
+    return one
+
+
+# --- encrypted -------------------------------------------------------------------------------------------------------
+
+CERTIFICATE = Path(__file__).with_name("loopback.pem")
+
+
+@pytest.fixture
+def encrypted() -> Iterator[WebServer]:
+    with running_web_server(certificate=CERTIFICATE) as one:
+        one.put("/a", data=BODY)
+        yield one
+
+
+def test_an_encrypted_object_is_read_if_its_certificate_is_trusted(
+    encrypted: WebServer, store: HttpsStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"https://localhost:{encrypted.port}/a"
+    with pytest.raises(OSError, match=r"the certificate is not trusted: self.signed certificate: 'https://localhost:"):
+        store.read_bytes(uri)
+    assert clock.waits == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    store.forget_clients()
+    assert store.read_bytes(uri) == BODY
+    with pytest.raises(OSError, match=r"the certificate is not trusted: IP address mismatch"):
+        store.read_bytes(f"https://127.0.0.1:{encrypted.port}/a")
+
+
+def test_an_encrypted_connection_goes_to_the_address_that_was_checked(
+    encrypted: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    internet = Internet(encrypted, {"images.test": ["93.184.216.34"]})
+    internet.plug_in(monkeypatch)
+    assert HttpsStore().read_bytes("https://images.test/a") == BODY
+    assert internet.connected == ["93.184.216.34"]
+
+
+def test_a_server_that_is_not_encrypted_is_an_error_of_the_object(server: WebServer, store: HttpsStore) -> None:
+    with pytest.raises(OSError, match=r"no encrypted connection \(TLS\): 'https://localhost:\d+/a'"):
+        store.read_bytes(f"https://localhost:{server.port}/a")
+
+
 # --- private hosts ---------------------------------------------------------------------------------------------------
 
 
@@ -664,44 +747,11 @@ def test_loopback_is_refused_however_it_is_spelt(server: WebServer, host: str) -
     assert server.asked == []
 
 
-@dataclass
-class Internet:
-    """Names and public addresses that all lead to one server on loopback."""
-
-    server: WebServer
-    names: dict[str, list[str]]
-    resolved: list[str] = field(default_factory=list)
-    connected: list[str] = field(default_factory=list)
-
-
-@pytest.fixture
-def internet(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> Internet:
-    one = Internet(server, {"images.test": ["93.184.216.34"]})
-    resolve, connect = socket.getaddrinfo, public_hosts.create_connection
-
-    def fake_resolve(host: str, port: int, *args: Any, **keywords: Any) -> Any:
-        one.resolved.append(host)
-        if host not in one.names:
-            return resolve(host, port, *args, **keywords)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in one.names[host]]
-
-    def fake_connect(address: tuple[str, int], *args: Any, **keywords: Any) -> socket.socket:
-        one.connected.append(address[0])
-        if address[0] == "203.0.113.9":
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-        one.resolved.append("connect")
-        return connect(("127.0.0.1", server.port), *args, **keywords)
-
-    monkeypatch.setattr(public_hosts.socket, "getaddrinfo", fake_resolve)
-    monkeypatch.setattr(public_hosts, "create_connection", fake_connect)
-    return one
-
-
 def test_a_connection_goes_to_the_address_that_was_checked(internet: Internet) -> None:
     internet.server.put("/a", data=BODY)
     assert HttpsStore().read_bytes("http://images.test/a") == BODY
     assert internet.connected == ["93.184.216.34"]
-    assert internet.resolved[: internet.resolved.index("connect")] == ["images.test"]  # once, before it connects
+    assert internet.resolved == ["images.test"]  # once: a second answer could be another one
     assert internet.server.asked[0].headers["Host"] == "images.test"
 
 
@@ -720,15 +770,16 @@ def test_each_redirect_is_checked_again(internet: Internet) -> None:
 
 
 def test_the_next_address_of_a_name_is_tried(internet: Internet) -> None:
-    internet.names["images.test"] = ["203.0.114.9", "93.184.216.34"]
+    internet.names["images.test"] = [REFUSING, "93.184.216.34"]
     internet.server.put("/a", data=BODY)
     assert HttpsStore().read_bytes("http://images.test/a") == BODY
+    assert internet.connected == [REFUSING, "93.184.216.34"]
 
 
 def test_a_name_that_is_not_resolved_is_an_error_of_the_object(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def fail(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(public_hosts.socket, "getaddrinfo", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(OSError, match=r"the host name cannot be resolved.*http://nowhere.test/a"):
         HttpsStore(sleep=clock.sleep, now=clock.now).read_bytes("http://nowhere.test/a")

@@ -631,7 +631,7 @@ def test_a_requester_says_so_in_each_request_and_signs_it(server: Server, is_qui
 def test_a_requester_says_so_also_where_nothing_is_read(s3: str) -> None:
     store = store_for(StoreConfig(s3_requester_pays=True))
     store.forget_clients()
-    sent = list[tuple[str, str]]()
+    sent = list[tuple[str, bytes]]()
     events = store.of(s3)._client.meta.events  # type: ignore[attr-defined]
     events.register(
         "before-send.s3", lambda request, **_: sent.append((request.method, request.headers["x-amz-request-payer"]))
@@ -640,7 +640,7 @@ def test_a_requester_says_so_also_where_nothing_is_read(s3: str) -> None:
     assert store.entry_of(f"{s3}/a").size_bytes == len(BODY)
     assert [entry.uri for entry in store.list_entries(s3)] == [f"{s3}/a"]
     assert {method for method, _ in sent} == {"HEAD", "GET"}
-    assert {bytes(payer) for _, payer in sent} == {b"requester"}
+    assert {payer for _, payer in sent} == {b"requester"}
 
 
 def test_by_default_nobody_else_pays(server: Server) -> None:

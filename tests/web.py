@@ -4,11 +4,13 @@ wrong with real ones.
 
 import contextlib
 import re
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 MODIFIED = "Wed, 21 Oct 2015 07:28:00 GMT"
@@ -138,9 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def running_web_server() -> Iterator[WebServer]:
-    """A server that runs while the block does."""
+def running_web_server(*, certificate: Path | None = None) -> Iterator[WebServer]:
+    """A server that runs while the block does, encrypted if there is a certificate."""
     server = WebServer()
+    if certificate is not None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield server

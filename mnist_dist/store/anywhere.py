@@ -12,7 +12,8 @@ from mnist_dist.store.base import Entry, Level, Store
 from mnist_dist.store.https import HttpsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
-from mnist_dist.store.uris import S3, WEB, scheme_of, shown
+from mnist_dist.store.uris import S3, scheme_of, shown
+from mnist_dist.urls import WEB
 
 
 class Anywhere(Store):

@@ -48,7 +48,7 @@ from urllib3.util import Timeout, Url, parse_url
 
 from mnist_dist.errors import ServiceError
 from mnist_dist.store.public_hosts import POOLS, PrivateAddress, public_addresses
-from mnist_dist.store.uris import WEB, shown
+from mnist_dist.urls import WEB, shown
 
 MAX_REDIRECTS = 5
 FAILURES_IN_A_ROW = 8
