@@ -66,6 +66,14 @@ def store(clock: Clock) -> HttpsStore:
     return HttpsStore(allow_private_hosts=True, sleep=clock.sleep, now=clock.now)
 
 
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port where every connection is refused: it is taken, and nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        yield int(taken.getsockname()[1])
+
+
 READS: dict[str, Callable[[HttpsStore, str], object]] = {
     "object": lambda store, uri: store.read_object(uri, max_bytes=len(BODY)),
     "bytes": lambda store, uri: store.read_bytes(uri),
@@ -342,12 +350,6 @@ def test_what_is_no_url_is_an_error_of_the_object(store: HttpsStore, clock: Cloc
 # --- which failures concern more than one object ---------------------------------------------------------------------
 
 
-def closed_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def failures(store: HttpsStore, uris: list[str]) -> list[type[Exception]]:
     kinds = []
     for uri in uris:
@@ -357,8 +359,8 @@ def failures(store: HttpsStore, uris: list[str]) -> list[type[Exception]]:
     return kinds
 
 
-def test_a_dead_host_costs_its_rows_and_is_tried_once_each(store: HttpsStore, clock: Clock) -> None:
-    uri = f"http://127.0.0.1:{closed_port()}/x"
+def test_a_dead_host_costs_its_rows_and_is_tried_once_each(store: HttpsStore, clock: Clock, closed_port: int) -> None:
+    uri = f"http://127.0.0.1:{closed_port}/x"
     assert set(failures(store, [uri] * 3 * FAILURES_IN_A_ROW)) == {OSError}
     assert len(clock.waits) == Patience().attempts - 1
 
@@ -391,26 +393,23 @@ def test_one_host_of_several_that_goes_down_costs_its_rows(server: WebServer, st
     assert set(failures(store, [server.put("/b", status=503)] * 2 * FAILURES_IN_A_ROW)) == {OSError}
 
 
-def test_no_host_at_all_for_a_minute_is_no_network(store: HttpsStore, clock: Clock) -> None:
-    port = closed_port()
-    *uris, last = [f"http://127.0.0.{host}:{port}/x" for host in range(2, 2 + FAILURES_IN_A_ROW)]
+def test_no_host_at_all_for_a_minute_is_no_network(store: HttpsStore, clock: Clock, closed_port: int) -> None:
+    *uris, last = [f"http://127.0.0.{host}:{closed_port}/x" for host in range(2, 2 + FAILURES_IN_A_ROW)]
     assert set(failures(store, uris)) == {OSError}
     clock.now_s += NETWORK_S
     with pytest.raises(ServiceError, match="is there a network"):
         store.read_bytes(last)
 
 
-def test_many_dead_hosts_within_a_minute_are_rows(clock: Clock) -> None:
+def test_many_dead_hosts_within_a_minute_are_rows(clock: Clock, closed_port: int) -> None:
     store = HttpsStore(allow_private_hosts=True, patience=Patience(attempts=1), sleep=clock.sleep, now=clock.now)
-    port = closed_port()
-    uris = [f"http://127.0.0.{host}:{port}/x" for host in range(2, 2 + 2 * FAILURES_IN_A_ROW)]
+    uris = [f"http://127.0.0.{host}:{closed_port}/x" for host in range(2, 2 + 2 * FAILURES_IN_A_ROW)]
     assert set(failures(store, uris)) == {OSError}
 
 
-def test_few_hosts_that_never_answer_are_rows_however_long(store: HttpsStore, clock: Clock) -> None:
-    port = closed_port()
+def test_few_hosts_that_never_answer_are_rows_however_long(store: HttpsStore, clock: Clock, closed_port: int) -> None:
     clock.now_s += 10 * NETWORK_S
-    uris = [f"http://127.0.0.{host}:{port}/x" for host in range(2, 1 + FAILURES_IN_A_ROW)]
+    uris = [f"http://127.0.0.{host}:{closed_port}/x" for host in range(2, 1 + FAILURES_IN_A_ROW)]
     assert set(failures(store, uris * 2)) == {OSError}
 
 
@@ -504,9 +503,9 @@ def test_headers_that_cannot_be_parsed_show_no_query_in_the_log(
     assert "5ec2e7" not in caplog.text
 
 
-def test_a_host_that_is_not_reached_shows_no_query_either(store: HttpsStore) -> None:
+def test_a_host_that_is_not_reached_shows_no_query_either(store: HttpsStore, closed_port: int) -> None:
     with pytest.raises(OSError, match=r"no connection: Connection refused: 'http://127.0.0.1:\d+/x'"):
-        store.read_bytes(f"http://ann:5ec2e7@127.0.0.1:{closed_port()}/x?{SECRET}")
+        store.read_bytes(f"http://ann:5ec2e7@127.0.0.1:{closed_port}/x?{SECRET}")
 
 
 # --- what the store cannot do ----------------------------------------------------------------------------------------
@@ -580,18 +579,20 @@ def test_a_proxy_of_the_environment_is_used(
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//bob:5ec2e7@"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server.pages["http://images.test/a"] = Page(data=BODY)
-    assert store.read_bytes("http://images.test/a") == BODY
+    assert store.read_bytes("http://images.test/a#part") == BODY
     assert server.asked[0].headers["Proxy-Authorization"] == f"Basic {base64.b64encode(b'bob:5ec2e7').decode()}"
     assert store.read_bytes(server.put("/direct", data=b"x")) == b"x"
     assert "Proxy-Authorization" not in server.asked[1].headers
 
 
-def test_a_proxy_that_fails_is_a_service(server: WebServer, store: HttpsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_fails_is_a_service(
+    server: WebServer, store: HttpsStore, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
     monkeypatch.setenv("http_proxy", server.url)
     server.pages["http://images.test/a"] = Page(status=407)
     with pytest.raises(ServiceError, match=r"http://images.test/a: the proxy asks for a password"):
         store.read_bytes("http://images.test/a")
-    monkeypatch.setenv("http_proxy", f"http://bob:5ec2e7@127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("http_proxy", f"http://bob:5ec2e7@127.0.0.1:{closed_port}")
     store.forget_clients()
     with pytest.raises(ServiceError, match=r"http://images.test/a: the proxy cannot be reached$"):
         store.read_bytes("http://images.test/a")
