@@ -168,7 +168,7 @@ def test_a_range_of_a_server_without_ranges_is_read_no_further_than_its_end(
     assert store.read_range(uri, 250, 20) == BODY[250:270]
 
 
-@pytest.mark.parametrize("content_range", ["bytes 5-8/10240", "bytes 3-9/10240", "bytes 3-4/10240", "items 3-6/9"])
+@pytest.mark.parametrize("content_range", ["bytes 5-6/10240", "bytes 3-9/10240", "bytes 3-4/10240", "items 3-6/9"])
 def test_another_range_than_the_one_asked_for_is_refused(
     server: WebServer, store: HttpsStore, content_range: str
 ) -> None:
@@ -203,9 +203,9 @@ def test_a_file_of_a_server_with_ranges_is_not_read_whole(server: WebServer, sto
 
 
 def test_a_download_appears_whole_after_a_broken_one(server: WebServer, store: HttpsStore, tmp_path: Path) -> None:
-    uri = server.put(f"/w.weights.h5?{SECRET}", Page(data=BODY, sent_bytes=7_000), Page(data=BODY))
+    uri = server.put(f"/w.weights.h5?{SECRET}", Page(data=BODY, sent_bytes=7_000), Page(data=BODY[3:99]))
     path = store.local_path(uri, tmp_path)
-    assert (path.name, path.read_bytes()) == ("w.weights.h5", BODY)
+    assert (path.name, path.read_bytes()) == ("w.weights.h5", BODY[3:99])
 
 
 # --- entries ---------------------------------------------------------------------------------------------------------

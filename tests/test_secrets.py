@@ -5,9 +5,11 @@ for in stdout, stderr, Ray's own logs, and every file of the output, Parquet dec
 """
 
 import io
+import pickle
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +21,14 @@ from harness import CLASSES, SPEC, Command, write_spread_bundle
 from PIL import Image
 from web import Page, WebServer, running_web_server
 
-from mnist_dist.config import DataConfig, InputConfig, ModelConfig, ScoreJob, TrainJob, differences
+from mnist_dist.config import DataConfig, InputConfig, ModelConfig, ScoreJob, StoreConfig, TrainJob, differences
 from mnist_dist.console import Console, command_line
+from mnist_dist.errors import ServiceError
 from mnist_dist.search_config import SearchJob
+from mnist_dist.store.anywhere import store_for
+from mnist_dist.store.https import HttpsStore
 from mnist_dist.store.uris import shown
+from mnist_dist.store.web_requests import Patience
 
 SECRETS = {
     "environment": "5ec2e7AwsEnvironment",
@@ -31,6 +37,11 @@ SECRETS = {
     "query": "5ec2e7SignedQuery",
 }
 SECRET = re.compile(r"5ec2e7\w*")
+
+
+def profile_file() -> str:
+    """The content of a file of AWS credentials."""
+    return f"[default]\naws_access_key_id = {SECRETS['profile']}\naws_secret_access_key = {SECRETS['profile']}\n"
 
 
 # --- without a job ---------------------------------------------------------------------------------------------------
@@ -65,6 +76,39 @@ def test_a_line_and_the_command_to_resume_show_no_secrets(
     assert command_line().count(shown(URL)) == 2
 
 
+@pytest.mark.parametrize("kind", ["environment", "profile"])
+def test_a_store_that_has_credentials_is_pickled_and_fails_without_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "credentials").write_text(profile_file())
+    names = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), SECRETS["environment"])
+    for name, value in names.items():
+        monkeypatch.setenv(name, value) if kind == "environment" else monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    store = store_for(StoreConfig(s3_requester_pays=True))
+    with running_web_server() as bucket:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.url)
+        store.forget_clients()
+        assert SECRETS[kind] in str(store.object_store_access("s3://bucket/key"))  # it has them
+        with pytest.raises(FileNotFoundError, match="s3://bucket/key") as caught:
+            store.read_range("s3://bucket/key", 0, 1)
+    assert any(SECRETS[kind] in asked.headers["Authorization"] for asked in bucket.asked)  # and uses them
+    assert SECRET.search("".join(traceback.format_exception(caught.value))) is None
+    assert SECRET.search(pickle.dumps(store).decode(errors="replace")) is None
+    store.forget_clients()
+
+
+def test_a_proxy_with_a_password_fails_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://bob:{SECRETS['user info']}@127.0.0.1:9")
+    store = HttpsStore(allow_private_hosts=True, patience=Patience(attempts=1))  # else it would look up the name
+    with pytest.raises(ServiceError, match=r"https://h.test/a.tar: the proxy cannot be reached") as caught:
+        store.read_bytes(URL)
+    assert SECRET.search("".join(traceback.format_exception(caught.value))) is None
+    assert SECRET.search(pickle.dumps(store).decode(errors="replace")) is None
+
+
 # --- of a job --------------------------------------------------------------------------------------------------------
 
 
@@ -95,8 +139,7 @@ def content(path: Path) -> str:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """AWS credentials in the environment, and others in the profile file."""
     file = tmp_path_factory.mktemp("aws") / "credentials"
-    profile = SECRETS["profile"]
-    file.write_text(f"[default]\naws_access_key_id = {profile}\naws_secret_access_key = {profile}\n")
+    file.write_text(profile_file())
     key = SECRETS["environment"]
     return {
         "AWS_ACCESS_KEY_ID": key,
