@@ -236,7 +236,7 @@ class WebRequests:
         basic = {"Authorization": _basic(credentials)} if credentials else {}
         return self._manager(url).urlopen(
             method,
-            url._replace(auth=None, fragment=None).url,
+            url._replace(auth=None).url,
             headers={**own, **basic, **headers},
             redirect=False,
             retries=False,
