@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from mnist_dist.errors import ConfigError
+from mnist_dist.urls import shown_values
 
 Pooling = Literal["avg", "max", "flatten"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -101,6 +102,27 @@ class DataConfig:
     def limits(self) -> "DecodeConfig":
         """The limits for a single image."""
         return DecodeConfig(max_pixels=self.max_pixels, image_timeout_s=self.image_timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How to reach images, lists and archives. A job's own files (bundles, runs, tables) are reached without these
+    settings, and a resumed job may change them."""
+
+    s3_anonymous: bool = False
+    """Do not sign the requests that read images from S3: public buckets need no credentials."""
+    s3_requester_pays: bool = False
+    """Pay for the requests that read images from S3, where the owner of the bucket asks for that."""
+    allow_private_hosts: bool = False
+    """Also read `https://` and `http://` images from private, loopback and link-local addresses."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.s3_anonymous and self.s3_requester_pays),
+            "choose either s3_anonymous or s3_requester_pays: who pays is known by the credentials",
+            s3_anonymous=True,
+            s3_requester_pays=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +371,7 @@ class TrainJob:
     phases: PhasesConfig = PhasesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     fit: FitConfig = FitConfig()
+    store: StoreConfig = StoreConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
@@ -360,9 +383,9 @@ class TrainJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON values: everything but `run`."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        del values["run"]
+        """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
+        del values["store"], values["run"]
         return dict(values)
 
     @property
@@ -579,6 +602,7 @@ class ScoreJob:
     table: TableConfig = TableConfig()
     decoding: DecodeConfig = DecodeConfig()
     engine: EngineConfig = EngineConfig()
+    store: StoreConfig = StoreConfig()
     run: ScoreRunConfig = ScoreRunConfig()
 
     def __post_init__(self) -> None:
@@ -604,8 +628,8 @@ class ScoreJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the rows (together with the bundle), as JSON values."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        """The settings that determine the rows (together with the bundle), as JSON values without secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 
     @classmethod

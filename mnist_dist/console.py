@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mnist_dist.errors import ConfigError, Interrupted, MnistDistError, suggestion
+from mnist_dist.urls import shown_in
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ class Console:
         return self._rich.is_terminal
 
     def line(self, text: str) -> None:
-        """Prints a line without interpreting markup."""
-        self._rich.print(text, markup=False)
+        """Prints a line without interpreting markup, and without the secrets of URLs."""
+        self._rich.print(shown_in(text), markup=False)
 
     @contextmanager
     def progress(self, title: str) -> "Iterator[Bar]":
@@ -291,7 +292,7 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
     if "error" in result:
         console.line(f"error: {result['error']}")
     sys.stderr.flush()
-    print(json.dumps({"job": job, **result}), flush=True)
+    print(shown_in(json.dumps({"job": job, **result})), flush=True)
     _leave(code)
 
 
@@ -322,7 +323,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command line of this process, as a user would type it again."""
+    """The command line of this process, as a user would type it again; secrets of URLs are left out."""
     main, python = sys.modules["__main__"].__spec__, os.path.basename(sys.executable)
     if main is not None:
         program = [python, "-m", main.name.removesuffix(".__main__")]
@@ -330,12 +331,14 @@ def command_line() -> str:
         program = [python, sys.argv[0]]
     else:  # An installed command.
         program = [os.path.basename(sys.argv[0])]
-    return shlex.join([*program, *sys.argv[1:]])
+    return shlex.join([*program, *map(shown_in, sys.argv[1:])])
 
 
 def quiet(*, verbose: bool) -> None:
     """Silences Ray, TensorFlow and oneDNN in this process and its children; call it before they are imported."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(_LogFormat("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, handlers=[to_stderr])
     logging.getLogger("mnist_dist").setLevel(logging.INFO if verbose else logging.WARNING)
     if verbose:
         return
@@ -344,6 +347,13 @@ def quiet(*, verbose: bool) -> None:
     lines = _Filter()
     sys.stderr = os.fdopen(lines.original, "w", buffering=1, errors="backslashreplace")
     lines.start()
+
+
+class _LogFormat(logging.Formatter):
+    """Leaves out the secrets of URLs, also those in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_in(super().format(record))
 
 
 class _Quieted:

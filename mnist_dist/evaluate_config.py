@@ -3,9 +3,9 @@
 Owns: the fields of the job, as `config.py` owns those of training and scoring.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mnist_dist.config import require
+from mnist_dist.config import StoreConfig, require
 from mnist_dist.store.uris import absolute, join
 
 LABEL_COLUMN = "label"
@@ -34,6 +34,7 @@ class EvaluateJob:
     if it still exists, or else the predicted classes."""
     top: int = 24
     """Images to show of each kind: the most confident mistakes, the least confident hits, and changed predictions."""
+    store: StoreConfig = field(default_factory=StoreConfig)
     verbose: bool = False
     """Show logs and tracebacks."""
 

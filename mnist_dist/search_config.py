@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, require
+from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, StoreConfig, require
 from mnist_dist.errors import suggestion
+from mnist_dist.urls import shown_values
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
@@ -141,6 +142,7 @@ class SearchJob:
     data: DataConfig = field(default_factory=DataConfig)
     space: SearchSpace = SearchSpace()
     search: SearchConfig = SearchConfig()
+    store: StoreConfig = field(default_factory=StoreConfig)
     run: SearchRunConfig = SearchRunConfig()
 
     @property
@@ -162,9 +164,9 @@ class SearchJob:
         return tuple(replace(space, weights=weights.get(space.backbone, space.weights)) for space in chosen)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON values: everything but `run`."""
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        del values["run"]
+        """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
+        values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
+        del values["store"], values["run"]
         return dict(values)
 
     def settings_hash(self) -> str:

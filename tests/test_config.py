@@ -19,12 +19,16 @@ from mnist_dist.config import (
     PhasesConfig,
     RunConfig,
     ScoreJob,
+    StoreConfig,
     TableConfig,
     TrainJob,
     differences,
     require,
 )
+from mnist_dist.console import parse
 from mnist_dist.errors import ConfigError
+from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.search_config import SearchJob
 
 NAN = float("nan")
 SCORE = functools.partial(ScoreJob, bundle="b", output="o", inputs=InputConfig(input=("i",)))
@@ -221,7 +225,7 @@ def test_there_is_one_phase_by_default() -> None:
 
 def test_every_field_that_decides_the_result_has_another_value_here() -> None:
     sections = {field.name: field.type for field in dataclasses.fields(TrainJob)}
-    assert OTHER.keys() == sections.keys() - {"run"}
+    assert OTHER.keys() == sections.keys() - {"run", "store"}
     for section, values in OTHER.items():
         assert values.keys() == {field.name for field in dataclasses.fields(getattr(BASE, section))}
 
@@ -259,3 +263,37 @@ def test_differences_name_each_value_with_its_path() -> None:
         "recipe: 'a' now, 'b' in the run",
     ]
     assert differences(ours, ours) == []
+
+
+# --- how images are reached ------------------------------------------------------------------------------------------
+
+
+def test_how_images_are_reached_decides_no_result() -> None:
+    store = StoreConfig(s3_requester_pays=True, allow_private_hosts=True)
+    for job in (BASE, SearchJob(), SCORE()):
+        changed: Any = replace(job, store=store)
+        assert changed.settings() == job.settings()
+    assert replace(BASE, store=store).settings_hash() == BASE.settings_hash()
+
+
+def test_nobody_pays_without_a_name() -> None:
+    with pytest.raises(ConfigError, match="choose either s3_anonymous or s3_requester_pays"):
+        StoreConfig(s3_anonymous=True, s3_requester_pays=True)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "required"),
+    [
+        ({"job": ScoreJob}, ["--bundle", "b", "--output", "o", "--input", "x"]),
+        ({"job": EvaluateJob}, ["--predictions", "p"]),
+        ({"job": TrainJob}, []),
+        ({"job": SearchJob}, []),
+    ],
+)
+@pytest.mark.parametrize("name", ["s3_anonymous", "s3_requester_pays", "allow_private_hosts"])
+def test_each_job_that_reads_images_has_the_flags_of_the_store(
+    recipes: dict[str, Any], required: list[str], name: str
+) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    _, job = parse(recipes, command="job", default="job", argv=[*required, flag])
+    assert job.store == StoreConfig(**{name: True})

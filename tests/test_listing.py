@@ -226,8 +226,8 @@ def test_no_such_bucket_is_an_error_of_the_storage(s3: str) -> None:
 
 
 def test_an_unknown_scheme_is_an_error_of_the_storage() -> None:
-    with pytest.raises(StorageError, match="http://example"):
-        found("http://example.org/a.png")
+    with pytest.raises(StorageError, match="ftp://example"):
+        found("ftp://example.org/a.png")
 
 
 def search(*names: str, scan: Iterable[Entry] | Exception, progress: Callable[[int], None] | None = None) -> Listing:
@@ -414,10 +414,10 @@ def test_a_list_asks_disks_but_not_s3_for_sizes(s3: str, tmp_path: Path) -> None
 
 
 def test_a_uri_that_no_storage_has_is_a_row_that_says_so(tmp_path: Path) -> None:
-    uris = ["http://example.org/a.png", "s3://bucket", "s3:///key", "S3://b/k", "/a\0b.png", "/a/b.png"]
+    uris = ["ftp://example.org/a.png", "s3://bucket", "s3:///key", "S3://b/k", "/a\0b.png", "/a/b.png"]
     rows = rows_of(found(write_parquet(f"{tmp_path}/list.parquet", uri=uris)))
     assert {uri: row["status"] for uri, row in rows.items()} == dict.fromkeys(uris, "unsupported") | {"/a/b.png": None}
-    assert "unknown scheme 'http'" in rows["http://example.org/a.png"]["error"]
+    assert "unknown scheme 'ftp'" in rows["ftp://example.org/a.png"]["error"]
     assert "s3://bucket/key" in rows["s3://bucket"]["error"]
     assert "null byte" in rows["/a\0b.png"]["error"]
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from harness import fast_reads, s3_client
 
+from mnist_dist.config import StoreConfig
 from mnist_dist.store import s3_reads
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.s3_reads import FAILURES_IN_A_ROW, PAUSE_S, FastReads
 
 BODY = bytes(range(256)) * 40
@@ -210,6 +211,7 @@ class Asked:
     """It was not botocore that asked."""
     authorization: str
     token: str | None
+    payer: str | None
 
 
 class Server(ThreadingHTTPServer):
@@ -250,7 +252,13 @@ class Handler(BaseHTTPRequestHandler):
         is_quick = "Botocore" not in headers["User-Agent"]
         token = headers.get("X-Amz-Security-Token")
         self.server.asked.append(
-            Asked(path=self.path, is_quick=is_quick, authorization=headers.get("Authorization", ""), token=token)
+            Asked(
+                path=self.path,
+                is_quick=is_quick,
+                authorization=headers.get("Authorization", ""),
+                token=token,
+                payer=headers.get("x-amz-request-payer"),
+            )
         )
         self._say(self.server.to_quick if is_quick else self.server.to_botocore)
 
@@ -583,3 +591,58 @@ def test_a_variable_that_obstore_refuses_leaves_the_bucket_to_botocore(
     monkeypatch.setenv(variable, "something else")
     assert ANYWHERE.read_bytes(URI) == BODY
     assert server.by(is_quick=False) == 1
+
+
+# --- public buckets, and buckets whose readers pay -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_an_anonymous_store_signs_nothing(server: Server, is_quick: bool) -> None:
+    server.to_quick = Answer(status=200 if is_quick else 503)
+    store = store_for(StoreConfig(s3_anonymous=True))
+    store.forget_clients()
+    assert store.read_bytes(URI) == BODY
+    assert (server.asked[-1].is_quick, server.asked[-1].authorization) == (is_quick, "")
+    assert store.read_range(URI, 0, len(BODY)) == BODY
+    assert {asked.authorization for asked in server.asked} == {""}
+
+
+def test_an_anonymous_store_needs_no_credentials(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = store_for(StoreConfig(s3_anonymous=True))
+    store.forget_clients()
+    assert store.read_bytes(URI) == BODY
+    assert [asked.is_quick for asked in server.asked] == [True]
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_a_requester_says_so_in_each_request_and_signs_it(server: Server, is_quick: bool) -> None:
+    server.to_quick = Answer(status=200 if is_quick else 503)
+    store = store_for(StoreConfig(s3_requester_pays=True))
+    store.forget_clients()
+    assert store.read_object(URI, max_bytes=len(BODY))[1] == BODY
+    assert store.read_range(URI, 0, len(BODY)) == BODY
+    assert {asked.payer for asked in server.asked} == {"requester"}
+    assert all("x-amz-request-payer" in asked.authorization for asked in server.asked)
+    assert any(asked.is_quick == is_quick for asked in server.asked)
+
+
+def test_a_requester_says_so_also_where_nothing_is_read(s3: str) -> None:
+    store = store_for(StoreConfig(s3_requester_pays=True))
+    store.forget_clients()
+    sent = list[tuple[str, bytes]]()
+    events = store.of(s3)._client.meta.events  # type: ignore[attr-defined]
+    events.register(
+        "before-send.s3", lambda request, **_: sent.append((request.method, request.headers["x-amz-request-payer"]))
+    )
+    ANYWHERE.write_bytes(f"{s3}/a", BODY)
+    assert store.entry_of(f"{s3}/a").size_bytes == len(BODY)
+    assert [entry.uri for entry in store.list_entries(s3)] == [f"{s3}/a"]
+    assert {method for method, _ in sent} == {"HEAD", "GET"}
+    assert {payer for _, payer in sent} == {b"requester"}
+
+
+def test_by_default_nobody_else_pays(server: Server) -> None:
+    ANYWHERE.read_bytes(URI)
+    assert [(asked.payer, bool(asked.authorization)) for asked in server.asked] == [(None, True)]

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import UnsupportedOperation
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +18,10 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from mnist_dist.config import StoreConfig
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store import s3 as s3_module
-from mnist_dist.store.anywhere import ANYWHERE, Anywhere
+from mnist_dist.store.anywhere import ANYWHERE, Anywhere, store_for
 from mnist_dist.store.local import atomic_file
 from mnist_dist.store.memory import MemoryStore
 from mnist_dist.store.s3 import S3Store
@@ -147,10 +149,10 @@ def test_a_storage_below_a_file_is_not_writable(tmp_path: Path) -> None:
         STORE.check_writable(str(tmp_path / "file" / "sub"))
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "hdfs://x"])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "ftp://host/x", "hdfs://x"])
 def test_an_unknown_scheme_names_the_known_ones(uri: str) -> None:
     for function in (STORE.read_bytes, STORE.exists, is_remote):
-        with pytest.raises(StorageError, match=rf"local path, file:///path or s3://bucket/prefix\. Received: '{uri}'"):
+        with pytest.raises(StorageError, match=rf"local path, file:///path or s3://bucket/prefix .*Received: '{uri}'"):
             function(uri)
 
 
@@ -380,6 +382,21 @@ def test_a_store_crosses_processes_and_there_is_one_in_each(s3: str) -> None:
     assert not alone.exists(f"{s3}/nothing")
     with pytest.raises(StorageError, match="cannot be seen from another process"):
         pickle.dumps(STORE)
+
+
+def test_a_store_with_settings_crosses_processes_and_is_another_one() -> None:
+    settings = StoreConfig(s3_requester_pays=True, allow_private_hosts=True)
+    store = store_for(settings)
+    assert store is store_for(replace(settings))
+    assert pickle.loads(pickle.dumps(store)) is store
+    assert store is not ANYWHERE
+    assert store_for(StoreConfig()) is ANYWHERE
+
+
+def test_a_url_goes_to_the_store_of_web_servers() -> None:
+    for uri in ("https://127.0.0.1:9/x?y", "http://127.0.0.1:9/x?y"):
+        with pytest.raises(PermissionError, match=r"--allow-private-hosts allows it\): 'https?://127.0.0.1:9/x'"):
+            ANYWHERE.read_bytes(uri)
 
 
 def test_a_scheme_without_a_store_is_refused() -> None:

@@ -38,4 +38,5 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
     has_labels = job.labels is None and all(job.label_column in columns_of(place_of(name)) for name in job.input)
     inputs = InputConfig(input=job.input, carry=(job.label_column,) if has_labels else ())
     run = ScoreRunConfig(verbose=job.verbose)
-    score(ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, run=run), console=shown)
+    scoring = ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, store=job.store, run=run)
+    score(scoring, console=shown)

@@ -26,7 +26,7 @@ from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.session import Session
 from mnist_dist.sources.places import place_of
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.base import names_in
 from mnist_dist.store.uris import join
 
@@ -91,7 +91,9 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         session = Session(console=console, stop=stop)
         table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
-        truth = find_truth(table, labels=job.labels, scored=job.input, label_column=job.label_column)
+        truth = find_truth(
+            table, labels=job.labels, scored=job.input, label_column=job.label_column, store=store_for(job.store)
+        )
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
         ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
@@ -127,7 +129,7 @@ def check_named(job: EvaluateJob) -> None:
             f"{job.output_uri!r}, which holds {', '.join(foreign[:_NAMED])}"
         )
     if job.labels is not None:
-        place = place_of(job.labels)
+        place = place_of(job.labels, store=store_for(job.store))
         if place.kind == "tree" and not ANYWHERE.exists(place.uri):
             raise DataError(f"there is no such file. Received: labels={job.labels!r}")
     if job.compare is not None:

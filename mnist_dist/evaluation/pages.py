@@ -33,7 +33,7 @@ from mnist_dist.evaluation.tables import read_provenance
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
 from mnist_dist.scoring.generations import Summary
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.uris import join
 
 MAX_CLASSES = 200
@@ -142,7 +142,7 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     metrics, table = evaluation.metrics, evaluation.table
     moved = evaluation.comparison.moved if evaluation.comparison else ()
     uris = [image.uri for image in (*metrics.mistakes, *metrics.doubtful_hits)] + [image.uri for image in moved]
-    pixels = load_pictures(uris)
+    pixels = load_pictures(uris, store=store_for(evaluation.job.store))
     mistakes, hits = (
         [
             Example(

@@ -17,13 +17,15 @@ from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.listing import list_uris
 from mnist_dist.sources.parquet import split_row
 from mnist_dist.sources.reading import read_in_order
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 LONGEST_PX = 224
 MAX_BYTES = 64 * 2**20
 """Larger images are not read."""
 
 
-def load_pictures(uris: Iterable[str]) -> dict[str, Pixels | None]:
+def load_pictures(uris: Iterable[str], *, store: Store = ANYWHERE) -> dict[str, Pixels | None]:
     """Loads pictures `uint8 [H, W, 3]` of at most 224 px by URI, reading each archive once; None if unreadable."""
     pictures: dict[str, Pixels | None] = dict.fromkeys(uris)
     by_container = defaultdict[str, list[str]](list)
@@ -32,8 +34,9 @@ def load_pictures(uris: Iterable[str]) -> dict[str, Pixels | None]:
         by_container[part[0] if part else uri].append(uri)
     for group in by_container.values():
         with contextlib.suppress(OSError, MnistDistError):  # A report without a picture is better than none.
-            rows = list_uris(group)
-            for uri, data in zip(rows["uri"].to_pylist(), read_in_order(rows, max_bytes=MAX_BYTES), strict=True):
+            rows = list_uris(group, store=store)
+            read = read_in_order(rows, max_bytes=MAX_BYTES, store=store)
+            for uri, data in zip(rows["uri"].to_pylist(), read, strict=True):
                 if uri in pictures:
                     pictures[uri] = _picture(data)
     return pictures

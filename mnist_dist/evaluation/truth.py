@@ -27,6 +27,7 @@ from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.parquet import holds_images
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, are_remote
 
 # n = rows of a batch
@@ -53,7 +54,14 @@ class Truth(Protocol):
         """`string [n]`: the label of each row, a class name or number; null if it has none."""
 
 
-def find_truth(table: ScoredTable, *, labels: str | None, label_column: str, scored: Sequence[str] = ()) -> Truth:
+def find_truth(
+    table: ScoredTable,
+    *,
+    labels: str | None,
+    label_column: str,
+    scored: Sequence[str] = (),
+    store: Store = ANYWHERE,
+) -> Truth:
     """Chooses the first available source of labels.
 
     Args:
@@ -61,6 +69,7 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str, sco
         labels: a Parquet, CSV or TSV file with `uri` and `label`, or labelled images, as for training.
         label_column: a carried column of the table; of labelled Parquet files and lists the column of the labels.
         scored: the inputs that were scored for this evaluation.
+        store: where labelled images are.
 
     Raises:
         ConfigError: a column other than the default one was named and does not exist.
@@ -68,11 +77,11 @@ def find_truth(table: ScoredTable, *, labels: str | None, label_column: str, sco
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if labels is not None:
-        return label_file(labels) if _is_label_file(labels) else labels_of_images((labels,), label_column)
+        return label_file(labels) if _is_label_file(labels) else labels_of_images((labels,), label_column, store=store)
     if label_column in table.schema.names:
         return CarriedColumn(table.schema, label_column)
     with contextlib.suppress(DataError):  # Nothing says that the images have labels.
-        of_images = _list_labels(scored, label_column) if scored else COLUMNS.empty_table()
+        of_images = _list_labels(scored, label_column, store) if scored else COLUMNS.empty_table()
         if pc.any(pc.is_valid(of_images["archive"])).as_py():
             return KnownLabels("the labels beside the images", _lines_of(of_images), guessed=True)
     if label_column != LABEL_COLUMN:
@@ -187,18 +196,18 @@ def label_file(uri: str) -> KnownLabels:
         raise DataError(f"there is no such file. Received: labels={uri!r}") from err
 
 
-def labels_of_images(inputs: Sequence[str], label_column: str) -> KnownLabels:
+def labels_of_images(inputs: Sequence[str], label_column: str, *, store: Store = ANYWHERE) -> KnownLabels:
     """Takes the labels from images: folders, WebDataset shards, Parquet files and everything else that is trained on.
 
     Raises:
         DataError: the images are unknown or have no classes.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    return KnownLabels(", ".join(inputs[:3]), _lines_of(_list_labels(inputs, label_column)))
+    return KnownLabels(", ".join(inputs[:3]), _lines_of(_list_labels(inputs, label_column, store)))
 
 
-def _list_labels(inputs: Sequence[str], label_column: str) -> pa.Table:
-    return list_inputs(InputConfig(input=tuple(inputs)), label_column=label_column).table
+def _list_labels(inputs: Sequence[str], label_column: str, store: Store) -> pa.Table:
+    return list_inputs(InputConfig(input=tuple(inputs)), label_column=label_column, store=store).table
 
 
 def _lines_of(table: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:

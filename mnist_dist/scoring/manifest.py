@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.uris import is_remote, path_of
 
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
@@ -88,6 +89,8 @@ def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store =
             writer.write_table(
                 rows.append_column(SHARD, pa.repeat(pa.scalar(shard, SHARD.type), len(rows))), row_group_size=len(rows)
             )
+    if not is_remote(uri) and table["address"].null_count < len(table):
+        path_of(uri).chmod(0o600)  # The addresses may hold passwords and signatures. The file is deleted with the job.
 
 
 def shard_bounds(table: pa.Table, *, shard_size: int) -> list[int]:

@@ -28,6 +28,8 @@ from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.sources.reading import Encoded
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 
 SHARDS_AT_ONCE = 2  # The next shard is decoded while the model finishes the last one.
 BATCHES_WAITING = 2  # decoded ones that may wait, besides the one being filled and the one in the model
@@ -49,11 +51,20 @@ class Scorer:
         spec: the input that the model takes.
         decoding: limits for a single image.
         threads: see `Threads`.
+        store: the store to read the images from.
     """
 
-    def __init__(self, engine: Engine, *, spec: ImageSpec, decoding: DecodeConfig, threads: Threads) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        spec: ImageSpec,
+        decoding: DecodeConfig,
+        threads: Threads,
+        store: Store = ANYWHERE,
+    ) -> None:
         self._engine = engine
-        self._pool = DecodePool(spec, config=decoding, threads=threads)
+        self._pool = DecodePool(spec, config=decoding, threads=threads, store=store)
         calls = engine.calls_at_once
         self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
         self._collecting, self._times_lock = threading.Lock(), threading.Lock()

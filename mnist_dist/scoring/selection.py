@@ -4,9 +4,10 @@ Owns: comparing the listed images with the table. Does not own: listing (`source
 manifest file (`manifest`).
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +23,9 @@ from mnist_dist.sources.archives import SEPARATOR, is_archive
 from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.sources.listing import LOOK_UP_AHEAD, LOOK_UP_THREADS, Listing, list_inputs, list_uris, with_etags
 from mnist_dist.sources.threads import map_in_threads
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import store_for
+from mnist_dist.store.base import Store
+from mnist_dist.store.uris import is_web
 
 RESERVED = (SHARD.name, *CONTRACT.names, *TOP_K.names, EMBEDDING)
 """Names of columns that a carried column may not have."""
@@ -59,13 +62,15 @@ def select_images(
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `list_inputs`.
     """
+    store = store_for(job.store)
     if before is not None and job.retry_failed:
-        return _bad_rows(job, output)
-    listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress)
+        return _bad_rows(job, output, store)
+    listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress, store=store)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
-    found = new_rows(with_etags(listing.table), output, number=before.mark.number)
-    return Selection(listing, found, _gone(listing, output, number=before.mark.number) if job.drop_missing else None)
+    number = before.mark.number
+    found = new_rows(with_etags(listing.table, store=store), output, number=number)
+    return Selection(listing, found, _gone(listing, output, store, number=number) if job.drop_missing else None)
 
 
 def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
@@ -84,7 +89,7 @@ def new_rows(found: pa.Table, output: Output, *, number: int) -> pa.Table:
     return found.filter(_is_new(found, known))
 
 
-def _gone(listing: Listing, output: Output, *, number: int) -> pa.Array:
+def _gone(listing: Listing, output: Output, store: Store, *, number: int) -> pa.Array:
     """The URIs in the table that lie in what was listed, were not found, and do not exist any more."""
     with output.store.open_binary(output.version_uri(number, MANIFEST)) as file:
         known = pq.read_table(file, columns=["uri"])["uri"]
@@ -96,25 +101,26 @@ def _gone(listing: Listing, output: Output, *, number: int) -> pa.Array:
     # The row of a whole container names its problem: it is gone when there is none any more.
     whole = [uri for uri in inside if _is_container(uri)]
     images = [uri for uri in inside if not _is_container(uri)]
-    return pa.array([*whole, *(uri for uri, exists in _existing(images) if not exists)], pa.string())
+    return pa.array([*whole, *(uri for uri, exists in _existing(images, store) if not exists)], pa.string())
 
 
 def _is_container(uri: str) -> bool:
     return is_archive(uri) or parquet.is_parquet(uri)
 
 
-def _existing(uris: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def _existing(uris: Sequence[str], store: Store) -> Iterator[tuple[str, bool]]:
     """Whether the image of each URI exists: a file may be left out for its name, and still be there."""
-    rows = list_uris(uris).select(["uri", "packing", "status"]).to_pylist()
-    seen = map_in_threads(_is_there, rows, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
+    rows = list_uris(uris, store=store).select(["uri", "packing", "status"]).to_pylist()
+    look_up = functools.partial(_is_there, store=store)
+    seen = map_in_threads(look_up, rows, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
     return ((row["uri"], is_there) for row, is_there in zip(rows, seen, strict=True))
 
 
-def _is_there(row: Mapping[str, str | None]) -> bool:
+def _is_there(row: Mapping[str, str | None], *, store: Store) -> bool:
     if row["packing"] or row["status"]:  # of an image in a container, which was looked for there
         return row["status"] != "missing"
     try:
-        return bool(ANYWHERE.entry_of(str(row["uri"])))
+        return bool(store.entry_of(str(row["uri"])))
     except FileNotFoundError:
         return False
     except PermissionError:
@@ -136,7 +142,7 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.or_(both_null, pc.fill_null(pc.equal(left, right), False))
 
 
-def _bad_rows(job: ScoreJob, output: Output) -> Selection:
+def _bad_rows(job: ScoreJob, output: Output, store: Store) -> Selection:
     """Lists the rows that are neither ok nor unsupported again, with their carried columns.
 
     Rows of whole archives are left out, because the URI of an archive does not name its members.
@@ -151,8 +157,12 @@ def _bad_rows(job: ScoreJob, output: Output) -> Selection:
     bad = bad.filter(pa.array(is_image, pa.bool_()))
     if not len(bad):
         return Selection(None, COLUMNS.empty_table())
+    if any(map(is_web, bad["uri"].to_pylist())):  # They are shown without signatures, which the inputs have.
+        listing = list_inputs(job.inputs, reserved=RESERVED, store=store)
+        return Selection(listing, listing.table.filter(pc.is_in(listing.table["uri"], value_set=bad["uri"])))
     with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:
         path = Path(folder) / "failed.parquet"
         pq.write_table(bad, path)
-        listing = list_inputs(InputConfig(input=(str(path),), carry=job.inputs.carry, all_files=True))
+        again = InputConfig(input=(str(path),), carry=job.inputs.carry, image_column=job.inputs.image_column)
+        listing = list_inputs(replace(again, all_files=True), store=store)
     return Selection(listing, listing.table)

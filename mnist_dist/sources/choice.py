@@ -21,7 +21,8 @@ from mnist_dist.sources.archives import SEPARATOR, is_archive, split_member
 from mnist_dist.sources.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry
-from mnist_dist.store.uris import absolute, is_remote
+from mnist_dist.store.uris import MEMORY, REMOTE, absolute, is_remote, is_web, shown
+from mnist_dist.urls import path_and_query, row_uri
 
 _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|@eaDir/|__MACOSX/)")
@@ -160,9 +161,13 @@ def row_of_line(line: str) -> ImageRow:
     try:
         remote = is_remote(line)
     except StorageError:
-        return ImageRow(line, status="unsupported", error=f"unknown scheme {scheme!r}; use a path, file:// or s3://")
+        known = ", ".join(f"{name}://" for name in ("file", *REMOTE) if name != MEMORY)
+        error = f"unknown scheme {scheme!r}; use a path or {known}"
+        return ImageRow(shown(line), status="unsupported", error=error)
     if remote and not all(rest.partition("/")[::2]):
-        return ImageRow(line, status="unsupported", error="an image on S3 must be s3://bucket/key")
+        return ImageRow(shown(line), status="unsupported", error=f"an image must be {scheme}://bucket/key")
+    if is_web(line):
+        return _row_of_url(line)
     member = split_member(line)
     if member is not None:
         archive = absolute(member[0])
@@ -174,6 +179,18 @@ def row_of_line(line: str) -> ImageRow:
     if is_archive(uri) or parquet.is_parquet(uri):
         return ImageRow(uri, archive=uri)
     return ImageRow(uri) if remote else _row_of_path(uri)
+
+
+def _row_of_url(url: str) -> ImageRow:
+    """A URL is shown without its secrets, and read at its whole address. Its path says what it is."""
+    uri = row_uri(url)
+    address = url if url != uri else None
+    path = path_and_query(url)[0]
+    member = split_member(url)
+    if member is not None and path == url:
+        return ImageRow(uri, archive=row_uri(member[0]), address=member[0] if address else None)
+    is_container = is_archive(path) or parquet.is_parquet(path)
+    return ImageRow(uri, archive=uri if is_container else None, address=address)
 
 
 def _row_of_path(path: str) -> ImageRow:

@@ -21,6 +21,7 @@ from mnist_dist.sources.reading import image_error
 from mnist_dist.sources.webdataset import member_labels
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.urls import path_and_query
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,12 @@ def open_container(
     if LABEL in beside:  # What a list says of its own line wins.
         wanted = replace(wanted, label_column=None)
     uris = asked["uri"].combine_chunks()
-    if parquet.is_parquet(uri):
-        contents = _parquet(uri, wanted, store, named=named)
+    address = asked["address"][0].as_py()
+    if parquet.is_parquet(path_and_query(uri)[0]):
+        contents = _parquet(uri, address, wanted, store, named=named)
     else:
-        contents = _archive(uri, choice, wanted, store, whole=bool(pc.any(pc.equal(uris, uri)).as_py()))
+        is_whole = bool(pc.any(pc.equal(uris, uri)).as_py())
+        contents = _archive(uri, address, choice, wanted, store, whole=is_whole)
     table, origins = _selected(uri, uris, contents)
     for name in beside:
         table = table.drop_columns([name]) if name in table.column_names else table
@@ -115,13 +118,13 @@ def _failed(uris: Iterable[str], counts: Opened, problem: ImageError) -> pa.Tabl
 # --- archives --------------------------------------------------------------------------------------------------------
 
 
-def _archive(uri: str, choice: Choice, wanted: Wanted, store: Store, *, whole: bool) -> _Contents:
-    index = index_archive(uri, store=store)
+def _archive(uri: str, address: str | None, choice: Choice, wanted: Wanted, store: Store, *, whole: bool) -> _Contents:
+    index = index_archive(address or uri, store=store)
     labels = member_labels(index, store=store) if wanted.label_column is not None else {}
     left_out = LeftOut(nested=index.nested_count)
     left_out.first_nested = f"{uri}{SEPARATOR}{index.nested[0]}" if index.nested else ""
     names = [member.name for member in index.members]
-    images = image_table.table_of(_row_of(index, member) for member in index.members)
+    images = image_table.table_of(_row_of(uri, address, index, member) for member in index.members)
     taken = [choice.takes(f"{uri}{SEPARATOR}{name}", name, left_out) for name in names]
     kept = [is_taken and (not labels or name in labels) for is_taken, name in zip(taken, names, strict=True)]
     if labels:
@@ -137,29 +140,30 @@ def _archive(uri: str, choice: Choice, wanted: Wanted, store: Store, *, whole: b
     return _Contents(images, chosen, index.problem or ImageError("missing", "no such member"), counts)
 
 
-def _row_of(index: ArchiveIndex, member: Member) -> ImageRow:
+def _row_of(uri: str, address: str | None, index: ArchiveIndex, member: Member) -> ImageRow:
     return ImageRow(
-        uri=f"{index.entry.uri}{SEPARATOR}{member.name}",
+        uri=f"{uri}{SEPARATOR}{member.name}",
         size_bytes=member.size_bytes,
         etag=index.entry.etag,
-        archive=index.entry.uri,
+        archive=uri,
         packing=member.packing,
         offset=member.offset,
         stored_bytes=member.stored_bytes,
         crc32=member.crc32,
         status=None if member.problem is None else member.problem.status,
         error=None if member.problem is None else member.problem.message,
+        address=address,
     )
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def _parquet(uri: str, wanted: Wanted, store: Store, *, named: bool) -> _Contents:
+def _parquet(uri: str, address: str | None, wanted: Wanted, store: Store, *, named: bool) -> _Contents:
     empty = COLUMNS.empty_table()
     try:
-        entry = store.entry_of(uri)
-        rows = parquet.list_rows(entry, wanted, store=store)
+        entry = replace(store.entry_of(address or uri), uri=uri)
+        rows = parquet.list_rows(entry, wanted, address=address, store=store)
     except (ImageError, OSError) as err:
         problem = err if isinstance(err, ImageError) else image_error(err)
         if problem.status == "unsupported" and not named:

@@ -37,12 +37,14 @@ COLUMNS = pa.schema(
         # only for images known to be unusable before they are read
         ("status", pa.string()),
         ("error", pa.string()),
+        # only where the URI or archive is a URL with secrets, which is shown without them: what is really read
+        ("address", pa.string()),
     ]
 )
 """The columns of the manifest; the columns carried from a list follow, then `shard`."""
 BATCH_ROWS = 50_000
 _NO_SUFFIX = ""
-_SUFFIX = r"(?P<suffix>\.[^./!]*?)(?:#row=[0-9]+)?$"  # without the number of a Parquet file's row
+_SUFFIX = r"(?P<suffix>\.[^./!?]*?)(?:#row=[0-9]+|\?.*)?$"  # without the number of a row, or the query of a URL
 _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 
 
@@ -59,6 +61,7 @@ class ImageRow(NamedTuple):
     crc32: int | None = None
     status: str | None = None
     error: str | None = None
+    address: str | None = None
 
     @property
     def waits(self) -> bool:
@@ -118,6 +121,18 @@ def first_of_each(table: pa.Table) -> pa.Table:
     is_duplicate = np.zeros(len(table), np.bool_)
     is_duplicate[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     return table.filter(pa.array(~is_duplicate)) if is_duplicate.any() else table
+
+
+def told_apart(table: pa.Table) -> pa.Table:
+    """The rows, where two URLs that are read at different addresses and shown alike differ by a `#` and a hash."""
+    if table["address"].null_count == len(table):
+        return table
+    uris, addresses = table["uri"].to_pylist(), table["address"].to_pylist()
+    seen: dict[str, str] = {}
+    for row, (uri, address) in enumerate(zip(uris, addresses, strict=True)):
+        if address is not None and seen.setdefault(uri, address) != address:
+            uris[row] = f"{uri}#{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+    return table.set_column(0, COLUMNS.field("uri"), pa.chunked_array([uris], pa.string()))
 
 
 def sample_of(table: pa.Table, rows: int) -> pa.Table:

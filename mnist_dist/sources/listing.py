@@ -155,7 +155,7 @@ def with_etags(table: pa.Table, *, store: Store = ANYWHERE) -> pa.Table:
         return table
     columns = {name: table[name].to_pylist() for name in ("size_bytes", "etag")}
     rows = unknown.nonzero()[0].tolist()
-    uris = table["uri"].filter(pa.array(unknown)).to_pylist()
+    uris = pc.coalesce(table["address"], table["uri"]).filter(pa.array(unknown)).to_pylist()
     look_up = functools.partial(_entry_of, store=store)
     entries = map_in_threads(look_up, uris, threads=LOOK_UP_THREADS, ahead=LOOK_UP_AHEAD)
     for row, entry in zip(rows, entries, strict=True):
@@ -215,7 +215,7 @@ class _Search:
         if self._wanted.label_column is not None:
             tables = _with_splits_of_inputs(places, tables)
         beside = self._wanted.carried if self._wanted.label_column is None else (LABEL, SPLIT)
-        rows = image_table.joined(tables, beside)
+        rows = image_table.told_apart(image_table.joined(tables, beside))
         if not len(rows):
             raise DataError(_no_images(self._config, self._left_out, self._unlabelled))
         # A single folder or glob has no duplicates, so the search for them is skipped.

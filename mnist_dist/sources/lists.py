@@ -26,6 +26,8 @@ from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.uris import is_web
+from mnist_dist.urls import path_and_query
 
 URI_COLUMN = "uri"
 _PARQUET_SUFFIX = ".parquet"
@@ -54,7 +56,7 @@ class Lines:
 
 def is_list(uri: str) -> bool:
     """Whether the suffix is that of a list."""
-    return uri.lower().endswith(LIST_SUFFIXES)
+    return _name(uri).endswith(LIST_SUFFIXES)
 
 
 def column_names(uri: str, *, store: Store = ANYWHERE) -> tuple[str, ...]:
@@ -64,10 +66,10 @@ def column_names(uri: str, *, store: Store = ANYWHERE) -> tuple[str, ...]:
         DataError: the file does not have the format of its suffix, or has no column `uri`.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    if uri.lower().endswith(_TEXT_SUFFIXES):
+    if _name(uri).endswith(_TEXT_SUFFIXES):
         return ()
     with _readable(uri), store.open_binary(uri) as stream:
-        if uri.lower().endswith(_PARQUET_SUFFIX):
+        if _name(uri).endswith(_PARQUET_SUFFIX):
             schema = pq.read_schema(stream)
         else:
             reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
@@ -95,7 +97,7 @@ def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[
     """
     names = column_names(uri, store=store)
     with store.open_binary(uri) as stream:
-        if uri.lower().endswith(_TEXT_SUFFIXES):
+        if _name(uri).endswith(_TEXT_SUFFIXES):
             # a file name may hold any bytes; surrogateescape keeps them
             encoding = _encoding(uri, stream)
             errors = "surrogateescape" if encoding == _UTF_8 else "strict"
@@ -105,7 +107,7 @@ def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[
         chosen = wanted.columns(names)
         columns.check_unique(uri, names, chosen)
         with _readable(uri):
-            is_parquet = uri.lower().endswith(_PARQUET_SUFFIX)
+            is_parquet = _name(uri).endswith(_PARQUET_SUFFIX)
             read = _parquet_batches if is_parquet else _csv_batches
             yield from _lines_of(uri, read(stream, uri, [URI_COLUMN, *chosen]), wanted)
 
@@ -117,6 +119,11 @@ def read_text(lines: Iterable[str]) -> Iterator[Lines]:
     uris = (line for line in marked if line.strip() and not line.startswith("#"))
     while batch := list(itertools.islice(uris, BATCH_ROWS)):
         yield Lines(batch)
+
+
+def _name(uri: str) -> str:
+    """The URI in lower case, without the query of a URL."""
+    return (path_and_query(uri)[0] if is_web(uri) else uri).lower()
 
 
 def _once() -> Iterator[bool]:
@@ -147,13 +154,13 @@ def _csv_batches(stream: BinaryIO, uri: str, names: Sequence[str]) -> Iterator[p
 
 
 def _parse_options(uri: str) -> pc_csv.ParseOptions:
-    separator = next(separator for suffix, separator in _SEPARATORS.items() if uri.lower().endswith(suffix))
+    separator = next(separator for suffix, separator in _SEPARATORS.items() if _name(uri).endswith(suffix))
     return pc_csv.ParseOptions(delimiter=separator, newlines_in_values=True)
 
 
 def _lines_of(uri: str, batches: Iterable[pa.RecordBatch], wanted: Wanted) -> Iterator[Lines]:
     before = 0
-    is_text = not uri.lower().endswith(_PARQUET_SUFFIX)
+    is_text = not _name(uri).endswith(_PARQUET_SUFFIX)
     for batch in batches:
         values = {name: columns.plain(batch[name]) for name in batch.schema.names}
         uris = _uris(uri, values.pop(URI_COLUMN), before)

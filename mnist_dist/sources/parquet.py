@@ -97,12 +97,13 @@ def image_column_of(schema: pa.Schema, requested: str | None) -> str | None:
     return next((names[0] for names in (declared, structs, binary) if names), None)
 
 
-def list_rows(entry: Entry, wanted: Wanted, *, store: Store = ANYWHERE) -> FileRows:
+def list_rows(entry: Entry, wanted: Wanted, *, address: str | None = None, store: Store = ANYWHERE) -> FileRows:
     """Lists the rows of a file; the images themselves are not read.
 
     Args:
         entry: the file.
         wanted: what is read beside the images.
+        address: what is really read, if the URI is shown without its secrets.
         store: the store of the file.
 
     Raises:
@@ -110,10 +111,10 @@ def list_rows(entry: Entry, wanted: Wanted, *, store: Store = ANYWHERE) -> FileR
         ImageError: the file is damaged, or has no column of images.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    with _open(entry.uri, store) as file:
+    with _open(address or entry.uri, store) as file:
         schema = file.schema_arrow
         image = _checked_image_column(entry.uri, schema, wanted)
-        table = _located(entry, f"{PACKING}{image}", ends=_ends(file))
+        table = _located(entry, f"{PACKING}{image}", address=address, ends=_ends(file))
         named = None if wanted.label_column is None else columns.declared_names(schema, wanted.label_column)
         for name, values in _beside(entry.uri, file, image, wanted, named).items():
             table = table.append_column(name, values)
@@ -151,11 +152,11 @@ def read_rows(
         yield from itertools.repeat(bare(err), len(rows) - done)
 
 
-def _located(entry: Entry, packing: str, *, ends: Sequence[int]) -> pa.Table:
+def _located(entry: Entry, packing: str, *, address: str | None, ends: Sequence[int]) -> pa.Table:
     """The rows as `COLUMNS`, in batches, so that the URIs of ten million rows fit into memory."""
     batches, rows = [], [0, *ends][-1]
     size = min(rows, BATCH_ROWS)
-    same = {"etag": entry.etag, "archive": entry.uri, "packing": packing}
+    same = {"etag": entry.etag, "archive": entry.uri, "packing": packing, "address": address}
     shared = {  # by all batches
         field.name: pa.repeat(pa.scalar(same.get(field.name), field.type), size) for field in COLUMNS
     }

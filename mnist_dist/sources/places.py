@@ -22,7 +22,8 @@ from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
-from mnist_dist.store.uris import absolute, is_file_uri, is_remote
+from mnist_dist.store.uris import absolute, is_file_uri, is_remote, is_web, shown
+from mnist_dist.urls import path_and_query
 
 Kind = Literal["stdin", "line", "list", "arrays", "glob", "tree"]
 STDIN = "-"
@@ -128,9 +129,9 @@ def errors_of(name: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as err:
-        raise DataError(f"no permission to list this input: {err}. Received: input={name!r}") from err
+        raise DataError(f"no permission to list this input: {err}. Received: input={shown(name)!r}") from err
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"this input cannot be listed: {err}. Received: input={name!r}") from err
+        raise DataError(f"this input cannot be listed: {err}. Received: input={shown(name)!r}") from err
 
 
 def not_there(name: str, uri: str) -> DataError:
@@ -144,6 +145,9 @@ def not_there(name: str, uri: str) -> DataError:
 
 def _remote_place(name: str, image_column: str | None, store: Store) -> Place:
     uri = absolute(name)
+    if is_web(uri):  # It cannot be listed, so it is a single image, archive, Parquet file or list.
+        is_list = lists.is_list(uri) and not _holds_images(uri, image_column, store)
+        return Place(name, "list" if is_list else "line", uri)
     if lists.is_list(uri) and _is_object(uri, store):
         return Place(name, "tree" if _holds_images(uri, image_column, store) else "list", uri)
     is_plain = split_member(uri) is None and parquet.split_row(uri) is None and not _MAGIC.search(uri)
@@ -171,7 +175,8 @@ def _names_a_part(uri: str) -> bool:
 
 
 def _holds_images(uri: str, image_column: str | None, store: Store) -> bool:
-    return parquet.is_parquet(uri) and parquet.holds_images(uri, image_column, store=store)
+    path = path_and_query(uri)[0] if is_web(uri) else uri
+    return parquet.is_parquet(path) and parquet.holds_images(uri, image_column, store=store)
 
 
 def _is_object(uri: str, store: Store) -> bool:

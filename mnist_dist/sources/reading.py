@@ -59,7 +59,8 @@ def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> li
     Raises, when a request is run:
         ServiceError, StorageError: the storage failed, not a single object.
     """
-    columns = rows.select(["uri", "size_bytes", "etag", "archive", "packing", "status", "error"]).to_pydict()
+    names = ["uri", "size_bytes", "etag", "archive", "packing", "status", "error", "address"]
+    columns = rows.select(names).to_pydict()
     reads: list[Read] = []
     for (archive, _), group in itertools.groupby(range(len(rows)), key=functools.partial(_container_of, columns)):
         numbers = list(group)
@@ -68,12 +69,13 @@ def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> li
             reads += [Read([row], _one(columns, row, max_bytes, store)) for row in numbers]
             continue
         part = rows.slice(first, len(numbers))
+        address = columns["address"][first] or archive
         if packing.startswith(parquet.PACKING):
-            reads += _parquet_reads(archive, part, first=first, max_bytes=max_bytes, store=store)
+            reads += _parquet_reads(address, part, first=first, max_bytes=max_bytes, store=store)
         elif packing.startswith(arrays.PACKING):
             reads.append(Read(numbers, functools.partial(_array_rows, archive, part)))
         else:
-            reads += _archive_reads(archive, part, first=first, max_bytes=max_bytes, store=store)
+            reads += _archive_reads(archive, address, part, first=first, max_bytes=max_bytes, store=store)
     return reads
 
 
@@ -114,7 +116,7 @@ def _container_of(columns: Mapping[str, list[Any]], row: int) -> tuple[str | Non
 def _one(columns: dict[str, list[Any]], row: int, max_bytes: int, store: Store) -> Callable[[], Iterator[Encoded]]:
     status = columns["status"][row]
     if status is None:
-        return functools.partial(_file, columns["uri"][row], max_bytes, store)
+        return functools.partial(_file, columns["address"][row] or columns["uri"][row], max_bytes, store)
     known = ImageError(status, columns["error"][row] or status)
     encoded = Encoded(known, columns["size_bytes"][row], columns["etag"][row])
     return lambda: iter([encoded])
@@ -142,13 +144,15 @@ def _file(uri: str, max_bytes: int, store: Store) -> Iterator[Encoded]:
 # --- containers ------------------------------------------------------------------------------------------------------
 
 
-def _archive_reads(archive: str, rows: pa.Table, *, first: int, max_bytes: int, store: Store) -> list[Read]:
+def _archive_reads(
+    archive: str, address: str, rows: pa.Table, *, first: int, max_bytes: int, store: Store
+) -> list[Read]:
     members = _members(rows, archive)
     etag = rows["etag"][0].as_py()
     return [
         Read(
             range(first + group.start, first + group.stop),
-            functools.partial(_group, archive, members[group.start : group.stop], etag, max_bytes, store),
+            functools.partial(_group, address, members[group.start : group.stop], etag, max_bytes, store),
         )
         for group in member_groups(members)
     ]

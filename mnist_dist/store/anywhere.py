@@ -1,15 +1,19 @@
 """One store in front of all kinds of stores: each URI goes to the store of its scheme."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from mnist_dist.config import StoreConfig
 from mnist_dist.errors import StorageError
 from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.https import HttpsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
-from mnist_dist.store.uris import S3, scheme_of
+from mnist_dist.store.uris import S3, scheme_of, shown
+from mnist_dist.urls import WEB
 
 
 class Anywhere(Store):
@@ -17,10 +21,11 @@ class Anywhere(Store):
 
     Args:
         stores: stores by scheme; the empty scheme is for local files.
+        config: of `store_for`, which makes the same store again in another process. None: the stores are pickled.
     """
 
-    def __init__(self, stores: Mapping[str, Store]) -> None:
-        self.stores = stores
+    def __init__(self, stores: Mapping[str, Store], config: StoreConfig | None = None) -> None:
+        self.stores, self._config = stores, config
 
     def of(self, uri: str) -> Store:
         """The store of a URI.
@@ -30,11 +35,11 @@ class Anywhere(Store):
         """
         scheme = scheme_of(uri)
         if scheme not in self.stores:
-            raise StorageError(f"there is no store for the scheme {scheme!r}. Received: {uri!r}")
+            raise StorageError(f"there is no store for the scheme {scheme!r}. Received: {shown(uri)!r}")
         return self.stores[scheme]
 
-    def __reduce__(self) -> "str | tuple[type[Anywhere], tuple[Mapping[str, Store]]]":
-        return "ANYWHERE" if self is ANYWHERE else (Anywhere, (self.stores,))  # One per process, with its clients.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Anywhere, (self.stores,)) if self._config is None else (store_for, (self._config,))
 
     def forget_clients(self) -> None:
         for store in self.stores.values():
@@ -107,5 +112,17 @@ class Anywhere(Store):
         self.of(uri).delete_tree(uri)
 
 
-ANYWHERE = Anywhere({"": LocalStore(), S3: S3Store()})
-"""The default store of every job."""
+@functools.cache
+def store_for(config: StoreConfig) -> Anywhere:
+    """The store with these settings: one per process, with its clients. A worker gets the same one by pickle.
+
+    Args:
+        config: how to reach the images of a job.
+    """
+    web = HttpsStore(allow_private_hosts=config.allow_private_hosts)
+    s3 = S3Store(anonymous=config.s3_anonymous, requester_pays=config.s3_requester_pays)
+    return Anywhere({"": LocalStore(), S3: s3, **dict.fromkeys(WEB, web)}, config)
+
+
+ANYWHERE = store_for(StoreConfig())
+"""The store of a job's own files, such as bundles and tables: the settings of its images do not apply to them."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mnist_dist.errors import ServiceError, StorageError
-from mnist_dist.store.uris import absolute, join, temporary_name
+from mnist_dist.store.uris import absolute, join, shown, temporary_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class Store(ABC):
         Raises:
             StorageError: such libraries cannot reach it.
         """
-        raise StorageError(f"a Delta table cannot be kept in this store. Received: {uri!r}")
+        raise StorageError(f"a Delta table cannot be kept in this store. Received: {shown(uri)!r}")
 
     def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
         """Drops connections, so that the next call reads the environment's settings again."""
@@ -240,7 +240,7 @@ class Store(ABC):
             self.write_bytes(probe, b"probe")
             self.delete(probe)
         except (OSError, ServiceError, StorageError) as err:
-            raise StorageError(f"the storage cannot be written: {err}. Received: {uri!r}") from err
+            raise StorageError(f"the storage cannot be written: {err}. Received: {shown(uri)!r}") from err
 
 
 def names_in(store: Store, uri: str) -> list[str]:

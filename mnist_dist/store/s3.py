@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 import tempfile
@@ -42,13 +43,19 @@ Value = TypeVar("Value")
 
 
 class S3Store(Store):
-    """Objects by `s3://` URI. Uses obstore for the reads that it can do (`s3_reads`), and boto3 for the rest."""
+    """Objects by `s3://` URI. Uses obstore for the reads that it can do (`s3_reads`), and boto3 for the rest.
 
-    def __init__(self) -> None:
+    Args:
+        anonymous: whether to send requests unsigned, as public buckets allow; credentials are not even looked for.
+        requester_pays: whether the owner of the credentials pays for each request.
+    """
+
+    def __init__(self, *, anonymous: bool = False, requester_pays: bool = False) -> None:
+        self._options = {"anonymous": anonymous, "requester_pays": requester_pays}
         self.forget_clients()
 
-    def __reduce__(self) -> tuple[type["S3Store"], tuple[()]]:
-        return S3Store, ()  # Without the clients, which belong to this process.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(S3Store, **self._options), ()  # Without the clients, which belong to this process.
 
     def forget_clients(self) -> None:
         """Drops the clients, so that the next call reads the AWS settings again."""
@@ -229,7 +236,7 @@ class S3Store(Store):
     def _of_this_process(self) -> "_Clients":
         with self._lock:
             if os.getpid() not in self._clients:  # Connections do not survive a fork.
-                self._clients = {os.getpid(): _Clients()}
+                self._clients = {os.getpid(): _Clients(**self._options)}
             return self._clients[os.getpid()]
 
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
@@ -243,18 +250,26 @@ class S3Store(Store):
 
 
 class _Clients:
-    """The clients of one process."""
+    """The clients of one process; the arguments are those of `S3Store`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, anonymous: bool, requester_pays: bool) -> None:
         from boto3.session import Session
+        from botocore import UNSIGNED
         from botocore.config import Config
 
+        self._anonymous, self._requester_pays = anonymous, requester_pays
         retries: Any = {"mode": "standard", "max_attempts": _MAX_ATTEMPTS}
-        config = Config(retries=retries, max_pool_connections=_MAX_POOL_CONNECTIONS)
+        config = Config(
+            retries=retries,
+            max_pool_connections=_MAX_POOL_CONNECTIONS,
+            signature_version=UNSIGNED if anonymous else None,
+        )
         self._session = Session()  # boto3's default session keeps the first credentials it saw.
         self.client: Any = self._session.client("s3", config=config)
         # This pattern runs before botocore's own handler, which parses the whole page to look for errors.
         self.client.meta.events.register("before-parse.*.ListObjectsV2", take_objects)
+        if requester_pays:
+            self.client.meta.events.register("before-call.s3", _pay)
         self._fast: FastReads | None = None
         self._lock = threading.Lock()
 
@@ -284,8 +299,15 @@ class _Clients:
             if self._fast is None:
                 from mnist_dist.store.s3_reads import FastReads  # Imported here because it loads obstore.
 
-                self._fast = FastReads(self._session, self.client)
+                self._fast = FastReads(
+                    self._session, self.client, anonymous=self._anonymous, requester_pays=self._requester_pays
+                )
             return self._fast
+
+
+def _pay(*, params: Any, **_: object) -> None:
+    """Adds the header of requester-pays buckets to a request before it is signed, whatever the call."""
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def _address(uri: str) -> dict[str, str]:

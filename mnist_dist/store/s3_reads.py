@@ -32,9 +32,11 @@ class FastReads:
     Args:
         session: boto3 session, for the credentials.
         client: boto3 client of S3, for endpoint and region.
+        anonymous, requester_pays: as for `s3.S3Store`.
     """
 
-    def __init__(self, session: Any, client: Any) -> None:
+    def __init__(self, session: Any, client: Any, *, anonymous: bool = False, requester_pays: bool = False) -> None:
+        self._anonymous, self._requester_pays = anonymous, requester_pays
         self._session, self._endpoint = session, str(client.meta.endpoint_url)
         self._region = str(client.meta.region_name or "us-east-1")
         self._lock = threading.Lock()
@@ -92,7 +94,9 @@ class FastReads:
         is_encrypted = not self._endpoint.startswith("http://")
         if is_encrypted and any(os.environ.get(variable) for variable in _OWN_CERTIFICATES):
             return None
-        if not _BUCKET_NAME.fullmatch(name) or self._session.get_credentials() is None:
+        if not _BUCKET_NAME.fullmatch(name):
+            return None
+        if not self._anonymous and self._session.get_credentials() is None:
             return None
         if _process_of_runtime() != os.getpid():
             return None
@@ -107,11 +111,11 @@ class FastReads:
             endpoint=self._endpoint,
             aws_endpoint_url_s3=self._endpoint,  # obstore reads options that are not set here from AWS_ variables.
             region=self._region,
-            skip_signature=False,
+            skip_signature=self._anonymous,
             s3_express=False,
-            request_payer=False,
+            request_payer=self._requester_pays,
             virtual_hosted_style_request=False,  # All endpoints of boto3 accept the bucket in the path.
-            credential_provider=Boto3CredentialProvider(self._session, ttl=timedelta(seconds=CREDENTIALS_S)),
+            credential_provider=None if self._anonymous else self._credentials(),
             client_options={
                 "allow_http": not is_encrypted,
                 "connect_timeout": f"{CONNECT_S}s",
@@ -120,6 +124,9 @@ class FastReads:
             },
             retry_config={"max_retries": 0},
         )
+
+    def _credentials(self) -> Boto3CredentialProvider:
+        return Boto3CredentialProvider(self._session, ttl=timedelta(seconds=CREDENTIALS_S))
 
 
 @functools.cache

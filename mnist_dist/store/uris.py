@@ -1,7 +1,9 @@
 """Works with URIs as text: parses them, joins them, makes them absolute.
 
-A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` with a scheme in `REMOTE`. Owns: the
-forms of a URI. Does not own: reading or writing (`base`).
+A URI is a local path (`runs/a`, `/data`), `file:///data`, or `scheme://bucket/key` with a scheme in `REMOTE`. A URL has
+more parts, which are percent-encoded already: `https://user:password@host/path?query#fragment`.
+
+Owns: the forms of a URI. Does not own: reading or writing (`base`), or what of a URL may be shown (`urls`).
 """
 
 import os
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_dist.errors import StorageError
+from mnist_dist.urls import WEB, path_and_query
+from mnist_dist.urls import shown as shown  # Part of this module's interface: what of a URI may be shown.
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 S3, MEMORY = "s3", "memory"
-REMOTE = (S3, MEMORY)
+REMOTE = (S3, *WEB, MEMORY)
 """Schemes of the stores whose objects are not local files."""
 _FILE = "file://"
 _NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
@@ -33,8 +37,17 @@ def scheme_of(uri: str) -> str:
     if not separator or "/" in scheme or scheme == "file":
         return ""
     if scheme not in REMOTE:
-        raise StorageError(f"storage must be a local path, {_FILE}/path or {S3}://bucket/prefix. Received: {uri!r}")
+        raise StorageError(
+            f"storage must be a local path, {_FILE}/path or {S3}://bucket/prefix (https:// can only be read). "
+            f"Received: {shown(uri)!r}"
+        )
     return scheme
+
+
+def is_web(uri: str) -> bool:
+    """Whether `uri` is a URL of a web server."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme in WEB
 
 
 def is_remote(uri: str) -> bool:
@@ -54,26 +67,28 @@ def are_remote(uris: "pa.ChunkedArray") -> "pa.ChunkedArray":
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:
-    """Splits a remote URI into bucket and key; the key may be empty.
+    """Splits a remote URI into bucket and key, or a URL into host and path; the key may be empty.
 
     Raises:
         StorageError: the URI names no bucket.
     """
     scheme, _, rest = uri.partition("://")
-    bucket, _, key = rest.partition("/")
+    bucket, _, key = (path_and_query(rest)[0] if is_web(uri) else rest).partition("/")
     if not bucket:
-        raise StorageError(f"the URI of an object must be {scheme}://bucket/key. Received: {uri!r}")
+        raise StorageError(f"the URI of an object must be {scheme}://bucket/key. Received: {shown(uri)!r}")
     return bucket, key
 
 
 def is_bucket(uri: str) -> bool:
-    """Whether a URI names a whole bucket, whose siblings belong to other people."""
+    """Whether a URI names a whole bucket or web server, whose siblings belong to other people."""
     return is_remote(uri) and not bucket_and_key(uri)[1]
 
 
 def parent_of(uri: str) -> str:
-    """The folder that contains an absolute URI; a bucket is its own parent."""
-    return uri if is_bucket(uri) else uri.rpartition("/")[0]
+    """The folder that contains an absolute URI; a bucket is its own parent. A query names no folder and is cut off."""
+    if is_bucket(uri):
+        return uri
+    return (path_and_query(uri)[0] if is_web(uri) else uri).rpartition("/")[0]
 
 
 def uri_of_path(path: str) -> str:
@@ -100,17 +115,19 @@ def is_file_uri(uri: str) -> bool:
 
 def is_absolute(uri: str) -> bool:
     """Whether `absolute` changes nothing but the way in which `uri` is written."""
-    return absolute(uri) == (uri if is_remote(uri) else str(path_of(uri))).rstrip("/")
+    return is_web(uri) or absolute(uri) == (uri if is_remote(uri) else str(path_of(uri))).rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:
-    """Appends `parts` to `uri`, with one slash before each."""
-    base = uri if is_remote(uri) else str(path_of(uri))
-    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+    """Appends `parts` to `uri`, with one slash before each; in a URL, to its path, before the query."""
+    base, query = path_and_query(uri) if is_web(uri) else (uri if is_remote(uri) else str(path_of(uri)), "")
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + query
 
 
 def absolute(uri: str) -> str:
     """Makes a local path absolute, so that `uri` means the same in every working directory."""
+    if is_web(uri):
+        return uri  # A slash at the end of a URL has a meaning, and may belong to a signed query.
     return uri.rstrip("/") if is_remote(uri) else os.path.abspath(path_of(uri))  # Path.resolve would follow links.
 
 

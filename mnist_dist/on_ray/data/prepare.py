@@ -25,6 +25,7 @@ from mnist_dist.session import Session
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan, plan_features
 
@@ -55,18 +56,18 @@ class DecodedData:
     """Core-seconds spent on decoding in this run."""
 
 
-def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Console) -> Listed:
+def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Console, store: Store = ANYWHERE) -> Listed:
     """Lists the images and plans their decoding for a backbone; writes nothing.
 
     Raises:
         ConfigError: the data cannot be used, or not with this backbone.
     """
-    return plan_data(open_data(data, console=console), data, model, root=root)
+    return plan_data(open_data(data, console=console, store=store), data, model, root=root)
 
 
-def open_data(data: DataConfig, *, console: Console) -> Source:
+def open_data(data: DataConfig, *, console: Console, store: Store = ANYWHERE) -> Source:
     """Lists the images and prints their number."""
-    source = open_source(data)
+    source = open_source(data, store=store)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
     for note in source.notes:
         console.line(f"  {note}")

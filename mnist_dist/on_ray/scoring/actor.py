@@ -24,6 +24,7 @@ from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows
 from mnist_dist.scoring.scorer import Scorer
+from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class ScoreTask:
     schema: pa.Schema
     """The columns of the table."""
     decoding: DecodeConfig
+    store: Store
+    """The store to read the images from."""
     batch_size: int
     cpus: int
     """Cores per actor."""
@@ -81,7 +84,8 @@ class ScoringWorker:
         )
         if is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind
-        self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=Threads(decoding=task.cpus))
+        threads = Threads(decoding=task.cpus)
+        self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=threads, store=task.store)
         self._suspects: set[int] = set()
         self._lock = threading.Lock()
         self._manifest: Manifest | None = None
@@ -147,7 +151,8 @@ class DecodingWorker:
                 return None  # a large compressed archive: the actor decodes it as a stream
             rows = manifest.read(shard)
         collector = Collector(len(rows))
-        with DecodePool(task.spec, config=task.decoding, threads=Threads(decoding=1)) as pool:
+        threads = Threads(decoding=1)
+        with DecodePool(task.spec, config=task.decoding, threads=threads, store=task.store) as pool:
             pool.begin(rows, collector, isolated=attempt.is_suspect)
             collector.wait(pool)
         return DecodedShard(collector.images, collector.size_bytes, collector.etags, pool.times)

@@ -63,7 +63,7 @@ from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.sources.places import check_outside
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.uris import absolute, join
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _check_format(job: ScoreJob, output: Output, before: Committed) -> None:
 def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console) -> dict[str, Any]:
     """Lists the input and reports what would be scored; writes nothing."""
     began = time.monotonic()
-    listing = list_inputs(job.inputs)
+    listing = list_inputs(job.inputs, store=store_for(job.store))
     _schema(job, bundle, carried=carried_schema(listing.table))
     _show_listing(listing, console)
     committed = output.committed()
@@ -459,6 +459,7 @@ class Scoring:
             table=self.job.table,
             schema=_schema(self.job, self.bundle, carried=carried),
             decoding=self.job.decoding,
+            store=store_for(self.job.store),
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
         )

@@ -45,7 +45,7 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
@@ -236,7 +236,7 @@ class _Search:
     def prepare(self, facts: RunFacts, *, resources: Resources) -> _Data:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
-        source = open_data(job.data, console=self.console)
+        source = open_data(job.data, console=self.console, store=store_for(job.store))
         plans = {each.name: plan_data(source, job.data, each.model(), root=root) for each in self.architectures}
         for listed in plans.values():
             check_places(listed, job.data, root=root, is_shared=job.run.storage_is_shared, nodes=resources.nodes)

@@ -24,7 +24,7 @@ from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import join
+from mnist_dist.store.uris import join, shown
 
 CALIBRATION_IMAGES = 2_000
 SHOWN, SAMPLES = 24, 24
@@ -64,7 +64,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
             class_names=records.class_names,
             spec=records.spec,
             backbone=job.model.backbone,
-            weights=job.model.weights,
+            weights=shown(job.model.weights),
             config=job.settings(),
             data_fingerprint=task.fingerprint,
             validation=finished.validation,

@@ -23,6 +23,7 @@ from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scrat
 from mnist_dist.on_ray.training.train import Training, check_job
 from mnist_dist.session import Session, locked_session
 from mnist_dist.sources.source import taken
+from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.uris import join
 from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
 from mnist_dist.training.runs import Run
@@ -58,7 +59,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     """
     began = time.monotonic()
     check_job(job)
-    listed = list_data(job.data, job.model, root=job.run.storage, console=console)
+    listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store_for(job.store))
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,

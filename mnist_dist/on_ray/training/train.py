@@ -37,7 +37,7 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session
 from mnist_dist.sources.places import check_outside
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run, attempt_name
@@ -79,7 +79,8 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     if finished is not None:
         console.line(f"{run.uri} is finished. To train again, choose another --name or --seed.")
         return finished
-    listed = list_data(job.data, job.model, root=job.run.storage, console=console)
+    store = store_for(job.store)
+    listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store)
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(
         console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s, above=run.max_number
@@ -135,7 +136,9 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         run = Run(join(scratch, "dry-run"))
         with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
             training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
-            result = training.run_to_end(list_data(job.data, job.model, root=scratch, console=console))
+            store = store_for(job.store)
+            listed = list_data(job.data, job.model, root=scratch, console=console, store=store)
+            result = training.run_to_end(listed)
     console.line("Dry run: every step works. Nothing was kept.")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
 
