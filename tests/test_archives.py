@@ -121,6 +121,17 @@ class CountingStore(MemoryStore):
         return super().read_range(uri, start, length)
 
 
+class FailingStore(MemoryStore):
+    """Fails to read from some position on."""
+
+    fails_from = 2**62
+
+    def read_range(self, uri: str, start: int, length: int) -> bytes:
+        if start + length > self.fails_from:
+            raise ServiceError("no connection")
+        return super().read_range(uri, start, length)
+
+
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path)
@@ -396,8 +407,8 @@ def zip_link(name: str) -> zipfile.ZipInfo:
 
 
 def test_of_a_zip_only_files_and_links_are_listed(tmp_path: Path) -> None:
-    files = [("folder.png/", b""), (zip_link("link.png"), b"a.png"), ("a.png", b"x")]
-    uri = put(tmp_path, zip_bytes(files), "s.zip")
+    link = (zip_link("link.png"), b"a.png")
+    uri = put(tmp_path, zip_bytes([("folder.png/", b""), link, ("a.png", b"x")]), "s.zip")
     assert read(uri, index_archive(uri)) == {"link.png": b"x", "a.png": b"x"}
 
 
@@ -911,6 +922,85 @@ def test_a_stream_that_became_another_is_unreadable(tmp_path: Path) -> None:
     assert set(read(uri, index).values()) == {"unreadable"}
 
 
+def xz_asking_for_memory(data: bytes) -> bytes:
+    """An xz stream whose header announces a dictionary of 1.5 GiB; the decompressor allocates it before it reads on."""
+    packed = lzma.compress(data, preset=0)
+    header_bytes = (packed[12] + 1) * 4  # of the block header, which follows the 12 bytes of the stream header
+    header = bytearray(packed[12 : 12 + header_bytes - 4])
+    header[header.index(b"\x21\x01") + 2] = 37  # LZMA2 with one byte of properties: the size of the dictionary
+    return patched(packed, 12, bytes(header), struct.pack("<L", zlib.crc32(header)))
+
+
+def test_an_xz_stream_gets_no_gigabytes_of_memory(tmp_path: Path) -> None:
+    uri = put(tmp_path, xz_asking_for_memory(tar_bytes(FILES.items())))
+    assert str(index_archive(uri).problem) == "unreadable: Memory usage limit exceeded"
+
+
+@pytest.mark.parametrize("padding", [4, 2**17])
+def test_zero_bytes_between_and_behind_xz_streams_are_skipped(tmp_path: Path, padding: int) -> None:
+    data = tar_bytes(FILES.items())
+    parts = (lzma.compress(data[:6000]), bytes(padding), lzma.compress(data[6000:]), bytes(padding))
+    uri = put(tmp_path, b"".join(parts))
+    index = index_archive(uri)
+    assert index.problem is None
+    assert read(uri, index) == FILES
+
+
+def test_a_damaged_checksum_of_zstd_is_found(tmp_path: Path) -> None:
+    # a frame with a checksum, which pyarrow does not write: magic, flags, window, one raw block, checksum
+    data = tar_bytes([("a.png", b"abc")])
+    frame = b"\x28\xb5\x2f\xfd\x04\x70" + (len(data) << 3 | 1).to_bytes(3, "little") + data + b"\0\0\0\0"
+    index = index_archive(put(tmp_path, frame))
+    assert (names(index), status(index.problem)) == ([], "unreadable")
+    assert "checksum" in str(index.problem)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress, zstd])
+def test_a_service_that_fails_in_the_middle_is_no_damage(compress: Callable[[bytes], bytes]) -> None:
+    store = FailingStore()
+    files = [(f"{n}.png", random.Random(n).randbytes(500_000)) for n in range(3)]
+    store.write_bytes("memory://b/a.tar", compress(tar_bytes(files)))
+    index = index_archive("memory://b/a.tar", store=store)
+    store.fails_from = 2**20
+    with pytest.raises(ServiceError, match="no connection"):
+        index_archive("memory://b/a.tar", store=store)
+    with pytest.raises(ServiceError, match="no connection"):
+        list(read_members("memory://b/a.tar", index.members, max_bytes=MAX_BYTES, store=store))
+
+
+def test_attributes_over_which_tarfile_would_spend_minutes_end_the_list(tmp_path: Path) -> None:
+    data_bytes = 2**20 - 1024
+    header = tar_header("x", data_bytes, kind=tarfile.XHDTYPE).tobuf(tarfile.GNU_FORMAT)
+    index = index_archive(put(tmp_path, USTAR[:1536] + header + b"1" * data_bytes + USTAR[1536:]))
+    assert names(index) == ["a.png"]
+    assert "256 digits or more in a row" in str(index.problem)
+
+
+def test_a_thousand_attributes_for_all_members_end_the_list(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    attributes = {f"key{n}": "x" for n in range(1001)}
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers=attributes) as tar:
+        tar.addfile(tar_header("a.png", 0))
+    index = index_archive(put(tmp_path, buffer.getvalue()))
+    assert (index.members, status(index.problem)) == ((), "unreadable")
+
+
+def test_headers_of_one_member_are_bounded_together(tmp_path: Path) -> None:
+    long_name = tar_header("x", 2**19, kind=tarfile.GNUTYPE_LONGNAME).tobuf(tarfile.GNU_FORMAT) + bytes(2**19)
+    index = index_archive(put(tmp_path, USTAR[:1536] + long_name * 3 + USTAR[1536:]))
+    assert (names(index), status(index.problem)) == (["a.png"], "unreadable")
+
+
+def test_a_false_size_of_a_sparse_file_is_bounded(tmp_path: Path) -> None:
+    holes = tar_header("holes.png", 1024)
+    holes.pax_headers = {"GNU.sparse.map": f"0,{10**30}", "GNU.sparse.size": "90512"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(holes, io.BytesIO(bytes(1024)))
+    (member,) = index_archive(put(tmp_path, buffer.getvalue())).members
+    assert 0 <= member.stored_bytes < 2**63
+
+
 # --- damaged zips
 
 
@@ -1140,3 +1230,51 @@ def test_an_archive_on_s3_that_is_not_there_is_missing(s3: str) -> None:
     assert (index.members, status(index.problem)) == ((), "missing")
     images = list(read_members(f"{s3}/no.tar", [member(0, 10), member(512, 20)], max_bytes=MAX_BYTES))
     assert [status(image) for image in images] == ["missing", "missing"]
+
+
+# --- any bytes
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """The bytes with a few bits flipped, runs removed, swapped or repeated, or lengths made huge."""
+    new = bytearray(data)
+    marks = [match.start() for match in re.finditer(b"PK\1\2|PK[\5\6][\5-\7]|ustar|up", data)] or [0]
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        near = max(0, draw.choice([draw.choice(marks) + draw.randrange(-260, 60), draw.randrange(len(data))]))
+        length = draw.choice([1, 4, 46, 512])
+        match draw.randrange(5):
+            case 0:
+                new[near : near + 1] = bytes([draw.randrange(256)])
+            case 1:
+                del new[near : near + length]
+            case 2:
+                new[near : near + length] = b"\xff" * length
+            case 3:
+                new[near:near] = new[draw.randrange(len(data)) :][:length]
+            case 4:
+                del new[max(1, near) :]
+    return bytes(new)
+
+
+ANY_BYTES: dict[str, bytes] = {
+    "a.tar": with_links(".tar", [("d/l.png", "../a/one.png"), ("x.png", "x.png")], FILES),
+    "a.zip": with_links(".zip", [("d/l.png", "../a/one.png"), ("x.png", "x.png")], FILES),
+    "b.zip": made_zip([ZipEntry(b"_.png", extra=unicode_path(b"_.png", b"b.png")), ZipEntry(b"c.png")]),
+    "c.zip": made_zip([ZipEntry(b"c.png", b"c" * 99, method=93, compressed=zstd(b"c" * 99))]),
+    "a.tgz": gzip.compress(tar_bytes(FILES.items())),
+    "a.tzst": zstd(tar_bytes(FILES.items())),
+    "a.txz": lzma.compress(tar_bytes(FILES.items()), preset=0),
+}
+
+
+@pytest.mark.parametrize("name", ANY_BYTES)
+def test_any_bytes_give_an_index_and_each_member_bytes_or_a_reason(name: str) -> None:
+    store, draw = MemoryStore(), random.Random(name)
+    uri = f"memory://b/{name}"
+    for _ in range(150):
+        store.write_bytes(uri, damaged(ANY_BYTES[name], draw))
+        members = index_archive(uri, store=store).members
+        for member, image in zip(members, read_members(uri, members, max_bytes=MAX_BYTES, store=store), strict=True):
+            assert isinstance(image, ImageError) or len(image) == member.size_bytes
+            assert all(0 <= number < 2**63 for number in (member.size_bytes, member.stored_bytes, member.offset))
+            assert member.name.encode() is not None  # no lone surrogates
