@@ -29,7 +29,7 @@ from mnist_dist.sources.members import MAX_TARGET_BYTES, Listing, bare, check_wh
 from mnist_dist.sources.members import Member as Member
 from mnist_dist.sources.members import Packing as Packing
 from mnist_dist.sources.tar import SeekableTarSource, TarSource, Unpacked, list_tar, read_forward
-from mnist_dist.sources.zip import HEADER_BYTES, MAGICS, data_range, list_zip, unpack
+from mnist_dist.sources.zip import HEADER_BYTES, MAGICS, data_range, list_zip, text_of, unpack
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
 
@@ -288,7 +288,7 @@ def _follow_links(uri: str, listing: Listing, store: Store) -> None:
     """Follows all links; in a zip, the content of a link is its target and is read first."""
     links = sorted(listing.unread_links, key=lambda member: member.offset)
     for member, data in zip(links, read_members(uri, links, max_bytes=MAX_TARGET_BYTES, store=store), strict=True):
-        listing.set_target(member, data if isinstance(data, ImageError) else data.decode(errors="backslashreplace"))
+        listing.set_target(member, data if isinstance(data, ImageError) else text_of(data))
     listing.follow_links()
 
 

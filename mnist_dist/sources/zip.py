@@ -69,6 +69,14 @@ class _Directory:
 # --- listing ---------------------------------------------------------------------------------------------------------
 
 
+def text_of(data: bytes) -> str:
+    """A name or the target of a link, by a writer without the Unicode flag: UTF-8 or the code page of MS-DOS."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("cp437")
+
+
 def list_zip(file: BinaryIO, archive_bytes: int, listing: Listing) -> None:
     """Lists the files and symbolic links of a zip.
 
@@ -127,14 +135,19 @@ def _find_directory(file: BinaryIO, archive_bytes: int) -> _Directory | None:
 
 
 def _find_end_record(tail: bytes) -> int | None:
-    """The last end record whose comment ends with the zip; else the last one, with something behind the zip."""
+    """The last end record whose comment ends with the file; else the last one, unless the zip goes on behind it.
+
+    It does after the end of a zip that is a member itself, where the end of the outer zip is missing.
+    """
     last = None
     position = tail.rfind(_END_MAGIC, 0, max(0, len(tail) - _END.size + len(_END_MAGIC)))
     while position >= 0:
         *_, comment_bytes = _END.unpack_from(tail, position)
         if position + _END.size + comment_bytes == len(tail):
             return position
-        last = position if last is None else last
+        behind = tail[position + _END.size :]
+        if last is None and _ENTRY_MAGIC not in behind and HEADER_MAGIC not in behind:
+            last = position
         position = tail.rfind(_END_MAGIC, 0, position + len(_END_MAGIC) - 1)
     return last
 
@@ -154,27 +167,35 @@ def _find_end64_record(file: BinaryIO, end: int) -> tuple[int, int, int, int] | 
 
 
 def _find_truncated_directory(file: BinaryIO, archive_bytes: int) -> _Directory | None:
-    """What is left of a directory in which the file ends: entries, one behind the other, up to its end."""
+    """What is left of a directory in which the file ends: the longest chain of entries that leads to its end."""
     tail_start = max(0, archive_bytes - _SEARCHED_BYTES)
     tail = _read_at(file, tail_start, archive_bytes - tail_start)
     seen = set[int]()
+    start, longest = 0, 0
     position = tail.find(_ENTRY_MAGIC)
     while position >= 0:
-        if position not in seen and _leads_to_end(tail, position, seen):
-            return _Directory(tail_start + position, archive_bytes, _IN_ZIP64, 0, 0)
+        if position not in seen and (length := _chain_length(tail, position, seen, archive_bytes)) >= max(longest, 1):
+            start, longest = position, length
         position = tail.find(_ENTRY_MAGIC, position + 1)
-    return None
+    return _Directory(tail_start + start, archive_bytes, _IN_ZIP64, 0, 0) if longest else None
 
 
-def _leads_to_end(tail: bytes, position: int, seen: set[int]) -> bool:
+def _chain_length(tail: bytes, position: int, seen: set[int], archive_bytes: int) -> int:
+    """Number of entries from `position` on, one behind the other; 0 if they do not lead to the end of the file."""
+    length = 0
     while tail.startswith(_ENTRY_MAGIC, position) and position not in seen:
         seen.add(position)
         if position + _ENTRY.size > len(tail):
-            return True
-        position += _ENTRY.size + sum(_ENTRY.unpack_from(tail, position)[6:9])
+            return length
+        *_, name_bytes, extra_bytes, comment_bytes, _, offset = _ENTRY.unpack_from(tail, position)
+        if archive_bytes < offset < _IN_ZIP64:
+            return 0
+        position += _ENTRY.size + name_bytes + extra_bytes + comment_bytes
+        length += 1
     rest = tail[position : position + len(_END_MAGIC)]
     incomplete = len(tail) - position < _END64.size + _LOCATOR.size + _END.size
-    return incomplete and any(magic.startswith(rest) for magic in (_ENTRY_MAGIC, _END_MAGIC, _END64_MAGIC))
+    magics = (_ENTRY_MAGIC, _END_MAGIC, _END64_MAGIC)
+    return length if incomplete and any(magic.startswith(rest) for magic in magics) else 0
 
 
 def _members(file: BinaryIO, directory: _Directory, archive_bytes: int) -> Iterator[tuple[Member, int]]:
@@ -210,15 +231,12 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 
 
 def _name(name: bytes, flags: int, extra: bytes) -> str:
-    """The name as text. Writers that know no Unicode flag write UTF-8, too, or the code page of MS-DOS."""
+    """The name as text."""
     text = None
     if not flags & _UTF8 and b"up" in extra:  # 0x7075 in little-endian order.
         text = _unicode_path(name, extra)
     if text is None:
-        try:
-            text = name.decode()
-        except UnicodeDecodeError:
-            text = name.decode(errors="backslashreplace") if flags & _UTF8 else name.decode("cp437")
+        text = name.decode(errors="backslashreplace") if flags & _UTF8 else text_of(name)
     return text.replace("\0", "\\x00") if "\0" in text else text
 
 
