@@ -616,6 +616,7 @@ def with_links(suffix: str, links: list[tuple[str, str]], files: dict[str, bytes
         ([("./class/link.png", "../store//a.png")], "./store/a.png"),
         ([("link.png", "/".join(["x", ".."] * 50) + "/a.png")], "a.png"),
         ([("link.png", "kätzchen.png")], "kätzchen.png"),
+        ([("/abs/link.png", "a.png")], "/abs/a.png"),
         ([("b/link.png", "../c/second.png"), ("c/second.png", "third.png"), ("c/third.png", "../a.png")], "a.png"),
         ([("link.png", "new/a.png"), ("new", "versions/2")], "versions/2/a.png"),
         ([("link.png", "new/../a.png"), ("new", "versions/2")], "versions/a.png"),  # as on disk
@@ -666,11 +667,25 @@ def test_a_symbolic_link_that_leads_to_no_file_is_missing_and_names_its_target(
     assert read(uri, index_archive(uri))["folder/a.png"] == b"the file"
 
 
+def test_a_link_to_the_root_is_missing_beside_a_member_outside_of_it(tmp_path: Path) -> None:
+    uri = put(tmp_path, with_links(".tar", [("link.png", ".")], {"../up.png": b"x"}))
+    assert read(uri, index_archive(uri)) == {"link.png": "missing", "../up.png": b"x"}
+
+
+def test_a_link_with_a_target_longer_than_any_path_is_missing(tmp_path: Path) -> None:
+    name = "x" * 9000 + ".png"
+    uri = put(tmp_path, with_links(".tar", [("link.png", name)], {name: b"x"}))
+    (link, _) = index_archive(uri).members
+    assert status(link.problem) == "missing"
+    assert len(str(link.problem)) < 500
+
+
 def test_a_hard_link_leads_to_a_later_file_and_to_a_link(tmp_path: Path) -> None:
-    first = tar_bytes([], hard("x/early.png", "./b.png"), symbolic("x/s.png", "../b.png"), hard("h.png", "x/s.png"))
-    data = first[: 3 * BLOCK_BYTES] + tar_bytes([("b.png", b"the file")])
+    links = {"x/early.png": "./b.png", "abs.png": "/b.png", "h.png": "x/s.png"}
+    first = tar_bytes([], *(hard(*link) for link in links.items()), symbolic("x/s.png", "../b.png"))
+    data = first[: 4 * BLOCK_BYTES] + tar_bytes([("b.png", b"the file")])
     uri = put(tmp_path, data)
-    assert read(uri, index_archive(uri)) == dict.fromkeys(["x/early.png", "x/s.png", "h.png", "b.png"], b"the file")
+    assert read(uri, index_archive(uri)) == dict.fromkeys([*links, "x/s.png", "b.png"], b"the file")
 
 
 def test_a_hard_link_keeps_the_file_that_a_later_one_replaces_and_a_symbolic_link_does_not(tmp_path: Path) -> None:
@@ -1027,6 +1042,11 @@ def test_headers_of_one_member_are_bounded_together(tmp_path: Path) -> None:
     assert (names(index), status(index.problem)) == (["a.png"], "unreadable")
 
 
+def test_headers_of_many_members_may_be_large_together(tmp_path: Path) -> None:
+    index = index_archive(put(tmp_path, tar_bytes((f"{n}.png", b"") for n in range(2100))))
+    assert (len(index.members), index.problem) == (2100, None)
+
+
 def test_a_false_size_of_a_sparse_file_is_bounded(tmp_path: Path) -> None:
     holes = tar_header("holes.png", 1024)
     holes.pax_headers = {"GNU.sparse.map": f"0,{10**30}", "GNU.sparse.size": "90512"}
@@ -1059,7 +1079,7 @@ def test_a_zip_cut_in_its_directory_gives_the_members_before(tmp_path: Path, cut
     assert names(index) == list(FILES)[:members]
 
 
-@pytest.mark.parametrize("data", [b"PK\1\2" * 99, zip_bytes(FILES.items())[-400:]])
+@pytest.mark.parametrize("data", [b"PK\1\2" * 99, zip_bytes(FILES.items())[-400:], made_zip([ZipEntry(b"c.png")] * 5)])
 def test_what_looks_like_a_directory_inside_a_member_is_not_taken_for_it(tmp_path: Path, data: bytes) -> None:
     whole = zip_bytes([("a.png", data), ("b.png", b"b")])
     uri = put(tmp_path, whole[:-9], "shard.zip")
@@ -1083,11 +1103,28 @@ def test_a_directory_that_lacks_entries_is_damaged(tmp_path: Path) -> None:
     assert (names(index), status(index.problem)) == (list(FILES)[:-1], "unreadable")
 
 
-@pytest.mark.parametrize(("position", "value"), [(16, 2**32 - 1), (16, 2**31), (12, 2**32 - 1), (12, 1)])
-def test_an_end_record_that_lies_of_the_directory_raises_nothing(tmp_path: Path, position: int, value: int) -> None:
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(16, b"\xff" * 4), (16, b"\0\0\0\x80"), (12, b"\xff" * 4), (12, b"\1\0\0\0"), (10, b"\1\0\1\0\0\0")],
+)
+def test_a_directory_is_found_by_its_size_or_by_its_position(tmp_path: Path, position: int, value: bytes) -> None:
+    data = zip_bytes([("a.png", b"abc"), ("b.png", b"abc")])
+    index = index_archive(put(tmp_path, patched(data, len(data) - 22 + position, value), "a.zip"))
+    assert (names(index), index.problem) == (["a.png", "b.png"], None)
+
+
+def test_an_end_record_that_leads_nowhere_is_unreadable(tmp_path: Path) -> None:
     data = zip_bytes([("a.png", b"abc")])
-    index = index_archive(put(tmp_path, patched(data, len(data) - 22 + position, struct.pack("<L", value)), "a.zip"))
-    assert (len(index.members), status(index.problem)) in {(1, "ok"), (0, "unreadable")}
+    uri = put(tmp_path, patched(data, len(data) - 10, b"\xff" * 8), "a.zip")
+    assert statuses(uri) == ("unreadable", [])
+
+
+def test_an_entry_that_runs_into_the_end_record_is_damage(tmp_path: Path) -> None:
+    data = zip_bytes([("a.png", b"abc"), ("b.png", b"abc")])
+    last = data.rindex(b"PK\1\2")
+    index = index_archive(put(tmp_path, patched(data, last + 32, b"\1\0"), "a.zip"))  # the length of its comment
+    assert names(index) == ["a.png"]
+    assert str(index.problem) == f"unreadable: the directory of the zip is damaged at byte {last}"
 
 
 def test_a_zip_with_a_damaged_directory_is_unreadable(tmp_path: Path) -> None:

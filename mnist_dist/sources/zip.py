@@ -39,7 +39,6 @@ _END64_MAGIC = b"PK\6\6"
 _END64 = struct.Struct("<4s28xQQQ")  # [4.3.14]
 _LOCATOR_MAGIC = b"PK\6\7"
 _LOCATOR = struct.Struct("<4s4xQ4x")  # [4.3.15]
-_AFTER_DIRECTORY = (_END_MAGIC, _END64_MAGIC, b"PK\5\5")  # The last is a digital signature.
 _MAX_COMMENT_BYTES = 2**16 - 1
 _SEARCHED_BYTES = 16 * 2**20  # Of the end of a truncated zip, for what is left of the directory.
 _IN_ZIP64 = 2**32 - 1
@@ -174,23 +173,20 @@ def _find_truncated_directory(file: BinaryIO, archive_bytes: int) -> _Directory 
     start, longest = 0, 0
     position = tail.find(_ENTRY_MAGIC)
     while position >= 0:
-        if position not in seen and (length := _chain_length(tail, position, seen, archive_bytes)) >= max(longest, 1):
+        if position not in seen and (length := _chain_length(tail, position, seen)) >= max(longest, 1):
             start, longest = position, length
         position = tail.find(_ENTRY_MAGIC, position + 1)
     return _Directory(tail_start + start, archive_bytes, _IN_ZIP64, 0, 0) if longest else None
 
 
-def _chain_length(tail: bytes, position: int, seen: set[int], archive_bytes: int) -> int:
+def _chain_length(tail: bytes, position: int, seen: set[int]) -> int:
     """Number of entries from `position` on, one behind the other; 0 if they do not lead to the end of the file."""
     length = 0
     while tail.startswith(_ENTRY_MAGIC, position) and position not in seen:
         seen.add(position)
         if position + _ENTRY.size > len(tail):
             return length
-        *_, name_bytes, extra_bytes, comment_bytes, _, offset = _ENTRY.unpack_from(tail, position)
-        if archive_bytes < offset < _IN_ZIP64:
-            return 0
-        position += _ENTRY.size + name_bytes + extra_bytes + comment_bytes
+        position += _ENTRY.size + sum(_ENTRY.unpack_from(tail, position)[6:9])
         length += 1
     rest = tail[position : position + len(_END_MAGIC)]
     incomplete = len(tail) - position < _END64.size + _LOCATOR.size + _END.size
@@ -205,29 +201,22 @@ def _members(file: BinaryIO, directory: _Directory, archive_bytes: int) -> Itera
         ImageError: the directory is damaged or ends early.
     """
     file.seek(directory.start)
-    position, entries, magic = directory.start, 0, b""
+    position, entries = directory.start, 0
     while position + _ENTRY.size <= directory.stop:
-        fields = _ENTRY.unpack(_exactly(file, _ENTRY.size))
+        fields = _ENTRY.unpack(file.read(_ENTRY.size))
         magic, name_bytes, extra_bytes, comment_bytes = fields[0], *fields[6:9]
         length = _ENTRY.size + name_bytes + extra_bytes + comment_bytes
         if magic != _ENTRY_MAGIC or position + length > directory.stop:
             break
-        rest = _exactly(file, length - _ENTRY.size)
+        rest = file.read(length - _ENTRY.size)
         position, entries = position + length, entries + 1
         extra = rest[name_bytes : name_bytes + extra_bytes]
         name = _name(rest[:name_bytes], fields[1], extra)
         if not name.endswith("/"):
             yield _member(name, fields, extra, directory, archive_bytes), fields[9] >> 16
-    is_end = position == directory.start + directory.size_bytes
-    if not is_end and not (entries >= directory.entries and (position == directory.stop or magic in _AFTER_DIRECTORY)):
+    complete = position == directory.stop and entries >= directory.entries
+    if not complete and position != directory.start + directory.size_bytes:
         raise ImageError("unreadable", f"the directory of the zip is damaged at byte {position}")
-
-
-def _exactly(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ImageError("truncated", "the zip became shorter while it was listed")
-    return data
 
 
 def _name(name: bytes, flags: int, extra: bytes) -> str:
@@ -284,13 +273,13 @@ def _member(name: str, fields: tuple[int, ...], extra: bytes, directory: _Direct
 
 
 def _zip64_values(values: tuple[int, int, int], extra: bytes) -> tuple[tuple[int, ...], bool]:
-    """Takes what the entry itself has no room for from the zip64 field [4.5.3]; 0 and False for what is not there."""
+    """Takes what the entry itself has no room for from the zip64 field [4.5.3]; False if the field ends too early."""
     field = _field(extra, _ZIP64_FIELD)
     found, known = list[int](), True
     for value in values:
         if value == _IN_ZIP64:
             known = known and len(field) >= 8
-            value, field = int.from_bytes(field[:8], "little") if len(field) >= 8 else 0, field[8:]
+            value, field = int.from_bytes(field[:8], "little"), field[8:]
         found.append(value)
     return tuple(found), known
 
