@@ -29,7 +29,7 @@ from mnist_dist.sources.members import MAX_TARGET_BYTES, Listing, bare, check_wh
 from mnist_dist.sources.members import Member as Member
 from mnist_dist.sources.members import Packing as Packing
 from mnist_dist.sources.tar import SeekableTarSource, TarSource, Unpacked, list_tar, read_forward
-from mnist_dist.sources.zip import HEADER_BYTES, MAGICS, data_range, list_zip, unpack
+from mnist_dist.sources.zip import HEADER_BYTES, MAGICS, data_range, list_zip, text_of, unpack
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
 
@@ -51,6 +51,8 @@ _ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", *(bytes((number, 0x2A, 0x4D, 0x18)) for num
 _TAR_MAGIC, _TAR_MAGIC_START = b"ustar", 257  # Tars from before 1988 have no magic number.
 _MAGIC_BYTES = 512
 _DRAIN_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16
+_XZ_MEMORY_BYTES = 256 * 2**20  # `xz -9` needs 65 MiB.
 _ZIP_SLACK_BYTES = 256  # Allowance for the extra field of a local header; only that header gives its length.
 
 
@@ -215,8 +217,52 @@ def _unpacked(file: BinaryIO, magic: bytes) -> AbstractContextManager[Unpacked] 
     if magic.startswith(_BZIP2_MAGICS):
         return bz2.BZ2File(file)
     if magic.startswith(_XZ_MAGIC):
-        return lzma.LZMAFile(file)
+        return contextlib.nullcontext(_Xz(file))
     return contextlib.nullcontext(_Zstd(file)) if magic.startswith(_ZSTD_MAGICS) else None
+
+
+class _Xz:
+    """The unpacked bytes of xz streams. `lzma.LZMAFile` would let a stream ask for 4 GiB of memory.
+
+    Args:
+        file: the streams.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES)
+
+    def read(self, size: int, /) -> bytes:
+        parts = list[bytes]()
+        while size and (part := self._part(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _part(self, size: int) -> bytes:
+        part = b""
+        while not part:
+            packed = self._packed()
+            if packed is None:
+                break
+            part = self._stream.decompress(packed, size)
+        return part
+
+    def _packed(self) -> bytes | None:
+        """What the decompressor needs next; None at the end of the last stream."""
+        if not self._stream.eof:
+            packed = self._file.read(_PACKED_BYTES) if self._stream.needs_input else b""
+            if self._stream.needs_input and not packed:
+                raise EOFError("the compressed bytes end before the end of a stream")
+            return packed
+        packed = self._stream.unused_data.lstrip(b"\0")  # Zero bytes may stand between streams.
+        while not packed:
+            block = self._file.read(_PACKED_BYTES)
+            if not block:
+                return None
+            packed = block.lstrip(b"\0")
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES)
+        return packed
 
 
 class _Zstd:
@@ -242,7 +288,7 @@ def _follow_links(uri: str, listing: Listing, store: Store) -> None:
     """Follows all links; in a zip, the content of a link is its target and is read first."""
     links = sorted(listing.unread_links, key=lambda member: member.offset)
     for member, data in zip(links, read_members(uri, links, max_bytes=MAX_TARGET_BYTES, store=store), strict=True):
-        listing.set_target(member, data if isinstance(data, ImageError) else data.decode(errors="backslashreplace"))
+        listing.set_target(member, data if isinstance(data, ImageError) else text_of(data))
     listing.follow_links()
 
 

@@ -141,24 +141,19 @@ def _absolute(name: str, link: Link) -> str:
 
 def _followed(target: str, files: Mapping[str, Member], links: Mapping[str, str]) -> Member | str:
     """The file at the end of a chain of links, or why there is none."""
-    path: list[str] = []
-    pending: list[str] = []
-    followed = parts = 0
-    while True:
+    path, pending, followed = list[str](), list[str](), 0
+    for _ in range(_MAX_PARTS):
         if target:
             followed += 1
             if target.startswith("/"):
                 return "which is not inside the archive"
             if followed > _MAX_LINKS or len(target) > 2 * MAX_TARGET_BYTES:
-                return "which leads through too many links or folders"
+                break
             path.clear()
             pending += reversed(target.split("/"))
         if not pending:
             return (path and files.get("/".join(path))) or "which is not a file in the archive"
-        target = ""
-        part, parts = pending.pop(), parts + 1
-        if parts > _MAX_PARTS:
-            return "which leads through too many links or folders"
+        part, target = pending.pop(), ""
         if part == "..":
             if not path:
                 return "which is not inside the archive"
@@ -166,6 +161,7 @@ def _followed(target: str, files: Mapping[str, Member], links: Mapping[str, str]
         elif part not in ("", "."):
             path.append(part)
             target = links.get("/".join(path), "")
+    return "which leads through too many links or folders"
 
 
 @contextlib.contextmanager

@@ -39,7 +39,6 @@ _END64_MAGIC = b"PK\6\6"
 _END64 = struct.Struct("<4s28xQQQ")  # [4.3.14]
 _LOCATOR_MAGIC = b"PK\6\7"
 _LOCATOR = struct.Struct("<4s4xQ4x")  # [4.3.15]
-_AFTER_DIRECTORY = (_END_MAGIC, _END64_MAGIC, b"PK\5\5")  # The last is a digital signature.
 _MAX_COMMENT_BYTES = 2**16 - 1
 _SEARCHED_BYTES = 16 * 2**20  # Of the end of a truncated zip, for what is left of the directory.
 _IN_ZIP64 = 2**32 - 1
@@ -67,6 +66,14 @@ class _Directory:
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
+
+
+def text_of(data: bytes) -> str:
+    """A name or the target of a link, by a writer without the Unicode flag: UTF-8 or the code page of MS-DOS."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("cp437")
 
 
 def list_zip(file: BinaryIO, archive_bytes: int, listing: Listing) -> None:
@@ -127,14 +134,19 @@ def _find_directory(file: BinaryIO, archive_bytes: int) -> _Directory | None:
 
 
 def _find_end_record(tail: bytes) -> int | None:
-    """The last end record whose comment ends with the zip; else the last one, with something behind the zip."""
+    """The last end record whose comment ends with the file; else the last one, unless the zip goes on behind it.
+
+    It does after the end of a zip that is a member itself, where the end of the outer zip is missing.
+    """
     last = None
     position = tail.rfind(_END_MAGIC, 0, max(0, len(tail) - _END.size + len(_END_MAGIC)))
     while position >= 0:
         *_, comment_bytes = _END.unpack_from(tail, position)
         if position + _END.size + comment_bytes == len(tail):
             return position
-        last = position if last is None else last
+        behind = tail[position + _END.size :]
+        if last is None and _ENTRY_MAGIC not in behind and HEADER_MAGIC not in behind:
+            last = position
         position = tail.rfind(_END_MAGIC, 0, position + len(_END_MAGIC) - 1)
     return last
 
@@ -154,27 +166,32 @@ def _find_end64_record(file: BinaryIO, end: int) -> tuple[int, int, int, int] | 
 
 
 def _find_truncated_directory(file: BinaryIO, archive_bytes: int) -> _Directory | None:
-    """What is left of a directory in which the file ends: entries, one behind the other, up to its end."""
+    """What is left of a directory in which the file ends: the longest chain of entries that leads to its end."""
     tail_start = max(0, archive_bytes - _SEARCHED_BYTES)
     tail = _read_at(file, tail_start, archive_bytes - tail_start)
     seen = set[int]()
+    start, longest = 0, 0
     position = tail.find(_ENTRY_MAGIC)
     while position >= 0:
-        if position not in seen and _leads_to_end(tail, position, seen):
-            return _Directory(tail_start + position, archive_bytes, _IN_ZIP64, 0, 0)
+        if position not in seen and (length := _chain_length(tail, position, seen)) >= max(longest, 1):
+            start, longest = position, length
         position = tail.find(_ENTRY_MAGIC, position + 1)
-    return None
+    return _Directory(tail_start + start, archive_bytes, _IN_ZIP64, 0, 0) if longest else None
 
 
-def _leads_to_end(tail: bytes, position: int, seen: set[int]) -> bool:
+def _chain_length(tail: bytes, position: int, seen: set[int]) -> int:
+    """Number of entries from `position` on, one behind the other; 0 if they do not lead to the end of the file."""
+    length = 0
     while tail.startswith(_ENTRY_MAGIC, position) and position not in seen:
         seen.add(position)
         if position + _ENTRY.size > len(tail):
-            return True
+            return length
         position += _ENTRY.size + sum(_ENTRY.unpack_from(tail, position)[6:9])
+        length += 1
     rest = tail[position : position + len(_END_MAGIC)]
     incomplete = len(tail) - position < _END64.size + _LOCATOR.size + _END.size
-    return incomplete and any(magic.startswith(rest) for magic in (_ENTRY_MAGIC, _END_MAGIC, _END64_MAGIC))
+    magics = (_ENTRY_MAGIC, _END_MAGIC, _END64_MAGIC)
+    return length if incomplete and any(magic.startswith(rest) for magic in magics) else 0
 
 
 def _members(file: BinaryIO, directory: _Directory, archive_bytes: int) -> Iterator[tuple[Member, int]]:
@@ -184,41 +201,31 @@ def _members(file: BinaryIO, directory: _Directory, archive_bytes: int) -> Itera
         ImageError: the directory is damaged or ends early.
     """
     file.seek(directory.start)
-    position, entries, magic = directory.start, 0, b""
+    position, entries = directory.start, 0
     while position + _ENTRY.size <= directory.stop:
-        fields = _ENTRY.unpack(_exactly(file, _ENTRY.size))
+        fields = _ENTRY.unpack(file.read(_ENTRY.size))
         magic, name_bytes, extra_bytes, comment_bytes = fields[0], *fields[6:9]
         length = _ENTRY.size + name_bytes + extra_bytes + comment_bytes
         if magic != _ENTRY_MAGIC or position + length > directory.stop:
             break
-        rest = _exactly(file, length - _ENTRY.size)
+        rest = file.read(length - _ENTRY.size)
         position, entries = position + length, entries + 1
         extra = rest[name_bytes : name_bytes + extra_bytes]
         name = _name(rest[:name_bytes], fields[1], extra)
         if not name.endswith("/"):
             yield _member(name, fields, extra, directory, archive_bytes), fields[9] >> 16
-    is_end = position == directory.start + directory.size_bytes
-    if not is_end and not (entries >= directory.entries and (position == directory.stop or magic in _AFTER_DIRECTORY)):
+    complete = position == directory.stop and entries >= directory.entries
+    if not complete and position != directory.start + directory.size_bytes:
         raise ImageError("unreadable", f"the directory of the zip is damaged at byte {position}")
 
 
-def _exactly(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ImageError("truncated", "the zip became shorter while it was listed")
-    return data
-
-
 def _name(name: bytes, flags: int, extra: bytes) -> str:
-    """The name as text. Writers that know no Unicode flag write UTF-8, too, or the code page of MS-DOS."""
+    """The name as text."""
     text = None
     if not flags & _UTF8 and b"up" in extra:  # 0x7075 in little-endian order.
         text = _unicode_path(name, extra)
     if text is None:
-        try:
-            text = name.decode()
-        except UnicodeDecodeError:
-            text = name.decode(errors="backslashreplace") if flags & _UTF8 else name.decode("cp437")
+        text = name.decode(errors="backslashreplace") if flags & _UTF8 else text_of(name)
     return text.replace("\0", "\\x00") if "\0" in text else text
 
 
@@ -266,13 +273,13 @@ def _member(name: str, fields: tuple[int, ...], extra: bytes, directory: _Direct
 
 
 def _zip64_values(values: tuple[int, int, int], extra: bytes) -> tuple[tuple[int, ...], bool]:
-    """Takes what the entry itself has no room for from the zip64 field [4.5.3]; 0 and False for what is not there."""
+    """Takes what the entry itself has no room for from the zip64 field [4.5.3]; False if the field ends too early."""
     field = _field(extra, _ZIP64_FIELD)
     found, known = list[int](), True
     for value in values:
         if value == _IN_ZIP64:
             known = known and len(field) >= 8
-            value, field = int.from_bytes(field[:8], "little") if len(field) >= 8 else 0, field[8:]
+            value, field = int.from_bytes(field[:8], "little"), field[8:]
         found.append(value)
     return tuple(found), known
 
