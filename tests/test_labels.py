@@ -1,5 +1,6 @@
 """labels: classes and splits that follow from the names of folders, files and inputs."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -10,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from mnist_dist.config import DataConfig
-from mnist_dist.errors import DataError
-from mnist_dist.sources.arrays import NAMED_ARRAYS
+from mnist_dist.config import DataConfig, InputConfig
+from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.sources.labels import class_names_of, common_folder, splits_of_names
+from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.places import check_outside
+from mnist_dist.sources.reading import read_in_order
 from mnist_dist.sources.source import Source, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -85,7 +90,7 @@ def test_numbers_are_classes_in_the_order_of_their_values(tmp_path: Path) -> Non
 
 def test_a_folder_around_everything_in_an_archive_is_ignored(tmp_path: Path) -> None:
     archive = tar(str(tmp_path / "x.tar"), ["set/png/a/1.png", "set/png/b/2.png", "set/README.md"])
-    assert seen(opened(archive)) == {"set/png/a/1.png".rpartition("/")[2]: ("a", None), "2.png": ("b", None)}
+    assert seen(opened(archive)) == {"1.png": ("a", None), "2.png": ("b", None)}
     archive = tar(str(tmp_path / "y.tar"), ["set/train/a/1.png", "set/train/b/2.png", "set/test/a/3.png"])
     assert seen(opened(archive)) == {"1.png": ("a", "train"), "2.png": ("b", "train"), "3.png": ("a", "test")}
 
@@ -210,4 +215,79 @@ def test_a_folder_of_several_emnist_sets_asks_which(tmp_path: Path) -> None:
         opened("emnist", data_dir=str(tmp_path / "e"))
     with pytest.raises(DataError, match="emnist is not downloaded"):
         opened("emnist")
-    assert "emnist_byclass" in NAMED_ARRAYS
+
+
+def test_several_named_data_sets_of_one_folder_keep_their_pixels(tmp_path: Path) -> None:
+    for number, subset in enumerate(("letters", "digits"), start=1):
+        for split in ("train", "test"):
+            write_idx(tmp_path / "e", f"emnist-{subset}-{split}", np.full((2, 28, 28), number, np.uint8), [1, 2])
+    inputs = InputConfig(input=("emnist_letters", "emnist_digits"), data_dir=str(tmp_path / "e"))
+    table = list_inputs(inputs).table
+    images = [np.asarray(Image.open(io.BytesIO(data))) for data in read(table)]
+    assert [int(image[0, 0]) for image in images] == [1] * 4 + [2] * 4
+    with pytest.raises(DataError, match="all data must name the same classes in the same order"):
+        opened("emnist_letters", "emnist_digits", data_dir=str(tmp_path / "e"))
+
+
+def read(table: pa.Table) -> list[bytes]:
+    return [data for data in read_in_order(table, max_bytes=9_999) if isinstance(data, bytes)]
+
+
+def test_a_label_of_a_list_counts_where_a_parquet_file_has_none_or_another(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"x", b"y"], "label": ["p", "q"]}), tmp_path / "b.parquet")
+    lines = [f"{tmp_path}/a.parquet#row=1,cat", f"{tmp_path}/b.parquet,dog"]
+    (tmp_path / "list.csv").write_text("\n".join(["uri,label", *lines]))
+    source = opened(str(tmp_path / "list.csv"))
+    classes = [source.class_names[label] for label in source.table["label"].to_pylist()]
+    assert dict(zip(source.table["uri"].to_pylist(), classes, strict=True)) == {
+        f"{tmp_path}/a.parquet#row=1": "cat",
+        f"{tmp_path}/b.parquet#row=0": "dog",
+        f"{tmp_path}/b.parquet#row=1": "dog",
+    }
+
+
+def test_parquet_files_without_images_beside_those_with_images_are_left_out(tmp_path: Path) -> None:
+    for number in range(12):
+        pq.write_table(pa.table({"x": [number]}), tmp_path / f"a-{number:02d}.parquet")
+    pq.write_table(pa.table({"image": [b"x", b"y"], "label": ["p", "q"]}), tmp_path / "data.parquet")
+    source = opened(str(tmp_path))
+    assert len(source.table) == 2
+    assert "12 other files skipped" in source.notes
+
+
+def test_members_whose_names_begin_with_the_folder_itself_are_not_hidden(tmp_path: Path) -> None:
+    archive = tar(str(tmp_path / "x.tar"), ["./a/1.png", "./b/2.png", "./b/.3.png"])
+    source = opened(archive)
+    assert seen(source) == {"1.png": ("a", None), "2.png": ("b", None)}
+    assert "1 hidden files skipped" in source.notes
+
+
+def test_an_object_that_a_list_names_is_decoded_again_when_it_changed(s3: str, tmp_path: Path) -> None:
+    put(s3, "a.png", "b.png")
+    ANYWHERE.write_bytes(f"{s3}/l.csv", f"uri,label\n{s3}/a.png,x\n{s3}/b.png,y\n".encode())
+    before = opened(f"{s3}/l.csv").table["etag"].to_pylist()
+    assert all(before)
+    put(s3, "a.png")
+    ANYWHERE.write_bytes(f"{s3}/a.png", b"other")
+    after = opened(f"{s3}/l.csv").table["etag"].to_pylist()
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "refused"),
+    [
+        ("/d/photos", "/d/photos/runs", True),
+        ("/d/photos/", "/d/photos", True),
+        ("/d/photos", "/d/photos-runs", False),
+        ("/d/**/*.png", "/d/runs", True),
+        ("/d/*", "/d/runs", True),
+        ("/d/*", "/d/runs/deep", True),
+        ("/d/*.png", "/d/runs", False),
+        ("s3://b/x", "s3://b/x/runs", True),
+        ("digits", "digits/runs", False),
+    ],
+)
+def test_what_is_written_may_not_lie_in_what_is_read(uri: str, folder: str, refused: bool) -> None:
+    with pytest.raises(ConfigError, match="must lie outside of the input") if refused else contextlib.nullcontext():
+        check_outside(folder, [uri], name="storage")

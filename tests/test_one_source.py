@@ -144,7 +144,11 @@ def rows_of(bundle: str, output: Path, inputs: InputConfig) -> list[dict[str, An
     from mnist_dist.on_ray.scoring.score import score
 
     job = ScoreJob(bundle=bundle, output=str(output), inputs=inputs)
-    score(replace(job, engine=replace(job.engine, engine="keras")), console=Recorder())
+    job = replace(job, engine=replace(job.engine, engine="keras"))
+    score(job, console=Recorder())
+    console = Recorder()
+    score(replace(job, mode="incremental"), console=console)
+    assert any("there is nothing to score" in line for line in console.lines)
     table = read_predictions(str(output)).drop_columns(["uri", "etag", "scored_at", "size_bytes"])
     return sorted(table.to_pylist(), key=lambda row: (row["predicted_index"], row["probabilities"]))
 

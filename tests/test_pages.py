@@ -68,6 +68,7 @@ def test_pictures_come_from_files_and_archives_and_are_none_where_they_are_gone(
 
 
 def test_an_archive_that_is_gone_takes_its_pictures_along(tmp_path: Path) -> None:
+    assert load_pictures(["digits/all/00000"]) == {"digits/all/00000": None}
     assert load_pictures([f"{tmp_path}/gone.zip!a.png"]) == {f"{tmp_path}/gone.zip!a.png": None}
 
 

@@ -631,7 +631,7 @@ def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(
 @pytest.mark.parametrize("table_format", ["parquet", "delta"])
 @pytest.mark.parametrize("and_new", [False, True])
 def test_rows_of_images_that_are_gone_are_dropped_if_that_is_asked_for(
-    tmp_path: Path, bundle: Path, table_format: TableFormat, and_new: bool
+    tmp_path: Path, bundle: Path, table_format: TableFormat, and_new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, columns = write_images(tmp_path / "images", good=6), TableConfig(table_format=table_format)
     (images / "unnamed").write_bytes(encoded(73))
@@ -647,17 +647,49 @@ def test_rows_of_images_that_are_gone_are_dropped_if_that_is_asked_for(
         noise(75).save(images / "new.png")
     job = replace(job, mode="incremental")
     assert score(job, console=Recorder())["images"] == len(before) + and_new
+    dropping = replace(job, drop_missing=True)
+    with pytest.raises(ConfigError, match="the existing table has other columns"):
+        score(replace(dropping, table=replace(columns, top_k=2)), console=Recorder())
+    with monkeypatch.context() as patched:
+        patched.setattr("mnist_dist.on_ray.scoring.score.commit", raise_outage)
+        with pytest.raises(ServiceError):
+            score(dropping, console=Recorder())
+    with pytest.raises(ResumeConflict, match=r"the unfinished run drops 2 rows .*--drop-missing finishes it"):
+        score(job, console=Recorder())
     console = Recorder()
-    score(replace(job, drop_missing=True), console=console)
+    score(dropping, console=console)
     after = rows_of(tmp_path / "table")
     assert set(before) - set(after) == {str(images / "deep" / "01.jpg"), str(images / "00.png")}
     assert set(after) - set(before) == ({str(images / "new.png")} if and_new else set())
-    assert "2 rows of images that are gone are dropped" in console.lines
     if table_format == "delta":
         found = DeltaTable(str(tmp_path / "table" / "delta")).to_pyarrow_table().to_pylist()
         assert {row["uri"]: row for row in found} == after
     with pytest.raises(ConfigError, match="drop_missing needs mode incremental"):
         replace(job, mode="fresh", drop_missing=True)
+
+
+@pytest.mark.slow
+def test_the_row_of_a_damaged_archive_goes_when_it_was_mended(tmp_path: Path, bundle: Path) -> None:
+    archive = tmp_path / "images" / "a.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as file:
+        for number in range(3):
+            member = tarfile.TarInfo(f"{number}.png")
+            data = encoded(number)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: -len(whole) // 2])
+    job = job_of(bundle, tmp_path / "table", archive.parent)
+    job = replace(job, run=replace(job.run, max_bad_fraction=1.0))
+    score(job, console=Recorder())
+    assert rows_of(tmp_path / "table")[str(archive)]["status"] == "truncated"
+    archive.write_bytes(whole)
+    score(replace(job, mode="incremental", drop_missing=True), console=Recorder())
+    rows = rows_of(tmp_path / "table")
+    assert {uri.rpartition("!")[2]: row["status"] for uri, row in rows.items()} == dict.fromkeys(
+        ("0.png", "1.png", "2.png"), "ok"
+    )
 
 
 @pytest.mark.slow
