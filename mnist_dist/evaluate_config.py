@@ -25,6 +25,8 @@ class EvaluateJob:
     can be trained on. None: the label column of the table, the labels of `input`, or else the images' folders."""
     label_column: str = LABEL_COLUMN
     """Column of the table with the true labels, if it was carried: class names or class numbers."""
+    image_column: str | None = None
+    """The column of Parquet files that holds the images. None: found by its type."""
     compare: str | None = None
     """Prediction table of another model on the same images, to compare with."""
     output: str | None = None

@@ -17,11 +17,13 @@ from PIL import Image
 
 from mnist_dist.config import DataConfig, InputConfig
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.sources.archives import index_archive
 from mnist_dist.sources.labels import class_names_of, common_folder, splits_of_names
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.places import check_outside
-from mnist_dist.sources.reading import read_in_order
+from mnist_dist.sources.reading import plan_reads, read_in_order
 from mnist_dist.sources.source import Source, open_source
+from mnist_dist.sources.webdataset import member_labels
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
@@ -291,3 +293,157 @@ def test_an_object_that_a_list_names_is_decoded_again_when_it_changed(s3: str, t
 def test_what_is_written_may_not_lie_in_what_is_read(uri: str, folder: str, refused: bool) -> None:
     with pytest.raises(ConfigError, match="must lie outside of the input") if refused else contextlib.nullcontext():
         check_outside(folder, [uri], name="storage")
+
+
+# --- what hostile inputs taught
+
+
+def test_one_odd_line_of_a_list_moves_no_class(tmp_path: Path) -> None:
+    put(str(tmp_path), "ds/cat/1.png", "ds/dog/2.png")
+    tar(str(tmp_path / "flat.tar"), ["x.png"])
+    lines = [
+        f"{tmp_path}/ds/cat/1.png",
+        f"{tmp_path}/ds/dog/2.png",
+        "/nowhere/y.png",
+        "http://x/y.png",
+        "ftp://z/z.png",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines[:3]))
+    source = opened(str(tmp_path / "list.txt"))
+    assert {"cat", "dog"} <= {*source.class_names}
+    assert seen(source)["1.png"] == ("cat", None)
+
+
+def test_files_of_webdataset_examples_are_told_apart_by_their_whole_names(tmp_path: Path) -> None:
+    files = {
+        f"photo.{number}{suffix}": data
+        for number, kind in ((1, b"cat"), (2, b"dog"))
+        for suffix, data in ((".png", b""), (".cls", kind))
+    }
+    assert seen(opened(tar(str(tmp_path / "x.tar"), files))) == {
+        "photo.1.png": ("cat", None),
+        "photo.2.png": ("dog", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "label"),
+    [
+        ("1.cls", b"\xef\xbb\xbfcat\0\n", "cat"),
+        ("1.json", b'\xef\xbb\xbf{"label": " cat "}', "cat"),
+        ("1.json", b'{"label": 3.0}', "3"),
+        ("1.json", b'{"label": true}', "true"),
+        ("1.json", b'{"label": "\\ud800"}', "\\ud800"),
+        ("1.json", b"[" * 100_000, None),
+        ("1.json", b'{"label": 1.5}', None),
+        ("1.cls", b"", None),
+    ],
+)
+def test_odd_files_of_labels_are_read_or_left(tmp_path: Path, name: str, data: bytes, label: str | None) -> None:
+    archive = tar(str(tmp_path / "x.tar"), {"1.png": b"", name: data, "2.png": b"", f"2{name[1:]}": b'{"label": "z"}'})
+    found = member_labels(index_archive(archive))
+    assert found.get("1.png") == label
+
+
+def test_a_text_beside_images_in_class_folders_is_no_label(tmp_path: Path) -> None:
+    files = {"cat/1.png": b"", "cat/1.txt": b"a cat", "dog/2.png": b"", "dog/2.txt": b"a dog"}
+    assert opened(tar(str(tmp_path / "x.tar"), files)).class_names == ("cat", "dog")
+
+
+def test_the_same_classes_in_train_and_beside_it_are_refused(tmp_path: Path) -> None:
+    put(str(tmp_path), "train/cat/1.png", "train/dog/2.png", "extra/cat/3.png")
+    with pytest.raises(DataError, match=r"only val/ and test/ may stand beside train/\. Received: extra"):
+        opened(str(tmp_path))
+
+
+def test_globs_and_folders_that_all_share_give_splits(tmp_path: Path) -> None:
+    put(str(tmp_path / "dev" / "s"), "train/a/1.png", "train/b/2.png", "test/a/3.png")
+    root = str(tmp_path / "dev" / "s")
+    splits = {"1.png": ("a", "train"), "2.png": ("b", "train"), "3.png": ("a", "test")}
+    assert seen(opened(f"{root}/train/*/*.png", f"{root}/test/*/*.png")) == splits
+    for name, members in (("train0.tar", ["a/1.png", "b/2.png"]), ("val0.tar", ["a/3.png"])):
+        tar(f"{tmp_path}/dev/t/{name}", members)
+    found = seen(opened(f"{tmp_path}/dev/t/train*.tar", f"{tmp_path}/dev/t/val*.tar"))
+    assert found == {**splits, "3.png": ("a", "val")}
+
+
+def test_folders_around_the_classes_are_ignored_for_all_archives_together(tmp_path: Path) -> None:
+    archives = [
+        tar(str(tmp_path / f"{name}.tar"), [f"{name}/x/1{name}.png", f"{name}/y/2{name}.png"])
+        for name in ("cat", "dog")
+    ]
+    assert opened(*archives).class_names == ("cat", "dog")
+    assert opened(str(tmp_path)).class_names == ("cat", "dog")
+
+
+def test_a_flat_archive_lies_in_the_class_of_its_folder(tmp_path: Path) -> None:
+    put(str(tmp_path), "cat/1.png")
+    tar(str(tmp_path / "dog" / "x.tar"), ["2.png"])
+    source = opened(str(tmp_path))
+    assert seen(source) == {"1.png": ("cat", None), "2.png": ("dog", None)}
+    assert not any("no images in the folders" in note for note in source.notes)
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("uri,label\n/x/1.png,cat\n/x/2.png,dog\n/x/1.png,dog\n")
+    with pytest.raises(DataError, match=r"an image has one label\. Received: 'cat' and 'dog' for '/x/1\.png'"):
+        opened(str(tmp_path / "list.csv"))
+
+
+def test_an_empty_value_of_a_list_leaves_that_of_the_file(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"x"] * 3, "label": ["p", "q", "p"], "split": ["train", "train", "test"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"uri": [f"{tmp_path}/a.parquet"], "split": pa.array([None], pa.string())}), tmp_path / "l.parquet"
+    )
+    source = opened(str(tmp_path / "l.parquet"))
+    assert source.table["split"].to_pylist() == ["train", "train", "test"]
+
+
+def test_rows_that_a_file_declares_to_have_no_class_are_left_out(tmp_path: Path) -> None:
+    metadata = {
+        "huggingface": json.dumps({"info": {"features": {"label": {"names": ["b", "a"], "_type": "ClassLabel"}}}})
+    }
+    table = pa.table({"image": [b"x", b"y", b"z"], "label": [1, -1, 0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = opened(str(tmp_path / "a.parquet"))
+    assert source.table["label"].to_pylist() == [1, 0]
+    assert "1 images without a class skipped" in source.notes
+    carried = list_inputs(InputConfig(input=(str(tmp_path / "a.parquet"),), carry=("label",))).table["label"]
+    assert carried.to_pylist() == ["a", None, "b"]
+
+
+def test_more_pictures_than_rows_of_parquet_files_beside_them_are_asked_about(tmp_path: Path) -> None:
+    put(str(tmp_path), "cat/1.png", "cat/2.png", "dog/3.png")
+    pq.write_table(pa.table({"image": [b"x", b"y"], "label": ["p", "q"]}), tmp_path / "dog" / "thumbs.parquet")
+    with pytest.raises(
+        DataError, match="holds 3 pictures and Parquet files of 2 images; name the pictures or the files"
+    ):
+        opened(str(tmp_path))
+
+
+def test_a_carried_column_of_two_types_is_refused_by_name(tmp_path: Path) -> None:
+    for name, values in (("a", [1, 2]), ("b", ["x", "y"])):
+        pq.write_table(pa.table({"image": [b"x", b"y"], "id": values}), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"same type in all lists and files\. Received: id: int64 and string"):
+        list_inputs(InputConfig(input=(str(tmp_path),), carry=("id",)))
+
+
+def test_members_of_an_archive_are_opened_once_however_they_stand_in_a_list(tmp_path: Path) -> None:
+    archive = tar(str(tmp_path / "x.tar"), [f"{number}.png" for number in range(6)])
+    lines = [f"{archive}!{number}.png".encode() for number in range(6)]
+    odd = [archive.encode() + b"!%d\xff.png" % number for number in range(6)]
+    (tmp_path / "l.txt").write_bytes(b"\n".join(line for pair in zip(lines, odd, strict=True) for line in pair))
+    table = list_inputs(InputConfig(input=(str(tmp_path / "l.txt"),))).table
+    archives = table["archive"].to_pylist()
+    assert [name is not None for name in archives].count(True) == 6
+    assert archives[:6] == [archive] * 6
+
+
+def test_rows_of_a_parquet_file_are_read_in_their_order_however_a_list_names_them(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"%d" % row for row in range(120)]}), tmp_path / "a.parquet", row_group_size=50)
+    (tmp_path / "l.txt").write_text("\n".join(f"{tmp_path}/a.parquet#row={row}" for row in range(120)))
+    table = list_inputs(InputConfig(input=(str(tmp_path / "l.txt"),))).table
+    assert table["offset"].to_pylist() == list(range(120))
+    assert len(plan_reads(table, max_bytes=99)) == 3
+    assert read(table) == [b"%d" % row for row in range(120)]

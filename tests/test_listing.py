@@ -501,7 +501,7 @@ def test_a_carried_column_that_no_manifest_has_is_refused(tmp_path: Path) -> Non
 def test_carried_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     first = write_parquet(f"{tmp_path}/a.parquet", uri=["/a"], label=["cat"])
     second = write_parquet(f"{tmp_path}/b.parquet", uri=["/b"], label=[3])
-    with pytest.raises(DataError, match=r"same type in all lists\. Received: label: int64 and string"):
+    with pytest.raises(DataError, match=r"same type in all lists and files\. Received: label: int64 and string"):
         found(first, second, carry=("label",))
 
 

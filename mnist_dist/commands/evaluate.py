@@ -36,7 +36,8 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
 
     check_named(job)
     has_labels = job.labels is None and all(job.label_column in columns_of(place_of(name)) for name in job.input)
-    inputs = InputConfig(input=job.input, carry=(job.label_column,) if has_labels else ())
+    carry = (job.label_column,) if has_labels else ()
+    inputs = InputConfig(input=job.input, carry=carry, image_column=job.image_column)
     run = ScoreRunConfig(verbose=job.verbose)
     scoring = ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, store=job.store, run=run)
     score(scoring, console=shown)

@@ -117,9 +117,9 @@ def _existing(uris: Sequence[str], store: Store) -> Iterator[tuple[str, bool]]:
 
 
 def _is_there(row: Mapping[str, str | None], *, store: Store) -> bool:
-    if row["packing"] or row["status"]:  # of an image in a container, which was looked for there
-        return row["status"] != "missing"
-    try:
+    if row["packing"] or (row["status"] and row["status"] != "missing"):
+        return True
+    try:  # A member that is missing may be a file of that name.
         return bool(store.entry_of(str(row["uri"])))
     except FileNotFoundError:
         return False

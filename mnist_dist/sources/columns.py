@@ -54,7 +54,7 @@ def plain(values: pa.Array) -> pa.Array:
 
 
 def text_labels(place: str, values: pa.Array, names: Sequence[str] | None, *, before: int = 0) -> pa.Array:
-    """Labels as text, `string [n]`.
+    """Labels as text, `string [n]`; null for the number -1 where names are declared, which says that there is none.
 
     Args:
         place: the file and column, for messages.
@@ -68,11 +68,13 @@ def text_labels(place: str, values: pa.Array, names: Sequence[str] | None, *, be
     values = plain(values)
     if values.type not in (pa.string(), pa.large_string(), pa.bool_()) and not pa.types.is_integer(values.type):
         raise DataError(f"{place} must hold class names (string) or numbers (integer). Received: {values.type}")
+    missing = values.is_null()
     if names is not None and pa.types.is_integer(values.type):
+        values = pc.if_else(pc.equal(values, -1), None, values)
         _check_numbers(place, values, names)
         values = pa.array(names, pa.string()).take(values)
     texts = values.cast(pa.string())
-    row = pc.index(pc.fill_null(pc.equal(texts, ""), True), True).as_py()
+    row = pc.index(pc.or_(missing, pc.fill_null(pc.equal(texts, ""), False)), True).as_py()
     if row >= 0:
         raise DataError(
             f"{place} must have a value in every row. Received: {values[row].as_py()!r} in row {before + row}, counted"

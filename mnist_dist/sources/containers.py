@@ -90,8 +90,12 @@ def open_container(
         contents = _archive(uri, address, choice, wanted, store, whole=is_whole)
     table, origins = _selected(uri, uris, contents)
     for name in beside:
-        table = table.drop_columns([name]) if name in table.column_names else table
-        table = table.append_column(asked.schema.field(name), image_table.taken(asked[name], origins))
+        values, field = image_table.taken(asked[name], origins), asked.schema.field(name)
+        if name in table.column_names:  # Where the list says nothing, the container does.
+            own = table[name]
+            values = pc.coalesce(values, own) if own.type == values.type else values
+            table = table.drop_columns([name])
+        table = table.append_column(field, values)
     return replace(contents.counts, table=table)
 
 
@@ -172,5 +176,14 @@ def _parquet(uri: str, address: str | None, wanted: Wanted, store: Store, *, nam
             return _Contents(empty, empty, problem, Opened(table=empty, left_out=left_out))
         counts = Opened(table=empty)
         return _Contents(empty, _failed([uri], counts, problem), problem, counts)
-    counts = Opened(table=rows.table, etag=entry.etag, class_names=rows.class_names, columns=rows.columns)
-    return _Contents(rows.table, rows.table, ImageError("missing", "no such row"), counts)
+    images = rows.table
+    if wanted.label_column is not None:
+        images = images.filter(pc.is_valid(images[LABEL]))
+    counts = Opened(
+        table=images,
+        etag=entry.etag,
+        unlabelled=len(rows.table) - len(images),
+        class_names=rows.class_names,
+        columns=rows.columns,
+    )
+    return _Contents(images, images, ImageError("missing", "no such row"), counts)

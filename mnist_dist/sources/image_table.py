@@ -32,7 +32,7 @@ COLUMNS = pa.schema(
         ("archive", pa.string()),  # the container; of arrays the folder of their files, or empty
         ("packing", pa.string()),
         ("offset", pa.int64()),  # in bytes; the number of a row
-        ("stored_bytes", pa.int64()),  # in an archive; the row group of a Parquet file
+        ("stored_bytes", pa.int64()),  # in an archive; of a Parquet file the first row of the row group
         ("crc32", pa.int64()),
         # only for images known to be unusable before they are read
         ("status", pa.string()),
@@ -98,10 +98,14 @@ def in_batches(rows: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
 
 
 def sorted_by_uri(table: pa.Table) -> pa.Table:
-    """The rows sorted by URI (code points); rows of the same URI keep their order."""
-    if _is_sorted(table["uri"]):
+    """The rows sorted by URI (code points), the images of an archive by that of the archive; rows of the same URI keep
+    their order."""
+    if _is_sorted(table["uri"]) and table["archive"].null_count == len(table):
         return table
-    order = pc.sort_indices(table["uri"])
+    order = pc.sort_indices(
+        pa.table({"place": pc.coalesce(table["archive"], table["uri"]), "uri": table["uri"]}),
+        sort_keys=[("place", "ascending"), ("uri", "ascending")],
+    )
     return pa.table([taken(table[name], order) for name in table.column_names], schema=table.schema)
 
 
@@ -161,18 +165,28 @@ def joined(tables: Sequence[pa.Table], carried: Sequence[str]) -> pa.Table:
     Raises:
         DataError: a carried column has incompatible types.
     """
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as err:
-        types = (
-            f"{name}: {' and '.join(sorted({str(table[name].type) for table in tables if name in table.column_names}))}"
-            for name in carried
-        )
-        raise DataError(f"a carried column must have the same type in all lists. Received: {'; '.join(types)}") from err
+    table = concatenated(tables)
     for name in carried:
         if name not in table.column_names:  # no list with this column has rows
             table = table.append_column(name, pa.nulls(len(table)))
     return table.select([*COLUMNS.names, *carried])
+
+
+def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+    """The tables one after the other; columns that one lacks are null there.
+
+    Raises:
+        DataError: a column has incompatible types.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as err:
+        names = dict.fromkeys(name for table in tables for name in table.column_names[len(COLUMNS) :])
+        kinds = {
+            name: sorted({str(table[name].type) for table in tables if name in table.column_names}) for name in names
+        }
+        shown = "; ".join(f"{name}: {' and '.join(types)}" for name, types in kinds.items() if len(types) > 1)
+        raise DataError(f"a carried column must have the same type in all lists and files. Received: {shown}") from err
 
 
 def compact(table: pa.Table) -> pa.Table:

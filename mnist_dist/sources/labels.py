@@ -8,9 +8,11 @@ The rules, for the images of one input, whose paths are relative to its folder (
 - If the top-level folders are all called train, val or test (or training, valid, validation, dev, testing), and `train`
   holds folders, they are splits, and the classes are the folders in them. So a class may be called `train`: beside
   `bus`, or if it holds images only.
-- A single folder that holds everything in an archive is ignored, unless it has the name of a split.
+- A single folder that holds everything in all archives is ignored, unless it has the name of a split. A member in no
+  folder lies in the folder of its archive.
 - An archive or Parquet file belongs to a split if its path names one (`test/0.tar`, `train-00000.parquet`), and so does
   everything of an input (`--data train.tar test.tar`); this holds if one of the files or inputs is called train.
+  Folders that all of them share do not count.
 """
 
 import itertools
@@ -36,18 +38,20 @@ SPLIT_NAMES = {
 }
 """Lower-case names of the splits, and what they mean."""
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_NAMES, reverse=True))})([-_.].*)?", re.IGNORECASE)
+_UNSPECIAL = re.compile(r"[*?\[]")  # What stands before it in a glob is literal.
 _MAX_SHOWN = 10
 Parts = Sequence[str]
 """The components of a path."""
 
 
-def fill_by_folder(table: pa.Table, *, root: str, name: str) -> pa.Table:
+def fill_by_folder(table: pa.Table, *, root: str, name: str, ignored: int = 0) -> pa.Table:
     """Adds `label` and `split` to the rows of one input, from their folders where nothing else gives them.
 
     Args:
         table: the rows of the input, with the columns `label` and `split` if some are known.
         root: the folder that the paths of files are relative to.
         name: the input, for messages.
+        ignored: number of folders around everything in the archives, from `ignored_folders`.
 
     Returns:
         The table with both columns; null: not known.
@@ -56,20 +60,33 @@ def fill_by_folder(table: pa.Table, *, root: str, name: str) -> pa.Table:
         DataError: other folders than splits stand beside train/ and test/, or a split is not called train, val or test.
     """
     labels, splits = _column(table, LABEL), _split_values(_column(table, SPLIT), name)
-    unknown = pc.and_(pc.is_null(labels), pc.is_null(table["status"]))
+    unknown = _is_unknown(table)
     if pc.any(unknown).as_py():
-        found = _from_folders(table.filter(unknown), root, name)
-        labels = pc.replace_with_mask(labels, unknown.combine_chunks(), found[LABEL])
-        known = pc.coalesce(splits.filter(unknown).combine_chunks(), found[SPLIT])
-        splits = pc.replace_with_mask(splits, unknown.combine_chunks(), known)
+        found = _from_folders(table.filter(unknown), root, name, ignored)
+        labels = pc.replace_with_mask(labels, unknown, found[LABEL])
+        known = pc.coalesce(splits.filter(unknown), found[SPLIT])
+        splits = pc.replace_with_mask(splits, unknown, known)
     splits = pc.coalesce(splits, _splits_of_containers(table["archive"], root))
     kept = table.drop_columns([column for column in (LABEL, SPLIT) if column in table.column_names])
     return kept.append_column(LABEL, labels).append_column(SPLIT, splits)
 
 
+def ignored_folders(tables: Iterable[pa.Table]) -> int:
+    """How many folders hold everything in the archives of all inputs, and name neither a split nor a class."""
+    folders = {
+        folder
+        for table in tables
+        for is_member, folder in _folders_of(table.filter(_is_unknown(table)), "")
+        if is_member
+    }
+    return _ignored([(*folder, "") for folder in folders])
+
+
 def splits_of_names(names: Sequence[Parts]) -> list[str | None]:
-    """The split of each file or input from its path; all None if none is called train."""
-    splits = [_split_of(parts) for parts in names]
+    """The split of each file or input from its path, without the folders that all share; all None if none is train."""
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*names, strict=False))
+    shared = sum(1 for _ in levels) if len(names) > 1 else 0
+    splits = [_split_of([_UNSPECIAL.split(part)[0] for part in parts[shared:]]) for parts in names]
     return splits if TRAIN in splits else [None] * len(splits)
 
 
@@ -82,9 +99,11 @@ def empty_folders(root: str, table: pa.Table) -> list[str]:
     """
     if is_remote(root) or not os.path.isdir(root):
         return []
-    loose = table.filter(pc.is_null(table["archive"]))
-    has_splits = pc.any(pc.is_valid(loose[SPLIT])).as_py()
-    used = {"/".join(_parts(uri, root)[: 2 if has_splits else 1]) for uri in loose["uri"].to_pylist()}
+    pairs = table.select([SPLIT, LABEL]).group_by([SPLIT, LABEL]).aggregate([])
+    has_splits = pc.any(pc.is_valid(pairs[SPLIT])).as_py()
+    depth = 2 if has_splits else 1
+    places = pc.unique(pc.coalesce(table["archive"], table["uri"]))
+    used = {"/".join(_parts(uri, root)[:depth]) for uri in places.to_pylist()}
     folders = [folder for top in _folders(root) for folder in (_folders(top) if has_splits else [top])]
     names = (folder.removeprefix(root).strip("/") for folder in folders)
     return sorted(name for name in names if name not in used) if used else []
@@ -151,7 +170,12 @@ def _column(table: pa.Table, name: str) -> pa.Array:
     return table[name].cast(pa.string()).combine_chunks()
 
 
-def _from_folders(table: pa.Table, root: str, name: str) -> dict[str, pa.Array]:
+def _is_unknown(table: pa.Table) -> pa.Array:
+    """Which images have no label yet; what cannot be read needs none."""
+    return pc.and_(pc.is_null(_column(table, LABEL)), pc.is_null(table["status"]).combine_chunks())
+
+
+def _from_folders(table: pa.Table, root: str, name: str, ignored: int) -> dict[str, pa.Array]:
     """The class and split of each row, from its folders, of which there are far fewer than images."""
     folders: dict[tuple[bool, Parts], int] = {}
     numbers = np.empty(len(table), np.int32)
@@ -160,8 +184,8 @@ def _from_folders(table: pa.Table, root: str, name: str) -> dict[str, pa.Array]:
     found: list[tuple[str | None, str | None]] = [(None, None)] * len(folders)
     for is_member in (False, True):
         some = [number for (inside, _), number in folders.items() if inside == is_member]
-        paths = [(*parts, "") for inside, parts in folders if inside == is_member]
-        for number, pair in zip(some, _of_folders(name, paths, ignore_single=is_member), strict=True):
+        paths = [(*parts[ignored if is_member else 0 :], "") for inside, parts in folders if inside == is_member]
+        for number, pair in zip(some, _of_folders(name, paths), strict=True):
             found[number] = pair
     labels, splits = zip(*found, strict=True)
     rows = pa.array(numbers)
@@ -169,10 +193,11 @@ def _from_folders(table: pa.Table, root: str, name: str) -> dict[str, pa.Array]:
 
 
 def _folders_of(table: pa.Table, root: str) -> Iterator[tuple[bool, Parts]]:
-    """For each row whether it is a member of a container, and the folders that it lies in."""
+    """For each row its folders, and whether these are folders within a container."""
     for batch in table.select(["uri", "archive"]).to_batches(max_chunksize=BATCH_ROWS):
         for uri, archive in zip(batch["uri"].to_pylist(), batch["archive"].to_pylist(), strict=True):
-            yield archive is not None, tuple(_path(uri, archive, root)[:-1])
+            folders = tuple(_path(uri, archive)[:-1]) if archive is not None else ()
+            yield bool(folders), folders or tuple(_parts(archive or uri, root)[:-1])
 
 
 def _splits_of_containers(archives: pa.ChunkedArray, root: str) -> pa.Array:
@@ -187,9 +212,8 @@ def _parts(uri: str, root: str) -> Parts:
     return uri.removeprefix(root).strip("/").split("/") if uri != root else uri.split("/")[-1:]
 
 
-def _path(uri: str, archive: str | None, root: str) -> Parts:
-    if archive is None:
-        return _parts(uri, root)
+def _path(uri: str, archive: str) -> Parts:
+    """The components of a member's path in its archive."""
     member = split_member(uri)
     return (member[1] if member else uri.removeprefix(f"{archive}{SEPARATOR}")).strip("/").removeprefix("./").split("/")
 
@@ -197,16 +221,14 @@ def _path(uri: str, archive: str | None, root: str) -> Parts:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _of_folders(name: str, paths: Sequence[Parts], *, ignore_single: bool) -> list[tuple[str | None, str | None]]:
+def _of_folders(name: str, paths: Sequence[Parts]) -> list[tuple[str | None, str | None]]:
     """The class and split of each path; None: it lies in no class folder, or there are no splits."""
-    depth = _ignored(paths) if ignore_single else 0
-    below = [parts[depth:] for parts in paths]
-    of_split = 1 if _is_split_layout(name, below) else 0
+    of_split = 1 if _is_split_layout(name, paths) else 0
     return [
         (parts[of_split], SPLIT_NAMES[parts[0].lower()] if of_split else None)
         if len(parts) >= of_split + 2
         else (None, None)
-        for parts in below
+        for parts in paths
     ]
 
 
@@ -227,7 +249,11 @@ def _is_split_layout(name: str, paths: Sequence[Parts]) -> bool:
     holding = {SPLIT_NAMES[parts[0].lower()] for parts in paths if len(parts) >= 3 and parts[0].lower() in SPLIT_NAMES}
     if TRAIN not in holding:
         return False
-    if others and len(holding) > 1:
+    inside = {
+        is_other: {parts[1] for parts in paths if len(parts) >= 3 and (parts[0] in others) == is_other}
+        for is_other in (False, True)
+    }
+    if others and (len(holding) > 1 or inside[False] & inside[True]):  # The same classes, or two splits.
         raise DataError(
             f"{name}: only val/ and test/ may stand beside train/. Received: {', '.join(others[:_MAX_SHOWN])}"
         )

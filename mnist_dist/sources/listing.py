@@ -82,7 +82,7 @@ class Listing:
     def notes(self) -> list[str]:
         """What a person should know about what was opened, ignored and left out."""
         counts = {
-            "in {:,} archives": self.archives,
+            "in {:,} archives and Parquet files": self.archives,
             "{:,} duplicates ignored": self.named_twice,
             "{:,} archive members replaced by later members of the same name": self.duplicate_members,
             "{:,} other files skipped": self.left_out.total - self.left_out.hidden - self.left_out.beside,
@@ -202,6 +202,8 @@ class _Search:
         self._columns: set[str] = set()
         """Columns that can be carried."""
         self._class_names: dict[tuple[str, ...], None] = {}
+        self._beside: dict[str, int] = {}
+        """Input -> number of pictures beside its Parquet files."""
         self._unlabelled = 0
         self._empty_folders: list[str] = []
 
@@ -213,13 +215,16 @@ class _Search:
         tables = [self._table_of(place) for place in places]
         self._check_carried()
         if self._wanted.label_column is not None:
-            tables = _with_splits_of_inputs(places, tables)
+            tables = _with_splits_of_inputs(places, self._labelled(places, tables))
         beside = self._wanted.carried if self._wanted.label_column is None else (LABEL, SPLIT)
         rows = image_table.told_apart(image_table.joined(tables, beside))
+        may_repeat = len(places) > 1 or places[0].is_listed
+        if may_repeat and self._wanted.label_column is not None:
+            _check_one_label(rows)
         if not len(rows):
             raise DataError(_no_images(self._config, self._left_out, self._unlabelled))
         # A single folder or glob has no duplicates, so the search for them is skipped.
-        unique = rows if len(places) == 1 and not places[0].is_listed else image_table.first_of_each(rows)
+        unique = image_table.first_of_each(rows) if may_repeat else rows
         table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
         table = image_table.compact(table.slice(0, self._config.limit))
         left_out = LeftOut()
@@ -265,8 +270,6 @@ class _Search:
             else:
                 table = self._named(place) if place.is_listed else self._scanned(place)
                 table = self._with_contents(image_table.sorted_by_uri(table), place)
-            if self._wanted.label_column is not None:
-                table = self._labelled(table, place)
         self._progress(self._images)
         return table
 
@@ -291,7 +294,8 @@ class _Search:
                 self._left_out[place.name].add(parquet.PARQUET_SUFFIX, len(files))
             return table
         containers = table.filter(pc.is_valid(table["archive"]))
-        self._left_out[place.name].beside += len(table) - len(containers)
+        self._beside[place.name] = len(table) - len(containers)
+        self._left_out[place.name].beside += self._beside[place.name]
         self._images -= len(table) - len(containers)
         waiting = image_table.table_of(ImageRow(entry.uri, archive=entry.uri) for entry in files)
         return pa.concat_tables([containers, waiting])
@@ -361,7 +365,14 @@ class _Search:
             self._count(run.archive, opened, place)
         pieces.append(table.slice(done))
         pieces = [piece for piece in pieces if len(piece)] or [table.slice(0, 0)]
-        return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces, promote_options="permissive")
+        joined = pieces[0] if len(pieces) == 1 else image_table.concatenated(pieces)
+        loose = self._beside.get(place.name, 0)
+        if loose > len(joined):
+            raise DataError(
+                f"{place.name} holds {loose:,} pictures and Parquet files of {len(joined):,} images; name the pictures"
+                f" or the files, for example with a glob. Received: input={place.name!r}"
+            )
+        return joined
 
     def _count(self, container: str, opened: Opened, place: Place) -> None:
         self._containers[container] = opened.duplicates
@@ -373,16 +384,29 @@ class _Search:
         self._images += len(opened.table)
         self._progress(self._images)
 
-    def _labelled(self, table: pa.Table, place: Place) -> pa.Table:
+    def _labelled(self, places: Sequence[Place], tables: Sequence[pa.Table]) -> list[pa.Table]:
         """Adds classes and splits, and leaves out images without a class."""
-        uris = (uri for chunk in table["uri"].chunks for uri in chunk.to_pylist())
-        root = labels.common_folder(uris) if place.is_listed else place.root
-        table = labels.fill_by_folder(table, root=root, name=place.name)
-        if place.kind == "tree":
-            self._empty_folders += labels.empty_folders(root, table)
-        kept = table.filter(pc.or_(pc.is_valid(table[LABEL]), pc.is_valid(table["status"])))
-        self._unlabelled += len(table) - len(kept)
-        return kept
+        ignored, labelled = labels.ignored_folders(tables), []
+        for place, table in zip(places, tables, strict=True):
+            root = _root_of_list(table) if place.is_listed else place.root
+            table = labels.fill_by_folder(table, root=root, name=place.name, ignored=ignored)
+            if place.kind == "tree":
+                self._empty_folders += labels.empty_folders(root, table)
+            kept = table.filter(pc.or_(pc.is_valid(table[LABEL]), pc.is_valid(table["status"])))
+            self._unlabelled += len(table) - len(kept)
+            labelled.append(kept)
+        return labelled
+
+
+def _root_of_list(table: pa.Table) -> str:
+    """The folder that the plain files of a list share; of those that exist, so that one odd line moves no class."""
+    is_plain = pc.and_(pc.is_null(table["archive"]), pc.is_null(table["status"]))
+    exists = pc.or_(pc.is_valid(table["etag"]), are_remote(table["uri"]))
+    for mask in (pc.and_(is_plain, exists), is_plain):
+        root = labels.common_folder(uri for chunk in table["uri"].filter(mask).chunks for uri in chunk.to_pylist())
+        if root:
+            return root
+    return ""
 
 
 def _open_run(
@@ -401,9 +425,19 @@ def _own_stdin() -> TextIO:
     return open(sys.stdin.fileno(), encoding="utf-8", errors="surrogateescape", newline="\n", closefd=False)
 
 
+def _check_one_label(rows: pa.Table) -> None:
+    """Raises DataError if an image has two labels."""
+    counts = rows.select(["uri", LABEL]).group_by("uri").aggregate([(LABEL, "count_distinct")])
+    twice = counts.filter(pc.greater(counts[f"{LABEL}_count_distinct"], 1))
+    if len(twice):
+        uri = twice["uri"][0].as_py()
+        found = pc.unique(rows[LABEL].filter(pc.equal(rows["uri"], uri))).to_pylist()
+        raise DataError(f"an image has one label. Received: {' and '.join(map(repr, found))} for {uri!r}")
+
+
 def _with_splits_of_inputs(places: Sequence[Place], tables: Sequence[pa.Table]) -> list[pa.Table]:
     """The split that an input's own name gives, where the images have none: `--data train.tar test.tar`."""
-    splits = labels.splits_of_names([place.uri.split("/")[-1:] for place in places])
+    splits = labels.splits_of_names([place.uri.split("/") for place in places]) if len(places) > 1 else [None]
     named = []
     for table, split in zip(tables, splits, strict=True):
         values = table[SPLIT] if split is None else pc.fill_null(table[SPLIT], split)

@@ -135,7 +135,7 @@ def _encoding(uri: str, stream: BinaryIO) -> str:
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), _UTF_8)
-    if encoding == _UTF_8 and b"\0" in head:
+    if encoding == _UTF_8 and head.count(0) > len(head) // 4:
         raise DataError(f"{uri}: a list is text in UTF-8, or in UTF-16 with a byte order mark. Received: zero bytes")
     return encoding
 

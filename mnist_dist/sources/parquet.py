@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist.errors import DataError, ImageError
+from mnist_dist.errors import DataError, ImageError, first_line
 from mnist_dist.sources import columns
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
@@ -73,12 +73,12 @@ def holds_images(uri: str, image_column: str | None, *, store: Store = ANYWHERE)
     """Whether a file is Parquet with a column of images, rather than a list of URIs or something else.
 
     Raises:
-        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
+        ServiceError, StorageError: see `store.base`.
     """
     try:
         with _open(uri, store) as file:
             return image_column_of(file.schema_arrow, image_column) is not None
-    except ImageError:
+    except (ImageError, OSError):
         return False
 
 
@@ -164,8 +164,8 @@ def _located(entry: Entry, packing: str, *, address: str | None, ends: Sequence[
         numbers = np.arange(start, min(start + BATCH_ROWS, rows))
         part = pa.array(numbers)
         uris = pc.binary_join_element_wise(f"{entry.uri}{ROW_SEPARATOR}", part.cast(pa.string()), "")
-        groups = pa.array(np.searchsorted(ends, numbers, side="right"))
-        values = {**shared, "uri": uris, "offset": part, "stored_bytes": groups}
+        starts = pa.array(np.array([0, *ends])[np.searchsorted(ends, numbers, side="right")])
+        values = {**shared, "uri": uris, "offset": part, "stored_bytes": starts}
         batches.append(pa.RecordBatch.from_arrays([array[: len(part)] for array in values.values()], schema=COLUMNS))
     return pa.Table.from_batches(batches, COLUMNS)
 
@@ -178,14 +178,24 @@ def _beside(
     for name in wanted.carried:
         path = f"{image}.{PATH}" if name == PATH and name not in file.schema_arrow.names else name
         if path.partition(".")[0] in file.schema_arrow.names:
-            found[name] = _read_column(uri, file, path)
+            found[name] = _named(_read_column(uri, file, path), columns.declared_names(file.schema_arrow, name))
     if wanted.label_column is not None:
         labels = _read_column(uri, file, wanted.label_column)
         place = f"{uri}: column {wanted.label_column!r}"
         found[LABEL] = pa.chunked_array([columns.text_labels(place, labels.combine_chunks(), named)], pa.string())
         if SPLIT in file.schema_arrow.names:
-            found[SPLIT] = _read_column(uri, file, SPLIT).cast(pa.string())
+            splits = _read_column(uri, file, SPLIT)
+            if pa.types.is_string(splits.type) or pa.types.is_large_string(splits.type):
+                found[SPLIT] = splits.cast(pa.string())
     return found
+
+
+def _named(values: pa.ChunkedArray, names: Sequence[str] | None) -> pa.ChunkedArray:
+    """Class numbers as the names that the file declares: another model may number its classes differently."""
+    if names is None or not pa.types.is_integer(values.type):
+        return values
+    known = pc.if_else(pc.and_(pc.greater_equal(values, 0), pc.less(values, len(names))), values, None)
+    return pa.chunked_array([pa.array(names, pa.string()).take(known.combine_chunks())], pa.string())
 
 
 def _read_column(uri: str, file: pq.ParquetFile, path: str) -> pa.ChunkedArray:
@@ -272,7 +282,9 @@ def _open(uri: str, store: Store) -> Iterator[pq.ParquetFile]:
     with store.open_binary(uri) as stream:
         try:
             file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
-            raise ImageError("unreadable", f"not a readable Parquet file: {err}") from err
+        except (pa.ArrowException, OSError) as err:
+            if isinstance(err, OSError) and err.errno is not None:
+                raise
+            raise ImageError("unreadable", f"not a readable Parquet file: {first_line(err)}") from err
         with file:
             yield file

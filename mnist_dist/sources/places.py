@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
+
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.sources import lists, parquet
 from mnist_dist.sources.archives import split_member
@@ -130,7 +132,7 @@ def errors_of(name: str) -> Iterator[None]:
         yield
     except PermissionError as err:
         raise DataError(f"no permission to list this input: {err}. Received: input={shown(name)!r}") from err
-    except (OSError, UnicodeDecodeError) as err:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
         raise DataError(f"this input cannot be listed: {err}. Received: input={shown(name)!r}") from err
 
 

@@ -23,7 +23,7 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
 
-_PARQUET_ROWS = 1_024  # of a request
+_PARQUET_ROWS, _DIVIDED_ROWS = 1_024, 8_192  # of a request; of a row group, from its start
 _THREADS = 8  # They wait for storage, not for a core.
 _AHEAD = 16  # Bounds the requests whose bytes are held in memory.
 
@@ -204,16 +204,19 @@ def _packing(text: str) -> Packing:
 
 
 def _parquet_reads(uri: str, rows: pa.Table, *, first: int, max_bytes: int, store: Store) -> list[Read]:
-    """One request per row group; more for a large one, whose images several threads shall decode."""
+    """One request per row group. A group is read from its start, so only the begin of one is divided, for several
+    threads to decode."""
     packing, etag = rows["packing"][0].as_py(), rows["etag"][0].as_py()
     column = packing.removeprefix(parquet.PACKING)
-    places = list(zip(rows["stored_bytes"].to_pylist(), rows["offset"].to_pylist(), strict=True))
+    starts, numbers = rows["stored_bytes"].to_pylist(), rows["offset"].to_pylist()
     reads: list[Read] = []
-    for _, same in itertools.groupby(enumerate(places), key=lambda item: (item[1][0], item[0] // _PARQUET_ROWS)):
-        numbered = list(same)
-        start, numbers = first + numbered[0][0], [row for _, (_, row) in numbered]
-        run = functools.partial(_parquet_rows, uri, column, numbers, etag, max_bytes, store)
-        reads.append(Read(range(start, start + len(numbers)), run))
+    for _, same in itertools.groupby(
+        range(len(rows)), key=lambda row: (starts[row], min(numbers[row] - starts[row], _DIVIDED_ROWS) // _PARQUET_ROWS)
+    ):
+        places = list(same)
+        some = [numbers[place] for place in places]
+        run = functools.partial(_parquet_rows, uri, column, some, etag, max_bytes, store)
+        reads.append(Read(range(first + places[0], first + places[-1] + 1), run))
     return reads
 
 
