@@ -28,10 +28,10 @@ from mnist_dist.store.uris import MEMORY, absolute, are_remote, is_bucket, is_re
 STORE = Anywhere({**ANYWHERE.stores, MEMORY: MemoryStore()})
 
 
-@pytest.fixture(params=["local", "file", "s3", "memory"])
+@pytest.fixture(params=["local", "file", "s3", "gcs", "azure", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3"))
+    if request.param in ("s3", "gcs", "azure"):
+        return str(request.getfixturevalue(request.param))
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}/a"
     return str(tmp_path / "a store") if request.param == "local" else f"file://{tmp_path}/a%20store"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mnist_dist.errors import StorageError
+from mnist_dist.store.azure import AzureStore
 from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.gcs import GcsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
-from mnist_dist.store.uris import S3, scheme_of
+from mnist_dist.store.uris import AZURE, GCS, S3, scheme_of
 
 
 class Anywhere(Store):
@@ -107,5 +109,5 @@ class Anywhere(Store):
         self.of(uri).delete_tree(uri)
 
 
-ANYWHERE = Anywhere({"": LocalStore(), S3: S3Store()})
+ANYWHERE = Anywhere({"": LocalStore(), S3: S3Store(), GCS: GcsStore(), AZURE: AzureStore()})
 """The default store of every job."""

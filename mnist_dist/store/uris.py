@@ -16,8 +16,8 @@ from mnist_dist.errors import StorageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-S3, MEMORY = "s3", "memory"
-REMOTE = (S3, MEMORY)
+S3, GCS, AZURE, MEMORY = "s3", "gs", "az", "memory"
+REMOTE = (S3, GCS, AZURE, MEMORY)
 """Schemes of the stores whose objects are not local files."""
 _FILE = "file://"
 _NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
@@ -33,7 +33,8 @@ def scheme_of(uri: str) -> str:
     if not separator or "/" in scheme or scheme == "file":
         return ""
     if scheme not in REMOTE:
-        raise StorageError(f"storage must be a local path, {_FILE}/path or {S3}://bucket/prefix. Received: {uri!r}")
+        known = f"a local path, {_FILE}/path, {S3}://bucket/prefix, {GCS}://bucket/prefix or {AZURE}://container/prefix"
+        raise StorageError(f"storage must be {known}. Received: {uri!r}")
     return scheme
 
 
