@@ -7,13 +7,20 @@ import base64
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from benchmarks.seaweedfs import free_ports
 from mnist_dist.store.anywhere import ANYWHERE
@@ -42,10 +49,12 @@ def fake_gcs() -> str | None:
 
 
 @contextlib.contextmanager
-def settings(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables of this process, with new clients, and restores them afterwards."""
+def settings(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Sets environment variables of this process (None: unsets), with new clients, and restores them afterwards."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    for name in values:
+        os.environ.pop(name, None)
+    os.environ.update({name: value for name, value in values.items() if value is not None})
     ANYWHERE.forget_clients()
     try:
         yield
@@ -120,3 +129,91 @@ def _answers(endpoint: str) -> bool:
     except OSError:
         return False
     return True
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before a store's server and does with answers what networks and services do.
+
+    Attributes:
+        asked: method and path of each request.
+        answer: gives the answer in place of the server, or None; asked at each request.
+        lose: whether to hang up instead of handing on an answer that the server gave; asked at each request.
+        cut: how many bytes of a body to hand on before hanging up, or None for all; asked at each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind = urllib.parse.urlsplit(endpoint).netloc
+        self.asked: list[tuple[str, str]] = []
+        self.answer: Callable[[str, str], Answer | None] = lambda method, path: None
+        self.lose: Callable[[str, str], bool] = lambda method, path: False
+        self.cut: Callable[[str, str], int | None] = lambda method, path: None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing about clients that hang up."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server says."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # Headers and body are sent apart.
+    server: Proxy
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append((self.command, self.path))
+        answer = self.server.answer(self.command, self.path) or self._ask(body)
+        if self.server.lose(self.command, self.path):
+            self.close_connection = True
+            return
+        self.send_response_only(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            if name.lower() not in ("connection", "transfer-encoding", "keep-alive"):
+                self.send_header(name, value)
+        self.end_headers()
+        end = self.server.cut(self.command, self.path)
+        self.close_connection = end is not None
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[:end])
+
+    def _ask(self, body: bytes) -> Answer:
+        with contextlib.closing(HTTPConnection(self.server.behind)) as behind:
+            behind.request(self.command, self.path, body, dict(self.headers.items()))
+            reply = behind.getresponse()
+            return Answer(reply.status, dict(reply.headers.items()), reply.read())
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 (the names that http.server calls)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def serve(proxy: Proxy) -> None:
+    """Lets a proxy answer from now on, until its `shutdown`."""
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+
+
+SETTINGS = ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST", "AZURE_STORAGE_CONNECTION_STRING")
+"""Settings with the endpoint of each kind of store."""
+
+
+@contextlib.contextmanager
+def proxy_before(uri: str) -> Iterator[Proxy]:
+    """Puts a proxy before the running server of a URI; the settings of this process point at it."""
+    name = dict(zip(("s3", "gs", "az"), SETTINGS, strict=True))[uri.partition("://")[0]]
+    [netloc] = re.findall(r"http://(127\.0\.0\.1:\d+)", os.environ[name])
+    with Proxy(f"http://{netloc}") as proxy:
+        serve(proxy)
+        with settings({name: os.environ[name].replace(netloc, f"127.0.0.1:{proxy.server_address[1]}")}):
+            yield proxy
+        proxy.shutdown()

@@ -115,21 +115,26 @@ class AzureStore(Store):
             return _entry(uri, client.blob(uri).get_blob_properties())
 
     def exists(self, uri: str) -> bool:
-        return self._own_entry(uri) is not None or any(self._entries_below(uri, page_size=1))
+        return any(self._own_entries(uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        own = self._own_entry(uri)
-        if own is not None:
-            yield own
-        yield from self._entries_below(uri)
+        is_folder = False
+        for entry in self._entries_below(uri):
+            is_folder = True
+            yield entry
+        yield from self._own_entries(uri, is_folder=is_folder)
 
-    def _own_entry(self, uri: str) -> Entry | None:
-        """The entry of the object that is named like the folder `uri`."""
+    def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
+        """The object that is named like the folder `uri`, if there is one; it may be denied where those below are not."""
         if not bucket_and_key(uri)[1] or uri.endswith("/"):
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            return self.entry_of(uri)
-        return None
+            return
+        try:
+            yield self.entry_of(uri)
+        except FileNotFoundError:
+            return
+        except PermissionError:
+            if not is_folder:
+                raise
 
     def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
         for blob in self._blobs_below(uri, page_size=page_size):
@@ -218,7 +223,7 @@ class AzureStore(Store):
 
     def delete_tree(self, uri: str) -> None:
         below = list(self._blobs_below(uri))
-        own = [] if self._own_entry(uri) is None else [uri]
+        own = [entry.uri for entry in self._own_entries(uri, is_folder=bool(below))]
         delete_all(self.delete, own + [_uri(blob) for blob in below if not _is_folder(blob)])
         folders = [_uri(blob) for blob in below if _is_folder(blob)]
         for folder in sorted(folders, reverse=True):  # A folder with something in it cannot be deleted.

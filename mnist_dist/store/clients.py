@@ -21,7 +21,9 @@ PART_BYTES = 16 * 2**20
 """Larger objects are sent and fetched in parts of this size, each of which is tried again by itself."""
 _DELETING_THREADS = 16
 _QUERY = re.compile(r"\?[^\s'\"<>)]+")
-_SECRET = re.compile(r"\b(AccountKey|SharedAccessSignature|sig|signature|SharedKey|Bearer|access_token)\b[=: ]+\S+", re.I)
+_SECRET = re.compile(
+    r"\b(AccountKey|SharedAccessSignature|sig|signature|SharedKey|Bearer|access_token)\b[=: ]+\S+", re.I
+)
 Client = TypeVar("Client")
 
 

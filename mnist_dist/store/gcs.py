@@ -97,21 +97,26 @@ class GcsStore(Store):
             return Entry(uri, int(blob.size), str(blob.generation))
 
     def exists(self, uri: str) -> bool:
-        return self._own_entry(uri) is not None or any(self._entries_below(uri, page_size=1))
+        return any(self._own_entries(uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        own = self._own_entry(uri)
-        if own is not None:
-            yield own
-        yield from self._entries_below(uri)
+        is_folder = False
+        for entry in self._entries_below(uri):
+            is_folder = True
+            yield entry
+        yield from self._own_entries(uri, is_folder=is_folder)
 
-    def _own_entry(self, uri: str) -> Entry | None:
-        """The entry of the object that is named like the folder `uri`."""
+    def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
+        """The object that is named like the folder `uri`, if there is one; it may be denied where those below are not."""
         if not bucket_and_key(uri)[1] or uri.endswith("/"):
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            return self.entry_of(uri)
-        return None
+            return
+        try:
+            yield self.entry_of(uri)
+        except FileNotFoundError:
+            return
+        except PermissionError:
+            if not is_folder:
+                raise
 
     def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
         for blob in self._blobs_below(uri, page_size=page_size):
@@ -206,7 +211,7 @@ class GcsStore(Store):
 
     def delete_tree(self, uri: str) -> None:
         below = [_uri(blob) for blob in self._blobs_below(uri)]
-        own = [] if self._own_entry(uri) is None else [uri]
+        own = [entry.uri for entry in self._own_entries(uri, is_folder=bool(below))]
         delete_all(self.delete, own + below)
 
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
@@ -290,7 +295,15 @@ def _sdk_errors() -> tuple[type[Exception], ...]:
     from requests.exceptions import RequestException
     from urllib3.exceptions import HTTPError
 
-    return (GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, RequestException, HTTPError, ConnectionError)
+    return (
+        GoogleAPIError,
+        GoogleAuthError,
+        DataCorruption,
+        InvalidResponse,
+        RequestException,
+        HTTPError,
+        ConnectionError,
+    )
 
 
 def _missing(client: _Client, uri: str) -> Exception:

@@ -1,0 +1,381 @@
+"""The stores of cloud providers: what their contract (test_store) leaves out. Lost answers, refusals, secrets."""
+
+import gzip
+import itertools
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import emulators
+import pytest
+from emulators import Answer, Proxy
+
+from mnist_dist.errors import ServiceError, StorageError
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.azure import AzureStore
+from mnist_dist.store.base import Store
+from mnist_dist.store.clients import public_line
+from mnist_dist.store.gcs import GcsStore
+
+IMPATIENT: dict[str, Callable[[], Store]] = {"gs": lambda: GcsStore(0.1), "az": lambda: AzureStore(0)}
+
+
+@pytest.fixture(params=["s3", "gcs", "azure"])
+def prefix(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=["gcs", "azure"])
+def new_prefix(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def impatient(uri: str) -> Store:
+    """A store of its own that tries a request once or twice."""
+    return IMPATIENT[uri.partition("://")[0]]()
+
+
+@pytest.fixture
+def proxy(prefix: str) -> Iterator[Proxy]:
+    with emulators.proxy_before(prefix) as proxy:
+        yield proxy
+
+
+def once(matches: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """Whether a request is the first that matches."""
+    count = itertools.count()
+    return lambda method, path: matches(method, path) and next(count) == 0
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_who_creates_an_object_knows_it_though_the_answer_is_lost(prefix: str, proxy: Proxy) -> None:
+    proxy.lose = once(lambda method, path: method in ("PUT", "POST"))
+    assert ANYWHERE.create_bytes(f"{prefix}/lock", b"mine")
+    assert [method in ("PUT", "POST") for method, _ in proxy.asked][:2] == [True, True]
+    assert not ANYWHERE.create_bytes(f"{prefix}/lock", b"mine")
+    assert ANYWHERE.read_bytes(f"{prefix}/lock") == b"mine"
+
+
+def test_one_of_many_wins_when_answers_are_lost(prefix: str, proxy: Proxy) -> None:
+    count = itertools.count()
+    proxy.lose = lambda method, path: method in ("PUT", "POST") and next(count) % 3 == 0
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: ANYWHERE.create_bytes(f"{prefix}/lock", b"same"), range(8)))
+    assert sorted(made) == [False] * 7 + [True]
+
+
+def test_a_body_that_breaks_off_is_read_to_its_end(prefix: str, proxy: Proxy) -> None:
+    ANYWHERE.write_bytes(f"{prefix}/x", bytes(range(256)) * 100)
+    proxy.cut = lambda method, path: 5_000 if cut(method, path) else None
+    cut = once(lambda method, path: method == "GET")
+    assert ANYWHERE.read_bytes(f"{prefix}/x") == bytes(range(256)) * 100
+
+
+def test_blocks_of_two_writers_are_not_mixed(azure: str, proxy_of_azure: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a" * (40 << 20))
+    (tmp_path / "b").write_bytes(b"b" * (40 << 20))
+    first_block = once(lambda method, path: "comp=block&" in f"{path}&")
+
+    def interfere(method: str, path: str) -> None:
+        if first_block(method, path):
+            AzureStore().upload(tmp_path / "b", f"{azure}/x")
+
+    proxy_of_azure.answer = interfere
+    AzureStore().upload(tmp_path / "a", f"{azure}/x")
+    assert set(ANYWHERE.read_bytes(f"{azure}/x")) in ({ord("a")}, {ord("b")})
+
+
+@pytest.fixture
+def proxy_of_azure(azure: str) -> Iterator[Proxy]:
+    with emulators.proxy_before(azure) as proxy:
+        yield proxy
+
+
+def test_what_is_replaced_while_it_is_fetched_is_no_mixture(azure: str, proxy_of_azure: Proxy, tmp_path: Path) -> None:
+    ANYWHERE.write_bytes(f"{azure}/x", b"a" * (20 << 20))
+    second = once(lambda method, path: method == "GET" and sum(kind == "GET" for kind, _ in proxy_of_azure.asked) == 2)
+
+    def interfere(method: str, path: str) -> None:
+        if second(method, path):
+            AzureStore().write_bytes(f"{azure}/x", b"b" * (20 << 20))
+
+    proxy_of_azure.answer = interfere
+    with pytest.raises(OSError, match="replaced while it was read"):
+        ANYWHERE.download(f"{azure}/x", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_stored_compressed_is_read_as_it_is_stored(new_prefix: str) -> None:
+    packed = gzip.compress(b"0123456789" * 100)
+    put_packed(f"{new_prefix}/x", packed)
+    assert ANYWHERE.read_bytes(f"{new_prefix}/x") == packed
+    assert ANYWHERE.entry_of(f"{new_prefix}/x").size_bytes == len(packed)
+    assert ANYWHERE.read_range(f"{new_prefix}/x", 3, 5) == packed[3:8]
+
+
+def put_packed(uri: str, data: bytes) -> None:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    if uri.startswith("gs"):
+        from google.cloud import storage
+
+        blob = storage.Client(project="none").bucket(bucket).blob(key)
+        blob.content_encoding = "gzip"
+        blob.upload_from_string(data)
+        return
+    from azure.storage.blob import ContentSettings
+
+    azure_client(bucket).upload_blob(key, data, content_settings=ContentSettings(content_encoding="gzip"))
+
+
+def azure_client(container: str) -> Any:
+    import os
+
+    from azure.storage.blob import ContainerClient
+
+    return ContainerClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"], container)
+
+
+def test_folders_of_a_hierarchical_namespace_are_no_files(azure: str) -> None:
+    bucket, _, key = azure.partition("://")[2].partition("/")
+    for name in ("a", "a/b"):
+        azure_client(bucket).upload_blob(f"{key}/{name}", b"", metadata={"hdi_isfolder": "true"})
+    ANYWHERE.write_bytes(f"{azure}/a/b/x", b"1")
+    assert [entry.uri for entry in ANYWHERE.list_entries(azure)] == [f"{azure}/a/b/x"]
+    level = ANYWHERE.list_level(azure)
+    assert (level.folders, dict(level.files)) == (("a",), {})
+    for read in (ANYWHERE.entry_of, ANYWHERE.read_bytes):
+        with pytest.raises(FileNotFoundError, match="a folder"):
+            read(f"{azure}/a/b")
+    ANYWHERE.delete_tree(azure)
+    assert [blob.name for blob in azure_client(bucket).list_blobs(name_starts_with=key)] == []
+
+
+@pytest.mark.parametrize("key", ["a/../b", "..", "./a"])
+def test_a_name_that_would_lead_elsewhere_is_refused(azure: str, key: str) -> None:
+    with pytest.raises(OSError, match=r"no part '\.' or '\.\.'"):
+        ANYWHERE.read_bytes(f"{azure}/{key}")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_missing_bucket_is_told_from_a_missing_object(
+    request: pytest.FixtureRequest, scheme: str, missing: bool, tmp_path: Path
+) -> None:
+    bucket = request.getfixturevalue("gcs" if scheme == "gs" else "azure")
+    uri, kind = (f"{scheme}://no-such-bucket/x", StorageError) if missing else (f"{bucket}/x", FileNotFoundError)
+    words = "no such (bucket|container)" if missing else "no such object"
+    reads: list[Callable[[str], object]] = [
+        ANYWHERE.read_bytes,
+        ANYWHERE.entry_of,
+        lambda uri: ANYWHERE.read_range(uri, 0, 3),
+        lambda uri: ANYWHERE.download(uri, tmp_path / "x"),
+    ]
+    for read in reads:
+        with pytest.raises(kind, match=words):
+            read(uri)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_a_missing_bucket_can_be_neither_listed_nor_written(request: pytest.FixtureRequest, scheme: str) -> None:
+    request.getfixturevalue("gcs" if scheme == "gs" else "azure")
+    uri = f"{scheme}://no-such-bucket/x"
+    uses: list[Callable[[], object]] = [
+        lambda: ANYWHERE.exists(uri),
+        lambda: list(ANYWHERE.list_entries(uri)),
+        lambda: ANYWHERE.list_level(uri),
+        lambda: ANYWHERE.write_bytes(uri, b"1"),
+        lambda: ANYWHERE.create_bytes(uri, b"1"),
+    ]
+    for use in uses:
+        with pytest.raises(StorageError, match="no such (bucket|container)"):
+            use()
+
+
+def google(status: int, reason: str, message: str) -> Answer:
+    body = f'{{"error": {{"code": {status}, "message": "{message}", "errors": [{{"reason": "{reason}"}}]}}}}'
+    return Answer(status, {"Content-Type": "application/json"}, body.encode())
+
+
+def microsoft(status: int, code: str) -> Answer:
+    body = f'<?xml version="1.0" encoding="utf-8"?><Error><Code>{code}</Code><Message>?sig=hidden</Message></Error>'
+    return Answer(status, {"Content-Type": "application/xml", "x-ms-error-code": code}, body.encode())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "kind"),
+    [
+        ("gs", google(401, "authError", "Invalid Credentials"), ServiceError),
+        ("gs", google(403, "forbidden", "someone does not have storage.objects.get access"), PermissionError),
+        ("gs", google(403, "accountDisabled", "The billing account is closed"), ServiceError),
+        ("gs", google(403, "insufficientPermissions", "insufficient authentication scopes"), ServiceError),
+        ("gs", google(400, "invalid", "encrypted by a customer-supplied key"), OSError),
+        ("gs", google(400, "invalid", "Invalid bucket name"), StorageError),
+        ("gs", google(429, "rateLimitExceeded", "slow down"), ServiceError),
+        ("gs", google(503, "backendError", "try again"), ServiceError),
+        ("az", microsoft(404, "BlobNotFound"), FileNotFoundError),
+        ("az", microsoft(404, "ContainerNotFound"), StorageError),
+        ("az", microsoft(400, "InvalidResourceName"), StorageError),
+        ("az", microsoft(403, "AuthenticationFailed"), ServiceError),
+        ("az", microsoft(403, "AuthorizationFailure"), ServiceError),
+        ("az", microsoft(403, "AuthorizationPermissionMismatch"), PermissionError),
+        ("az", microsoft(401, "InvalidAuthenticationInfo"), ServiceError),
+        ("az", microsoft(409, "BlobArchived"), OSError),
+        ("az", microsoft(409, "BlobUsesCustomerSpecifiedEncryption"), OSError),
+        ("az", microsoft(503, "ServerBusy"), ServiceError),
+        ("az", microsoft(500, "InternalError"), ServiceError),
+    ],
+)
+def test_each_answer_has_its_meaning(
+    request: pytest.FixtureRequest, scheme: str, answer: Answer, kind: type[Exception]
+) -> None:
+    uri = request.getfixturevalue("gcs" if scheme == "gs" else "azure") + "/x"
+    with emulators.proxy_before(uri) as proxy:
+        proxy.answer = lambda method, path: answer
+        store = impatient(uri)
+        for use in (store.read_bytes, store.entry_of, lambda uri: store.write_bytes(uri, b"1")):
+            with pytest.raises(kind, match=uri) as raised:
+                use(uri)
+            assert raised.type is kind
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_no_connection_is_a_service_error(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    whole = f"AccountName=a;AccountKey={emulators.KEY};BlobEndpoint=http://127.0.0.1:9/a"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", whole)
+    store = impatient(f"{scheme}://bucket/x")
+    for use in (store.read_bytes, store.exists, lambda uri: list(store.scan_entries(uri))):
+        with pytest.raises(ServiceError, match=rf"{scheme}://bucket/x: .*refused"):
+            use(f"{scheme}://bucket/x")
+
+
+def without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CONNECTION_STRING", "ACCOUNT_NAME", "ACCOUNT_KEY", "SAS_TOKEN", "ENDPOINT"):
+        monkeypatch.delenv(f"AZURE_STORAGE_{name}", raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+
+
+def test_missing_credentials_are_a_service_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_settings(monkeypatch)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
+    with pytest.raises(ServiceError, match=r"gs://b/x: the credentials cannot be read: .*missing\.json"):
+        GcsStore(0.1).read_bytes("gs://b/x")
+    with pytest.raises(ServiceError, match="Set AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME"):
+        AzureStore(0).read_bytes("az://b/x")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=secretive")
+    with pytest.raises(ServiceError, match="az://b/x: the Azure settings cannot be used") as raised:
+        AzureStore(0).read_bytes("az://b/x")
+    assert "secretive" not in shown(raised.value)
+
+
+def test_a_key_and_a_signature_open_an_account(azure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ANYWHERE.write_bytes(f"{azure}/x", b"1")
+    endpoint = azure_client("bucket").url.rpartition("/")[0]
+    tokens = {days: signature(permission, days=days) for days, permission in ((1, "rl"), (-1, "rwl"))}
+    without_settings(monkeypatch)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", endpoint)
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", tokens[1])
+    assert AzureStore().read_bytes(f"{azure}/x") == b"1"
+    with pytest.raises(PermissionError, match="access denied"):
+        AzureStore(0).write_bytes(f"{azure}/x", b"2")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", tokens[-1])
+    with pytest.raises(ServiceError, match="the credentials are not accepted"):
+        AzureStore(0).read_bytes(f"{azure}/x")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", emulators.KEY)
+    AzureStore(0).write_bytes(f"{azure}/x", b"2")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+    with pytest.raises(ServiceError, match="the credentials are not accepted"):
+        AzureStore(0).entry_of(f"{azure}/x")
+
+
+def signature(permission: str, *, days: int) -> str:
+    from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+
+    return generate_account_sas(
+        emulators.ACCOUNT,
+        emulators.KEY,
+        ResourceTypes(container=True, object=True),
+        AccountSasPermissions.from_string(permission),
+        expiry=datetime.now(UTC) + timedelta(days=days),
+    )
+
+
+def test_settings_are_read_again_once_clients_are_forgotten(new_prefix: str) -> None:
+    with emulators.proxy_before(new_prefix) as proxy:
+        assert not ANYWHERE.exists(f"{new_prefix}/x")
+        before = len(proxy.asked)
+    assert not ANYWHERE.exists(f"{new_prefix}/x")
+    assert (before > 0, len(proxy.asked)) == (True, before)
+
+
+# --- secrets and packages --------------------------------------------------------------------------------------------
+
+
+def shown(error: BaseException) -> str:
+    """All that a traceback shows of an error, and what pickle carries to another process."""
+    return "".join(traceback.format_exception(error)) + repr(pickle.loads(pickle.dumps(error)).args)
+
+
+def test_no_error_shows_a_key_or_a_signature(azure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = signature("rl", days=1)
+    secret = token.partition("sig=")[2].partition("&")[0]
+    without_settings(monkeypatch)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", token)
+    with Proxy("http://127.0.0.1:9") as proxy:
+        emulators.serve(proxy)
+        answers = [microsoft(status, code) for status, code in [(403, "AuthenticationFailed"), (500, "x"), (409, "y")]]
+        for endpoint in (f"http://127.0.0.1:{proxy.server_address[1]}/a", "http://127.0.0.1:9/a", "http://no host/a"):
+            for answer in answers:
+                proxy.answer = lambda method, path, answer=answer: answer  # type: ignore[misc]
+                monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", endpoint)
+                for use in (AzureStore(0).read_bytes, AzureStore(0).exists, lambda uri: AzureStore(0).move(uri, uri)):
+                    with pytest.raises((ServiceError, OSError), match=r"az://b/x") as raised:
+                        use("az://b/x")
+                    assert secret not in shown(raised.value)
+                    assert "hidden" not in shown(raised.value)
+        proxy.shutdown()
+
+
+def test_a_public_line_has_no_secrets() -> None:
+    line = public_line(ValueError("GET /c/k?sv=1&sig=ab%2Bc failed; AccountKey=xyz==; Bearer tok\nmore"))
+    assert line == "GET /c/k?... failed; AccountKey=... Bearer=..."
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package", "remedy"),
+    [
+        ("gs", "google.cloud.storage", r"gs:// needs .*pip install 'mnist_dist\[gcs\]'"),
+        ("az", "azure.storage.blob", r"az:// needs .*pip install 'mnist_dist\[azure\]'"),
+    ],
+)
+def test_a_missing_package_names_the_extra(
+    scheme: str, package: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=remedy):
+        impatient(f"{scheme}://b/x").read_bytes(f"{scheme}://b/x")
+
+
+def test_nothing_of_a_provider_is_loaded_before_it_is_used() -> None:
+    code = "import sys, mnist_dist.store.anywhere; print([n for n in sys.modules if n.split('.')[0] in ('google', 'azure')])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
+def test_a_store_keeps_its_patience_in_another_process() -> None:
+    for store in (GcsStore(1.5), AzureStore(7)):
+        again = pickle.loads(pickle.dumps(store))
+        assert again.__reduce__() == store.__reduce__()
