@@ -177,8 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.send_response_only(answer.status)
-        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
-            if name.lower() not in ("connection", "transfer-encoding", "keep-alive"):
+        headers = {name.lower(): value for name, value in answer.headers.items()}
+        for name, value in {"content-length": str(len(answer.body)), **headers}.items():
+            if name not in ("connection", "transfer-encoding", "keep-alive"):
                 self.send_header(name, value)
         self.end_headers()
         end = self.server.cut(self.command, self.path)

@@ -244,6 +244,8 @@ class _Client:
         from google.cloud import storage
         from google.cloud.storage.retry import DEFAULT_RETRY
 
+        # Otherwise a thread of the SDK asks for the bucket of each object, to name its place in traces.
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         session = _session()
         self.storage: Any = storage.Client(project="none", credentials=session.credentials, _http=session)
         self.options: Any = {"retry": DEFAULT_RETRY.with_timeout(retry_s), "timeout": (CONNECT_S, SILENCE_S)}
@@ -285,7 +287,14 @@ def _session() -> Any:
     adapter = HTTPAdapter(pool_connections=MAX_CONNECTIONS, pool_maxsize=MAX_CONNECTIONS)
     session.mount("https://", adapter)
     session.mount("http://", adapter)
+    session.hooks["response"].append(_read_refusal)
     return session
+
+
+def _read_refusal(response: Any, **_: object) -> None:
+    """Reads why a download was refused, because the SDK tries again on a new connection and leaves this one open."""
+    if response.status_code >= 400:
+        response.content  # noqa: B018 (a property that reads)
 
 
 def _sdk_errors() -> tuple[type[Exception], ...]:
