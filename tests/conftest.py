@@ -5,13 +5,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import emulators
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import seaweedfs
-
-import emulators
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

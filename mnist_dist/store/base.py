@@ -1,7 +1,7 @@
 """The interface of a store, and the meaning of each failure.
 
 Owns: what a store does, and the methods that every store can share. Does not own: any particular storage. Failures have
-the same types in every store, so that callers need to know neither errno nor botocore:
+the same types in every store, so that callers need to know neither errno nor any SDK:
 
 ```
 FileNotFoundError    the object does not exist
@@ -22,10 +22,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store.uris import absolute, join, temporary_name
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class Entry:
     uri: str
     size_bytes: int
     etag: str
-    """Changes when the content does: the etag of S3, or `{mtime_ns}-{size}` of a local file."""
+    """Changes when the content does: the etag of S3 and Azure, the generation on Google Cloud Storage, or
+    `{mtime_ns}-{size}` of a local file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,9 @@ class Store(ABC):
 
     def list_entries(self, uri: str) -> Iterator[Entry]:
         """Lists all objects at or below `uri`, sorted by URI, including hidden ones; nothing if there are none.
+
+        In a bucket an object may be named like a folder: it is listed with what lies below it. Objects whose names end
+        in a slash are not listed, since consoles create them to show a folder.
 
         Symbolic links are followed, unless they lead back into a folder that contains them. A dangling link is listed
         with size 0 and no etag, and reading it fails as missing. Sockets, pipes and devices are not listed.
@@ -202,6 +209,19 @@ class Store(ABC):
             StorageError: such libraries cannot reach it.
         """
         raise StorageError(f"a Delta table cannot be kept in this store. Received: {uri!r}")
+
+    def arrow_files(self, uri: str) -> "tuple[FileSystem | None, str]":
+        """The pyarrow file system through which Ray reaches a folder, and the folder's path in it.
+
+        Returns:
+            None and the URI where pyarrow finds the file system by the URI itself.
+        """
+        from pyarrow.fs import PyFileSystem  # Imported here so that commands without Ray start faster.
+
+        from mnist_dist.store.arrow_files import StoreFiles
+
+        scheme, _, path = uri.partition("://")
+        return PyFileSystem(StoreFiles(self, scheme)), path
 
     def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
         """Drops connections, so that the next call reads the environment's settings again."""

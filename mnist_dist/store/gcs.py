@@ -107,7 +107,7 @@ class GcsStore(Store):
         yield from self._own_entries(uri, is_folder=is_folder)
 
     def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
-        """The object that is named like the folder `uri`, if there is one; it may be denied where those below are not."""
+        """The object that is named like the folder `uri`, if any; it may be denied where those below it are not."""
         if not bucket_and_key(uri)[1] or uri.endswith("/"):
             return
         try:

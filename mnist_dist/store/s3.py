@@ -123,7 +123,7 @@ class S3Store(Store):
         yield from self._own_entries(uri, is_folder=is_folder)
 
     def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
-        """The object that is named like the folder `uri`, if there is one; it may be denied where those below are not."""
+        """The object that is named like the folder `uri`, if any; it may be denied where those below it are not."""
         if not bucket_and_key(uri)[1] or uri.endswith("/"):
             return
         try:
@@ -247,6 +247,9 @@ class S3Store(Store):
             if os.getpid() not in self._clients:  # Connections do not survive a fork.
                 self._clients = {os.getpid(): _Clients()}
             return self._clients[os.getpid()]
+
+    def arrow_files(self, uri: str) -> tuple[None, str]:
+        return None, uri
 
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         with _errors(uri):

@@ -54,6 +54,11 @@ def are_remote(uris: "pa.ChunkedArray") -> "pa.ChunkedArray":
     return pc.match_substring_regex(uris, f"^({'|'.join(REMOTE)})://")
 
 
+def is_on_s3(uri: str) -> bool:
+    """Whether S3 or a compatible server keeps an object."""
+    return scheme_of(uri) == S3
+
+
 def bucket_and_key(uri: str) -> tuple[str, str]:
     """Splits a remote URI into bucket and key; the key may be empty.
 
@@ -75,11 +80,6 @@ def is_bucket(uri: str) -> bool:
 def parent_of(uri: str) -> str:
     """The folder that contains an absolute URI; a bucket is its own parent."""
     return uri if is_bucket(uri) else uri.rpartition("/")[0]
-
-
-def uri_of_path(path: str) -> str:
-    """The URI of a path as pyarrow's file systems give it: an absolute path, or `bucket/key` on S3."""
-    return path if os.path.isabs(path) else f"{S3}://{path}"
 
 
 def path_of(uri: str) -> Path:

@@ -222,6 +222,7 @@ def run_trials(
         "1"  # Ray Tune would write a folder of logs per trial that nobody reads
     )
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # Ray Tune's own state is never restored, so it is rarely saved
+    files, path = ANYWHERE.arrow_files(uri)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(TrialProcess, task=task),
@@ -236,7 +237,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=uri,
+            storage_path=path,
+            storage_filesystem=files,
             verbose=0,
             stop=_StopWhenOver(trials),
             failure_config=tune.FailureConfig(max_failures=0),
