@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ AZURITE_FOLDER = Path.home() / ".cache" / "mnist_dist" / "azurite"
 """Where `npm install --prefix` puts Azurite once (docs/testing.md)."""
 START_TIMEOUT_S = 60.0
 LOOK_S = 0.1
+PORTS = 3
 
 
 def azurite() -> str | None:
@@ -71,12 +72,10 @@ def running_gcs(folder: Path) -> Iterator[str]:
     """Runs a server with its log in `folder`; yields the `gs://` URI of its bucket."""
     from google.cloud import storage
 
-    [port] = free_ports(1)
-    endpoint = f"http://127.0.0.1:{port}"
-    command = [fake_gcs() or "", "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
+    command = [fake_gcs() or "", "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port"]
     with (
-        _server([*command, "-external-url", endpoint], endpoint, log=folder / "log"),
-        settings({"STORAGE_EMULATOR_HOST": endpoint}),
+        _server(command, sign="storage#buckets", log=folder / "log") as port,
+        settings({"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}),
     ):
         with contextlib.closing(storage.Client(project="none")) as client:
             client.create_bucket(BUCKET)
@@ -88,47 +87,52 @@ def running_azure(folder: Path) -> Iterator[str]:
     """Runs a server with its data in `folder`; yields the `az://` URI of its container."""
     from azure.storage.blob import BlobServiceClient
 
-    [port] = free_ports(1)
-    endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
-    whole = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
-    command = [azurite() or "", "--location", str(folder), "--blobPort", str(port), "--silent", "--disableTelemetry"]
+    command = [azurite() or "", "--location", str(folder), "--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     environment = {**os.environ, "AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
-    with (
-        _server([*command, "--skipApiVersionCheck"], endpoint, log=folder / "log", environment=environment),
-        settings({"AZURE_STORAGE_CONNECTION_STRING": whole}),
-    ):
-        with BlobServiceClient.from_connection_string(whole) as client:
-            client.create_container(BUCKET)
-        yield f"az://{BUCKET}"
+    with _server([*command, "--blobPort"], sign="Azurite", log=folder / "log", environment=environment) as port:
+        endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
+        whole = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
+        with settings({"AZURE_STORAGE_CONNECTION_STRING": whole}):
+            with BlobServiceClient.from_connection_string(whole) as client:
+                client.create_container(BUCKET)
+            yield f"az://{BUCKET}"
 
 
 @contextlib.contextmanager
 def _server(
-    command: Sequence[str], endpoint: str, *, log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Runs a server in the block, which begins once it answers."""
-    with log.open("wb") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(endpoint):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command[0]} must start. Received: {log.read_text(errors='replace')}")
-            time.sleep(LOOK_S)
-        yield
-    finally:
-        server.kill()
-        server.wait()
+    command: Sequence[str], *, sign: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Runs a server whose last argument is its port, which the block gets once answers have `sign` in them."""
+    for port in free_ports(PORTS):  # Another program may take a port first.
+        with log.open("wb") as file:
+            server = subprocess.Popen([*command, str(port)], stdout=file, stderr=file, env=environment)
+        try:
+            if _starts(server, f"http://127.0.0.1:{port}/storage/v1/b", sign):
+                yield port
+                return
+        finally:
+            server.kill()
+            server.wait()
+    raise RuntimeError(f"{command[0]} must start. Received: {log.read_text(errors='replace')}")
 
 
-def _answers(endpoint: str) -> bool:
+def _starts(server: "subprocess.Popen[bytes]", url: str, sign: str) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, HTTPException):
+            if sign in _answer_of(url):
+                return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def _answer_of(url: str) -> str:
     try:
-        urllib.request.urlopen(endpoint, timeout=5).close()
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return f"{answer.headers}{answer.read()!r}"
     except urllib.error.HTTPError as refusal:
-        refusal.close()
-    except OSError:
-        return False
-    return True
+        with refusal:
+            return str(refusal.headers)
 
 
 class Proxy(ThreadingHTTPServer):

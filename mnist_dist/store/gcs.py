@@ -214,9 +214,6 @@ class GcsStore(Store):
         own = [entry.uri for entry in self._own_entries(uri, is_folder=bool(below))]
         delete_all(self.delete, own + below)
 
-    def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
-        return uri, {}  # `object_store` reads GOOGLE_APPLICATION_CREDENTIALS and asks the metadata server itself.
-
     # --- errors ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
