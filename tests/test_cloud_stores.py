@@ -19,6 +19,7 @@ from pyarrow.fs import FileSelector, FileType, copy_files
 
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.arrow_files import ray_storage
 from mnist_dist.store.azure import AzureStore
 from mnist_dist.store.base import Store
 from mnist_dist.store.clients import public_line
@@ -388,7 +389,7 @@ def test_a_store_keeps_its_patience_in_another_process() -> None:
 
 
 def test_a_store_is_a_file_system_of_pyarrow(new_prefix: str) -> None:
-    files, path = ANYWHERE.arrow_files(new_prefix)
+    files, path = ray_storage(new_prefix, ANYWHERE)
     assert files is not None
     files = pickle.loads(pickle.dumps(files))
     files.create_dir(f"{path}/run")
@@ -414,7 +415,7 @@ def test_a_store_is_a_file_system_of_pyarrow(new_prefix: str) -> None:
 def test_folders_go_through_pyarrow_and_back(new_prefix: str, tmp_path: Path) -> None:
     (tmp_path / "up" / "deep").mkdir(parents=True)
     (tmp_path / "up" / "deep" / "x").write_bytes(b"1" * 100_000)
-    files, path = ANYWHERE.arrow_files(new_prefix)
+    files, path = ray_storage(new_prefix, ANYWHERE)
     copy_files(str(tmp_path / "up"), path, destination_filesystem=files)
     assert ANYWHERE.read_bytes(f"{new_prefix}/deep/x") == b"1" * 100_000
     copy_files(path, str(tmp_path / "down"), source_filesystem=files)
@@ -422,4 +423,4 @@ def test_folders_go_through_pyarrow_and_back(new_prefix: str, tmp_path: Path) ->
 
 
 def test_pyarrow_itself_finds_disks_and_s3() -> None:
-    assert [ANYWHERE.arrow_files(uri) for uri in ("/a", "s3://b/a")] == [(None, "/a"), (None, "s3://b/a")]
+    assert [ray_storage(uri, ANYWHERE) for uri in ("/a", "s3://b/a")] == [(None, "/a"), (None, "s3://b/a")]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from mnist_dist.errors import StorageError
 from mnist_dist.store.azure import AzureStore
@@ -12,9 +12,6 @@ from mnist_dist.store.gcs import GcsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
 from mnist_dist.store.uris import AZURE, GCS, S3, scheme_of
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 
 class Anywhere(Store):
@@ -98,9 +95,6 @@ class Anywhere(Store):
 
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         return self.of(uri).object_store_access(uri)
-
-    def arrow_files(self, uri: str) -> "tuple[FileSystem | None, str]":
-        return self.of(uri).arrow_files(uri)
 
     def move(self, source: str, target: str) -> None:
         self.of(source).move(source, target)

@@ -8,9 +8,22 @@ import contextlib
 from typing import Any
 
 import pyarrow as pa
-from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, FileType, PyFileSystem
 
 from mnist_dist.store.base import Store
+from mnist_dist.store.uris import is_on_s3, is_remote
+
+
+def ray_storage(uri: str, store: Store) -> tuple[FileSystem | None, str]:
+    """The file system through which Ray reaches a folder of a store, and the folder's path in it.
+
+    Returns:
+        None and the URI for disks and S3, which pyarrow itself reaches.
+    """
+    if not is_remote(uri) or is_on_s3(uri):
+        return None, uri
+    scheme, _, path = uri.partition("://")
+    return PyFileSystem(StoreFiles(store, scheme)), path
 
 
 class StoreFiles(FileSystemHandler):

@@ -22,13 +22,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from mnist_dist.errors import ServiceError, StorageError
 from mnist_dist.store.uris import absolute, join, temporary_name
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,19 +206,6 @@ class Store(ABC):
             StorageError: such libraries cannot reach it.
         """
         raise StorageError(f"a Delta table cannot be kept in this store. Received: {uri!r}")
-
-    def arrow_files(self, uri: str) -> "tuple[FileSystem | None, str]":
-        """The pyarrow file system through which Ray reaches a folder, and the folder's path in it.
-
-        Returns:
-            None and the URI where pyarrow finds the file system by the URI itself.
-        """
-        from pyarrow.fs import PyFileSystem  # Imported here so that commands without Ray start faster.
-
-        from mnist_dist.store.arrow_files import StoreFiles
-
-        scheme, _, path = uri.partition("://")
-        return PyFileSystem(StoreFiles(self, scheme)), path
 
     def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
         """Drops connections, so that the next call reads the environment's settings again."""

@@ -141,9 +141,6 @@ class LocalStore(Store):
         with contextlib.suppress(OSError):  # It holds something, or is gone.
             path_of(uri).rmdir()
 
-    def arrow_files(self, uri: str) -> tuple[None, str]:
-        return None, uri
-
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         return path_of(uri).absolute().as_uri(), {}
 

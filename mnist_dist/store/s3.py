@@ -248,9 +248,6 @@ class S3Store(Store):
                 self._clients = {os.getpid(): _Clients()}
             return self._clients[os.getpid()]
 
-    def arrow_files(self, uri: str) -> tuple[None, str]:
-        return None, uri
-
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         with _errors(uri):
             return uri, self._of_this_process().object_store_options()
