@@ -115,6 +115,15 @@ def test_what_is_replaced_while_it_is_fetched_is_no_mixture(azure: str, proxy_of
     assert not (tmp_path / "x").exists()
 
 
+def test_each_part_is_asked_of_the_same_generation(gcs: str, tmp_path: Path) -> None:
+    ANYWHERE.write_bytes(f"{gcs}/x", b"a" * (20 << 20))
+    with emulators.proxy_before(gcs) as proxy:
+        ANYWHERE.download(f"{gcs}/x", tmp_path / "x")
+        parts = [path for _, path in proxy.asked if "alt=media" in path]
+    etag = ANYWHERE.entry_of(f"{gcs}/x").etag  # The server of the tests does not look at it.
+    assert [f"ifGenerationMatch={etag}" in path for path in parts] == [True, True]
+
+
 def test_what_is_stored_compressed_is_read_as_it_is_stored(new_prefix: str) -> None:
     packed = gzip.compress(b"0123456789" * 100)
     put_packed(f"{new_prefix}/x", packed)

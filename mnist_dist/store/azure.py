@@ -33,8 +33,8 @@ from mnist_dist.store.clients import (
 from mnist_dist.store.local import atomic_file
 from mnist_dist.store.uris import AZURE, bucket_and_key
 
-RETRIES = 5
-"""How often a request is tried again; the pauses add up to about 35 s."""
+RETRIES = 4
+"""How often a request is tried again; the pauses add up to about 34 s."""
 _BACKOFF_S, _BACKOFF_BASE = 1, 2
 _PAGE = 5000  # The service's limit of objects per page.
 _COPY_LOOK_S = 0.5
