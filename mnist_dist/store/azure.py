@@ -244,6 +244,8 @@ class AzureStore(Store):
             from requests.exceptions import RequestException
         try:
             client = self._clients.get()
+        except StorageError:  # Which is a ValueError, too.
+            raise
         except (ValueError, TypeError, KeyError) as err:  # A connection string or key of another form.
             raise ServiceError(f"{uri}: the Azure settings cannot be used: {type(err).__name__}") from None
         try:

@@ -222,9 +222,10 @@ class GcsStore(Store):
         with packages_of("gcs", GCS):
             import google.cloud.storage  # noqa: F401 (Ray brings google.api_core alone)
             from google.api_core.exceptions import NotFound
+            from google.auth.exceptions import GoogleAuthError
         try:
             client = self._clients.get()
-        except Exception as err:  # Whatever may be wrong with a credentials file.
+        except (GoogleAuthError, OSError, ValueError) as err:  # A credentials file of another form, or none.
             raise ServiceError(f"{uri}: the credentials cannot be read: {public_line(err)}") from None
         try:
             yield client
