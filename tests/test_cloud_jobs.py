@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow  # all of it is on Ray; test_cloud_stores runs wit
 @pytest.fixture(scope="module", autouse=True)
 def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
     """One Ray for the module, whose workers inherit the way to the servers."""
-    for server in ("gcs_bucket", "azure_container"):
+    for server in ("s3_bucket", "gcs_bucket", "azure_container"):
         with contextlib.suppress(pytest.skip.Exception):
             request.getfixturevalue(server)
     with pytest.MonkeyPatch.context() as environment:
@@ -51,6 +51,11 @@ def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=["gcs", "azure"])
 def place(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=["s3", "gcs", "azure"])
+def storage(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
@@ -109,27 +114,27 @@ def test_scoring_from_a_bucket_into_a_table_there(place: str, tmp_path: Path, ta
     assert {row["predicted_class"] for row in rows.values()} <= {*CLASSES, None}
 
 
-def digits(place: str, name: str) -> TrainJob:
+def digits(storage: str, name: str) -> TrainJob:
     return TrainJob(
         data=DataConfig(limit=1_600),
         model=ModelConfig(backbone="cnn", dropout=0.0),
         phases=PhasesConfig(epochs=(4,), learning_rate=(0.01,)),
         fit=FitConfig(batch_size=50, precision="float32"),
-        run=RunConfig(storage=f"{place}/runs", name=name, workers=2, cpus_per_worker=1),
+        run=RunConfig(storage=f"{storage}/runs", name=name, workers=2, cpus_per_worker=1),
     )
 
 
-def test_training_in_a_bucket_goes_on_after_a_worker_was_killed(place: str) -> None:
+def test_training_in_a_bucket_goes_on_after_a_worker_was_killed(storage: str) -> None:
     def kill() -> None:
         children = psutil.Process().children(recursive=True)
         min((child for child in children if "RayTrainWorker" in " ".join(child.cmdline())), key=lambda p: p.pid).kill()
 
-    result = train(digits(place, "killed"), recipe="test", console=Recorder("epoch 2", kill))
+    result = train(digits(storage, "killed"), recipe="test", console=Recorder("epoch 2", kill))
     assert result["epochs"] == 4
-    assert load_bundle(f"{place}/runs/killed/bundle").info.class_names == tuple("0123456789")
-    undisturbed = train(digits(place, "run"), recipe="test", console=Recorder())
+    assert load_bundle(f"{storage}/runs/killed/bundle").info.class_names == tuple("0123456789")
+    undisturbed = train(digits(storage, "run"), recipe="test", console=Recorder())
     assert result["test_loss"] == pytest.approx(undisturbed["test_loss"], rel=1e-4)
-    assert train(digits(place, "run"), recipe="test", console=Recorder())["bundle"] == f"{place}/runs/run/bundle"
+    assert train(digits(storage, "run"), recipe="test", console=Recorder())["bundle"] == f"{storage}/runs/run/bundle"
 
 
 def test_a_search_keeps_its_trials_in_a_bucket(place: str) -> None:

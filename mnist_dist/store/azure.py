@@ -223,11 +223,14 @@ class AzureStore(Store):
 
     def delete_tree(self, uri: str) -> None:
         below = list(self._blobs_below(uri))
-        own = [entry.uri for entry in self._own_entries(uri, is_folder=bool(below))]
-        delete_all(self.delete, own + [_uri(blob) for blob in below if not _is_folder(blob)])
+        delete_all(self.delete, [_uri(blob) for blob in below if not _is_folder(blob)])
         folders = [_uri(blob) for blob in below if _is_folder(blob)]
         for folder in sorted(folders, reverse=True):  # A folder with something in it cannot be deleted.
             self.delete(folder)
+        if bucket_and_key(uri)[1] and not uri.endswith("/"):
+            # The object or folder of this very name; it may be denied where those below it are not.
+            with contextlib.suppress(*[PermissionError] if below else []):
+                self.delete(uri)
 
     def object_store_access(self, uri: str) -> tuple[str, dict[str, str]]:
         with self._client(uri) as client:

@@ -183,20 +183,20 @@ class S3Store(Store):
     def create_bytes(self, uri: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        writer = {_WRITER: uuid.uuid4().hex}
+        writer = uuid.uuid4().hex
         with _errors(uri):
             try:
-                self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*", Metadata=writer)
+                self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*", Metadata={_WRITER: writer})
             except ClientError as err:
                 if err.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):
                     raise
                 return self._is_written_by(uri, writer)
         return True
 
-    def _is_written_by(self, uri: str, writer: dict[str, str]) -> bool:
+    def _is_written_by(self, uri: str, writer: str) -> bool:
         """Whether an object is there because of this very call, whose first answer was lost."""
         with contextlib.suppress(FileNotFoundError), _errors(uri):
-            return bool(self._client.head_object(**_address(uri)).get("Metadata") == writer)
+            return bool(self._client.head_object(**_address(uri))["Metadata"].get(_WRITER) == writer)
         return False
 
     def upload(self, path: Path, uri: str) -> None:
