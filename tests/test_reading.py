@@ -185,7 +185,7 @@ def test_a_link_is_what_it_leads_to(tmp_path: Path) -> None:
 
 def test_what_is_known_already_is_not_read() -> None:
     rows = manifest_rows(
-        ["/nowhere/a.tar", "gs://x/y.png"],
+        ["/nowhere/a.tar", "ftp://x/y.png"],
         status=["truncated", "unsupported"],
         error=["it ends; 3 members were readable", None],
         size_bytes=[77, None],
@@ -314,7 +314,7 @@ def test_an_error_of_the_service_is_raised(tmp_path: Path) -> None:
 
 def test_an_error_of_the_storage_is_raised() -> None:
     with pytest.raises(StorageError, match=r"storage must be a local path"):
-        read_one("gs://bucket/x.png")
+        read_one("ftp://bucket/x.png")
 
 
 @pytest.mark.parametrize("uri", ["s3://nobody-has-this/x.png", "s3://No Such Name/x.png"])

@@ -403,11 +403,11 @@ def test_ten_thousand_broken_images_in_a_row_are_nothing(files: pa.Table, broken
 def test_a_shard_whose_storage_fails_does_not_disturb_another(files: pa.Table) -> None:
     engine = ColourEngine()
     engine.goes_on.clear()
-    failing = pa.concat_tables([files.slice(40, 6), manifest_rows(["gs://bucket/x.png"]), files.slice(46, 6)])
+    failing = pa.concat_tables([files.slice(40, 6), manifest_rows(["ftp://bucket/x.png"]), files.slice(46, 6)])
     with scoring(engine) as scorer, ThreadPoolExecutor(2) as pool:
         good, bad = begun(pool, scorer, files.slice(0, 31), failing)
         engine.goes_on.set()
-        with pytest.raises(StorageError, match=r"Received: 'gs://bucket/x\.png'"):
+        with pytest.raises(StorageError, match=r"Received: 'ftp://bucket/x\.png'"):
             bad.result(END_S)
         check_outcomes(good.result(END_S), range(31))
         check_outcomes(scorer.score(files.slice(2, 7)), range(2, 9))
@@ -513,7 +513,7 @@ def test_what_is_idle_leaves_no_threads_when_it_is_closed(archive: pa.Table) -> 
 
 def test_an_error_on_the_way_leaves_no_threads(archive: pa.Table) -> None:
     engine = ColourEngine()
-    rows = pa.concat_tables([manifest_rows(["gs://bucket/x.png"]), archive])
-    with pytest.raises(StorageError, match="Received: 'gs:"), scoring(engine) as scorer:
+    rows = pa.concat_tables([manifest_rows(["ftp://bucket/x.png"]), archive])
+    with pytest.raises(StorageError, match="Received: 'ftp:"), scoring(engine) as scorer:
         scorer.score(rows)
     assert names_of_threads() == []

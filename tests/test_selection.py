@@ -268,7 +268,7 @@ def test_what_a_list_names_is_looked_up(place: Place) -> None:
 def test_what_is_no_address_of_an_image_is_not_looked_up(folder: Place, s3: str) -> None:
     uri = listed(folder, "images/a.png")
     with ANYWHERE.new_object(uri) as file:
-        pq.write_table(pa.table({"uri": ["s3://bucket", "gs://bucket/a.png", f"{s3}/a.tar", "s3:///a.png"]}), file)
+        pq.write_table(pa.table({"uri": ["s3://bucket", "ftp://bucket/a.png", f"{s3}/a.tar", "s3:///a.png"]}), file)
     folder.score(folder.find(uri))
     assert set(folder.statuses().values()) == {"unsupported", "missing"}
     assert len(folder.find(uri, mode="incremental").table) == 0

@@ -254,8 +254,8 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         open_source(DataConfig(data=("minst",)))
     with pytest.raises(DataError, match=r"no images were found; .*: nothing"):
         open_source(DataConfig(data=(str(tmp_path),)))
-    with pytest.raises(StorageError, match="gs://b"):
-        open_source(DataConfig(data=("gs://b",)))
+    with pytest.raises(StorageError, match="ftp://b"):
+        open_source(DataConfig(data=("ftp://b",)))
 
 
 def test_a_limit_is_the_same_sample_of_each_split(tmp_path: Path) -> None:

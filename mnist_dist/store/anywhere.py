@@ -8,11 +8,13 @@ from typing import Any, BinaryIO
 
 from mnist_dist.config import StoreConfig
 from mnist_dist.errors import StorageError
+from mnist_dist.store.azure import AzureStore
 from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.gcs import GcsStore
 from mnist_dist.store.https import HttpsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
-from mnist_dist.store.uris import S3, scheme_of, shown
+from mnist_dist.store.uris import AZURE, GCS, S3, scheme_of, shown
 from mnist_dist.urls import WEB
 
 
@@ -121,7 +123,8 @@ def store_for(config: StoreConfig) -> Anywhere:
     """
     web = HttpsStore(allow_private_hosts=config.allow_private_hosts)
     s3 = S3Store(anonymous=config.s3_anonymous, requester_pays=config.s3_requester_pays)
-    return Anywhere({"": LocalStore(), S3: s3, **dict.fromkeys(WEB, web)}, config)
+    cloud = {S3: s3, GCS: GcsStore(), AZURE: AzureStore()}
+    return Anywhere({"": LocalStore(), **cloud, **dict.fromkeys(WEB, web)}, config)
 
 
 ANYWHERE = store_for(StoreConfig())

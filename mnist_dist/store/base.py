@@ -1,7 +1,7 @@
 """The interface of a store, and the meaning of each failure.
 
 Owns: what a store does, and the methods that every store can share. Does not own: any particular storage. Failures have
-the same types in every store, so that callers need to know neither errno nor botocore:
+the same types in every store, so that callers need to know neither errno nor any SDK:
 
 ```
 FileNotFoundError    the object does not exist
@@ -35,7 +35,8 @@ class Entry:
     uri: str
     size_bytes: int
     etag: str
-    """Changes when the content does: the etag of S3, or `{mtime_ns}-{size}` of a local file."""
+    """Changes when the content does: the etag of S3 and Azure, the generation on Google Cloud Storage, or
+    `{mtime_ns}-{size}` of a local file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,9 @@ class Store(ABC):
 
     def list_entries(self, uri: str) -> Iterator[Entry]:
         """Lists all objects at or below `uri`, sorted by URI, including hidden ones; nothing if there are none.
+
+        In a bucket an object may be named like a folder: it is listed with what lies below it. Objects whose names end
+        in a slash are not listed, since consoles create them to show a folder.
 
         Symbolic links are followed, unless they lead back into a folder that contains them. A dangling link is listed
         with size 0 and no etag, and reading it fails as missing. Sockets, pipes and devices are not listed.

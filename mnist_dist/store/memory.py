@@ -51,15 +51,16 @@ class MemoryStore(Store):
         return any(True for _ in self.scan_entries(uri))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
+        for name in self._names_at_or_below(uri):
+            if not name.endswith("/"):  # As in buckets, where consoles create such empty objects as folders.
+                with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
+                    yield self.entry_of(name)
+
+    def _names_at_or_below(self, uri: str) -> list[str]:
         bucket_and_key(uri)
         folder = uri.rstrip("/") + "/"
         with self._lock:
-            names = [name for name in self._objects if name.startswith(folder)] or [
-                name for name in self._objects if name == uri
-            ]
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
-                yield self.entry_of(name)
+            return [name for name in self._objects if name == uri or name.startswith(folder)]
 
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
         _, key = bucket_and_key(uri)
@@ -69,7 +70,7 @@ class MemoryStore(Store):
         if key and not below:
             raise FileNotFoundError(errno.ENOENT, "nothing below", uri)
         folders = {name.partition("/")[0] for name in below if "/" in name}
-        files = {name: item.written_at for name, item in below.items() if "/" not in name}
+        files = {name: item.written_at for name, item in below.items() if name and "/" not in name}
         return Level(tuple(sorted(folders)[:max_names]), dict(list(files.items())[:max_names]))
 
     def download(self, uri: str, path: Path) -> None:
@@ -105,8 +106,8 @@ class MemoryStore(Store):
             self._objects.pop(uri, None)
 
     def delete_tree(self, uri: str) -> None:
-        for entry in list(self.scan_entries(uri)):
-            self.delete(entry.uri)
+        for name in self._names_at_or_below(uri):
+            self.delete(name)
 
     def _get(self, uri: str) -> _Object:
         self._check_key(uri)

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -25,6 +26,8 @@ _MAX_ATTEMPTS = 8
 _BODY_ATTEMPTS = 4
 _PAGE = 1000  # S3's limit of keys per page of ListObjectsV2.
 _DELETE_BATCH = 1000  # S3's limit of keys per DeleteObjects.
+_WRITER = "mnist-dist-writer"
+"""Metadata that names the call of `create_bytes` that made an object."""
 _CREDENTIAL_CODES = frozenset(
     {
         "ExpiredToken",
@@ -117,33 +120,38 @@ class S3Store(Store):
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
 
     def exists(self, uri: str) -> bool:
-        try:
-            with _errors(uri):
-                self._client.head_object(**_address(uri))
-        except FileNotFoundError:
-            return any(self._entries_below(uri, page_size=1))
-        return True
+        return any(self._own_entries(uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
         is_folder = False
         for entry in self._entries_below(uri):
             is_folder = True
             yield entry
-        address = _address(uri)
-        if is_folder or not address["Key"] or uri.endswith("/"):
+        yield from self._own_entries(uri, is_folder=is_folder)
+
+    def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
+        """The object that is named like the folder `uri`, if any; it may be denied where those below it are not."""
+        if not bucket_and_key(uri)[1] or uri.endswith("/"):
             return
-        with contextlib.suppress(FileNotFoundError), _errors(uri):
-            head = self._client.head_object(**address)
-            yield Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
+        try:
+            yield self.entry_of(uri)
+        except FileNotFoundError:
+            return
+        except PermissionError:
+            if not is_folder:
+                raise
 
     def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
-        address = _address(uri.rstrip("/") + "/")
-        bucket, prefix = address["Bucket"], address["Key"]
+        bucket, _ = bucket_and_key(uri)
+        for item in self._items_below(uri, page_size=page_size):
+            if not item["Key"].endswith("/"):  # Consoles create such empty objects as folders.
+                yield Entry(f"{S3}://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+    def _items_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[dict[str, Any]]:
+        bucket, prefix = bucket_and_key(uri.rstrip("/") + "/")
         with _errors(uri):
             for page in self._pages(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": page_size}):
-                for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # Consoles create such empty objects as folders.
-                        yield Entry(f"{S3}://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+                yield from page.get("Contents", ())
 
     def list_level(self, uri: str, *, max_names: int | None = None) -> Level:
         address = _address(uri.rstrip("/") + "/")
@@ -182,14 +190,21 @@ class S3Store(Store):
     def create_bytes(self, uri: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
+        writer = uuid.uuid4().hex
         with _errors(uri):
             try:
-                self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*")
+                self._client.put_object(**_address(uri), Body=data, IfNoneMatch="*", Metadata={_WRITER: writer})
             except ClientError as err:
-                if err.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):  # Another writer was first.
-                    return False
-                raise
+                if err.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):
+                    raise
+                return self._is_written_by(uri, writer)
         return True
+
+    def _is_written_by(self, uri: str, writer: str) -> bool:
+        """Whether an object is there because of this very call, whose first answer was lost."""
+        with contextlib.suppress(FileNotFoundError), _errors(uri):
+            return bool(self._client.head_object(**_address(uri))["Metadata"].get(_WRITER) == writer)
+        return False
 
     def upload(self, path: Path, uri: str) -> None:
         address = _address(uri)
@@ -218,7 +233,8 @@ class S3Store(Store):
 
     def delete_tree(self, uri: str) -> None:
         bucket = _address(uri)["Bucket"]
-        keys = [{"Key": _address(entry.uri)["Key"]} for entry in self.list_entries(uri)]
+        keys = [{"Key": item["Key"]} for item in self._items_below(uri)]
+        keys += [{"Key": _address(entry.uri)["Key"]} for entry in self._own_entries(uri, is_folder=bool(keys))]
         for start in range(0, len(keys), _DELETE_BATCH):
             batch: Any = {"Objects": keys[start : start + _DELETE_BATCH], "Quiet": True}
             with _errors(uri):

@@ -20,8 +20,8 @@ from mnist_dist.urls import shown as shown  # Part of this module's interface: w
 if TYPE_CHECKING:
     import pyarrow as pa
 
-S3, MEMORY = "s3", "memory"
-REMOTE = (S3, *WEB, MEMORY)
+S3, GCS, AZURE, MEMORY = "s3", "gs", "az", "memory"
+REMOTE = (S3, GCS, AZURE, *WEB, MEMORY)
 """Schemes of the stores whose objects are not local files."""
 _FILE = "file://"
 _NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
@@ -37,10 +37,8 @@ def scheme_of(uri: str) -> str:
     if not separator or "/" in scheme or scheme == "file":
         return ""
     if scheme not in REMOTE:
-        raise StorageError(
-            f"storage must be a local path, {_FILE}/path or {S3}://bucket/prefix (https:// can only be read). "
-            f"Received: {shown(uri)!r}"
-        )
+        known = f"a local path, {_FILE}/path, {S3}://bucket/prefix, {GCS}://bucket/prefix or {AZURE}://container/prefix"
+        raise StorageError(f"storage must be {known} (https:// can only be read). Received: {shown(uri)!r}")
     return scheme
 
 
@@ -66,6 +64,11 @@ def are_remote(uris: "pa.ChunkedArray") -> "pa.ChunkedArray":
     return pc.match_substring_regex(uris, f"^({'|'.join(REMOTE)})://")
 
 
+def is_on_s3(uri: str) -> bool:
+    """Whether S3 or a compatible server keeps an object."""
+    return scheme_of(uri) == S3
+
+
 def bucket_and_key(uri: str) -> tuple[str, str]:
     """Splits a remote URI into bucket and key, or a URL into host and path; the key may be empty.
 
@@ -89,11 +92,6 @@ def parent_of(uri: str) -> str:
     if is_bucket(uri):
         return uri
     return (path_and_query(uri)[0] if is_web(uri) else uri).rpartition("/")[0]
-
-
-def uri_of_path(path: str) -> str:
-    """The URI of a path as pyarrow's file systems give it: an absolute path, or `bucket/key` on S3."""
-    return path if os.path.isabs(path) else f"{S3}://{path}"
 
 
 def path_of(uri: str) -> Path:

@@ -27,7 +27,7 @@ import psutil
 from mnist_dist.errors import first_line
 from mnist_dist.models.backbones import keras_models_folder
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import bucket_and_key, is_remote
+from mnist_dist.store.uris import bucket_and_key, is_on_s3, is_remote
 
 CONNECT_TIMEOUT_S = 5
 KERAS_TIMEOUT_S = 120.0  # The import takes 7 s of a core, and reads half a GiB from the disk the first time.
@@ -127,7 +127,7 @@ class Facts:
 
 def gather(question: Question, *, with_keras: bool) -> Facts:
     """Gathers the facts of this process; it takes a few seconds, and up to `KERAS_TIMEOUT_S` more with Keras."""
-    on_s3 = [uri for uri in (question.storage, *question.places.values()) if is_remote(uri)]
+    on_s3 = [uri for uri in (question.storage, *question.places.values()) if is_on_s3(uri)]
     s3 = _s3_facts(on_s3[0]) if on_s3 else None
     return Facts(
         versions=_versions(question.packages),
@@ -155,7 +155,7 @@ def _tried(action: Callable[[], object]) -> str:
 
 def _reached(uri: str, s3: S3Facts | None, action: Callable[[], object]) -> str | None:
     """As `_tried`; None if S3 cannot be reached, because its retries would take minutes to fail."""
-    if is_remote(uri) and (s3 is None or s3.problem or s3.credentials is None):
+    if is_on_s3(uri) and (s3 is None or s3.problem or s3.credentials is None):
         return None
     return _tried(action)
 

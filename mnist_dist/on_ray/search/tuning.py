@@ -21,6 +21,7 @@ from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.arrow_files import ray_storage
 from mnist_dist.store.uris import join
 from mnist_dist.tuning.space import Proposer, architecture_of, describe, train_job
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, usable
@@ -222,6 +223,7 @@ def run_trials(
         "1"  # Ray Tune would write a folder of logs per trial that nobody reads
     )
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # Ray Tune's own state is never restored, so it is rarely saved
+    files, path = ray_storage(uri, ANYWHERE)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(TrialProcess, task=task),
@@ -236,7 +238,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=uri,
+            storage_path=path,
+            storage_filesystem=files,
             verbose=0,
             stop=_StopWhenOver(trials),
             failure_config=tune.FailureConfig(max_failures=0),

@@ -18,6 +18,8 @@ from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.arrow_files import ray_storage
 from mnist_dist.training.host import Position
 
 SILENCE_S = 30.0  # of silence before a message; workers start faster than this, unless resources are missing
@@ -39,6 +41,7 @@ class Attempt:
         self._task, self._share = task, share
         self._reported_waiting = False
         resources = {"CPU": share.cpus, **({"GPU": 1.0} if share.gpu else {})}
+        files, path = ray_storage(task.run, ANYWHERE)
         self._trainer = DataParallelTrainer(
             loop or _worker_loop,
             backend_config=TensorflowBackendConfig(),
@@ -48,7 +51,8 @@ class Attempt:
             ),
             run_config=ray.train.RunConfig(
                 name=name,
-                storage_path=task.run,
+                storage_path=path,
+                storage_filesystem=files,
                 failure_config=ray.train.FailureConfig(max_failures=task.job.run.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             ),

@@ -4,6 +4,7 @@ Ray Train calls `work` in each worker. An error that all workers meet alike (a l
 raised: a raised error restarts the group, which would only meet it again.
 """
 
+import functools
 import shutil
 import tempfile
 import time
@@ -27,7 +28,7 @@ from mnist_dist.on_ray.training.bundling import Finished, make_bundle
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.training.tested import predict_test
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import join, uri_of_path
+from mnist_dist.store.uris import join
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.features import open_features
@@ -98,17 +99,16 @@ class RayHost:
             metrics,
             checkpoint=ray.train.Checkpoint(str(folder)),
             checkpoint_dir_name=name,
-            checkpoint_upload_fn=_upload,
+            checkpoint_upload_fn=functools.partial(_upload, self._task.run),
             delete_local_checkpoint_after_upload=True,
         )
 
 
-def _upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def _upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Uploads a checkpoint with its completing file last, an order that Ray's own copy does not guarantee."""
     context = ray.train.get_context().get_storage()
-    path = f"{context.experiment_fs_path}/{name}"
-    ANYWHERE.upload_folder(Path(checkpoint.path), uri_of_path(path), last=STATE_FILE)
-    return ray.train.Checkpoint(path, filesystem=context.storage_filesystem)
+    ANYWHERE.upload_folder(Path(checkpoint.path), join(run, context.experiment_dir_name, name), last=STATE_FILE)
+    return ray.train.Checkpoint(f"{context.experiment_fs_path}/{name}", filesystem=context.storage_filesystem)
 
 
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
