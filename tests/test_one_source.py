@@ -79,9 +79,9 @@ def of_arrays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return in_order(open_source(DataConfig(limit=COUNT)), tmp_path_factory.mktemp("arrays"))
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "images")
+    return str(tmp_path / "images") if request.param == "local" else str(request.getfixturevalue(request.param))
 
 
 @pytest.mark.parametrize("form", FORMS)
