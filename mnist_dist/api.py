@@ -72,9 +72,9 @@ def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = 
     """Scores images into a prediction table with exactly one row per image, as `mnist-dist score` does.
 
     Args:
-        bundle: the trained model, a folder or an `s3://` prefix.
+        bundle: the trained model, a folder or a bucket prefix.
         input: folders, globs, prefixes, archives or lists of URIs.
-        output: folder or `s3://` prefix for the table.
+        output: folder or bucket prefix for the table.
         show: report progress on stderr.
         **flags: the other flags of the command, such as `mode`, `top_k`, `engine`, `max_bad_fraction`.
 
@@ -114,7 +114,7 @@ def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: An
     """Converts a bundle's model for another runtime and compares the two, as `mnist-dist export` does.
 
     Args:
-        bundle: the trained model, a folder or an `s3://` prefix.
+        bundle: the trained model, a folder or a bucket prefix.
         format: `saved_model`, `onnx`, `openvino` or `litert`.
         show: report progress on stderr.
         **flags: the other flags of the command: `output`, `tolerance`, `batch_size`.

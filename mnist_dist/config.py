@@ -44,9 +44,9 @@ class DataConfig:
 
     data: tuple[str, ...] = ("digits",)
     """Images and their classes, in any combination: named data sets (`digits`, which is included, `mnist`,
-    `fashion_mnist`, `emnist`); folders, globs and `s3://` prefixes with one subfolder per class; archives (tar,
-    compressed tar, zip), also WebDataset shards with labels; Parquet files or Hugging Face folders; lists of URIs
-    (Parquet, CSV or text). `train` and `test` in names of folders and files are splits."""
+    `fashion_mnist`, `emnist`); folders, globs and bucket prefixes (`s3://`, `gs://`, `az://`) with one subfolder per
+    class; archives (tar, compressed tar, zip), also WebDataset shards with labels; Parquet files or Hugging Face
+    folders; lists of URIs (Parquet, CSV or text). `train` and `test` in names of folders and files are splits."""
     data_dir: str | None = None
     """Files of `mnist`, `fashion_mnist` or `emnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras
     downloads them (not `emnist`)."""
@@ -295,7 +295,7 @@ class SharedRunConfig:
     """Where a training run or a search is stored, and its resources in Ray Train (in a search: of each finalist)."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix for runs, decoded images and features."""
+    """Folder or bucket prefix (`s3://`, `gs://`, `az://`) for runs, decoded images and features."""
     name: str | None = None
     """Name of the run's folder in the storage. None: the recipe and a hash of the configuration."""
     storage_is_shared: bool = False
@@ -404,9 +404,10 @@ class InputConfig:
     """Which images to score."""
 
     input: tuple[str, ...]
-    """Files, folders, globs, `s3://` objects or prefixes, archives (tar, compressed tar, zip), Parquet files of images
-    (or folders of them, as on Hugging Face), lists (Parquet or CSV with a `uri` column, or a text file with one URI per
-    line; `-` reads one from stdin) and named data sets (`digits`, `mnist`), in any combination."""
+    """Files, folders, globs, bucket prefixes (`s3://`, `gs://`, `az://`), `https://` URLs, archives (tar, compressed
+    tar, zip), Parquet files of images (or folders of them, as on Hugging Face), lists (Parquet or CSV with a `uri`
+    column, or a text file with one URI per line; `-` reads one from stdin) and named data sets (`digits`, `mnist`), in
+    any combination."""
     carry: tuple[str, ...] = ()
     """Columns of the lists and of Parquet files of images to copy into the table, as they are."""
     image_column: str | None = None
@@ -581,9 +582,10 @@ class ScoreJob:
     job."""
 
     bundle: str
-    """Folder or `s3://` prefix of the trained model."""
+    """Folder or bucket prefix of the trained model."""
     output: str
-    """Folder or `s3://` prefix for the prediction table; it also identifies the job to resume."""
+    """Folder or bucket prefix (`s3://`, `gs://`, `az://`) for the prediction table; it also identifies the job to
+    resume."""
     mode: Literal["continue", "incremental", "fresh"] = "continue"
     """continue: resume the job, or return its finished table. incremental: list the inputs again and score what is new
     or changed. fresh: score everything again; the old table stays until the new one is complete."""
@@ -606,7 +608,7 @@ class ScoreJob:
     run: ScoreRunConfig = ScoreRunConfig()
 
     def __post_init__(self) -> None:
-        require(bool(self.output), "output must be a folder or an s3:// prefix", output=self.output)
+        require(bool(self.output), "output must be a folder or a bucket prefix", output=self.output)
         require(
             self.shard_size is None or self.shard_size >= 1, "shard_size must be at least 1", shard_size=self.shard_size
         )

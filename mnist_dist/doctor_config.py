@@ -14,7 +14,7 @@ class DoctorJob:
     """Finds what would break a job on this machine or on any node of the cluster, and says how to fix it."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix that the jobs write to; every node must be able to write there."""
+    """Folder or bucket prefix that the jobs write to; every node must be able to write there."""
     bundle: str | None = None
     """Bundle to score with; every node must be able to read it. None: not checked."""
     backbone: str = "cnn"
@@ -29,7 +29,7 @@ class DoctorJob:
     """Show the output of Ray."""
 
     def __post_init__(self) -> None:
-        require(bool(self.storage), "storage must be a folder or an s3:// prefix", storage=self.storage)
-        require(self.bundle != "", "bundle must be a folder or an s3:// prefix", bundle=self.bundle)
+        require(bool(self.storage), "storage must be a folder or a bucket prefix", storage=self.storage)
+        require(self.bundle != "", "bundle must be a folder or a bucket prefix", bundle=self.bundle)
         for uri in (self.storage, self.bundle or "", self.weights):
             is_remote(uri)  # an unknown scheme

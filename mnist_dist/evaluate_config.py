@@ -16,7 +16,7 @@ class EvaluateJob:
     """Evaluates a prediction table: accuracy, calibration and mistakes. Optionally compares it with a second table."""
 
     predictions: str | None = None
-    """Folder or `s3://` prefix of the prediction table. None if `input` is given."""
+    """Folder or bucket prefix of the prediction table. None if `input` is given."""
     input: tuple[str, ...] = ()
     """Images to score first with `bundle`, into `<output>/predictions`; the same forms as for scoring. From lists
     (Parquet, CSV) the label column is copied into the table."""
@@ -30,7 +30,7 @@ class EvaluateJob:
     compare: str | None = None
     """Prediction table of another model on the same images, to compare with."""
     output: str | None = None
-    """Folder or `s3://` prefix for the results. None: `<predictions>-evaluation`, or `<bundle>-evaluation`."""
+    """Folder or bucket prefix for the results. None: `<predictions>-evaluation`, or `<bundle>-evaluation`."""
     bundle: str | None = None
     """Bundle that scores `input`, or that made the table and names the classes. None: the bundle recorded in the table
     if it still exists, or else the predicted classes."""
@@ -43,7 +43,7 @@ class EvaluateJob:
     def __post_init__(self) -> None:
         require(
             bool(self.predictions) != bool(self.input),
-            "predictions must be a folder or an s3:// prefix, or input must name images",
+            "predictions must be a folder or a bucket prefix, or input must name images",
             predictions=self.predictions,
             input=self.input,
         )

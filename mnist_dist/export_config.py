@@ -18,12 +18,12 @@ class ExportJob:
     """Converts a bundle to another format and compares the two models."""
 
     bundle: str
-    """Folder or `s3://` prefix of a finished bundle."""
+    """Folder or bucket prefix of a finished bundle."""
     format: ExportFormat
     """saved_model: TensorFlow and TensorFlow Serving. onnx: ONNX Runtime. openvino: Intel's runtime. litert: LiteRT,
     formerly TensorFlow Lite."""
     output: str | None = None
-    """Folder or `s3://` prefix for the exported files. None: `export-FORMAT` next to a folder named `bundle`,
+    """Folder or bucket prefix for the exported files. None: `export-FORMAT` next to a folder named `bundle`,
     `NAME-export-FORMAT` next to any other."""
     tolerance: float = 1e-4
     """Fail the job if a probability differs from the Keras model's by more than this."""
@@ -36,8 +36,8 @@ class ExportJob:
     """Show the output of TensorFlow and the converters."""
 
     def __post_init__(self) -> None:
-        require(bool(self.bundle), "bundle must be a folder or an s3:// prefix", bundle=self.bundle)
-        require(self.output != "", "output must be a folder or an s3:// prefix", output=self.output)
+        require(bool(self.bundle), "bundle must be a folder or a bucket prefix", bundle=self.bundle)
+        require(self.output != "", "output must be a folder or a bucket prefix", output=self.output)
         require(0 <= self.tolerance < 1, "tolerance must be in [0, 1)", tolerance=self.tolerance)
         require(self.lock_wait_s >= 0, "lock_wait_s must be 0 or above", lock_wait_s=self.lock_wait_s)
         require(self.batch_size >= 1, "batch_size must be at least 1", batch_size=self.batch_size)

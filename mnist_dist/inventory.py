@@ -53,7 +53,7 @@ class ListJob:
     """Lists what a storage holds, with its state, progress and result; changes nothing."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix to list."""
+    """Folder or bucket prefix to list."""
     verbose: bool = False
     """Show the traceback of an unexpected error."""
 

@@ -97,7 +97,7 @@ def test_many_nodes_and_submitted_jobs_may_write_where_all_see_it(
 def test_what_one_node_sees_is_refused_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, storage: str, is_shared: bool
 ) -> None:
-    remedy = rf"an s3:// prefix, or the absolute path of a shared folder with --storage-is-shared\. .*='{storage}'$"
+    remedy = rf"a bucket prefix .*, or the absolute path of a shared folder with --storage-is-shared\. .*='{storage}'$"
     with pytest.raises(ConfigError, match=rf"^A cluster of 3 nodes needs a storage that every node sees: {remedy}"):
         check_storage(storage, is_shared=is_shared, nodes=3)
     monkeypatch.setenv(SUBMISSION_VARIABLE, "{}")

@@ -69,7 +69,7 @@ def test_flips_both_ways_are_counted(tmp_path: Path) -> None:
     }
     first = table_of(tmp_path / "a", {uri: pair[0] for uri, pair in images.items()})
     second = table_of(tmp_path / "b", {uri: images[uri][1] for uri in reversed(images)}, model_id="model-2")
-    found = compare(first, second, truth=Folders())
+    found = compare(first, second, truth=Folders(NAMES))
     assert (found.first, found.second, found.first_model, found.second_model) == (first, second, "model-1", "model-2")
     assert (found.common, found.compared, found.known) == (6, 6, 6)
     assert (found.both_right, found.first_right, found.second_right, found.both_wrong) == (2, 2, 1, 1)
@@ -98,7 +98,7 @@ def test_classes_are_compared_by_name(tmp_path: Path) -> None:
     first = write_scored(tmp_path / "a", scored_rows(uris, one_hot([0, 1, 1], 2), ("ant", "bee")))
     names = ("dog", "bee", "ant", "cow")
     second = write_scored(tmp_path / "b", scored_rows(uris, one_hot([2, 1, 0], 4), names))
-    found = compare(first, second, truth=Folders())
+    found = compare(first, second, truth=Folders(NAMES))
     assert found.agreement == pytest.approx(2 / 3)
     assert found.known == 2  # the first table has no dogs: its label is unknown
     assert (found.moves[0].first, found.moves[0].second) == ("bee", "dog")
@@ -156,7 +156,7 @@ def test_tables_may_lack_columns(tmp_path: Path) -> None:
 
 def test_tables_without_rows_in_common_are_compared_all_the_same(tmp_path: Path) -> None:
     first, second = table_of(tmp_path / "a", {}), table_of(tmp_path / "b", {"x": 0})
-    found = compare(first, second, truth=Folders())
+    found = compare(first, second, truth=Folders(NAMES))
     assert (found.common, found.agreement, found.mcnemar, found.only_in_second) == (0, None, None, 1)
 
 
@@ -169,7 +169,7 @@ def test_it_is_what_pandas_says_of_random_tables(tmp_path: Path) -> None:
         rows = scored_rows(uris, random.dirichlet(np.ones(3), 300).astype(np.float32), NAMES)
         frames.append(rows.select(["uri", "predicted_class"]).to_pandas())
         tables.append(write_scored(tmp_path / name, rows))
-    found = compare(tables[0], tables[1], truth=Folders())
+    found = compare(tables[0], tables[1], truth=Folders(NAMES))
     both = pandas.merge(*frames, on="uri", suffixes=("_a", "_b"))
     truth = both.uri.str.split("/").str[1]
     right, second_right = both.predicted_class_a == truth, both.predicted_class_b == truth

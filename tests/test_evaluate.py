@@ -169,7 +169,7 @@ def test_a_table_that_is_not_finished_is_refused(table: str) -> None:
         ({"top": -1}, "top must be 0 or a number of images. Received: top=-1"),
         (
             {"predictions": ""},
-            "predictions must be a folder or an s3:// prefix, or input must name images. Received: predictions=''",
+            "predictions must be a folder or a bucket prefix, or input must name images. Received: predictions=''",
         ),
         ({"label_column": ""}, "label_column must be a column name. Received: label_column=''"),
     ],

@@ -390,8 +390,8 @@ def test_the_export_lies_beside_the_bundle() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bundle": ""}, r"bundle must be a folder or an s3:// prefix. Received: bundle=''"),
-        ({"output": ""}, r"output must be a folder or an s3:// prefix. Received: output=''"),
+        ({"bundle": ""}, r"bundle must be a folder or a bucket prefix. Received: bundle=''"),
+        ({"output": ""}, r"output must be a folder or a bucket prefix. Received: output=''"),
         ({"tolerance": -0.5}, r"tolerance must be in \[0, 1\). Received: tolerance=-0.5"),
         ({"tolerance": float("nan")}, r"tolerance must be in \[0, 1\). Received: tolerance=nan"),
         ({"batch_size": 0}, r"batch_size must be at least 1. Received: batch_size=0"),

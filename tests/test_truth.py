@@ -1,5 +1,6 @@
 """truth and tables: where labels and class names come from, and which class a label is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,42 @@ def test_labels_that_look_like_nothing_are_labels(tmp_path: Path) -> None:
     path.write_text("uri,label\n/a,NA\n/b,null\n/c,\n")
     batch = pa.RecordBatch.from_pydict({"uri": ["/a", "/b", "/c"]})
     assert label_file(str(path)).labels(batch).to_pylist() == ["NA", "null", None]
+
+
+# --- the innermost folder that is a class, and labelled images ------------------------------------------------------
+
+
+def test_the_innermost_folder_that_is_a_class_counts() -> None:
+    uris = [
+        "/data/cat/old/1.png",
+        "/x/ant/2.png",
+        "s3://b/bee/deep/er/3.png",
+        "/a.tar!cat/x/4.png",
+        "/n/o/5.png",
+        "6.png",
+    ]
+    assert Folders(NAMES).labels(batch_of(uri=uris)).to_pylist() == ["cat", "ant", "bee", "cat", "o", None]
+
+
+def test_labels_come_from_labelled_images_in_any_form(tmp_path: Path) -> None:
+    features = {"label": {"names": ["bee", "ant"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [b"x", b"y"], "label": [1, 0]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "a.parquet")
+    uris = [f"{tmp_path}/a.parquet#row={row}" for row in (0, 1)]
+    scored = open_table(write_scored(tmp_path / "t", scored_rows(uris, one_hot([0, 1], 3), NAMES)), bundle=None)
+    for options in (
+        {"labels": str(tmp_path / "a.parquet")},
+        {"labels": None, "scored": (str(tmp_path / "a.parquet"),)},
+    ):
+        truth = find_truth(scored, label_column="label", **options)
+        assert truth.labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
+
+
+def test_labels_of_unlabelled_images_are_no_labels(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
+    scored = open_table(write_scored(tmp_path / "t", some_rows()), bundle=None)
+    truth = find_truth(scored, labels=None, label_column="label", scored=(str(tmp_path / "a.parquet"),))
+    assert isinstance(truth, Folders)
+    with pytest.raises(DataError, match="there is no column 'label'; set label_column"):
+        find_truth(scored, labels=str(tmp_path / "a.parquet"), label_column="label")

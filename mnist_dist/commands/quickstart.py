@@ -20,7 +20,7 @@ class Quickstart:
     takes about a minute."""
 
     storage: str = "runs"
-    """Folder or `s3://` prefix for the run."""
+    """Folder or bucket prefix for the run."""
     verbose: bool = False
     """Show the output of Ray and TensorFlow."""
 

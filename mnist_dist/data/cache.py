@@ -93,7 +93,7 @@ class Cache:
     what: str
     """What the rows are, in the plural; the folder and the mark are named after it."""
     storage: str
-    """Absolute folder or `s3://` prefix of the job."""
+    """Absolute folder or bucket prefix of the job."""
     key: str
     """Hex sha256 of everything that the rows depend on."""
     rows: int

@@ -72,7 +72,7 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, limits: Decod
     Args:
         source: what to decode.
         spec: what each image becomes.
-        storage: folder or `s3://` prefix of the job.
+        storage: folder or bucket prefix of the job.
         limits: larger images, and those that take longer to decode, are unreadable.
 
     Raises:

@@ -94,7 +94,7 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
     """Opens a finished table and finds the names of its classes.
 
     Args:
-        uri: a folder or an `s3://` prefix.
+        uri: a folder or a bucket prefix.
         bundle: the bundle that made the table; None: the names come from the table's metadata, or else from its rows.
 
     Raises:

@@ -6,7 +6,8 @@ label means (`tables.Classes`).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -88,19 +89,36 @@ def find_truth(
         raise ConfigError(
             f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
         )
-    return Folders()
+    return Folders(table.classes.names)
 
 
 class Folders:
-    """Takes the name of the folder of each image; for a member of an archive, the folder inside the archive."""
+    """Takes the name of the innermost folder of each image that is a class, or else of the innermost; for a member of
+    an archive, of the folders inside the archive.
+
+    Args:
+        class_names: the classes of the table.
+    """
 
     source = "the folders of the images"
     guessed = True
     columns: tuple[str, ...] = (_URI,)
 
+    def __init__(self, class_names: Collection[str]) -> None:
+        self._names = frozenset(class_names)
+
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
         """See `Truth`."""
-        return folder_names(batch[_URI])
+        folders = folder_names(batch[_URI])
+        is_class = pc.or_(pc.is_null(folders), pc.is_in(folders, value_set=pa.array(self._names, pa.string())))
+        if pc.all(is_class).as_py():
+            return folders
+        above = [self._class_above(uri) for uri in batch[_URI].filter(pc.invert(is_class)).to_pylist()]
+        return pc.replace_with_mask(folders, pc.invert(is_class), pa.array(above, pa.string()))
+
+    def _class_above(self, uri: str) -> str:
+        parts = re.sub(_INSIDE_ARCHIVE, "", uri).split("/")[-2::-1]
+        return next((part for part in parts if part in self._names), parts[0])
 
 
 def folder_names(uris: pa.Array) -> pa.Array:

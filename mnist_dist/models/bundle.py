@@ -220,7 +220,7 @@ def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bund
     """Opens a finished bundle and checks its model file against the recorded sha256.
 
     Args:
-        uri: a folder, or an `s3://` prefix, which is copied to a temporary folder first.
+        uri: a folder, or a bucket prefix, which is copied to a temporary folder first.
         store: the store that holds it.
 
     Raises:
@@ -243,7 +243,7 @@ def read_bundle_info(uri: str, *, store: Store = ANYWHERE) -> BundleInfo:
     """Reads `bundle.json` alone; the model file is not checked.
 
     Args:
-        uri: a folder or an `s3://` prefix.
+        uri: a folder or a bucket prefix.
         store: the store that holds it.
 
     Raises:

@@ -205,7 +205,7 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = 
     """Refuses a folder that other nodes cannot see.
 
     Args:
-        storage: folder or `s3://` prefix.
+        storage: folder or bucket prefix.
         is_shared: whether the user says that every node sees it (`--storage-is-shared`).
         nodes: number of nodes in the cluster.
         name: name of the flag, for the message.
@@ -218,6 +218,6 @@ def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = 
         return
     raise ConfigError(
         f"{'A submitted job' if submitted else f'A cluster of {nodes} nodes'} needs a {name} that every node sees: "
-        "an s3:// prefix, or the absolute path of a shared folder with --storage-is-shared. "
+        "a bucket prefix (s3://, gs://, az://), or the absolute path of a shared folder with --storage-is-shared. "
         f"Received: {name}={storage!r}"
     )

@@ -212,7 +212,7 @@ class Output:
     """The folder of a prediction table. Callers of methods that write must hold the lock.
 
     Args:
-        uri: a folder or an `s3://` prefix.
+        uri: a folder or a bucket prefix.
         store: the store that holds the folder.
     """
 

@@ -319,7 +319,7 @@ def read_predictions(
     """Reads the whole prediction table; other files in its folder are ignored.
 
     Args:
-        uri: the output of a scoring job: a folder or an `s3://` prefix.
+        uri: the output of a scoring job: a folder or a bucket prefix.
         columns: the columns to read, in this order. None: all.
         store: the store that holds the table.
 

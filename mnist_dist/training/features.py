@@ -77,7 +77,7 @@ def plan_features(
         precision: precision of the backbone's arithmetic.
         stored_as: type of the stored values.
         seed: seed of the initial weights; used only if `model.weights` is `none`.
-        root: folder or `s3://` prefix of the job.
+        root: folder or bucket prefix of the job.
 
     Raises:
         FileNotFoundError, PermissionError, ServiceError, StorageError: a weights file cannot be read.

@@ -58,7 +58,7 @@ class Question:
     packages: tuple[str, ...]
     """Names of the packages whose versions are wanted."""
     storage: str
-    """Folder or `s3://` prefix, absolute."""
+    """Folder or bucket prefix, absolute."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Name of a check -> URI that the node must see."""
     weights_url: str | None = None
