@@ -128,7 +128,10 @@ class Choice:
 def is_hidden(name: str) -> bool:
     """Whether a relative path is hidden: dot files, and what Synology and the Finder leave beside images. Of Parquet
     files, also names that begin with an underscore."""
-    return bool(_HIDDEN.search(name) or (parquet.is_parquet(name) and _HIDDEN_PARQUET.search(name)))
+    if parquet.is_parquet(name) and _HIDDEN_PARQUET.search(name):
+        return True
+    may_be = name[:1] == "." or "/." in name or "@eaDir/" in name or "__MACOSX/" in name  # Quicker than the pattern.
+    return may_be and bool(_HIDDEN.search(name))
 
 
 def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, root: str) -> ImageRow | None:
@@ -141,7 +144,7 @@ def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, root: str) 
         root: the folder that is listed, or the file itself, which the user named then.
     """
     uri, named = entry.uri, entry.uri == root
-    name = uri.removeprefix(root).lstrip("/") or uri
+    name = uri if named else uri[len(root) :].lstrip("/")
     if suffix_of(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
         row = ImageRow(uri, archive=uri)
         return row if (named or not is_hidden(name)) and choice.keeps(row, left_out) else None

@@ -55,7 +55,7 @@ class FileRows:
 
 def is_parquet(uri: str) -> bool:
     """Whether the suffix is that of Parquet."""
-    return uri.lower().endswith(PARQUET_SUFFIX)
+    return uri[-len(PARQUET_SUFFIX) :].lower() == PARQUET_SUFFIX
 
 
 def row_uri(uri: str, row: int) -> str:
