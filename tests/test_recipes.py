@@ -28,7 +28,8 @@ def with_flags(job: TrainJob, flags: list[str]) -> TrainJob:
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
         field = flag.removeprefix("--").replace("-", "_")
         (section,) = (s.name for s in dataclasses.fields(job) if hasattr(getattr(job, s.name), field))
-        changed: Any = replace(getattr(job, section), **{field: value})
+        values = (value,) if isinstance(getattr(getattr(job, section), field), tuple) else value
+        changed: Any = replace(getattr(job, section), **{field: values})
         job = replace(job, **{section: changed})
     return job
 
