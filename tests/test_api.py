@@ -21,9 +21,10 @@ import os, signal, sys, warnings
 from pathlib import Path
 
 import mnist_dist
-from mnist_dist.sources.arrays import write_digits
 
 assert not {"ray", "keras", "tensorflow", "pyarrow"} & set(sys.modules)
+from mnist_dist.sources.arrays import write_digits
+
 before = signal.getsignal(signal.SIGINT), list(warnings.filters), os.fstat(2).st_ino
 trained = mnist_dist.train("quickstart", storage="runs", name="one", epochs=[1], workers=1)
 assert 0 <= trained.test_accuracy <= 1 and trained.uri.endswith("runs/one")
