@@ -112,9 +112,12 @@ def predictions_of_test(storage: Path, bundle: str) -> tuple[npt.NDArray[np.int3
 
 
 def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
+    """With seed 0 or 1 the last bit decides a maximum of a pooling layer, and the weights part there: so they do in one
+    process whose gradients are summed over two halves of each batch (6e-3 and 9e-5 after 50 steps; seed 2: 3e-7)."""
     results = {}
     for workers in (1, 2, 3):
-        job = small_job(tmp_path, workers=workers, name=f"w{workers}")
+        fit = FitConfig(batch_size=50, precision="float32", seed=2)
+        job = small_job(tmp_path, workers=workers, name=f"w{workers}", fit=fit)
         results[workers] = train(job, recipe="test", console=Recorder())
     steps = read_checkpoint(Path(Run(str(tmp_path / "w1")).newest_checkpoint() or "")).state.global_step
     assert steps == 50
