@@ -341,7 +341,7 @@ def test_top_k_embeddings_columns_and_carried_columns(tmp_path: Path, bundle: Pa
     manifest = pa.table({"label": ["x", "y", "z"], "uri": [str(path) for path in paths], "fold": [3, 1, 2]})
     pq.write_table(manifest, tmp_path / "list.parquet")
     wanted = TableConfig(columns=("confidence,width", "label"), top_k=3, wide=True, embeddings=True)
-    job = job_of(bundle, tmp_path / "table", tmp_path / "list.parquet", carry=("label,fold",), table=wanted)
+    job = job_of(bundle, tmp_path / "table", tmp_path / "list.parquet", carry=("label", "fold"), table=wanted)
     score(replace(job, max_rows_per_file=2), console=Recorder())
     assert [len(pq.read_table(path)) for path in sorted((tmp_path / "table/table").iterdir())] == [2, 1]
     wide = [f"probability_{name}" for name in CLASSES]

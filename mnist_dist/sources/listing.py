@@ -257,7 +257,8 @@ class _Search:
         if missing:
             raise DataError(
                 "carry must name columns of the lists and Parquet files among the inputs:"
-                f" {', '.join(sorted(self._columns)) or 'there are none'}. Received: carry={', '.join(missing)}"
+                f" {', '.join(sorted(self._columns)) or 'there are none'} (names are separated by spaces)."
+                f" Received: carry={', '.join(missing)}"
             )
 
     # --- one input ---------------------------------------------------------------------------------------------------
