@@ -26,7 +26,7 @@ from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.sources.choice import row_of_line
 from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.sources.listing import list_inputs
-from mnist_dist.sources.parquet import holds_images
+from mnist_dist.sources.parquet import PARQUET_SUFFIX, holds_images
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, are_remote
@@ -34,7 +34,6 @@ from mnist_dist.store.uris import absolute, are_remote
 # n = rows of a batch
 
 _URI, _LABEL = "uri", "label"
-_PARQUET_SUFFIX = ".parquet"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _ENDINGS = "|".join(suffix.replace(".", r"\.") for suffix in ARCHIVE_SUFFIXES)
 _INSIDE_ARCHIVE = rf"(?is)^.*?({_ENDINGS}){SEPARATOR}"
@@ -233,8 +232,8 @@ def _lines_of(table: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:
 
 
 def _is_label_file(uri: str) -> bool:
-    is_table = uri.lower().endswith((_PARQUET_SUFFIX, *_SEPARATORS))
-    return is_table and not (uri.lower().endswith(_PARQUET_SUFFIX) and holds_images(absolute(uri), None))
+    is_table = uri.lower().endswith((PARQUET_SUFFIX, *_SEPARATORS))
+    return is_table and not (uri.lower().endswith(PARQUET_SUFFIX) and holds_images(absolute(uri), None))
 
 
 def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[np.int32]:
@@ -248,11 +247,11 @@ def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[n
 
 def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
     """Yields URIs in the form that tables have, and labels as text."""
-    ending = next((suffix for suffix in (_PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
+    ending = next((suffix for suffix in (PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
     if ending is None:
         raise DataError(f"--labels is a .parquet, .csv or .tsv file. Received: {uri!r}")
     with _readable(uri), ANYWHERE.open_binary(uri) as stream:
-        if ending == _PARQUET_SUFFIX:
+        if ending == PARQUET_SUFFIX:
             with pq.ParquetFile(stream) as file:
                 _check_names(uri, file.schema_arrow.names)
                 for batch in file.iter_batches(columns=[_URI, _LABEL]):

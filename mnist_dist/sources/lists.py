@@ -24,16 +24,16 @@ from mnist_dist.errors import DataError
 from mnist_dist.sources import columns
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
+from mnist_dist.sources.parquet import PARQUET_SUFFIX
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_web
 from mnist_dist.urls import path_and_query
 
 URI_COLUMN = "uri"
-_PARQUET_SUFFIX = ".parquet"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TEXT_SUFFIXES = (".txt", ".lst")
-LIST_SUFFIXES = (_PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
+LIST_SUFFIXES = (PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
 """Lower-case file suffixes of lists."""
 _UTF_8 = "utf-8"
 _ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16.
@@ -69,7 +69,7 @@ def column_names(uri: str, *, store: Store = ANYWHERE) -> tuple[str, ...]:
     if _name(uri).endswith(_TEXT_SUFFIXES):
         return ()
     with _readable(uri), store.open_binary(uri) as stream:
-        if _name(uri).endswith(_PARQUET_SUFFIX):
+        if _name(uri).endswith(PARQUET_SUFFIX):
             schema = pq.read_schema(stream)
         else:
             reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
@@ -107,7 +107,7 @@ def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[
         chosen = wanted.columns(names)
         columns.check_unique(uri, names, chosen)
         with _readable(uri):
-            is_parquet = _name(uri).endswith(_PARQUET_SUFFIX)
+            is_parquet = _name(uri).endswith(PARQUET_SUFFIX)
             read = _parquet_batches if is_parquet else _csv_batches
             yield from _lines_of(uri, read(stream, uri, [URI_COLUMN, *chosen]), wanted)
 
@@ -160,7 +160,7 @@ def _parse_options(uri: str) -> pc_csv.ParseOptions:
 
 def _lines_of(uri: str, batches: Iterable[pa.RecordBatch], wanted: Wanted) -> Iterator[Lines]:
     before = 0
-    is_text = not _name(uri).endswith(_PARQUET_SUFFIX)
+    is_text = not _name(uri).endswith(PARQUET_SUFFIX)
     for batch in batches:
         values = {name: columns.plain(batch[name]) for name in batch.schema.names}
         uris = _uris(uri, values.pop(URI_COLUMN), before)

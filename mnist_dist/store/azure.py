@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mnist_dist.errors import ServiceError, StorageError
-from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.base import Entry, Level, Store, at_and_below, object_at
 from mnist_dist.store.clients import (
     CONNECT_S,
     MAX_CONNECTIONS,
@@ -115,26 +115,10 @@ class AzureStore(Store):
             return _entry(uri, client.blob(uri).get_blob_properties())
 
     def exists(self, uri: str) -> bool:
-        return any(self._own_entries(uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
+        return any(object_at(self, uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        is_folder = False
-        for entry in self._entries_below(uri):
-            is_folder = True
-            yield entry
-        yield from self._own_entries(uri, is_folder=is_folder)
-
-    def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
-        """The object that is named like the folder `uri`, if any; it may be denied where those below it are not."""
-        if not bucket_and_key(uri)[1] or uri.endswith("/"):
-            return
-        try:
-            yield self.entry_of(uri)
-        except FileNotFoundError:
-            return
-        except PermissionError:
-            if not is_folder:
-                raise
+        return at_and_below(self, uri, self._entries_below(uri))
 
     def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
         for blob in self._blobs_below(uri, page_size=page_size):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mnist_dist.errors import ServiceError, StorageError
-from mnist_dist.store.uris import absolute, join, shown, temporary_name
+from mnist_dist.store.uris import absolute, bucket_and_key, join, shown, temporary_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +245,37 @@ class Store(ABC):
             self.delete(probe)
         except (OSError, ServiceError, StorageError) as err:
             raise StorageError(f"the storage cannot be written: {err}. Received: {shown(uri)!r}") from err
+
+
+def at_and_below(store: Store, uri: str, below: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries of a bucket at or below `uri`: those `below` it, then the object of that very name, if any."""
+    is_folder = False
+    for entry in below:
+        is_folder = True
+        yield entry
+    yield from object_at(store, uri, is_folder=is_folder)
+
+
+def object_at(store: Store, uri: str, *, is_folder: bool) -> Iterator[Entry]:
+    """The object of a bucket that is named like the folder `uri`, if any.
+
+    Args:
+        store: the store of the bucket.
+        uri: URI of the folder.
+        is_folder: whether objects lie below it; then the object may be denied where those are not.
+
+    Raises:
+        PermissionError, ServiceError, StorageError: see the module.
+    """
+    if not bucket_and_key(uri)[1] or uri.endswith("/"):
+        return
+    try:
+        yield store.entry_of(uri)
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        if not is_folder:
+            raise
 
 
 def names_in(store: Store, uri: str) -> list[str]:

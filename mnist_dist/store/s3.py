@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from mnist_dist.errors import ServiceError, StorageError
-from mnist_dist.store.base import Entry, Level, Store
+from mnist_dist.store.base import Entry, Level, Store, at_and_below, object_at
 from mnist_dist.store.local import atomic_file
 from mnist_dist.store.s3_pages import take_objects
 from mnist_dist.store.uris import S3, bucket_and_key
@@ -120,26 +120,10 @@ class S3Store(Store):
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
 
     def exists(self, uri: str) -> bool:
-        return any(self._own_entries(uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
+        return any(object_at(self, uri, is_folder=False)) or any(self._entries_below(uri, page_size=1))
 
     def scan_entries(self, uri: str) -> Iterator[Entry]:
-        is_folder = False
-        for entry in self._entries_below(uri):
-            is_folder = True
-            yield entry
-        yield from self._own_entries(uri, is_folder=is_folder)
-
-    def _own_entries(self, uri: str, *, is_folder: bool) -> Iterator[Entry]:
-        """The object that is named like the folder `uri`, if any; it may be denied where those below it are not."""
-        if not bucket_and_key(uri)[1] or uri.endswith("/"):
-            return
-        try:
-            yield self.entry_of(uri)
-        except FileNotFoundError:
-            return
-        except PermissionError:
-            if not is_folder:
-                raise
+        return at_and_below(self, uri, self._entries_below(uri))
 
     def _entries_below(self, uri: str, *, page_size: int = _PAGE) -> Iterator[Entry]:
         bucket, _ = bucket_and_key(uri)
@@ -234,7 +218,7 @@ class S3Store(Store):
     def delete_tree(self, uri: str) -> None:
         bucket = _address(uri)["Bucket"]
         keys = [{"Key": item["Key"]} for item in self._items_below(uri)]
-        keys += [{"Key": _address(entry.uri)["Key"]} for entry in self._own_entries(uri, is_folder=bool(keys))]
+        keys += [{"Key": _address(entry.uri)["Key"]} for entry in object_at(self, uri, is_folder=bool(keys))]
         for start in range(0, len(keys), _DELETE_BATCH):
             batch: Any = {"Objects": keys[start : start + _DELETE_BATCH], "Quiet": True}
             with _errors(uri):
