@@ -19,10 +19,10 @@ from mnist_dist.images.pixels import Pixels
 
 Samples = npt.NDArray[Any]
 
-WORKING_BYTES = 24 * 2**20
+WORKING_BYTES = 8 * 2**20
 """What the functions of this module take beside their arguments and their result, at most."""
 
-_BLOCK = 2**18  # Samples that are converted at once: 2 MiB as float64.
+_BLOCK = 2**17  # Samples that are converted at once: 1 MiB as float64.
 
 
 def eight_bits(samples: Samples, *, bits: int | None = None) -> Pixels:

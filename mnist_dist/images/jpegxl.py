@@ -25,8 +25,9 @@ _ALPHA, _SPOT_COLOUR, _CFA = 0, 2, 5
 _GREY = 1
 _MAX_EXTRA = 64
 _HEAD_BYTES = 4096
-_DECODER_BYTES_PER_SAMPLE = 12
-"""What libjxl takes beside its output: three floats for each sample, measured for lossy and lossless files."""
+_DECODER_BYTES = 4
+"""What libjxl takes for each sample beside its output: the whole image as 32-bit numbers, where it is progressive.
+Others were measured at 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def open_jpegxl(data: bytes, spec: ImageSpec | None) -> Opened:
             raise
         except Exception as error:
             raise ImageError(_damage(str(error)), f"JPEG XL: {first_line(error)}") from error
-        return _pixels(samples.reshape(*samples.shape[:2], -1), header, (height, width))
+        return _pixels(samples, header, (height, width))
 
     return Opened(width, height, 1 if header.is_grey else 3, _memory_bytes(header), decode)
 
@@ -203,21 +204,26 @@ def _extra_channel(bits: _Bits) -> tuple[int, bool]:
 
 def _pixels(samples: Samples, header: Header, size: tuple[int, int]) -> Pixels:
     colours = 1 if header.is_grey else 3
+    if samples.ndim == 3 and samples.shape[1:] == size:  # Grey with several extra channels comes as planes.
+        samples = samples.transpose(1, 2, 0)
+    samples = samples.reshape(*samples.shape[:2], -1)
     if samples.shape[:2] != size or samples.shape[2] < colours + header.has_alpha:
         expected = f"{size[1]} x {size[0]} px with {colours + header.has_alpha} channels"
         raise ImageError("unreadable", f"JPEG XL: expected {expected}. Received: {samples.shape}")
-    pixels = eight_bits(samples[..., :colours])
+    bits = None if header.is_float else header.bits if samples.dtype.itemsize > 1 else 8
+    pixels = eight_bits(samples[..., :colours], bits=bits)
     if not header.has_alpha:
         return pixels
-    return over_white(pixels, eight_bits(samples[..., colours]), is_premultiplied=header.is_premultiplied)
+    return over_white(pixels, eight_bits(samples[..., colours], bits=bits), is_premultiplied=header.is_premultiplied)
 
 
 def _memory_bytes(header: Header) -> int:
     pixels = header.width_px * header.height_px
     channels = (1 if header.is_grey else 3) + header.extra_channels
     itemsize = 4 if header.is_float else 1 + (header.bits > 8)
-    working = min(WORKING_BYTES, 64 * pixels * channels)
-    return pixels * channels * (itemsize + max(2, _DECODER_BYTES_PER_SAMPLE)) + working
+    decoding = pixels * max(3, channels) * _DECODER_BYTES  # Grey may be coded in three channels (XYB).
+    converting = 2 * pixels * channels + min(WORKING_BYTES, 64 * pixels * channels)
+    return pixels * channels * itemsize + max(decoding, converting)
 
 
 def _damage(message: str) -> str:

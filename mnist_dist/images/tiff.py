@@ -31,18 +31,22 @@ from mnist_dist.images.depth import (
     ycbcr_to_rgb,
 )
 from mnist_dist.images.ifd import Page, check_segments, read_page
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.pixels import ImageSpec, Opened, Pixels, rotate, upright_size
 from mnist_dist.images.streams import stream_px
 
 _JPEGS = frozenset({6, 7, 33007, 34892})
 _OWN_HEADER = _JPEGS | {22610, 33003, 33004, 33005, 34712, 34887, 34933, 34934, 50001, 50002, 52546}
 """Compressions whose segments are whole images with a header of their own."""
+_CCITT = frozenset({2, 3, 4})
+_UNPREDICTED = frozenset({1, 32773}) | _CCITT  # libtiff ignores a predictor here, so writers do not apply it.
 _INTEGER_BITS = frozenset(range(1, 33)) | {64}
 _FLOAT_BITS = frozenset({16, 24, 32, 64})
+_SNIFFED_BYTES = 16
+"""tifffile looks here for the mark of JFIF, by which the colours of a JPEG are told."""
 _MAX_STREAM_FACTOR = 2  # A segment at the edge may be stored whole; more is another image.
 
 # What libtiff decodes in Pillow, by its own tables of modes.
-_PILLOW_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000, 50001})
+_PILLOW_COMPRESSIONS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000})
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,18 @@ def _check_kind(page: Page) -> None:
     known &= page.photometric != ifd.CMYK or (page.ink_set != 2 and page.samples >= 4)
     known &= page.photometric != ifd.PALETTE or (page.bits[0] <= 16 and page.colour_map.size >= 3 << page.bits[0])
     known &= page.photometric not in (ifd.CIELAB, ifd.ICCLAB) or (page.samples >= 3 and bits <= {8, 16})
-    known &= page.photometric != ifd.YCBCR or (page.samples >= 3 and page.subsampling == (1, 1)) or page.compression in _JPEGS
+    known &= page.photometric != ifd.YCBCR or page.compression in _JPEGS or _has_whole_chroma(page) or _is_blocks(page)
     if not known:
         raise ImageError("unsupported", f"not supported: {page.kind}")
+
+
+def _has_whole_chroma(page: Page) -> bool:
+    return page.samples >= 3 and page.subsampling == (1, 1)
+
+
+def _is_blocks(page: Page) -> bool:
+    """Uncompressed YCbCr whose chroma is subsampled; libtiff reads the compressed ones."""
+    return page.compression == ifd.NONE and page.bits == (8, 8, 8) and not page.is_planar
 
 
 def _bands(page: Page) -> _Bands:
@@ -163,11 +176,15 @@ class _Decoder:
 
     def __init__(self, page: Page, data: bytes) -> None:
         self._page, self._data = page, data
-        frame = _frame(page)
+        frame = _frame(page, bytes(page.segment(data, 0)[:_SNIFFED_BYTES]))
         if frame.dtype is None or frame.shaped[1:4] != (1, page.height_px, page.width_px):
             raise ImageError("unsupported", f"not supported: {page.kind}")
         self._decode: Callable[..., Any] = frame.decode
+        self._stored: np.dtype[Any] = frame.dtype
         self.dtype: np.dtype[Any] = frame.dtype
+        self._sign = 0
+        if _is_packed_signed(page):
+            self.dtype, self._sign = np.dtype(f"i{frame.dtype.itemsize}"), 1 << (page.bits[0] - 1)
         self._tables = page.jpeg_tables or None
 
     def samples(self, bands: tuple[int, ...]) -> Samples:
@@ -186,6 +203,8 @@ class _Decoder:
             (_, _, top, left, _), segment = self._segment(index)
             area = result[top : top + segment.shape[0], left : left + segment.shape[1]]
             part = segment[: area.shape[0], : area.shape[1]]
+            if self._sign:
+                part = (part.view(self.dtype) ^ self._sign) - self._sign
             if page.is_planar:
                 area[..., bands.index(plane)] = part[..., 0]
             else:
@@ -194,7 +213,10 @@ class _Decoder:
 
     def _segment(self, index: int) -> tuple[tuple[int, ...], Samples]:
         """Where a segment belongs, and its samples, `[h, w, S]`."""
-        encoded = self._page.segment(self._data, index)
+        page = self._page
+        encoded = page.segment(self._data, index)
+        if page.photometric == ifd.YCBCR and page.compression == ifd.NONE and page.subsampling != (1, 1):
+            return _from_blocks(page, encoded, index)
         self._check_stream(encoded)
         try:
             samples, place, shape = self._decode(encoded, index, jpegtables=self._tables)
@@ -202,7 +224,9 @@ class _Decoder:
             raise
         except Exception as error:
             raise ImageError("unreadable", f"{self._name(index)}: {first_line(error)}") from error
-        if samples is None or samples.dtype != self.dtype or not self._is_whole(samples.shape, place):
+        if page.compression in _CCITT and samples is not None:
+            samples = samples.astype(np.bool_)
+        if samples is None or samples.dtype != self._stored or not self._is_whole(samples.shape, place):
             raise ImageError("unreadable", f"{self._name(index)} holds {getattr(samples, 'shape', None)}, not {shape}")
         return place, samples[0]
 
@@ -227,13 +251,35 @@ class _Decoder:
         return f"{self._page.kind}, {word} {index + 1} of {self._page.segment_count}"
 
 
-def _frame(page: Page) -> Any:
+def _from_blocks(page: Page, encoded: memoryview, index: int) -> tuple[tuple[int, ...], Samples]:
+    """Chroma is repeated over its block, as by libtiff."""
+    (width, height), (across, down) = page.segment_px, page.subsampling
+    top, left = index // page.segments_across * height, index % page.segments_across * width
+    height = height if page.is_tiled else min(height, page.height_px - top)
+    blocks = np.frombuffer(encoded, np.uint8).reshape(-(-height // down), -(-width // across), -1)
+    rows, columns, _ = blocks.shape
+    samples = np.empty((rows, down, columns, across, 3), np.uint8)
+    samples[..., 0] = blocks[..., :-2].reshape(rows, columns, down, across).swapaxes(1, 2)
+    samples[..., 1:] = blocks[:, None, :, None, -2:]
+    return (0, 0, top, left, 0), samples.reshape(rows * down, columns * across, 3)
+
+
+def _predictor(page: Page) -> int:
+    return 1 if page.compression in _UNPREDICTED else page.predictor
+
+
+def _is_packed_signed(page: Page) -> bool:
+    """Signed integers of a depth that has no type, which tifffile reads as unsigned only."""
+    return page.sample_formats[0] == ifd.SIGNED and page.bits[0] not in (8, 16, 32, 64)
+
+
+def _frame(page: Page, sniffed: bytes) -> Any:
     """tifffile's reader of such a page, without any strip."""
     import imagecodecs  # noqa: F401  # tifffile needs it for each compression.
     import tifffile
 
     _silence()
-    with tifffile.TiffFile(io.BytesIO(_header(page))) as file:
+    with tifffile.TiffFile(io.BytesIO(_header(page, sniffed))) as file:
         return file.pages.first
 
 
@@ -243,25 +289,29 @@ def _silence() -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 
-def _header(page: Page) -> bytes:
-    """A BigTIFF with the tags of `page` that say how to decode it, and a single empty strip or tile."""
-    formats = ifd.UNSIGNED if page.sample_formats[0] == ifd.UNDEFINED else page.sample_formats[0]
+def _header(page: Page, sniffed: bytes) -> bytes:
+    """A BigTIFF with the tags of `page` that say how to decode it, and the first bytes of one strip or tile."""
+    sample_format = page.sample_formats[0]
+    if sample_format == ifd.UNDEFINED or _is_packed_signed(page):
+        sample_format = ifd.UNSIGNED
+    # A plane of its own is grey to a JPEG decoder.
+    photometric = ifd.BLACK_IS_ZERO if page.is_planar and page.compression in _JPEGS else page.photometric
     width, height = page.segment_px
     tags = {256: [page.width_px], 257: [page.height_px], 258: list(page.bits), 259: [page.compression]}
-    tags |= {262: [page.photometric], 266: [page.fill_order], 277: [page.samples], 284: [1 + page.is_planar]}
-    tags |= {292: [page.t4_options], 317: [page.predictor], 339: [formats], 530: list(page.subsampling)}
-    tags |= {322: [width], 323: [height], 324: [16], 325: [1]} if page.is_tiled else {278: [height], 273: [16], 279: [1]}
+    tags |= {262: [photometric], 266: [page.fill_order], 277: [page.samples], 284: [1 + page.is_planar]}
+    tags |= {292: [page.t4_options], 317: [_predictor(page)], 339: [sample_format], 530: list(page.subsampling)}
+    tags |= {322: [width], 323: [height], 324: [16], 325: [16]} if page.is_tiled else {278: [height], 273: [16], 279: [16]}
     if page.extra_samples:
         tags[338] = list(page.extra_samples)
     order, body = ">" if page.is_big_endian else "<", b""
-    entries, begin = b"", 24 + 8 + 20 * len(tags) + 8
+    entries, begin = b"", 32 + 8 + 20 * len(tags) + 8
     for tag, values in sorted(tags.items()):
         packed = struct.pack(f"{order}{len(values)}Q", *values)
         place = packed if len(values) == 1 else struct.pack(f"{order}Q", begin + len(body))
         entries += struct.pack(f"{order}HHQ", tag, 16, len(values)) + place
         body += b"" if len(values) == 1 else packed
-    start = (b"MM" if page.is_big_endian else b"II") + struct.pack(f"{order}HHHQQ", 43, 8, 0, 24, 0)
-    return start + struct.pack(f"{order}Q", len(tags)) + entries + struct.pack(f"{order}Q", 0) + body
+    start = (b"MM" if page.is_big_endian else b"II") + struct.pack(f"{order}HHHQ", 43, 8, 0, 32)
+    return start + sniffed.ljust(_SNIFFED_BYTES, b"\0") + struct.pack(f"{order}Q", len(tags)) + entries + struct.pack(f"{order}Q", 0) + body
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -283,7 +333,7 @@ def _segment_bytes(page: Page, dtype: "np.dtype[Any]") -> int:
     samples = width * height * (1 if page.is_planar else page.samples)
     if page.compression in _OWN_HEADER:
         return samples * (dtype.itemsize + (0 if page.compression in _JPEGS else 12))
-    copies = (page.compression != ifd.NONE) + (page.predictor != 1 or page.fill_order != 1)
+    copies = (page.compression != ifd.NONE) + (_predictor(page) != 1 or page.fill_order != 1)
     copies += (page.is_big_endian and dtype.itemsize > 1) or 8 * dtype.itemsize != page.bits[0]
     return samples * dtype.itemsize * copies
 
@@ -293,4 +343,43 @@ def _segment_bytes(page: Page, dtype: "np.dtype[Any]") -> int:
 
 def pillow_is_right(page: Page) -> bool:
     """Whether Pillow decodes such a page as it is meant; found by comparison with tifffile, see the tests."""
-    raise NotForMe
+    if page.index or page.depth != 1 or len(set(page.bits)) != 1 or len(set(page.sample_formats)) != 1:
+        return False
+    if page.compression not in _PILLOW_COMPRESSIONS or (page.is_big_tiff and page.is_big_endian):
+        return False
+    bits, samples, extra = page.bits[0], page.samples, page.extra_samples
+    if page.fill_order != 1 and (bits > 8 or samples not in (1, 3) or extra):
+        return False
+    if page.compression in _JPEGS:
+        return bits == 8
+    if page.sample_formats[0] in (ifd.SIGNED, ifd.FLOAT):
+        is_swapped = page.is_big_endian and page.compression != ifd.NONE
+        return bits == 32 and samples == 1 and page.photometric == ifd.BLACK_IS_ZERO and not is_swapped
+    if page.is_planar:
+        depths = (8,) if page.compression == ifd.NONE else (8, 16)
+        return bits in depths and (page.photometric, samples, extra) in _PILLOW_PLANAR
+    if page.photometric == ifd.YCBCR and page.subsampling != (1, 1) and page.compression == ifd.NONE:
+        return False
+    return bits in _PILLOW_BITS.get((page.photometric, samples, extra), ())
+
+
+_NO, _ALPHA = None, (ifd.UNASSOCIATED,)
+_PILLOW_PLANAR = frozenset({(ifd.RGB, 3, _NO), (ifd.RGB, 4, _ALPHA), (ifd.CMYK, 4, _NO)})
+_PILLOW_BITS: dict[tuple[int, int, tuple[int, ...] | None], tuple[int, ...]] = {
+    (ifd.WHITE_IS_ZERO, 1, _NO): (1, 2, 4, 8),
+    (ifd.BLACK_IS_ZERO, 1, _NO): (1, 2, 4, 8, 16),
+    (ifd.BLACK_IS_ZERO, 2, (0,)): (8,),
+    (ifd.BLACK_IS_ZERO, 2, _ALPHA): (8,),
+    (ifd.RGB, 3, _NO): (8, 16),
+    (ifd.RGB, 4, _NO): (8, 16),
+    (ifd.RGB, 4, (0,)): (8, 16),
+    (ifd.RGB, 4, (ifd.ASSOCIATED,)): (8, 16),
+    (ifd.RGB, 4, _ALPHA): (8, 16),
+    (ifd.RGB, 5, (0, 0)): (8,),
+    (ifd.RGB, 5, (ifd.UNASSOCIATED, 0)): (8,),
+    (ifd.PALETTE, 1, _NO): (1, 2, 4, 8),
+    (ifd.PALETTE, 2, _ALPHA): (8,),
+    (ifd.CMYK, 4, _NO): (8, 16),
+    (ifd.YCBCR, 3, _NO): (8,),
+}
+"""Photometric interpretation, samples and extra samples of chunky unsigned pages -> depths that Pillow reads right."""
