@@ -38,7 +38,7 @@ _JPEGS = frozenset({6, 7, 33007, 34892})
 _OWN_HEADER = _JPEGS | {22610, 33003, 33004, 33005, 34712, 34887, 34933, 34934, 50001, 50002, 52546}
 """Compressions whose segments are whole images with a header of their own."""
 _CCITT = frozenset({2, 3, 4})
-_UNPREDICTED = frozenset({1, 32773}) | _CCITT  # libtiff ignores a predictor here, so writers do not apply it.
+_LIBTIFF_UNPREDICTED = frozenset({1, 32773})  # libtiff ignores a predictor here; it is applied, as the file says.
 _INTEGER_BITS = frozenset(range(1, 33)) | {64}
 _FLOAT_BITS = frozenset({16, 24, 32, 64})
 _SNIFFED_BYTES = 16
@@ -264,10 +264,6 @@ def _from_blocks(page: Page, encoded: memoryview, index: int) -> tuple[tuple[int
     return (0, 0, top, left, 0), samples.reshape(rows * down, columns * across, 3)
 
 
-def _predictor(page: Page) -> int:
-    return 1 if page.compression in _UNPREDICTED else page.predictor
-
-
 def _is_packed_signed(page: Page) -> bool:
     """Signed integers of a depth that has no type, which tifffile reads as unsigned only."""
     return page.sample_formats[0] == ifd.SIGNED and page.bits[0] not in (8, 16, 32, 64)
@@ -299,7 +295,7 @@ def _header(page: Page, sniffed: bytes) -> bytes:
     width, height = page.segment_px
     tags = {256: [page.width_px], 257: [page.height_px], 258: list(page.bits), 259: [page.compression]}
     tags |= {262: [photometric], 266: [page.fill_order], 277: [page.samples], 284: [1 + page.is_planar]}
-    tags |= {292: [page.t4_options], 317: [_predictor(page)], 339: [sample_format], 530: list(page.subsampling)}
+    tags |= {292: [page.t4_options], 317: [page.predictor], 339: [sample_format], 530: list(page.subsampling)}
     tags |= {322: [width], 323: [height], 324: [16], 325: [16]} if page.is_tiled else {278: [height], 273: [16], 279: [16]}
     if page.extra_samples:
         tags[338] = list(page.extra_samples)
@@ -333,7 +329,7 @@ def _segment_bytes(page: Page, dtype: "np.dtype[Any]") -> int:
     samples = width * height * (1 if page.is_planar else page.samples)
     if page.compression in _OWN_HEADER:
         return samples * (dtype.itemsize + (0 if page.compression in _JPEGS else 12))
-    copies = (page.compression != ifd.NONE) + (_predictor(page) != 1 or page.fill_order != 1)
+    copies = (page.compression != ifd.NONE) + (page.predictor != 1 or page.fill_order != 1)
     copies += (page.is_big_endian and dtype.itemsize > 1) or 8 * dtype.itemsize != page.bits[0]
     return samples * dtype.itemsize * copies
 
@@ -346,6 +342,8 @@ def pillow_is_right(page: Page) -> bool:
     if page.index or page.depth != 1 or len(set(page.bits)) != 1 or len(set(page.sample_formats)) != 1:
         return False
     if page.compression not in _PILLOW_COMPRESSIONS or (page.is_big_tiff and page.is_big_endian):
+        return False
+    if page.predictor != 1 and page.compression in _LIBTIFF_UNPREDICTED:
         return False
     bits, samples, extra = page.bits[0], page.samples, page.extra_samples
     if page.fill_order != 1 and (bits > 8 or samples not in (1, 3) or extra):
