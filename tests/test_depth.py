@@ -35,7 +35,9 @@ NAN, INF = float("nan"), float("inf")
         (np.array([False, True]), None, [0, 255]),
     ],
 )
-def test_samples_scale_by_their_range_or_by_their_values(values: Samples, bits: int | None, expected: list[int]) -> None:
+def test_samples_scale_by_their_range_or_by_their_values(
+    values: Samples, bits: int | None, expected: list[int]
+) -> None:
     assert eight_bits(values[None], bits=bits)[0].tolist() == expected
 
 

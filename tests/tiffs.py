@@ -5,7 +5,7 @@
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import imagecodecs
 import numpy as np
@@ -32,7 +32,7 @@ class Tiff:
     photometric: int = 1
     sample_format: int = 1
     planar: bool = False
-    order: str = "<"
+    order: Literal["<", ">"] = "<"
     big: bool = False
     compression: int = 1
     predictor: int = 1
@@ -55,6 +55,9 @@ def packed(samples: Samples, how: Tiff) -> bytes:
         return samples.astype(samples.dtype.newbyteorder(how.order)).tobytes()
     if how.bits == 24 and samples.dtype.kind == "f":
         return bytes(imagecodecs.float24_encode(np.ascontiguousarray(samples), byteorder=how.order))
+    if how.bits == 24:  # Whole bytes follow the byte order, as in libtiff.
+        whole = samples.astype(f"{how.order}i4").view(np.uint8).reshape(-1, 4)
+        return (whole[:, :3] if how.order == "<" else whole[:, 1:]).tobytes()
     patterns = samples.reshape(samples.shape[0], -1).astype(np.uint64)
     shifts = np.arange(how.bits - 1, -1, -1, dtype=np.uint64)
     bits = (patterns[..., None] >> shifts & np.uint64(1)).astype(np.uint8)

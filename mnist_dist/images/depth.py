@@ -147,7 +147,8 @@ def _xyz(lightness: Samples, chroma: Samples) -> Samples:
 def _srgb(xyz: Samples) -> Samples:
     linear = (xyz @ _XYZ_TO_RGB.T).clip(0, 1)
     values: Samples = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(values * 255)
+    rounded: Samples = np.rint(values * 255)
+    return rounded
 
 
 def _by_table(samples: Samples, bits: int) -> Pixels:

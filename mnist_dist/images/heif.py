@@ -62,7 +62,7 @@ def open_heif(data: bytes, spec: ImageSpec | None) -> Opened:
 
 
 def _memory_bytes(pixels: int, channels: int, planes: float, itemsize: int) -> int:
-    """libheif holds its planes twice while it rotates them, beside the interleaved samples; then those become 8 bits."""
+    """libheif holds its planes twice to rotate them, beside the interleaved samples, which then become 8 bits."""
     samples = pixels * channels
     converted = samples * (2 if channels in (2, 4) else itemsize - 1)
     return samples * itemsize + max(int(2 * planes * pixels * itemsize), converted) + min(WORKING_BYTES, 64 * samples)

@@ -8,8 +8,6 @@ Source: ISO/IEC 18181-1, annexes A to D (headers), and 18181-2 (boxes).
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mnist_dist.errors import ImageError, first_line
 from mnist_dist.images.depth import WORKING_BYTES, Samples, eight_bits, over_white
 from mnist_dist.images.pixels import ImageSpec, Opened, Pixels, upright_size

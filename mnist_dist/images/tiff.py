@@ -177,7 +177,7 @@ class _Decoder:
     def __init__(self, page: Page, data: bytes) -> None:
         self._page, self._data = page, data
         frame = _frame(page, bytes(page.segment(data, 0)[:_SNIFFED_BYTES]))
-        if frame.dtype is None or frame.shaped[1:4] != (1, page.height_px, page.width_px):
+        if not _is_known(page) or frame.dtype is None or frame.shaped[1:4] != (1, page.height_px, page.width_px):
             raise ImageError("unsupported", f"not supported: {page.kind}")
         self._decode: Callable[..., Any] = frame.decode
         self._stored: np.dtype[Any] = frame.dtype
@@ -203,6 +203,8 @@ class _Decoder:
             (_, _, top, left, _), segment = self._segment(index)
             area = result[top : top + segment.shape[0], left : left + segment.shape[1]]
             part = segment[: area.shape[0], : area.shape[1]]
+            if _is_24_bit(page) and not page.is_big_endian:
+                part = (part & 0xFF) << 16 | (part & 0xFF00) | part >> 16
             if self._sign:
                 part = (part.view(self.dtype) ^ self._sign) - self._sign
             if page.is_planar:
@@ -222,6 +224,8 @@ class _Decoder:
             samples, place, shape = self._decode(encoded, index, jpegtables=self._tables)
         except (ImportError, MemoryError):
             raise
+        except NotImplementedError as error:
+            raise ImageError("unsupported", f"not supported: {page.kind}") from error
         except Exception as error:
             raise ImageError("unreadable", f"{self._name(index)}: {first_line(error)}") from error
         if page.compression in _CCITT and samples is not None:
@@ -264,9 +268,22 @@ def _from_blocks(page: Page, encoded: memoryview, index: int) -> tuple[tuple[int
     return (0, 0, top, left, 0), samples.reshape(rows * down, columns * across, 3)
 
 
+def _is_24_bit(page: Page) -> bool:
+    """Integers of three whole bytes, which follow the file's byte order as in libtiff; tifffile does not."""
+    return page.bits[0] == 24 and page.sample_formats[0] != ifd.FLOAT
+
+
 def _is_packed_signed(page: Page) -> bool:
     """Signed integers of a depth that has no type, which tifffile reads as unsigned only."""
     return page.sample_formats[0] == ifd.SIGNED and page.bits[0] not in (8, 16, 32, 64)
+
+
+def _is_known(page: Page) -> bool:
+    """Whether tifffile has the compression and the predictor."""
+    from tifffile import TIFF
+
+    is_predicted = page.predictor != 1 and page.compression not in _OWN_HEADER | _CCITT
+    return page.compression in TIFF.DECOMPRESSORS and (not is_predicted or page.predictor in TIFF.UNPREDICTORS)
 
 
 def _frame(page: Page, sniffed: bytes) -> Any:
@@ -296,18 +313,27 @@ def _header(page: Page, sniffed: bytes) -> bytes:
     tags = {256: [page.width_px], 257: [page.height_px], 258: list(page.bits), 259: [page.compression]}
     tags |= {262: [photometric], 266: [page.fill_order], 277: [page.samples], 284: [1 + page.is_planar]}
     tags |= {292: [page.t4_options], 317: [page.predictor], 339: [sample_format], 530: list(page.subsampling)}
-    tags |= {322: [width], 323: [height], 324: [16], 325: [16]} if page.is_tiled else {278: [height], 273: [16], 279: [16]}
+    tags |= (
+        {322: [width], 323: [height], 324: [16], 325: [16]} if page.is_tiled else {278: [height], 273: [16], 279: [16]}
+    )
     if page.extra_samples:
         tags[338] = list(page.extra_samples)
-    order, body = ">" if page.is_big_endian else "<", b""
+    order, body = ">" if page.is_big_endian and not _is_24_bit(page) else "<", b""
     entries, begin = b"", 32 + 8 + 20 * len(tags) + 8
     for tag, values in sorted(tags.items()):
         packed = struct.pack(f"{order}{len(values)}Q", *values)
         place = packed if len(values) == 1 else struct.pack(f"{order}Q", begin + len(body))
         entries += struct.pack(f"{order}HHQ", tag, 16, len(values)) + place
         body += b"" if len(values) == 1 else packed
-    start = (b"MM" if page.is_big_endian else b"II") + struct.pack(f"{order}HHHQ", 43, 8, 0, 32)
-    return start + sniffed.ljust(_SNIFFED_BYTES, b"\0") + struct.pack(f"{order}Q", len(tags)) + entries + struct.pack(f"{order}Q", 0) + body
+    start = (b"MM" if order == ">" else b"II") + struct.pack(f"{order}HHHQ", 43, 8, 0, 32)
+    return (
+        start
+        + sniffed.ljust(_SNIFFED_BYTES, b"\0")
+        + struct.pack(f"{order}Q", len(tags))
+        + entries
+        + struct.pack(f"{order}Q", 0)
+        + body
+    )
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
