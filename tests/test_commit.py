@@ -367,10 +367,11 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
 def test_the_manifest_of_the_table_says_what_was_read_or_else_listed(finished: dict[str, Seen]) -> None:
     listed = finished["first"].listed
     assert listed.schema.equals(LISTED)
+    listed_b02 = {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing"}
     assert listed.to_pylist() == [
-        {"uri": "b00", "size_bytes": 100, "etag": "read b00", "status": "ok", "error": None},
-        {"uri": "b01", "size_bytes": 100, "etag": "read b01", "status": "ok", "error": None},
-        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": "it is gone"},
+        {"uri": "b00", "size_bytes": 100, "etag": "read b00", "status": "ok", "error": None, "other_file": None},
+        {"uri": "b01", "size_bytes": 100, "etag": "read b01", "status": "ok", "error": None, "other_file": None},
+        {**listed_b02, "error": "it is gone", "other_file": None},
     ]
 
 
@@ -381,8 +382,8 @@ def test_columns_that_the_table_leaves_out_are_those_of_the_listing(tmp_path: Pa
     commit_it(output, generation, schema=prediction_schema(table, carried=CARRIED))
     assert read_predictions(tmp_path).column_names == ["uri", "status", "confidence", "label"]
     assert listed_in(output.uri).to_pylist() == [
-        {"uri": "b00", "size_bytes": 3, "etag": "listed b00", "status": "ok", "error": None},
-        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None},
+        {"uri": "b00", "size_bytes": 3, "etag": "listed b00", "status": "ok", "error": None, "other_file": None},
+        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None, "other_file": None},
     ]
     again = put_generation(output, ("b00",), table=table)
     assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).mark.rows == 2

@@ -251,7 +251,7 @@ def test_embeddings_and_carried_columns_go_along() -> None:
     [
         ({"error": []}, "outcomes must have 1 error, one for each image. Received: 0"),
         ({"probabilities": np.zeros((1, 3), np.float32)}, r"probabilities must be \[1, 4\]. Received: \[1, 3\]"),
-        ({"status": ["broken"]}, "a status must be one of ok, .*, failed. Received: broken"),
+        ({"status": ["broken"]}, "a status must be one of ok, .*, failed, other_file. Received: broken"),
     ],
 )
 def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: str) -> None:
