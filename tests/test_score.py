@@ -872,7 +872,11 @@ def test_an_archive_that_is_whole_again_is_scored_by_retry(tmp_path: Path, bundl
     with pytest.raises(TooManyBadImages, match=r"none of 1 rows is ok .*a\.tar"):
         score(job, console=Recorder())
     archive.write_bytes(whole)
-    result = score(replace(job, retry_failed=True), console=Recorder())
+    shard, again = tmp_path / "table" / "_work" / "g000002" / "shard-000000.parquet", replace(job, retry_failed=True)
+    with pytest.raises(IsADirectoryError):
+        score(again, console=Recorder("scoring", lambda: shard.mkdir()))
+    shard.rmdir()
+    result = score(again, console=Recorder())
     assert (result["images"], result["ok"], result["errors"]) == (3, 2, 1)
     assert rows_of(tmp_path / "table").keys() == {f"{archive}!{name}" for name in content}
 

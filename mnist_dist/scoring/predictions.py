@@ -4,8 +4,9 @@ Owns: the schema, turning model outputs into rows, which files in the folder are
 Does not own: how the files get there (`commit`), or the model.
 
 The files that the newest mark names (`_tables/000017/mark.json`) are the table, with exactly one row per image. A mark
-says, too, whether the table holds more bad rows than its job allowed. Without a mark there is no table to read. Neither
-a mark nor a file ever changes under its name, so a reader sees the old table or the new one, or gets an error.
+says, too, whether the table is a failed one: it holds more bad rows than its job allowed, or none that is ok. Without a
+mark there is no table to read. Neither a mark nor a file ever changes under its name, so a reader sees the old table or
+the new one, or gets an error.
 """
 
 import contextlib
@@ -118,7 +119,7 @@ class Mark:
     rows: int
     model_id: str
     failed: bool
-    """Whether the table holds more bad rows than its job allowed."""
+    """Whether the table holds more bad rows than its job allowed, or none that is ok."""
     table_format: TableFormat = "parquet"
 
     @property

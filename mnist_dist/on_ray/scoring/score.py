@@ -424,7 +424,8 @@ class Scoring:
                 f"{len(work.table):,} images to score; the table already holds {before.mark.rows:,} rows"
             )
         if work.gone:
-            self.session.console.line(f"{len(work.gone):,} rows of images that are gone are dropped")
+            what = "archives that can be read now" if self.job.retry_failed else "images that are gone"
+            self.session.console.line(f"{len(work.gone):,} rows of {what} are dropped")
         check_found(
             self.job,
             work.table,
