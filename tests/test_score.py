@@ -376,7 +376,8 @@ def test_an_increment_joins_a_table_that_held_no_embedding_yet(
     table = TableConfig(columns=("uri",), wide=True, embeddings=True, embedding_type=embedding_type)
     job = job_of(bundle, tmp_path / "table", images, table=table)
     job = replace(job, run=replace(job.run, max_bad_fraction=1.0))
-    assert score(job, console=Recorder())["statuses"]["empty"] == 1
+    with pytest.raises(TooManyBadImages, match=r"none of 1 rows is ok \(1 empty\), such as .*empty\.png \(empty\); "):
+        score(job, console=Recorder())
     schema = read_predictions(job.output).schema
     assert schema.field("embedding").type == pa.list_(
         pa.type_for_alias(embedding_type), load_bundle(bundle).num_features
@@ -557,7 +558,7 @@ def test_a_table_without_a_row_that_is_ok_is_failed_however_many_may_be_bad(tabl
             TooManyBadImages,
             match=rf"^none of 17 rows is ok \(.*16 other_file.*\), such as /{example}\.x \({example}: it is so\); .*"
             if len(statuses) > 1
-            else rf"^none of 17 rows is ok \(17 other_file\), such as /{example}\.x",
+            else rf"^none of 17 rows is ok \(17 other_file\), such as /{example}\.x .*none claims to be an image",
         ):
             score(table, console=Recorder())
         path = newest_summary(table)

@@ -41,7 +41,6 @@ from mnist_dist.scoring.generations import (
     ENGINES_FOLDER,
     Committed,
     Description,
-    Example,
     Generation,
     Origin,
     Output,
@@ -84,8 +83,8 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         console: where progress and results are shown.
 
     Returns:
-        The JSON line: `output`, `images` (rows of the table), `ok`, `errors` (bad rows: they claim to
-        be images and have no prediction), `skipped` (rows scored by earlier runs), `images_per_s`, `seconds`, and more.
+        The JSON line: `output`, `images` (rows of the table), `ok`, `errors` (bad rows: they claim to be
+        images and have no prediction), `skipped` (rows scored by earlier runs), `images_per_s`, `seconds`, and more.
 
     Raises:
         ConfigError: a flag, the input, the bundle or the output is invalid; raised before any scoring.
@@ -592,18 +591,15 @@ class Scoring:
         return result
 
     def _why_failed(self, summary: Summary, counts: str) -> str:
-        """Why a table is not good enough, with an example and what to do."""
-        some = [(status, examples[0]) for status, examples in summary.examples.items() if examples]
-        # a bad row where there is one
-        shown = [f", such as {row.uri} ({status}: {row.error})" for status, row in sorted(some, key=_is_not_bad)][:1]
-        told = f"({counts}){''.join(shown)}"
-        retry = "repair or install what their errors name, and --retry-failed scores the bad rows again"
-        if not summary.statuses.get("ok"):
-            return f"none of {summary.rows:,} rows is ok {told}; {retry}"
-        return (
-            f"{count_bad(summary.statuses):,} of {summary.rows:,} rows are bad {told}; --max-bad-fraction allows "
-            f"{self.job.run.max_bad_fraction:.2%}; {retry}"
-        )
+        """Why a table is not good enough, with an example, of a bad row where there is one, and what to do."""
+        ok, bad = summary.statuses.get("ok", 0), count_bad(summary.statuses)
+        what = f"{bad:,} of {summary.rows:,} rows are bad" if ok else f"none of {summary.rows:,} rows is ok"
+        example = ""
+        for status, (row, *_) in sorted(summary.examples.items(), key=lambda item: item[0] in NOT_BAD)[:1]:
+            example = f", such as {row.uri} ({status}{f': {row.error}' if row.error else ''})"
+        allowed = f"; --max-bad-fraction allows {self.job.run.max_bad_fraction:.2%}" if ok else ""
+        remedy = "repair or install what their errors name, and --retry-failed scores the bad rows again"
+        return f"{what} ({counts}){example}{allowed}; {remedy if bad else 'none claims to be an image'}"
 
     def _vacuum(self, mark: Mark) -> None:
         """Deletes replaced files of a Delta table, if that was asked for."""
@@ -622,10 +618,6 @@ class Scoring:
 def _keras_backend() -> str:
     """The Keras backend of this job."""
     return os.environ.get(KERAS_BACKEND) or "tensorflow"
-
-
-def _is_not_bad(example: tuple[str, Example]) -> bool:
-    return example[0] in NOT_BAD
 
 
 def _engine_of(origin: Origin) -> EngineConfig:
