@@ -1,0 +1,77 @@
+"""The one table of image formats: how each is recognised, and which decoders read it, in order.
+
+Owns: the table. Does not own: the decoders, or what happens when one fails (`decoder`).
+
+The first bytes decide, never the name of a file. A decoder that was not made for an image says so (`NotForMe`), and the
+next one gets it.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mnist_dist.images import jpeg, pillow
+from mnist_dist.images.pixels import ImageSpec, Opened
+
+Open = Callable[[bytes, ImageSpec | None], Opened]
+_DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
+
+
+@dataclass(frozen=True)
+class Format:
+    """One image format."""
+
+    name: str
+    is_one: Callable[[bytes], bool]
+    """Whether these are the first bytes of such a file."""
+    suffixes: tuple[str, ...]
+    """Lower-case suffixes of its files."""
+    decoders: tuple[Open, ...]
+
+
+def _starts(*magics: bytes) -> Callable[[bytes], bool]:
+    return lambda data: data.startswith(magics)
+
+
+def _pillow(kind: str) -> Open:
+    return functools.partial(pillow.open_any, kind=kind)
+
+
+def _is_dib(data: bytes) -> bool:
+    """A bitmap header: its size, and a plane count of 1 where that stands."""
+    size = int.from_bytes(data[:4], "little")
+    planes = data[8:10] if size == 12 else data[12:14]
+    return size in _DIB_HEADERS and planes == b"\1\0"
+
+
+def _is_bmp(data: bytes) -> bool:
+    return data.startswith(b"BM") and _is_dib(data[14:])
+
+
+def _is_webp(data: bytes) -> bool:
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+
+
+FORMATS = (
+    Format("JPEG", _starts(jpeg.MAGIC), (".jpg", ".jpeg", ".jpe", ".jfif"), (jpeg.open_ordinary, pillow.open_jpeg)),
+    Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (pillow.open_png,)),
+    Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (pillow.open_gif,)),
+    Format("BMP", _is_bmp, (".bmp",), (functools.partial(pillow.open_bmp, kind="BMP"),)),
+    Format("DIB", _is_dib, (".dib",), (functools.partial(pillow.open_bmp, kind="DIB"),)),
+    Format("WebP", _is_webp, (".webp",), (_pillow("WEBP"),)),
+    Format("TIFF", _starts(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (".tif", ".tiff"), (_pillow("TIFF"),)),
+    Format(
+        "PNM",
+        _starts(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),
+        (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+        (_pillow("PPM"),),
+    ),
+)
+
+IMAGE_SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.suffixes)
+"""Lower-case file suffixes of the formats that can be decoded."""
+
+
+def format_of(data: bytes) -> Format | None:
+    """The format of a file by its first bytes; None if it is none of the table."""
+    return next((format for format in FORMATS if format.is_one(data)), None)

@@ -1,0 +1,231 @@
+"""Pillow: every common format but ordinary JPEG.
+
+Owns: what Pillow is asked to open, what it gets wrong and is corrected here, and the conversion of its modes.
+Does not own: TIFF kinds and depths that Pillow does not read (`tiff`).
+
+Pixels are converted in strips of rows: a palette with transparency would else take ten bytes per pixel.
+"""
+
+import functools
+import io
+from collections.abc import Callable
+from typing import cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError
+
+from mnist_dist.errors import ImageError
+from mnist_dist.images import jpeg, png
+from mnist_dist.images.depth import to_eight_bits
+from mnist_dist.images.exif import ORIENTATION_TAG
+from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixels, rotate, strips, upright_size
+
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # In memory; all others: 4.
+_CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 12, "JPEG2000": 20, "TIFF": 4}
+"""What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_memory`."""
+
+
+def open_any(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
+    """Opens an image of the format that Pillow calls `kind`.
+
+    Raises:
+        ImageError: the header is damaged.
+        Exception: whatever Pillow raises, from here and from `decode`.
+    """
+    image = _open(data, kind)
+    return _opened(image, _orientation(image), lambda: _pixels(image))
+
+
+def open_jpeg(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a JPEG of 8 bits: CMYK, arithmetic code, lossless, rare sampling.
+
+    Raises:
+        NotForMe: another depth.
+        ImageError: the header is damaged.
+    """
+    header = jpeg.read_header(data)
+    if header.bits != 8:
+        raise NotForMe(header.kind)
+    image = _open(data, "JPEG")
+    return _opened(image, header.orientation, lambda: _pixels(image))
+
+
+def open_png(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a PNG or the first image of an animated one. Transparent colours are compared in their full depth."""
+    header = png.read_header(data)
+    image = _open(data, "PNG")
+    if header.colour is None:
+        return _opened(image, header.orientation, lambda: _pixels(image))
+    image.info.pop("transparency", None)
+    return _opened(image, header.orientation, lambda: _without_colour(image, data, header))
+
+
+def open_gif(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens the first image of a GIF. What it leaves uncovered of the canvas is transparent."""
+    image = _open(data, "GIF")
+    frame = image.tile[0].extents if image.tile else None
+    if frame is None or frame == (0, 0, *image.size):
+        return _opened(image, 1, lambda: _pixels(image))
+    return _opened(image, 1, lambda: _on_white(_pixels(image), *frame))
+
+
+def open_bmp(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
+    """Opens a BMP, or a DIB without a file header. One whose alpha is zero everywhere is opaque: it has no alpha."""
+    image = _open(data, kind)
+
+    def decode() -> Pixels:
+        image.load()
+        is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+        return _pixels(image.convert("RGB") if is_opaque else image)
+
+    return _opened(image, 1, decode)
+
+
+@functools.cache
+def prepare() -> None:
+    """Makes settings that are global to the process, at the first image rather than on import."""
+    Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces Pillow's limit, which cannot be set per call.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # The caller decides in how many threads to decode.
+    Image.init()  # Registers all formats before several threads need them.
+
+
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    prepare()
+    try:
+        return Image.open(io.BytesIO(data), formats=(kind,))
+    except UnidentifiedImageError:  # Its message contains a memory address.
+        raise OSError("the header is not complete or not valid") from None
+
+
+def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) -> Opened:
+    width, height = upright_size(image.size, orientation)
+    channels = 1 if _is_grey(image) else 3
+    pixel_bytes = _PIXEL_BYTES.get(image.mode, 4) + _CODEC_BYTES.get(image.format or "", 0)
+    pixel_bytes += 3 if image.mode not in _GREY_MODES else 1
+    if image.mode in _DEEP_MODES:
+        pixel_bytes += 2 * _PIXEL_BYTES.get(image.mode, 4)  # Its values as an array, and a copy on the way there.
+    memory_bytes = width * height * pixel_bytes + min(width * height, STRIP_PX) * 16  # Three copies of a strip.
+    return Opened(width, height, channels, memory_bytes, lambda: rotate(decode(), orientation))
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself.
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # Any damage to the EXIF data: treat the image as upright.
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        return bool((_palette(image)[:, :3] == _palette(image)[:, :1]).all())
+    return image.mode in _GREY_MODES
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    """Pixels `uint8 [h, w, 1 or 3]` of an image in any mode, over white."""
+    image.load()
+    if image.mode in _DEEP_MODES:
+        return to_eight_bits(np.asarray(image))[..., None]
+    if image.mode == "P":
+        return _looked_up(image)
+    if image.has_transparency_data:
+        return _in_strips(image, 3, _over_white)
+    return _in_strips(image, *((1, _grey) if image.mode in _GREY_MODES else (3, _rgb)))
+
+
+def _on_white(pixels: Pixels, left: int, top: int, right: int, bottom: int) -> Pixels:
+    canvas = np.full_like(pixels, 255)
+    canvas[top:bottom, left:right] = pixels[top:bottom, left:right]
+    return canvas
+
+
+def _in_strips(image: Image.Image, channels: int, convert: Callable[[Image.Image], Image.Image]) -> Pixels:
+    height, width = image.height, image.width
+    rows = strips(height, width)
+    if len(rows) == 1:
+        return np.frombuffer(convert(image).tobytes(), np.uint8).reshape(height, width, channels)
+    pixels = np.empty((height, width, channels), np.uint8)
+    for part in rows:
+        strip = convert(image.crop((0, part.start, width, part.stop)))
+        pixels[part] = np.asarray(strip, np.uint8).reshape(-1, width, channels)
+    return pixels
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return image if image.mode == "L" else image.convert("L")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _looked_up(image: Image.Image) -> Pixels:
+    """The colours of a palette, laid over white before they are looked up."""
+    colours = Image.fromarray(_palette(image)[None])  # RGBA
+    table = np.asarray(_over_white(colours))[0]
+    image.putpalette(table.tobytes(), "RGB")
+    image.info.pop("transparency", None)
+    return _in_strips(image, 3, _rgb)
+
+
+def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The 256 colours of a palette, `uint8 [256, 4]`: RGB and alpha."""
+    stored = np.frombuffer(bytes(image.getpalette("RGBA") or ()), np.uint8).reshape(-1, 4)[:256]
+    palette = np.zeros((256, 4), np.uint8)
+    palette[:, 3] = 255
+    palette[: len(stored)] = stored
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, bytes):
+        palette[: len(transparent), 3] = np.frombuffer(transparent, np.uint8)[:256]
+    elif isinstance(transparent, int):
+        palette[transparent, 3] = 0
+    return palette
+
+
+def _without_colour(image: Image.Image, data: bytes, header: png.Header) -> Pixels:
+    """Pixels of a PNG of which one colour is transparent, which becomes white."""
+    colour = np.array(header.colour, np.uint16)
+    if header.bits == 16 and len(colour) == 3:
+        image.load()  # Pillow notices damage.
+        return _without_deep_colour(data, header, colour)
+    image.load()
+    is_deep = image.mode in _DEEP_MODES
+    values = np.asarray(image) if is_deep else _in_strips(image, len(colour), _grey if len(colour) == 1 else _rgb)
+    if header.bits < 8:
+        colour = colour * np.uint16(255 // (2**header.bits - 1))
+    pixels = _pixels(image) if is_deep else values.copy()
+    for rows in strips(image.height, image.width):
+        is_transparent = (values[rows].reshape(pixels[rows].shape) == colour).all(axis=-1)
+        pixels[rows][is_transparent] = 255
+    return pixels
+
+
+def _without_deep_colour(data: bytes, header: png.Header, colour: npt.NDArray[np.uint16]) -> Pixels:
+    """The same for RGB of 16 bits, of which Pillow keeps 8."""
+    if header.is_animated:
+        raise NotForMe("animated PNG of 16 bits with a transparent colour")  # OpenCV 5.0 crashes on damaged ones.
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None or found.dtype != np.uint16:
+        raise ImageError("unreadable", "the PNG is damaged")
+    values = cast("npt.NDArray[np.uint16]", found)[..., 2::-1]
+    pixels = np.empty(values.shape, np.uint8)
+    for rows in strips(*values.shape[:2]):
+        pixels[rows] = to_eight_bits(values[rows])
+        pixels[rows][(values[rows] == colour).all(axis=-1)] = 255
+    return pixels
