@@ -47,7 +47,8 @@ from mnist_dist.sources.reading import read_in_order
 STATUSES = frozenset({"missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed"})
 MAX_PIXELS = 2_000_000
 MAX_MEMBER_BYTES = 2**20
-MAX_GROWTH_BYTES = 600 * 2**20  # Of a child over one input; the xz reader alone may take 256 MiB.
+MAX_GROWTH_BYTES = 600 * 2**20  # Of a child over one archive; the xz reader alone may take 256 MiB.
+SLACK_BYTES = 48 * 2**20  # Beyond what a decoder said that it needs: libraries, tables, the image's own bytes.
 MAX_ADDRESS_BYTES = 12 * 2**30
 MAX_CPU_S = 5.0
 MAX_SILENCE_S = {"canaries": 60.0, "valgrind": 900.0}
@@ -108,7 +109,7 @@ def check_decoders(name: str, data: bytes, number: int, folder: Path) -> str:
     spec = SPECS[number % len(SPECS)]
     probed, decoded = _told(lambda: probe_image(data, max_pixels=MAX_PIXELS)), None
     try:
-        decoded = decode_image(data, spec, max_pixels=MAX_PIXELS)
+        decoded = decode_image(data, spec, max_pixels=MAX_PIXELS, reserve=_reserve)
     except ImageError as err:
         return f"{_status(err)} / {probed}"
     pixels = decoded.pixels
@@ -140,6 +141,15 @@ def check_archives(name: str, data: bytes, number: int, folder: Path) -> str:
 
 
 CHECKS: dict[str, Callable[[str, bytes, int, Path], str]] = {"decoders": check_decoders, "archives": check_archives}
+
+
+_reserved = [0]
+"""What the decoders of the last input said that they need, bytes."""
+
+
+def _reserve(memory_bytes: int) -> contextlib.AbstractContextManager[None]:
+    _reserved.append(memory_bytes)
+    return contextlib.nullcontext()
 
 
 def _told(read: Callable[[], Any]) -> Any:
@@ -225,12 +235,13 @@ def serve(plan: Plan, start: int, stop: int, folder: Path) -> None:
     for number in range(start, stop):
         name, data = plan.input_at(number)
         answers.write(f"{number}\n")
+        _reserved[:] = [0]
         before_bytes, began_s = _reset_peak(), time.process_time()
         answer = _answer(check, name, data, number, folder)
         grown_bytes, cpu_s = _peak() - before_bytes, time.process_time() - began_s
         if plan.checker == "canaries" and "found" not in answer:
-            if grown_bytes > MAX_GROWTH_BYTES:
-                answer["found"] = f"memory: {grown_bytes >> 20:,} MiB"
+            if grown_bytes > _max_growth_bytes(plan.what):
+                answer["found"] = f"memory: {grown_bytes >> 20:,} MiB; reserved {max(_reserved) >> 20:,}"
             elif cpu_s > MAX_CPU_S:
                 answer["found"] = f"slow: {cpu_s:.0f} s"
         answers.write(json.dumps({**answer, "name": name, "files": len(os.listdir("/proc/self/fd"))}) + "\n")
@@ -249,6 +260,10 @@ def _answer(
         kind = "told nothing" if isinstance(err, MnistDistError) else "raised"
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
         return {"found": f"{kind} {type(err).__name__} at {place}: {' '.join(str(err).split())[:300]}"}
+
+
+def _max_growth_bytes(what: str) -> int:
+    return MAX_GROWTH_BYTES if what == "archives" else max(_reserved) + SLACK_BYTES
 
 
 def _reset_peak() -> int:
