@@ -27,6 +27,7 @@ EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
+MIN_DECODE_MEMORY = 16 * 2**20
 MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
@@ -36,6 +37,31 @@ def require(condition: bool, expected: str, **received: object) -> None:
     if not condition:
         shown = ", ".join(f"{name}={value!r}" for name, value in received.items())
         raise ConfigError(f"{expected}. Received: {shown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Limits for a single image."""
+
+    max_pixels: int = 100_000_000
+    """Images with more pixels than this get the status `too_large`; the size is read from the header."""
+    max_bytes: int = 256 * 2**20
+    """Files and archive members with more bytes than this get the status `too_large` and are not read."""
+    decode_memory: int | None = None
+    """Memory for all images that an actor decodes at once, bytes; large ones wait for each other, and one that needs
+    more gets the status `too_large`. None: the smaller of 1.5 GiB and a quarter of what the actor can expect."""
+    image_timeout_s: float = 60.0
+    """Images that take longer than this to decode, s, get the status `failed`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_bytes"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
+        require(
+            self.decode_memory is None or self.decode_memory >= MIN_DECODE_MEMORY,
+            f"decode_memory must be at least {MIN_DECODE_MEMORY} bytes (16 MiB)",
+            decode_memory=self.decode_memory,
+        )
+        require(self.image_timeout_s > 0, "image_timeout_s must be positive", image_timeout_s=self.image_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +95,9 @@ class DataConfig:
     """Fail the job if more than this fraction of the images is unreadable, in [0, 1]."""
     max_pixels: int = 100_000_000
     """Do not decode images with more pixels than this; the size is read from the header."""
+    decode_memory: int | None = None
+    """Memory for all images that a process decodes at once, bytes; large ones wait for each other, and one that needs
+    more is not decoded. None: the smaller of 1.5 GiB and a quarter of what the process can expect."""
     image_timeout_s: float = 60.0
     """Images that take longer than this to decode, s, are unreadable."""
     skip: int = 0
@@ -95,13 +124,14 @@ class DataConfig:
         )
         require(self.limit is None or self.limit >= 1, "limit must be at least 1 image", limit=self.limit)
         require(self.skip >= 0, "skip must be 0 or a number of images", skip=self.skip)
-        require(self.max_pixels >= 1, "max_pixels must be at least 1", max_pixels=self.max_pixels)
-        require(self.image_timeout_s > 0, "image_timeout_s must be positive", image_timeout_s=self.image_timeout_s)
+        _ = self.limits  # It checks its own values.
 
     @property
-    def limits(self) -> "DecodeConfig":
+    def limits(self) -> DecodeConfig:
         """The limits for a single image."""
-        return DecodeConfig(max_pixels=self.max_pixels, image_timeout_s=self.image_timeout_s)
+        return DecodeConfig(
+            max_pixels=self.max_pixels, decode_memory=self.decode_memory, image_timeout_s=self.image_timeout_s
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,23 +501,6 @@ class TableConfig:
     def chosen(self) -> tuple[str, ...]:
         """The names of the requested columns."""
         return _names(self.columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Limits for a single image."""
-
-    max_pixels: int = 100_000_000
-    """Images with more pixels than this get the status `too_large`; the size is read from the header."""
-    max_bytes: int = 256 * 2**20
-    """Files and archive members with more bytes than this get the status `too_large` and are not read."""
-    image_timeout_s: float = 60.0
-    """Images that take longer than this to decode, s, get the status `failed`."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_bytes"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
-        require(self.image_timeout_s > 0, "image_timeout_s must be positive", image_timeout_s=self.image_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)

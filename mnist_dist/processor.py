@@ -1,10 +1,16 @@
-"""This machine's processor and its instruction sets, read from Linux's `/proc/cpuinfo`."""
+"""What this process may use of its machine: processor, instruction sets, memory; read from Linux's files."""
 
+import contextlib
+import math
 import os
 import platform
 from pathlib import Path
 
+import psutil
+
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
+"""The limits of this container. Source: the kernel's cgroup-v2.rst."""
 
 
 def name() -> str:
@@ -23,8 +29,20 @@ def has_bfloat16() -> bool:
 
 
 def usable_cpus() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may use, within its container's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # There is no quota ("max"), or another format.
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
+    return cpus
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use, free or not, within its container's limit."""
+    memory = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        memory = min(memory, int((CGROUP / "memory.max").read_text()))
+    return memory
 
 
 def described() -> str:

@@ -31,7 +31,8 @@ import sys
 from mnist_dist.images.decoder import ImageSpec
 from mnist_dist.images.isolation import IsolatedDecoder
 
-decoder = IsolatedDecoder(ImageSpec(height_px=5, width_px=7, channels=3), max_pixels=10_000, timeout_s=1)
+spec = ImageSpec(height_px=5, width_px=7, channels=3)
+decoder = IsolatedDecoder(spec, max_pixels=10_000, timeout_s=1, memory_bytes=2**27)
 for path in sys.argv[1:]:
     decoder.decode(open(path, "rb").read())
     print("decoded", flush=True)
@@ -49,7 +50,7 @@ def dangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def isolated(*, spec: ImageSpec = SPEC, timeout_s: float = 30) -> Iterator[IsolatedDecoder]:
-    decoder = IsolatedDecoder(spec, max_pixels=MAX_PIXELS, timeout_s=timeout_s)
+    decoder = IsolatedDecoder(spec, max_pixels=MAX_PIXELS, timeout_s=timeout_s, memory_bytes=2**27)
     try:
         yield decoder
     finally:

@@ -9,7 +9,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
 from mnist_dist.errors import DecoderStuck, ImageError
+from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
 from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
 from mnist_dist.images.isolation import IsolatedDecoder
 from mnist_dist.sources.reading import Encoded, Read, plan_reads
@@ -87,7 +89,13 @@ class DecodePool:
         self._slots = threading.Semaphore(threads.decoding)
         self._read = 0
         self._begun: dict[int, float] = {}  # thread -> since when it has been decoding its image
-        self._child = IsolatedDecoder(spec, max_pixels=config.max_pixels, timeout_s=config.image_timeout_s)
+        self._memory = MemoryBudget(config.decode_memory or default_budget_bytes(threads.decoding))
+        self._child = IsolatedDecoder(
+            spec,
+            max_pixels=config.max_pixels,
+            timeout_s=config.image_timeout_s,
+            memory_bytes=self._memory.total_bytes,
+        )
         self.times, self._times_lock = Times(), threading.Lock()
 
     def __enter__(self) -> "DecodePool":
@@ -147,9 +155,21 @@ class DecodePool:
         thread = threading.get_ident()
         self._begun[thread] = time.monotonic()
         try:
-            return decode_image(data, self._spec, max_pixels=self._config.max_pixels)
+            return decode_image(data, self._spec, max_pixels=self._config.max_pixels, reserve=self._reserve)
         finally:
-            del self._begun[thread]
+            self._begun.pop(thread, None)
+
+    def _reserve(self, memory_bytes: int) -> AbstractContextManager[None]:
+        held = self._memory.reserve(memory_bytes)
+        return held if memory_bytes < SMALL_BYTES else self._awaited(held)
+
+    @contextmanager
+    def _awaited(self, held: AbstractContextManager[None]) -> Iterator[None]:
+        """Waiting for memory does not count as decoding."""
+        del self._begun[threading.get_ident()]
+        with held:
+            self._begun[threading.get_ident()] = time.monotonic()
+            yield
 
     def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0, decode_cpu_s: float = 0.0) -> None:
         with self._times_lock:

@@ -6,10 +6,22 @@ from collections import deque
 from collections.abc import Iterator
 
 from mnist_dist.errors import ImageError
+from mnist_dist.processor import memory_bytes, usable_cpus
 
 SMALL_BYTES = 4 * 2**20
 """Images that take less are not counted: one per thread does not matter, and most images are small."""
+MOST_BYTES = 3 * 2**29  # Two 100-megapixel photographs with transparency at once.
 _SMALL = contextlib.nullcontext()
+
+
+def default_budget_bytes(threads: int) -> int:
+    """The smaller of 1.5 GiB and a quarter of the memory that a process of so many threads can expect, bytes.
+
+    Args:
+        threads: cores that the process uses; others share the machine in proportion.
+    """
+    share = memory_bytes() * min(1.0, threads / usable_cpus())
+    return min(MOST_BYTES, int(share / 4))
 
 
 class MemoryBudget:

@@ -80,7 +80,7 @@ def decode_image(
     _prepare_process()
 
     def decode(opened: Opened) -> Decoded:
-        with reserve(_peak_bytes(opened, spec)):
+        with reserve(opened.memory_bytes + spec.image_bytes):
             pixels = np.ascontiguousarray(match_channels(opened.decode(), spec.channels))
             fitted = np.ascontiguousarray(resize_pixels(pixels, spec))
         return Decoded(fitted, opened.width_px, opened.height_px)
@@ -140,11 +140,6 @@ def _recognised(data: bytes) -> Format:
 def _check_size(opened: Opened, max_pixels: int) -> None:
     if opened.width_px * opened.height_px > max_pixels:
         raise ImageError("too_large", f"{opened.width_px} x {opened.height_px} px are more than {max_pixels:,} pixels")
-
-
-def _peak_bytes(opened: Opened, spec: ImageSpec) -> int:
-    """Memory that the image takes at most; after decoding: its pixels, and a rotated or cropped copy."""
-    return max(opened.memory_bytes, 2 * opened.height_px * opened.width_px * opened.channels) + 2 * spec.image_bytes
 
 
 def _most_telling(data: bytes, name: str, failures: list[Exception]) -> ImageError:

@@ -52,6 +52,13 @@ def _is_webp(data: bytes) -> bool:
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
 
 
+def _is_avif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis")
+
+
+_is_jpeg_2000 = _starts(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+
+
 FORMATS = (
     Format("JPEG", _starts(jpeg.MAGIC), (".jpg", ".jpeg", ".jpe", ".jfif"), (jpeg.open_ordinary, pillow.open_jpeg)),
     Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (pillow.open_png,)),
@@ -59,6 +66,8 @@ FORMATS = (
     Format("BMP", _is_bmp, (".bmp",), (functools.partial(pillow.open_bmp, kind="BMP"),)),
     Format("DIB", _is_dib, (".dib",), (functools.partial(pillow.open_bmp, kind="DIB"),)),
     Format("WebP", _is_webp, (".webp",), (_pillow("WEBP"),)),
+    Format("AVIF", _is_avif, (".avif",), (_pillow("AVIF"),)),
+    Format("JPEG 2000", _is_jpeg_2000, (".jp2", ".j2k", ".jpx", ".j2c", ".jpf"), (_pillow("JPEG2000"),)),
     Format("TIFF", _starts(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (".tif", ".tiff"), (_pillow("TIFF"),)),
     Format(
         "PNM",

@@ -19,13 +19,24 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import mnist_dist
 from mnist_dist.errors import ImageError, WorkersFailed
+from mnist_dist.images.budget import MemoryBudget
 from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
 
 MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
 _START_TIMEOUT_S = 120.0
+
+
+class _Task(NamedTuple):
+    """What a child is told once."""
+
+    spec: ImageSpec
+    max_pixels: int
+    timeout_s: float
+    memory_bytes: int
 
 
 class IsolatedDecoder:
@@ -36,10 +47,11 @@ class IsolatedDecoder:
         spec: size and channels of the result.
         max_pixels: as for `decode_image`.
         timeout_s: an image that takes longer than this gets the status `failed`.
+        memory_bytes: an image that takes more than this to decode gets the status `too_large`.
     """
 
-    def __init__(self, spec: ImageSpec, *, max_pixels: int, timeout_s: float) -> None:
-        self._spec, self._max_pixels, self._timeout_s = spec, max_pixels, timeout_s
+    def __init__(self, spec: ImageSpec, *, max_pixels: int, timeout_s: float, memory_bytes: int) -> None:
+        self._task = _Task(spec, max_pixels, timeout_s, memory_bytes)
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
@@ -54,12 +66,12 @@ class IsolatedDecoder:
             if self._child is not None and self._child.is_dead:  # It was killed while idle, so no image is to blame.
                 self._end()
             if self._child is None:
-                self._child = _Child(self._spec, self._max_pixels, self._timeout_s)
+                self._child = _Child(self._task)
             try:
-                answer = self._child.ask(data, timeout_s=self._timeout_s)
+                answer = self._child.ask(data, timeout_s=self._task.timeout_s)
             except TimeoutError:
                 self._end()
-                raise ImageError("failed", f"decoding took longer than {self._timeout_s:g} s") from None
+                raise ImageError("failed", f"decoding took longer than {self._task.timeout_s:g} s") from None
             except (EOFError, OSError):
                 code = self._end()
                 raise ImageError("failed", f"the decoder crashed ({_cause(code)})") from None
@@ -80,7 +92,7 @@ class IsolatedDecoder:
 class _Child:
     """One child process, which is ready once the constructor returns."""
 
-    def __init__(self, spec: ImageSpec, max_pixels: int, timeout_s: float) -> None:
+    def __init__(self, task: _Task) -> None:
         parent_socket, child_socket = socket.socketpair()
         package = Path(mnist_dist.__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(package), *_python_path()]))}
@@ -94,7 +106,7 @@ class _Child:
             )
         self._connection = Connection(parent_socket.detach())
         try:
-            self._connection.send_bytes(pickle.dumps((spec, max_pixels, timeout_s)))
+            self._connection.send_bytes(pickle.dumps(task))
             is_ready = self._connection.poll(_START_TIMEOUT_S) and bool(self._connection.recv_bytes())
         except (EOFError, OSError):
             is_ready = False
@@ -131,7 +143,8 @@ def _cause(code: int) -> str:
 
 def _serve(connection: Connection) -> None:
     """Decodes images until the parent is gone."""
-    spec, max_pixels, timeout_s = pickle.loads(connection.recv_bytes())
+    task: _Task = pickle.loads(connection.recv_bytes())
+    budget = MemoryBudget(task.memory_bytes)
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -140,9 +153,9 @@ def _serve(connection: Connection) -> None:
             return
         answer: Decoded | ImageError
         # A living parent kills this process at `timeout_s`. The alarm ends it if the parent is gone.
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
+        signal.setitimer(signal.ITIMER_REAL, 2 * task.timeout_s)
         try:
-            answer = decode_image(data, spec, max_pixels=max_pixels)
+            answer = decode_image(data, task.spec, max_pixels=task.max_pixels, reserve=budget.reserve)
         except ImageError as error:
             answer = ImageError(error.status, error.message)  # Without the traceback, which would keep memory.
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -25,7 +25,7 @@ from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixe
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # In memory; all others: 4.
-_CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 12, "JPEG2000": 20, "TIFF": 4}
+_CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
 """What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_memory`."""
 
 
@@ -104,11 +104,12 @@ def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
 def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) -> Opened:
     width, height = upright_size(image.size, orientation)
     channels = 1 if _is_grey(image) else 3
-    pixel_bytes = _PIXEL_BYTES.get(image.mode, 4) + _CODEC_BYTES.get(image.format or "", 0)
-    pixel_bytes += 3 if image.mode not in _GREY_MODES else 1
+    pixel_bytes = _PIXEL_BYTES.get(image.mode, 4)
     if image.mode in _DEEP_MODES:
-        pixel_bytes += 2 * _PIXEL_BYTES.get(image.mode, 4)  # Its values as an array, and a copy on the way there.
-    memory_bytes = width * height * pixel_bytes + min(width * height, STRIP_PX) * 16  # Three copies of a strip.
+        pixel_bytes *= 3  # Its values as an array, and a copy on the way there.
+    pixel_bytes += _CODEC_BYTES.get(image.format or "", 0) + (1 if image.mode in ("1", "L", *_DEEP_MODES) else 3)
+    copy_bytes = 3  # Turned, cropped or made RGB.
+    memory_bytes = width * height * (pixel_bytes + copy_bytes) + min(width * height, STRIP_PX) * 16  # RGBA, four times.
     return Opened(width, height, channels, memory_bytes, lambda: rotate(decode(), orientation))
 
 
@@ -209,7 +210,7 @@ def _without_colour(image: Image.Image, data: bytes, header: png.Header) -> Pixe
     values = np.asarray(image) if is_deep else _in_strips(image, len(colour), _grey if len(colour) == 1 else _rgb)
     if header.bits < 8:
         colour = colour * np.uint16(255 // (2**header.bits - 1))
-    pixels = _pixels(image) if is_deep else values.copy()
+    pixels = _pixels(image) if is_deep else np.require(values, requirements="W")
     for rows in strips(image.height, image.width):
         is_transparent = (values[rows].reshape(pixels[rows].shape) == colour).all(axis=-1)
         pixels[rows][is_transparent] = 255
