@@ -23,6 +23,7 @@ import random
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,8 @@ MAX_GROWTH_BYTES = 600 * 2**20  # Of a child over one archive; the xz reader alo
 SLACK_BYTES = 48 * 2**20  # Beyond what a decoder said that it needs: libraries, tables, the image's own bytes.
 MAX_ADDRESS_BYTES = 12 * 2**30
 MAX_CPU_S = 5.0
-MAX_SILENCE_S = {"canaries": 60.0, "valgrind": 900.0}
+MAX_HANG_CPU_S = {"canaries": 60.0, "valgrind": 600.0}  # The child ends itself.
+MAX_SILENCE_S = 1800.0
 BATCH = {"canaries": 1000, "valgrind": 300}
 MAX_KEPT = 3  # Inputs kept of each kind of finding.
 SAME_KIND = {
@@ -236,6 +238,7 @@ def serve(plan: Plan, start: int, stop: int, folder: Path) -> None:
         name, data = plan.input_at(number)
         answers.write(f"{number}\n")
         _reserved[:] = [0]
+        signal.setitimer(signal.ITIMER_PROF, MAX_HANG_CPU_S[plan.checker])
         before_bytes, began_s = _reset_peak(), time.process_time()
         answer = _answer(check, name, data, number, folder)
         grown_bytes, cpu_s = _peak() - before_bytes, time.process_time() - began_s
@@ -311,28 +314,28 @@ def _one_child(plan: Plan, pickled: Path, numbers: range, environment: dict[str,
         )
         number, is_open = numbers.start, True
         try:
-            for line in _lines(child, MAX_SILENCE_S[plan.checker]):
+            for line in _lines(child, MAX_SILENCE_S):
                 is_open = line.isdigit()
                 if is_open:
                     number = int(line)
                 else:
                     yield Outcome(number, **json.loads(line))
             if number < numbers.stop - 1 or is_open:
-                hangs = child.poll() is None and child.stdout is not None and _is_silent(child)
-                why = "hangs" if hangs else f"died with {_ended(child)}"
+                why = _ended(child)
                 yield Outcome(number, plan.input_at(number)[0], found=f"{why}: {_last_words(errors)}")
         finally:
             child.kill()
             child.wait()
 
 
-def _is_silent(child: subprocess.Popen[bytes]) -> bool:
-    assert child.stdout is not None
-    return not select.select([child.stdout], [], [], 0)[0]
-
-
-def _ended(child: subprocess.Popen[bytes]) -> int:
-    return child.wait(30)
+def _ended(child: subprocess.Popen[bytes]) -> str:
+    try:
+        code = child.wait(30)
+    except subprocess.TimeoutExpired:
+        return "sleeps"
+    if code == -signal.SIGPROF:
+        return "hangs"
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
 
 
 def _lines(child: subprocess.Popen[bytes], max_silence_s: float) -> Iterator[str]:

@@ -271,7 +271,7 @@ def _read_npz(uri: str) -> list[ArrayPart]:
             missing = [key for key in _NPZ_KEYS if key not in file.files]
             if missing:
                 raise DataError(f"{uri} lacks {', '.join(missing)}. Received: {', '.join(file.files)}")
-            arrays = [file[key] for key in _NPZ_KEYS]
+            arrays = [np.asarray(file[key]) for key in _NPZ_KEYS]  # A member that is no array comes as bytes.
     except DataError:
         raise
     except Exception as err:  # The border: NumPy and zipfile raise a dozen types on damaged bytes.
