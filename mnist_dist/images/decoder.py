@@ -81,8 +81,7 @@ def decode_image(
 
     def decode(opened: Opened) -> Decoded:
         with reserve(opened.memory_bytes + spec.image_bytes):
-            pixels = np.ascontiguousarray(match_channels(opened.decode(), spec.channels))
-            fitted = np.ascontiguousarray(resize_pixels(pixels, spec))
+            fitted = _fitted(opened.decode(), spec)  # Nothing else of the image is held after this.
         return Decoded(fitted, opened.width_px, opened.height_px)
 
     return _with_first_able(data, spec, max_pixels, decode)
@@ -135,6 +134,11 @@ def _recognised(data: bytes) -> Format:
         names = ", ".join(format.name for format in FORMATS)
         raise ImageError("unsupported", f"not one of {names}; it starts with 0x{data[:8].hex()}")
     return format
+
+
+def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
+    pixels = np.ascontiguousarray(match_channels(pixels, spec.channels))
+    return np.ascontiguousarray(resize_pixels(pixels, spec))
 
 
 def _check_size(opened: Opened, max_pixels: int) -> None:
