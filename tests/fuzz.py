@@ -35,15 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import mutations
-from corpus import tar_of
 
-from mnist_dist.config import InputConfig
 from mnist_dist.errors import DataError, ImageError, MnistDistError, ServiceError, StorageError
 from mnist_dist.images.decoder import ImageSpec, decode_image, probe_image
-from mnist_dist.sources import arrays
-from mnist_dist.sources.archives import index_archive, read_members
-from mnist_dist.sources.listing import list_inputs
-from mnist_dist.sources.reading import read_in_order
 
 STATUSES = frozenset({"missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed"})
 MAX_PIXELS = 2_000_000
@@ -54,7 +48,7 @@ MAX_ADDRESS_BYTES = 12 * 2**30
 MAX_CPU_S = 5.0
 MAX_HANG_CPU_S = {"canaries": 60.0, "valgrind": 600.0}  # The child ends itself.
 MAX_SILENCE_S = 1800.0
-BATCH = {"canaries": 1000, "valgrind": 300}
+BATCH = {"canaries": 1000, "valgrind": 100}
 MAX_KEPT = 3  # Inputs kept of each kind of finding.
 SAME_KIND = {
     **{".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff", ".pgm": "pnm", ".pbm": "pnm", ".ppm": "pnm"},
@@ -127,6 +121,8 @@ def check_decoders(name: str, data: bytes, number: int, folder: Path) -> str:
 
 def check_archives(name: str, data: bytes, number: int, folder: Path) -> str:
     """As `check_decoders`, for archives, Parquet files and arrays."""
+    from corpus import tar_of
+
     suffix = kind_of(name)
     if suffix in (".npz", ".idx", ".idx.gz"):
         return _read_arrays(suffix, data, folder)
@@ -170,6 +166,8 @@ def _status(err: ImageError) -> str:
 
 
 def _read_archive(uri: str) -> str:
+    from mnist_dist.sources.archives import index_archive, read_members
+
     index = index_archive(uri)
     images = list(read_members(uri, index.members, max_bytes=MAX_MEMBER_BYTES))
     assert len(images) == len(index.members), "members without an answer"
@@ -185,6 +183,10 @@ def _read_archive(uri: str) -> str:
 
 def _listed(path: str, label_column: str | None) -> str:
     """Reads what a job would."""
+    from mnist_dist.config import InputConfig
+    from mnist_dist.sources.listing import list_inputs
+    from mnist_dist.sources.reading import read_in_order
+
     try:
         listing = list_inputs(InputConfig(input=(path,)), label_column=label_column)
     except DataError as err:
@@ -202,6 +204,8 @@ def _listed(path: str, label_column: str | None) -> str:
 
 
 def _read_arrays(suffix: str, data: bytes, folder: Path) -> str:
+    from mnist_dist.sources import arrays
+
     source, end = str(folder / "mnist.npz"), suffix[4:]
     if suffix == ".npz":
         Path(source).write_bytes(data)
