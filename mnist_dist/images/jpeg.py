@@ -123,9 +123,7 @@ def open_ordinary(data: bytes, spec: ImageSpec | None) -> Opened:
 def _memory_bytes(header: Header, least: tuple[int, int]) -> int:
     """The scaled pixels and a copy, turned or cropped; a progressive file's coefficients are all kept, 2 bytes each."""
     width, height = header.width_px, header.height_px
-    eighths = next(
-        n for n in range(1, 9) if n == 8 or (-(-width * n // 8) >= least[0] and -(-height * n // 8) >= least[1])
-    )
+    eighths = min(8, 1 + max(8 * (least[0] - 1) // width, 8 * (least[1] - 1) // height))
     pixels = -(-width * eighths // 8) * -(-height * eighths // 8) * 3
     return 2 * pixels + (2 * width * height * header.components if header.marker == 0xC2 else 0)
 

@@ -158,7 +158,8 @@ def _without_disposal(data: bytes) -> bytes:
 
 def _is_grey(image: Image.Image) -> bool:
     if image.mode in ("P", "PA"):
-        return bool((_palette(image)[:, :3] == _palette(image)[:, :1]).all())
+        red, green, blue, _ = _palette(image).T
+        return bool((red == green).all() and (green == blue).all())
     return image.mode in _GREY_MODES
 
 
