@@ -324,9 +324,9 @@ def _one_child(plan: Plan, pickled: Path, numbers: range, environment: dict[str,
                     number = int(line)
                 else:
                     yield Outcome(number, **json.loads(line))
-            if number < numbers.stop - 1 or is_open:
-                why = _ended(child)
-                yield Outcome(number, plan.input_at(number)[0], found=f"{why}: {_last_words(errors)}")
+            at = number if is_open else number + 1  # What an earlier input broke can also show between two of them.
+            if at < numbers.stop:
+                yield Outcome(at, plan.input_at(at)[0], found=f"{_ended(child)}: {_last_words(errors)}")
         finally:
             child.kill()
             child.wait()
