@@ -390,3 +390,11 @@ def test_a_probe_refuses_too_many_pixels_before_it_decodes() -> None:
     assert probe_image(encoded.getvalue(), max_pixels=60_200) == (301, 200, 1)
     with pytest.raises(ImageError, match="too_large"):
         probe_image(encoded.getvalue(), max_pixels=60_199)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
+def test_a_probe_of_a_palette_decodes_nothing(kind: str) -> None:
+    cut = encoded(Image.fromarray(rgb_pixels()).quantize(200), kind)[:-40]
+    assert probe_image(cut) == (W, H, 3)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_image(cut, native(3))

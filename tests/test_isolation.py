@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -211,3 +212,12 @@ def test_no_child_is_left_by_a_parent_that_dies_while_it_hangs(dangers: Path) ->
         (child,) = psutil.Process(process.pid).children()
         process.kill()
         assert wait_until(lambda: has_ended(child))
+
+
+@pytest.mark.parametrize("disposal", [2, 3])
+def test_a_gif_gets_no_canvas_before_its_size_is_checked(disposal: int) -> None:
+    colours, control = bytes(range(6)), b"!\xfe\4gif!\0!\xf9\4" + bytes([disposal << 2 | 1, 0, 0, 1, 0])
+    frame = b"," + struct.pack("<HHHHB", 65535, 65535, 65535, 65535, 0) + b"\2\2\x44\1\0;"
+    data = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + colours + control + frame
+    with isolated() as decoder, pytest.raises(ImageError, match="131070 x 131070 px are more than 1,200,000 pixels"):
+        decoder.decode(data)

@@ -466,6 +466,20 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, name: str, data: bytes, 
         found(str(tmp_path / name))
 
 
+def test_a_damaged_parquet_file_has_a_reason_of_one_line(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"png"], "label": ["cat"]}), buffer)
+    data, column = buffer.getvalue(), pq.read_metadata(buffer).row_group(0).column(1)
+    (tmp_path / "a.parquet").write_bytes(data[:4] + b"\xff" * (len(data) - 12) + data[-8:])
+    with pytest.raises(DataError, match=r"cannot be listed: Couldn't deserialize thrift: [^\n]+ Received: [^\n]+$"):
+        found(f"{tmp_path}/a.parquet")
+    start = column.dictionary_page_offset
+    (tmp_path / "a.parquet").write_bytes(data[:start] + b"\xff" * 9 + data[start + 9 :])
+    (row,) = list_inputs(InputConfig(input=(f"{tmp_path}/a.parquet",)), label_column="label").table.to_pylist()
+    assert (row["status"], row["error"].splitlines()) == ("unreadable", [row["error"]])
+    assert "column 'label' cannot be read: " in row["error"]
+
+
 def test_a_parquet_list_has_a_column_of_strings(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"a\.parquet: a list must have one column 'uri'\. Received: columns path, label"

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,38 @@ def test_an_npz_is_read(tmp_path: Path) -> None:
     (tmp_path / "h.npz").write_bytes(b"no zip")
     with pytest.raises(DataError, match=r"h\.npz: not a readable \.npz"):
         open_source(DataConfig(data=("mnist",), data_dir=str(tmp_path / "h.npz")))
+
+
+def npz(first: bytes) -> bytes:
+    """An .npz of MNIST whose first member holds these bytes."""
+    arrays, buffer = io.BytesIO(), io.BytesIO()
+    np.save(arrays, np.zeros(6, np.uint8))
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x_train.npy", first)
+        for key in ("y_train", "x_test", "y_test"):
+            archive.writestr(f"{key}.npy", arrays.getvalue())
+    return buffer.getvalue()
+
+
+TOO_LONG = b"\x93NUMPY\1\0\x40\0{'descr':'|u1','fortran_order':False,'shape':(9999999999999,)} \n"
+
+
+@pytest.mark.parametrize(
+    ("data", "offset", "value", "reason"),
+    [
+        (npz(b""), 8, 1, "not a readable .npz of arrays: .*encrypted"),
+        (npz(b""), 6, 255, "not a readable .npz of arrays: zip file version"),
+        (npz(b""), 10, 97, "not a readable .npz of arrays: That compression method is not supported"),
+        (npz(b"no array"), 4, 20, r"images must be uint8 \[N, H, W\]"),
+        (npz(TOO_LONG), 4, 20, "not a readable .npz of arrays: Unable to allocate"),
+    ],
+    ids=["encrypted", "version", "method", "no array", "memory"],
+)
+def test_a_damaged_npz_is_one_error(tmp_path: Path, data: bytes, offset: int, value: int, reason: str) -> None:
+    entry = data.index(b"PK\1\2") + offset
+    (tmp_path / "a.npz").write_bytes(data[:entry] + bytes([value]) + data[entry + 1 :])
+    with pytest.raises(DataError, match=reason):
+        open_source(DataConfig(data=("mnist",), data_dir=str(tmp_path / "a.npz")))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from mnist_dist.errors import DataError
+from mnist_dist.errors import DataError, first_line
 from mnist_dist.sources import columns
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
@@ -208,4 +208,4 @@ def _readable(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, UnicodeError) as err:
-        raise DataError(f"{uri}: not a readable {uri.rpartition('.')[2]} file: {err}") from err
+        raise DataError(f"{uri}: not a readable {uri.rpartition('.')[2]} file: {first_line(err)}") from err

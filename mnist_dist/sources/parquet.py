@@ -203,7 +203,7 @@ def _read_column(uri: str, file: pq.ParquetFile, path: str) -> pa.ChunkedArray:
     try:
         column = file.read([path])[0]
     except (pa.ArrowException, OSError) as err:
-        raise ImageError("unreadable", f"column {path!r} cannot be read: {err}") from err
+        raise ImageError("unreadable", f"column {path!r} cannot be read: {first_line(err)}") from err
     chunks = [columns.plain(_field(chunk, path)) for chunk in column.chunks]
     return pa.chunked_array(chunks, chunks[0].type if chunks else pa.null())
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.errors import ConfigError, DataError, first_line
 from mnist_dist.sources import lists, parquet
 from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.arrays import NAMED_ARRAYS
@@ -133,7 +133,7 @@ def errors_of(name: str) -> Iterator[None]:
     except PermissionError as err:
         raise DataError(f"no permission to list this input: {err}. Received: input={shown(name)!r}") from err
     except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
-        raise DataError(f"this input cannot be listed: {err}. Received: input={shown(name)!r}") from err
+        raise DataError(f"this input cannot be listed: {first_line(err)}. Received: input={shown(name)!r}") from err
 
 
 def not_there(name: str, uri: str) -> DataError:
