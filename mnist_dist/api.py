@@ -79,7 +79,7 @@ def score(*, bundle: Uri, input: Uri | Sequence[Uri], output: Uri, show: bool = 
         **flags: the other flags of the command, such as `mode`, `top_k`, `engine`, `max_bad_fraction`.
 
     Raises:
-        TooManyBadImages: more rows are bad than `max_bad_fraction` allows; the table is still written.
+        TooManyBadImages: no row is ok, or more rows are bad than `max_bad_fraction` allows; the table is still written.
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
     job = job_of(ScoreJob, {"bundle": bundle, "input": input, "output": output, **flags})

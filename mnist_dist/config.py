@@ -447,8 +447,8 @@ class InputConfig:
     """The files of named data sets such as `mnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras
     downloads them."""
     all_files: bool = False
-    """Take files with any name. A file that is not an image gets the status `unsupported`, which does not count as
-    bad."""
+    """Take files with any name, hidden ones too. One whose name is not that of an image, and which cannot be scored,
+    gets the status `other_file`, which does not count as bad."""
     include: tuple[str, ...] = ()
     """Score only images whose URI or file name matches one of these patterns (`*.png`, `*/cats/*`). Empty: all."""
     exclude: tuple[str, ...] = ()
@@ -539,7 +539,9 @@ class ScoreRunConfig:
     """Where to decode images: in the threads of the `actor`, or in CPU `tasks` anywhere in the cluster. auto: tasks if
     the actor has a GPU."""
     max_bad_fraction: float = 0.1
-    """Fail the job if more than this fraction of rows is neither ok nor unsupported; the table is still written."""
+    """Fail the job if more than this fraction of rows is bad: they claim to be images, by their suffix or because they
+    were named, and could not be scored, for whatever reason. The table is still written. A table without a single row
+    that is ok is a failed one, too."""
     max_failures: int = 3
     """How often a worker may die on the same shard before the job fails."""
     storage_is_shared: bool = False
@@ -606,7 +608,7 @@ class ScoreJob:
     """With mode incremental: delete the rows of images that lay in the listed folders and archives and are gone.
     Without it, their rows stay."""
     retry_failed: bool = False
-    """Score again the rows that are neither ok nor unsupported."""
+    """Score the bad rows again, and what can be read of archives that could not be read."""
     shard_size: int | None = None
     """Images per shard, the unit of work that is repeated if a worker dies. None: 256 to 4,096, depending on the number
     and size of the images."""

@@ -4,7 +4,7 @@
 MnistDistError                exit 1: the work started and could not be finished
 ├── ImageError                one image; it becomes a row or a count, never an exit code
 ├── Judged                    the work is done, but the result is not good enough
-│   ├── TooManyBadImages      more unreadable images than --max-bad-fraction allows
+│   ├── TooManyBadImages      more bad images than --max-bad-fraction allows, or no good one
 │   └── ChecksFailed          at least one check of `jobs.doctor` failed
 ├── TrainingDiverged          the loss is not a number
 ├── StepFailed                a process that converts or checks a model failed
@@ -73,7 +73,7 @@ class Judged(MnistDistError):
 
 
 class TooManyBadImages(Judged):
-    """More images are unreadable than the job allows; the message says how many and which."""
+    """More images are bad than the job allows, or none is good; the message says how many and which."""
 
 
 class ChecksFailed(Judged):

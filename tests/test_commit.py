@@ -367,10 +367,11 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
 def test_the_manifest_of_the_table_says_what_was_read_or_else_listed(finished: dict[str, Seen]) -> None:
     listed = finished["first"].listed
     assert listed.schema.equals(LISTED)
+    listed_b02 = {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing"}
     assert listed.to_pylist() == [
-        {"uri": "b00", "size_bytes": 100, "etag": "read b00", "status": "ok", "error": None},
-        {"uri": "b01", "size_bytes": 100, "etag": "read b01", "status": "ok", "error": None},
-        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": "it is gone"},
+        {"uri": "b00", "size_bytes": 100, "etag": "read b00", "status": "ok", "error": None, "other_file": None},
+        {"uri": "b01", "size_bytes": 100, "etag": "read b01", "status": "ok", "error": None, "other_file": None},
+        {**listed_b02, "error": "it is gone", "other_file": None},
     ]
 
 
@@ -381,11 +382,24 @@ def test_columns_that_the_table_leaves_out_are_those_of_the_listing(tmp_path: Pa
     commit_it(output, generation, schema=prediction_schema(table, carried=CARRIED))
     assert read_predictions(tmp_path).column_names == ["uri", "status", "confidence", "label"]
     assert listed_in(output.uri).to_pylist() == [
-        {"uri": "b00", "size_bytes": 3, "etag": "listed b00", "status": "ok", "error": None},
-        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None},
+        {"uri": "b00", "size_bytes": 3, "etag": "listed b00", "status": "ok", "error": None, "other_file": None},
+        {"uri": "b02", "size_bytes": 3, "etag": "listed b02", "status": "missing", "error": None, "other_file": None},
     ]
     again = put_generation(output, ("b00",), table=table)
     assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).mark.rows == 2
+
+
+def test_a_table_whose_manifest_lacks_a_column_is_added_to(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    commit_it(output, put_generation(output, OLD))
+    path = manifest_in(output.uri)
+    with pq.ParquetFile(pa.BufferReader(ANYWHERE.read_bytes(path))) as file:
+        groups = [file.read_row_group(group).drop_columns(["other_file"]) for group in range(file.num_row_groups)]
+    with ANYWHERE.new_object(path) as stream, pq.ParquetWriter(stream, groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+    assert commit_it(output, put_generation(output, (OLD[0], "z07"))).mark.rows == len(OLD) + 1
+    assert listed_in(output.uri).schema.equals(LISTED)
 
 
 def test_shards_become_files_of_the_size_asked_for(tmp_path: Path) -> None:

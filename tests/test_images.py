@@ -280,7 +280,7 @@ def test_no_bytes_are_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"hello, world", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypheic", bytes(500), b"%!PS-Adobe"]
+    "data", [b"hello, world", b"<svg/>", b"%PDF-1.7", b"\0\0\0\x18ftypisom", bytes(500), b"%!PS-Adobe"]
 )
 def test_a_foreign_format_is_unsupported(data: bytes) -> None:
     for function in (lambda data: decode_image(data, native(3)), probe_image):

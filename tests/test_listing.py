@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,7 @@ from mnist_dist.errors import ConfigError, DataError, ImageError, ServiceError, 
 from mnist_dist.images.decoder import IMAGE_SUFFIXES
 from mnist_dist.scoring.selection import RESERVED
 from mnist_dist.sources import arrays, image_table
+from mnist_dist.sources.choice import BESIDE, HIDDEN, HIDDEN_PARQUET, NO_IMAGES, NO_SUFFIX
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS, ImageRow
 from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.sources.reading import read_in_order
@@ -114,7 +116,8 @@ def test_a_folder_gives_its_images_at_any_depth_sorted(root: str) -> None:
     assert names_in(listing, root) == sorted(["_x/1.tiff", "a-b.bmp", "a/2.JPG", "b.png"])
     assert listing.table.schema == COLUMNS
     assert (listing.left_out.total, listing.archives, listing.named_twice, listing.duplicate_members) == (5, 0, 0, 0)
-    assert listing.left_out.hidden == 2
+    assert listing.left_out.counts == {HIDDEN: 2, ".txt": 1, ".json": 1, NO_SUFFIX: 1}
+    assert listing.left_out.examples[".txt"] == f"{root}/a.txt"
     assert listing.by_suffix == {".png": 1, ".jpg": 1, ".tiff": 1, ".bmp": 1}
 
 
@@ -122,8 +125,9 @@ def test_hidden_files_are_left_out_and_counted_unless_they_are_asked_for(root: s
     put(root, "a.png", "._a.png", ".cache/b.png", "@eaDir/c.png", "__MACOSX/d.png", "_e.png", "f/.g.png")
     listing = found(root)
     assert names_in(listing, root) == ["_e.png", "a.png"]
-    assert (listing.left_out.hidden, listing.left_out.total) == (5, 5)
-    assert "5 hidden files skipped" in listing.notes()
+    assert listing.left_out.counts == {HIDDEN: 5}
+    (note,) = listing.notes()
+    assert re.fullmatch(rf"left out: 5 hidden \({root}/[^ ]*; --all-files\)", note)
     assert len(found(root, all_files=True).table) == 7
     assert names_in(found(f"{root}/.cache", f"{root}/._a.png"), root) == [".cache/b.png", "._a.png"]
 
@@ -261,8 +265,14 @@ def test_nothing_found_says_what_was_there_instead(root: str) -> None:
     with pytest.raises(DataError) as raised:
         found(root, f"{root}/x", exclude=("*.png",))
     message = str(raised.value)
-    assert f"{root}: 13 other files (.txt 10, .json 2, no suffix 1), 1 left out by include and exclude;" in message
-    assert f"{root}/x: 1 left out by include and exclude. Received: input=" in message
+    pattern = f"1 by include and exclude ({root}/x/y.png; --include, --exclude)"
+    by_suffix = [
+        f"10 .txt ({root}/0.txt; --all-files)",
+        f"2 .json ({root}/a.json; --all-files)",
+        f"1 without a suffix ({root}/c; --all-files)",
+    ]
+    assert f"{root}: {', '.join([*by_suffix, pattern])};" in message
+    assert f"{root}/x: {pattern}. Received: input=" in message
     assert ".jpg, .jpeg," in message
 
 
@@ -279,6 +289,8 @@ def test_thousands_of_endings_do_not_fill_the_memory(s3: str) -> None:
     entries.append(Entry(f"{s3}/y.png", 2, "f"))
     listing = search(s3, scan=entries)
     assert (len(listing.table), listing.left_out.total) == (1, 3_000)
+    assert len(listing.left_out.counts) == len(listing.left_out.examples) == 1_001
+    assert listing.left_out.described(all_files=True).endswith("), 991 of 991 more kinds")
 
 
 # --- single files and globs
@@ -739,7 +751,27 @@ def test_more_archives_than_threads_stay_in_order(root: str) -> None:
     assert len(uris) == 1 + sum(1 + number % 3 for number in range(20))
 
 
-# --- which are taken
+# --- which are taken, and which claim to be images
+
+
+def test_only_what_all_files_alone_took_does_not_claim_to_be_an_image(root: str) -> None:
+    put(root, "f/a.png", "f/b.txt", "f/c", "f/._d.jpg", "f/named.dat", "g/e.dat")
+    ANYWHERE.write_bytes(f"{root}/f/x.tar", tar_of("x.png", "y.txt", "z.dat"))
+    uris = [f"{root}/f/named.dat", f"{root}/f/x.tar!z.dat"]
+    inputs = (f"{root}/f", f"{root}/g/e.dat", write_parquet(f"{root}/l.parquet", uri=uris))
+    for order in (inputs, inputs[::-1]):
+        table = found(*order, all_files=True).table
+        others = table.filter(table["other_file"])["uri"].to_pylist()
+        assert sorted(uri.removeprefix(f"{root}/f/") for uri in others) == ["._d.jpg", "b.txt", "c", "x.tar!y.txt"]
+        assert len(table) == 9
+    assert found(f"{root}/f").table["other_file"].null_count == 2
+
+
+def test_an_archive_that_cannot_be_read_claims_to_hold_images(root: str) -> None:
+    put(root, "a.png", "b.tar", "c.ZIP")
+    table = found(root, all_files=True).table
+    assert table["status"].to_pylist() == [None, "truncated", "unreadable"]
+    assert table["other_file"].null_count == 3
 
 
 def test_all_files_takes_everything_but_archives(root: str) -> None:
@@ -967,14 +999,16 @@ def test_pictures_beside_parquet_files_of_images_are_not_part_of_the_data(root: 
         write_parquet(f"{root}/data/{hidden}.parquet", **images_of(2))
     listing = found(root)
     assert names_in(listing, root) == ["data/0.parquet#row=0", "data/0.parquet#row=1"]
-    assert {"2 pictures beside the Parquet files skipped", "4 hidden files skipped"} <= {*listing.notes()}
+    assert listing.left_out.counts == {BESIDE: 2, HIDDEN_PARQUET: 4, ".md": 1}
+    assert f"2 pictures beside Parquet files of images ({root}/assets/a.jpg; name them" in " ".join(listing.notes())
 
 
 def test_parquet_files_without_images_are_other_files(root: str) -> None:
     write_parquet(f"{root}/predictions.parquet", uri=["/a.png"], confidence=[0.5])
     put(root, "a.png")
     listing = found(root)
-    assert (names_in(listing, root), listing.left_out.by_suffix) == (["a.png"], {".parquet": 1})
+    assert (names_in(listing, root), listing.left_out.counts) == (["a.png"], {NO_IMAGES: 1})
+    assert listing.left_out.examples == {NO_IMAGES: f"{root}/predictions.parquet"}
 
 
 def test_a_parquet_file_is_a_list_unless_it_holds_images(tmp_path: Path) -> None:
@@ -1033,8 +1067,9 @@ def test_a_parquet_file_that_changed_is_not_read(root: str) -> None:
 
 def test_archives_inside_archives_are_counted_and_named(root: str) -> None:
     ANYWHERE.write_bytes(f"{root}/a.tar", tar_of("x.png", "inner.zip", "deep/b.tar.gz"))
-    assert any(note.startswith("2 archives inside archives not opened, such as ") for note in found(root).notes())
-    assert f"{root}/a.tar!inner.zip" in " ".join(found(root).notes())
+    note = f"left out: 2 archives inside archives ({root}/a.tar!inner.zip; not opened; unpack them)"
+    assert note in found(root).notes()
+    assert note in found(root, all_files=True).notes()
 
 
 def test_a_named_data_set_is_rows_of_png_files() -> None:

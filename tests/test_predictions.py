@@ -24,8 +24,10 @@ from mnist_dist.config import FeatureType, TableConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.scoring.predictions import (
     MARK,
+    STATUSES,
     Mark,
     Outcomes,
+    count_bad,
     iter_predictions,
     prediction_rows,
     prediction_schema,
@@ -63,7 +65,13 @@ def schema_of(table: TableConfig, *, carried: pa.Schema = NOTHING) -> pa.Schema:
     return prediction_schema(table, carried=carried, class_names=CLASSES, num_features=FEATURES)
 
 
-def rows_of(outcomes: Outcomes, *, table: TableConfig = ALL, carried: pa.Table | None = None) -> pa.Table:
+def rows_of(
+    outcomes: Outcomes,
+    *,
+    table: TableConfig = ALL,
+    carried: pa.Table | None = None,
+    other_files: pa.Array | None = None,
+) -> pa.Table:
     """Of images named 0, 1, ..."""
     return prediction_rows(
         schema_of(table, carried=NOTHING if carried is None else carried.schema),
@@ -74,7 +82,30 @@ def rows_of(outcomes: Outcomes, *, table: TableConfig = ALL, carried: pa.Table |
         model_id="m",
         scored_at=NOW,
         carried=carried,
+        other_files=other_files,
     )
+
+
+# --- what is bad -----------------------------------------------------------------------------------------------------
+
+
+def test_of_a_file_of_another_name_only_what_says_nothing_of_its_content_is_bad() -> None:
+    statuses = list(STATUSES)
+    outcomes = some_outcomes([[1, 0, 0, 0]] * len(statuses), statuses)
+    kept = {"ok", "missing", "denied", "failed", "other_file"}
+    for mark, expected in (
+        (None, statuses),
+        (False, statuses),
+        (True, [status if status in kept else "other_file" for status in statuses]),
+    ):
+        rows = rows_of(outcomes, other_files=pa.array([mark] * len(statuses), pa.bool_()))
+        assert rows["status"].to_pylist() == expected
+        assert rows["error"].to_pylist() == outcomes.error
+
+
+def test_every_status_but_two_is_bad() -> None:
+    assert {status for status in STATUSES if not count_bad({status: 7})} == {"ok", "other_file"}
+    assert count_bad({"ok": 1, "unsupported": 2, "other_file": 4, "missing": 8}) == 10
 
 
 # --- the columns -----------------------------------------------------------------------------------------------------
@@ -251,7 +282,7 @@ def test_embeddings_and_carried_columns_go_along() -> None:
     [
         ({"error": []}, "outcomes must have 1 error, one for each image. Received: 0"),
         ({"probabilities": np.zeros((1, 3), np.float32)}, r"probabilities must be \[1, 4\]. Received: \[1, 3\]"),
-        ({"status": ["broken"]}, "a status must be one of ok, .*, failed. Received: broken"),
+        ({"status": ["broken"]}, "a status must be one of ok, .*, failed, other_file. Received: broken"),
     ],
 )
 def test_outcomes_that_do_not_fit_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -54,6 +54,7 @@ from mnist_dist.on_ray.scoring.score import Scoring, score
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
+from mnist_dist.scoring.selection import select_images
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.lock import Lock
@@ -307,7 +308,7 @@ def test_the_result_and_the_summary_count_the_rows(scored: Scored) -> None:
     assert {name: result[name] for name in ("images", "ok", "errors", "skipped")} == {
         "images": 17,
         "ok": 13,
-        "errors": 3,  # a text that calls itself .jpg is `unsupported`, which is no damage
+        "errors": 4,  # also the text that calls itself .jpg
         "skipped": 0,
     }
     assert result["output"] == scored.job.output
@@ -331,7 +332,7 @@ def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:
     assert ray.data.read_parquet(f"{scored.job.output}/table").count() == 17
     assert json.loads((Path(scored.job.output) / "_SUCCESS").read_text())["rows"] == 17
     listed = pq.read_table(f"{scored.job.output}/_tables/000001/manifest.parquet")
-    assert listed.column_names == ["uri", "size_bytes", "etag", "status", "error"]
+    assert listed.column_names == ["uri", "size_bytes", "etag", "status", "error", "other_file"]
     assert len(listed) == 17
 
 
@@ -375,7 +376,8 @@ def test_an_increment_joins_a_table_that_held_no_embedding_yet(
     table = TableConfig(columns=("uri",), wide=True, embeddings=True, embedding_type=embedding_type)
     job = job_of(bundle, tmp_path / "table", images, table=table)
     job = replace(job, run=replace(job.run, max_bad_fraction=1.0))
-    assert score(job, console=Recorder())["statuses"]["empty"] == 1
+    with pytest.raises(TooManyBadImages, match=r"none of 1 rows is ok \(1 empty\), such as .*empty\.png \(empty\); "):
+        score(job, console=Recorder())
     schema = read_predictions(job.output).schema
     assert schema.field("embedding").type == pa.list_(
         pa.type_for_alias(embedding_type), load_bundle(bundle).num_features
@@ -525,10 +527,12 @@ def test_a_table_made_by_keras_keeps_its_backend(table: ScoreJob, monkeypatch: p
 def test_a_table_is_judged_anew_without_scoring(table: ScoreJob) -> None:
     strict = replace(table, run=replace(table.run, max_bad_fraction=0.0))
     with pytest.raises(
-        TooManyBadImages, match=r"3 of 17 rows are neither ok .* allows 0.00%.*marked _FAILED"
+        TooManyBadImages,
+        match=r"4 of 17 rows are bad \(13 ok, 1 missing, .*\), such as /.*photos/\S+ \(\w+: .*\); --max-bad-fraction "
+        r"allows 0\.00%; .*--retry-failed.*marked _FAILED",
     ) as caught:
         score(strict, console=Recorder())
-    assert caught.value.result["errors"] == 3
+    assert caught.value.result["errors"] == 4
     assert "_SUCCESS" not in names_in(Path(table.output))
     assert len(rows_of(table.output)) == 17
     for again in (table, replace(table, mode="incremental")):
@@ -540,7 +544,26 @@ def test_a_table_is_judged_anew_without_scoring(table: ScoreJob) -> None:
 
 
 def test_as_many_bad_images_as_are_allowed_are_not_too_many(table: ScoreJob) -> None:
-    assert score(replace(table, run=replace(table.run, max_bad_fraction=3 / 17)), console=Recorder())["errors"] == 3
+    assert score(replace(table, run=replace(table.run, max_bad_fraction=4 / 17)), console=Recorder())["errors"] == 4
+
+
+def test_a_table_without_a_row_that_is_ok_is_failed_however_many_may_be_bad(table: ScoreJob) -> None:
+    path = newest_summary(table)
+    summary = json.loads(path.read_text())
+    for statuses, example in (({"other_file": 16, "missing": 1}, "missing"), ({"other_file": 17}, "other_file")):
+        summary["statuses"] = statuses
+        summary["examples"] = {name: [{"uri": f"/{name}.x", "error": "it is so"}] for name in reversed(statuses)}
+        path.write_text(json.dumps(summary))
+        with pytest.raises(
+            TooManyBadImages,
+            match=rf"^none of 17 rows is ok \(.*16 other_file.*\), such as /{example}\.x \({example}: it is so\); .*"
+            if len(statuses) > 1
+            else rf"^none of 17 rows is ok \(17 other_file\), such as /{example}\.x .*none claims to be an image",
+        ):
+            score(table, console=Recorder())
+        path = newest_summary(table)
+    assert "_SUCCESS" not in names_in(Path(table.output))
+    assert "_FAILED" in names_in(Path(table.output))
 
 
 def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_bundle: Path, photos: Path) -> None:
@@ -764,22 +787,130 @@ def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, ot
 def test_retry_failed_scores_what_was_repaired_and_clears_the_mark(tmp_path: Path, bundle: Path) -> None:
     images = write_images(tmp_path / "images", good=6)
     job = job_of(bundle, tmp_path / "table", images, run={"max_bad_fraction": 0.1})
-    with pytest.raises(TooManyBadImages, match="3 of 11 rows"):
+    with pytest.raises(TooManyBadImages, match="4 of 11 rows"):
         score(job, console=Recorder())
     assert (tmp_path / "table" / "_FAILED").exists()
     before = rows_of(tmp_path / "table")
 
     (images / "cut.jpg").write_bytes(encoded(90, "jpeg"))
     (images / "nowhere").write_bytes(encoded(91))
+    (images / "text.jpg").write_bytes(encoded(92, "jpeg"))
     result = score(replace(job, retry_failed=True), console=Recorder())
 
-    assert (result["ok"], result["errors"], result["skipped"]) == (9, 1, 8)
+    assert (result["ok"], result["errors"], result["skipped"]) == (10, 1, 7)
     assert not (tmp_path / "table" / "_FAILED").exists()
     after, opened = rows_of(tmp_path / "table"), load_bundle(bundle)
-    for name in ("cut.jpg", "gone.png"):
+    for name in ("cut.jpg", "gone.png", "text.jpg"):
         assert_predicted(after.pop(str(images / name)), images / name, opened)
     assert after.pop(str(images / "empty.png"))["status"] == "empty"
     assert after == {uri: row for uri, row in before.items() if uri in after}
+
+
+PRETENDERS = {
+    "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
+    "page.jpg": b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>",
+    "film.jpg": b"RIFF\x24\x10\x00\x00AVI LIST\xc0\x00\x00\x00hdrlavih" + bytes(200),
+    "letter.bmp": b"BM 2030-01-02\nDear Sir or Madam, this is a text of some length, and no image at all.\n",
+}
+"""Files that claim to be images by their names alone."""
+
+
+@pytest.mark.slow
+def test_files_that_only_claim_to_be_images_fail_the_job_until_they_are_images(tmp_path: Path, bundle: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, (name, data) in itertools.product(range(6), PRETENDERS.items()):
+        (images / f"{number}-{name}").write_bytes(data)
+    job = job_of(bundle, tmp_path / "table", images)
+    for again in (job, replace(job, retry_failed=True), replace(job, mode="incremental")):
+        with pytest.raises(TooManyBadImages, match=r"none of 24 rows is ok .*, such as .*images/0-") as raised:
+            score(again, console=Recorder())
+        assert {name: raised.value.result[name] for name in ("images", "ok", "errors")} == {
+            "images": 24,
+            "ok": 0,
+            "errors": 24,
+        }
+        assert (tmp_path / "table" / "_FAILED").exists()
+        assert not (tmp_path / "table" / "_SUCCESS").exists()
+    noise(93).save(images / "0-film.jpg")
+    result = score(replace(job, retry_failed=True), console=Recorder())
+    assert (result["ok"], result["errors"], result["skipped"]) == (1, 23, 0)
+
+
+@pytest.mark.slow
+def test_files_of_other_names_are_rows_that_do_not_count(tmp_path: Path, bundle: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, data in PRETENDERS.items():
+        (images / name).with_suffix(".dat").write_bytes(data)
+        (images / f"{name}.old").write_bytes(data)
+    (images / "empty.txt").touch()
+    (images / "image-by-its-bytes").write_bytes(encoded(94))
+    (images / "listed.dat").write_bytes(b"nothing")
+    (tmp_path / "list.txt").write_text(str(images / "listed.dat"))
+    with zipfile.ZipFile(images / "a.zip", "w") as archive:
+        archive.writestr("notes.txt", b"BM notes")
+        archive.writestr("claims.png", b"BM notes")
+    (images / "b.tar").write_bytes(b"no tar at all")
+    job = job_of(bundle, tmp_path / "table", images, tmp_path / "list.txt", all_files=True)
+    result = score(job, console=Recorder())
+    statuses = {uri.removeprefix(f"{images}/"): row["status"] for uri, row in rows_of(tmp_path / "table").items()}
+    bad = {"a.zip!claims.png", "b.tar", "listed.dat"}
+    assert {name for name, status in statuses.items() if status not in ("ok", "other_file")} == bad
+    assert {name for name, status in statuses.items() if status == "ok"} == {"image-by-its-bytes"}
+    assert (result["images"], result["ok"], result["errors"]) == (14, 1, 3)
+    again = score(replace(job, retry_failed=True), console=Recorder())
+    assert (again["skipped"], again["statuses"]) == (11, result["statuses"])
+
+
+@pytest.mark.slow
+def test_an_archive_that_is_whole_again_is_scored_by_retry(tmp_path: Path, bundle: Path) -> None:
+    content = write_archives(tmp_path / "images")["a.tar"]
+    archive = tmp_path / "images" / "a.tar"
+    whole = archive.read_bytes()
+    archive.write_bytes(b"not copied yet")
+    job = job_of(bundle, tmp_path / "table", archive)
+    with pytest.raises(TooManyBadImages, match=r"none of 1 rows is ok .*a\.tar"):
+        score(job, console=Recorder())
+    archive.write_bytes(whole)
+    shard, again = tmp_path / "table" / "_work" / "g000002" / "shard-000000.parquet", replace(job, retry_failed=True)
+    with pytest.raises(IsADirectoryError):
+        score(again, console=Recorder("scoring", lambda: shard.mkdir()))
+    shard.rmdir()
+    result = score(again, console=Recorder())
+    assert (result["images"], result["ok"], result["errors"]) == (3, 2, 1)
+    assert rows_of(tmp_path / "table").keys() == {f"{archive}!{name}" for name in content}
+
+
+def test_no_engine_is_chosen_before_the_number_of_images_is_known(
+    tmp_path: Path, bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, may_end = [], threading.Event()
+
+    class Asked(Exception):
+        pass
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        may_end.wait()
+        return select_images(*arguments, **keywords)
+
+    def asked(*_: Any, images: int, **__: Any) -> Never:
+        chosen.append(images)
+        raise Asked("the engine is chosen")
+
+    class Waiting(Recorder):
+        def progress(self, title: str, *arguments: Any, **keywords: Any) -> Any:
+            if title == "listing":  # the job waits for it
+                assert not chosen
+                may_end.set()
+            return super().progress(title, *arguments, **keywords)
+
+    monkeypatch.setattr("mnist_dist.on_ray.scoring.score.LIST_BEFORE_RAY_S", 0.0)
+    monkeypatch.setattr("mnist_dist.on_ray.scoring.score.select_images", slow)
+    monkeypatch.setattr("mnist_dist.on_ray.scoring.score.job_engine", asked)
+    with pytest.raises(Asked, match="the engine"):
+        score(job_of(bundle, tmp_path / "table", photos), console=Waiting())
+    assert chosen == [17]
 
 
 @pytest.mark.slow
@@ -976,7 +1107,7 @@ def test_the_command_ends_with_one_line_of_json_and_the_exit_code(
     code, result, err = run(*flags, "--max-bad-fraction", "0.5")
     assert code == 0, err
     assert {"job", "output", "images", "ok", "errors", "skipped", "images_per_s", "seconds"} <= set(result)
-    assert (result["job"], result["images"], result["errors"], result["skipped"]) == ("score", 17, 3, 0)
+    assert (result["job"], result["images"], result["errors"], result["skipped"]) == ("score", 17, 4, 0)
     assert "FROM" in err
     assert not NOISE.search(err), NOISE.findall(err)
     assert without_time(rows_of(tmp_path / "table")) == without_time(rows_of(scored.job.output))
@@ -994,7 +1125,7 @@ def test_the_command_ends_with_one_line_of_json_and_the_exit_code(
 
     code, failed, err = run(*flags, **nowhere)
     assert code == 1
-    assert (failed["job"], failed["images"], failed["errors"]) == ("score", 17, 3)
+    assert (failed["job"], failed["images"], failed["errors"]) == ("score", 17, 4)
     assert failed["error_type"] == "TooManyBadImages"
     assert f"error: {failed['error']}" in err
 

@@ -60,7 +60,7 @@ def undisturbed_table(tmp_path_factory: pytest.TempPathFactory, bundle: Path, im
     with Job(bundle, images, output) as job:
         code, result, err = job.ended()
     assert code == 0, err
-    assert (result["ok"], result["errors"], result["skipped"]) == (GOOD, 3, 0)
+    assert (result["ok"], result["errors"], result["skipped"]) == (GOOD, 4, 0)
     return output
 
 

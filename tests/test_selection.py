@@ -48,11 +48,18 @@ class Place:
         ANYWHERE.write_bytes(uri, data)
         return uri
 
-    def find(self, *inputs: str, before: Committed | None = None, **settings: Any) -> Selection:
+    def find(
+        self, *inputs: str, before: Committed | None = None, include: tuple[str, ...] = (), **settings: Any
+    ) -> Selection:
         job = ScoreJob(
             bundle="b",
             output=self.output.uri,
-            inputs=InputConfig(input=inputs or (join(self.root, "images"),), carry=self.carry),
+            inputs=InputConfig(
+                input=inputs or (join(self.root, "images"),),
+                carry=self.carry,
+                include=include,
+                all_files=settings.pop("all_files", False),
+            ),
             table=self.table,
             **settings,
         )
@@ -108,6 +115,7 @@ class Place:
             model_id="m",
             scored_at=NOW,
             carried=carried,
+            other_files=rows["other_file"],
         )
 
     @staticmethod
@@ -295,11 +303,11 @@ def test_bad_rows_are_scored_again(place: Place) -> None:
     place.score(place.find(), bad=BAD)
     place.put("images/0.png", b"new, and not looked at")
     work = place.find(retry_failed=True)
-    assert place.names(work) == ["images/a.png", "images/d.png"]
+    assert place.names(work) == ["images/a.png", "images/b.png", "images/d.png"]
     place.score(work, bad={"images/d.png": "denied"})
     assert place.statuses() == {
         "images/a.png": "ok",
-        "images/b.png": "unsupported",
+        "images/b.png": "ok",
         "images/c.png": "ok",
         "images/d.png": "denied",
     }
@@ -307,23 +315,72 @@ def test_bad_rows_are_scored_again(place: Place) -> None:
 
 
 def test_without_bad_rows_there_is_nothing_to_do(folder: Place) -> None:
-    folder.score(folder.find(), bad={"images/b.png": "unsupported"})
-    work = folder.find(retry_failed=True)
+    folder.put("images/notes.txt")
+    folder.score(folder.find(all_files=True), bad={"images/notes.txt": "unsupported"})
+    assert folder.statuses()["images/notes.txt"] == "other_file"
+    work = folder.find(all_files=True, retry_failed=True)
     assert (work.listing, len(work.table)) == (None, 0)
     assert work.table.schema.equals(COLUMNS)
 
 
-def test_members_are_scored_again_but_not_whole_archives(place: Place) -> None:
+def test_what_does_not_claim_to_be_an_image_does_not_when_it_is_scored_again(place: Place) -> None:
+    for name in ("found.txt", "listed.txt"):
+        place.put(f"images/{name}")
+    inputs = (join(place.root, "images"), listed(place, "images/listed.txt"))
+    bad = dict.fromkeys(("images/a.png", "images/found.txt", "images/listed.txt"), "failed")
+    place.score(place.find(*inputs, all_files=True), bad=bad)
+    assert place.statuses().items() >= bad.items()
+    work = place.find(*inputs, all_files=True, retry_failed=True)
+    assert dict(zip(place.names(work), work.table["other_file"].to_pylist(), strict=True)) == {
+        "images/a.png": None,
+        "images/found.txt": True,
+        "images/listed.txt": None,
+    }
+    place.score(work, bad=dict.fromkeys(bad, "truncated"))
+    assert (
+        place.statuses().items()
+        >= {
+            "images/a.png": "truncated",
+            "images/found.txt": "other_file",
+            "images/listed.txt": "truncated",
+        }.items()
+    )
+
+
+def test_a_whole_archive_is_looked_at_again(place: Place) -> None:
+    whole = tar_of({"1.png": b"first", "2.png": b"second", "old.jpg": b"3", "4.png": b"fourth", "n.txt": b"text"})
+    place.put("images/x.tar", whole[: 5 * 512])
+    include = ("*.tar", "*.png")
+    place.score(place.find(include=include))
+    assert place.statuses()["images/x.tar"] == "truncated"
+    place.put("images/x.tar", whole)
+    place.put("images/new.png", b"not looked at")
+    work = place.find(include=include, retry_failed=True)
+    assert place.names(work) == [f"images/x.tar!{name}.png" for name in (1, 2, 4)]
+    assert work.gone is not None
+    assert work.gone.to_pylist() == [join(place.root, "images/x.tar")]
+
+
+def test_an_archive_that_is_still_damaged_keeps_its_row_and_its_good_members(place: Place) -> None:
+    place.put("images/x.tar", tar_of({"1.png": b"first", "2.png": b"second"})[: 2 * 512 + 100])
+    place.score(place.find())
+    work = place.find(retry_failed=True)
+    assert (place.names(work), work.table["status"].to_pylist()) == (["images/x.tar"], ["truncated"])
+    assert not work.gone
+
+
+def test_members_are_scored_again(place: Place) -> None:
     whole = tar_of({"1.png": b"first", "2.png": b"second", "3.png": bytes(900)})
     place.put("images/x.tar", whole[: 5 * 512 + 100])
     place.score(place.find(), bad={"images/x.tar!2.png": "failed", "images/c.png": "failed"})
-    bad = {name for name, status in place.statuses().items() if status not in ("ok", "unsupported")}
+    bad = {name for name, status in place.statuses().items() if status != "ok"}
     assert bad == {"images/c.png", "images/x.tar", "images/x.tar!2.png", "images/x.tar!3.png"}
     work = place.find(retry_failed=True)
-    assert place.names(work) == ["images/c.png", "images/x.tar!2.png", "images/x.tar!3.png"]
+    assert place.names(work) == ["images/c.png", "images/x.tar", "images/x.tar!2.png", "images/x.tar!3.png"]
     rows = work.table.to_pylist()
-    assert [(row["packing"], row["offset"], row["status"]) for row in rows[:2]] == [
+    assert [(row["packing"], row["offset"], row["status"]) for row in rows[:3]] == [
         (None, None, None),
+        (None, None, "truncated"),
         ("tar", 3 * 512, None),
     ]
 
@@ -347,6 +404,7 @@ def test_what_a_row_carries_is_kept_when_it_is_scored_again(place: Place) -> Non
     work = place.find(retry_failed=True)
     assert dict(zip(place.names(work), work.table["label"].to_pylist(), strict=True)) == {
         "images/a.png": "y",
+        "images/b.png": "x",
         "images/d.png": None,
     }
     assert work.table.schema.field("when").type == pa.date32()

@@ -234,7 +234,14 @@ def test_one_subfolder_is_one_class(root: str) -> None:
     source = open_source(DataConfig(data=(root,)))
     assert columns(source) == (["a/3.jpeg", "a/x/1.PNG", "b/2.png", "b/_4.png"], ["a", "a", "b", "b"], [None] * 4)
     assert source.pixels is None
-    assert source.notes == ("2 other files skipped", "1 hidden files skipped", "1 images without a class skipped")
+    by_class, left_out = source.notes
+    assert by_class == "1 images without a class skipped"
+    assert {part.partition(" (")[0] for part in left_out.removeprefix("left out: ").split("), ")} == {
+        "1 .txt",
+        "1 .ds_store",
+        "1 hidden",
+    }
+    assert "--all-files" not in left_out  # which a training does not have
     assert all(source.table["etag"].to_pylist())
     assert source.table["size_bytes"].to_pylist()[0] == len(png(2))
 
@@ -273,7 +280,7 @@ def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/b/1.png"], "only val/ and test/ may stand.*extra"),
         (["a/1.png", "a/2.png"], r"at least two classes\. Received: \('a',\)"),
         (["1.png", "2.png"], "must be in one subfolder per class, .*Received: 2 images without a class"),
-        (["a/1.txt", "b/2.csv"], r"image suffixes are \.jpg, .*2 other files"),
+        (["a/1.txt", "b/2.csv"], r"image suffixes are \.jpg, .*1 \.txt \(.*1 \.csv \("),
     ],
 )
 def test_a_folder_of_another_layout_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -383,7 +390,7 @@ def test_a_folder_as_hugging_face_writes_it_has_splits_and_names(root: str) -> N
     ("table", "message"),
     [
         (pa.table({"img": [b"x"], "y": [0]}), r"no column 'label'; .*Received: columns img, y"),
-        (pa.table({"image": [1.5], "label": [0]}), r"no images were found; .*image_column.*\.parquet 1"),
+        (pa.table({"image": [1.5], "label": [0]}), r"no images were found; .*1 Parquet files without images"),
         (pa.table({"image": [b"x"], "label": [0.5]}), "column 'label' must hold class names.*Received: double"),
         (
             pa.table({"image": [b"x"] * 2, "label": ["a", None]}),
@@ -402,7 +409,7 @@ def test_a_parquet_file_of_another_layout_is_refused(tmp_path: Path, table: pa.T
 
 def test_a_corrupt_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(DataError, match=r"no images were found; .*\.parquet 1"):
+    with pytest.raises(DataError, match=r"no images were found; .*1 Parquet files without images"):
         open_source(DataConfig(data=(str(tmp_path),)))
     with pytest.raises(DataError, match=r"x\.parquet: not a readable parquet file"):
         open_source(DataConfig(data=(str(tmp_path / "x.parquet"),)))

@@ -80,7 +80,7 @@ def decode_image(
     _prepare_process()
 
     def decode(opened: Opened) -> Decoded:
-        with reserve(opened.memory_bytes + spec.image_bytes):
+        with reserve(_peak_bytes(opened, spec)):
             fitted = _fitted(opened.decode(), spec)  # Nothing else of the image is held after this.
         return Decoded(fitted, opened.width_px, opened.height_px)
 
@@ -134,6 +134,12 @@ def _recognised(data: bytes) -> Format:
         names = ", ".join(format.name for format in FORMATS)
         raise ImageError("unsupported", f"not one of {names}; it starts with 0x{data[:8].hex()}")
     return format
+
+
+def _peak_bytes(opened: Opened, spec: ImageSpec) -> int:
+    """What decoding takes, and one copy of its result, turned, cropped or made RGB."""
+    rgb_bytes = 3 * opened.height_px * opened.width_px
+    return opened.memory_bytes + min(opened.memory_bytes, rgb_bytes) + spec.image_bytes
 
 
 def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:

@@ -1,25 +1,23 @@
-"""The rotation that EXIF or XMP data ask for."""
+"""The rotation that EXIF and XMP data ask for."""
 
 import re
+from collections.abc import Iterable
 
-from PIL import Image
+from mnist_dist.images.ifd import exif_orientation
 
 ORIENTATION_TAG = 0x0112
-_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)\s*([1-8])")
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*([1-8])")
 
 
-def exif_orientation(tiff: bytes) -> int:
-    """TO BE REPLACED"""
-    exif = Image.Exif()
-    try:
-        exif.load(b"Exif\0\0" + tiff)
-        value = exif.get(ORIENTATION_TAG, 1)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def orientation_of(*, exif: Iterable[bytes], xmp: Iterable[bytes]) -> int:
+    """The rotation of the first EXIF data that state one, else that of XMP: 1 (upright) to 8.
 
-
-def xmp_orientation(xmp: bytes) -> int:
-    """The orientation, 1-8, that an XMP packet states; 1 if it states none."""
-    found = _XMP_ORIENTATION.search(xmp)
+    Args:
+        exif: EXIF data, from their TIFF header on.
+        xmp: XMP packets.
+    """
+    stated = next((orientation for data in exif if (orientation := exif_orientation(data))), None)
+    if stated is not None:
+        return stated
+    found = next((match for packet in xmp if (match := _XMP_ORIENTATION.search(packet))), None)
     return int(found[1]) if found else 1

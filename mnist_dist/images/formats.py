@@ -10,8 +10,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mnist_dist.images import jpeg, pillow
+from mnist_dist.images import jpeg, pillow, signatures
+from mnist_dist.images.deep_jpeg import open_deep_jpeg
+from mnist_dist.images.heif import open_heif
+from mnist_dist.images.jpegxl import open_jpegxl
 from mnist_dist.images.pixels import ImageSpec, Opened
+from mnist_dist.images.tiff import open_tiff
 
 Open = Callable[[bytes, ImageSpec | None], Opened]
 _DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
@@ -52,23 +56,23 @@ def _is_webp(data: bytes) -> bool:
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
 
 
-def _is_avif(data: bytes) -> bool:
-    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis")
-
-
-_is_jpeg_2000 = _starts(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
-
-
 FORMATS = (
-    Format("JPEG", _starts(jpeg.MAGIC), (".jpg", ".jpeg", ".jpe", ".jfif"), (jpeg.open_ordinary, pillow.open_jpeg)),
+    Format(
+        "JPEG",
+        _starts(jpeg.MAGIC),
+        (".jpg", ".jpeg", ".jpe", ".jfif"),
+        (jpeg.open_ordinary, pillow.open_jpeg, open_deep_jpeg),
+    ),
     Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (pillow.open_png,)),
     Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (pillow.open_gif,)),
     Format("BMP", _is_bmp, (".bmp",), (functools.partial(pillow.open_bmp, kind="BMP"),)),
     Format("DIB", _is_dib, (".dib",), (functools.partial(pillow.open_bmp, kind="DIB"),)),
     Format("WebP", _is_webp, (".webp",), (_pillow("WEBP"),)),
-    Format("AVIF", _is_avif, (".avif",), (_pillow("AVIF"),)),
-    Format("JPEG 2000", _is_jpeg_2000, (".jp2", ".j2k", ".jpx", ".j2c", ".jpf"), (_pillow("JPEG2000"),)),
-    Format("TIFF", _starts(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (".tif", ".tiff"), (_pillow("TIFF"),)),
+    Format("AVIF", signatures.is_avif, (".avif",), (_pillow("AVIF"),)),
+    Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (open_heif,)),
+    Format("JPEG 2000", signatures.is_jpeg2000, (".jp2", ".j2k", ".j2c", ".jpx", ".jpf"), (_pillow("JPEG2000"),)),
+    Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (open_jpegxl,)),
+    Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), (pillow.open_tiff, open_tiff)),
     Format(
         "PNM",
         _starts(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),

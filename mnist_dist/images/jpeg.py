@@ -15,7 +15,7 @@ from typing import NamedTuple
 import simplejpeg
 
 from mnist_dist.errors import ImageError
-from mnist_dist.images.exif import exif_orientation, xmp_orientation
+from mnist_dist.images.exif import orientation_of
 from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate, upright_size
 
 MAGIC = b"\xff\xd8"
@@ -121,11 +121,11 @@ def open_ordinary(data: bytes, spec: ImageSpec | None) -> Opened:
 
 
 def _memory_bytes(header: Header, least: tuple[int, int]) -> int:
-    """The scaled pixels and a copy, turned or cropped; a progressive file's coefficients are all kept, 2 bytes each."""
+    """The scaled pixels; a progressive file's coefficients are all kept, 2 bytes each."""
     width, height = header.width_px, header.height_px
     eighths = min(8, 1 + max(8 * (least[0] - 1) // width, 8 * (least[1] - 1) // height))
     pixels = -(-width * eighths // 8) * -(-height * eighths // 8) * 3
-    return 2 * pixels + (2 * width * height * header.components if header.marker == 0xC2 else 0)
+    return pixels + (2 * width * height * header.components if header.marker == 0xC2 else 0)
 
 
 def _decode_strictly(data: bytes, segments: list[Segment], colours: str, least: tuple[int, int]) -> Pixels:
@@ -179,14 +179,14 @@ def _segments(data: bytes) -> list[Segment]:
 
 
 def _orientation(data: bytes, segments: list[Segment]) -> int:
-    """The rotation of the first EXIF segment that has one, wherever it stands; else that of XMP."""
+    """The rotation that EXIF or XMP data ask for, wherever their segment stands."""
     payloads = [data[begin:end] for marker, begin, end in segments if marker == _APP1]
     if not payloads:
         return 1
-    for payload in payloads:
-        if payload.startswith(b"Exif\0") and (orientation := exif_orientation(payload[6:])) != 1:
-            return orientation
-    return next((xmp_orientation(payload) for payload in payloads if b"tiff:Orientation" in payload), 1)
+    return orientation_of(
+        exif=[payload[6:] for payload in payloads if payload.startswith(b"Exif\0")],
+        xmp=[payload for payload in payloads if payload.startswith(b"http://ns.adobe.com/xap/1.0/\0")],
+    )
 
 
 # --- harmless complaints ---------------------------------------------------------------------------------------------

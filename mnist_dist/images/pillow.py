@@ -18,9 +18,11 @@ from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images import jpeg, png
-from mnist_dist.images.depth import to_eight_bits
+from mnist_dist.images.depth import eight_bits
 from mnist_dist.images.exif import ORIENTATION_TAG
+from mnist_dist.images.ifd import check_segments, read_page
 from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixels, rotate, strips, upright_size
+from mnist_dist.images.tiff import pillow_is_right
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
@@ -68,6 +70,21 @@ def open_png(data: bytes, spec: ImageSpec | None) -> Opened:
     return _opened(image, header.orientation, lambda: _without_colour(image, data, header))
 
 
+def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a TIFF of a kind that Pillow decodes right.
+
+    Raises:
+        NotForMe: another kind.
+        ImageError: the header is damaged, or a strip or tile lies behind the end of the file.
+    """
+    page = read_page(data)
+    if not pillow_is_right(page):
+        raise NotForMe(page.kind)
+    check_segments(data, page)
+    image = _open(data, "TIFF")  # Pillow turns it upright itself.
+    return _opened(image, 1, lambda: _pixels(image))
+
+
 def open_gif(data: bytes, spec: ImageSpec | None) -> Opened:
     """Opens the first image of a GIF. What it leaves uncovered of the canvas is transparent."""
     image = _open(_without_disposal(data), "GIF")
@@ -113,8 +130,7 @@ def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) 
     if image.mode in _DEEP_MODES:
         pixel_bytes *= 3  # Its values as an array, and a copy on the way there.
     pixel_bytes += _CODEC_BYTES.get(image.format or "", 0) + (1 if image.mode in ("1", "L", *_DEEP_MODES) else 3)
-    copy_bytes = 3  # Turned, cropped or made RGB.
-    memory_bytes = width * height * (pixel_bytes + copy_bytes) + min(width * height, STRIP_PX) * 16  # RGBA, four times.
+    memory_bytes = width * height * pixel_bytes + min(width * height, STRIP_PX) * 16  # A strip of RGBA, four times.
 
     def decode_and_close() -> Pixels:
         try:
@@ -126,8 +142,6 @@ def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) 
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns these itself.
-        return 1
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # Any damage to the EXIF data: treat the image as upright.
@@ -167,7 +181,7 @@ def _pixels(image: Image.Image) -> Pixels:
     """Pixels `uint8 [h, w, 1 or 3]` of an image in any mode, over white."""
     image.load()
     if image.mode in _DEEP_MODES:
-        return to_eight_bits(np.asarray(image))[..., None]
+        return eight_bits(np.asarray(image))[..., None]
     if image.mode == "P":
         return _looked_up(image)
     if image.has_transparency_data:
@@ -261,6 +275,6 @@ def _without_deep_colour(data: bytes, header: png.Header, colour: npt.NDArray[np
     values = cast("npt.NDArray[np.uint16]", found)[..., 2::-1]
     pixels = np.empty(values.shape, np.uint8)
     for rows in strips(*values.shape[:2]):
-        pixels[rows] = to_eight_bits(values[rows])
+        pixels[rows] = eight_bits(values[rows])
         pixels[rows][(values[rows] == colour).all(axis=-1)] = 255
     return pixels

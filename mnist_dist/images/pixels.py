@@ -60,8 +60,7 @@ class Opened(NamedTuple):
     channels: int
     """1 if the image is stored as grey, else 3."""
     memory_bytes: int
-    """What it takes at its peak, bytes: what `decode` takes, its result, and one copy of that in RGB. The encoded bytes
-    are not counted."""
+    """What `decode` takes at its peak, bytes; its result is included, the encoded bytes are not."""
     decode: Callable[[], Pixels]
     """Gives `uint8 [h, w, 1 or 3]`, upright, over white. May scale while it decodes, but not below the spec's size."""
 

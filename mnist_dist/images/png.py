@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mnist_dist.images.exif import exif_orientation, xmp_orientation
+from mnist_dist.images.exif import orientation_of
 
 _SAMPLES = {0: 1, 2: 3}  # Colour types that may have a transparent colour, grey and RGB -> its samples.
 _MAX_PROFILE_BYTES = 2**18
@@ -30,15 +30,22 @@ class Header(NamedTuple):
 
 def read_header(data: bytes) -> Header:
     """Reads the chunks of a PNG, without checking them: that is left to the decoder."""
-    bits, colour_type, colour, orientation, is_animated = 8, 2, None, 1, False
+    bits, colour_type, colour, is_animated = 8, 2, None, False
+    exif, xmp = list[bytes](), list[bytes]()
     for kind, body in _chunks(data):
         if kind == b"IHDR" and len(body) >= 10:
             bits, colour_type = body[8], body[9]
         elif kind == b"tRNS" and len(body) == 2 * _SAMPLES.get(colour_type, 0):
             colour = tuple(int.from_bytes(body[at : at + 2], "big") for at in range(0, len(body), 2))
-        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and orientation == 1:
-            orientation = _orientation(kind, body)
-        is_animated = is_animated or kind == b"acTL"
+        elif kind == b"acTL":
+            is_animated = True
+        elif kind == b"eXIf":
+            exif.append(body.removeprefix(b"Exif\0\0"))
+        elif kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0"):
+            xmp.append(body)
+        elif kind in (b"tEXt", b"zTXt") and body.startswith(_PROFILES):
+            exif.append(_profile(kind, body[len(_PROFILES[0]) :]))
+    orientation = orientation_of(exif=exif, xmp=xmp) if exif or xmp else 1
     return Header(bits, colour or None, orientation, is_animated)
 
 
@@ -50,16 +57,6 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if kind not in (b"IDAT", b"fdAT"):
             yield kind, data[position + 8 : position + 8 + length]
         position += 12 + length
-
-
-def _orientation(kind: bytes, body: bytes) -> int:
-    if kind == b"eXIf":
-        return exif_orientation(body.removeprefix(b"Exif\0\0"))
-    if kind == b"iTXt" and body.startswith(b"XML:com.adobe.xmp\0"):
-        return xmp_orientation(body)
-    if kind in (b"tEXt", b"zTXt") and body.startswith(_PROFILES):
-        return exif_orientation(_profile(kind, body[len(_PROFILES[0]) :]))
-    return 1
 
 
 def _profile(kind: bytes, text: bytes) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 from mnist_dist.inventory import Folder, InventoryRow, State, driver_values, living
 from mnist_dist.scoring.generations import Committed, Generation, Output
 from mnist_dist.scoring.manifest import Manifest
-from mnist_dist.scoring.predictions import NOT_BAD, TABLES, WORK
+from mnist_dist.scoring.predictions import TABLES, WORK, count_bad
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.lock import Holder
 from mnist_dist.store.uris import join
@@ -86,8 +86,7 @@ def _counts(committed: Committed | None) -> dict[str, Any]:
     if committed.summary is None:  # the summary was deleted or damaged
         return {"rows": committed.mark.rows, "ok": None, "errors": None}
     statuses = committed.summary.statuses
-    errors = sum(count for status, count in statuses.items() if status not in NOT_BAD)
-    return {"rows": committed.mark.rows, "ok": statuses.get("ok", 0), "errors": errors}
+    return {"rows": committed.mark.rows, "ok": statuses.get("ok", 0), "errors": count_bad(statuses)}
 
 
 def _progress_in_words(

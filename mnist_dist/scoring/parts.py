@@ -29,6 +29,7 @@ from mnist_dist.scoring.predictions import (
     table_schema,
     widened,
 )
+from mnist_dist.sources.image_table import OTHER_FILE
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -44,11 +45,12 @@ LISTED = pa.schema(
         ("etag", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         ("error", pa.string()),
+        (OTHER_FILE, pa.bool_()),
     ]
 )
 """The columns of the table's manifest; size and etag come from reading, else from the listing."""
 
-_SOURCE_COLUMNS = ("uri", "size_bytes", "etag")
+_SOURCE_COLUMNS = ("uri", "size_bytes", "etag", OTHER_FILE)
 
 
 class _Rows(NamedTuple):
@@ -148,13 +150,13 @@ class Building:
             )
         touched = []
         for index, name in enumerate(committed.mark.files):
-            listed = old.read_row_group(index)
+            listed = _group_of(old, index)
             if not schema.equals(self.written) or pc.any(pc.is_in(listed["uri"], value_set=replaced)).as_py():
                 touched.append(index)
             else:
                 table.note(name, listed)
         left = itertools.chain.from_iterable(
-            self._left_rows(committed.mark, committed.mark.files[index], old.read_row_group(index), replaced)
+            self._left_rows(committed.mark, committed.mark.files[index], _group_of(old, index), replaced)
             for index in touched
         )
         self._write(table, "kept-", left)
@@ -263,12 +265,18 @@ def _converted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+def _group_of(old: pq.ParquetFile, index: int) -> pa.Table:
+    """The rows of a file of the old table, as its manifest lists them; that of an older version lacks a column."""
+    return widened(old.read_row_group(index), LISTED)
+
+
 def _listed(rows: pa.Table, source: pa.Table) -> pa.Table:
     def known(name: str) -> pa.ChunkedArray:
         return pc.coalesce(rows[name], source[name]) if name in rows.column_names else source[name]
 
     error = rows["error"] if "error" in rows.column_names else pa.nulls(len(rows), pa.string())
-    return pa.table([rows["uri"], known("size_bytes"), known("etag"), rows["status"], error], schema=LISTED)
+    columns = [rows["uri"], known("size_bytes"), known("etag"), rows["status"], error, source[OTHER_FILE]]
+    return pa.table(columns, schema=LISTED)
 
 
 def _grouped(pieces: Iterator[_Rows], *, min_bytes: int) -> Iterator[_Rows]:

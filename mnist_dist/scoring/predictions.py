@@ -4,15 +4,16 @@ Owns: the schema, turning model outputs into rows, which files in the folder are
 Does not own: how the files get there (`commit`), or the model.
 
 The files that the newest mark names (`_tables/000017/mark.json`) are the table, with exactly one row per image. A mark
-says, too, whether the table holds more bad rows than its job allowed. Without a mark there is no table to read. Neither
-a mark nor a file ever changes under its name, so a reader sees the old table or the new one, or gets an error.
+says, too, whether the table is a failed one: it holds more bad rows than its job allowed, or none that is ok. Without a
+mark there is no table to read. Neither a mark nor a file ever changes under its name, so a reader sees the old table or
+the new one, or gets an error.
 """
 
 import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -25,16 +26,22 @@ import pyarrow.parquet as pq
 from mnist_dist import documents
 from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.sources.image_table import OTHER_FILE
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
 
 # n = rows of a shard, s = rows of these with status ok, K = classes, D = features of an embedding
 
-STATUSES = ("ok", "missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed")
+STATUSES = (
+    *("ok", "missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed"),
+    OTHER_FILE,
+)
 """Status of a row: `ok`, or the reason why there is no prediction."""
-NOT_BAD = ("ok", "unsupported")
-"""Statuses that do not count as bad: a text file in a folder of images is no damage."""
+NOT_BAD = ("ok", OTHER_FILE)
+"""Statuses that do not count as bad: of a file that does not claim to be an image, no prediction is expected."""
+_OF_CONTENT = ("empty", "truncated", "unreadable", "unsupported", "too_large")
+"""Statuses that tell of a file what it is; the others tell that it could not be read or decoded."""
 
 CONTRACT = pa.schema(
     [
@@ -112,7 +119,7 @@ class Mark:
     rows: int
     model_id: str
     failed: bool
-    """Whether the table holds more bad rows than its job allowed."""
+    """Whether the table holds more bad rows than its job allowed, or none that is ok."""
     table_format: TableFormat = "parquet"
 
     @property
@@ -124,6 +131,11 @@ class Mark:
     def copy_name(self) -> str:
         """The name of its copy for other tools."""
         return FAILED if self.failed else SUCCESS
+
+
+def count_bad(statuses: Mapping[str, int]) -> int:
+    """The number of bad rows among rows by status: all that claim to be images and have no prediction."""
+    return sum(count for status, count in statuses.items() if status not in NOT_BAD)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -198,6 +210,7 @@ def prediction_rows(
     model_id: str,
     scored_at: datetime,
     carried: pa.Table | None,
+    other_files: pa.Array | pa.ChunkedArray | None = None,
 ) -> pa.Table:
     """The rows of a shard.
 
@@ -213,6 +226,8 @@ def prediction_rows(
         model_id: model id of the bundle.
         scored_at: time of scoring, with its time zone.
         carried: n rows with the carried columns.
+        other_files: `bool [n]`, true where the file does not claim to be an image: its row gets the status `other_file`
+            in place of one that tells what is wrong with its content. None: all claim to be images.
 
     Raises:
         ValueError: the arguments are inconsistent.
@@ -221,7 +236,7 @@ def prediction_rows(
     ok = np.array([status == "ok" for status in outcomes.status], bool)
     values: dict[str, Any] = {
         "uri": uris,
-        "status": outcomes.status,
+        "status": outcomes.status if other_files is None else _told_apart(outcomes.status, other_files),
         "error": pa.array(outcomes.error, pa.string()),
         "width": pa.array(outcomes.width, mask=outcomes.width == 0),
         "height": pa.array(outcomes.height, mask=outcomes.height == 0),
@@ -253,6 +268,13 @@ def _check_outcomes(outcomes: Outcomes, count: int, classes: int) -> None:
         raise ValueError(f"probabilities must be [{count}, {classes}]. Received: {list(outcomes.probabilities.shape)}")
     if unknown := set(outcomes.status) - set(STATUSES):
         raise ValueError(f"a status must be one of {', '.join(STATUSES)}. Received: {', '.join(sorted(unknown))}")
+
+
+def _told_apart(statuses: Sequence[str], other_files: pa.Array | pa.ChunkedArray) -> list[str]:
+    return [
+        OTHER_FILE if is_other and status in _OF_CONTENT else status
+        for status, is_other in zip(statuses, other_files.to_pylist(), strict=True)
+    ]
 
 
 def _best(names: pa.Array, scored: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_]) -> dict[str, pa.Array]:

@@ -7,7 +7,7 @@ manifest file (`manifest`).
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,10 +17,12 @@ import pyarrow.parquet as pq
 from mnist_dist.config import InputConfig, ScoreJob
 from mnist_dist.scoring.generations import MANIFEST, Committed, Output
 from mnist_dist.scoring.manifest import SHARD
-from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, NOT_BAD, TOP_K, iter_predictions
-from mnist_dist.sources import parquet
+from mnist_dist.scoring.parts import LISTED
+from mnist_dist.scoring.predictions import CONTRACT, EMBEDDING, NOT_BAD, TOP_K, iter_predictions, widened
+from mnist_dist.sources import image_table, parquet
 from mnist_dist.sources.archives import SEPARATOR, is_archive
-from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.choice import Choice, member_name
+from mnist_dist.sources.image_table import COLUMNS, OTHER_FILE
 from mnist_dist.sources.listing import LOOK_UP_AHEAD, LOOK_UP_THREADS, Listing, list_inputs, list_uris, with_etags
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import store_for
@@ -40,7 +42,8 @@ class Selection:
     table: pa.Table
     """The listed rows that are scored; may be empty."""
     gone: pa.Array | None = None
-    """URIs of rows of the existing table whose images are gone, if they are to be dropped."""
+    """URIs of rows of the existing table that are to be dropped: their images are gone, or they name the problem of an
+    archive that has none any more."""
 
     @property
     def is_empty(self) -> bool:
@@ -64,7 +67,7 @@ def select_images(
     """
     store = store_for(job.store)
     if before is not None and job.retry_failed:
-        return _bad_rows(job, output, store)
+        return _bad_rows(job, output, store, number=before.mark.number)
     listing = list_inputs(job.inputs, reserved=RESERVED, progress=progress, store=store)
     if before is None or job.mode == "fresh":
         return Selection(listing, listing.table)
@@ -142,10 +145,11 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.or_(both_null, pc.fill_null(pc.equal(left, right), False))
 
 
-def _bad_rows(job: ScoreJob, output: Output, store: Store) -> Selection:
-    """Lists the rows that are neither ok nor unsupported again, with their carried columns.
+def _bad_rows(job: ScoreJob, output: Output, store: Store, *, number: int) -> Selection:
+    """Lists the bad rows again, with their carried columns.
 
-    Rows of whole archives are left out, because the URI of an archive does not name its members.
+    Of a whole archive or Parquet file, whose row names its problem, what the table does not have yet is scored, too.
+    Its row is dropped if there is no problem any more.
     """
     names = ["uri", "status", *job.inputs.carry]
     batches = [
@@ -153,16 +157,47 @@ def _bad_rows(job: ScoreJob, output: Output, store: Store) -> Selection:
         for batch in iter_predictions(output.uri, columns=names, store=output.store)
     ]
     bad = pa.Table.from_batches(batches).drop_columns(["status"])
-    is_image = [not _is_container(uri) for uri in bad["uri"].to_pylist()]
-    bad = bad.filter(pa.array(is_image, pa.bool_()))
     if not len(bad):
         return Selection(None, COLUMNS.empty_table())
-    if any(map(is_web, bad["uri"].to_pylist())):  # They are shown without signatures, which the inputs have.
+    uris = bad["uri"].to_pylist()
+    if any(map(is_web, uris)):  # They are shown without signatures, which the inputs have.
         listing = list_inputs(job.inputs, reserved=RESERVED, store=store)
-        return Selection(listing, listing.table.filter(pc.is_in(listing.table["uri"], value_set=bad["uri"])))
+    else:
+        listing = _listed_again(bad, job.inputs, store)
+    table, whole = listing.table, pa.array(filter(_is_container, uris), pa.string())
+    is_bad = pc.is_in(table["uri"], value_set=bad["uri"])
+    inside = table.filter(pc.is_in(table["archive"], value_set=whole))
+    is_new = pc.is_in(table["uri"], value_set=_included(new_rows(inside, output, number=number), job.inputs)["uri"])
+    was_other = pc.is_in(table["uri"], value_set=_other_files(output, number=number))
+    table = image_table.with_others(table, pc.if_else(is_bad, was_other, table[OTHER_FILE]))
+    opened = whole.filter(pc.is_in(whole, value_set=table["archive"]))
+    return Selection(
+        listing,
+        table.filter(pc.or_(is_bad, is_new)),
+        opened.filter(pc.invert(pc.is_in(opened, value_set=table["uri"]))),
+    )
+
+
+def _listed_again(bad: pa.Table, inputs: InputConfig, store: Store) -> Listing:
+    """The listing of rows of a table, by their URIs."""
     with tempfile.TemporaryDirectory(prefix="mnist_dist-") as folder:
-        path = Path(folder) / "failed.parquet"
+        path = Path(folder) / "bad.parquet"
         pq.write_table(bad, path)
-        again = InputConfig(input=(str(path),), carry=job.inputs.carry, image_column=job.inputs.image_column)
-        listing = list_inputs(replace(again, all_files=True), store=store)
-    return Selection(listing, listing.table)
+        again = InputConfig(
+            input=(str(path),), carry=inputs.carry, image_column=inputs.image_column, all_files=inputs.all_files
+        )
+        return list_inputs(again, store=store)
+
+
+def _included(rows: pa.Table, inputs: InputConfig) -> pa.Table:
+    """The images in containers that include and exclude accept; of Parquet files these choose whole ones."""
+    choice, pairs = Choice.of(inputs), zip(rows["uri"].to_pylist(), rows["archive"].to_pylist(), strict=True)
+    kept = [parquet.is_parquet(archive) or choice.matches(uri, member_name(uri, archive)) for uri, archive in pairs]
+    return rows.filter(pa.array(kept, pa.bool_()))
+
+
+def _other_files(output: Output, *, number: int) -> pa.ChunkedArray:
+    """The URIs in the table of files that do not claim to be images."""
+    with output.store.open_binary(output.version_uri(number, MANIFEST)) as file, pq.ParquetFile(file) as manifest:
+        known = widened(manifest.read(), LISTED)
+    return known["uri"].filter(pc.fill_null(known[OTHER_FILE], False))

@@ -1,10 +1,12 @@
 """Which files are taken, and the row of each: a listed file, or a line of a list.
 
-Owns: include, exclude, hidden names and file suffixes, and what is known about a row before it is read. Does not own:
-where files are searched (`listing`), or opening archives and Parquet files (`containers`).
+Owns: include, exclude, hidden names and file suffixes, which rows claim to be images, and what is known about a row
+before it is read. Does not own: where files are searched (`listing`), or opening archives and Parquet files
+(`containers`).
 
 Contract: a file that is hidden or without an image suffix is left out and counted, unless the user named it. Everything
-that the user named gets a row; if it cannot be read, the row says so.
+that the user named gets a row; if it cannot be read, the row says so. A row claims to be an image unless only
+`all_files` took it; whatever claims to be one and cannot be used is bad, whatever the reason.
 """
 
 import collections
@@ -28,46 +30,66 @@ _IMAGE_SUFFIXES = frozenset(IMAGE_SUFFIXES)
 _HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|@eaDir/|__MACOSX/)")
 """Source: dot files; thumbnails of Synology; what the Finder packs beside the files of a zip."""
 _HIDDEN_PARQUET = re.compile(r"(?:^|/)_")  # As Spark and pyarrow: `_temporary/`, `_metadata`.
-_MAX_SUFFIXES = 1_000  # counted separately; file names that end in numbers would fill the memory
-_REST = "..."  # counts all further suffixes
+_MAX_KINDS = 1_000  # counted separately; file names that end in numbers would fill the memory
+_SHOWN_KINDS = 10  # in a message
+
+NO_SUFFIX = "without a suffix"
+FURTHER = "with further suffixes"
+HIDDEN = "hidden"
+"""Images whose name, or that of a folder above, begins with a dot, and the like (`is_hidden`)."""
+BY_PATTERN = "by include and exclude"
+NESTED = "archives inside archives"
+BESIDE = "pictures beside Parquet files of images"
+NO_IMAGES = "Parquet files without images"
+HIDDEN_PARQUET = "hidden Parquet files"
+_REMEDIES = {
+    BY_PATTERN: "--include, --exclude",
+    NESTED: "not opened; unpack them",
+    BESIDE: "name them, for example with a glob",
+    NO_IMAGES: "--image-column names their images",
+    HIDDEN_PARQUET: "name them as inputs",
+}
 
 
 @dataclass
 class LeftOut:
-    """Counts of the files that are left out."""
+    """What is left out, by kind: a lower-case file suffix, or one of the constants above."""
 
-    by_suffix: collections.Counter[str] = field(default_factory=collections.Counter)
-    """Files without an image suffix, by their lower-case suffix."""
-    by_pattern: int = 0
-    """Files left out by include and exclude."""
-    hidden: int = 0
-    """Images whose name, or that of a folder above, begins with a dot, and the like (`is_hidden`)."""
-    beside: int = 0
-    """Images beside Parquet files that hold the data set."""
-    nested: int = 0
-    """Archives inside archives, which are not opened."""
-    first_nested: str = ""
-    """URI of the first one."""
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Number of files of each kind."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """URI of the first file of each kind."""
 
     @property
     def total(self) -> int:
         """All files left out."""
-        return self.by_suffix.total() + self.by_pattern + self.hidden + self.beside
+        return self.counts.total()
 
-    def add(self, suffix: str, files: int = 1) -> None:
-        """Counts files with this suffix."""
-        known = suffix in self.by_suffix or len(self.by_suffix) < _MAX_SUFFIXES
-        self.by_suffix[suffix if known else _REST] += files
+    def add(self, kind: str, uri: str, files: int = 1) -> None:
+        """Counts files of a kind, of which `uri` is one."""
+        if kind not in self.examples:
+            kind = kind if len(self.examples) < _MAX_KINDS else FURTHER
+            self.examples.setdefault(kind, uri)
+        self.counts[kind] += files
 
     def update(self, other: "LeftOut") -> None:
         """Adds the counts of `other`."""
-        for suffix, files in other.by_suffix.items():
-            self.add(suffix, files)
-        self.by_pattern += other.by_pattern
-        self.hidden += other.hidden
-        self.beside += other.beside
-        self.nested += other.nested
-        self.first_nested = self.first_nested or other.first_nested
+        for kind, files in other.counts.items():
+            self.add(kind, other.examples[kind], files)
+
+    def described(self, *, all_files: bool) -> str:
+        """The kinds for people, the most frequent first, each with an example and what includes it.
+
+        Args:
+            all_files: whether the job has the flag `--all-files`.
+        """
+        remedy = "--all-files" if all_files else "a list names any file"
+        kinds = [
+            f"{files:,} {kind} ({self.examples[kind]}; {_REMEDIES.get(kind, remedy)})"
+            for kind, files in self.counts.most_common(_SHOWN_KINDS)
+        ]
+        rest = self.total - sum(files for _, files in self.counts.most_common(_SHOWN_KINDS))
+        return ", ".join([*kinds, f"{rest:,} of {len(self.counts) - _SHOWN_KINDS:,} more kinds"] if rest else kinds)
 
 
 @dataclass(frozen=True)
@@ -106,22 +128,28 @@ class Choice:
         """
         suffix = suffix_of(name)
         if suffix not in _IMAGE_SUFFIXES and not named and (not self.all_files or is_archive(name)):
-            left_out.add(suffix)
+            left_out.add(NESTED if is_archive(name) else suffix or NO_SUFFIX, uri)
             return False
         if not named and not self.all_files and is_hidden(name):
-            left_out.hidden += 1
+            left_out.add(HIDDEN, uri)
             return False
         if not self.matches(uri, name):
-            left_out.by_pattern += 1
+            left_out.add(BY_PATTERN, uri)
             return False
         return True
+
+    def is_other(self, name: str) -> bool:
+        """Whether a file that is taken, and that the user did not name, is so only because all files are: it does not
+        claim to be an image."""
+        return self.all_files and (suffix_of(name) not in _IMAGE_SUFFIXES or is_hidden(name))
 
     def keeps(self, row: ImageRow, left_out: LeftOut) -> bool:
         """Whether include and exclude accept a row that the user named; if not, it is counted in `left_out`."""
         name = member_name(row.uri, row.archive) if row.archive else row.uri
         # include applies to the members of an archive, not to the archive itself
         kept = not self.excludes(row.uri, name) if row.uri == row.archive else self.matches(row.uri, name)
-        left_out.by_pattern += not kept
+        if not kept:
+            left_out.add(BY_PATTERN, row.uri)
         return kept
 
 
@@ -151,7 +179,8 @@ def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, root: str) 
     if not choice.takes(uri, name, left_out, named=named):
         return None
     # a file without an etag is a broken link
-    return ImageRow(uri, entry.size_bytes, entry.etag) if entry.etag else ImageRow(uri)
+    row = ImageRow(uri, entry.size_bytes, entry.etag) if entry.etag else ImageRow(uri)
+    return row._replace(other_file=True) if not named and choice.is_other(name) else row
 
 
 def row_of_line(line: str) -> ImageRow:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from mnist_dist.errors import ImageError
 from mnist_dist.sources import image_table, parquet
 from mnist_dist.sources.archives import SEPARATOR, ArchiveIndex, Member, index_archive
-from mnist_dist.sources.choice import Choice, LeftOut
+from mnist_dist.sources.choice import NO_IMAGES, Choice, LeftOut
 from mnist_dist.sources.columns import LABEL, Wanted
 from mnist_dist.sources.image_table import COLUMNS, ImageRow
 from mnist_dist.sources.reading import image_error
@@ -125,8 +125,7 @@ def _failed(uris: Iterable[str], counts: Opened, problem: ImageError) -> pa.Tabl
 def _archive(uri: str, address: str | None, choice: Choice, wanted: Wanted, store: Store, *, whole: bool) -> _Contents:
     index = index_archive(address or uri, store=store)
     labels = member_labels(index, store=store) if wanted.label_column is not None else {}
-    left_out = LeftOut(nested=index.nested_count)
-    left_out.first_nested = f"{uri}{SEPARATOR}{index.nested[0]}" if index.nested else ""
+    left_out = LeftOut()
     names = [member.name for member in index.members]
     images = image_table.table_of(_row_of(uri, address, index, member) for member in index.members)
     taken = [choice.takes(f"{uri}{SEPARATOR}{name}", name, left_out) for name in names]
@@ -136,7 +135,8 @@ def _archive(uri: str, address: str | None, choice: Choice, wanted: Wanted, stor
     counts = Opened(table=images, etag=index.entry.etag, duplicates=index.duplicates)
     if whole:
         counts = replace(counts, left_out=left_out, unlabelled=sum(taken) - sum(kept))
-    chosen = images.filter(pa.array(kept, pa.bool_()))
+    others = pa.array(map(choice.is_other, names), pa.bool_())
+    chosen = image_table.with_others(images, others).filter(pa.array(kept, pa.bool_()))
     if index.problem is not None:
         message = f"{index.problem.message}; {len(index.members):,} members were readable"
         problem = _failed([uri], counts, ImageError(index.problem.status, message))
@@ -172,7 +172,7 @@ def _parquet(uri: str, address: str | None, wanted: Wanted, store: Store, *, nam
         problem = err if isinstance(err, ImageError) else image_error(err)
         if problem.status == "unsupported" and not named:
             left_out = LeftOut()
-            left_out.add(parquet.PARQUET_SUFFIX)
+            left_out.add(NO_IMAGES, uri)
             return _Contents(empty, empty, problem, Opened(table=empty, left_out=left_out))
         counts = Opened(table=empty)
         return _Contents(empty, _failed([uri], counts, problem), problem, counts)

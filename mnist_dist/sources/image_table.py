@@ -23,6 +23,9 @@ from mnist_dist.errors import DataError
 
 # N = rows of a table
 
+OTHER_FILE = "other_file"
+"""The column that is true for a file that only `all_files` took: its name is not that of an image, and no one named it.
+Also the status of its row if it cannot be scored."""
 COLUMNS = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),  # path, s3://bucket/key, or archive.tar!member
@@ -39,6 +42,8 @@ COLUMNS = pa.schema(
         ("error", pa.string()),
         # only where the URI or archive is a URL with secrets, which is shown without them: what is really read
         ("address", pa.string()),
+        # true only for a file that does not claim to be an image (`choice`)
+        (OTHER_FILE, pa.bool_()),
     ]
 )
 """The columns of the manifest; the columns carried from a list follow, then `shard`."""
@@ -62,6 +67,7 @@ class ImageRow(NamedTuple):
     status: str | None = None
     error: str | None = None
     address: str | None = None
+    other_file: bool | None = None
 
     @property
     def waits(self) -> bool:
@@ -125,6 +131,20 @@ def first_of_each(table: pa.Table) -> pa.Table:
     is_duplicate = np.zeros(len(table), np.bool_)
     is_duplicate[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     return table.filter(pa.array(~is_duplicate)) if is_duplicate.any() else table
+
+
+def with_others(table: pa.Table, others: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The rows, of which those do not claim to be images that `others` says (`bool [N]`, null for false)."""
+    column = pc.if_else(pc.fill_null(others, False), True, pa.scalar(None, pa.bool_()))
+    return table.set_column(COLUMNS.get_field_index(OTHER_FILE), COLUMNS.field(OTHER_FILE), column)
+
+
+def with_claims(table: pa.Table) -> pa.Table:
+    """The rows, where a file that one input names claims to be an image in the rows of all inputs."""
+    if table[OTHER_FILE].null_count == len(table):
+        return table
+    claimed = table["uri"].filter(pc.is_null(table[OTHER_FILE]))
+    return with_others(table, pc.and_(table[OTHER_FILE], pc.invert(pc.is_in(table["uri"], value_set=claimed))))
 
 
 def told_apart(table: pa.Table) -> pa.Table:

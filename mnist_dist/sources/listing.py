@@ -26,7 +26,17 @@ from mnist_dist.config import InputConfig, require
 from mnist_dist.errors import DataError
 from mnist_dist.images.decoder import IMAGE_SUFFIXES
 from mnist_dist.sources import arrays, image_table, labels, lists, parquet
-from mnist_dist.sources.choice import Choice, LeftOut, is_hidden, row_of_entry, row_of_line
+from mnist_dist.sources.choice import (
+    BESIDE,
+    BY_PATTERN,
+    HIDDEN_PARQUET,
+    NO_IMAGES,
+    Choice,
+    LeftOut,
+    is_hidden,
+    row_of_entry,
+    row_of_line,
+)
 from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
@@ -45,7 +55,7 @@ _THREADS = 8  # The threads wait for storage, not for a core.
 _AHEAD = 16  # containers, or pieces of a list, that are opened before they are needed
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
 _PROGRESS_ENTRIES = 1_000  # files between two reports of progress
-_MAX_SHOWN = 10  # inputs, or file suffixes, in a message
+_MAX_SHOWN = 10  # inputs or folders in a message
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class Listing:
     """The folders, prefixes, archives and files among the inputs that were listed as a whole."""
     class_names: tuple[tuple[str, ...], ...]
     """The class names, by class number, that Parquet files and named data sets declare; without duplicates."""
+    is_labelled: bool = False
+    """Whether the listing has classes: that of a training, which does not take files of all names."""
 
     @property
     def total_bytes(self) -> int:
@@ -85,16 +97,14 @@ class Listing:
             "in {:,} archives and Parquet files": self.archives,
             "{:,} duplicates ignored": self.named_twice,
             "{:,} archive members replaced by later members of the same name": self.duplicate_members,
-            "{:,} other files skipped": self.left_out.total - self.left_out.hidden - self.left_out.beside,
-            "{:,} hidden files skipped": self.left_out.hidden,
-            "{:,} pictures beside the Parquet files skipped": self.left_out.beside,
-            f"{{:,}} archives inside archives not opened, such as {self.left_out.first_nested}": self.left_out.nested,
             "{:,} images without a class skipped": self.unlabelled,
         }
-        empty = ", ".join(self.empty_folders[:_MAX_SHOWN])
-        return [text.format(count) for text, count in counts.items() if count] + (
-            [f"no images in the folders {empty}"] if empty else []
-        )
+        notes = [text.format(count) for text, count in counts.items() if count]
+        if self.left_out.total:
+            notes.append(f"left out: {self.left_out.described(all_files=not self.is_labelled)}")
+        if self.empty_folders:
+            notes.append(f"no images in the folders {', '.join(self.empty_folders[:_MAX_SHOWN])}")
+        return notes
 
 
 def list_inputs(
@@ -222,9 +232,10 @@ class _Search:
         if may_repeat and self._wanted.label_column is not None:
             _check_one_label(rows)
         if not len(rows):
-            raise DataError(_no_images(self._config, self._left_out, self._unlabelled))
+            all_files = self._wanted.label_column is None
+            raise DataError(_no_images(self._config, self._left_out, self._unlabelled, all_files=all_files))
         # A single folder or glob has no duplicates, so the search for them is skipped.
-        unique = image_table.first_of_each(rows) if may_repeat else rows
+        unique = image_table.first_of_each(image_table.with_claims(rows)) if may_repeat else rows
         table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
         table = image_table.compact(table.slice(0, self._config.limit))
         left_out = LeftOut()
@@ -241,6 +252,7 @@ class _Search:
             empty_folders=tuple(self._empty_folders),
             roots=tuple(place.root for place in places if place.kind in ("tree", "glob")),
             class_names=tuple(self._class_names),
+            is_labelled=self._wanted.label_column is not None,
         )
 
     # --- columns -----------------------------------------------------------------------------------------------------
@@ -292,12 +304,14 @@ class _Search:
         table = image_table.table_of(rows)
         if not self._is_parquet_data(files):
             if files:
-                self._left_out[place.name].add(parquet.PARQUET_SUFFIX, len(files))
+                self._left_out[place.name].add(NO_IMAGES, files[0].uri, len(files))
             return table
         containers = table.filter(pc.is_valid(table["archive"]))
-        self._beside[place.name] = len(table) - len(containers)
-        self._left_out[place.name].beside += self._beside[place.name]
-        self._images -= len(table) - len(containers)
+        pictures = table.filter(pc.is_null(table["archive"]))
+        self._beside[place.name] = len(pictures)
+        if len(pictures):
+            self._left_out[place.name].add(BESIDE, pictures["uri"][0].as_py(), len(pictures))
+        self._images -= len(pictures)
         waiting = image_table.table_of(ImageRow(entry.uri, archive=entry.uri) for entry in files)
         return pa.concat_tables([containers, waiting])
 
@@ -317,9 +331,9 @@ class _Search:
 
     def _take_parquet(self, entry: Entry, root: str, files: list[Entry], left_out: LeftOut) -> None:
         if entry.uri != root and is_hidden(entry.uri.removeprefix(root)):
-            left_out.hidden += 1
+            left_out.add(HIDDEN_PARQUET, entry.uri)
         elif not self._choice.matches(entry.uri, entry.uri):
-            left_out.by_pattern += 1
+            left_out.add(BY_PATTERN, entry.uri)
         else:
             files.append(entry)
 
@@ -449,29 +463,16 @@ def _with_splits_of_inputs(places: Sequence[Place], tables: Sequence[pa.Table]) 
 # --- no images -------------------------------------------------------------------------------------------------------
 
 
-def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], unlabelled: int) -> str:
+def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], unlabelled: int, *, all_files: bool) -> str:
     if unlabelled:
         return (
             "images must be in one subfolder per class, or have a label beside them or in a column."
             f" Received: {unlabelled:,} images without a class, input={config.input[:_MAX_SHOWN]}"
         )
-    shown = [f"{name}: {_described(part)}" for name, part in itertools.islice(left_out.items(), _MAX_SHOWN)]
+    parts = itertools.islice(left_out.items(), _MAX_SHOWN)
+    shown = [f"{name}: {part.described(all_files=all_files) or 'nothing'}" for name, part in parts]
     shown += [f"and {len(left_out) - _MAX_SHOWN} more inputs"] if len(left_out) > _MAX_SHOWN else []
     return (
-        f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}; all_files takes any file, and"
-        " image_column names the column of Parquet files that holds images."
+        f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}. Left out:"
         f" {'; '.join(shown)}. Received: input={config.input[:_MAX_SHOWN]}"
     )
-
-
-def _described(left_out: LeftOut) -> str:
-    parts = []
-    if left_out.by_suffix:
-        common = left_out.by_suffix.most_common(_MAX_SHOWN)
-        shown = ", ".join(f"{suffix or 'no suffix'} {files:,}" for suffix, files in common)
-        parts.append(f"{left_out.by_suffix.total():,} other files ({shown})")
-    if left_out.by_pattern:
-        parts.append(f"{left_out.by_pattern:,} left out by include and exclude")
-    if left_out.hidden:
-        parts.append(f"{left_out.hidden:,} hidden files")
-    return ", ".join(parts) or "nothing"

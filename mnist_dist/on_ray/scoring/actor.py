@@ -24,6 +24,7 @@ from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows
 from mnist_dist.scoring.scorer import Scorer
+from mnist_dist.sources.image_table import OTHER_FILE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
 
@@ -127,6 +128,7 @@ class ScoringWorker:
             model_id=self._task.model_id,
             scored_at=datetime.now(UTC),
             carried=rows.select(carried.names),
+            other_files=rows[OTHER_FILE],
         )
         with self._task.generation.store.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")

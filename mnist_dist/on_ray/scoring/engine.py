@@ -23,7 +23,7 @@ def job_engine(
     *,
     actors: Actors,
     have: Resources,
-    images: int | None,
+    images: int,
     fallback: str | None,
     session: Session,
 ) -> EngineChoice:
@@ -36,7 +36,7 @@ def job_engine(
         asked: the requested engine.
         actors: the actors that will hold the model.
         have: the resources of the cluster.
-        images: number of images to score; None: still being listed, hence many.
+        images: number of images to score.
         fallback: URI for converted models that cannot be stored beside the bundle; None: there is none.
         session: shows progress.
     """
@@ -46,7 +46,7 @@ def job_engine(
         gpu=actors.gpus > 0,
         batch_size=job.run.batch_size,
         cpus=max(1, int(actors.cpus)),
-        worth_it=images is None or images >= WORTH_CONVERTING,
+        worth_it=images >= WORTH_CONVERTING,
     )
     if have.nodes == 1 or actors.gpus:
         return prepare_engine(bundle, request, session=session)

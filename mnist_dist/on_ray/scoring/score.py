@@ -56,7 +56,7 @@ from mnist_dist.scoring.manifest import (
     write_manifest,
 )
 from mnist_dist.scoring.planning import Means
-from mnist_dist.scoring.predictions import NOT_BAD, Mark, prediction_schema
+from mnist_dist.scoring.predictions import NOT_BAD, Mark, count_bad, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.session import Session, locked_session
@@ -83,12 +83,12 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         console: where progress and results are shown.
 
     Returns:
-        The JSON line: `output`, `images` (rows of the table), `ok`, `errors` (rows that are neither ok nor
-        unsupported), `skipped` (rows scored by earlier runs), `images_per_s`, `seconds`, and more.
+        The JSON line: `output`, `images` (rows of the table), `ok`, `errors` (bad rows: they claim to be
+        images and have no prediction), `skipped` (rows scored by earlier runs), `images_per_s`, `seconds`, and more.
 
     Raises:
         ConfigError: a flag, the input, the bundle or the output is invalid; raised before any scoring.
-        TooManyBadImages: the share of bad rows exceeds `max_bad_fraction`; the table is complete.
+        TooManyBadImages: no row is ok, or the share of bad rows exceeds `max_bad_fraction`; the table is complete.
         ServiceError: the storage failed, not a single image; finished shards are kept.
         WorkersFailed: workers died on the same shard more than `max_failures` times.
         Interrupted: a signal arrived; finished shards are kept.
@@ -245,7 +245,8 @@ class Scoring:
             ResumeConflict: it belongs to another job; only mode fresh deletes it.
         """
         fresh, is_committing = self.job.mode == "fresh", unfinished.is_committing
-        if unfinished.plan.dropped and not (self.job.drop_missing or fresh or is_committing):
+        drops = unfinished.plan.dropped and unfinished.plan.mode == "incremental"
+        if drops and not (self.job.drop_missing or fresh or is_committing):
             raise ResumeConflict(
                 f"{self.output.uri}: the unfinished run drops {unfinished.plan.dropped:,} rows of images that are "
                 "gone; --mode incremental --drop-missing finishes it, --mode fresh scores everything again"
@@ -260,12 +261,12 @@ class Scoring:
     def _complete(self, unfinished: Generation) -> Committed:
         """Scores the remaining shards of a generation, and commits it."""
         with Manifest(unfinished.manifest_uri, store=unfinished.store) as manifest:
-            shards = manifest.shards
+            rows, shards = manifest.rows, manifest.shards
         if len(unfinished.done_shards()) < shards:
             with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
                 resources = await_actors(resources, self.job.run, self.session)
                 actors = choose_actors(resources, self.job.run)
-                engine = self.choose_engine(_engine_of(unfinished.plan), actors, resources)
+                engine = self.choose_engine(_engine_of(unfinished.plan), actors, resources, images=rows)
                 self._score(unfinished, engine, actors, resources)
         return self._commit(unfinished)
 
@@ -276,7 +277,7 @@ class Scoring:
         return self._result(self._judged(before))
 
     def _judged(self, before: Committed) -> Committed:
-        """Marks the table of an earlier run as good or failed by the share of bad rows that is allowed now."""
+        """Marks the table of an earlier run as good or failed, by what is allowed now."""
         ok = self._judge(self._summary(before).statuses, before.mark.rows)
         if ok != before.mark.failed:
             return before
@@ -291,18 +292,20 @@ class Scoring:
         )
         listing.start()
         listing.join(LIST_BEFORE_RAY_S)
-        rows = None if listing.is_alive() else len(listing.result().table)
-        if rows == 0:
+        if not listing.is_alive() and not len(listing.result().table):
             return self._nothing_new(before, listing.result())
         with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
             resources = await_actors(resources, self.job.run, self.session)
-            shards = rows and -(-rows // (self.job.shard_size or MIN_SHARD))
-            actors = choose_actors(resources, self.job.run, most=shards)
-            engine = self.choose_engine(self._requested_engine(before), actors, resources, images=rows)
+            if listing.is_alive():
+                choose_actors(resources, self.job.run)  # what does not fit is said before a long listing ends
             self.wait_for(listing)
             work = listing.result()
-            if not len(work.table):
+            rows = len(work.table)
+            if not rows:
                 return self._nothing_new(before, work)
+            actors = choose_actors(resources, self.job.run, most=-(-rows // (self.job.shard_size or MIN_SHARD)))
+            # after the listing: a model is not converted for a few images
+            engine = self.choose_engine(self._requested_engine(before), actors, resources, images=rows)
             self.session.confirm_lock()
             plan = self._plan(before, engine, dropped=len(work.gone or ()))
             generation = self.output.new_generation(plan, fence=self.session.fence.number)
@@ -372,10 +375,8 @@ class Scoring:
             self.session.console.line("the table keeps its engine, keras; --mode fresh chooses the engine again")
         return existing
 
-    def choose_engine(
-        self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int | None = None
-    ) -> EngineChoice:
-        """Chooses the engine, and converts the model if that saves time. `images=None`: still being listed."""
+    def choose_engine(self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int) -> EngineChoice:
+        """Chooses the engine, and converts the model if that saves time for so many images."""
         check_job_storage(self.job, nodes=have.nodes)
         if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
             raise ResumeConflict(
@@ -422,7 +423,8 @@ class Scoring:
                 f"{len(work.table):,} images to score; the table already holds {before.mark.rows:,} rows"
             )
         if work.gone:
-            self.session.console.line(f"{len(work.gone):,} rows of images that are gone are dropped")
+            what = "archives that can be read now" if self.job.retry_failed else "images that are gone"
+            self.session.console.line(f"{len(work.gone):,} rows of {what} are dropped")
         check_found(
             self.job,
             work.table,
@@ -548,8 +550,9 @@ class Scoring:
         self.session.confirm_lock()
 
     def _judge(self, statuses: Mapping[str, int], rows: int) -> bool:
-        """Whether a table has few enough bad rows to be marked as good."""
-        return _bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # divided: 0.29 * 100 < 29
+        """Whether a table is marked as good: some rows are ok, and few enough are bad. An empty table is good."""
+        is_useful = statuses.get("ok", 0) > 0 or rows == 0
+        return is_useful and count_bad(statuses) / max(rows, 1) <= self.job.run.max_bad_fraction  # 0.29 * 100 < 29
 
     def _images_per_s(self) -> float | None:
         return round(self.scored / self.scoring_s, 2) if self.scoring_s else None
@@ -566,7 +569,7 @@ class Scoring:
             "output": self.output.uri,
             "images": mark.rows,
             "ok": statuses.get("ok", 0),
-            "errors": _bad(statuses),
+            "errors": count_bad(statuses),
             "skipped": mark.rows - self.scored,
             "images_per_s": self._images_per_s(),
             "steady_images_per_s": self.steady_images_per_s and round(self.steady_images_per_s, 2),
@@ -583,11 +586,20 @@ class Scoring:
         self._vacuum(mark)
         if mark.failed:
             raise TooManyBadImages(
-                f"{_bad(statuses):,} of {mark.rows:,} rows are neither ok nor unsupported; --max-bad-fraction "
-                f"allows {self.job.run.max_bad_fraction:.2%}. The table is complete, marked _FAILED: {self.output.uri}",
-                result,
+                f"{self._why_failed(summary, counts)}. The table is complete, marked _FAILED: {self.output.uri}", result
             )
         return result
+
+    def _why_failed(self, summary: Summary, counts: str) -> str:
+        """Why a table is not good enough, with an example, of a bad row where there is one, and what to do."""
+        ok, bad = summary.statuses.get("ok", 0), count_bad(summary.statuses)
+        what = f"{bad:,} of {summary.rows:,} rows are bad" if ok else f"none of {summary.rows:,} rows is ok"
+        example = ""
+        for status, (row, *_) in sorted(summary.examples.items(), key=lambda item: item[0] in NOT_BAD)[:1]:
+            example = f", such as {row.uri} ({status}{f': {row.error}' if row.error else ''})"
+        allowed = f"; --max-bad-fraction allows {self.job.run.max_bad_fraction:.2%}" if ok else ""
+        remedy = "repair or install what their errors name, and --retry-failed scores the bad rows again"
+        return f"{what} ({counts}){example}{allowed}; {remedy if bad else 'none claims to be an image'}"
 
     def _vacuum(self, mark: Mark) -> None:
         """Deletes replaced files of a Delta table, if that was asked for."""
@@ -611,7 +623,3 @@ def _keras_backend() -> str:
 def _engine_of(origin: Origin) -> EngineConfig:
     """The engine that made the rows."""
     return EngineConfig(engine=origin.engine, precision=origin.precision)
-
-
-def _bad(statuses: Mapping[str, int]) -> int:
-    return sum(count for status, count in statuses.items() if status not in NOT_BAD)

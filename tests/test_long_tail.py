@@ -1,0 +1,387 @@
+"""long tail: HEIC, JPEG XL and deep JPEGs give the pixels that went in, or say what is wrong with them."""
+
+# h = height px, w = width px, S = samples of a pixel
+
+import io
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import heics
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+from tiffs import Samples, Tiff, tiff
+
+from mnist_dist.errors import ImageError
+from mnist_dist.images import jpegxl
+from mnist_dist.images.deep_jpeg import open_deep_jpeg
+from mnist_dist.images.heif import open_heif
+from mnist_dist.images.jpegxl import jpegxl_size, open_jpegxl, read_header
+from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels
+from mnist_dist.images.signatures import is_avif, is_heif, is_jpeg2000, is_jpegxl, is_tiff
+from mnist_dist.images.streams import stream_px
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+RANDOM = np.random.default_rng(23)
+Y, X = np.mgrid[0:40, 0:56]
+SMOOTH = np.stack([X * 4, Y * 6, (X + Y) * 2], axis=-1).astype(np.uint8)
+
+Open = Callable[[bytes, ImageSpec | None], Opened]
+
+
+def decoded(open_image: Open, data: bytes) -> Pixels:
+    opened = open_image(data, None)
+    pixels = opened.decode()
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (opened.height_px, opened.width_px, opened.channels)
+    return pixels
+
+
+def noise(count: int, bits: int) -> Samples:
+    return RANDOM.integers(0, 2**bits, (40, 56, count)).astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+# --- JPEG ------------------------------------------------------------------------------------------------------------
+
+
+def exif(orientation: int) -> bytes:
+    body = b"Exif\0\0" + tiff(np.zeros((1, 1), np.uint8), Tiff(bits=8, orientation=orientation))
+    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("bits", [*range(2, 17)])
+def test_lossless_jpegs_of_every_depth_are_exact(bits: int, count: int) -> None:
+    values = noise(count, bits)
+    data = bytes(imagecodecs.jpeg8_encode(values.squeeze(), lossless=True, bitspersample=bits))
+    assert data.find(b"\xff\xc3") > 0
+    expected = np.rint(values * (255 / (2**bits - 1)))
+    if count == 4:  # Inks, stored inverted.
+        expected = expected[..., :3] * expected[..., 3:] / 255
+    np.testing.assert_allclose(decoded(open_deep_jpeg, data), expected, atol=0.51 if count == 4 else 0)
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_jpegs_of_12_bits_are_scaled(subsampling: str) -> None:
+    deep = SMOOTH.astype(np.uint16) * 16
+    data = bytes(imagecodecs.jpeg8_encode(deep, bitspersample=12, level=98, subsampling=subsampling))
+    np.testing.assert_allclose(decoded(open_deep_jpeg, data), SMOOTH, atol=8)
+    grey = bytes(imagecodecs.jpeg8_encode(deep[..., 0], bitspersample=12, level=98))
+    np.testing.assert_allclose(decoded(open_deep_jpeg, grey)[..., 0], SMOOTH[..., 0], atol=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_jpegs_are_turned_upright(orientation: int) -> None:
+    values = noise(1, 16)[..., 0]
+    data = bytes(imagecodecs.jpeg8_encode(values, lossless=True, bitspersample=16))
+    upright = decoded(open_deep_jpeg, data[:2] + exif(orientation) + data[2:])[..., 0]
+    stored = decoded(open_deep_jpeg, data)[..., 0]
+    turns: list[Callable[[Any], Any]] = [
+        lambda a: a,
+        lambda a: a[:, ::-1],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::-1],
+        lambda a: a.T,
+        lambda a: np.rot90(a, -1),
+        lambda a: a[::-1, ::-1].T,
+        lambda a: np.rot90(a),
+    ]
+    np.testing.assert_array_equal(upright, turns[orientation - 1](stored))
+
+
+def test_lossless_8_bit_jpegs_are_as_in_pillow() -> None:
+    for count in (1, 3):
+        data = bytes(imagecodecs.jpeg8_encode(noise(count, 8).squeeze(), lossless=True))
+        with Image.open(io.BytesIO(data)) as image:
+            np.testing.assert_array_equal(decoded(open_deep_jpeg, data).squeeze(), np.asarray(image))
+
+
+def test_the_lossless_file_that_came_out_as_garbage_is_right() -> None:
+    path = CASES / "01_lossless_grey128_ok_but_wrong.jpg"
+    if not path.exists():
+        pytest.skip(f"needs {path.name}, which is not part of this repository; its kind is tested above")
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(decoded(open_deep_jpeg, path.read_bytes())[..., 0], np.asarray(image))
+
+
+def test_a_deep_jpeg_without_an_end_is_truncated() -> None:
+    data = bytes(imagecodecs.jpeg8_encode(noise(3, 12), lossless=True, bitspersample=12))
+    opened = open_deep_jpeg(data[: len(data) // 2], None)
+    with pytest.raises(ImageError, match=r"truncated: 12-bit lossless JPEG .* without an end mark"):
+        opened.decode()
+
+
+def test_a_deep_jpeg_that_does_not_decode_is_unreadable() -> None:
+    data = bytearray(imagecodecs.jpeg8_encode(noise(3, 12), lossless=True, bitspersample=12))
+    table = data.find(b"\xff\xc4") + 5
+    data[table : table + 16] = b"\xff" * 16
+    opened = open_deep_jpeg(bytes(data), None)
+    with pytest.raises(ImageError, match=r"unreadable: 12-bit lossless JPEG"):
+        opened.decode()
+
+
+def test_other_jpegs_are_left_to_other_decoders() -> None:
+    baseline = bytes(imagecodecs.jpeg8_encode(SMOOTH))
+    for marker in (b"\xff\xc0", b"\xff\xc9"):  # Baseline, arithmetic.
+        with pytest.raises(NotForMe, match=r"8-bit .* JPEG with 3 component"):
+            open_deep_jpeg(baseline.replace(b"\xff\xc0", marker), None)
+
+
+# --- JPEG XL ---------------------------------------------------------------------------------------------------------
+
+
+def jxl(values: Samples, **how: Any) -> bytes:
+    return bytes(imagecodecs.jpegxl_encode(values.squeeze(), **({"lossless": True} | how)))
+
+
+@pytest.mark.parametrize("container", [False, True])
+@pytest.mark.parametrize(("count", "bits"), [(1, 8), (3, 8), (1, 16), (3, 16), (3, 10), (1, 12)])
+def test_jpegxl_gives_the_pixels_that_went_in(count: int, bits: int, container: bool) -> None:
+    values = noise(count, bits)
+    data = jxl(values, usecontainer=container, **({} if bits in (8, 16) else {"bitspersample": bits}))
+    assert data.startswith(jxl_start(data, bits, container=container))
+    np.testing.assert_array_equal(decoded(open_jpegxl, data), np.rint(values * (255 / (2**bits - 1))))
+    header = read_header(data)
+    assert (header.bits, header.is_grey, header.has_alpha) == (bits, count == 1, False)
+
+
+def jxl_start(data: bytes, bits: int, *, container: bool) -> bytes:
+    """16 bits need a level that only a container can state."""
+    return jpegxl.CONTAINER if container or (bits == 16 and data[:2] != jpegxl.CODESTREAM) else jpegxl.CODESTREAM
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_jpegxl_with_alpha_is_laid_over_white(count: int) -> None:
+    values = noise(count + 1, 8)
+    opaque = values[..., -1:] / 255
+    expected = values[..., :-1] * opaque + 255 * (1 - opaque)
+    np.testing.assert_allclose(decoded(open_jpegxl, jxl(values)), expected, atol=0.51)
+
+
+def test_jpegxl_in_floats_and_lossy_is_decoded() -> None:
+    floats = (SMOOTH / 255).astype(np.float32)
+    np.testing.assert_array_equal(decoded(open_jpegxl, jxl(floats)), SMOOTH)
+    np.testing.assert_allclose(decoded(open_jpegxl, jxl(SMOOTH, lossless=False, distance=0.2)), SMOOTH, atol=12)
+
+
+def test_of_an_animation_the_first_frame_counts() -> None:
+    frames = np.stack([SMOOTH, 255 - SMOOTH])
+    np.testing.assert_array_equal(decoded(open_jpegxl, jxl(frames)), SMOOTH)
+
+
+def test_grey_with_further_channels_keeps_its_grey() -> None:
+    planes = RANDOM.integers(0, 256, (5, 40, 56)).astype(np.uint8)
+    np.testing.assert_array_equal(decoded(open_jpegxl, jxl(planes, planar=True))[..., 0], planes[0])
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 8), (256, 256), (1, 1), (30, 60), (40, 50), (1, 700), (700, 1), (520, 9000), (9, 16), (3, 4)]
+)
+def test_the_size_is_read_from_the_header(size: tuple[int, int]) -> None:
+    data = jxl(np.zeros((*size, 3), np.uint8), effort=1)
+    assert jpegxl_size(data) == (size[1], size[0])
+    assert stream_px(data) == size[0] * size[1]
+
+
+def turned(data: bytes, orientation: int) -> bytes:
+    """A bare 8-bit RGB codestream whose header states a rotation: six bits more, and one for the tone mapping."""
+    bits = jpegxl._Bits(data[2:])
+    width, height = jpegxl._size(bits)
+    stream = int.from_bytes(data[2:], "little")
+    used = 8 * len(data[2:]) - bits._left
+    fields = f"{stream & ((1 << used) - 1):0{used}b}"[::-1]
+    assert bits.flag() is bits.flag() is False  # Neither all default nor extra fields.
+    header = jpegxl._metadata(jpegxl._Bits(data[2:]), width, height)
+    assert (header.bits, header.is_grey) == (8, False)
+    depth = "0" + "00" + "1" + "00" + "0" + "1"  # Integers of 8 bits, 16-bit buffers, no channels, no XYB, sRGB.
+    fields += "0" + "1" + f"{orientation - 1:03b}"[::-1] + "000" + depth + "1" + "00" + "1"
+    fields += "0" * (-len(fields) % 8)
+    head = int(fields[::-1], 2).to_bytes(len(fields) // 8, "little")
+    return data[:2] + head + data[2 + -(-(used + 2 + len(depth) + 3) // 8) :]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_jpegxl_is_turned_upright_once(orientation: int) -> None:
+    data = turned(jxl(SMOOTH), orientation)
+    turns = {1: 0, 3: 2, 6: 3, 8: 1}
+    assert read_header(data).orientation == orientation
+    np.testing.assert_array_equal(decoded(open_jpegxl, data), np.rot90(SMOOTH, turns[orientation]))
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_jpegxl_file_that_is_cut_is_truncated(kept: float) -> None:
+    data = jxl(noise(3, 8))
+    opened = open_jpegxl(data[: int(len(data) * kept)], None)
+    with pytest.raises(ImageError, match=r"truncated: JPEG XL"):
+        opened.decode()
+
+
+def test_a_jpegxl_header_that_is_cut_or_missing_is_named() -> None:
+    with pytest.raises(ImageError, match=r"truncated: the file ends within the header"):
+        open_jpegxl(jxl(noise(3, 8))[:4], None)
+    with pytest.raises(ImageError, match=r"unreadable: a JPEG XL container without a codestream"):
+        open_jpegxl(jpegxl.CONTAINER + bytes(20), None)
+
+
+# --- HEIC ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (heics.RGB, heics.PIXELS),
+        (heics.GREY, heics.PIXELS[..., :1]),
+        (heics.TEN, heics.PIXELS),
+        (heics.ROTATED, np.rot90(heics.PIXELS, -1)),  # Stated twice, in the container and by EXIF.
+        (heics.RGBA, heics.PIXELS * (heics.ALPHA[..., None] / 255) + 255.0 - heics.ALPHA[..., None]),
+    ],
+    ids=["rgb", "grey", "10-bit", "rotated", "alpha"],
+)
+def test_heic_gives_the_pixels_that_went_in(data: bytes, expected: Samples) -> None:
+    np.testing.assert_allclose(decoded(open_heif, data), expected, atol=9)
+
+
+def test_a_heic_file_that_is_cut_is_truncated() -> None:
+    for kept in (40, len(heics.RGB) // 3, len(heics.RGB) - 30):
+        with pytest.raises(ImageError, match=r"truncated: HEIF"):
+            open_heif(heics.RGB[:kept], None).decode()
+
+
+def test_broken_heic_data_are_unreadable() -> None:
+    data = bytearray(heics.RGB)
+    data[-60:-20] = b"\xff" * 40
+    data[data.find(b"mdat") + 8 :][:4] = b"\xff" * 4
+    with pytest.raises(ImageError, match=r"(unreadable|truncated): HEIF"):
+        open_heif(bytes(data[: data.find(b"pitm")] + b"xxxx" + data[data.find(b"pitm") + 4 :]), None).decode()
+
+
+def test_heic_is_decoded_in_the_calling_thread() -> None:
+    import pi_heif
+
+    decoded(open_heif, heics.RGB)
+    assert pi_heif.options.DECODE_THREADS == 1
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+def ftyp(major: bytes, *others: bytes) -> bytes:
+    body = major + bytes(4) + b"".join(others)
+    return struct.pack(">I", 8 + len(body)) + b"ftyp" + body
+
+
+@pytest.mark.parametrize(
+    ("data", "recognised"),
+    [
+        (heics.RGB, is_heif),
+        (ftyp(b"heic", b"mif1"), is_heif),
+        (ftyp(b"mif1", b"heic"), is_heif),
+        (ftyp(b"avif", b"mif1"), is_avif),
+        (ftyp(b"mif1", b"miaf", b"avif"), is_avif),
+        (jxl(SMOOTH), is_jpegxl),
+        (jxl(SMOOTH, usecontainer=True), is_jpegxl),
+        (bytes(imagecodecs.jpeg2k_encode(SMOOTH, codecformat="j2k")), is_jpeg2000),
+        (bytes(imagecodecs.jpeg2k_encode(SMOOTH, codecformat="jp2")), is_jpeg2000),
+        (tiff(SMOOTH, Tiff(bits=8, photometric=2, order=">", big=True)), is_tiff),
+        (ftyp(b"isom", b"mp42"), None),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", None),
+        (b"\xff\xd8\xff\xe0", None),
+        (b"", None),
+    ],
+)
+def test_formats_are_told_by_their_first_bytes(data: bytes, recognised: Callable[[bytes], bool] | None) -> None:
+    signatures = (is_tiff, is_heif, is_avif, is_jpegxl, is_jpeg2000)
+    assert [signature for signature in signatures if signature(data)] == ([recognised] if recognised else [])
+
+
+@pytest.mark.parametrize(
+    ("open_image", "package", "data"),
+    [
+        (open_heif, "pi_heif", heics.RGB),
+        (open_jpegxl, "imagecodecs", jxl(SMOOTH)),
+        (open_deep_jpeg, "imagecodecs", bytes(imagecodecs.jpeg8_encode(noise(1, 16).squeeze(), lossless=True))),
+    ],
+)
+def test_missing_packages_are_an_import_error(
+    monkeypatch: pytest.MonkeyPatch, open_image: Open, package: str, data: bytes
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=package):
+        open_image(data, None)
+
+
+@pytest.mark.parametrize(
+    ("open_image", "data"),
+    [
+        (open_heif, heics.RGB),
+        (open_heif, heics.RGBA),
+        (open_jpegxl, jxl(noise(3, 8))),
+        (open_jpegxl, jxl(noise(4, 8), usecontainer=True)),
+        (open_deep_jpeg, bytes(imagecodecs.jpeg8_encode(noise(3, 12), lossless=True, bitspersample=12))),
+    ],
+)
+def test_damaged_files_are_an_image_error_or_pixels_of_the_stated_size(open_image: Open, data: bytes) -> None:
+    errors = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(int(RANDOM.integers(1, 4))):
+            damaged[int(RANDOM.integers(2, len(data)))] ^= 1 << int(RANDOM.integers(8))
+        try:
+            opened = open_image(bytes(damaged), None)
+            if opened.memory_bytes < 2**28:
+                assert opened.decode().shape == (opened.height_px, opened.width_px, opened.channels)
+        except (ImageError, NotForMe):
+            errors += 1
+    assert errors > 0
+
+
+PEAK = """
+import re, sys
+import imagecodecs
+import numpy as np
+from mnist_dist.images.deep_jpeg import open_deep_jpeg
+from mnist_dist.images.jpegxl import open_jpegxl
+
+def kib(name):
+    return int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+def image(height, width):
+    row = (np.arange(width) % 251).astype(dtype)
+    return np.ascontiguousarray(np.broadcast_to(row[:, None], (height, width, count)).squeeze())
+
+dtype, count, encode, open_image = np.dtype(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+encode, open_image = eval(encode), eval(open_image)
+open_image(bytes(encode(image(64, 64))), None).decode()
+data = bytes(encode(image(4000, 5000)))
+opened = open_image(data, None)
+open("/proc/self/clear_refs", "w").write("5")  # Begin a new peak.
+before = kib("VmRSS")
+opened.decode()
+print((kib("VmHWM") - before) * 1024, opened.memory_bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "encode", "open_image", "factor"),
+    [
+        ("u2", 3, "lambda a: imagecodecs.jpeg8_encode(a, lossless=True, bitspersample=16)", "open_deep_jpeg", 2),
+        ("u2", 1, "lambda a: imagecodecs.jpeg8_encode(a, bitspersample=12)", "open_deep_jpeg", 2),
+        # Progressive JPEG XL takes several times as much as what imagecodecs writes.
+        ("u1", 3, "lambda a: imagecodecs.jpegxl_encode(a, distance=1, effort=3)", "open_jpegxl", 6),
+        ("u2", 3, "lambda a: imagecodecs.jpegxl_encode(a, lossless=True, effort=1)", "open_jpegxl", 6),
+    ],
+)
+def test_decoding_takes_the_memory_that_was_announced(
+    dtype: str, count: int, encode: str, open_image: str, factor: int
+) -> None:
+    code = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    program = f"import sys; sys.path[:0] = {code!r}\n{PEAK}"
+    command = [sys.executable, "-c", program, dtype, str(count), encode, open_image]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, announced = map(int, done.stdout.split())
+    assert announced / factor < peak <= announced
