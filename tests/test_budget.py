@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpus import manifest_rows
 from PIL import Image
 
 from mnist_dist.config import DecodeConfig
@@ -20,7 +22,6 @@ from mnist_dist.images import budget as budgets
 from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.pixels import ImageSpec
-from tests.corpus import manifest_rows
 
 TOTAL = 10 * SMALL_BYTES
 SPEC = ImageSpec(height_px=8, width_px=8, channels=3)
@@ -210,7 +211,7 @@ from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.images.budget import MOST_BYTES
 from mnist_dist.images.pixels import ImageSpec
-from tests.corpus import manifest_rows
+from corpus import manifest_rows
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -246,6 +247,7 @@ def test_eight_images_of_100_megapixels_stay_below_two_gibibytes(tmp_path: Path)
         text=True,
         check=True,
         cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])},
     )
     kinds, taken = json.loads(done.stdout)
     assert kinds == ["Decoded"] * 8
