@@ -11,11 +11,13 @@ from pathlib import Path
 
 import boto3
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows, tar_of
 
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import ImageError, ServiceError, StorageError
+from mnist_dist.sources import parquet
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import Encoded, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
@@ -322,3 +324,30 @@ def test_a_bucket_that_a_list_names_and_that_is_not_there_costs_one_row(s3: str,
     found = read_one(uri)
     assert isinstance(found.data, ImageError)
     assert found.data.status == "missing"
+
+
+# --- Parquet files that unpack to far more than they hold
+
+
+def test_rows_that_share_a_large_image_are_read_few_at_a_time(tmp_path: Path) -> None:
+    image = bytes(8 * 2**20)
+    pq.write_table(pa.table({"image": [image] * 40}), tmp_path / "a.parquet", compression="zstd")
+    before_bytes = pa.total_allocated_bytes()
+    images = parquet.read_rows(f"{tmp_path}/a.parquet", "image", range(40), max_bytes=len(image))
+    assert next(images) == image
+    assert pa.total_allocated_bytes() - before_bytes < 10 * len(image)
+    assert list(images) == [image] * 39
+
+
+def test_a_row_group_that_unpacks_to_gigabytes_costs_its_own_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_MAX_GROUP_BYTES", 2**16)  # in place of a GiB
+    images = [b"x", b"y", bytes(2**16), bytes(2**16), b"z"]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", compression="zstd", row_group_size=2)
+    found = list(parquet.read_rows(f"{tmp_path}/a.parquet", "image", range(5), max_bytes=2**20))
+    assert [str(image) if isinstance(image, ImageError) else image for image in found] == [
+        *(b"x", b"y"),
+        *["too_large: its row group unpacks to more than 1 GiB"] * 2,
+        b"z",
+    ]

@@ -37,7 +37,9 @@ ROW_SEPARATOR = "#row="
 _ROW_URI = re.compile(rf"(?is)(.*\{PARQUET_SUFFIX}){ROW_SEPARATOR}([0-9]{{1,18}})")
 _BYTES_FIELD = "bytes"
 _NAMES = ("image", "img", "images", "picture", "image_bytes")  # of binary columns that are taken for images
-_BATCH_ROWS = 64
+_BATCH_ROWS, _BATCH_BYTES = 64, 64 * 2**20  # At most; at least one row.
+_MAX_RATIO = 4  # Of unpacked and stored bytes, for encoded images.
+_MAX_GROUP_BYTES = 2**30  # Unpacked, beyond that ratio: a page of this size is unpacked as a whole.
 _READ_BUFFER_BYTES = 1 << 20
 
 
@@ -264,7 +266,11 @@ def _images_of_group(
     wanted, first = collections.deque(rows), 0
     is_struct = pa.types.is_struct(file.schema_arrow.field(image_column).type)
     path = f"{image_column}.{_BYTES_FIELD}" if is_struct else image_column
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[path]):
+    batch_rows = _batch_rows(file, group, path)
+    if not batch_rows:
+        yield from itertools.repeat(ImageError("too_large", "its row group unpacks to more than 1 GiB"), len(rows))
+        return
+    for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=[path]):
         column = batch.column(0)
         if is_struct:
             column = pc.struct_field(column, _BYTES_FIELD)
@@ -275,6 +281,22 @@ def _images_of_group(
             return
         first += len(column)
     raise IndexError(f"row group {group} has {first} rows")
+
+
+def _batch_rows(file: pq.ParquetFile, group: int, path: str) -> int:
+    """Number of rows that are read at once; 0: the group unpacks to more than memory should hold.
+
+    Encoded images hardly shrink once more. Where they do, a row may be as large as all of the group: a dictionary
+    holds equal images once.
+    """
+    chunks = file.metadata.row_group(group).to_dict()["columns"]
+    chunk = next(chunk for chunk in chunks if chunk["path_in_schema"] == path)
+    unpacked_bytes = row_bytes = chunk["total_uncompressed_size"]
+    if unpacked_bytes <= _MAX_RATIO * chunk["total_compressed_size"]:
+        row_bytes = unpacked_bytes // max(1, chunk["num_values"])
+    elif unpacked_bytes > _MAX_GROUP_BYTES:
+        return 0
+    return int(max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes))))
 
 
 @contextlib.contextmanager
