@@ -12,6 +12,7 @@ of decoded images wait for the model, so that memory does not grow with the job.
 
 import collections
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,9 +120,9 @@ class Scorer:
     ) -> Outcomes:
         """Like `score`, for images that were read and decoded elsewhere."""
         with self._shard(len(images), progress) as shard:
-            taken = list(map(Taken, range(len(images)), size_bytes, etags, images))
-            for start in range(0, len(taken), self._engine.batch_size):
-                shard.take(taken[start : start + self._engine.batch_size])
+            taken = map(Taken, range(len(images)), size_bytes, etags, images)
+            while some := list(itertools.islice(taken, self._engine.batch_size)):
+                shard.take(some)
         return shard.outcomes(self._engine)
 
     @contextlib.contextmanager
@@ -157,13 +158,12 @@ class Scorer:
         """The next images: a full batch unless no more are coming; None when the scorer is closed."""
         batch: list[_Image] = []
         while len(batch) < self._engine.batch_size:
-            images = self._images.get(self._engine.batch_size - len(batch))
-            batch += images
-            if not images:
-                if self._images.closed:
-                    return None
-                if batch and self._is_last(batch):
-                    break
+            if self._images.wait():
+                batch += self._images.get(self._engine.batch_size - len(batch))
+            elif self._images.closed:
+                return None
+            elif batch and self._is_last(batch):
+                break
         return batch
 
     def _is_last(self, batch: "Sequence[_Image]") -> bool:
@@ -284,19 +284,26 @@ class _Waiting:
     def put(self, images: Sequence[_Image]) -> None:
         """Adds images; after `close` nobody gets them."""
         with self._has_room:
-            while len(self._images) >= self._most and not self.closed:
+            while self.is_full() and not self.closed:
                 self._has_room.wait()
             self._images.extend(images)
             self._has_images.notify()
 
-    def get(self, most: int) -> list[_Image]:
-        """Up to `most` images, as soon as there are any; none after `IDLE_S`."""
+    def wait(self) -> bool:
+        """Waits up to `IDLE_S` for images; returns whether there are any."""
         with self._has_images:
-            if not self._images:
-                self._has_images.wait(IDLE_S)
+            return bool(self._images) or self._has_images.wait(IDLE_S)
+
+    def get(self, most: int) -> list[_Image]:
+        """Takes up to `most` of the images that are there."""
+        with self._has_room:
             images = [self._images.popleft() for _ in range(min(most, len(self._images)))]
             self._has_room.notify(len(images))
             return images
+
+    def is_full(self) -> bool:
+        """Whether `put` blocks."""
+        return len(self._images) >= self._most
 
     def close(self) -> None:
         """Ends all waiting."""
