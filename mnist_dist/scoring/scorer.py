@@ -288,6 +288,8 @@ class _Waiting:
                 self._has_room.wait()
             self._images.extend(images)
             self._has_images.notify()
+            if not self.is_full():
+                self._has_room.notify()
 
     def wait(self) -> bool:
         """Waits up to `IDLE_S` for images; returns whether there are any."""
@@ -298,7 +300,8 @@ class _Waiting:
         """Takes up to `most` of the images that are there."""
         with self._has_room:
             images = [self._images.popleft() for _ in range(min(most, len(self._images)))]
-            self._has_room.notify(len(images))
+            if not self.is_full():
+                self._has_room.notify()  # one thread, which wakes the next if there is still room
             return images
 
     def is_full(self) -> bool:
