@@ -1,9 +1,9 @@
-"""Speed of scoring: our job compared with the bare model, tf.data, Ray Data and Daft on the same JPEG files; and our job
-alone on tiny PNG files.
+"""Speed of scoring: our job compared with the bare model, tf.data, Ray Data and Daft on the same JPEG files, and our
+job alone on tiny PNG files.
 
 Owns: what is measured and in which order. Does not own: the programs to compare with (`peers/`), how a program is run
-and watched (`programs`), the photographs (`photos`), the tiny images (`digits`), the models (`bundles`), the S3 server (`seaweedfs`), or the
-evaluation of the measurements (`score_table`).
+and watched (`programs`), the photographs (`photos`), the tiny images (`digits`), the models (`bundles`), the S3 server
+(`seaweedfs`), or the evaluation of the measurements (`score_table`).
 
 Contract: everything is measured in one run, each measurement in a process of its own, and the programs take turns over
 several rounds. A measurement counts only if its table has exactly one row per image. Engines are converted and checked
@@ -159,9 +159,9 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     """Measures everything that was requested.
 
     Returns:
-        `machine`, `date`, `images`, `format`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and the
-        engines), `rows` (one per model: the peers' medians and ratios, their engines, the figures of each round, and
-        `score_table.ratios`), and if requested `small` and `memory`.
+        `machine`, `date`, `images`, `format`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and
+        the engines), `rows` (one per model: the peers' medians and ratios, their engines, the figures of each round,
+        and `score_table.ratios`), and if requested `small` and `memory`.
 
     Raises:
         ConfigError: a package of the extra `bench` is missing.
@@ -285,9 +285,9 @@ class _Bench:
 
     def measure_memory(self) -> dict[str, Any]:
         """Measures our job's peak memory with the images, and with many more that are hard links to them."""
-        model, photos = self.benchmark.measured_models[0], len(self.images)
-        folders = {photos: self.folder / "images", MEMORY_FACTOR * photos: self.folder / "many"}
-        link_photos(self.images, self.folder / "many", count=MEMORY_FACTOR * photos)
+        model, few = self.benchmark.measured_models[0], len(self.images)
+        folders = {few: self.folder / "images", MEMORY_FACTOR * few: self.folder / "many"}
+        link_photos(self.images, self.folder / "many", count=MEMORY_FACTOR * few)
         choice, peaks_mb = self.choices[model, DEFAULT_ENGINE], []
         for count, images in folders.items():
             with self._task(model, images) as task:

@@ -1,8 +1,8 @@
 """Plans how to read the rows of a listing, and reads their encoded bytes.
 
 Owns: the requests (a file, a few tiny local files, neighbouring members of an archive, rows of a Parquet file),
-checking that a container is still the one that was listed, and the status that a failed read becomes. Does not own: decoding, or the threads that
-read (`data/decoding.py`).
+checking that a container is still the one that was listed, and the status that a failed read becomes. Does not own:
+decoding, or the threads that read (`data/decoding.py`).
 
 Contract: an error of one object is an `ImageError` in place of its bytes; an error of the service is raised.
 """
