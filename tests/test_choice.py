@@ -258,6 +258,11 @@ def test_a_call_takes_as_few_images_as_are_fast(speeds: tuple[int, int], size: i
     assert smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True))) == size
 
 
+@pytest.mark.parametrize(("speeds", "size"), [((3_900, 3_000), 4), ((4_100, 3_000), 32), ((90_000, 40_000), 32)])
+def test_calls_of_a_fast_engine_are_large(speeds: tuple[int, int], size: int) -> None:
+    assert smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True))) == size
+
+
 def test_a_call_takes_no_more_images_than_asked_for() -> None:
     assert EngineChoice().batch_size(32) == choice("keras").batch_size(32) == 32
     assert (choice(images_per_call=4).batch_size(32), choice(images_per_call=4).batch_size(2)) == (4, 2)
