@@ -75,7 +75,7 @@ def _hush() -> None:
 
 
 def _write_random_bundle(path: Path, model: str) -> None:
-    from mnist_dist.images.decoder import ImageSpec
+    from mnist_dist.images.pixels import ImageSpec
     from mnist_dist.models.bundle import BundleInfo, write_bundle
     from mnist_dist.models.classifier import build_classifier
 

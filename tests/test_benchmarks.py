@@ -38,7 +38,8 @@ from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
-from mnist_dist.images.decoder import ImageSpec, decode_image
+from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join

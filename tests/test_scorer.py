@@ -23,7 +23,8 @@ from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.decoding import Threads
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels, decode_image
+from mnist_dist.images.decoder import Decoded, decode_image
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.scoring import scorer as module
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer
