@@ -128,7 +128,7 @@ def test_a_deep_jpeg_that_does_not_decode_is_unreadable() -> None:
 def test_other_jpegs_are_left_to_other_decoders() -> None:
     baseline = bytes(imagecodecs.jpeg8_encode(SMOOTH))
     for marker in (b"\xff\xc0", b"\xff\xc9"):  # Baseline, arithmetic.
-        with pytest.raises(NotForMe, match=r"8-bit .* JPEG with 3 component"):
+        with pytest.raises(NotForMe, match=r"8-bit .* JPEG of 3 component"):
             open_deep_jpeg(baseline.replace(b"\xff\xc0", marker), None)
 
 
