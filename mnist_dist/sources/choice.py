@@ -83,7 +83,7 @@ class LeftOut:
         Args:
             all_files: whether the job has the flag `--all-files`.
         """
-        remedy = "--all-files" if all_files else "a list names any file"
+        remedy = "--all-files" if all_files else "name them in a list"
         kinds = [
             f"{files:,} {kind} ({self.examples[kind]}; {_REMEDIES.get(kind, remedy)})"
             for kind, files in self.counts.most_common(_SHOWN_KINDS)
