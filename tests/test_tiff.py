@@ -291,7 +291,12 @@ def test_an_image_larger_than_its_tile_is_not_decoded() -> None:
 def raw(encoded: bytes, size: tuple[int, int], *, compression: int, bits: int = 8, colours: int = 1) -> bytes:
     """A grey or RGB TIFF whose single strip has the given bytes."""
     stored = np.frombuffer(encoded, np.uint8).reshape(1, -1)
-    tags = ((256, (size[0],)), (257, (size[1],)), (278, (size[1],)), (259, (compression,)))
+    tags: tuple[tuple[int, tuple[int, ...]], ...] = (
+        (256, (size[0],)),
+        (257, (size[1],)),
+        (278, (size[1],)),
+        (259, (compression,)),
+    )
     tags += ((258, (bits,) * colours), (262, (2 if colours == 3 else 1,)), (277, (colours,)), (339, (1,) * colours))
     return tiff(stored, Tiff(bits=8, tags=tags))
 
