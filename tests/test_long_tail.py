@@ -262,6 +262,12 @@ def test_broken_heic_data_are_unreadable() -> None:
         open_heif(bytes(data[: data.find(b"pitm")] + b"xxxx" + data[data.find(b"pitm") + 4 :]), None).decode()
 
 
+def test_items_whose_type_is_not_text_do_not_end_the_process() -> None:
+    data = heics.ROTATED.replace(b"Exif\0", b"E\xf8$f\0", 1)
+    with pytest.raises(ImageError, match=r"unreadable: HEIF: the type of an item is not text"):
+        open_heif(data, None)
+
+
 def test_heic_is_decoded_in_the_calling_thread() -> None:
     import pi_heif
 

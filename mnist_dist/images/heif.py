@@ -7,6 +7,7 @@ is left alone.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def _primary(data: bytes) -> Any:
     import pi_heif
 
     _prepare()
+    _check_items(data)
     try:
         file = pi_heif.open_heif(data, convert_hdr_to_8bit=False, hdr_to_16bit=False)
         return file[file.primary_index]
@@ -80,6 +82,32 @@ def _primary(data: bytes) -> Any:
         raise
     except Exception as error:
         raise _damage(error) from error
+
+
+def _check_items(data: bytes) -> None:
+    """pi-heif 1.4 takes the types of items for UTF-8, and ends the process where they are not."""
+    for meta in _boxes(data, b"meta"):
+        at = meta.find(b"infe")
+        while at >= 4:
+            item = meta[at + 4 : at - 4 + int.from_bytes(meta[at - 4 : at], "big")]
+            try:
+                item[8:].decode()  # Behind version, number and protection: type, name, content type.
+            except UnicodeDecodeError as error:
+                raise ImageError("unreadable", "HEIF: the type of an item is not text") from error
+            at = meta.find(b"infe", at + 4)
+
+
+def _boxes(data: bytes, kind: bytes) -> Iterator[bytes]:
+    """The boxes of a kind at the top level of a file."""
+    position = 0
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        end = position + size if size >= 8 else len(data)
+        if data[position + 4 : position + 8] == kind:
+            yield data[position:end]
+        position = end
 
 
 @functools.cache
