@@ -54,7 +54,7 @@ def _structural(data: bytes) -> tuple[Callable[[bytes, bytes, random.Random], by
     return (_tail_field,) if data.startswith(b"PAR1") else ()
 
 
-def _near(data: bytes, draw: random.Random) -> int:
+def _near(data: bytes | bytearray, draw: random.Random) -> int:
     """A position; every other one is near the start, where headers are."""
     return draw.randrange(min(len(data), _HEAD_BYTES) if draw.random() < 0.5 else max(len(data), 1)) if data else 0
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import heics
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,7 @@ def images() -> dict[str, bytes]:
         **_tiffs(np.asarray(small)),
         **_pnms(np.asarray(small)),
         **_modern(small),
+        **{f"heic {name}": data for name, data in vars(heics).items() if isinstance(data, bytes) and len(data) > 200},
     }
 
 

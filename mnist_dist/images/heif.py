@@ -7,6 +7,7 @@ is left alone.
 """
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ _MODES = {"L": (1, ""), "LA": (1, "A"), "La": (1, "a"), "RGB": (3, ""), "RGBA": 
 _PLANES = {420: 1.5, 422: 2.0, 444: 3.0}
 """Chroma subsampling -> samples of a pixel in libheif's planes, without alpha."""
 
+_ITEMS = re.compile(rb"infe(?:[\x00\x01].{7}|(?:\x02.{5}|\x03.{7})..(.{4}))[^\x00]*\x00([^\x00]*)", re.DOTALL)
+"""The type of each item, and the text behind its name: a MIME type for some. Source: ISO/IEC 14496-12, 8.11.6."""
 _CUT = ("cannot read full", "too small", "insufficient input")
 
 
@@ -53,7 +56,7 @@ def open_heif(data: bytes, spec: ImageSpec | None) -> Opened:
             raise ImageError("unreadable", f"HEIF: expected {expected}. Received: {samples.shape}")
         pixels = eight_bits(samples[..., :colours], bits=bits)
         if not alpha:
-            return pixels
+            return pixels.copy() if bits <= 8 else pixels  # The samples lie in memory that goes with `image`.
         return over_white(pixels, eight_bits(samples[..., -1], bits=bits), is_premultiplied=alpha == "a")
 
     planes = (_PLANES.get(image.info.get("chroma"), 3.0) if colours == 3 else 1) + len(alpha)
@@ -73,6 +76,7 @@ def _primary(data: bytes) -> Any:
     import pi_heif
 
     _prepare()
+    _check_items(data)
     try:
         file = pi_heif.open_heif(data, convert_hdr_to_8bit=False, hdr_to_16bit=False)
         return file[file.primary_index]
@@ -80,6 +84,17 @@ def _primary(data: bytes) -> Any:
         raise
     except Exception as error:
         raise _damage(error) from error
+
+
+def _check_items(data: bytes) -> None:
+    """Refuses types of items that are no text: pi-heif 1.4 crashes over them."""
+    for kind, mime in _ITEMS.findall(data):
+        try:
+            (kind + (mime if kind in (b"", b"mime") else b"")).decode()
+        except UnicodeDecodeError as error:
+            raise ImageError(
+                "unreadable", f"HEIF: the type of an item is no text. Received: {kind + mime!r}"
+            ) from error
 
 
 @functools.cache
