@@ -27,12 +27,16 @@ class Case:
 
     size_px: int
     batch_size: int
+    channels: int = 3
+    backbone: str | None = None
+    """None: that of the case's name."""
 
 
 CASES: dict[str, Case] = {
     "mobilenet_v2": Case(size_px=224, batch_size=32),
     "vgg16": Case(size_px=224, batch_size=16),
     "cnn": Case(size_px=32, batch_size=2),
+    "digits": Case(size_px=28, batch_size=32, channels=1, backbone="cnn"),
 }
 
 
@@ -71,12 +75,13 @@ def _hush() -> None:
 
 
 def _write_random_bundle(path: Path, model: str) -> None:
-    from mnist_dist.images.decoder import ImageSpec
+    from mnist_dist.images.pixels import ImageSpec
     from mnist_dist.models.bundle import BundleInfo, write_bundle
     from mnist_dist.models.classifier import build_classifier
 
-    size_px = CASES[model].size_px
-    spec = ImageSpec(height_px=size_px, width_px=size_px, channels=3)
-    network = build_classifier(ModelConfig(backbone=model), spec=spec, num_classes=NUM_CLASSES, seed=0).model
+    case = CASES[model]
+    backbone = case.backbone or model
+    spec = ImageSpec(height_px=case.size_px, width_px=case.size_px, channels=case.channels)
+    network = build_classifier(ModelConfig(backbone=backbone), spec=spec, num_classes=NUM_CLASSES, seed=0).model
     class_names = tuple(f"class-{number}" for number in range(NUM_CLASSES))
-    write_bundle(path, network, BundleInfo(class_names=class_names, spec=spec, backbone=model))
+    write_bundle(path, network, BundleInfo(class_names=class_names, spec=spec, backbone=backbone))

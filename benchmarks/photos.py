@@ -50,7 +50,8 @@ def link_photos(paths: Sequence[Path], folder: Path, *, count: int) -> None:
     """Fills a new folder with `count` hard links, cycling through the files; each link has its own name."""
     folder.mkdir(parents=True)
     for number in range(count):
-        os.link(paths[number % len(paths)], folder / f"link-{number:06d}.jpg")
+        path = paths[number % len(paths)]
+        os.link(path, folder / f"link-{number:06d}{path.suffix}")
 
 
 def _sources() -> list[Image.Image]:

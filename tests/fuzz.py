@@ -37,7 +37,8 @@ from typing import Any
 import mutations
 
 from mnist_dist.errors import DataError, ImageError, MnistDistError, ServiceError, StorageError
-from mnist_dist.images.decoder import ImageSpec, decode_image, probe_image
+from mnist_dist.images.decoder import decode_image, probe_image
+from mnist_dist.images.pixels import ImageSpec
 
 STATUSES = frozenset({"missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed"})
 MAX_PIXELS, MAX_NATIVE_PIXELS = 2_000_000, 500_000

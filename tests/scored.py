@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist import documents
 from mnist_dist.config import TableConfig
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.scoring.generations import Description, Plan, Summary
 from mnist_dist.scoring.predictions import MARK, Mark, Outcomes, prediction_rows, prediction_schema, table_uri

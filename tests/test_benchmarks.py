@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -9,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import seaweedfs
+from benchmarks.digits import write_digits
 from benchmarks.peers.decode import Counter
 from benchmarks.peers.task import WARM_UP_CALLS, Stamps, Task, call_again_and_again, read_stamps
 from benchmarks.photos import link_photos, write_photos, write_tar
@@ -28,18 +31,20 @@ from benchmarks.score import (
     our_job,
     steady_images_per_s,
 )
-from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, TITLES, ratio, ratios, summary, table
+from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, ENGINE_AND_PIXELS, TITLES, ratio, ratios, summary, table
 from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
+DIGIT = ImageSpec(height_px=28, width_px=28, channels=1)
 ROUNDS: list[dict[str, dict[str, float]]] = [
     {"bare": {"steady": 200.0}, "tfdata": {"steady": 190.0, "whole": 90.0}, "ours": {"steady": 210.0, "whole": 120.0}},
     {"bare": {"steady": 100.0}, "tfdata": {"steady": 99.0, "whole": 70.0}, "ours": {"steady": 80.0, "whole": 60.0}},
@@ -88,6 +93,37 @@ def test_links_are_more_names_for_the_same_files(photos: list[Path], tmp_path: P
     assert all(link.samefile(photos[number % 5]) for number, link in enumerate(many))
 
 
+def test_digits_are_those_of_mnist_again_and_again(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(5).integers(0, 256, (3, 28, 28), np.uint8)
+    for stem, part in (("train", pixels[:2]), ("t10k", pixels[2:])):
+        head = struct.pack(">4I", 2051, len(part), 28, 28)
+        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(head + part.tobytes())
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, len(part)) + bytes(len(part)))
+    paths = write_digits(tmp_path / "digits", count=5, data_dir=str(tmp_path))
+    assert paths == sorted((tmp_path / "digits").iterdir())
+    for number, path in enumerate(paths):
+        assert (decode_image(path.read_bytes(), DIGIT).pixels[..., 0] == pixels[number % 3]).all()
+
+
+def test_other_digits_are_enlarged(tmp_path: Path) -> None:
+    (path,) = write_digits(tmp_path / "digits", count=1)
+    image = decode_image(path.read_bytes(), DIGIT)
+    assert (image.width_px, image.height_px) == (28, 28)
+    assert image.pixels.std() > 30
+
+
+def test_the_peers_of_digits_read_grey_png() -> None:
+    assert ScoreBenchmark(case="digits").measured_peers == ("engine", "pixels", "ours", "ours-tar")
+    assert ScoreBenchmark(case="digits").measured_models == ("digits",)
+    with pytest.raises(ConfigError, match=r"engine, decode, pixels, .* with case='digits'. Received: .*'daft'"):
+        ScoreBenchmark(case="digits", peers=("ours", "daft"))
+
+
+def test_files_of_mnist_are_for_digits() -> None:
+    with pytest.raises(ConfigError, match=r"data_dir needs case='digits'. Received: data_dir='x'"):
+        ScoreBenchmark(data_dir="x")
+
+
 def test_a_task_crosses_the_command_line(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["peer", task.to_argument()])
     assert Task.from_command_line() == task
@@ -126,7 +162,8 @@ def result(**more: Any) -> dict[str, Any]:
     engines = {"ours": "keras float32"}
     row = {"model": "mobilenet_v2", "batch_size": 32, "engines": engines, "peers": peers, "rounds": ROUNDS}
     rows = [{**row, "ratios": ratios(ROUNDS)}]
-    head = {"machine": "2 cores, Z80", "date": "2026-01-31", "images": 2_000, "image_kb": 67.9, "prepared": {}}
+    head = {"machine": "2 cores, Z80", "date": "2026-01-31", "images": 2_000, "format": "JPEG"}
+    head |= {"image_kb": 67.9, "prepared": {}}
     return {**head, "rows": rows, **more}
 
 
@@ -203,6 +240,12 @@ def test_engine_and_decoding_share_the_same_cores() -> None:
     assert ENGINE_AND_DECODE not in found_of(speeds(ours=180, engine=300))["ours", "steady"]
 
 
+def test_decoding_from_memory_bounds_files_and_archives_alike() -> None:
+    found = found_of(speeds(ours=150, ours_tar=180, engine=300, pixels=600))
+    assert found["ours", "steady"][ENGINE_AND_PIXELS] == pytest.approx(0.75)
+    assert found["ours-tar", "steady"][ENGINE_AND_PIXELS] == pytest.approx(0.9)
+
+
 def test_archives_and_s3_are_held_against_local_files() -> None:
     found = found_of(speeds(ours=100, ours_tar=96, ours_s3=85))
     assert found["ours-tar", "steady"] == pytest.approx({"ours": 0.96})
@@ -210,7 +253,7 @@ def test_archives_and_s3_are_held_against_local_files() -> None:
 
 
 def test_ours_is_held_against_peers_that_can_be_measured() -> None:
-    named = COMPARED.keys() | {other for others in COMPARED.values() for other in others} - {ENGINE_AND_DECODE}
+    named = COMPARED.keys() | {other for others in COMPARED.values() for other in others if "+" not in other}
     assert named <= TITLES.keys()
     assert PROGRAMS.keys() | COMPARED.keys() == TITLES.keys()
 
@@ -371,3 +414,15 @@ def test_a_benchmark_measures_scoring_with_its_peers() -> None:
     found = {(one["ours"], one["speed"]): one["of"] for one in row["ratios"]}
     assert found["ours-s3", "steady"] == {"ours": row["peers"]["ours-s3"]["steady"] / row["peers"]["ours"]["steady"]}
     assert "| ours, from S3 on loopback |" in table(measured)
+
+
+@pytest.mark.slow
+def test_a_benchmark_measures_tiny_images_from_a_folder_and_a_tar() -> None:
+    measured = measure(ScoreBenchmark(case="digits", images=70, rounds=1, seconds=0.2), console=Console(terminal=False))
+    (row,) = measured["rows"]
+    speeds = {peer: figures["steady"] for peer, figures in row["peers"].items()}
+    bound = 1 / (1 / speeds["engine"] + 1 / speeds["pixels"])
+    found = {(one["ours"], one["speed"]): one["of"] for one in row["ratios"]}
+    for ours in ("ours", "ours-tar"):
+        assert found[ours, "steady"][ENGINE_AND_PIXELS] == pytest.approx(speeds[ours] / bound)
+    assert "70 PNGs of about 0.3 KB" in table(measured)

@@ -18,7 +18,7 @@ import mnist_dist
 from mnist_dist.config import ModelConfig
 from mnist_dist.engines.engine import with_features
 from mnist_dist.errors import BundleError, ConfigError, ImageError
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 

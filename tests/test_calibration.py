@@ -21,7 +21,7 @@ from mnist_dist.engines.calibration import (
 )
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import BundleError
-from mnist_dist.images.decoder import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, BundleInfo
 
 # b = images of a call

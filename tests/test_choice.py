@@ -44,7 +44,7 @@ from mnist_dist.engines.conversion import Answers, Check, compare, smallest_fast
 from mnist_dist.engines.engine import KerasEngine
 from mnist_dist.engines.formats import FORMATS, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed, StorageError
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
@@ -255,6 +255,11 @@ def test_what_is_said_of_an_engine() -> None:
 
 @pytest.mark.parametrize(("speeds", "size"), [((100, 102), 4), ((100, 90), 4), ((100, 104), 32)])
 def test_a_call_takes_as_few_images_as_are_fast(speeds: tuple[int, int], size: int) -> None:
+    assert smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True))) == size
+
+
+@pytest.mark.parametrize(("speeds", "size"), [((3_900, 3_000), 4), ((4_100, 3_000), 32), ((90_000, 40_000), 32)])
+def test_calls_of_a_fast_engine_are_large(speeds: tuple[int, int], size: int) -> None:
     assert smallest_fast(dict(zip(CALL_SIZES, speeds, strict=True))) == size
 
 

@@ -1,9 +1,12 @@
 """decoding: every row of a shard comes once, in threads that survive its images and its storage."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,14 @@ from corpus import DANGERS, H, W, colour_png, danger, encoded, flat_png, manifes
 from PIL import Image
 
 from mnist_dist.config import DecodeConfig, InputConfig
-from mnist_dist.data.decoding import Collector, DecodePool, Threads
+from mnist_dist.data.decoding import SETTLED_IMAGES, Collector, DecodePool, Taken, Threads, Times
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
+from mnist_dist.images.decoder import Decoded, decode_image
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES
+from mnist_dist.store.base import Entry
+from mnist_dist.store.local import LocalStore
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 NOISE = encoded(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8)), "PNG")
@@ -29,7 +36,7 @@ import re, sys
 from pathlib import Path
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 
 def peak_kib():
@@ -53,7 +60,7 @@ HANGS = """
 import os, sys
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.images.decoder import ImageSpec
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.errors import DecoderStuck
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 
@@ -173,6 +180,77 @@ def test_times_are_those_of_reading_and_of_decoding(tmp_path: Path) -> None:
     assert 0 < pool.times.decode_s < wall_s  # one at a time, though two threads do it
     assert 0 < pool.times.read_s < 2 * wall_s
     assert pool.times.model_s == 0
+
+
+# --- tiny images ------------------------------------------------------------------------------------------------------
+
+
+def tiny_files(folder: Path, count: int) -> pa.Table:
+    for number in range(count):
+        (folder / f"{number:03d}.png").write_bytes(colour_png(number, 0, 0))
+    return list_inputs(InputConfig(input=(str(folder),))).table
+
+
+class Sizes(Collector):
+    """Also notes how many images came at once."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.sizes: list[int] = []
+
+    def take(self, images: Sequence[Taken]) -> None:
+        self.sizes.append(len(images))
+        super().take(images)
+
+
+@pytest.mark.parametrize(("side_px", "sizes"), [(7, [TINY_AT_ONCE, 8]), (200, [8] * 5), (2_000, [1] * 40)])
+def test_tiny_images_come_in_batches_of_bounded_size(tmp_path: Path, side_px: int, sizes: list[int]) -> None:
+    spec = ImageSpec(height_px=side_px, width_px=side_px, channels=3)
+    found = Sizes(TINY_AT_ONCE + 8)
+    with DecodePool(spec, config=LIMITS, threads=Threads(decoding=1, reading=0)) as pool:
+        pool.begin(tiny_files(tmp_path, TINY_AT_ONCE + 8), found, isolated=False)
+        found.wait(pool)
+    assert found.sizes == sizes
+    assert [image.pixels[0, 0, 0] for image in found.images if isinstance(image, Decoded)] == list(range(40))
+
+
+def test_an_image_that_is_not_tiny_ends_a_batch(tmp_path: Path) -> None:
+    large = encoded(Image.effect_noise((99, 99), 50), "PNG")
+    assert len(large) > TINY_BYTES
+    images = {"1.png": b"", "2.png": colour_png(1, 2, 3), "3.png": large, "4.png": large, "5.png": colour_png(4, 5, 6)}
+    (tmp_path / "x.tar").write_bytes(tar_of(images))
+    found = Sizes(len(images))
+    with DecodePool(SPEC, config=LIMITS, threads=Threads(decoding=1, reading=0)) as pool:
+        pool.begin(list_inputs(InputConfig(input=(f"{tmp_path}/x.tar",))).table, found, isolated=False)
+        found.wait(pool)
+    assert found.sizes == [3, 1, 1]
+    assert words(found) == ["empty", "ok", "ok", "ok", "ok"]
+
+
+class Meeting(LocalStore):
+    """Each read waits for another one to begin."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.barrier = threading.Barrier(2, timeout=timeout_s)
+
+    def read_object(self, uri: str, *, max_bytes: int) -> tuple[Entry, bytes | None]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait()
+        return super().read_object(uri, max_bytes=max_bytes)
+
+
+@pytest.mark.parametrize(("is_slow", "timeout_s"), [(False, 0.05), (True, 60)])
+def test_threads_take_turns_in_reading_tiny_files_unless_storage_is_slow(
+    tmp_path: Path, is_slow: bool, timeout_s: float
+) -> None:
+    store, found = Meeting(timeout_s), Collector(2 * TINY_AT_ONCE)
+    with DecodePool(SPEC, config=LIMITS, threads=Threads(decoding=3, reading=0), store=store) as pool:
+        pool._images = SETTLED_IMAGES
+        pool.times = Times(read_s=1e9) if is_slow else Times(decode_s=1e9)
+        pool.begin(tiny_files(tmp_path, 2 * TINY_AT_ONCE), found, isolated=False)
+        found.wait(pool)
+    assert store.barrier.broken != is_slow
+    assert words(found) == ["ok"] * 2 * TINY_AT_ONCE
 
 
 @pytest.fixture

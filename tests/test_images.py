@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mnist_dist.errors import ConfigError, ImageError
-from mnist_dist.images.decoder import ImageSpec, Pixels, decode_image, match_channels, probe_image, resize_pixels
+from mnist_dist.images.decoder import decode_image, probe_image
+from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
 
 H, W = 11, 17
 

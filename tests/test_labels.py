@@ -262,7 +262,7 @@ def test_members_whose_names_begin_with_the_folder_itself_are_not_hidden(tmp_pat
     archive = tar(str(tmp_path / "x.tar"), ["./a/1.png", "./b/2.png", "./b/.3.png"])
     source = opened(archive)
     assert seen(source) == {"1.png": ("a", None), "2.png": ("b", None)}
-    assert any(f"1 hidden ({archive}!./b/.3.png; a list names any file)" in note for note in source.notes)
+    assert any(f"1 hidden ({archive}!./b/.3.png; name them in a list)" in note for note in source.notes)
 
 
 def test_an_object_that_a_list_names_is_decoded_again_when_it_changed(s3: str, tmp_path: Path) -> None:

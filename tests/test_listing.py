@@ -26,7 +26,7 @@ from PIL import Image
 
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import ConfigError, DataError, ImageError, ServiceError, StorageError
-from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.images.formats import IMAGE_SUFFIXES
 from mnist_dist.scoring.selection import RESERVED
 from mnist_dist.sources import arrays, image_table
 from mnist_dist.sources.choice import BESIDE, HIDDEN, HIDDEN_PARQUET, NO_IMAGES, NO_SUFFIX

@@ -14,6 +14,7 @@ from mnist_dist.scoring.manifest import (
     MAX_SHARD,
     MAX_SHARDS,
     MIN_SHARD,
+    MIN_TINY_SHARD,
     SHARD,
     SHARD_BYTES,
     Manifest,
@@ -22,6 +23,7 @@ from mnist_dist.scoring.manifest import (
     write_manifest,
 )
 from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.reading import TINY_BYTES
 from mnist_dist.store.uris import join
 
 Run = tuple[int, str | None, str | None]
@@ -120,7 +122,9 @@ def test_a_compressed_archive_is_one_shard(runs: Sequence[Run], expected: list[i
     ("rows", "total_bytes", "expected"),
     [
         (0, 0, MIN_SHARD),
-        (100, 100, MIN_SHARD),
+        (100, 100, MIN_TINY_SHARD),
+        (64 * 300, 64 * 300 * TINY_BYTES, MIN_TINY_SHARD),
+        (64 * 300, 64 * 300 * TINY_BYTES + 1, 300),
         (64 * 1000, 0, 1000),  # 64 shards
         (64 * 1000, 64_000 * SHARD_BYTES // 300, 300),  # as many as the bytes allow
         (64 * 1000, 64_000 * SHARD_BYTES, MIN_SHARD),

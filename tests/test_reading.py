@@ -19,7 +19,7 @@ from mnist_dist.config import InputConfig
 from mnist_dist.errors import ImageError, ServiceError, StorageError
 from mnist_dist.sources import parquet
 from mnist_dist.sources.listing import list_inputs
-from mnist_dist.sources.reading import Encoded, plan_reads
+from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES, Encoded, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
@@ -292,6 +292,36 @@ def test_an_archive_that_is_gone_is_missing(root: str) -> None:
 
 
 # --- what is no image's fault ----------------------------------------------------------------------------------------
+
+
+def test_adjacent_tiny_files_are_one_request(tmp_path: Path) -> None:
+    sizes = {"a": 1, "b": TINY_BYTES, "c": TINY_BYTES + 1, "d": 0, "e": 7}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.png").write_bytes(bytes(size))
+    rows = listed(str(tmp_path))
+    planned = plan_reads(rows, max_bytes=MAX_BYTES)
+    assert [(request.rows, request.tiny_files) for request in planned] == [([0, 1], True), ([2], False), ([3, 4], True)]
+    found = read(rows)
+    assert [item.size_bytes for item in found] == list(sizes.values())
+    assert [item.etag for item in found] == rows["etag"].to_pylist()
+    assert error_of(found[3]) == "empty: the file has no bytes"
+
+
+def test_a_request_has_a_few_tiny_files(tmp_path: Path) -> None:
+    count = 2 * TINY_AT_ONCE + 3
+    for number in range(count):
+        (tmp_path / f"{number:03d}.png").write_bytes(b"%d" % number)
+    (tmp_path / "002.png").unlink()
+    rows = pa.concat_tables([listed(str(tmp_path)), manifest_rows([f"{tmp_path}/unknown.png"])])
+    assert [len(some) for some in requests(rows)] == [TINY_AT_ONCE, TINY_AT_ONCE, 2, 1]
+    (tmp_path / "005.png").unlink()
+    assert words(read(rows))[:6] == ["0", "1", "3", "4", "missing", "6"]
+
+
+def test_tiny_objects_have_a_request_each(s3: str) -> None:
+    for name in ("a.png", "b.png"):
+        put(s3, name, b"tiny")
+    assert requests(listed(s3)) == [[0], [1]]
 
 
 @contextlib.contextmanager

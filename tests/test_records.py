@@ -27,7 +27,7 @@ from mnist_dist.data.records import (
     plan_records,
 )
 from mnist_dist.errors import ConfigError, DataError, ServiceError
-from mnist_dist.images.decoder import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 

@@ -23,11 +23,13 @@ from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.decoding import Threads
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
-from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels, decode_image
+from mnist_dist.images.decoder import Decoded, decode_image
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.scoring import scorer as module
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer
 from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.reading import TINY_AT_ONCE
 from mnist_dist.store.anywhere import ANYWHERE
 
 # b = images of a call, H = height px, W = width px, C = channels
@@ -315,13 +317,13 @@ def test_few_decoded_images_wait_for_a_slow_model(archive: pa.Table) -> None:
 
     def count() -> None:
         if not alive:
-            wait_until(scorer._images.full)
+            wait_until(scorer._images.is_full)
         alive.append(sum(type(thing) is module._Image for thing in gc.get_objects()))
 
     engine.meanwhile = count
     with scoring(engine, threads=threads) as scorer:
-        scorer.score(archive.slice(0, 44))
-    waiting = threads + 1  # each thread has one more in its hands
+        scorer.score(pa.concat_tables([archive] * 10))
+    waiting = (threads + 1) * TINY_AT_ONCE  # each thread has a few more in its hands
     assert BATCH < max(alive) <= 4 * BATCH + waiting
 
 
@@ -353,7 +355,7 @@ def test_images_decoded_elsewhere_wait_to_be_taken() -> None:
     engine.goes_on.clear()
     with scoring(engine) as scorer, ThreadPoolExecutor(1) as pool:
         future = pool.submit(scorer.classify, images, size_bytes=[1] * 90, etags=["e"] * 90)
-        wait_until(lambda: scorer._images.full() and engine.under_way == 1)
+        wait_until(lambda: scorer._images.is_full() and engine.under_way == 1)
         assert images.taken <= 4 * BATCH
         engine.goes_on.set()
         assert future.result(END_S).status == ["ok"] * 90

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Samples = npt.NDArray[Any]
+Order = Literal["<", ">"]
+ORDERS: tuple[Order, ...] = ("<", ">")
 
 _ENCODERS: dict[int, Callable[[bytes], bytes]] = {
     1: bytes,
@@ -32,7 +34,7 @@ class Tiff:
     photometric: int = 1
     sample_format: int = 1
     planar: bool = False
-    order: Literal["<", ">"] = "<"
+    order: Order = "<"
     big: bool = False
     compression: int = 1
     predictor: int = 1

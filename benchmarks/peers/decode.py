@@ -1,14 +1,14 @@
 """Our job's reading and decoding threads alone: one per core, without a model or a table."""
 
+from collections.abc import Sequence
+
 from benchmarks.peers.task import Stamps, Task
 from mnist_dist import processor
 from mnist_dist.config import DecodeConfig, InputConfig
-from mnist_dist.data.decoding import AwaitedSink, DecodePool, Threads
+from mnist_dist.data.decoding import AwaitedSink, DecodePool, Taken, Threads
 from mnist_dist.errors import ImageError
-from mnist_dist.images.decoder import Decoded
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.sources.listing import list_inputs
-from mnist_dist.sources.reading import Encoded
 
 
 class Counter(AwaitedSink):
@@ -24,16 +24,17 @@ class Counter(AwaitedSink):
         self._left, self._in_batch, self._batch_size = images, 0, task.batch_size
         self._stamps = Stamps(task)
 
-    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
-        """Counts an image.
+    def take(self, images: Sequence[Taken]) -> None:
+        """Counts images.
 
         Raises:
-            ImageError: the image could not be decoded.
+            ImageError: one could not be decoded.
         """
-        if isinstance(image, ImageError):
-            raise image
+        for taken in images:
+            if isinstance(taken.image, ImageError):
+                raise taken.image
         with self._lock:
-            self._left, self._in_batch = self._left - 1, self._in_batch + 1
+            self._left, self._in_batch = self._left - len(images), self._in_batch + len(images)
             if self._left and self._in_batch < self._batch_size:
                 return
             self._stamps.add(self._in_batch)

@@ -2,31 +2,39 @@
 
 Owns: the threads that read and decode images, how many there are, the time limit per image, and the time spent per
 stage. Does not own: what a request reads (`reading`), the pixels (`images/decoder.py`), or their use (a `Sink`).
+
+A thread passes on images one by one, but tiny ones in batches, and threads take turns with such batches: what they do
+is mostly Python, of which one thread runs at a time, and threads that interrupt each other lose more than they gain.
+While storage is quick, reading tiny files is a part of the turn, since any system call can be such an interruption.
 """
 
+import contextlib
 import functools
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
 from mnist_dist.errors import DecoderStuck, ImageError
 from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
-from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
+from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.isolation import IsolatedDecoder
-from mnist_dist.sources.reading import Encoded, Read, plan_reads
+from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES, Encoded, Read, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 
 SETTLED_IMAGES = 32  # The first images are slow (imports, connections) and say nothing of the speed.
 LOOK_S = 1.0  # between checks of the time limit for decoding
+BATCH_BYTES = 2**20  # of decoded tiny images in a thread: a large model input makes batches small
+_NO_TURN = contextlib.nullcontext()
 
 
 @dataclass
@@ -57,13 +65,22 @@ class Threads:
     reading: int = 16
 
 
+class Taken(NamedTuple):
+    """The decoded image of a row, or why there is none; size and etag are those of `Encoded`."""
+
+    row: int
+    size_bytes: int | None
+    etag: str | None
+    image: Decoded | ImageError
+
+
 class Sink(Protocol):
     """Receives the images of one shard; called from several threads."""
 
     failure: BaseException | None
 
-    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
-        """Takes the image of a row; may block, which slows down reading."""
+    def take(self, images: Sequence[Taken]) -> None:
+        """Takes the images of some rows; may block, which slows down reading."""
 
     def abort(self, failure: BaseException) -> None:
         """Says that the rest of the shard will not come, and why."""
@@ -87,7 +104,9 @@ class DecodePool:
         self._threads = threads
         self._pool = _Pool(threads.decoding + min(1, threads.reading))
         self._slots = threading.Semaphore(threads.decoding)
-        self._read = 0
+        self._turn = threading.RLock()  # of a batch of tiny images
+        self._at_once = max(1, min(TINY_AT_ONCE, BATCH_BYTES // spec.image_bytes))
+        self._images = 0
         self._begun: dict[int, float] = {}  # thread -> since when it has been decoding its image
         self._memory = MemoryBudget(config.decode_memory or default_budget_bytes(threads.decoding))
         self._child = IsolatedDecoder(
@@ -128,27 +147,40 @@ class DecodePool:
         if sink.failure is not None:
             return
         try:
-            began = time.perf_counter()
-            for row, encoded in zip(read.rows, read.run(), strict=True):
-                if sink.failure is not None:
-                    return
-                self._count(read_s=time.perf_counter() - began)
-                sink.take(row, encoded, self._image(encoded, decode))
-                began = time.perf_counter()
+            left = zip(read.rows, read.run(), strict=True)
+            while sink.failure is None and (images := self._next(left, decode, tiny_files=read.tiny_files)):
+                sink.take(images)
+                del images  # They would be held while the next ones are read.
         except BaseException as failure:  # a failed service or a bug: raised by the caller that waits for the shard
             sink.abort(failure)
 
-    def _image(self, encoded: Encoded, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
-        if isinstance(encoded.data, ImageError):
-            return encoded.data
-        with self._slots:
+    def _next(
+        self, left: Iterator[tuple[int, Encoded]], decode: Callable[[bytes], Decoded], *, tiny_files: bool
+    ) -> list[Taken]:
+        """Reads and decodes the next image, or the next tiny ones; none if no row is left."""
+        with self._turn if tiny_files and not self._storage_is_slow else _NO_TURN:
+            began = time.perf_counter()
+            rows = self._read(left)
+            read_s = time.perf_counter() - began
+            return self._decoded(rows, decode, read_s) if rows else []
+
+    def _read(self, left: Iterator[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
+        rows: list[tuple[int, Encoded]] = []
+        for row in left:
+            rows.append(row)
+            if len(rows) == self._at_once or not _is_tiny(row[1]):
+                break
+        return rows
+
+    def _decoded(
+        self, rows: Sequence[tuple[int, Encoded]], decode: Callable[[bytes], Decoded], read_s: float
+    ) -> list[Taken]:
+        with self._turn if _is_tiny(rows[-1][1]) else _NO_TURN, self._slots:
             began, cpu_began = time.perf_counter(), time.thread_time()
-            try:
-                return decode(encoded.data)
-            except ImageError as error:
-                return ImageError(error.status, error.message)  # without the traceback, which holds the image
-            finally:
-                self._count(decode_s=time.perf_counter() - began, decode_cpu_s=time.thread_time() - cpu_began)
+            images = [Taken(row, encoded.size_bytes, encoded.etag, _image(encoded, decode)) for row, encoded in rows]
+            decode_s, decode_cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
+        self._count(len(rows), Times(read_s=read_s, decode_s=decode_s, decode_cpu_s=decode_cpu_s))
+        return images
 
     def _decode_here(self, data: bytes) -> Decoded:
         """Decodes in this thread; `check_times` watches how long it takes."""
@@ -171,21 +203,37 @@ class DecodePool:
             self._begun[threading.get_ident()] = time.monotonic()
             yield
 
-    def _count(self, *, read_s: float = 0.0, decode_s: float = 0.0, decode_cpu_s: float = 0.0) -> None:
+    def _count(self, images: int, times: Times) -> None:
         with self._times_lock:
-            self.times.read_s += read_s
-            self._read += read_s > 0
-            self.times.decode_s += decode_s
-            self.times.decode_cpu_s += decode_cpu_s
-            self._grow()
+            self._images += images
+            self.times.read_s += times.read_s
+            self.times.decode_s += times.decode_s
+            self.times.decode_cpu_s += times.decode_cpu_s
+            if self._storage_is_slow:
+                self._grow()
+
+    @property
+    def _storage_is_slow(self) -> bool:
+        return self._images >= SETTLED_IMAGES and self.times.read_s > self.times.decode_s
 
     def _grow(self) -> None:
-        """If storage is slow, adds threads until all cores decode while the other threads wait."""
+        """Adds threads until all cores decode while the other threads wait."""
         times, threads = self.times, self._threads
-        if self._read < SETTLED_IMAGES or times.read_s <= times.decode_s:
-            return
         max_threads = threads.decoding + threads.reading
         self._pool.grow(min(max_threads, math.ceil(threads.decoding * (1 + times.read_s / max(times.decode_s, 1e-9)))))
+
+
+def _is_tiny(encoded: Encoded) -> bool:
+    return isinstance(encoded.data, ImageError) or len(encoded.data) <= TINY_BYTES
+
+
+def _image(encoded: Encoded, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
+    if isinstance(encoded.data, ImageError):
+        return encoded.data
+    try:
+        return decode(encoded.data)
+    except ImageError as error:
+        return ImageError(error.status, error.message)  # without the traceback, which holds the image
 
 
 class _Pool:
@@ -250,9 +298,10 @@ class Collector(AwaitedSink):
         self.etags: list[str | None] = [None] * rows
         self._left = rows
 
-    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
-        self.images[row], self.size_bytes[row], self.etags[row] = image, encoded.size_bytes, encoded.etag
+    def take(self, images: Sequence[Taken]) -> None:
+        for row, size_bytes, etag, image in images:
+            self.images[row], self.size_bytes[row], self.etags[row] = image, size_bytes, etag
         with self._lock:
-            self._left -= 1
+            self._left -= len(images)
             if self._left == 0:
                 self._done.set()

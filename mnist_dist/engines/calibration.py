@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mnist_dist.engines.engine import Engine
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import BundleError
-from mnist_dist.images.decoder import Pixels
+from mnist_dist.images.pixels import Pixels
 from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
 
 MAX_IMAGES = 1_000  # of the bundle's images; more are thinned out evenly

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.images.decoder import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.models.bundle import Bundle, all_layers
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built

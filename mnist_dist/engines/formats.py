@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mnist_dist.config import EnginePrecision
 from mnist_dist.engines.engine import Outputs, padded
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.decoder import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mnist_dist.errors import ImageError, MnistDistError
-from mnist_dist.images.decoder import Pixels
+from mnist_dist.images.pixels import Pixels
 from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.listing import list_uris
 from mnist_dist.sources.parquet import split_row

@@ -20,19 +20,9 @@ import cv2
 import numpy as np
 
 from mnist_dist.errors import ImageError
-from mnist_dist.images.formats import FORMATS, IMAGE_SUFFIXES, Format, format_of
+from mnist_dist.images.formats import FORMATS, Format, format_of
 from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, match_channels, resize_pixels
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Decoded",
-    "ImageSpec",
-    "Pixels",
-    "decode_image",
-    "match_channels",
-    "probe_image",
-    "resize_pixels",
-]
 Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
 _Result = TypeVar("_Result")
 _NO_LIMIT = contextlib.nullcontext()
@@ -112,9 +102,9 @@ def _with_first_able(data: bytes, spec: ImageSpec | None, max_pixels: int, use: 
     """Uses the image as opened by the first decoder that can; the most telling reason if none can."""
     format = _recognised(data)
     failures: list[Exception] = []
-    for open_image in format.decoders:
+    for decoder in format.decoders:
         try:
-            opened = open_image(data, spec)
+            opened = decoder.open(data, spec)
             _check_size(opened, max_pixels)
             return use(opened)
         except ImageError:

@@ -37,7 +37,8 @@ def open_deep_jpeg(data: bytes, spec: ImageSpec | None) -> Opened:
     def decode() -> Pixels:
         return rotate(_pixels(header, _samples(data, header)), header.orientation)
 
-    return Opened(width, height, 1 if header.components == 1 else 3, _memory_bytes(header), decode)
+    memory = _memory_bytes(header) + len(data)  # imagecodecs copies the file.
+    return Opened(width, height, 1 if header.components == 1 else 3, memory, decode)
 
 
 def _samples(data: bytes, header: Header) -> Samples:

@@ -9,6 +9,7 @@ next one gets it.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mnist_dist.images import jpeg, pillow, signatures
 from mnist_dist.images.deep_jpeg import open_deep_jpeg
@@ -21,6 +22,14 @@ Open = Callable[[bytes, ImageSpec | None], Opened]
 _DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
 
 
+class Decoder(NamedTuple):
+    """A library that reads some kinds of a format."""
+
+    library: str
+    open: Open
+    """Reads the header. Raises NotForMe for a kind that it was not made for, ImportError if the library is missing."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One image format."""
@@ -30,15 +39,20 @@ class Format:
     """Whether these are the first bytes of such a file."""
     suffixes: tuple[str, ...]
     """Lower-case suffixes of its files."""
-    decoders: tuple[Open, ...]
+    decoders: tuple[Decoder, ...]
+    """In the order in which they are asked."""
 
 
 def _starts(*magics: bytes) -> Callable[[bytes], bool]:
     return lambda data: data.startswith(magics)
 
 
-def _pillow(kind: str) -> Open:
-    return functools.partial(pillow.open_any, kind=kind)
+def _pillow(kind: str) -> tuple[Decoder]:
+    return (Decoder("Pillow", functools.partial(pillow.open_any, kind=kind)),)
+
+
+def _bitmap(kind: str) -> tuple[Decoder]:
+    return (Decoder("Pillow", functools.partial(pillow.open_bmp, kind=kind)),)
 
 
 def _is_dib(data: bytes) -> bool:
@@ -56,29 +70,27 @@ def _is_webp(data: bytes) -> bool:
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
 
 
+_JPEGS = (
+    Decoder("libjpeg-turbo", jpeg.open_ordinary),
+    Decoder("Pillow", pillow.open_jpeg),
+    Decoder("imagecodecs", open_deep_jpeg),
+)
+_TIFFS = (Decoder("Pillow", pillow.open_tiff), Decoder("tifffile and imagecodecs", open_tiff))
+_PNM_MAGICS = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")
+
 FORMATS = (
-    Format(
-        "JPEG",
-        _starts(jpeg.MAGIC),
-        (".jpg", ".jpeg", ".jpe", ".jfif"),
-        (jpeg.open_ordinary, pillow.open_jpeg, open_deep_jpeg),
-    ),
-    Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (pillow.open_png,)),
-    Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (pillow.open_gif,)),
-    Format("BMP", _is_bmp, (".bmp",), (functools.partial(pillow.open_bmp, kind="BMP"),)),
-    Format("DIB", _is_dib, (".dib",), (functools.partial(pillow.open_bmp, kind="DIB"),)),
-    Format("WebP", _is_webp, (".webp",), (_pillow("WEBP"),)),
-    Format("AVIF", signatures.is_avif, (".avif",), (_pillow("AVIF"),)),
-    Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (open_heif,)),
-    Format("JPEG 2000", signatures.is_jpeg2000, (".jp2", ".j2k", ".j2c", ".jpx", ".jpf"), (_pillow("JPEG2000"),)),
-    Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (open_jpegxl,)),
-    Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), (pillow.open_tiff, open_tiff)),
-    Format(
-        "PNM",
-        _starts(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"),
-        (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-        (_pillow("PPM"),),
-    ),
+    Format("JPEG", _starts(jpeg.MAGIC), (".jpg", ".jpeg", ".jpe", ".jfif"), _JPEGS),
+    Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (Decoder("Pillow", pillow.open_png),)),
+    Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (Decoder("Pillow", pillow.open_gif),)),
+    Format("BMP", _is_bmp, (".bmp",), _bitmap("BMP")),
+    Format("DIB", _is_dib, (".dib",), _bitmap("DIB")),
+    Format("WebP", _is_webp, (".webp",), _pillow("WEBP")),
+    Format("AVIF", signatures.is_avif, (".avif",), _pillow("AVIF")),
+    Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (Decoder("pi-heif", open_heif),)),
+    Format("JPEG 2000", signatures.is_jpeg2000, (".jp2", ".j2k", ".j2c", ".jpx", ".jpf"), _pillow("JPEG2000")),
+    Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (Decoder("imagecodecs", open_jpegxl),)),
+    Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), _TIFFS),
+    Format("PNM", _starts(*_PNM_MAGICS), (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), _pillow("PPM")),
 )
 
 IMAGE_SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.suffixes)

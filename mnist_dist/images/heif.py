@@ -55,9 +55,9 @@ def open_heif(data: bytes, spec: ImageSpec | None) -> Opened:
         if samples.shape != expected:
             raise ImageError("unreadable", f"HEIF: expected {expected}. Received: {samples.shape}")
         pixels = eight_bits(samples[..., :colours], bits=bits)
-        if not alpha:
-            return pixels.copy() if bits <= 8 else pixels  # The samples lie in memory that goes with `image`.
-        return over_white(pixels, eight_bits(samples[..., -1], bits=bits), is_premultiplied=alpha == "a")
+        if alpha:
+            return over_white(pixels, eight_bits(samples[..., -1], bits=bits), is_premultiplied=alpha == "a")
+        return pixels.copy() if bits <= 8 else pixels  # 8 bits are a view of memory that libheif frees with `image`.
 
     planes = (_PLANES.get(image.info.get("chroma"), 3.0) if colours == 3 else 1) + len(alpha)
     memory = _memory_bytes(width * height, colours + len(alpha), planes, 1 if bits <= 8 else 2)
@@ -67,7 +67,7 @@ def open_heif(data: bytes, spec: ImageSpec | None) -> Opened:
 def _memory_bytes(pixels: int, channels: int, planes: float, itemsize: int) -> int:
     """libheif holds its planes twice to rotate them, beside the interleaved samples, which then become 8 bits."""
     samples = pixels * channels
-    converted = samples * (2 if channels in (2, 4) else itemsize - 1)
+    converted = samples * (2 if channels in (2, 4) else 1)
     return samples * itemsize + max(int(2 * planes * pixels * itemsize), converted) + min(WORKING_BYTES, 64 * samples)
 
 

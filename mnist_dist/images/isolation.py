@@ -24,7 +24,8 @@ from typing import NamedTuple
 import mnist_dist
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.budget import MemoryBudget
-from mnist_dist.images.decoder import Decoded, ImageSpec, decode_image
+from mnist_dist.images.decoder import Decoded, decode_image
+from mnist_dist.images.pixels import ImageSpec
 
 MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
 _START_TIMEOUT_S = 120.0

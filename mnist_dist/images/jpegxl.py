@@ -225,4 +225,4 @@ def _memory_bytes(header: Header) -> int:
 
 
 def _damage(message: str) -> str:
-    return "truncated" if "more input" in message.lower() or "truncated" in message.lower() else "unreadable"
+    return "truncated" if "NEED_MORE_INPUT" in message else "unreadable"

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.reading import TINY_BYTES
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote, path_of
@@ -24,6 +25,7 @@ from mnist_dist.store.uris import is_remote, path_of
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
 MIN_SHARD, MAX_SHARD, MAX_SHARDS = 256, 4_096, 10_000  # images per shard, shards per manifest
+MIN_TINY_SHARD = 1_024  # of images of at most `TINY_BYTES`: a smaller one takes less time than its task and its file
 TARGET_SHARDS = 64  # of a small job: enough to spread over workers, and little is lost with one
 SHARD_BYTES = 256 * 2**20  # of encoded images, which a killed worker has to read and decode again
 
@@ -105,7 +107,8 @@ def shard_bounds(table: pa.Table, *, shard_size: int) -> list[int]:
 
 
 def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> int:
-    """Images per shard: 256 to 4,096, by the number of images and their bytes; more only to stay at 10,000 shards.
+    """Images per shard: 256 to 4,096, by the number of images and their bytes; more only to stay at 10,000 shards. Tiny
+    images, which are read and decoded in no time, are at least 1,024.
 
     Args:
         rows: number of rows of the manifest.
@@ -113,7 +116,8 @@ def choose_shard_size(rows: int, *, total_bytes: int, most: int = MAX_SHARD) -> 
         most: a lower maximum, for shards whose decoded pixels travel between processes.
     """
     by_bytes = SHARD_BYTES * rows // max(total_bytes, 1)
-    wanted = max(MIN_SHARD, min(rows // TARGET_SHARDS, by_bytes, MAX_SHARD))
+    least = MIN_TINY_SHARD if 0 < total_bytes <= TINY_BYTES * rows else MIN_SHARD
+    wanted = max(least, min(rows // TARGET_SHARDS, by_bytes, MAX_SHARD))
     return max(min(wanted, most), -(-rows // MAX_SHARDS))
 
 

@@ -10,24 +10,25 @@ of decoded images wait for the model, so that memory does not grow with the job.
 
 # B = batch, K = classes, D = features
 
+import collections
 import contextlib
-import queue
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mnist_dist.config import DecodeConfig
-from mnist_dist.data.decoding import LOOK_S, DecodePool, Threads, Times
+from mnist_dist.data.decoding import LOOK_S, DecodePool, Taken, Threads, Times
 from mnist_dist.engines.engine import Engine, Outputs
 from mnist_dist.errors import ImageError
-from mnist_dist.images.decoder import Decoded, ImageSpec, Pixels
+from mnist_dist.images.decoder import Decoded
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.scoring.predictions import Outcomes
-from mnist_dist.sources.reading import Encoded
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 
@@ -66,11 +67,10 @@ class Scorer:
         self._engine = engine
         self._pool = DecodePool(spec, config=decoding, threads=threads, store=store)
         calls = engine.calls_at_once
-        self._images: queue.Queue[_Image] = queue.Queue((BATCHES_WAITING + calls - 1) * engine.batch_size)
+        self._images = _Waiting((BATCHES_WAITING + calls - 1) * engine.batch_size)
         self._collecting, self._times_lock = threading.Lock(), threading.Lock()
         self._in_the_model: dict[int, Sequence[_Image]] = {}  # images in the model, by thread
         self._under_way: set[_OpenShard] = set()
-        self._closed = False
         self._threads = [
             threading.Thread(target=self._run_model, args=(number,), daemon=True, name=f"model-{number}")
             for number in range(calls)
@@ -82,7 +82,7 @@ class Scorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        self._closed = True
+        self._images.close()
         for thread in self._threads:
             thread.join()
         self._pool.__exit__(kind)
@@ -121,14 +121,15 @@ class Scorer:
     ) -> Outcomes:
         """Like `score`, for images that were read and decoded elsewhere."""
         with self._shard(len(images), progress) as shard:
-            for row, image in enumerate(images):
-                shard.take(row, Encoded(b"", size_bytes[row], etags[row]), image)
+            taken = map(Taken, range(len(images)), size_bytes, etags, images)
+            while some := list(itertools.islice(taken, self._engine.batch_size)):
+                shard.take(some)
         return shard.outcomes(self._engine)
 
     @contextlib.contextmanager
     def _shard(self, rows: int, progress: Progress) -> "Iterator[_OpenShard]":
         """Opens a shard, and waits at the end until it has all its outcomes."""
-        shard = _OpenShard(rows, put=self._put, progress=progress)
+        shard = _OpenShard(rows, put=self._images.put, progress=progress)
         self._under_way.add(shard)
         try:
             yield shard
@@ -136,12 +137,6 @@ class Scorer:
                 self._pool.check_times()
         finally:
             self._under_way.discard(shard)
-
-    def _put(self, image: "_Image") -> None:
-        while not self._closed:
-            with contextlib.suppress(queue.Full):
-                self._images.put(image, timeout=LOOK_S)
-                return
 
     # --- in the threads that run the model ---------------------------------------------------------------------------
 
@@ -164,13 +159,12 @@ class Scorer:
         """The next images: a full batch unless no more are coming; None when the scorer is closed."""
         batch: list[_Image] = []
         while len(batch) < self._engine.batch_size:
-            try:
-                batch.append(self._images.get(timeout=IDLE_S))
-            except queue.Empty:
-                if self._closed:
-                    return None
-                if batch and self._is_last(batch):
-                    break
+            if self._images.wait():
+                batch += self._images.get(self._engine.batch_size - len(batch))
+            elif self._images.closed:
+                return None
+            elif batch and self._is_last(batch):
+                break
         return batch
 
     def _is_last(self, batch: "Sequence[_Image]") -> bool:
@@ -197,7 +191,7 @@ class Scorer:
 class _OpenShard:
     """Collects the outcomes of one shard; a `Sink`."""
 
-    def __init__(self, rows: int, *, put: "Callable[[_Image], None]", progress: Progress) -> None:
+    def __init__(self, rows: int, *, put: "Callable[[Sequence[_Image]], None]", progress: Progress) -> None:
         self._put, self._progress = put, progress
         self._statuses: list[str] = ["failed"] * rows
         self._errors: list[str | None] = [None] * rows
@@ -210,14 +204,19 @@ class _OpenShard:
         self.done = threading.Event()
         self.left, self._lock = rows, threading.Lock()
 
-    def take(self, row: int, encoded: Encoded, image: Decoded | ImageError) -> None:
-        self._size_bytes[row], self._etags[row] = encoded.size_bytes, encoded.etag
-        if isinstance(image, ImageError):
-            self._statuses[row], self._errors[row] = image.status, image.message
-            self._finish(0, 1)
-        else:
-            self._width[row], self._height[row] = image.width_px, image.height_px
-            self._put(_Image(self, row, image.pixels))
+    def take(self, images: Sequence[Taken]) -> None:
+        decoded: list[_Image] = []
+        for row, size_bytes, etag, image in images:
+            self._size_bytes[row], self._etags[row] = size_bytes, etag
+            if isinstance(image, ImageError):
+                self._statuses[row], self._errors[row] = image.status, image.message
+            else:
+                self._width[row], self._height[row] = image.width_px, image.height_px
+                decoded.append(_Image(self, row, image.pixels))
+        if len(decoded) < len(images):
+            self._finish(0, len(images) - len(decoded))
+        if decoded:
+            self._put(decoded)
 
     def abort(self, failure: BaseException) -> None:
         self.failure = self.failure or failure
@@ -262,13 +261,59 @@ class _OpenShard:
                 self.done.set()
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
+class _Image(NamedTuple):
     """A decoded image on its way to the model."""
 
     shard: _OpenShard
     row: int
     pixels: Pixels
+
+
+class _Waiting:
+    """The images that wait for the model.
+
+    Args:
+        most: `put` blocks while so many wait.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._images = most, collections.deque[_Image]()
+        lock = threading.Lock()
+        self._has_room, self._has_images = threading.Condition(lock), threading.Condition(lock)
+        self.closed = False
+
+    def put(self, images: Sequence[_Image]) -> None:
+        """Adds images; after `close` nobody gets them."""
+        with self._has_room:
+            while self.is_full() and not self.closed:
+                self._has_room.wait()
+            self._images.extend(images)
+            self._has_images.notify()
+            if not self.is_full():
+                self._has_room.notify()
+
+    def wait(self) -> bool:
+        """Waits up to `IDLE_S` for images; returns whether there are any."""
+        with self._has_images:
+            return bool(self._images) or self._has_images.wait(IDLE_S)
+
+    def get(self, most: int) -> list[_Image]:
+        """Takes up to `most` of the images that are there."""
+        with self._has_room:
+            images = [self._images.popleft() for _ in range(min(most, len(self._images)))]
+            if not self.is_full():
+                self._has_room.notify()  # one thread, which wakes the next if there is still room
+            return images
+
+    def is_full(self) -> bool:
+        """Whether `put` blocks."""
+        return len(self._images) >= self._most
+
+    def close(self) -> None:
+        """Ends all waiting."""
+        with self._has_room:
+            self.closed = True
+            self._has_room.notify_all()
 
 
 def _filled(

@@ -25,7 +25,7 @@ import pyarrow as pa
 from PIL import Image
 
 from mnist_dist.errors import DataError
-from mnist_dist.images.decoder import Pixels
+from mnist_dist.images.pixels import Pixels
 from mnist_dist.sources import image_table
 from mnist_dist.sources.columns import LABEL, SPLIT
 from mnist_dist.sources.image_table import ImageRow

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import StorageError
-from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.images.formats import IMAGE_SUFFIXES
 from mnist_dist.sources import parquet
 from mnist_dist.sources.archives import SEPARATOR, is_archive, split_member
 from mnist_dist.sources.image_table import ImageRow
@@ -83,7 +83,7 @@ class LeftOut:
         Args:
             all_files: whether the job has the flag `--all-files`.
         """
-        remedy = "--all-files" if all_files else "a list names any file"
+        remedy = "--all-files" if all_files else "name them in a list"
         kinds = [
             f"{files:,} {kind} ({self.examples[kind]}; {_REMEDIES.get(kind, remedy)})"
             for kind, files in self.counts.most_common(_SHOWN_KINDS)

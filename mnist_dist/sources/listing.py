@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from mnist_dist.config import InputConfig, require
 from mnist_dist.errors import DataError
-from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.images.formats import IMAGE_SUFFIXES
 from mnist_dist.sources import arrays, image_table, labels, lists, parquet
 from mnist_dist.sources.choice import (
     BESIDE,

@@ -1,8 +1,8 @@
 """Plans how to read the rows of a listing, and reads their encoded bytes.
 
-Owns: the requests (a file, neighbouring members of an archive, rows of a Parquet file), checking that a container is
-still the one that was listed, and the status that a failed read becomes. Does not own: decoding, or the threads that
-read (`data/decoding.py`).
+Owns: the requests (a file, a few tiny local files, neighbouring members of an archive, rows of a Parquet file),
+checking that a container is still the one that was listed, and the status that a failed read becomes. Does not own:
+decoding, or the threads that read (`data/decoding.py`).
 
 Contract: an error of one object is an `ImageError` in place of its bytes; an error of the service is raised.
 """
@@ -23,6 +23,9 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_remote
 
+TINY_BYTES = 4_096
+"""An image of at most this size is tiny: what it costs is mostly Python, once per call, lock or thread."""
+TINY_AT_ONCE = 32  # Local files in one request, whose threads take turns.
 _PARQUET_ROWS, _DIVIDED_ROWS = 1_024, 8_192  # of a request; of a row group, from its start
 _THREADS = 8  # They wait for storage, not for a core.
 _AHEAD = 16  # Bounds the requests whose bytes are held in memory.
@@ -46,6 +49,8 @@ class Read:
     rows: Sequence[int]
     run: Callable[[], Iterator[Encoded]]
     """Makes the request; yields one item for each row, in order."""
+    tiny_files: bool = False
+    """Whether these are local files of at most `TINY_BYTES`, according to the listing."""
 
 
 def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> list[Read]:
@@ -60,13 +65,13 @@ def plan_reads(rows: pa.Table, *, max_bytes: int, store: Store = ANYWHERE) -> li
         ServiceError, StorageError: the storage failed, not a single object.
     """
     names = ["uri", "size_bytes", "etag", "archive", "packing", "status", "error", "address"]
-    columns = rows.select(names).to_pydict()
+    columns = {name: _values(rows[name]) for name in names}
     reads: list[Read] = []
     for (archive, _), group in itertools.groupby(range(len(rows)), key=functools.partial(_container_of, columns)):
         numbers = list(group)
         first, packing = numbers[0], columns["packing"][numbers[0]]
         if archive is None:
-            reads += [Read([row], _one(columns, row, max_bytes, store)) for row in numbers]
+            reads += _file_reads(columns, numbers, max_bytes, store)
             continue
         part = rows.slice(first, len(numbers))
         address = columns["address"][first] or archive
@@ -104,6 +109,11 @@ def image_error(error: OSError) -> ImageError:
     return ImageError("failed", error.strerror or str(error))  # A bad sector, or a pipe of that name.
 
 
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; quicker than pyarrow for the many columns that are empty."""
+    return [None] * len(column) if column.null_count == len(column) else column.to_pylist()
+
+
 def _container_of(columns: Mapping[str, list[Any]], row: int) -> tuple[str | None, str | None]:
     """The container of a row; for arrays also their name, since several sets may lie in one folder."""
     archive, packing = columns["archive"][row], columns["packing"][row]
@@ -113,32 +123,50 @@ def _container_of(columns: Mapping[str, list[Any]], row: int) -> tuple[str | Non
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _one(columns: dict[str, list[Any]], row: int, max_bytes: int, store: Store) -> Callable[[], Iterator[Encoded]]:
-    status = columns["status"][row]
-    if status is None:
-        return functools.partial(_file, columns["address"][row] or columns["uri"][row], max_bytes, store)
-    known = ImageError(status, columns["error"][row] or status)
-    encoded = Encoded(known, columns["size_bytes"][row], columns["etag"][row])
-    return lambda: iter([encoded])
+def _file_reads(columns: dict[str, list[Any]], rows: Sequence[int], max_bytes: int, store: Store) -> list[Read]:
+    """One request per file, but one for several adjacent tiny files that are local."""
+    reads: list[Read] = []
+    for is_tiny, group in itertools.groupby(rows, key=functools.partial(_is_tiny_file, columns)):
+        same, at_once = list(group), TINY_AT_ONCE if is_tiny else 1
+        for start in range(0, len(same), at_once):
+            some = same[start : start + at_once]
+            reads.append(Read(some, functools.partial(_files, columns, some, max_bytes, store), is_tiny))
+    return reads
 
 
-def _file(uri: str, max_bytes: int, store: Store) -> Iterator[Encoded]:
+def _is_tiny_file(columns: dict[str, list[Any]], row: int) -> bool:
+    size_bytes = columns["size_bytes"][row]
+    return size_bytes is not None and size_bytes <= TINY_BYTES and not is_remote(_address(columns, row))
+
+
+def _address(columns: dict[str, list[Any]], row: int) -> str:
+    return str(columns["address"][row] or columns["uri"][row])
+
+
+def _files(columns: dict[str, list[Any]], rows: Sequence[int], max_bytes: int, store: Store) -> Iterator[Encoded]:
+    for row in rows:
+        status = columns["status"][row]
+        if status is None:
+            yield _file(_address(columns, row), max_bytes, store)
+        else:
+            known = ImageError(status, columns["error"][row] or status)
+            yield Encoded(known, columns["size_bytes"][row], columns["etag"][row])
+
+
+def _file(uri: str, max_bytes: int, store: Store) -> Encoded:
     try:
         entry, data = store.read_object(uri, max_bytes=max_bytes)
     except OSError as error:
-        yield Encoded(image_error(error), None, None)
-        return
+        return Encoded(image_error(error), None, None)
     except StorageError as error:
         if not is_remote(uri):
             raise
         # a list may name a bucket that does not exist
-        yield Encoded(ImageError("missing", str(error)), None, None)
-        return
+        return Encoded(ImageError("missing", str(error)), None, None)
     if data is None:
         problem = ImageError("too_large", f"{entry.size_bytes:,} bytes are more than {max_bytes:,}")
-        yield Encoded(problem, entry.size_bytes, entry.etag)
-    else:
-        yield Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
+        return Encoded(problem, entry.size_bytes, entry.etag)
+    return Encoded(data or ImageError("empty", "the file has no bytes"), len(data), entry.etag)
 
 
 # --- containers ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 
 from mnist_dist.config import DataConfig, InputConfig, require
 from mnist_dist.errors import DataError, ImageError
-from mnist_dist.images.decoder import ImageSpec, Pixels, probe_image
+from mnist_dist.images.decoder import probe_image
+from mnist_dist.images.pixels import ImageSpec, Pixels
 from mnist_dist.sources import arrays, image_table, labels
 from mnist_dist.sources.columns import LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from mnist_dist.errors import ImageError
-from mnist_dist.images.decoder import IMAGE_SUFFIXES
+from mnist_dist.images.formats import IMAGE_SUFFIXES
 from mnist_dist.sources.archives import ArchiveIndex, Member, read_members
 from mnist_dist.sources.choice import suffix_of
 from mnist_dist.store.anywhere import ANYWHERE
