@@ -54,7 +54,7 @@ def _structural(data: bytes) -> tuple[Callable[[bytes, bytes, random.Random], by
     return (_tail_field,) if data.startswith(b"PAR1") else ()
 
 
-def _near(data: bytes, draw: random.Random) -> int:
+def _near(data: bytes | bytearray, draw: random.Random) -> int:
     """A position; every other one is near the start, where headers are."""
     return draw.randrange(min(len(data), _HEAD_BYTES) if draw.random() < 0.5 else max(len(data), 1)) if data else 0
 
@@ -72,7 +72,7 @@ def _flip(data: bytes, other: bytes, draw: random.Random) -> bytes:
 
 def _number(draw: random.Random, size: int) -> bytes:
     value = draw.choice(_INTERESTING) if draw.random() < 0.8 else draw.getrandbits(64)
-    return (value % 256**size).to_bytes(size, draw.choice(("little", "big")))
+    return (value % (1 << 8 * size)).to_bytes(size, draw.choice(("little", "big")))
 
 
 def _overwrite(data: bytes, other: bytes, draw: random.Random) -> bytes:
@@ -142,12 +142,11 @@ def _jpeg_frame(data: bytes, other: bytes, draw: random.Random) -> bytes:
     start = draw.choice(frames)
     if draw.random() < 0.4:
         return _put(data, start + 1, bytes([draw.choice(_FRAMES)]))
-    offset, size = draw.choice(((4, 1), (5, 2), (7, 2), (9, 1), (10, 1), (11, 1), (14, 1), (17, 1), (12, 1)))
-    return (
-        _put(data, start + offset, bytes([draw.choice((0x11, 0x12, 0x21, 0x22, 0x41, 0x14, 0x44, 0x33))]))[: len(data)]
-        if offset in (11, 14, 17)
-        else _put(data, start + offset, _number(draw, size))
-    )
+    if draw.random() < 0.5:
+        sampling = draw.choice((0x11, 0x12, 0x21, 0x22, 0x41, 0x14, 0x44, 0x33))
+        return _put(data, start + draw.choice((11, 14, 17)), bytes([sampling]))
+    offset, size = draw.choice(((4, 1), (5, 2), (7, 2), (9, 1), (10, 1), (12, 1)))
+    return _put(data, start + offset, _number(draw, size))
 
 
 def _jpeg_field(data: bytes, other: bytes, draw: random.Random) -> bytes:

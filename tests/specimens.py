@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import heics
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,10 @@ def images() -> dict[str, bytes]:
         **_bmps(np.asarray(small)),
         **_pillow_tiffs(small),
         **_tiffs(np.asarray(small)),
+        **_deep_tiffs(np.asarray(small)[..., 1]),
         **_pnms(np.asarray(small)),
         **_modern(small),
+        **{f"heic {name}": data for name, data in vars(heics).items() if isinstance(data, bytes) and len(data) > 200},
     }
 
 
@@ -83,13 +86,14 @@ def _jpegs(rgb: Image.Image, size: str) -> dict[str, bytes]:
 
 def _rare_jpegs(pixels: Array) -> dict[str, bytes]:
     deep = pixels.astype(np.uint16) * 16 + 7
-    return {
+    files = {
         "jpeg lossless": imagecodecs.jpeg8_encode(pixels, lossless=True),
         "jpeg lossless grey": imagecodecs.jpeg8_encode(np.ascontiguousarray(pixels[..., 0]), lossless=True),
         "jpeg lossless 16": imagecodecs.ljpeg_encode(np.ascontiguousarray(deep[..., 1]) * 16, bitspersample=16),
         "jpeg 12": imagecodecs.jpeg8_encode(deep, bitspersample=12),
         "jpeg 12 grey": imagecodecs.jpeg8_encode(np.ascontiguousarray(deep[..., 1]), bitspersample=12),
     }
+    return {name: bytes(data) for name, data in files.items()}
 
 
 def _pngs(rgb: Image.Image) -> dict[str, bytes]:
@@ -114,7 +118,7 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 def png(rgb: Array, colour: int, channels: int, depth: int, is_interlaced: bool, has_key: bool) -> bytes:
     """A PNG of any colour type and depth. Source: PNG, third edition, sections 8 and 11."""
     height, width = rgb.shape[:2]
-    samples = np.concatenate([rgb, rgb[..., 1:2]], axis=-1)[..., :channels].astype(np.uint32)
+    samples: Array = np.concatenate([rgb, rgb[..., 1:2]], axis=-1)[..., :channels].astype(np.uint32)
     samples = samples * 257 if depth == 16 else samples >> (8 - depth)
     passes = _ADAM7 if is_interlaced else ((0, 0, 1, 1),)
     rows = b"".join(_png_rows(samples[y::dy, x::dx], depth) for x, y, dx, dy in passes)
@@ -223,17 +227,16 @@ def _tiffs(rgb: Array) -> dict[str, bytes]:
         "bigtiff big": (rgb, {**wide, "bigtiff": True, "byteorder": ">"}),
         "palette": (grey, {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256)}),
     }
+    return {f"tiff {name}": _tiff(*table) for name, table in tables.items()}
+
+
+def _deep_tiffs(grey: Array) -> dict[str, bytes]:
+    files = {}
     for depth in (2, 4, 6, 10, 12, 14, 24):
-        deep = grey.astype(np.uint8 if depth <= 8 else np.uint16 if depth <= 16 else np.uint32)
-        packed = imagecodecs.packints_encode(deep & (2**depth - 1) if depth <= 8 else deep << (depth - 8), depth)
-        _packed_tiff(tables, depth, np.frombuffer(packed, np.uint8), grey)
-    return {f"tiff {name}": _tiff(*table) for name, table in tables.items() if table[1].get("bits") is None} | {
-        f"tiff {name}": _bits_tiff(*table) for name, table in tables.items() if table[1].get("bits") is not None
-    }
-
-
-def _packed_tiff(tables: dict[str, tuple[Array, dict[str, Any]]], depth: int, packed: Array, grey: Array) -> None:
-    tables[f"grey{depth}"] = (packed, {"bits": depth, "shape": grey.shape})
+        samples: Array = grey.astype(np.uint8 if depth <= 8 else np.uint16 if depth <= 16 else np.uint32)
+        samples = np.right_shift(samples, 8 - depth) if depth <= 8 else np.left_shift(samples, depth - 8)
+        files[f"tiff grey{depth}"] = _bits_tiff(bytes(imagecodecs.packints_encode(samples, depth)), depth, grey.shape)
+    return files
 
 
 def _tiff(pixels: Array, options: Mapping[str, Any]) -> bytes:
@@ -245,11 +248,10 @@ def _tiff(pixels: Array, options: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _bits_tiff(packed: Array, options: Mapping[str, Any]) -> bytes:
+def _bits_tiff(data: bytes, bits: int, shape: tuple[int, ...]) -> bytes:
     """A grey TIFF of any number of bits, in one strip. Source: TIFF 6.0, section 4."""
-    height, width = options["shape"]
-    data = packed.tobytes()
-    tags = [(256, 4, width), (257, 4, height), (258, 3, options["bits"]), (259, 3, 1), (262, 3, 1), (273, 4, 0)]
+    height, width = shape
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 0)]
     tags += [(277, 3, 1), (278, 4, height), (279, 4, len(data))]
     start = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(
@@ -296,10 +298,10 @@ def _modern(rgb: Image.Image) -> dict[str, bytes]:
         "jp2 tiles": encoded(rgb, "JPEG2000", tile_size=(16, 16), quality_layers=[20, 10]),
         "jp2 stream": encoded(rgb, "JPEG2000", no_jp2=True),
         "jp2 deep": encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "JPEG2000"),
-        "jxl": imagecodecs.jpegxl_encode(pixels),
-        "jxl lossless": imagecodecs.jpegxl_encode(pixels, lossless=True),
-        "jxl alpha": imagecodecs.jpegxl_encode(np.asarray(alpha)),
-        "jxl grey16": imagecodecs.jpegxl_encode(np.asarray(grey).astype(np.uint16) * 257),
+        "jxl": bytes(imagecodecs.jpegxl_encode(pixels)),
+        "jxl lossless": bytes(imagecodecs.jpegxl_encode(pixels, lossless=True)),
+        "jxl alpha": bytes(imagecodecs.jpegxl_encode(np.asarray(alpha))),
+        "jxl grey16": bytes(imagecodecs.jpegxl_encode(np.asarray(grey).astype(np.uint16) * 257)),
     }
 
 

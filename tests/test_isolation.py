@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import heics
 import numpy as np
 import psutil
 import pytest
@@ -222,3 +223,10 @@ def test_a_gif_gets_no_canvas_before_its_size_is_checked(disposal: int) -> None:
     data = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + colours + control + frame
     with isolated() as decoder, pytest.raises(ImageError, match="131070 x 131070 px are more than 1,200,000 pixels"):
         decoder.decode(data)
+
+
+def test_a_heic_with_an_item_of_a_type_that_is_no_text_crashes_nothing() -> None:
+    damaged = heics.ROTATED.replace(b"\0\0Exif\0", b"\0\0\xffxif\0")
+    assert damaged != heics.ROTATED
+    with isolated() as decoder, pytest.raises(ImageError, match="unreadable: HEIF: the type of an item is no text"):
+        decoder.decode(damaged)
