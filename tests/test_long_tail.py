@@ -264,7 +264,7 @@ def test_broken_heic_data_are_unreadable() -> None:
 
 def test_items_whose_type_is_not_text_do_not_end_the_process() -> None:
     data = heics.ROTATED.replace(b"Exif\0", b"E\xf8$f\0", 1)
-    with pytest.raises(ImageError, match=r"unreadable: HEIF: the type of an item is not text"):
+    with pytest.raises(ImageError, match=r"unreadable: HEIF: the type of an item is no text"):
         open_heif(data, None)
 
 
