@@ -154,6 +154,11 @@ def with_spectrum_end_0(data: bytes) -> bytes:
     return data[: end - 2] + b"\0" + data[end - 1 :]
 
 
+def with_adobe_transform_2(data: bytes) -> bytes:
+    tables = data[data.index(b"\xff\xdb") :]  # no JFIF, which would say how colours are stored
+    return b"\xff\xd8" + segment(0xEE, b"Adobe\0\x64\0\0\0\0\2") + tables
+
+
 HARMLESS: dict[str, Callable[[bytes], bytes]] = {
     "some bytes before the end": lambda data: before_end(data, b"\x0e\xd4\x69"),
     "many equal bytes before the end": lambda data: before_end(data, bytes(5_000)),
@@ -164,6 +169,7 @@ HARMLESS: dict[str, Callable[[bytes], bytes]] = {
     "fill bytes": lambda data: before_marker(data, 0xC4, b"\xff\xff\xff"),
     "bytes after the end": lambda data: data + b"whatever" * 99,
     "an unknown JFIF revision": with_jfif_version,
+    "an unknown colour transform": with_adobe_transform_2,
     "a spectrum that ends at 0": with_spectrum_end_0,
     "the standard's code tables left out": lambda data: data.replace(b"\xff\xc4", b"\xff\xfe"),
 }
@@ -215,6 +221,20 @@ def test_damage_is_named(what: str) -> None:
     data = damage(jpeg(restart_marker_blocks=3))
     assert data != jpeg(restart_marker_blocks=3)
     with pytest.raises(ImageError, match=f"^{status}: "):
+        decoded(data)
+
+
+@pytest.mark.parametrize(("bits", "marker"), [(255, 0xC0), (1, 0xC3), (17, 0xC3)])
+def test_an_impossible_depth_is_damage(bits: int, marker: int) -> None:
+    frame = segment(marker, struct.pack(">BHHB", bits, 8, 8, 1) + bytes([1, 0x11, 0]))
+    with pytest.raises(ImageError, match=r"^unreadable: the frame header is not valid"):
+        read_header(b"\xff\xd8" + frame + segment(0xDA, bytes([1, 1, 0, 1, 0, 0])))
+
+
+def test_jpeg_ls_is_not_supported() -> None:
+    data = b"\xff\xd8" + segment(0xF7, struct.pack(">BHHB", 8, 8, 8, 1) + bytes([1, 0x11, 0]))
+    data += segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(9) + EOI
+    with pytest.raises(ImageError, match=r"^unsupported: not supported: 8-bit LS JPEG of 1 component$"):
         decoded(data)
 
 

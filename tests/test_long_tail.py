@@ -14,11 +14,13 @@ import heics
 import imagecodecs
 import numpy as np
 import pytest
+from corpus import encoded
 from PIL import Image
 from tiffs import Samples, Tiff, tiff
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images import jpegxl
+from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.deep_jpeg import open_deep_jpeg
 from mnist_dist.images.heif import open_heif
 from mnist_dist.images.jpegxl import jpegxl_size, open_jpegxl, read_header
@@ -352,6 +354,7 @@ PEAK = """
 import re, sys
 import imagecodecs
 import numpy as np
+from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.deep_jpeg import open_deep_jpeg
 from mnist_dist.images.jpegxl import open_jpegxl
 
@@ -393,3 +396,35 @@ def test_decoding_takes_the_memory_that_was_announced(
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, announced = map(int, done.stdout.split())
     assert announced / factor < peak <= announced
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (4, 4, 4), (2, 3, 3)])
+def test_a_tiny_jpegxl_is_not_turned(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    pixels[..., 3:] = 255
+    data = imagecodecs.jpegxl_encode(pixels, lossless=True)
+    spec = ImageSpec(height_px=shape[0], width_px=shape[1], channels=3)
+    np.testing.assert_array_equal(decode_image(data, spec).pixels, pixels[..., :3])
+
+
+def with_jp2_box(data: bytes, name: bytes, body: bytes) -> bytes:
+    """A JP2 file with another box at the end of its header."""
+    box = struct.pack(">I", 8 + len(body)) + name + body
+    begin = data.index(b"jp2h") - 4
+    size = int.from_bytes(data[begin : begin + 4], "big")
+    return (
+        data[:begin] + struct.pack(">I", size + len(box)) + data[begin + 4 : begin + size] + box + data[begin + size :]
+    )
+
+
+def test_a_jpeg2000_whose_channels_are_reordered_is_refused() -> None:
+    data = encoded(Image.new("RGB", (16, 16), (255, 0, 0)), "JPEG2000")
+    spec = ImageSpec(height_px=16, width_px=16, channels=3)
+    same = struct.pack(">10H", 3, 0, 0, 1, 1, 0, 2, 2, 0, 3)
+    np.testing.assert_array_equal(decode_image(with_jp2_box(data, b"cdef", same), spec).pixels[0, 0], (255, 0, 0))
+    for name, body in {
+        b"cdef": struct.pack(">10H", 3, 0, 0, 3, 1, 0, 2, 2, 0, 1),
+        b"cmap": struct.pack(">HBBHBBHBB", 0, 1, 2, 0, 1, 1, 0, 1, 0),
+    }.items():
+        with pytest.raises(ImageError, match=r"unsupported: not supported: JPEG 2000 with reordered channels"):
+            decode_image(with_jp2_box(data, name, body), spec)

@@ -53,6 +53,16 @@ def test_one_grey_is_transparent(bits: int) -> None:
         assert probe_image(data)[2] == 1
 
 
+@pytest.mark.parametrize(("colour_type", "transparent"), [(GREY, b"\0\7"), (PALETTE, bytes(8))])
+def test_what_becomes_transparent_behind_the_pixels_does_not_count(colour_type: int, transparent: bytes) -> None:
+    colours = [chunk(b"PLTE", bytes(range(24)))] if colour_type == PALETTE else []
+    samples = np.full((2, 3, 1), 7)
+    plain = decoded(png(samples, 8, colour_type, *colours))
+    assert plain.max() < 255
+    late = png(samples, 8, colour_type, *colours, last=chunk(b"tRNS", transparent))
+    np.testing.assert_array_equal(decoded(late), plain)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_one_colour_is_transparent(bits: int) -> None:
     unit = 1 if bits == 8 else 257

@@ -20,8 +20,9 @@ from tiffs import ORDERS, Order, Samples, Tiff, pages, tiff
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images import ifd
+from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.ifd import check_segments, exif_orientation, read_page
-from mnist_dist.images.pixels import Pixels, match_channels
+from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels
 from mnist_dist.images.tiff import open_tiff, pillow_is_right
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
@@ -403,9 +404,26 @@ def test_a_strip_shorter_than_its_pixels_is_truncated() -> None:
 
 
 def test_a_strip_without_data_is_no_black_strip() -> None:
-    data = tiff(samples(GREY, 1), replace(GREY, compression=5, tags=((279, (0,)),)))
-    with pytest.raises(ImageError, match=r"unreadable: some of 1 strips have no data"):
+    data = tiff(samples(GREY, 1), replace(GREY, compression=5, rows=8, tags=((279, (0, 80)),)))
+    with pytest.raises(ImageError, match=r"unreadable: some of 2 strips have no data"):
         open_tiff(data, None)
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8])
+def test_byte_counts_that_are_all_zero_count_as_missing(compression: int) -> None:
+    whole = samples(GREY, 1)
+    data = tiff(whole, replace(GREY, compression=compression, tags=((279, (0,)),)))
+    spec = ImageSpec(height_px=H, width_px=W, channels=1)
+    expected = decode_image(tiff(whole, GREY), spec)
+    np.testing.assert_array_equal(decode_image(data, spec).pixels, expected.pixels)
+
+
+def test_a_file_that_ends_within_its_tags_is_truncated() -> None:
+    values = np.linspace(0, 1, H * W, dtype=np.float64).reshape(H, W)
+    data = tiff(values, Tiff(bits=64, sample_format=3))
+    assert int.from_bytes(data[4:8], "little") > H * W  # the tags stand last
+    with pytest.raises(ImageError, match=r"truncated: the file ends within the tags of a page"):
+        decode_image(data[:-16], ImageSpec(height_px=H, width_px=W, channels=1))
 
 
 def test_missing_strips_are_truncated() -> None:
@@ -440,7 +458,7 @@ def test_a_broken_code_is_unreadable() -> None:
         (((262, (32845,)), (259, (34676,))), r"unsupported: not supported: SGILog-compressed 8-bit LogLuv TIFF"),
         (((259, (9,)),), r"unsupported: not supported: JBIG-compressed 8-bit grey TIFF"),
         (((339, (6,)), (258, (64,))), r"unsupported: not supported: 64-bit complex grey TIFF"),
-        (((32997, (7,)),), r"unsupported: not supported: 8-bit grey TIFF"),
+        (((32997, (7,)),), r"unsupported: not supported: 8-bit grey TIFF volume"),
     ],
 )
 def test_what_is_wrong_with_a_header_is_said(tags: tuple[tuple[int, tuple[int, ...]], ...], message: str) -> None:
@@ -470,7 +488,9 @@ def test_pages_in_a_circle_and_huge_counts_end() -> None:
     struct.pack_into("<I", data, tags + 2 + 12 * count, tags)
     assert read_page(bytes(data)).index == 0
     struct.pack_into("<H", data, tags, 65535)
-    assert read_page(bytes(data)).width_px == W
+    with pytest.raises(ImageError, match=r"truncated"):
+        read_page(bytes(data))
+    struct.pack_into("<H", data, tags, count)
     struct.pack_into("<I", data, tags + 2 + 12 * 7 + 4, 2**32 - 1)
     with pytest.raises(ImageError, match=r"truncated"):
         check_segments(bytes(data), read_page(bytes(data)))

@@ -63,7 +63,7 @@ def _is_dib(data: bytes) -> bool:
 
 
 def _is_bmp(data: bytes) -> bool:
-    return data.startswith(b"BM") and _is_dib(data[14:])
+    return data.startswith(b"BM") and _is_dib(data[14:40])
 
 
 def _is_webp(data: bytes) -> bool:
@@ -87,7 +87,12 @@ FORMATS = (
     Format("WebP", _is_webp, (".webp",), _pillow("WEBP")),
     Format("AVIF", signatures.is_avif, (".avif",), _pillow("AVIF")),
     Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (Decoder("pi-heif", open_heif),)),
-    Format("JPEG 2000", signatures.is_jpeg2000, (".jp2", ".j2k", ".j2c", ".jpx", ".jpf"), _pillow("JPEG2000")),
+    Format(
+        "JPEG 2000",
+        signatures.is_jpeg2000,
+        (".jp2", ".j2k", ".j2c", ".jpx", ".jpf"),
+        (Decoder("Pillow", pillow.open_jpeg2000),),
+    ),
     Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (Decoder("imagecodecs", open_jpegxl),)),
     Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), _TIFFS),
     Format("PNM", _starts(*_PNM_MAGICS), (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), _pillow("PPM")),

@@ -25,6 +25,7 @@ _PLANES = {420: 1.5, 422: 2.0, 444: 3.0}
 
 _ITEMS = re.compile(rb"infe(?:[\x00\x01].{7}|(?:\x02.{5}|\x03.{7})..(.{4}))[^\x00]*\x00([^\x00]*)", re.DOTALL)
 """The type of each item, and the text behind its name: a MIME type for some. Source: ISO/IEC 14496-12, 8.11.6."""
+_NO_DECODER = ("invalid image index", "error while loading plugin")  # No image that it can read, or no codec for it.
 _CUT = ("cannot read full", "too small", "insufficient input")
 
 
@@ -108,7 +109,7 @@ def _prepare() -> None:
 
 def _damage(error: Exception) -> ImageError:
     text = str(error).lower()
-    if text.startswith("unsupported"):
+    if text.startswith("unsupported") or any(words in text for words in _NO_DECODER):
         return ImageError("unsupported", f"not supported: HEIF, {first_line(error)}")
     is_cut = isinstance(error, EOFError) or "end of" in text or any(words in text for words in _CUT)
     return ImageError("truncated" if is_cut else "unreadable", f"HEIF: {first_line(error)}")

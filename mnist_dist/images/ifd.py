@@ -116,7 +116,7 @@ class Page:
         words += _FORMATS.get(self.sample_formats[0], [])
         words += [word for word, applies in self._peculiarities if applies]
         words += [] if words[-1] == "bilevel" else [colour]
-        return " ".join([*words, "BigTIFF" if self.is_big_tiff else "TIFF"])
+        return " ".join([*words, "BigTIFF" if self.is_big_tiff else "TIFF", *["volume"] * (self.depth > 1)])
 
     @property
     def _peculiarities(self) -> list[tuple[str, bool]]:
@@ -249,11 +249,17 @@ class _Layout:
         return int.from_bytes(value, "little" if self.order == "<" else "big") if len(value) == size else 0
 
     def pages(self) -> Iterator[dict[int, Values]]:
-        """The tags of each page, until the file ends or repeats itself."""
+        """The tags of each page, until the file repeats itself.
+
+        Raises:
+            ImageError: `truncated` if the file ends within the tags of a page.
+        """
         seen: set[int] = set()
         position = self.first
         while position and position not in seen and len(seen) < _MAX_PAGES and position < len(self.data):
             seen.add(position)
+            if self._end(position) > len(self.data):
+                raise ImageError("truncated", "the file ends within the tags of a page")
             yield dict(self.entries(position))
             position = self._next(position)
 
@@ -277,9 +283,13 @@ class _Layout:
         begin = here if size <= (8 if self.is_big_tiff else 4) else place
         return np.frombuffer(self.data, dtype, count, begin) if size and begin + size <= len(self.data) else _NOTHING
 
-    def _next(self, position: int) -> int:
+    def _end(self, position: int) -> int:
+        """Where the entries of a page end, and the offset of the next page stands."""
         word, size = (8, 20) if self.is_big_tiff else (2, 12)
-        return self.number(position + word + self.number(position, word) * size, 8 if self.is_big_tiff else 4)
+        return position + word + self.number(position, word) * size
+
+    def _next(self, position: int) -> int:
+        return self.number(self._end(position), 8 if self.is_big_tiff else 4)
 
 
 def _number(tags: dict[int, Values], tag: int, default: int) -> int:
@@ -357,8 +367,8 @@ def _place(tags: dict[int, Values], tile_tag: int, strip_tag: int) -> Values:
 
 
 def _with_byte_counts(page: Page, layout: _Layout, tags: dict[int, Values]) -> Page:
-    """Old writers leave the byte counts out where there is one strip, or no compression."""
-    if page.byte_counts.size or 279 in tags or 325 in tags or page.offsets.size != page.segment_count:
+    """Old writers leave the byte counts out, or all 0, where there is one strip, or no compression."""
+    if page.byte_counts.any() or page.offsets.size != page.segment_count:
         return page
     rest = max(0, len(layout.data) - int(page.offsets[0]))
     counts = [page.segment_bytes(index) for index in range(page.segment_count)] if page.compression == NONE else [rest]

@@ -20,10 +20,18 @@ from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate
 
 MAGIC = b"\xff\xd8"
 _SOS, _EOI, _COM, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xFE, 0xE0, 0xE1, 0xEE
-_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0-15, without DHT, JPG and DAC.
+LS = 0xF7  # JPEG-LS, whose header has the same form.
+_FRAMES = frozenset({*range(0xC0, 0xD0), LS} - {0xC4, 0xC8, 0xCC})  # SOF0-15 without DHT, JPG and DAC.
 _JFIF = b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"  # Version 1.01, square pixels, no thumbnail.
 _BARE = frozenset({0x00, 0x01, *range(0xD0, 0xD8), 0xFF})  # Without a length: TEM, RST0-7, and no markers at all.
-_KINDS = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive", 0xC3: "lossless", 0xC9: "arithmetic-coded"}
+_KINDS = {
+    0xC0: "baseline",
+    0xC1: "extended",
+    0xC2: "progressive",
+    0xC3: "lossless",
+    0xC9: "arithmetic-coded",
+    LS: "LS",
+}
 _ORDINARY_SAMPLING = frozenset({(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)})  # of luma, beside 1 x 1 of both chromas
 _MAX_STRAY_BYTES = 32
 """So many bytes of any content may stand after the image data; longer runs must be one repeated byte.
@@ -89,7 +97,7 @@ def read_header(data: bytes) -> Header:
     if frame is None or segments[-1].marker != _SOS:
         raise ImageError("truncated", "the file ends before the image data")
     body = data[frame.begin : frame.end]
-    if len(body) < 6 or len(body) != 6 + 3 * body[5] or not body[5]:
+    if len(body) < 6 or len(body) != 6 + 3 * body[5] or not body[5] or not 2 <= body[0] <= 16:
         raise ImageError("unreadable", "the frame header is not valid")
     height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
     if not height or not width:
@@ -195,14 +203,16 @@ def _orientation(data: bytes, segments: list[Segment]) -> int:
 def essentials(data: bytes, segments: list[Segment]) -> bytes:
     """The same image without what libjpeg may complain of in an intact one.
 
-    That is: bytes between segments, comments and application segments (an unknown JFIF revision), and a sequential
-    scan whose spectral selection is not 0 to 63, which decoders ignore. What says how colours are stored is kept.
+    That is: bytes between segments, comments and application segments (an unknown JFIF revision or colour transform),
+    and a sequential scan whose spectral selection is not 0 to 63, which decoders ignore. What says how colours are
+    stored is kept.
 
     Args:
         data: a JPEG file.
         segments: those up to its first scan, included.
     """
-    is_progressive = any(segment.marker == 0xC2 for segment in segments)
+    frame = next(segment for segment in segments if segment.marker in _FRAMES)
+    is_progressive, components = frame.marker == 0xC2, data[frame.begin + 5]
     parts = [MAGIC]
     for segment in segments:
         body = data[segment.begin : segment.end]
@@ -210,6 +220,8 @@ def essentials(data: bytes, segments: list[Segment]) -> bytes:
             body = _JFIF
         elif segment.marker == _COM or _APP0 <= segment.marker < _APP14:
             continue
+        if segment.marker == _APP14 and len(body) == 12 and components == 3:
+            body = body[:-1] + bytes([min(1, body[-1])])  # libjpeg takes other transforms for YCbCr, too.
         if segment.marker == _SOS and not is_progressive:
             body = body[:-3] + b"\0\x3f\0"
         parts.append(bytes([0xFF, segment.marker]) + (len(body) + 2).to_bytes(2, "big") + body)

@@ -202,7 +202,8 @@ def _extra_channel(bits: _Bits) -> tuple[int, bool]:
 
 def _pixels(samples: Samples, header: Header, size: tuple[int, int]) -> Pixels:
     colours = 1 if header.is_grey else 3
-    if samples.ndim == 3 and samples.shape[1:] == size:  # Grey with several extra channels comes as planes.
+    planes = 1 + header.extra_channels
+    if header.is_grey and samples.ndim == 3 and samples.shape == (planes, *size):  # So comes grey with several others.
         samples = samples.transpose(1, 2, 0)
     samples = samples.reshape(*samples.shape[:2], -1)
     if samples.shape[:2] != size or samples.shape[2] < colours + header.has_alpha:

@@ -21,6 +21,7 @@ from mnist_dist.images import jpeg, png
 from mnist_dist.images.depth import eight_bits
 from mnist_dist.images.exif import ORIENTATION_TAG
 from mnist_dist.images.ifd import check_segments, read_page
+from mnist_dist.images.jpeg2000 import has_reordered_channels
 from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixels, rotate, strips, upright_size
 from mnist_dist.images.tiff import pillow_is_right
 
@@ -54,9 +55,10 @@ def open_jpeg(data: bytes, spec: ImageSpec | None) -> Opened:
         ImageError: the header is damaged.
     """
     header = jpeg.read_header(data)
-    if header.bits != 8:
+    if header.bits != 8 or header.marker == jpeg.LS:
         raise NotForMe(header.kind)
     image = _open(data, "JPEG")
+    image.decodermaxblock = max(len(data), image.decodermaxblock)  # Arithmetic code is decoded in one piece, or not.
     return _opened(image, header.orientation, lambda: _pixels(image))
 
 
@@ -64,10 +66,18 @@ def open_png(data: bytes, spec: ImageSpec | None) -> Opened:
     """Opens a PNG or the first image of an animated one. Transparent colours are compared in their full depth."""
     header = png.read_header(data)
     image = _open(data, "PNG")
-    if header.colour is None:
-        return _opened(image, header.orientation, lambda: _pixels(image))
-    image.info.pop("transparency", None)
-    return _opened(image, header.orientation, lambda: _without_colour(image, data, header))
+    transparent = image.info.pop("transparency", None)
+
+    def decode() -> Pixels:
+        image.load()
+        image.info.pop("transparency", None)  # One that stands behind the pixels does not count.
+        if header.colour is not None:
+            return _without_colour(image, data, header)
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        return _pixels(image)
+
+    return _opened(image, header.orientation, decode)
 
 
 def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
@@ -83,6 +93,17 @@ def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
     check_segments(data, page)
     image = _open(data, "TIFF")  # Pillow turns it upright itself.
     return _opened(image, 1, lambda: _pixels(image))
+
+
+def open_jpeg2000(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a JPEG 2000 file whose channels stand in the order of their colours.
+
+    Raises:
+        NotForMe: they do not.
+    """
+    if has_reordered_channels(data):
+        raise NotForMe("JPEG 2000 with reordered channels")
+    return open_any(data, spec, kind="JPEG2000")
 
 
 def open_gif(data: bytes, spec: ImageSpec | None) -> Opened:
@@ -182,9 +203,9 @@ def _pixels(image: Image.Image) -> Pixels:
     image.load()
     if image.mode in _DEEP_MODES:
         return eight_bits(np.asarray(image))[..., None]
-    if image.mode == "P":
-        return _looked_up(image)
     if image.has_transparency_data:
+        if image.mode == "P":
+            return _looked_up(image)
         return _in_strips(image, 3, _over_white)
     return _in_strips(image, *((1, _grey) if image.mode in _GREY_MODES else (3, _rgb)))
 

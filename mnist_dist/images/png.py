@@ -31,11 +31,14 @@ class Header(NamedTuple):
 def read_header(data: bytes) -> Header:
     """Reads the chunks of a PNG, without checking them: that is left to the decoder."""
     bits, colour_type, colour, is_animated = 8, 2, None, False
+    is_before_pixels = True  # A transparent colour that comes later does not count.
     exif, xmp = list[bytes](), list[bytes]()
     for kind, body in _chunks(data):
         if kind == b"IHDR" and len(body) >= 10:
             bits, colour_type = body[8], body[9]
-        elif kind == b"tRNS" and len(body) == 2 * _SAMPLES.get(colour_type, 0):
+        elif kind == b"IDAT":
+            is_before_pixels = False
+        elif kind == b"tRNS" and is_before_pixels and len(body) == 2 * _SAMPLES.get(colour_type, 0):
             colour = tuple(int.from_bytes(body[at : at + 2], "big") for at in range(0, len(body), 2))
         elif kind == b"acTL":
             is_animated = True
@@ -50,12 +53,12 @@ def read_header(data: bytes) -> Header:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of each chunk but those of the pixels."""
+    """Type and content of each chunk; those of the pixels are left out."""
     position = 8
     while position + 12 <= len(data):
         length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-        if kind not in (b"IDAT", b"fdAT"):
-            yield kind, data[position + 8 : position + 8 + length]
+        has_pixels = kind in (b"IDAT", b"fdAT")
+        yield kind, b"" if has_pixels else data[position + 8 : position + 8 + length]
         position += 12 + length
 
 
