@@ -13,6 +13,7 @@ from unittest import mock
 import heics
 import numpy as np
 import specimens
+from tiffs import Tiff, tiff
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
@@ -38,7 +39,7 @@ READ = {
         "animated": "png animated",
     },
     "GIF": {"all, animated": "gif animated"},
-    "BMP": {"1 to 32 bits, run lengths": "bmp rle8", "all alpha values 0": "bmp 32"},
+    "BMP": {"1 to 32 bits, run lengths": "bmp rle8", "32 bits whose alpha is 0 everywhere": "bmp v5"},
     "DIB": {"a bitmap without a file header": "dib 24"},
     "WebP": {"lossy, lossless, transparent, animated": "webp animated"},
     "AVIF": {"grey, colour, transparent, animated": "avif alpha"},
@@ -48,7 +49,6 @@ READ = {
         "8-bit grey, colour, palette, CMYK, transparent; bilevel": "tiff RGBA",
         "16-bit grey and RGB": "tiff grey16 big",
         "JPEG, LZW, deflate, packbits, G3 and G4, LZMA, Zstandard": "tiff tiff_lzw",
-        "2 to 32 bits, of other depths": "tiff grey12",
         "signed integers": "tiff grey i8",
         "floats of 16, 32 and 64 bits, RGB": "tiff float",
         "planar, of 16 bits": "tiff planar16",
@@ -69,15 +69,15 @@ def files() -> dict[tuple[str, str], bytes]:
     """A file of each kind that the table shows, by format and kind."""
     made = specimens.images()
     read = {(name, kind): made[key] for name, kinds in READ.items() for kind, key in kinds.items()}
-    raw = (np.arange(64 * 48) % 251).astype(np.uint8).reshape(48, 64)
+    grey = (np.arange(64 * 48) % 251).astype(np.uint8).reshape(48, 64)
     return {
         **read,
         ("HEIF", "HEIC, 8 to 12 bits, grey, colour, transparent"): heics.RGBA,
-        ("TIFF", "raw sensor data (DNG)"): specimens.tiff(raw, photometric="cfa"),
-        ("TIFF", "complex numbers"): specimens.tiff(raw.astype(np.complex64)),
-        ("TIFF", "LogLuv"): specimens.tiff(raw).replace(
-            b"\x06\x01\x03\0\x01\0\0\0\x01\0", b"\x06\x01\x03\0\x01\0\0\0\x4d\x80"
-        ),
+        ("TIFF", "2 to 32 bits, of other depths"): tiff(grey, Tiff(bits=12)),
+        ("TIFF", "sensor data (DNG, camera raw)"): tiff(grey, Tiff(bits=8, photometric=32803)),
+        ("TIFF", "LogLuv"): tiff(grey, Tiff(bits=8, tags=((259, (34676,)), (262, (32845,))))),
+        ("TIFF", "JBIG inside"): tiff(grey, Tiff(bits=8, tags=((259, (9,)),))),
+        ("TIFF", "complex numbers"): tiff(grey.astype(np.uint64), Tiff(bits=64, tags=((339, (6,)),))),
         ("others", "PDF, SVG, PSD, ICO, camera raw, video"): b"%PDF-1.7 and so on",
     }
 
@@ -87,7 +87,8 @@ def reader(data: bytes) -> str:
     try:
         decode_image(data, SPEC)
     except ImageError as error:
-        return f"{error.status}: {error.message}".partition("; it starts")[0]
+        what = error.message.partition(" (pip")[0].partition(";")[0]
+        return what if error.status == "unsupported" else str(error)
     found = format_of(data)
     return next(decoder.library for decoder in found.decoders if _reads(decoder.open, data)) if found else ""
 
@@ -95,8 +96,9 @@ def reader(data: bytes) -> str:
 def table() -> str:
     """The table, in Markdown."""
     suffixes = {format.name: ", ".join(f"`{suffix}`" for suffix in format.suffixes) for format in FORMATS}
-    lines = ["| format | kinds | read by | without the extra `formats` |", "|---|---|---|---|"]
-    for (name, kind), data in sorted(files().items(), key=lambda item: [*suffixes, "others"].index(item[0][0])):
+    order = [*suffixes, "others"]
+    lines = ["| format | kinds | read by, or refused | without the extra `formats` |", "|---|---|---|---|"]
+    for (name, kind), data in sorted(files().items(), key=lambda item: order.index(item[0][0])):
         whole = reader(data)
         with without_extra():
             bare = reader(data)

@@ -743,22 +743,6 @@ def test_the_targets_of_zip_links_cost_few_requests() -> None:
     assert store.ranges <= len(data) // 2**20 + 4
 
 
-# --- archives in archives
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-def test_archives_in_an_archive_are_counted_and_the_first_are_named(tmp_path: Path, suffix: str) -> None:
-    files = {f"{n}.TGZ": b"x" for n in range(5)} | {"z.zip.png": b"x", "zip": b"x"}
-    uri = put(tmp_path, with_links(suffix, [], files), f"shard{suffix}")
-    index = index_archive(uri)
-    assert (index.nested, index.nested_count) == (("0.TGZ", "1.TGZ", "2.TGZ"), 5)
-
-
-def test_an_archive_without_archives_names_none(tmp_path: Path) -> None:
-    index = index_archive(put(tmp_path, tar_bytes(FILES.items())))
-    assert (index.nested, index.nested_count) == ((), 0)
-
-
 # --- archives that are not there, or none
 
 

@@ -128,7 +128,7 @@ def test_a_deep_jpeg_that_does_not_decode_is_unreadable() -> None:
 def test_other_jpegs_are_left_to_other_decoders() -> None:
     baseline = bytes(imagecodecs.jpeg8_encode(SMOOTH))
     for marker in (b"\xff\xc0", b"\xff\xc9"):  # Baseline, arithmetic.
-        with pytest.raises(NotForMe, match=r"8-bit .* JPEG with 3 component"):
+        with pytest.raises(NotForMe, match=r"8-bit .* JPEG of 3 component"):
             open_deep_jpeg(baseline.replace(b"\xff\xc0", marker), None)
 
 
@@ -260,6 +260,12 @@ def test_broken_heic_data_are_unreadable() -> None:
     data[data.find(b"mdat") + 8 :][:4] = b"\xff" * 4
     with pytest.raises(ImageError, match=r"(unreadable|truncated): HEIF"):
         open_heif(bytes(data[: data.find(b"pitm")] + b"xxxx" + data[data.find(b"pitm") + 4 :]), None).decode()
+
+
+def test_items_whose_type_is_not_text_do_not_end_the_process() -> None:
+    data = heics.ROTATED.replace(b"Exif\0", b"E\xf8$f\0", 1)
+    with pytest.raises(ImageError, match=r"unreadable: HEIF: the type of an item is no text"):
+        open_heif(data, None)
 
 
 def test_heic_is_decoded_in_the_calling_thread() -> None:

@@ -74,6 +74,18 @@ def test_carried_columns_go_along(uri: str) -> None:
     assert read.column_names == [*COLUMNS.names, *carried.names, "shard"]
 
 
+def test_a_column_that_an_older_file_lacks_is_empty(tmp_path: Path) -> None:
+    uri = str(tmp_path / "manifest.parquet")
+    write_manifest(uri, rows_of((3, None, None)), shard_size=2)
+    older = pq.read_table(uri).drop_columns(["other_file", "address"])
+    with pq.ParquetWriter(uri, older.schema) as writer:
+        writer.write_table(older.slice(0, 2), row_group_size=2)
+    with Manifest(uri) as manifest:
+        rows = manifest.read(0)
+    assert rows["uri"].to_pylist() == ["image 0", "image 1"]
+    assert rows["other_file"].null_count == rows["address"].null_count == 2
+
+
 def test_nothing_to_score_is_a_manifest_without_shards(uri: str) -> None:
     write_manifest(uri, COLUMNS.empty_table(), shard_size=5)
     with Manifest(uri) as manifest:

@@ -268,6 +268,11 @@ def test_jpegs_of_12_bits_and_of_planes_are_decoded() -> None:
     np.testing.assert_allclose(decoded(planes), SMOOTH, atol=4)
 
 
+def test_jfif_within_rgb_is_ycbcr_nevertheless() -> None:
+    data = raw(bytes(imagecodecs.jpeg8_encode(SMOOTH, level=98)), (112, 80), compression=7, colours=3)
+    np.testing.assert_allclose(decoded(data), SMOOTH, atol=6)
+
+
 def test_an_image_larger_than_its_tile_is_not_decoded() -> None:
     for compression, encoded in (
         (7, imagecodecs.jpeg8_encode(np.zeros((3000, 3000), np.uint8))),
@@ -283,10 +288,16 @@ def test_an_image_larger_than_its_tile_is_not_decoded() -> None:
             opened.decode()
 
 
-def raw(encoded: bytes, size: tuple[int, int], *, compression: int, bits: int = 8) -> bytes:
-    """A grey TIFF whose single strip has the given bytes."""
+def raw(encoded: bytes, size: tuple[int, int], *, compression: int, bits: int = 8, colours: int = 1) -> bytes:
+    """A grey or RGB TIFF whose single strip has the given bytes."""
     stored = np.frombuffer(encoded, np.uint8).reshape(1, -1)
-    tags = ((256, (size[0],)), (257, (size[1],)), (278, (size[1],)), (258, (bits,)), (259, (compression,)))
+    tags: tuple[tuple[int, tuple[int, ...]], ...] = (
+        (256, (size[0],)),
+        (257, (size[1],)),
+        (278, (size[1],)),
+        (259, (compression,)),
+    )
+    tags += ((258, (bits,) * colours), (262, (2 if colours == 3 else 1,)), (277, (colours,)), (339, (1,) * colours))
     return tiff(stored, Tiff(bits=8, tags=tags))
 
 
@@ -428,7 +439,7 @@ def test_a_broken_code_is_unreadable() -> None:
         (((322, (0,)), (323, (16,))), r"unreadable: tiles of 0 x 16 px"),
         (((262, (32845,)), (259, (34676,))), r"unsupported: not supported: SGILog-compressed 8-bit LogLuv TIFF"),
         (((259, (9,)),), r"unsupported: not supported: JBIG-compressed 8-bit grey TIFF"),
-        (((339, (6,)), (258, (64,))), r"unsupported: not supported: 64-bit grey TIFF"),
+        (((339, (6,)), (258, (64,))), r"unsupported: not supported: 64-bit complex grey TIFF"),
         (((32997, (7,)),), r"unsupported: not supported: 8-bit grey TIFF"),
     ],
 )

@@ -62,8 +62,6 @@ def value_range(samples: Samples) -> tuple[float, float]:
         finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    if low > high:
-        return 0.0, 1.0
     for usual in (1.0, 255.0) if samples.dtype.kind == "f" else (255.0, 65535.0):
         if low >= 0 and high <= usual:
             return 0.0, usual

@@ -10,6 +10,7 @@ Source: TIFF revision 6.0 (1992); BigTIFF as in libtiff 4; Adobe Photoshop TIFF 
 """
 
 import functools
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ _TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4"
     **{16: "u8", 17: "i8", 18: "u8"},
     **{5: "u4", 10: "i4"},  # Rationals, as two numbers each.
 }
+_NOTHING: Values = np.empty(0, np.uint8)
 _RATIONALS = frozenset({5, 10})
 _MAX_PAGES = 256  # Thumbnails stand before an image, never hundreds of them.
 _MAX_ENTRIES = 4096
@@ -49,6 +51,7 @@ _COLOURS = {
     **{YCBCR: "YCbCr", CIELAB: "CIELab", ICCLAB: "ICCLab", ITULAB: "ITULab", 32803: "colour filter array"},
     **{32844: "LogL", 32845: "LogLuv", 34892: "linear raw"},
 }
+_FORMATS = {SIGNED: ["signed"], FLOAT: ["float"], 5: ["complex integer"], 6: ["complex"]}
 _COMPRESSIONS = {
     **{2: "CCITT", 3: "G3", 4: "G4", 5: "LZW", 6: "old-style JPEG", 7: "JPEG", 8: "deflate", 9: "JBIG", 10: "JBIG"},
     **{32773: "packbits", 32946: "deflate", 34712: "JPEG 2000", 34887: "LERC", 34925: "LZMA", 50000: "Zstandard"},
@@ -110,7 +113,7 @@ class Page:
         words = [f"{_COMPRESSIONS.get(self.compression, f'compression {self.compression}')}-compressed"]
         words = [] if self.compression == NONE else words
         words.append("bilevel" if self.bits == (1,) and colour == "grey" else f"{bits}-bit")
-        words += {SIGNED: ["signed"], FLOAT: ["float"]}.get(self.sample_formats[0], [])
+        words += _FORMATS.get(self.sample_formats[0], [])
         words += [word for word, applies in self._peculiarities if applies]
         words += [] if words[-1] == "bilevel" else [colour]
         return " ".join([*words, "BigTIFF" if self.is_big_tiff else "TIFF"])
@@ -184,8 +187,8 @@ def check_segments(data: bytes, page: Page) -> None:
     Raises:
         ImageError: `truncated` if one is cut off or missing, `unreadable` if one has no bytes.
     """
-    if page.compression == OLD_JPEG:
-        return  # Its image data may lie where other tags say.
+    if page.compression == OLD_JPEG or page.depth != 1:
+        return  # Image data may lie where other tags say; volumes are not read.
     count, word = page.segment_count, "tiles" if page.is_tiled else "strips"
     if page.offsets.size < count or page.byte_counts.size < count:
         raise ImageError("truncated", f"{page.offsets.size} of {count} {word} have a place in the file")
@@ -256,27 +259,23 @@ class _Layout:
 
     def entries(self, position: int) -> Iterator[tuple[int, Values]]:
         """Tag and values of each entry; values that do not lie within the file are empty."""
-        word, size = (8, 20) if self.is_big_tiff else (2, 12)
-        count = self.number(position, word)
-        for index in range(min(count, _MAX_ENTRIES)):
-            begin = position + word + index * size
-            if begin + size > len(self.data):
-                return
-            yield self.number(begin, 2), self._values(begin)
+        entry = f"{self.order}HHQQ" if self.is_big_tiff else f"{self.order}HHII"
+        word = 8 if self.is_big_tiff else 2
+        size, begin = struct.calcsize(entry), position + word
+        count = min(self.number(position, word), _MAX_ENTRIES, max(0, len(self.data) - begin) // size)
+        for at in range(begin, begin + count * size, size):
+            tag, kind, values, place = struct.unpack_from(entry, self.data, at)
+            yield tag, self._values(kind, values, place, at + size - (8 if self.is_big_tiff else 4))
 
-    def _values(self, entry: int) -> Values:
-        word = 8 if self.is_big_tiff else 4
-        kind, count = self.number(entry + 2, 2), self.number(entry + 4, word)
+    def _values(self, kind: int, count: int, place: int, here: int) -> Values:
+        """The values of an entry, which lie `here` where they fit, else at `place`."""
         if kind not in _TYPES:
-            return np.empty(0, np.uint8)
+            return _NOTHING
         dtype = np.dtype(self.order + _TYPES[kind])
         count *= 1 + (kind in _RATIONALS)
-        begin = entry + 4 + word
-        if count * dtype.itemsize > word:
-            begin = self.number(begin, word)
-        if begin + count * dtype.itemsize > len(self.data):
-            return np.empty(0, dtype)
-        return np.frombuffer(self.data, dtype, count, begin)
+        size = count * dtype.itemsize
+        begin = here if size <= (8 if self.is_big_tiff else 4) else place
+        return np.frombuffer(self.data, dtype, count, begin) if size and begin + size <= len(self.data) else _NOTHING
 
     def _next(self, position: int) -> int:
         word, size = (8, 20) if self.is_big_tiff else (2, 12)

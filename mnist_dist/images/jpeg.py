@@ -65,9 +65,9 @@ class Header(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """In words, for example "12-bit extended JPEG with 3 components"."""
+        """In words, for example "12-bit extended JPEG of 3 components"."""
         process = _KINDS.get(self.marker, f"SOF{self.marker - 0xC0}")
-        return f"{self.bits}-bit {process} JPEG with {self.components} component(s)"
+        return f"{self.bits}-bit {process} JPEG of {self.components} component{'s' * (self.components != 1)}"
 
     @property
     def is_ordinary(self) -> bool:

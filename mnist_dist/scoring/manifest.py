@@ -69,9 +69,13 @@ class Manifest:
         return int(self._file.metadata.row_group(shard).num_rows)
 
     def read(self, shard: int) -> pa.Table:
-        """The rows of a shard."""
+        """The rows of a shard. A column that the file is too old to have is empty."""
         with self._lock:
-            return self._file.read_row_group(shard)
+            rows = self._file.read_row_group(shard)
+        for field in COLUMNS:
+            if field.name not in rows.column_names:
+                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+        return rows
 
 
 def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store = ANYWHERE) -> None:

@@ -40,7 +40,6 @@ ARCHIVE_SUFFIXES = (
 """Lower-case file suffixes of the archives that can be read."""
 SEPARATOR = "!"
 """Stands between an archive and the name of a member."""
-MAX_NESTED_NAMES = 3
 """Number of archives inside an archive that its index names."""
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
@@ -66,10 +65,6 @@ class ArchiveIndex:
     """Sorted by offset; of several members with the same name only the last. A link has the offset of its file."""
     duplicates: int
     """Number of members that a later member of the same name replaces."""
-    nested: tuple[str, ...]
-    """Names of the first members that are archives themselves (by their suffix), which are not opened."""
-    nested_count: int
-    """Number of all such members."""
     problem: ImageError | None
     """Why members may be missing: `missing`, `denied`, `empty`, `truncated`, `unreadable`, `too_large` or `failed`."""
 
@@ -114,8 +109,7 @@ def index_archive(uri: str, *, store: Store = ANYWHERE) -> ArchiveIndex:
         problem = bare(err)
     _follow_links(uri, listing, store)
     members = tuple(sorted(listing.members.values(), key=lambda member: member.offset))
-    nested = [member.name for member in members if is_archive(member.name)]
-    return ArchiveIndex(entry, members, listing.duplicates, tuple(nested[:MAX_NESTED_NAMES]), len(nested), problem)
+    return ArchiveIndex(entry, members, listing.duplicates, problem)
 
 
 def member_groups(members: Sequence[Member], *, max_bytes: int = 4 * 2**20, max_gap: int = 128 * 2**10) -> list[range]:
