@@ -235,7 +235,8 @@ def _deep_tiffs(grey: Array) -> dict[str, bytes]:
     for depth in (2, 4, 6, 10, 12, 14, 24):
         samples: Array = grey.astype(np.uint8 if depth <= 8 else np.uint16 if depth <= 16 else np.uint32)
         samples = np.right_shift(samples, 8 - depth) if depth <= 8 else np.left_shift(samples, depth - 8)
-        files[f"tiff grey{depth}"] = _bits_tiff(bytes(imagecodecs.packints_encode(samples, depth)), depth, grey.shape)
+        rows = [bytes(imagecodecs.packints_encode(row, depth)) for row in samples]  # Each row begins a byte.
+        files[f"tiff grey{depth}"] = _bits_tiff(b"".join(rows), depth, grey.shape)
     return files
 
 

@@ -399,3 +399,24 @@ def test_a_probe_of_a_palette_decodes_nothing(kind: str) -> None:
     assert probe_image(cut) == (W, H, 3)
     with pytest.raises(ImageError, match="truncated"):
         decode_image(cut, native(3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lossless": True}, {"lossless": True, "save_all": True, "append_images": [Image.new("RGBA", (W, H))]}],
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_probe_of_a_webp_decodes_nothing(mode: str, options: dict[str, object]) -> None:
+    cut = encoded(Image.fromarray(rgb_pixels()).convert(mode), "WEBP", **options)[:40]
+    assert probe_image(cut) == (W, H, 3)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_image(cut, native(3))
+
+
+def test_a_tiff_that_states_its_height_twice_has_one_size() -> None:
+    whole = encoded(Image.fromarray(rgb_pixels()), "TIFF", software="x")
+    entry = whole.index(struct.pack("<HHI", 305, 2, 2))
+    data = whole[:entry] + struct.pack("<HHII", 257, 3, 1, 1) + whole[entry + 12 : -90]
+    width, height, _ = probe_image(data)
+    decoded = decode_image(data, native(3))
+    assert (decoded.width_px, decoded.height_px) == (width, height)

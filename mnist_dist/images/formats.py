@@ -84,7 +84,7 @@ FORMATS = (
     Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (Decoder("Pillow", pillow.open_gif),)),
     Format("BMP", _is_bmp, (".bmp",), _bitmap("BMP")),
     Format("DIB", _is_dib, (".dib",), _bitmap("DIB")),
-    Format("WebP", _is_webp, (".webp",), _pillow("WEBP")),
+    Format("WebP", _is_webp, (".webp",), (Decoder("Pillow", pillow.open_webp),)),
     Format("AVIF", signatures.is_avif, (".avif",), _pillow("AVIF")),
     Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (Decoder("pi-heif", open_heif),)),
     Format(

@@ -14,10 +14,10 @@ from typing import cast
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError
+from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageFile, UnidentifiedImageError
 
 from mnist_dist.errors import ImageError
-from mnist_dist.images import jpeg, png
+from mnist_dist.images import jpeg, png, webp
 from mnist_dist.images.depth import eight_bits
 from mnist_dist.images.exif import ORIENTATION_TAG
 from mnist_dist.images.ifd import check_segments, read_page
@@ -34,6 +34,21 @@ _CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
 
 _BLOCK_BYTES = 2**26
 """Blocks of this size go back to the system at once. Those of Pillow's 16 MiB stay with each thread that made one."""
+
+
+class _FirstOfGif(GifImagePlugin.GifImageFile):
+    """A GIF of which only the first frame is wanted.
+
+    Pillow would else allocate what is to be laid over that frame, of any size, as soon as it opens the file.
+    """
+
+    @property
+    def disposal_method(self) -> int:
+        return 0
+
+    @disposal_method.setter
+    def disposal_method(self, value: int) -> None:
+        pass
 
 
 def open_any(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
@@ -92,6 +107,8 @@ def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
         raise NotForMe(page.kind)
     check_segments(data, page)
     image = _open(data, "TIFF")  # Pillow turns it upright itself.
+    if image.size != upright_size((page.width_px, page.height_px), page.orientation):
+        raise NotForMe(page.kind)  # A tag stands twice, and Pillow takes the other one.
     return _opened(image, 1, lambda: _pixels(image))
 
 
@@ -108,11 +125,31 @@ def open_jpeg2000(data: bytes, spec: ImageSpec | None) -> Opened:
 
 def open_gif(data: bytes, spec: ImageSpec | None) -> Opened:
     """Opens the first image of a GIF. What it leaves uncovered of the canvas is transparent."""
-    image = _open(_without_disposal(data), "GIF")
+    prepare()
+    try:
+        image = _FirstOfGif(io.BytesIO(data))
+    except SyntaxError:
+        raise OSError("the header is not complete or not valid") from None
     frame = image.tile[0].extents if image.tile else None
     if frame is None or frame == (0, 0, *image.size):
         return _opened(image, 1, lambda: _pixels(image))
     return _opened(image, 1, lambda: _on_white(_pixels(image), *frame))
+
+
+def open_webp(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a WebP or the first image of an animated one."""
+    header = webp.read_header(data)
+    stored = (header.width_px, header.height_px)
+
+    def decode() -> Pixels:
+        with _open(data, "WEBP") as image:
+            if image.size != stored:
+                raise ImageError("unreadable", f"the header says {stored}, the image has {image.size} px")
+            return rotate(_pixels(image), header.orientation)
+
+    pixels = stored[0] * stored[1]
+    memory_bytes = pixels * (4 + _CODEC_BYTES["WEBP"] + 3) + min(pixels, STRIP_PX) * 16
+    return Opened(*upright_size(stored, header.orientation), 3, memory_bytes, decode)
 
 
 def open_bmp(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
@@ -168,24 +205,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # Any damage to the EXIF data: treat the image as upright.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _without_disposal(data: bytes) -> bytes:
-    """A GIF whose first frame is left as it is by what comes after it, which is not decoded.
-
-    Pillow would else allocate the background behind that frame, of any size, when it opens the file.
-    Source: GIF 89a, sections 18 to 24.
-    """
-    position = 13 + (3 << (data[10:11] or b"\0")[0] % 8 + 1 if data[10:11] >= b"\x80" else 0)
-    patched = bytearray(data)
-    while data[position : position + 1] == b"!":
-        if data[position + 1 : position + 2] == b"\xf9" and position + 3 < len(data):
-            patched[position + 3] &= 0b11100011
-        position += 2
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
-        position += 1
-    return bytes(patched)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
