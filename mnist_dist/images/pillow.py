@@ -26,6 +26,7 @@ from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixe
 from mnist_dist.images.tiff import pillow_is_right
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_INTERLEAVED = frozenset({"RGB", "RGBA", "RGBX", "BGR", "BGRX"})  # Palettes whose colours stand one after another.
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # In memory; all others: 4.
 _CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
@@ -211,10 +212,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_grey(image: Image.Image) -> bool:
-    if image.mode in ("P", "PA"):
-        red, green, blue, _ = _palette(image).T
-        return bool((red == green).all() and (green == blue).all())
-    return image.mode in _GREY_MODES
+    if image.mode not in ("P", "PA") or image.palette is None:
+        return image.mode in _GREY_MODES
+    layout, stored = image.palette.getdata()
+    if layout in _INTERLEAVED:
+        red, green, blue = (stored[band :: len(layout)] for band in range(3))
+    else:
+        red, green, blue = (band.tobytes() for band in _palette(image)[:, :3].T)
+    return bytes(red) == bytes(green) == bytes(blue)
 
 
 def _pixels(image: Image.Image) -> Pixels:
