@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from corpus import manifest_rows
 from PIL import Image
+from test_png import bmp_32, chunk, png
+from tiffs import Tiff, tiff
 
 from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
@@ -22,6 +25,7 @@ from mnist_dist.images import budget as budgets
 from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.sources.reading import TINY_BYTES
 
 TOTAL = 10 * SMALL_BYTES
 SPEC = ImageSpec(height_px=8, width_px=8, channels=3)
@@ -99,6 +103,14 @@ def large_png(folder: Path, name: str = "large.png", side: int = 1600) -> str:
     return str(path)
 
 
+def tiny_bomb(folder: Path) -> str:
+    """A file of less than 4 KiB that takes more than 16 MiB."""
+    path = folder / "bomb.png"
+    Image.new("1", (3000, 3000)).save(path)
+    assert path.stat().st_size <= TINY_BYTES
+    return str(path)
+
+
 def test_waiting_for_memory_is_not_decoding(tmp_path: Path) -> None:
     config = DecodeConfig(decode_memory=64 * 2**20, image_timeout_s=1e-6)
     collector = Collector(1)
@@ -108,6 +120,33 @@ def test_waiting_for_memory_is_not_decoding(tmp_path: Path) -> None:
             await_queue(pool._memory, 1)
             pool.check_times()  # does not raise
         assert collector._done.wait(60)
+    assert isinstance(collector.images[0], Decoded)
+
+
+def test_a_tiny_file_that_waits_for_memory_holds_up_no_other(tmp_path: Path) -> None:
+    config = DecodeConfig(decode_memory=64 * 2**20)
+    bomb, others = Collector(1), Collector(40)
+    with DecodePool(SPEC, config=config, threads=Threads(decoding=2, reading=0)) as pool:
+        with pool._memory.reserve(64 * 2**20):
+            pool.begin(manifest_rows([tiny_bomb(tmp_path)]), bomb, isolated=False)
+            await_queue(pool._memory, 1)
+            pool.begin(
+                manifest_rows([large_png(tmp_path, f"{n}.png", side=9) for n in range(40)]), others, isolated=False
+            )
+            others.wait(pool)
+        bomb.wait(pool)
+    assert {type(image) for image in [*bomb.images, *others.images]} == {Decoded}
+
+
+def test_a_child_shares_the_budget(tmp_path: Path) -> None:
+    config = DecodeConfig(decode_memory=64 * 2**20)
+    collector = Collector(1)
+    with DecodePool(SPEC, config=config, threads=Threads(decoding=1, reading=0)) as pool:
+        with pool._memory.reserve(64 * 2**20):
+            pool.begin(manifest_rows([large_png(tmp_path)]), collector, isolated=True)
+            await_queue(pool._memory, 1)
+        collector.wait(pool)
+        assert pool._memory._free_bytes == 64 * 2**20
     assert isinstance(collector.images[0], Decoded)
 
 
@@ -157,6 +196,8 @@ def made(kind: str, height: int, width: int) -> bytes:
     red = ((rows // 16) * 7 + (columns // 16) * 11).astype(np.uint8)
     rgba = Image.merge("RGBA", [Image.fromarray(band) for band in (red, 255 - red, red // 2, red | 128)])
     name, mode, options = KINDS[kind]
+    if kind in RAW:
+        return RAW[kind](np.asarray(rgba))
     image = Image.fromarray(red.astype(np.uint16) * 257) if mode == "I;16" else rgba.convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, name, **options)
@@ -188,6 +229,31 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "TIFF": ("TIFF", "RGB", {}),
     "TIFF, LZW": ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
     "PPM": ("PPM", "RGB", {}),
+    "PNG, a transparent colour of 16 bits": ("", "", {}),
+    "BMP, alpha 0": ("", "", {}),
+    "TIFF, a tile of 4 times the image": ("", "", {}),
+}
+
+
+def deep_png(rgba: npt.NDArray[np.uint8]) -> bytes:
+    samples = rgba[..., :3].astype(np.uint16) * 257
+    return png(samples, 16, 2, chunk(b"tRNS", bytes(6)))
+
+
+def transparent_bmp(rgba: npt.NDArray[np.uint8]) -> bytes:
+    return bmp_32(rgba[..., :3], 0)
+
+
+def tiled_tiff(rgba: npt.NDArray[np.uint8]) -> bytes:
+    height, width = rgba.shape[:2]
+    how = Tiff(bits=8, photometric=2, compression=8, tile_px=(-(-2 * width // 16) * 16, -(-2 * height // 16) * 16))
+    return tiff(rgba[..., :3], how)
+
+
+RAW: dict[str, Callable[[npt.NDArray[np.uint8]], bytes]] = {
+    "PNG, a transparent colour of 16 bits": deep_png,
+    "BMP, alpha 0": transparent_bmp,
+    "TIFF, a tile of 4 times the image": tiled_tiff,
 }
 
 

@@ -389,15 +389,27 @@ def test_columns_that_the_table_leaves_out_are_those_of_the_listing(tmp_path: Pa
     assert commit_it(output, again, schema=prediction_schema(table, carried=CARRIED)).mark.rows == 2
 
 
-def test_a_table_whose_manifest_lacks_a_column_is_added_to(tmp_path: Path) -> None:
-    output = Output(str(tmp_path))
-    commit_it(output, put_generation(output, OLD))
-    path = manifest_in(output.uri)
+def drop_column(path: str, name: str) -> None:
+    """Makes a manifest one of an older version, which lacks a column."""
     with pq.ParquetFile(pa.BufferReader(ANYWHERE.read_bytes(path))) as file:
-        groups = [file.read_row_group(group).drop_columns(["other_file"]) for group in range(file.num_row_groups)]
+        groups = [file.read_row_group(group).drop_columns([name]) for group in range(file.num_row_groups)]
     with ANYWHERE.new_object(path) as stream, pq.ParquetWriter(stream, groups[0].schema) as writer:
         for group in groups:
             writer.write_table(group)
+
+
+def test_a_generation_whose_manifest_lacks_a_column_is_finished(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    generation = put_generation(output, OLD)
+    drop_column(generation.manifest_uri, "other_file")
+    assert commit_it(output, generation).mark.rows == len(OLD)
+    assert listed_in(output.uri).schema.equals(LISTED)
+
+
+def test_a_table_whose_manifest_lacks_a_column_is_added_to(tmp_path: Path) -> None:
+    output = Output(str(tmp_path))
+    commit_it(output, put_generation(output, OLD))
+    drop_column(manifest_in(output.uri), "other_file")
     assert commit_it(output, put_generation(output, (OLD[0], "z07"))).mark.rows == len(OLD) + 1
     assert listed_in(output.uri).schema.equals(LISTED)
 

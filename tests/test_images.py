@@ -201,6 +201,14 @@ def test_a_maximum_of_a_pgm_is_white() -> None:
     assert decode_image(data, native(1, 1, 3)).pixels.ravel().tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize("maximum", [300, 1023, 4095, 65535])
+def test_dark_deep_pgms_stay_dark(maximum: int) -> None:
+    values = np.array([[0, 3, 200, maximum // 2]])
+    head = b"P5 4 1 %d\n" % maximum
+    pixels = decode_image(head + values.astype(">u2").tobytes(), native(1, 1, 4)).pixels.ravel()
+    assert abs(pixels - values.ravel() * (255 / maximum)).max() <= 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_the_exif_rotation_is_applied(kind: str, orientation: int) -> None:

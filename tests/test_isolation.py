@@ -35,7 +35,7 @@ from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.images.isolation import IsolatedDecoder
 
 spec = ImageSpec(height_px=5, width_px=7, channels=3)
-decoder = IsolatedDecoder(spec, max_pixels=10_000, timeout_s=1, memory_bytes=2**27)
+decoder = IsolatedDecoder(spec, max_pixels=10_000, timeout_s=1)
 for path in sys.argv[1:]:
     decoder.decode(open(path, "rb").read())
     print("decoded", flush=True)
@@ -53,7 +53,7 @@ def dangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def isolated(*, spec: ImageSpec = SPEC, timeout_s: float = 30) -> Iterator[IsolatedDecoder]:
-    decoder = IsolatedDecoder(spec, max_pixels=MAX_PIXELS, timeout_s=timeout_s, memory_bytes=2**27)
+    decoder = IsolatedDecoder(spec, max_pixels=MAX_PIXELS, timeout_s=timeout_s)
     try:
         yield decoder
     finally:

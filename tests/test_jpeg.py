@@ -246,6 +246,21 @@ def test_an_invalid_marker_in_the_image_data_is_damage_not_a_foreign_format() ->
         decoded(bytes(data))
 
 
+def test_many_end_marks_make_no_long_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+    real = simplejpeg.decode_jpeg
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    junk = bytes(range(1, 200)) * 50
+    with pytest.raises(ImageError, match=r"^unreadable: "):
+        decoded(before_end(jpeg(), junk) + EOI * 2_000)
+    assert len(calls) <= 20
+
+
 def status_of(data: bytes) -> str:
     try:
         assert decoded(data).shape == SPEC.shape

@@ -129,6 +129,17 @@ def test_hidden_files_are_left_out_and_counted_unless_they_are_asked_for(root: s
     (note,) = listing.notes()
     assert re.fullmatch(rf"left out: 5 hidden \({root}/[^ ]*; --all-files\)", note)
     assert len(found(root, all_files=True).table) == 7
+
+
+def test_hidden_archives_are_left_out_like_hidden_images(root: str) -> None:
+    put(root, "a.png")
+    ANYWHERE.write_bytes(f"{root}/.old.tar", tar_of("b.png"))
+    assert found(root).left_out.counts == {HIDDEN: 1}
+    assert names_in(found(root, all_files=True), root) == [".old.tar!b.png", "a.png"]
+
+
+def test_hidden_folders_and_files_that_are_named_are_taken(root: str) -> None:
+    put(root, "._a.png", ".cache/b.png")
     assert names_in(found(f"{root}/.cache", f"{root}/._a.png"), root) == [".cache/b.png", "._a.png"]
 
 

@@ -418,6 +418,14 @@ def test_byte_counts_that_are_all_zero_count_as_missing(compression: int) -> Non
     np.testing.assert_array_equal(decode_image(data, spec).pixels, expected.pixels)
 
 
+def test_a_colour_map_of_8_bits_is_no_black_one() -> None:
+    map_of_8_bits = tuple(range(256)) * 3
+    indices = np.arange(H * W, dtype=np.uint8).reshape(H, W)
+    data = tiff(indices, Tiff(bits=8, photometric=3, colour_map=map_of_8_bits))
+    spec = ImageSpec(height_px=H, width_px=W, channels=1)
+    np.testing.assert_array_equal(decode_image(data, spec).pixels[..., 0], indices)
+
+
 def test_a_file_that_ends_within_its_tags_is_truncated() -> None:
     values = np.linspace(0, 1, H * W, dtype=np.float64).reshape(H, W)
     data = tiff(values, Tiff(bits=64, sample_format=3))

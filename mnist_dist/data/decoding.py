@@ -37,6 +37,13 @@ BATCH_BYTES = 2**20  # of decoded tiny images in a thread: a large model input m
 _NO_TURN = contextlib.nullcontext()
 
 
+class _Postponed(ImageError):
+    """A tiny file unpacks to something large, so that it is decoded after the batch in which it was found."""
+
+
+_POSTPONED = _Postponed("failed", "not decoded yet")
+
+
 @dataclass
 class Times:
     """Time spent by stage, in s, summed over threads."""
@@ -105,6 +112,7 @@ class DecodePool:
         self._pool = _Pool(threads.decoding + min(1, threads.reading))
         self._slots = threading.Semaphore(threads.decoding)
         self._turn = threading.RLock()  # of a batch of tiny images
+        self._local = threading.local()  # in_turn: whether this thread decodes such a batch
         self._at_once = max(1, min(TINY_AT_ONCE, BATCH_BYTES // spec.image_bytes))
         self._images = 0
         self._begun: dict[int, float] = {}  # thread -> since when it has been decoding its image
@@ -113,7 +121,7 @@ class DecodePool:
             spec,
             max_pixels=config.max_pixels,
             timeout_s=config.image_timeout_s,
-            memory_bytes=self._memory.total_bytes,
+            reserve=self._memory.reserve,
         )
         self.times, self._times_lock = Times(), threading.Lock()
 
@@ -133,9 +141,8 @@ class DecodePool:
             sink: gets one image for each row; on a failure, `abort` instead of the rest.
             isolated: decode one image at a time in a child process; slow, but no image can kill this process.
         """
-        decode = self._child.decode if isolated else self._decode_here
         for read in plan_reads(rows, max_bytes=self._config.max_bytes, store=self._store):
-            self._pool.submit(functools.partial(self._run, read, sink, decode))
+            self._pool.submit(functools.partial(self._run, read, sink, isolated))
 
     def check_times(self) -> None:
         """Raises DecoderStuck if an image has been decoding for longer than the time limit."""
@@ -143,26 +150,29 @@ class DecodePool:
         if any(time.monotonic() - since > limit_s for since in list(self._begun.values())):
             raise DecoderStuck(f"decoding an image takes longer than {limit_s:g} s")
 
-    def _run(self, read: Read, sink: Sink, decode: Callable[[bytes], Decoded]) -> None:
+    def _run(self, read: Read, sink: Sink, isolated: bool) -> None:
         if sink.failure is not None:
             return
         try:
             left = zip(read.rows, read.run(), strict=True)
-            while sink.failure is None and (images := self._next(left, decode, tiny_files=read.tiny_files)):
+            while sink.failure is None and (images := self._next(left, isolated, tiny_files=read.tiny_files)):
                 sink.take(images)
                 del images  # They would be held while the next ones are read.
         except BaseException as failure:  # a failed service or a bug: raised by the caller that waits for the shard
             sink.abort(failure)
 
-    def _next(
-        self, left: Iterator[tuple[int, Encoded]], decode: Callable[[bytes], Decoded], *, tiny_files: bool
-    ) -> list[Taken]:
+    def _next(self, left: Iterator[tuple[int, Encoded]], isolated: bool, *, tiny_files: bool) -> list[Taken]:
         """Reads and decodes the next image, or the next tiny ones; none if no row is left."""
-        with self._turn if tiny_files and not self._storage_is_slow else _NO_TURN:
+        with self._turn if tiny_files and not isolated and not self._storage_is_slow else _NO_TURN:
             began = time.perf_counter()
             rows = self._read(left)
             read_s = time.perf_counter() - began
-            return self._decoded(rows, decode, read_s) if rows else []
+            images = self._decoded(rows, isolated, read_s) if rows else []
+        # what unpacks to something large may wait for memory, and nobody else should wait for that
+        for place, taken in enumerate(images):
+            if taken.image is _POSTPONED:
+                images[place] = self._decoded([rows[place]], isolated, 0.0, in_turn=False)[0]
+        return images
 
     def _read(self, left: Iterator[tuple[int, Encoded]]) -> list[tuple[int, Encoded]]:
         rows: list[tuple[int, Encoded]] = []
@@ -173,9 +183,12 @@ class DecodePool:
         return rows
 
     def _decoded(
-        self, rows: Sequence[tuple[int, Encoded]], decode: Callable[[bytes], Decoded], read_s: float
+        self, rows: Sequence[tuple[int, Encoded]], isolated: bool, read_s: float, *, in_turn: bool = True
     ) -> list[Taken]:
-        with self._turn if _is_tiny(rows[-1][1]) else _NO_TURN, self._slots:
+        decode = self._child.decode if isolated else self._decode_here
+        in_turn = in_turn and not isolated and _is_tiny(rows[-1][1])
+        with self._turn if in_turn else _NO_TURN, self._slots:
+            self._local.in_turn = in_turn
             began, cpu_began = time.perf_counter(), time.thread_time()
             images = [Taken(row, encoded.size_bytes, encoded.etag, _image(encoded, decode)) for row, encoded in rows]
             decode_s, decode_cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
@@ -193,7 +206,11 @@ class DecodePool:
 
     def _reserve(self, memory_bytes: int) -> AbstractContextManager[None]:
         held = self._memory.reserve(memory_bytes)
-        return held if memory_bytes < SMALL_BYTES else self._awaited(held)
+        if memory_bytes < SMALL_BYTES:
+            return held
+        if self._local.in_turn:
+            raise _Postponed("failed", "not decoded yet")
+        return self._awaited(held)
 
     @contextmanager
     def _awaited(self, held: AbstractContextManager[None]) -> Iterator[None]:
@@ -232,6 +249,8 @@ def _image(encoded: Encoded, decode: Callable[[bytes], Decoded]) -> Decoded | Im
         return encoded.data
     try:
         return decode(encoded.data)
+    except _Postponed:
+        return _POSTPONED
     except ImageError as error:
         return ImageError(error.status, error.message)  # without the traceback, which holds the image
 

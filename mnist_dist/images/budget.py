@@ -1,6 +1,8 @@
 """The memory that the images of one process may take while they are decoded."""
 
 import contextlib
+import ctypes
+import functools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ from mnist_dist.processor import memory_bytes, usable_cpus
 
 SMALL_BYTES = 4 * 2**20
 """Images that take less are not counted: one per thread does not matter, and most images are small."""
-MOST_BYTES = 3 * 2**29  # Two 100-megapixel photographs with transparency at once.
+MOST_BYTES = 3 * 2**29  # Enough for 100 megapixels with transparency, in most formats.
+LARGE_BYTES = 8 * 2**20
+_M_MMAP_THRESHOLD = -3  # Source: mallopt(3).
 _SMALL = contextlib.nullcontext()
 
 
@@ -24,6 +28,16 @@ def default_budget_bytes(threads: int) -> int:
     return min(MOST_BYTES, int(share / 4))
 
 
+@functools.cache
+def return_large_blocks() -> None:
+    """Has memory in large pieces go back to the system as soon as it is free, for the whole process.
+
+    glibc would else learn to keep pieces of up to 32 MiB, in each thread that ever decoded such an image.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # Another C library.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
 class MemoryBudget:
     """Bounds the memory of all images that are being decoded. Large images wait for each other, in order.
 
@@ -32,6 +46,7 @@ class MemoryBudget:
     """
 
     def __init__(self, total_bytes: int) -> None:
+        return_large_blocks()
         self.total_bytes = self._free_bytes = total_bytes
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()

@@ -27,7 +27,7 @@ Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
 _Result = TypeVar("_Result")
 _NO_LIMIT = contextlib.nullcontext()
 _EXTRA = "pip install 'mnist_dist[formats]'"
-_TELLING = ("truncated", "unreadable", "unsupported")
+_TELLING = ("too_large", "truncated", "unreadable", "unsupported")
 _TAIL_BYTES = 64
 _CUT = ("truncated", "premature end", "eof", "end of file")
 
@@ -156,6 +156,8 @@ def _most_telling(data: bytes, name: str, failures: list[Exception]) -> ImageErr
 
 def _reason(data: bytes, error: Exception) -> ImageError:
     message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
+        return ImageError("too_large", "it does not fit in memory")
     if "unsupported" in message.lower() or "not supported" in message.lower() or isinstance(error, NotImplementedError):
         return ImageError("unsupported", message)
     return ImageError("truncated" if _is_cut(data, message) else "unreadable", message)

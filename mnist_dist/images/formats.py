@@ -19,7 +19,6 @@ from mnist_dist.images.pixels import ImageSpec, Opened
 from mnist_dist.images.tiff import open_tiff
 
 Open = Callable[[bytes, ImageSpec | None], Opened]
-_DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
 
 
 class Decoder(NamedTuple):
@@ -43,10 +42,6 @@ class Format:
     """In the order in which they are asked."""
 
 
-def _starts(*magics: bytes) -> Callable[[bytes], bool]:
-    return lambda data: data.startswith(magics)
-
-
 def _pillow(kind: str) -> tuple[Decoder]:
     return (Decoder("Pillow", functools.partial(pillow.open_any, kind=kind)),)
 
@@ -55,36 +50,20 @@ def _bitmap(kind: str) -> tuple[Decoder]:
     return (Decoder("Pillow", functools.partial(pillow.open_bmp, kind=kind)),)
 
 
-def _is_dib(data: bytes) -> bool:
-    """A bitmap header: its size, and a plane count of 1 where that stands."""
-    size = int.from_bytes(data[:4], "little")
-    planes = data[8:10] if size == 12 else data[12:14]
-    return size in _DIB_HEADERS and planes == b"\1\0"
-
-
-def _is_bmp(data: bytes) -> bool:
-    return data.startswith(b"BM") and _is_dib(data[14:40])
-
-
-def _is_webp(data: bytes) -> bool:
-    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
-
-
 _JPEGS = (
     Decoder("libjpeg-turbo", jpeg.open_ordinary),
     Decoder("Pillow", pillow.open_jpeg),
     Decoder("imagecodecs", open_deep_jpeg),
 )
 _TIFFS = (Decoder("Pillow", pillow.open_tiff), Decoder("tifffile and imagecodecs", open_tiff))
-_PNM_MAGICS = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")
 
 FORMATS = (
-    Format("JPEG", _starts(jpeg.MAGIC), (".jpg", ".jpeg", ".jpe", ".jfif"), _JPEGS),
-    Format("PNG", _starts(b"\x89PNG\r\n\x1a\n"), (".png", ".apng"), (Decoder("Pillow", pillow.open_png),)),
-    Format("GIF", _starts(b"GIF87a", b"GIF89a"), (".gif",), (Decoder("Pillow", pillow.open_gif),)),
-    Format("BMP", _is_bmp, (".bmp",), _bitmap("BMP")),
-    Format("DIB", _is_dib, (".dib",), _bitmap("DIB")),
-    Format("WebP", _is_webp, (".webp",), (Decoder("Pillow", pillow.open_webp),)),
+    Format("JPEG", signatures.is_jpeg, (".jpg", ".jpeg", ".jpe", ".jfif"), _JPEGS),
+    Format("PNG", signatures.is_png, (".png", ".apng"), (Decoder("Pillow", pillow.open_png),)),
+    Format("GIF", signatures.is_gif, (".gif",), (Decoder("Pillow", pillow.open_gif),)),
+    Format("BMP", signatures.is_bmp, (".bmp",), _bitmap("BMP")),
+    Format("DIB", signatures.is_dib, (".dib",), _bitmap("DIB")),
+    Format("WebP", signatures.is_webp, (".webp",), (Decoder("Pillow", pillow.open_webp),)),
     Format("AVIF", signatures.is_avif, (".avif",), _pillow("AVIF")),
     Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (Decoder("pi-heif", open_heif),)),
     Format(
@@ -95,7 +74,7 @@ FORMATS = (
     ),
     Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (Decoder("imagecodecs", open_jpegxl),)),
     Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), _TIFFS),
-    Format("PNM", _starts(*_PNM_MAGICS), (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), _pillow("PPM")),
+    Format("PNM", signatures.is_pnm, (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), _pillow("PPM")),
 )
 
 IMAGE_SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.suffixes)

@@ -137,6 +137,12 @@ class Page:
         planes = self.samples if self.is_planar else 1
         return self.segments_across * -(-self.height_px // self.segment_px[1]) * self.depth * planes
 
+    @property
+    def largest_segment_bytes(self) -> int:
+        """What a whole strip or tile takes decoded, which may be larger than the page."""
+        width, height = self.segment_px
+        return width * height * -(-sum(self.bits) // 8)
+
     def segment_bytes(self, index: int) -> int:
         """Size of one strip or tile without compression, bytes."""
         width, height = self.segment_px

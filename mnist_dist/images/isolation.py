@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import mnist_dist
 from mnist_dist.errors import ImageError, WorkersFailed
-from mnist_dist.images.budget import MemoryBudget
-from mnist_dist.images.decoder import Decoded, decode_image
+from mnist_dist.images.budget import SMALL_BYTES
+from mnist_dist.images.decoder import Decoded, Reserve, decode_image, unlimited
 from mnist_dist.images.pixels import ImageSpec
 
 MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
@@ -37,7 +37,6 @@ class _Task(NamedTuple):
     spec: ImageSpec
     max_pixels: int
     timeout_s: float
-    memory_bytes: int
 
 
 class IsolatedDecoder:
@@ -48,11 +47,11 @@ class IsolatedDecoder:
         spec: size and channels of the result.
         max_pixels: as for `decode_image`.
         timeout_s: an image that takes longer than this gets the status `failed`.
-        memory_bytes: an image that takes more than this to decode gets the status `too_large`.
+        reserve: as for `decode_image`. It is called here, so that the child shares the budget of this process.
     """
 
-    def __init__(self, spec: ImageSpec, *, max_pixels: int, timeout_s: float, memory_bytes: int) -> None:
-        self._task = _Task(spec, max_pixels, timeout_s, memory_bytes)
+    def __init__(self, spec: ImageSpec, *, max_pixels: int, timeout_s: float, reserve: Reserve = unlimited) -> None:
+        self._task, self._reserve = _Task(spec, max_pixels, timeout_s), reserve
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
@@ -69,7 +68,7 @@ class IsolatedDecoder:
             if self._child is None:
                 self._child = _Child(self._task)
             try:
-                answer = self._child.ask(data, timeout_s=self._task.timeout_s)
+                answer = self._child.ask(data, timeout_s=self._task.timeout_s, reserve=self._reserve)
             except TimeoutError:
                 self._end()
                 raise ImageError("failed", f"decoding took longer than {self._task.timeout_s:g} s") from None
@@ -118,11 +117,19 @@ class _Child:
     def is_dead(self) -> bool:
         return self._process.poll() is not None
 
-    def ask(self, data: bytes, *, timeout_s: float) -> Decoded | ImageError:
+    def ask(self, data: bytes, *, timeout_s: float, reserve: Reserve) -> Decoded | ImageError:
         self._connection.send_bytes(data)
+        answer = self._answer(timeout_s)
+        while isinstance(answer, int):  # So much memory does it need; a decoder that fails may be followed by another.
+            with reserve(answer):
+                self._connection.send_bytes(b"reserved")
+                answer = self._answer(timeout_s)
+        return answer
+
+    def _answer(self, timeout_s: float) -> Decoded | ImageError | int:
         if not self._connection.poll(timeout_s):
             raise TimeoutError
-        answer: Decoded | ImageError = pickle.loads(self._connection.recv_bytes())
+        answer: Decoded | ImageError | int = pickle.loads(self._connection.recv_bytes())
         return answer
 
     def end(self) -> int:
@@ -145,7 +152,19 @@ def _cause(code: int) -> str:
 def _serve(connection: Connection) -> None:
     """Decodes images until the parent is gone."""
     task: _Task = pickle.loads(connection.recv_bytes())
-    budget = MemoryBudget(task.memory_bytes)
+
+    def set_alarm(is_on: bool) -> None:
+        # A living parent kills this process at `timeout_s`. The alarm ends it if the parent is gone.
+        signal.setitimer(signal.ITIMER_REAL, 2 * task.timeout_s if is_on else 0)
+
+    def reserve(memory_bytes: int) -> contextlib.AbstractContextManager[object]:
+        if memory_bytes >= SMALL_BYTES:
+            set_alarm(False)
+            connection.send_bytes(pickle.dumps(memory_bytes))
+            connection.recv_bytes()  # It waits for the parent, whose other images may need the memory.
+            set_alarm(True)
+        return unlimited(memory_bytes)
+
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -153,13 +172,12 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         answer: Decoded | ImageError
-        # A living parent kills this process at `timeout_s`. The alarm ends it if the parent is gone.
-        signal.setitimer(signal.ITIMER_REAL, 2 * task.timeout_s)
+        set_alarm(True)
         try:
-            answer = decode_image(data, task.spec, max_pixels=task.max_pixels, reserve=budget.reserve)
+            answer = decode_image(data, task.spec, max_pixels=task.max_pixels, reserve=reserve)
         except ImageError as error:
             answer = ImageError(error.status, error.message)  # Without the traceback, which would keep memory.
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        set_alarm(False)
         connection.send_bytes(pickle.dumps(answer, protocol=5))
 
 

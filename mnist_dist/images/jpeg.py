@@ -236,7 +236,9 @@ def _repaired(jpeg: bytes, complaint: str) -> Iterator[bytes]:
         return
     count, marker = int(found[1]), bytes([0xFF, int(found[2], 16)])
     end = jpeg.rfind(marker)
-    while end >= count:
+    for _ in range(_MAX_TRIES):
+        if end < count:
+            return
         stray = jpeg[end - count : end]
         if count <= _MAX_STRAY_BYTES or len(set(stray)) == 1:
             yield jpeg[: end - count] + jpeg[end:]

@@ -30,7 +30,7 @@ _INTERLEAVED = frozenset({"RGB", "RGBA", "RGBX", "BGR", "BGRX"})  # Palettes who
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # In memory; all others: 4.
 _CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
-"""What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_memory`."""
+"""What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_budget`."""
 
 
 _BLOCK_BYTES = 2**26
@@ -93,7 +93,9 @@ def open_png(data: bytes, spec: ImageSpec | None) -> Opened:
             image.info["transparency"] = transparent
         return _pixels(image)
 
-    return _opened(image, header.orientation, decode)
+    opened = _opened(image, header.orientation, decode)
+    deep_bytes = 6 * image.width * image.height if header.has_deep_colour else 0
+    return opened._replace(memory_bytes=opened.memory_bytes + deep_bytes)
 
 
 def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
@@ -110,7 +112,8 @@ def open_tiff(data: bytes, spec: ImageSpec | None) -> Opened:
     image = _open(data, "TIFF")  # Pillow turns it upright itself.
     if image.size != upright_size((page.width_px, page.height_px), page.orientation):
         raise NotForMe(page.kind)  # A tag stands twice, and Pillow takes the other one.
-    return _opened(image, 1, lambda: _pixels(image))
+    opened = _opened(image, 1, lambda: _pixels(image))
+    return opened._replace(memory_bytes=opened.memory_bytes + page.largest_segment_bytes)
 
 
 def open_jpeg2000(data: bytes, spec: ImageSpec | None) -> Opened:
@@ -160,7 +163,7 @@ def open_bmp(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
     def decode() -> Pixels:
         image.load()
         is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
-        return _pixels(image.convert("RGB") if is_opaque else image)
+        return _in_strips(image, 3, _rgb) if is_opaque else _pixels(image)
 
     return _opened(image, 1, decode)
 
@@ -226,7 +229,10 @@ def _pixels(image: Image.Image) -> Pixels:
     """Pixels `uint8 [h, w, 1 or 3]` of an image in any mode, over white."""
     image.load()
     if image.mode in _DEEP_MODES:
-        return eight_bits(np.asarray(image))[..., None]
+        values = np.asarray(image)
+        if image.format == "PPM" and image.mode == "I":
+            values = values.astype(np.uint16)  # Pillow has scaled them to 0-65535 by the maximum in the header.
+        return eight_bits(values)[..., None]
     if image.has_transparency_data:
         if image.mode == "P":
             return _looked_up(image)
@@ -295,8 +301,8 @@ def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _without_colour(image: Image.Image, data: bytes, header: png.Header) -> Pixels:
     """Pixels of a PNG of which one colour is transparent, which becomes white."""
     colour = np.array(header.colour, np.uint16)
-    if header.bits == 16 and len(colour) == 3:
-        image.load()  # Pillow notices damage.
+    if header.has_deep_colour:
+        image.close()  # It was loaded only because Pillow notices damage.
         return _without_deep_colour(data, header, colour)
     image.load()
     is_deep = image.mode in _DEEP_MODES

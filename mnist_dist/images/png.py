@@ -27,6 +27,11 @@ class Header(NamedTuple):
     """EXIF orientation, 1-8."""
     is_animated: bool
 
+    @property
+    def has_deep_colour(self) -> bool:
+        """Whether its transparent colour is one of 16-bit RGB, of which Pillow keeps 8 bits."""
+        return self.bits == 16 and self.colour is not None and len(self.colour) == 3
+
 
 def read_header(data: bytes) -> Header:
     """Reads the chunks of a PNG, without checking them: that is left to the decoder."""

@@ -1,14 +1,53 @@
-"""Signatures: how the formats of the extra `formats`, AVIF and JPEG 2000 begin.
+"""Signatures: how each format begins.
 
 Owns: telling a format by its first bytes. Does not own: whether the rest is whole.
 """
 
-from mnist_dist.images import ifd, jpegxl
+from mnist_dist.images import ifd, jpeg, jpegxl
 
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _MAX_BRANDS = 64
+_DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
+_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")
 _JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
+
+
+def is_jpeg(data: bytes) -> bool:
+    """A JPEG of any kind."""
+    return data.startswith(jpeg.MAGIC)
+
+
+def is_png(data: bytes) -> bool:
+    """A PNG."""
+    return data.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def is_gif(data: bytes) -> bool:
+    """A GIF of either version."""
+    return data.startswith((b"GIF87a", b"GIF89a"))
+
+
+def is_bmp(data: bytes) -> bool:
+    """A bitmap with a file header."""
+    return data.startswith(b"BM") and is_dib(data[14:40])
+
+
+def is_dib(data: bytes) -> bool:
+    """A bitmap without a file header: the size of its header, and a plane count of 1 where that stands."""
+    size = int.from_bytes(data[:4], "little")
+    planes = data[8:10] if size == 12 else data[12:14]
+    return size in _DIB_HEADERS and planes == b"\1\0"
+
+
+def is_webp(data: bytes) -> bool:
+    """A WebP."""
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+
+
+def is_pnm(data: bytes) -> bool:
+    """A PBM, PGM or PPM, as text or binary, or a grey PFM."""
+    return data.startswith(_PNM)
 
 
 def is_tiff(data: bytes) -> bool:

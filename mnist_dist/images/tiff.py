@@ -38,6 +38,8 @@ _JPEGS = frozenset({6, 7, 33007, 34892})
 _OWN_HEADER = _JPEGS | {22610, 33003, 33004, 33005, 34712, 34887, 34933, 34934, 50001, 50002, 52546}
 """Compressions whose segments are whole images with a header of their own."""
 _CCITT = frozenset({2, 3, 4})
+_COMPRESSIONS = frozenset({*range(1, 9), 32773, 32946, 34925, 34926, 34927, 48124, 50000, 50013}) | _OWN_HEADER
+"""What tifffile decompresses with imagecodecs; said before either is needed."""
 _LIBTIFF_UNPREDICTED = frozenset({1, 32773})  # libtiff ignores a predictor here; it is applied, as the file says.
 _INTEGER_BITS = frozenset(range(1, 33)) | {64}
 _FLOAT_BITS = frozenset({16, 24, 32, 64})
@@ -88,6 +90,7 @@ def _check_kind(page: Page) -> None:
     """Refuses what no decoder here was made for."""
     bits, is_float = set(page.bits), page.sample_formats[0] == ifd.FLOAT
     known = page.photometric in {*range(7), ifd.CIELAB, ifd.ICCLAB, 34892}
+    known &= page.compression in _COMPRESSIONS
     known &= page.depth == 1 and page.sample_formats[0] in (ifd.UNSIGNED, ifd.SIGNED, ifd.FLOAT, ifd.UNDEFINED)
     known &= len(set(page.sample_formats)) == 1
     known &= (bits <= (_FLOAT_BITS if is_float else _INTEGER_BITS) and len(bits) == 1) or page.bits == (5, 6, 5)
@@ -371,6 +374,8 @@ def pillow_is_right(page: Page) -> bool:
         return False
     if page.predictor != 1 and page.compression in _LIBTIFF_UNPREDICTED:
         return False
+    if page.photometric == ifd.PALETTE and page.colour_map.max(initial=0) < 256:
+        return False  # A colour map of 8 bits, which Pillow takes for one of 16.
     bits, samples, extra = page.bits[0], page.samples, page.extra_samples
     if page.fill_order != 1 and (bits > 8 or samples not in (1, 3) or extra):
         return False

@@ -29,7 +29,7 @@ from mnist_dist.scoring.predictions import (
     table_schema,
     widened,
 )
-from mnist_dist.sources.image_table import OTHER_FILE
+from mnist_dist.sources.image_table import COLUMNS, OTHER_FILE
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -50,7 +50,7 @@ LISTED = pa.schema(
 )
 """The columns of the table's manifest; size and etag come from reading, else from the listing."""
 
-_SOURCE_COLUMNS = ("uri", "size_bytes", "etag", OTHER_FILE)
+_SOURCE = pa.schema([COLUMNS.field(name) for name in ("uri", "size_bytes", "etag", OTHER_FILE)])
 
 
 class _Rows(NamedTuple):
@@ -177,7 +177,7 @@ class Building:
         uris = [self.generation.shard_uri(shard) for shard in range(shards)]
         read = functools.partial(_read_shard, self.output.store)
         for shard, data in enumerate(map_in_threads(read, uris, threads=_READ_THREADS, ahead=_READ_THREADS)):
-            listed = manifest.read_row_group(shard, columns=list(_SOURCE_COLUMNS))
+            listed = widened(manifest.read_row_group(shard, columns=_SOURCE.names), _SOURCE)
             rows = _rows_of_shard(uris[shard], data, schema=self.schema, expected=listed["uri"])
             yield _Rows(_converted(rows, self.written), _listed(rows, listed))
             progress(shard + 1, shards)

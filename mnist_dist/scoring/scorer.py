@@ -283,7 +283,7 @@ class _Waiting:
         self.closed = False
 
     def put(self, images: Sequence[_Image]) -> None:
-        """Adds images; after `close` nobody gets them."""
+        """Adds images, and waits for room unless the queue is closed."""
         with self._has_room:
             while self.is_full() and not self.closed:
                 self._has_room.wait()

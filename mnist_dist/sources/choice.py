@@ -175,7 +175,10 @@ def row_of_entry(entry: Entry, choice: Choice, left_out: LeftOut, *, root: str) 
     name = uri if named else uri[len(root) :].lstrip("/")
     if suffix_of(uri) not in _IMAGE_SUFFIXES and is_archive(uri):
         row = ImageRow(uri, archive=uri)
-        return row if (named or not is_hidden(name)) and choice.keeps(row, left_out) else None
+        if not named and not choice.all_files and is_hidden(name):
+            left_out.add(HIDDEN, uri)
+            return None
+        return row if choice.keeps(row, left_out) else None
     if not choice.takes(uri, name, left_out, named=named):
         return None
     # a file without an etag is a broken link
