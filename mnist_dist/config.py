@@ -48,8 +48,9 @@ class DecodeConfig:
     max_bytes: int = 256 * 2**20
     """Files and archive members with more bytes than this get the status `too_large` and are not read."""
     decode_memory: int | None = None
-    """Memory for all images that an actor decodes at once, bytes; large ones wait for each other, and one that needs
-    more gets the status `too_large`. None: the smaller of 1.5 GiB and a quarter of what the actor can expect."""
+    """Memory for all images that an actor decodes at once, bytes (1 GiB: 1073741824). Large ones wait for each other,
+    and one that needs more gets the status `too_large`. A resumed job may change it. None: the smaller of 1.5 GiB and
+    a quarter of what the actor can expect."""
     image_timeout_s: float = 60.0
     """Images that take longer than this to decode, s, get the status `failed`."""
 
@@ -608,7 +609,8 @@ class ScoreJob:
     """With mode incremental: delete the rows of images that lay in the listed folders and archives and are gone.
     Without it, their rows stay."""
     retry_failed: bool = False
-    """Score the bad rows again, and what can be read of archives that could not be read."""
+    """Score the bad rows again, and what can be read of archives that could not be read. The limits for images
+    (`max_pixels`, `max_bytes`, `image_timeout_s`) may be others then."""
     shard_size: int | None = None
     """Images per shard, the unit of work that is repeated if a worker dies. None: 256 to 4,096, depending on the number
     and size of the images."""
@@ -647,6 +649,7 @@ class ScoreJob:
     def settings(self) -> dict[str, Any]:
         """The settings that determine the rows (together with the bundle), as JSON values without secrets."""
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
+        del values["decoding"]["decode_memory"]  # A resource: a resumed job may run on a smaller machine.
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 
     @classmethod

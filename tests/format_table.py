@@ -49,6 +49,7 @@ READ = {
         "8-bit grey, colour, palette, CMYK, transparent; bilevel": "tiff RGBA",
         "16-bit grey and RGB": "tiff grey16 big",
         "JPEG, LZW, deflate, packbits, G3 and G4, LZMA, Zstandard": "tiff tiff_lzw",
+        "2 to 32 bits, of other depths": "tiff grey12",
         "signed integers": "tiff grey i8",
         "floats of 16, 32 and 64 bits, RGB": "tiff float",
         "planar, of 16 bits": "tiff planar16",
@@ -73,7 +74,8 @@ def files() -> dict[tuple[str, str], bytes]:
     return {
         **read,
         ("HEIF", "HEIC, 8 to 12 bits, grey, colour, transparent"): heics.RGBA,
-        ("TIFF", "2 to 32 bits, of other depths"): tiff(grey, Tiff(bits=12)),
+        ("PNM", "colour PFM"): b"PF\n2 2\n-1.0\n" + bytes(48),
+        ("PNM", "PAM"): b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 1\nMAXVAL 255\nENDHDR\n" + bytes(4),
         ("TIFF", "sensor data (DNG, camera raw)"): tiff(grey, Tiff(bits=8, photometric=32803)),
         ("TIFF", "LogLuv"): tiff(grey, Tiff(bits=8, tags=((259, (34676,)), (262, (32845,))))),
         ("TIFF", "JBIG inside"): tiff(grey, Tiff(bits=8, tags=((259, (9,)),))),

@@ -26,6 +26,7 @@ from corpus import encoded, tar_of
 from mutations import COMPRESSIONS, PNG_MAGIC, png_chunk
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from tiffs import Tiff, tiff
 
 Array = npt.NDArray[Any]
 
@@ -235,8 +236,7 @@ def _deep_tiffs(grey: Array) -> dict[str, bytes]:
     for depth in (2, 4, 6, 10, 12, 14, 24):
         samples: Array = grey.astype(np.uint8 if depth <= 8 else np.uint16 if depth <= 16 else np.uint32)
         samples = np.right_shift(samples, 8 - depth) if depth <= 8 else np.left_shift(samples, depth - 8)
-        rows = [bytes(imagecodecs.packints_encode(row, depth)) for row in samples]  # Each row begins a byte.
-        files[f"tiff grey{depth}"] = _bits_tiff(b"".join(rows), depth, grey.shape)
+        files[f"tiff grey{depth}"] = tiff(samples, Tiff(bits=depth))
     return files
 
 
@@ -249,19 +249,6 @@ def _tiff(pixels: Array, options: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _bits_tiff(data: bytes, bits: int, shape: tuple[int, ...]) -> bytes:
-    """A grey TIFF of any number of bits, in one strip. Source: TIFF 6.0, section 4."""
-    height, width = shape
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 0)]
-    tags += [(277, 3, 1), (278, 4, height), (279, 4, len(data))]
-    start = 8 + 2 + 12 * len(tags) + 4
-    entries = b"".join(
-        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", start if tag == 273 else value)
-        for tag, kind, value in tags
-    )
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
-
-
 def _pnms(rgb: Array) -> dict[str, bytes]:
     height, width = rgb.shape[:2]
     size, grey = b"%d %d " % (width, height), rgb[..., 0]
@@ -272,7 +259,7 @@ def _pnms(rgb: Array) -> dict[str, bytes]:
         "pnm P3": b"P3 " + size + b"255\n" + text,
         "pnm P4": b"P4 " + size[:-1] + b"\n" + np.packbits(grey > 99, axis=-1).tobytes(),
         "pnm P5": b"P5 " + size + b"255\n" + grey.tobytes(),
-        "pnm P5 deep": b"P5 " + size + b"4095\n" + (grey.astype(">u2") * 16).tobytes(),
+        "pnm P5 deep": b"P5 " + size + b"4095\n" + (grey.astype(np.uint16) * 16).astype(">u2").tobytes(),
         "pnm P6": b"P6 " + size + b"255\n" + rgb.tobytes(),
         "pnm Pf": b"Pf\n" + size[:-1] + b"\n-1.0\n" + (grey.astype("<f4") / 255).tobytes(),
     }

@@ -11,6 +11,7 @@ import pytest
 
 from mnist_dist.config import (
     DataConfig,
+    DecodeConfig,
     FitConfig,
     InputConfig,
     ModelConfig,
@@ -268,6 +269,12 @@ def test_differences_name_each_value_with_its_path() -> None:
 
 
 # --- how images are reached ------------------------------------------------------------------------------------------
+
+
+def test_the_memory_for_decoding_decides_no_result_of_scoring() -> None:
+    job = SCORE()
+    assert replace(job, decoding=DecodeConfig(decode_memory=2**24)).settings() == job.settings()
+    assert replace(job, decoding=DecodeConfig(max_pixels=9)).settings() != job.settings()
 
 
 def test_how_images_are_reached_decides_no_result() -> None:

@@ -198,6 +198,16 @@ def test_a_bitmap_without_a_file_header_is_read(mode: str) -> None:
     np.testing.assert_array_equal(decoded(bmp.getvalue()), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize("text", ["P1 is a priority", "P6", "Pf, which it is not", "P5 # a comment\nand no size"])
+def test_text_that_begins_like_a_pnm_is_a_foreign_format(text: str) -> None:
+    with pytest.raises(ImageError, match=r"^unsupported: not one of .* it starts with b'P"):
+        decoded(text.encode())
+
+
+def test_comments_stand_before_the_size_of_a_pnm() -> None:
+    assert decoded(b"P2 # one\n# two\n1 1\n255\n7").ravel().tolist() == [7, 7, 7]
+
+
 @pytest.mark.parametrize(
     "data", [b"BM is how this text begins, and it goes on" * 9, b"RIFF\x10\0\0\0AVI LIST" + bytes(99)]
 )

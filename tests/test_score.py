@@ -33,7 +33,7 @@ from PIL import Image
 from scored import one_hot, plan_of, scored_rows, write_scored
 
 from mnist_dist import load_bundle
-from mnist_dist.config import FeatureType, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
+from mnist_dist.config import DecodeConfig, FeatureType, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -781,6 +781,21 @@ def test_fresh_scores_everything_while_the_old_table_is_read(table: ScoreJob, ot
             assert_predicted(row, uri, opened)
     assert (result["skipped"], result["generation"]) == (0, 2)
     assert [name for name in names_in(Path(table.output)) if "part" in name] == ["table/part-000002-00000.parquet"]
+
+
+@pytest.mark.slow
+def test_retry_failed_scores_what_a_lower_limit_refused(tmp_path: Path, bundle: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, side in enumerate((28, 28, 1600)):
+        Image.new("RGB", (side, side), (number * 40, 0, 0)).save(folder / f"{number}.png")
+    limits = DecodeConfig(max_pixels=1_000, decode_memory=2**24)
+    job = job_of(bundle, tmp_path / "table", folder, run={"max_bad_fraction": 0.1}, decoding=limits)
+    with pytest.raises(TooManyBadImages, match=r"raise the limits that they name, and --retry-failed scores"):
+        score(job, console=Recorder())
+    for decoding, ok in ((DecodeConfig(decode_memory=2**24), 2), (DecodeConfig(), 3)):
+        retry = replace(job, retry_failed=True, decoding=decoding, run=replace(job.run, max_bad_fraction=1.0))
+        assert score(retry, console=Recorder())["ok"] == ok
 
 
 @pytest.mark.slow

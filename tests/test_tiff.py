@@ -347,9 +347,9 @@ WRONG = {
     "LZW-compressed 32-bit float grey TIFF": (Tiff(bits=32, sample_format=3, order=">", compression=5), 1),
     "32-bit float RGB TIFF": (Tiff(bits=32, sample_format=3, photometric=ifd.RGB), 3),
     "8-bit signed grey TIFF": (Tiff(bits=8, sample_format=2), 1),
-    "8-bit grey BigTIFF": (Tiff(bits=8, order=">", big=True), 1),
+    "8-bit big-endian grey BigTIFF": (Tiff(bits=8, order=">", big=True), 1),
     "16-bit 5-band RGB TIFF": (Tiff(bits=16, photometric=ifd.RGB, extra=(0, 0)), 5),
-    "8-bit planar grey TIFF": (Tiff(bits=8, planar=True, extra=(1,)), 2),
+    "8-bit planar premultiplied grey TIFF": (Tiff(bits=8, planar=True, extra=(1,)), 2),
 }
 
 
@@ -504,9 +504,15 @@ def test_pages_in_a_circle_and_huge_counts_end() -> None:
         check_segments(bytes(data), read_page(bytes(data)))
 
 
+@pytest.mark.parametrize("data", [b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0"])
+def test_a_file_of_a_few_bytes_is_cut(data: bytes) -> None:
+    with pytest.raises(ImageError, match=r"^truncated: the file ends within its first bytes"):
+        open_tiff(data, None)
+
+
 @pytest.mark.parametrize("data", [b"", b"II*\0", b"II*\0\x08\0\0\0", b"MM\0+\0\x08\0\0" + bytes(8), b"nonsense"])
 def test_a_file_without_tags_is_named(data: bytes) -> None:
-    with pytest.raises(ImageError, match=r"truncated: the file ends before|unreadable: a TIFF should start with"):
+    with pytest.raises(ImageError, match=r"truncated: the file ends|unreadable: a TIFF should start with"):
         open_tiff(data, None)
 
 

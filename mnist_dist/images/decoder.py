@@ -122,7 +122,7 @@ def _recognised(data: bytes) -> Format:
     format = format_of(data)
     if format is None:
         names = ", ".join(format.name for format in FORMATS)
-        raise ImageError("unsupported", f"not one of {names}; it starts with 0x{data[:8].hex()}")
+        raise ImageError("unsupported", f"not one of {names}; it starts with {data[:16]!r}")
     return format
 
 

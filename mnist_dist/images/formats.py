@@ -74,7 +74,7 @@ FORMATS = (
     ),
     Format("JPEG XL", signatures.is_jpegxl, (".jxl",), (Decoder("imagecodecs", open_jpegxl),)),
     Format("TIFF", signatures.is_tiff, (".tif", ".tiff"), _TIFFS),
-    Format("PNM", signatures.is_pnm, (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), _pillow("PPM")),
+    Format("PNM", signatures.is_pnm, (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), (Decoder("Pillow", pillow.open_pnm),)),
 )
 
 IMAGE_SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.suffixes)

@@ -123,6 +123,8 @@ class Page:
         return [
             ("white-is-zero", self.photometric == WHITE_IS_ZERO and self.bits != (1,)),
             ("planar", self.is_planar and self.samples > 1),
+            ("premultiplied", ASSOCIATED in (self.extra_samples or ())),
+            ("big-endian", self.is_big_tiff and self.is_big_endian),
             (f"{self.samples}-band", self.samples > 4),
         ]
 
@@ -175,6 +177,8 @@ def read_page(data: bytes) -> Page:
         ImageError: `truncated` if the file ends before the tags do, `unreadable` if they make no image.
     """
     layout = _Layout.of(data)
+    if layout is None and data.startswith(MAGICS):
+        raise ImageError("truncated", "the file ends within its first bytes")
     if layout is None:
         raise ImageError("unreadable", f"a TIFF should start with II or MM. Received: 0x{data[:8].hex()}")
     first: tuple[int, dict[int, Values]] | None = None

@@ -127,6 +127,18 @@ def open_jpeg2000(data: bytes, spec: ImageSpec | None) -> Opened:
     return open_any(data, spec, kind="JPEG2000")
 
 
+def open_pnm(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens a PBM, PGM, PPM or grey PFM.
+
+    Raises:
+        NotForMe: a colour PFM or a PAM.
+    """
+    kind = {b"PF": "colour PFM", b"P7": "PAM"}.get(data[:2])
+    if kind is not None:
+        raise NotForMe(kind)
+    return open_any(data, spec, kind="PPM")
+
+
 def open_gif(data: bytes, spec: ImageSpec | None) -> Opened:
     """Opens the first image of a GIF. What it leaves uncovered of the canvas is transparent."""
     prepare()

@@ -3,13 +3,16 @@
 Owns: telling a format by its first bytes. Does not own: whether the rest is whole.
 """
 
+import re
+
 from mnist_dist.images import ifd, jpeg, jpegxl
 
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _MAX_BRANDS = 64
 _DIB_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # Sizes of the bitmap header, bytes.
-_PNM = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")
+_PNM = re.compile(rb"P7\s+[A-Z]|P[1-6fF]\s+(?:#[^\r\n]*[\r\n]\s*)*\d")
+_PNM_HEAD_BYTES = 4096  # Comments may stand before the size.
 _JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
 
 
@@ -46,8 +49,8 @@ def is_webp(data: bytes) -> bool:
 
 
 def is_pnm(data: bytes) -> bool:
-    """A PBM, PGM or PPM, as text or binary, or a grey PFM."""
-    return data.startswith(_PNM)
+    """A PBM, PGM, PPM or PFM, in which a size follows, or a PAM."""
+    return _PNM.match(data[:_PNM_HEAD_BYTES]) is not None
 
 
 def is_tiff(data: bytes) -> bool:

@@ -202,7 +202,8 @@ class Scoring:
             return self._result(self._judged(resumed)) if self.job.mode != "incremental" else None
         before = self.output.committed()
         if before is not None and self.job.mode != "fresh":
-            self._check_same(self._summary(before), but=("inputs",) if self.job.mode == "incremental" else ())
+            but = ("inputs",) if self.job.mode == "incremental" else ("decoding",) if self.job.retry_failed else ()
+            self._check_same(self._summary(before), but=but)
         if before is not None and self.job.mode == "continue" and not self.job.retry_failed:
             return self._finished_before(before)
         return self._result(self._run_new(before))
@@ -598,7 +599,8 @@ class Scoring:
         for status, (row, *_) in sorted(summary.examples.items(), key=lambda item: item[0] in NOT_BAD)[:1]:
             example = f", such as {row.uri} ({status}{f': {row.error}' if row.error else ''})"
         allowed = f"; --max-bad-fraction allows {self.job.run.max_bad_fraction:.2%}" if ok else ""
-        remedy = "repair or install what their errors name, and --retry-failed scores the bad rows again"
+        limits = ", or raise the limits that they name," if "too_large" in summary.statuses else ""
+        remedy = f"repair or install what their errors name{limits} and --retry-failed scores the bad rows again"
         return f"{what} ({counts}){example}{allowed}; {remedy if bad else 'none claims to be an image'}"
 
     def _vacuum(self, mark: Mark) -> None:
