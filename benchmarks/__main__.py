@@ -1,10 +1,11 @@
-"""python -m benchmarks train|score|search|reference|listing [--flags]: measures the figures in the README."""
+"""python -m benchmarks train|score|search|reference|listing|decode [--flags]: measures the figures in the README."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import listing, reference, score, search, train
+from benchmarks import decode, listing, reference, score, search, train
+from benchmarks.decode import DecodeBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -12,13 +13,14 @@ from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
 from mnist_dist import console
 
-Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark
+Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark | DecodeBenchmark
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
+    "decode": DecodeBenchmark,
 }
 
 
@@ -39,6 +41,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, ListingBenchmark):
         result = listing.measure(benchmark, console=shown)
         shown.table(listing.table(result))
+    elif isinstance(benchmark, DecodeBenchmark):
+        result = decode.measure(benchmark, console=shown)
+        shown.line(decode.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

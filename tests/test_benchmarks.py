@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import decode as decoding
 from benchmarks import seaweedfs
 from benchmarks.digits import write_digits
 from benchmarks.peers.decode import Counter
@@ -427,3 +428,31 @@ def test_a_benchmark_measures_tiny_images_from_a_folder_and_a_tar() -> None:
     for ours in ("ours", "ours-tar"):
         assert found[ours, "steady"][ENGINE_AND_PIXELS] == pytest.approx(speeds[ours] / bound)
     assert re.search(r"^70 PNGs of about 0\.\d KB", table(measured), re.MULTILINE)
+
+
+def test_decoders_of_two_checkouts_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = list[str]()
+
+    def run(checkout: Path, folder: str) -> dict[str, float]:
+        runs.append(checkout.name)
+        assert {path.name for path in Path(folder).iterdir()} == set(decoding.images())
+        return {kind: 1e-6 * len(runs) for kind in decoding.images()}
+
+    monkeypatch.setattr(decoding, "_run", run)
+    here = decoding.CHECKOUT
+    result = decoding.measure(decoding.DecodeBenchmark(other=str(here), rounds=2), console=Console(terminal=False))
+    assert runs == [here.name] * 4
+    assert result["seconds"]["this"]["jpeg"] == pytest.approx(1e-6)
+    assert result["seconds"]["other"]["jpeg"] == pytest.approx(2e-6)
+    assert re.search(r"^jpeg +1\.0 +2\.0 +2\.000$", decoding.table(result), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_decoders_are_measured() -> None:
+    result = decoding.measure(decoding.DecodeBenchmark(rounds=1), console=Console(terminal=False))
+    assert all(0 < seconds < 10 for seconds in result["seconds"]["this"].values())
+
+
+def test_another_checkout_has_the_package(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other must be the folder of a checkout"):
+        decoding.DecodeBenchmark(other=str(tmp_path))
