@@ -264,6 +264,13 @@ def test_broken_heic_data_are_unreadable() -> None:
         open_heif(bytes(data[: data.find(b"pitm")] + b"xxxx" + data[data.find(b"pitm") + 4 :]), None).decode()
 
 
+@pytest.mark.parametrize("items", [b"infe\1" + bytes(7) + b"x" * 2000, b"infe\2" + bytes(7) + b"hvc1\0" * 2])
+def test_many_items_or_long_names_are_refused_before_they_are_searched(items: bytes) -> None:
+    data = heics.RGB + items * 1001
+    with pytest.raises(ImageError, match=r"unreadable: HEIF: more than 1,000 items, or one with too long a name"):
+        open_heif(data, None)
+
+
 def test_items_whose_type_is_not_text_do_not_end_the_process() -> None:
     data = heics.ROTATED.replace(b"Exif\0", b"E\xf8$f\0", 1)
     with pytest.raises(ImageError, match=r"unreadable: HEIF: the type of an item is no text"):

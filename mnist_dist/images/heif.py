@@ -7,6 +7,7 @@ is left alone.
 """
 
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -23,8 +24,11 @@ _MODES = {"L": (1, ""), "LA": (1, "A"), "La": (1, "a"), "RGB": (3, ""), "RGBA": 
 _PLANES = {420: 1.5, 422: 2.0, 444: 3.0}
 """Chroma subsampling -> samples of a pixel in libheif's planes, without alpha."""
 
-_ITEMS = re.compile(rb"infe(?:[\x00\x01].{7}|(?:\x02.{5}|\x03.{7})..(.{4}))[^\x00]*\x00([^\x00]*)", re.DOTALL)
+_ITEMS = re.compile(
+    rb"infe(?:[\x00\x01].{7}|(?:\x02.{5}|\x03.{7})..(.{4}))(?:[^\x00]{0,1024}\x00([^\x00]{0,1024}))?", re.DOTALL
+)
 """The type of each item, and the text behind its name: a MIME type for some. Source: ISO/IEC 14496-12, 8.11.6."""
+_MAX_ITEMS = 1000  # libheif's own limit.
 _NO_DECODER = ("invalid image index", "error while loading plugin")  # No image that it can read, or no codec for it.
 _CUT = ("cannot read full", "too small", "insufficient input")
 
@@ -89,7 +93,11 @@ def _primary(data: bytes) -> Any:
 
 def _check_items(data: bytes) -> None:
     """Refuses types of items that are no text: pi-heif 1.4 crashes over them."""
-    for kind, mime in _ITEMS.findall(data):
+    items = list(itertools.islice(_ITEMS.finditer(data), _MAX_ITEMS + 1))
+    if len(items) > _MAX_ITEMS or any(item[2] is None for item in items):
+        raise ImageError("unreadable", f"HEIF: more than {_MAX_ITEMS:,} items, or one with too long a name")
+    for item in items:
+        kind, mime = item[1] or b"", item[2]
         try:
             (kind + (mime if kind in (b"", b"mime") else b"")).decode()
         except UnicodeDecodeError as error:
