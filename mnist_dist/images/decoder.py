@@ -140,6 +140,8 @@ def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
 def _check_size(opened: Opened, max_pixels: int) -> None:
     if not opened.width_px or not opened.height_px:
         raise ImageError("unreadable", f"the header says {opened.width_px} x {opened.height_px} px")
+    if opened.frame_px > max_pixels:
+        raise ImageError("too_large", f"a frame of {opened.frame_px:,} pixels is more than {max_pixels:,} pixels")
     if opened.width_px * opened.height_px > max_pixels:
         raise ImageError("too_large", f"{opened.width_px} x {opened.height_px} px are more than {max_pixels:,} pixels")
 

@@ -64,7 +64,7 @@ FORMATS = (
     Format("BMP", signatures.is_bmp, (".bmp",), _bitmap("BMP")),
     Format("DIB", signatures.is_dib, (".dib",), _bitmap("DIB")),
     Format("WebP", signatures.is_webp, (".webp",), (Decoder("Pillow", pillow.open_webp),)),
-    Format("AVIF", signatures.is_avif, (".avif",), _pillow("AVIF")),
+    Format("AVIF", signatures.is_avif, (".avif",), (Decoder("Pillow", pillow.open_avif),)),
     Format("HEIF", signatures.is_heif, (".heic", ".heif", ".hif"), (Decoder("pi-heif", open_heif),)),
     Format(
         "JPEG 2000",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageFile, UnidentifiedImageError
 
 from mnist_dist.errors import ImageError
-from mnist_dist.images import jpeg, png, webp
+from mnist_dist.images import av1, jpeg, png, webp
 from mnist_dist.images.depth import eight_bits
 from mnist_dist.images.exif import ORIENTATION_TAG
 from mnist_dist.images.ifd import check_segments, read_page
@@ -33,6 +33,8 @@ _CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
 """What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_budget`."""
 
 
+_AVIF_PADDING_PX = 64  # Some encoders fill the last superblock.
+_AVIF_PARTS = (b"grid", b"lsel", b"a1op")  # Of tiles, or of layers: frames may be larger than the image.
 _BLOCK_BYTES = 2**26
 """Blocks of this size go back to the system at once. Those of Pillow's 16 MiB stay with each thread that made one."""
 
@@ -166,6 +168,25 @@ def open_webp(data: bytes, spec: ImageSpec | None) -> Opened:
     pixels = stored[0] * stored[1]
     memory_bytes = pixels * (4 + _CODEC_BYTES["WEBP"] + 3) + min(pixels, STRIP_PX) * 16
     return Opened(*upright_size(stored, header.orientation), 3, memory_bytes, decode)
+
+
+def open_avif(data: bytes, spec: ImageSpec | None) -> Opened:
+    """Opens an AVIF or the first image of an animated one. Frames larger than the image count for the limits.
+
+    Raises:
+        ImageError: its only frame is larger than the container says, or the container has too many parts.
+    """
+    image = _open(data, "AVIF")
+    frames = av1.frame_sizes(data)
+    limit = [side + -side % _AVIF_PADDING_PX for side in image.size]
+    larger = [frame for frame in frames if frame[0] > limit[0] or frame[1] > limit[1]]
+    if larger and not any(kind in data for kind in _AVIF_PARTS):
+        raise ImageError("unreadable", f"AVIF: the container says {image.size}, a frame has {larger[0]} px")
+    opened = _opened(image, _orientation(image), lambda: _pixels(image))
+    frame_px = max((width * height for width, height in frames), default=0)
+    if frame_px <= image.width * image.height:
+        return opened
+    return opened._replace(memory_bytes=opened.memory_bytes + frame_px * _CODEC_BYTES["AVIF"], frame_px=frame_px)
 
 
 def open_bmp(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:

@@ -63,6 +63,8 @@ class Opened(NamedTuple):
     """What `decode` takes at its peak, bytes; its result is included, the encoded bytes are not."""
     decode: Callable[[], Pixels]
     """Gives `uint8 [h, w, 1 or 3]`, upright, over white. May scale while it decodes, but not below the spec's size."""
+    frame_px: int = 0
+    """Pixels of the largest frame inside, where that is larger than the image made of it."""
 
 
 class NotForMe(Exception):
