@@ -15,6 +15,8 @@ from mnist_dist.errors import ImageError
 
 MAX_STEPS = 20_000
 """Boxes, items, references and extents that are looked at in one file. libheif takes 1,000 items."""
+SHARED_BYTES = 2**24
+"""So much may items have in common, beyond what the file has twice: tiles of one colour may be the same bytes."""
 _TRACK = (b"mdia", b"minf", b"stbl")
 _Span = tuple[int, int]
 
@@ -133,7 +135,7 @@ class _Items:
     def streams(self, kind: bytes) -> Iterator[bytes]:
         """The data of the items of a type that belong to the main one."""
         kinds, wanted = self._kinds(), self._related()
-        left = 2 * len(self.data)
+        left = 2 * len(self.data) + SHARED_BYTES
         for item, spans in self._places():
             if item in wanted and kinds.get(item) == kind:
                 left -= sum(max(0, min(end, len(self.data)) - begin) for begin, end in spans)

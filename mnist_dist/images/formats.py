@@ -42,10 +42,6 @@ class Format:
     """In the order in which they are asked."""
 
 
-def _pillow(kind: str) -> tuple[Decoder]:
-    return (Decoder("Pillow", functools.partial(pillow.open_any, kind=kind)),)
-
-
 def _bitmap(kind: str) -> tuple[Decoder]:
     return (Decoder("Pillow", functools.partial(pillow.open_bmp, kind=kind)),)
 
