@@ -366,7 +366,7 @@ def test_a_dead_host_costs_its_rows_and_is_tried_once_each(store: HttpsStore, cl
 
 
 def test_a_dead_host_that_answers_again_is_given_all_attempts(server: WebServer) -> None:
-    store = HttpsStore(allow_private_hosts=True, patience=Patience(silence_s=0.05, attempts=2, backoff_s=0.0))
+    store = HttpsStore(allow_private_hosts=True, patience=Patience(silence_s=2.0, attempts=2, backoff_s=0.0))
     uri = server.put("/a", *[Page(is_silent=True)] * 2, Page(data=BODY), Page(status=503), Page(data=BODY))
     with pytest.raises(OSError, match="no data"):
         store.read_bytes(uri)
