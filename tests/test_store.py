@@ -83,6 +83,23 @@ def test_an_etag_changes_with_the_content(root: str) -> None:
     assert next(STORE.list_entries(root)).etag != before
 
 
+def test_a_folder_into_which_another_process_still_writes_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    late, real = ["1", "2"], os.rmdir
+
+    def rmdir(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if late:
+            (tmp_path / "a" / "b" / late.pop()).touch()
+        real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    STORE.delete_tree(str(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+    assert not late
+
+
 def test_deleting_what_is_missing_is_fine(root: str) -> None:
     for name in ("a/1", "a/2", "ab"):
         STORE.write_bytes(join(root, name), b"x")

@@ -15,6 +15,8 @@ from mnist_dist.errors import ServiceError
 from mnist_dist.store.base import Entry, Level, Store, names_to_upload
 from mnist_dist.store.uris import is_file_uri, is_temporary_name, path_of, temporary_name
 
+_DELETIONS = 10  # tries to delete a folder into which others still write
+
 _SERVICE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 )
@@ -150,7 +152,13 @@ class LocalStore(Store):
             self.delete(uri)
             return
         with _errors(uri):
-            shutil.rmtree(path)
+            for left in reversed(range(_DELETIONS)):
+                try:
+                    shutil.rmtree(path)
+                    return
+                except OSError as error:  # A process that is about to end has put another file into it.
+                    if error.errno != errno.ENOTEMPTY or not left:
+                        raise
 
 
 def is_service_error(error: OSError) -> bool:
