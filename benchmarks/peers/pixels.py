@@ -1,5 +1,6 @@
 """Our decoding alone: from bytes in memory, in one thread per core, without reading, a model or a table."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,16 +16,16 @@ def main() -> None:
     spec = load_bundle(task.bundle).info.spec
     images = [path.read_bytes() for path in sorted(Path(task.images).iterdir())]
     batches = [images[start : start + task.batch_size] for start in range(0, len(images), task.batch_size)]
-    stamps = Stamps(task)
+    stamps, lock = Stamps(task), threading.Lock()
 
-    def decode(batch: list[bytes]) -> int:
+    def decode(batch: list[bytes]) -> None:
         for image in batch:
             decode_image(image, spec)
-        return len(batch)
+        with lock:  # Not in the main thread, which is still handing out batches when the first ones are done.
+            stamps.add(len(batch))
 
     with ThreadPoolExecutor(processor.usable_cpus()) as threads:
-        for count in threads.map(decode, batches):
-            stamps.add(count)
+        list(threads.map(decode, batches))
 
 
 if __name__ == "__main__":
