@@ -12,7 +12,7 @@ from mnist_dist.processor import memory_bytes, usable_cpus
 
 SMALL_BYTES = 4 * 2**20
 """Images that take less are not counted: one per thread does not matter, and most images are small."""
-MOST_BYTES = 3 * 2**29  # Enough for 100 megapixels with transparency, in most formats.
+MAX_DEFAULT_BYTES = 3 * 2**29  # Enough for 100 megapixels with transparency, in most formats.
 LARGE_BYTES = 8 * 2**20
 _M_MMAP_THRESHOLD = -3  # Source: mallopt(3).
 _SMALL = contextlib.nullcontext()
@@ -25,7 +25,7 @@ def default_budget_bytes(threads: int) -> int:
         threads: cores that the process uses; others share the machine in proportion.
     """
     share = memory_bytes() * min(1.0, threads / usable_cpus())
-    return min(MOST_BYTES, int(share / 4))
+    return min(MAX_DEFAULT_BYTES, int(share / 4))
 
 
 @functools.cache

@@ -32,7 +32,7 @@ _START_TIMEOUT_S = 120.0
 
 
 class _Task(NamedTuple):
-    """What a child is told once."""
+    """What a child gets once, when it starts."""
 
     spec: ImageSpec
     max_pixels: int

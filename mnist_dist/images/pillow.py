@@ -31,8 +31,6 @@ _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # In memory; all others: 4.
 _CODEC_BYTES = {"JPEG": 8, "WEBP": 12, "AVIF": 9, "JPEG2000": 16, "TIFF": 4}
 """What the library behind Pillow takes beside Pillow's image, bytes per pixel at most: measured, `test_budget`."""
-
-
 _AVIF_PADDING_PX = 64  # Some encoders fill the last superblock.
 _AVIF_PARTS = (b"grid", b"lsel", b"a1op")  # Of tiles, or of layers: frames may be larger than the image.
 _BLOCK_BYTES = 2**26
@@ -165,8 +163,7 @@ def open_webp(data: bytes, spec: ImageSpec | None) -> Opened:
                 raise ImageError("unreadable", f"the header says {stored}, the image has {image.size} px")
             return rotate(_pixels(image), header.orientation)
 
-    pixels = stored[0] * stored[1]
-    memory_bytes = pixels * (4 + _CODEC_BYTES["WEBP"] + 3) + min(pixels, STRIP_PX) * 16
+    memory_bytes = _memory_bytes(stored[0] * stored[1], "RGBA", "WEBP")
     return Opened(*upright_size(stored, header.orientation), 3, memory_bytes, decode)
 
 
@@ -221,11 +218,7 @@ def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
 def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) -> Opened:
     width, height = upright_size(image.size, orientation)
     channels = 1 if _is_grey(image) else 3
-    pixel_bytes = _PIXEL_BYTES.get(image.mode, 4)
-    if image.mode in _DEEP_MODES:
-        pixel_bytes *= 3  # Its values as an array, and a copy on the way there.
-    pixel_bytes += _CODEC_BYTES.get(image.format or "", 0) + (1 if image.mode in ("1", "L", *_DEEP_MODES) else 3)
-    memory_bytes = width * height * pixel_bytes + min(width * height, STRIP_PX) * 16  # A strip of RGBA, four times.
+    memory_bytes = _memory_bytes(width * height, image.mode, image.format or "")
 
     def decode_and_close() -> Pixels:
         try:
@@ -234,6 +227,15 @@ def _opened(image: Image.Image, orientation: int, decode: Callable[[], Pixels]) 
             image.close()  # Its memory is free before that of the next image is taken.
 
     return Opened(width, height, channels, memory_bytes, decode_and_close)
+
+
+def _memory_bytes(pixels: int, mode: str, kind: str) -> int:
+    """What decoding takes: Pillow's image, what the library behind it takes, the result, and strips on the way."""
+    pixel_bytes = _PIXEL_BYTES.get(mode, 4)
+    if mode in _DEEP_MODES:
+        pixel_bytes *= 3  # Its values as an array, and a copy on the way there.
+    pixel_bytes += _CODEC_BYTES.get(kind, 0) + (1 if mode in ("1", "L", *_DEEP_MODES) else 3)
+    return pixels * pixel_bytes + min(pixels, STRIP_PX) * 16  # A strip of RGBA, four times.
 
 
 def _orientation(image: Image.Image) -> int:
@@ -332,12 +334,11 @@ def _palette(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _without_colour(image: Image.Image, data: bytes, header: png.Header) -> Pixels:
-    """Pixels of a PNG of which one colour is transparent, which becomes white."""
+    """Pixels of a loaded PNG of which one colour is transparent, which becomes white."""
     colour = np.array(header.colour, np.uint16)
     if header.has_deep_colour:
         image.close()  # It was loaded only because Pillow notices damage.
         return _without_deep_colour(data, header, colour)
-    image.load()
     is_deep = image.mode in _DEEP_MODES
     values = np.asarray(image) if is_deep else _in_strips(image, len(colour), _grey if len(colour) == 1 else _rgb)
     if header.bits < 8:

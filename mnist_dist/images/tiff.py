@@ -44,7 +44,7 @@ _LIBTIFF_UNPREDICTED = frozenset({1, 32773})  # libtiff ignores a predictor here
 _INTEGER_BITS = frozenset(range(1, 33)) | {64}
 _FLOAT_BITS = frozenset({16, 24, 32, 64})
 _SNIFFED_BYTES = 16
-"""tifffile looks here for the mark of JFIF, by which the colours of a JPEG are told."""
+"""tifffile looks here for the mark of JFIF, by which it knows how a JPEG stores its colours."""
 _MAX_STREAM_FACTOR = 2  # A segment at the edge may be stored whole; more is another image.
 
 # What libtiff decodes in Pillow, by its own tables of modes.
