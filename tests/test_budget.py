@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from corpus import manifest_rows
+from mutations import png_chunk as chunk
 from PIL import Image
-from test_png import bmp_32, chunk, png
+from test_png import bmp_32, png
 from tiffs import Tiff, tiff
 
 from mnist_dist.config import DecodeConfig

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from mutations import png_chunk as chunk
 from PIL import Image
 
 from mnist_dist.errors import ImageError
@@ -16,10 +17,6 @@ from mnist_dist.images.pixels import ImageSpec, Pixels
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png(samples: npt.NDArray[Any], bits: int, colour_type: int, *more: bytes, last: bytes = b"") -> bytes:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from mnist_dist.images.ifd import exif_orientation
 
-ORIENTATION_TAG = 0x0112
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)\s*([1-8])")
 
 

@@ -34,7 +34,7 @@ _RATIONALS = frozenset({5, 10})
 _MAX_PAGES = 256  # Thumbnails stand before an image, never hundreds of them.
 _MAX_ENTRIES = 4096
 _MAX_SAMPLES = 65_535
-_ORIENTATION = 274
+ORIENTATION = 274
 _REDUCED_OR_MASK = 1 | 4  # Bits of NewSubfileType.
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK, YCBCR, CIELAB, ICCLAB, ITULAB = 0, 1, 2, 3, 4, 5, 6, 8, 9, 10
@@ -220,7 +220,7 @@ def exif_orientation(tiff: bytes) -> int | None:
     """
     layout = _Layout.of(tiff)
     tags = dict(layout.entries(layout.first)) if layout else {}
-    value = _number(tags, _ORIENTATION, 0)
+    value = _number(tags, ORIENTATION, 0)
     return value if 1 <= value <= 8 else None
 
 
@@ -344,7 +344,7 @@ def _page(layout: _Layout, index: int, tags: dict[int, Values]) -> Page:
         compression=number(259, NONE),
         predictor=number(317, 1),
         fill_order=number(266, 1),
-        orientation=number(_ORIENTATION, 1) if 1 <= number(_ORIENTATION, 1) <= 8 else 1,
+        orientation=number(ORIENTATION, 1) if 1 <= number(ORIENTATION, 1) <= 8 else 1,
         ink_set=number(332, 1),
         t4_options=number(292, 0),
         subsampling=(max(1, subsampling[0]), max(1, subsampling[1])),

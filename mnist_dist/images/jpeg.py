@@ -21,7 +21,7 @@ from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate
 MAGIC = b"\xff\xd8"
 _SOS, _EOI, _COM, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xFE, 0xE0, 0xE1, 0xEE
 LS = 0xF7  # JPEG-LS, whose header has the same form.
-_FRAMES = frozenset({*range(0xC0, 0xD0), LS} - {0xC4, 0xC8, 0xCC})  # SOF0-15 without DHT, JPG and DAC.
+FRAMES = frozenset({*range(0xC0, 0xD0), LS} - {0xC4, 0xC8, 0xCC})  # SOF0-15 without DHT, JPG and DAC.
 _JFIF = b"JFIF\0\x01\x01\0\0\x01\0\x01\0\0"  # Version 1.01, square pixels, no thumbnail.
 _BARE = frozenset({0x00, 0x01, *range(0xD0, 0xD8), 0xFF})  # Without a length: TEM, RST0-7, and no markers at all.
 _KINDS = {
@@ -93,7 +93,7 @@ def read_header(data: bytes) -> Header:
         ImageError: `truncated` if the file ends before the first scan, `unreadable` if the header is not valid.
     """
     segments = _segments(data)
-    frame = next((segment for segment in segments if segment.marker in _FRAMES), None)
+    frame = next((segment for segment in segments if segment.marker in FRAMES), None)
     if frame is None or segments[-1].marker != _SOS:
         raise ImageError("truncated", "the file ends before the image data")
     body = data[frame.begin : frame.end]
@@ -211,7 +211,7 @@ def essentials(data: bytes, segments: list[Segment]) -> bytes:
         data: a JPEG file.
         segments: those up to its first scan, included.
     """
-    frame = next(segment for segment in segments if segment.marker in _FRAMES)
+    frame = next(segment for segment in segments if segment.marker in FRAMES)
     is_progressive, components = frame.marker == 0xC2, data[frame.begin + 5]
     parts = [MAGIC]
     for segment in segments:

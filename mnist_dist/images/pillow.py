@@ -19,8 +19,7 @@ from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageFile, UnidentifiedI
 from mnist_dist.errors import ImageError
 from mnist_dist.images import av1, jpeg, png, webp
 from mnist_dist.images.depth import eight_bits
-from mnist_dist.images.exif import ORIENTATION_TAG
-from mnist_dist.images.ifd import check_segments, read_page
+from mnist_dist.images.ifd import ORIENTATION, check_segments, read_page
 from mnist_dist.images.jpeg2000 import has_reordered_channels
 from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixels, rotate, strips, upright_size
 from mnist_dist.images.tiff import pillow_is_right
@@ -240,7 +239,7 @@ def _memory_bytes(pixels: int, mode: str, kind: str) -> int:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(ORIENTATION_TAG, 1)
+        value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Any damage to the EXIF data: treat the image as upright.
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -6,9 +6,9 @@ Owns: enough of each header to know how much a decoder will allocate. Does not o
 from collections.abc import Callable
 from typing import Any
 
+from mnist_dist.images import webp
+from mnist_dist.images.jpeg import FRAMES
 from mnist_dist.images.jpegxl import jpegxl_size
-
-_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOF0-15, without DHT, JPG and DAC.
 
 
 def stream_px(stream: bytes | memoryview) -> int | None:
@@ -41,7 +41,7 @@ def _jpeg(head: bytes | memoryview) -> _Size:
     position = 2
     while position + 9 <= len(head) and head[position] == 0xFF:
         marker = head[position + 1]
-        if marker in _FRAMES:
+        if marker in FRAMES:
             return _big(head, position + 7, 2), _big(head, position + 5, 2)
         position += 1 if marker == 0xFF else 2 + _big(head, position + 2, 2)
     return None
@@ -58,13 +58,11 @@ def _png(head: bytes) -> _Size:
 
 
 def _webp(head: bytes) -> _Size:
-    kind = head[12:16]
-    if kind == b"VP8X":
-        return _little(head, 24, 3) + 1, _little(head, 27, 3) + 1
-    if kind == b"VP8L":
-        sides = _little(head, 21)
-        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
-    return (_little(head, 26, 2) & 0x3FFF, _little(head, 28, 2) & 0x3FFF) if kind == b"VP8 " else None
+    try:
+        header = webp.read_header(head)
+    except OSError:
+        return None
+    return header.width_px, header.height_px
 
 
 def _lerc(head: bytes) -> _Size:
