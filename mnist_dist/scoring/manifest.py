@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist.sources.image_table import COLUMNS
+from mnist_dist.sources.image_table import COLUMNS, with_columns
 from mnist_dist.sources.reading import TINY_BYTES
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -72,10 +72,7 @@ class Manifest:
         """The rows of a shard. A column that the file is too old to have is empty."""
         with self._lock:
             rows = self._file.read_row_group(shard)
-        for field in COLUMNS:
-            if field.name not in rows.column_names:
-                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-        return rows
+        return with_columns(rows, COLUMNS)
 
 
 def write_manifest(uri: str, table: pa.Table, *, shard_size: int, store: Store = ANYWHERE) -> None:

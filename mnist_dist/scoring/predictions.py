@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from mnist_dist import documents
 from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.sources.image_table import OTHER_FILE
+from mnist_dist.sources.image_table import OTHER_FILE, with_columns
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, join
@@ -194,10 +194,7 @@ def fits(old: pa.Schema, schema: pa.Schema) -> bool:
 
 def widened(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """Rows of an old table with the columns of a schema that they fit; new columns are null."""
-    for field in schema:
-        if field.name not in rows.column_names:
-            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-    return rows.select(schema.names).cast(schema)
+    return with_columns(rows, schema).select(schema.names).cast(schema)
 
 
 def prediction_rows(

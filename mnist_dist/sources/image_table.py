@@ -133,6 +133,14 @@ def first_of_each(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(~is_duplicate)) if is_duplicate.any() else table
 
 
+def with_columns(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of an older file, with the columns of a schema that they lack, which are null."""
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
+
+
 def with_others(table: pa.Table, others: pa.Array | pa.ChunkedArray) -> pa.Table:
     """The rows, of which those do not claim to be images that `others` says (`bool [N]`, null for false)."""
     column = pc.if_else(pc.fill_null(others, False), True, pa.scalar(None, pa.bool_()))
