@@ -8,13 +8,13 @@ Does not own: reading any format.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.config import ResizeRule, require
+from mnist_dist.config import DecodeQuality, Geometry, Interpolation, Resampling, require
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,8 +31,26 @@ class ImageSpec:
     width_px: int
     channels: int
     """1 (grey, ITU-R 601 luma) or 3 (RGB)."""
-    resize: ResizeRule = "stretch"
-    """How another shape is resized: stretched, or first cropped at the centre to the same aspect ratio."""
+    resize: Geometry = "stretch"
+    """How another shape is resized. `stretch`: both sides at once. `crop`: first cropped at the centre to the same
+    aspect ratio. `shortest-edge`: the shorter side becomes `resize_px`, then the centre is cropped.
+    `longest-edge-pad`: the longer side fits, the rest is filled with `pad_value`."""
+    resize_px: int | None = None
+    """With `shortest-edge`, the length of the shorter side before the crop, px; with `stretch`, that of both sides.
+    None: there is no crop but what the shape needs."""
+    resampling: Resampling = "opencv"
+    """Whose filters: `opencv` (linear, averages where more than halved), `pillow` (antialiased), or `keras`
+    (`tf.image.resize`, rounded to 8 bits)."""
+    interpolation: Interpolation = "bilinear"
+    """The filter of `pillow` and `keras`."""
+    antialias: bool = True
+    """Whether `keras` widens its filter where the image shrinks; `pillow` always does."""
+    crop_rounding: Literal["even", "down"] = "even"
+    """How half a pixel of a crop's margin is rounded: to `even` (torchvision, timm) or `down` (Hugging Face)."""
+    pad_value: int = 0
+    """0-255, of all channels."""
+    quality: DecodeQuality = "fast"
+    """`fast`: JPEGs may be scaled while they are decoded. `exact`: decoded at full size, as Pillow does."""
 
     def __post_init__(self) -> None:
         require(self.height_px >= 1, "height_px is at least 1", height_px=self.height_px)

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
+from mnist_dist.config import Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.pixels import ImageSpec, match_channels, resize_pixels
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 BUNDLE_FILE = "bundle.json"
-MODEL_FILE = "model.keras"
+KERAS_FILE, ONNX_FILE = "model.keras", "model.onnx"
+PROBABILITIES, FEATURES = "probabilities", "features"
+"""Names of the outputs of `model.onnx`, in this order; a bundle without class names has the second one only."""
+MODEL_FILE = KERAS_FILE
 HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
@@ -54,19 +58,49 @@ Image = str | os.PathLike[str] | npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Imported:
+    """How a foreign model became a bundle.
+
+    Args:
+        source: the file, folder or name that was imported, without secrets.
+        kind: `keras`, `saved_model`, `onnx`, `hugging_face`, `timm` or `torchvision`.
+        scale: pixels in 0-255 are multiplied by this, one number for all channels or one per channel.
+        offset: added after that, likewise.
+        bgr: the channels were reversed before that.
+        activation: what was put behind the model's own output.
+        assumed: what neither the source nor a flag said, one sentence each.
+        fast_agreement: share of the compared images with the same top class under fast decoding; None: not measured.
+        fast_images: number of these images.
+    """
+
+    source: str
+    kind: str
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    bgr: bool
+    activation: Activation
+    assumed: tuple[str, ...] = ()
+    fast_agreement: float | None = None
+    fast_images: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleInfo:
     """The content of `bundle.json`.
 
     Args:
-        class_names: in the order of the probabilities.
+        class_names: in the order of the probabilities; empty: the model gives features only, as a frozen backbone.
         spec: size and channels of the model's input.
-        backbone: its name in the table of backbones.
+        backbone: its name in the table of backbones; of an imported model, what its source calls it.
+        model_file: `model.keras` or `model.onnx`.
+        multi_label: each class has a probability of its own (sigmoid).
+        imported: how a foreign model became this bundle; None: it was trained here.
         weights: the weights that training started from.
         config: the job's configuration, as JSON values.
         data_fingerprint: identifies the training data.
         validation: metrics on the validation images.
         test: metrics on the test images.
-        model_id: sha256 of the file model.keras, hex; `write_bundle` fills in this and the fields below.
+        model_id: sha256 of the model file, hex; `write_bundle` fills in this and the fields below.
         versions: of Python and of the packages that wrote the bundle.
         created_at: ISO 8601, UTC.
         format_version: version of the folder's layout; this package reads 1.
@@ -75,6 +109,9 @@ class BundleInfo:
     class_names: tuple[str, ...]
     spec: ImageSpec
     backbone: str
+    model_file: str = KERAS_FILE
+    multi_label: bool = False
+    imported: Imported | None = None
     weights: str = "none"
     config: Mapping[str, Any] = field(default_factory=dict)
     data_fingerprint: str = "none"
