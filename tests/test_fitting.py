@@ -328,7 +328,7 @@ def test_keras_padding_is_resize_with_pad() -> None:
 
 def test_keras_pixels_of_a_window_are_those_of_the_whole() -> None:
     for pixels, spec in cases({"resampling": "keras", "resize": "shortest-edge", "resize_px": 41}, seed=8, count=60):
-        height, width = fit(*pixels.shape[:2], spec).size
+        height, width = fit(pixels.shape[0], pixels.shape[1], spec).size
         whole = tf.image.resize(pixels, (height, width), antialias=True).numpy().clip(0, 255)
         bands = [cropped_by_torchvision(Image.fromarray(band), spec) for band in whole.transpose(2, 0, 1)]
         check_rounded(resize_pixels(pixels, spec), np.stack([np.asarray(band) for band in bands], axis=-1))

@@ -249,8 +249,12 @@ def _taps(side: Side, interpolation: Interpolation, *, antialias: bool) -> tuple
     centres = (wanted + np.float32(0.5)) * scale - np.float32(0.5)
     if interpolation == "bicubic" and not antialias:
         centres = np.floor(centres) + np.rint((centres - np.floor(centres)) * _TABLE) / _TABLE
-    kernel, reach = _KERNELS[interpolation], _FILTERS[interpolation][1] * float(widened)
-    return _normalised(side, centres - reach, lambda at: kernel((at - centres[:, None]) / widened), reach=2 * reach)
+    kernel, reach = _KERNELS[interpolation], np.float32(_FILTERS[interpolation][1]) * widened
+
+    def weigh(places: _Weights) -> _Weights:
+        return kernel(((places - centres[:, None]) / widened).astype(np.float32))
+
+    return _normalised(side, centres - reach, weigh, reach=2 * float(reach))
 
 
 def _normalised(
@@ -267,11 +271,16 @@ def _normalised(
 
 def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weights]:
     """How much of each pixel lies between `begin` and `begin + scale`."""
-    return lambda at: np.maximum(np.minimum(begin + scale, at + 1) - np.maximum(begin, at), 0).astype(np.float32)
+
+    def weigh(places: _Weights) -> _Weights:
+        inside: _Weights = np.minimum(begin + scale, places + 1) - np.maximum(begin, places)
+        return np.maximum(inside, np.float32(0))
+
+    return weigh
 
 
 def _triangle(x: _Weights) -> _Weights:
-    return np.maximum(1 - np.abs(x), 0).astype(np.float32)
+    return np.maximum(1 - np.abs(x), np.float32(0))
 
 
 def _keys(x: _Weights) -> _Weights:
