@@ -86,8 +86,8 @@ def test_a_prediction_names_the_class(bundle_path: Path) -> None:
 
 
 def test_arrays_are_fitted_by_the_rule_of_the_bundle(tmp_path: Path) -> None:
-    rule = {"resize": "shortest-edge", "resize_px": 12, "resampling": "pillow", "interpolation": "bicubic"}
-    spec = dataclasses.replace(COLOURS, quality="exact", **rule)
+    rule: dict[str, Any] = {"resize": "shortest-edge", "resize_px": 12, "resampling": "pillow"}
+    spec = dataclasses.replace(COLOURS, quality="exact", interpolation="bicubic", **rule)
     write(tmp_path / "bundle", spec=spec)
     bundle = load_bundle(str(tmp_path / "bundle"))
     assert bundle.info.spec == spec

@@ -578,6 +578,43 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
     assert without_time(rows_of(table.output)) == before
 
 
+def imported_bundle(path: Path, bundle: Path, **known: Any) -> Path:
+    """A copy of a bundle whose images are fitted exactly, as those of an imported model."""
+    shutil.copytree(bundle, path)
+    info = json.loads((path / "bundle.json").read_text())
+    fitting = {"resize": "shortest-edge", "resize_px": 15, "resampling": "pillow", "quality": "exact"}
+    imported = {"source": "m.onnx", "kind": "onnx", "scale": [1.0], "offset": [0.0], "bgr": False, "activation": "none"}
+    info |= {"spec": {**info["spec"], **fitting}, "imported": {**imported, **known}}
+    (path / "bundle.json").write_text(json.dumps(info))
+    return path
+
+
+def test_images_are_fitted_as_the_bundle_says_and_decoded_as_the_job_says(tmp_path: Path, bundle: Path) -> None:
+    imported = imported_bundle(tmp_path / "bundle", bundle, fast_agreement=0.9931, fast_images=500)
+    (tmp_path / "images").mkdir()
+    photo = noise(1, width=200, height=150)
+    photo.save(tmp_path / "images" / "a.jpg", quality=95)
+    job, shown = job_of(imported, tmp_path / "table", tmp_path / "images"), Recorder()
+    score(job, console=shown)
+    (row,) = rows_of(job.output).values()
+    decoded = Image.open(tmp_path / "images" / "a.jpg").resize((20, 15), Image.Resampling.BILINEAR)
+    fitted = np.asarray(decoded.crop((3, 2, 17, 14)))
+    expected = np.asarray(load_bundle(str(bundle)).model(fitted[None]))[0]
+    assert row["probabilities"] == pytest.approx(expected, abs=1e-4)
+    assert not any("fast decoding" in line for line in shown.lines)
+    metadata = read_predictions(job.output).schema.metadata[b"mnist_dist"]
+    assert json.loads(metadata)["spec"]["quality"] == "exact"
+
+    fast = replace(job, decoding=DecodeConfig(decode_quality="fast"))
+    for asked in (fast, replace(fast, retry_failed=True)):
+        with pytest.raises(ResumeConflict, match=r"spec.quality: 'fast' now, 'exact' in the run"):
+            score(asked, console=Recorder())
+    score(replace(fast, output=str(tmp_path / "fast")), console=shown)
+    assert "fast decoding: same top class for 99.31% of 500 images" in shown.lines
+    (other,) = rows_of(tmp_path / "fast").values()
+    assert other["probabilities"] != row["probabilities"]
+
+
 def newest_summary(table: ScoreJob) -> Path:
     """The summary of the table, of which `_summary.json` is a copy."""
     (path,) = (Path(table.output) / "_tables").glob("*/summary.json")

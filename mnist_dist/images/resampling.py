@@ -288,7 +288,8 @@ def _keys(x: _Weights) -> _Weights:
     x = np.abs(x)
     near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
     far = _CUBIC * (((x - 5) * x + 8) * x - 4)
-    return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(np.float32)
+    weights: _Weights = np.where(x < 1, near, np.where(x < 2, far, 0)).astype(np.float32)
+    return weights
 
 
 def _lanczos3(x: _Weights) -> _Weights:
