@@ -1,12 +1,11 @@
 """Pixels: what is asked of a decoder, and what all decoders share once pixels are there.
 
-Owns: size and channels that images are decoded to, how they are fitted to that size, and the conversions to grey, RGB
-and upright. Does not own: reading any format, the geometry (`geometry`) or the filters (`resampling`).
+Owns: size and channels that images are decoded to, the rule by which they are fitted to that size, and the conversions
+to grey, RGB and upright. Does not own: reading any format, or obeying that rule (`fitting`).
 """
 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = height, width of the original
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,21 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import DecodeQuality, Geometry, Interpolation, Resampling, require
-from mnist_dist.images.geometry import fit
-from mnist_dist.images.resampling import (
-    KERAS_INTERPOLATIONS,
-    MAX_FRAME,
-    Side,
-    by_opencv,
-    by_pillow,
-    by_tensorflow,
-)
 
 Pixels = npt.NDArray[np.uint8]
 
 STRIP_PX = 2**20
-_LINEAR_SHRINK = 2.0
-_FAST_LINEAR_SHRINK = 3.0  # At 2.2 closer to Pillow than what libjpeg scales by 5/8, and twice as fast as an average.
+KERAS_INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "box", "bilinear", "bicubic", "lanczos")
+"""Those that `tf.image.resize` has: box is its `area`, lanczos its `lanczos3`."""
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height.
 
 
@@ -143,43 +133,6 @@ class NotForMe(Exception):
     """A decoder was not made for such an image; the message says what it is, for example "12-bit grey TIFF"."""
 
 
-def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    """Fits pixels to the height and width of `spec`, by its rule; pixels that fit as they are are returned unchanged.
-
-    Args:
-        pixels: `uint8 [h, w, C]`, 0-255.
-        spec: height, width and how pixels are fitted to them; its channels are ignored.
-
-    Returns:
-        `uint8 [H, W, C]`, 0-255.
-    """
-    height, width, channels = pixels.shape
-    (kept_rows, kept_columns), size, top, left = fit(height, width, spec)
-    rows = _side(kept_rows, size[0], top, spec.height_px)
-    columns = _side(kept_columns, size[1], left, spec.width_px)
-    part = pixels[kept_rows, kept_columns]
-    if all(side == (whole, whole, 0, whole) for side, whole in ((rows, spec.height_px), (columns, spec.width_px))):
-        return part if part.shape != pixels.shape else pixels
-    window = _resampled(part, rows, columns, spec)
-    if window.shape[:2] == (spec.height_px, spec.width_px):
-        return window
-    canvas = np.full((spec.height_px, spec.width_px, channels), spec.pad_value, np.uint8)
-    top, left = max(0, -top), max(0, -left)
-    canvas[top : top + rows.kept, left : left + columns.kept] = window
-    return canvas
-
-
-def working_bytes(height: int, width: int, spec: ImageSpec) -> int:
-    """What `resize_pixels` takes beside its result and one copy of the original of h x w px, bytes at most."""
-    if spec.filters == "opencv":
-        return 0
-    if spec.filters == "pillow":  # 4 bytes a pixel: the original, and what is resized on one side or on both
-        size = fit(height, width, spec).size
-        rows, columns = min(size[0], MAX_FRAME * spec.height_px), min(size[1], MAX_FRAME * spec.width_px)
-        return 4 * (height * width + max(height * columns, width * rows) + rows * columns)
-    return 2**20 + 48 * (width + spec.width_px)  # blocks of rows as float32, at least one row: sums, and what is added
-
-
 def match_channels(pixels: Pixels, channels: int) -> Pixels:
     """Converts `uint8 [..., 1 or 3]` to grey (ITU-R 601 luma, as in Pillow) or RGB, `uint8 [..., C]`."""
     if pixels.shape[-1] == channels:
@@ -217,24 +170,3 @@ def strips(height: int, width: int) -> list[slice]:
     """Divides rows into strips of about `STRIP_PX` pixels, so that a conversion needs memory for one strip only."""
     rows = max(1, STRIP_PX // max(1, width))
     return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
-
-
-def _side(kept: slice, resized: int, first: int, count: int) -> Side:
-    """One side of what is resized, and the window of it that lies within the result."""
-    begin, end = max(0, first), min(resized, first + count)
-    return Side(kept.stop - kept.start, resized, begin, end - begin)
-
-
-def _resampled(pixels: Pixels, rows: Side, columns: Side, spec: ImageSpec) -> Pixels:
-    if spec.filters == "opencv":
-        return by_opencv(pixels, rows, columns, linear_shrink=_linear_shrink(spec))
-    if spec.filters == "pillow":
-        return by_pillow(pixels, rows, columns, spec.interpolation)
-    return by_tensorflow(pixels, rows, columns, spec.interpolation, antialias=spec.antialias)
-
-
-def _linear_shrink(spec: ImageSpec) -> float:
-    """Up to which factor OpenCV interpolates linearly, in its own right or in place of another's filter."""
-    if spec.resampling == "opencv":
-        return _LINEAR_SHRINK
-    return _FAST_LINEAR_SHRINK if spec.antialias else math.inf

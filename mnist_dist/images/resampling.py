@@ -1,7 +1,7 @@
 """Resizing by the filters of Pillow, of TensorFlow, and of OpenCV, of what is kept of the result only.
 
 Owns: the three ways to resize pixels to a size, of which a window is kept. Does not own: sizes and windows
-(`geometry`), or which way is taken (`pixels`).
+(`geometry`), or which way is taken (`fitting`).
 
 Contract: a window has the values that the same window of the whole result has. Where a side of that result would be
 more than `MAX_FRAME` times the window's (an image 1 px high and 5,000 px long), only the neighbourhood of the window is
@@ -19,8 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mnist_dist.config import Interpolation
-
-Pixels = npt.NDArray[np.uint8]
+from mnist_dist.images.pixels import Pixels
 
 MAX_FRAME = 16
 _CUBIC = -0.5  # Keys' parameter, in Pillow and in TensorFlow alike; OpenCV's is -0.75.
@@ -35,8 +34,6 @@ _FILTERS: dict[Interpolation, tuple[Image.Resampling, float]] = {
     "lanczos": (Image.Resampling.LANCZOS, 3.0),
 }
 """Pillow's filter, and how far it reaches to each side, px of the result (where the image shrinks)."""
-KERAS_INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "box", "bilinear", "bicubic", "lanczos")
-"""Those that `tf.image.resize` has: box is its `area`, lanczos its `lanczos3`."""
 
 
 class Side(NamedTuple):
@@ -196,7 +193,7 @@ def by_tensorflow(
         pixels: `uint8 [h, w, C]`, a view of any order.
         rows: of h.
         columns: of w.
-        interpolation: one of `KERAS_INTERPOLATIONS`.
+        interpolation: one of `pixels.KERAS_INTERPOLATIONS`.
         antialias: whether the filter widens where a side shrinks.
 
     Returns:
@@ -280,7 +277,8 @@ def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weight
 
 
 def _triangle(x: _Weights) -> _Weights:
-    return np.maximum(1 - np.abs(x), np.float32(0))
+    weights: _Weights = np.maximum(1 - np.abs(x), np.float32(0))
+    return weights
 
 
 def _keys(x: _Weights) -> _Weights:

@@ -33,7 +33,8 @@ from mnist_dist import documents
 from mnist_dist.config import Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec, match_channels, resize_pixels
+from mnist_dist.images.fitting import resize_pixels
+from mnist_dist.images.pixels import ImageSpec, match_channels
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
