@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.errors import BundleError
 from mnist_dist.images.pixels import ImageSpec, Pixels
-from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.models.bundle import NETWORK_LAYER, NO_FEATURES, PROBABILITIES, Bundle, all_layers
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
 MEASURE_S = 2.0  # time per engine for measuring a speed that is compared or reported
@@ -229,12 +230,30 @@ def _frozen(function: Any, model: Any) -> Any:
 
 
 def with_features(model: Any) -> Any:
-    """The model with the features, the input of its head, as a second output."""
+    """The model with the features, the input of its head, as a second output.
+
+    Raises:
+        BundleError: an imported model has none.
+    """
     import keras
 
     names = [layer.name for layer in model.layers]
+    if NETWORK_LAYER in names:
+        return _imported_with_features(model)
     head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
     return keras.Model(model.inputs, [model.output, head.input])
+
+
+def _imported_with_features(model: Any) -> Any:
+    import keras
+
+    (image,) = model.inputs
+    outputs = model.get_layer(NETWORK_LAYER)(image, training=False)
+    if not isinstance(outputs, list | tuple):
+        raise BundleError(f"{NO_FEATURES}. Received: {model.name}, without features")
+    tails = [layer for layer in model.layers if layer.name == PROBABILITIES]
+    probabilities = tails[0](outputs[0]) if tails else outputs[0]
+    return keras.Model(image, [probabilities, outputs[1]])
 
 
 def _joined(first: Outputs, second: Outputs) -> Outputs:

@@ -48,7 +48,11 @@ BUNDLE_FILE = "bundle.json"
 KERAS_FILE, ONNX_FILE = "model.keras", "model.onnx"
 PROBABILITIES, FEATURES = "probabilities", "features"
 """Names of the outputs of `model.onnx`, in this order; a bundle without class names has the second one only."""
+NETWORK_LAYER = "network"
+"""In an imported `model.keras`, the layer with the foreign model; its second output, if there is one, are the features,
+which a layer of its own named `features` passes on. A layer `probabilities` may follow."""
 MODEL_FILE = KERAS_FILE
+NO_FEATURES = "this imported model gives no features: import it again with --features-node"
 HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
@@ -166,6 +170,9 @@ class Bundle:
         """
         with zipfile.ZipFile(self.path / MODEL_FILE) as file:
             layers = json.loads(file.read("config.json"))["config"]["layers"]
+        network = next((layer for layer in layers if layer["config"]["name"] == NETWORK_LAYER), None)
+        if network is not None:
+            return _num_imported_features(network["config"]["layers"])
         shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
         for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
             shape = shapes.get(name)
@@ -364,6 +371,14 @@ def _check_range(image: npt.NDArray[Any], message: str) -> None:
         raise ConfigError(f"{message} with values from {low} to {high}")
     if 0 < high <= 1:  # The model would see a black image and predict a class for it without any error.
         raise ConfigError(f"{message} with values from {low} to {high}: multiply by 255")
+
+
+def _num_imported_features(layers: Sequence[Mapping[str, Any]]) -> int:
+    """D, from the layers of the network of an imported model."""
+    names = {layer["config"]["name"]: layer for layer in layers}
+    if FEATURES not in names:
+        raise BundleError(f"{NO_FEATURES}. Received: a network of {', '.join(names)}")
+    return int(names[FEATURES]["inbound_nodes"][0]["args"][0]["config"]["shape"][-1])
 
 
 def _check_free(path: Path) -> None:
