@@ -29,7 +29,7 @@ MAX_EXPANSION = 100
 """Weights do not compress; zeros do, to a thousandth."""
 NEVER = frozenset(
     {"Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "FeatureSpace"}
-    | {"StringLookup", "IntegerLookup", "TextVectorization"}
+    | {"StringLookup", "IntegerLookup", "IndexLookup", "TextVectorization"}
 )
 """Classes of Keras that run code from the file, or read files that it names."""
 VALUES = frozenset({"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__"})
@@ -89,7 +89,9 @@ def _read_config(file: Path) -> Any:
         raise
     except Exception as error:  # The border: zip, HDF5 and JSON each have errors of their own.
         kind = "HDF5 file" if file.suffix in HDF5 else "`.keras` file"
-        raise ConfigError(f"{file.name} is no {kind} of a model: {type(error).__name__}: {first_line(error)}") from error
+        raise ConfigError(
+            f"{file.name} is no {kind} of a model: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file.name} has no configuration of a model. Received: {str(config)[:80]}")
     return config
@@ -166,7 +168,9 @@ def _reason_against(entry: dict[str, Any]) -> str | None:
 def _is_known(name: str) -> bool:
     """Whether a legacy file may name this class, without a module."""
     spaces = [getattr(keras, space) for space in (*NAMESPACES, *ONLY_TRAINING)]
-    return name in ("Functional", "Model") or any(isinstance(getattr(each, name, None), type) for each in (keras, *spaces))
+    return name in ("Functional", "Model") or any(
+        isinstance(getattr(each, name, None), type) for each in (keras, *spaces)
+    )
 
 
 def _is_in(module: str, name: str) -> bool:
