@@ -17,6 +17,7 @@ import pytest
 from harness import Recorder
 from PIL import Image
 
+from mnist_dist.console import Stop
 from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import with_features
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine
@@ -313,7 +314,7 @@ def test_logits_get_the_activation_of_the_recipe(tmp_path: Path) -> None:
 
 def test_the_class_names_must_fit_the_outputs(tmp_path: Path) -> None:
     foreign = open_model(save(classifier(), tmp_path), tmp_path / "scratch")
-    with pytest.raises(ConfigError, match="the model has 5 outputs. Received: 2 class names"):
+    with pytest.raises(ConfigError, match=r"the model has 5 outputs. Received: 2 class names"):
         build(foreign, tmp_path, class_names=("a", "b"))
 
 
@@ -619,12 +620,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "keras.utils.get_file": (call_of("keras.utils", "get_file"), "is of the class keras.utils.get_file"),
     "a private class": (
         call_of("keras.src.utils.progbar", "Progbar"),
-        "is of the class keras.src.utils.progbar.Progbar",
+        "of the class keras.src.utils.progbar.Progbar",
     ),
     "a SavedModel inside": (call_of("keras.layers", "TFSMLayer", {"name": "sm"}), "layer 'sm' is a TFSMLayer"),
     "a vocabulary file": (
         call_of("keras.layers", "StringLookup", {"name": "words"}),
-        "layer 'words' is a StringLookup",
+        "'words' is a StringLookup",
     ),
     "a function of os": (activation_of("os", "system"), "uses the function system"),
     "a function of keras": (activation_of("keras.utils", "get_file"), "uses the function get_file"),
@@ -728,7 +729,7 @@ def test_files_that_are_no_models_are_refused(case: str, tmp_path: Path) -> None
 def test_a_truncated_model_is_refused(tmp_path: Path) -> None:
     file = save(classifier(), tmp_path)
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ConfigError, match="is no `.keras` file of a model"):
+    with pytest.raises(ConfigError, match=r"is no `.keras` file of a model"):
         open_model(file, tmp_path / "scratch")
 
 
@@ -737,7 +738,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         top_layer(config)["config"]["units"] = 9
 
     file = rewritten(save(classifier(), tmp_path), tmp_path / "other.keras", change)
-    with pytest.raises(ConfigError, match="Keras cannot load other.keras"):
+    with pytest.raises(ConfigError, match=r"Keras cannot load other.keras"):
         open_model(file, tmp_path / "scratch")
 
 
@@ -759,7 +760,9 @@ def check_conversions(bundle: Bundle, scratch: Path, formats: Sequence[str]) -> 
         if missing:
             pytest.skip(f"needs {', '.join(missing)} (pip install -e '.[export]'); runs where they are installed")
     scratch.mkdir()
-    conversion = Conversion(bundle=bundle, scratch=scratch, batch_size=2, cpus=2, session=Session(console=Recorder()))
+    console = Recorder()
+    session = Session(console=console, stop=Stop(console))
+    conversion = Conversion(bundle=bundle, scratch=scratch, batch_size=2, cpus=2, session=session)
     conversion.by_keras(formats, features=True)
     images, spec = pixels(bundle.info.spec, 5), bundle.info.spec
     expected = with_features(bundle.model)(images, training=False)

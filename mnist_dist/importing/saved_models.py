@@ -51,8 +51,8 @@ TRAINS = frozenset(
     }
 )
 IN_TRAINING = (
-    "Keras exports a model with layers such as Resizing, CenterCrop or RandomFlip in training mode: import its `.keras` "
-    "file, or export `keras.Model(x, model(x, training=False))`"
+    "Keras exports a model with layers such as Resizing, CenterCrop or RandomFlip in training mode: import its "
+    "`.keras` file, or export `keras.Model(x, model(x, training=False))`"
 )
 ARITHMETIC = {"Mul": "multiply", "RealDiv": "divide", "Div": "divide", "Sub": "add", "AddV2": "add", "Add": "add"}
 PASSING = frozenset({"Identity", "Reshape", "Squeeze", "Cast", "StopGradient", "ResizeBilinear", "ReverseV2"})
@@ -126,8 +126,8 @@ def reference(folder: Path, images: Sequence[bytes], asked: Asked) -> Values:
 
 
 def whole_pipeline(folder: Path, images: Sequence[bytes], asked: Asked) -> Values:
-    """The same with TensorFlow's decoder, and pixels that are not rounded after the resize. Shows what those two change;
-    not for the strict comparison. Arguments as those of `reference`."""
+    """The same with TensorFlow's decoder, and pixels that are not rounded after the resize. Shows what those two
+    change; not for the strict comparison. Arguments as those of `reference`."""
     return _ask(folder, tensorflow_pixels(images, asked.spec), asked)
 
 
@@ -249,7 +249,7 @@ def _called(value: Any) -> Iterator[str]:
 
 def _convertible() -> frozenset[str]:
     """TensorFlow's operations that tf2onnx converts."""
-    import tf2onnx.tfonnx  # registers the operations
+    import tf2onnx.tfonnx  # noqa: F401 (it registers them)
     from tf2onnx.handler import tf_op
 
     return frozenset(name for opsets in tf_op.get_opsets().values() for opset in opsets for name in opset)
