@@ -151,7 +151,9 @@ def compare(
     """
     if values.shape != reference_values.shape:
         shape = list(reference_values.shape)
-        raise ConfigError(f"{reference} gives {shape} values, and the bundle {list(values.shape)}. Received: {reference!r}")
+        raise ConfigError(
+            f"{reference} gives {shape} values, and the bundle {list(values.shape)}. Received: {reference!r}"
+        )
     ours, theirs = values.astype(np.float64), reference_values.astype(np.float64)
     differences = np.abs(ours - theirs).max(axis=1)
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
@@ -176,9 +178,10 @@ def logits(probabilities: npt.NDArray[np.float64], *, multi_label: bool) -> npt.
     """
     if multi_label:
         p = np.clip(probabilities, _TINY, 1 - 2.0**-24)
-        return np.log(p) - np.log1p(-p)
-    values = np.log(np.maximum(probabilities, _TINY))
-    return values - values.mean(axis=1, keepdims=True)
+        return np.asarray(np.log(p) - np.log1p(-p))
+    values: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, _TINY))
+    values -= values.mean(axis=1, keepdims=True)
+    return values
 
 
 class BundleModel:
