@@ -31,7 +31,8 @@ from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.keras_files import load_keras
 from mnist_dist.importing.recipe import Recipe
 from mnist_dist.importing.tensorflow_images import ask, expects_pixels, is_identity, rounded_pixels, tensorflow_pixels
-from mnist_dist.models.bundle import FEATURES, NETWORK_LAYER, PROBABILITIES, all_layers
+from mnist_dist.models.bundle import NETWORK_LAYER, all_layers
+from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 
 PASSING = frozenset({"Dropout", "Identity", "Reshape", "Flatten", "Cast", "ActivityRegularization", "Squeeze"})
 """Classes of operations that keep the values, between a last Dense and the output."""

@@ -82,7 +82,7 @@ def open_saved_model(job: ImportJob, scratch: Path, report: Report) -> Foreign:
 
     Args:
         job: its `source` is a local folder.
-        scratch: folder for `model.onnx`: `[B, H, W, C]` as in the SavedModel, named `image`; the outputs have the names
+        scratch: folder for `foreign.onnx`: `[B, H, W, C]` as in the SavedModel, named `image`; the outputs have the names
             of the signature.
         report: see `engines.steps`.
 
@@ -95,7 +95,7 @@ def open_saved_model(job: ImportJob, scratch: Path, report: Report) -> Foreign:
     folder = Path(job.source)
     signature = _load(folder)
     output = _output(signature, job.output_node)
-    frozen, file = freeze(signature.function), scratch / "model.onnx"
+    frozen, file = freeze(signature.function), scratch / "foreign.onnx"
     try:
         write_onnx(frozen, file, input_name=INPUT, output_names=signature.output_names)
     except Exception as error:  # The border: tf2onnx fails in many ways on what it does not know.
