@@ -586,7 +586,7 @@ def top_layer(config: dict[str, Any]) -> dict[str, Any]:
 
 def lambda_model(canary: Path) -> keras.Model:
     path = str(canary)
-    layer = layers.Lambda(lambda x: (os.close(os.open(path, os.O_CREAT)), x)[1], name="evil")
+    layer = layers.Lambda(lambda x: (os.open(path, os.O_CREAT), x)[1], name="evil")
     return chain(layer, layers.Flatten(), layers.Dense(2))
 
 
