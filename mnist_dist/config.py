@@ -58,6 +58,9 @@ class DecodeConfig:
     a quarter of what the actor can expect."""
     image_timeout_s: float = 60.0
     """Images that take longer than this to decode, s, get the status `failed`."""
+    decode_quality: DecodeQuality | Literal["auto"] = "auto"
+    """exact: decode JPEGs at full size and resize them as the model's own framework does. fast: decode them smaller and
+    resize by OpenCV. auto: as the bundle says; exact for imported models, fast for models trained here."""
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_bytes"):

@@ -79,7 +79,7 @@ SUCCESS, FAILED = "_SUCCESS", "_FAILED"
 """Copies of the newest mark, for tools that wait for a file of such a name; nothing here reads them."""
 METADATA_KEY = "mnist_dist"
 """Of the JSON in the metadata of each Parquet file: `class_names` in order, `bundle`, `model_id`, `engine`,
-`precision`, `resize` and `versions`."""
+`precision`, `resize`, `spec` (how images were decoded and fitted) and `versions`."""
 WORK = "_work"
 LOCK = f"{WORK}/lock"
 _MARK = re.compile(rf"(\d{{6,}})/{re.escape(MARK)}")

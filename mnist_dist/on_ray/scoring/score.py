@@ -27,6 +27,7 @@ from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
@@ -125,6 +126,22 @@ def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:
     return schema
 
 
+def _spec(job: ScoreJob, bundle: Bundle) -> ImageSpec:
+    """How the job decodes images: as the bundle says, in the quality that was asked for."""
+    asked = job.decoding.decode_quality
+    return bundle.info.spec if asked == "auto" else replace(bundle.info.spec, quality=asked)
+
+
+def _fast_agreement(bundle: Bundle) -> str | None:
+    """What is known of fast decoding for an imported model; None for one that was trained with it."""
+    imported = bundle.info.imported
+    if imported is None:
+        return None
+    if imported.fast_agreement is None:
+        return "fast decoding: how often the top class stays the same was not measured for this bundle"
+    return f"fast decoding: same top class for {imported.fast_agreement:.2%} of {imported.fast_images:,} images"
+
+
 def _check_format(job: ScoreJob, output: Output, before: Committed) -> None:
     """Raises ConfigError if the output holds a table of another format."""
     require(
@@ -180,6 +197,7 @@ class Scoring:
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
         self.session, self.began_at = session, began_at
+        self.spec = _spec(job, bundle)
         self.found = 0  # images listed so far
         self.scored, self.scoring_s = 0, 0.0  # images scored by this run, and the time it took
         self.steady_images_per_s: float | None = None
@@ -236,6 +254,8 @@ class Scoring:
                 own[name], known[name] = value, getattr(origin, name)
         if origin.engine == "keras":
             own[KERAS_BACKEND], known[KERAS_BACKEND] = _keras_backend(), origin.keras_backend
+        if isinstance(origin, Summary):  # older versions always decoded as the bundle says
+            own["spec"], known["spec"] = asdict(self.spec), asdict(origin.described.spec or self.bundle.info.spec)
         compared = [name for name in own if name not in but]
         return differences({name: own[name] for name in compared}, {name: known.get(name) for name in compared})
 
@@ -450,7 +470,7 @@ class Scoring:
         size = self.job.shard_size or choose_shard_size(
             len(work.table),
             total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
-            most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
+            most=TASK_SHARD_BYTES // self.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
         generation.begin(
             lambda uri: write_manifest(uri, work.table, shard_size=size, store=generation.store), dropped=work.gone
@@ -464,7 +484,7 @@ class Scoring:
             model_id=self.bundle.info.model_id,
             engine=engine,
             generation=generation,
-            spec=self.bundle.info.spec,
+            spec=self.spec,
             table=self.job.table,
             schema=_schema(self.job, self.bundle, carried=carried),
             decoding=self.job.decoding,
@@ -489,6 +509,9 @@ class Scoring:
             f"{f' ({rows_done:,} already done)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, on {resources}"
         )
+        agreement = _fast_agreement(self.bundle) if self.job.decoding.decode_quality == "fast" else None
+        if agreement:
+            self.session.console.line(agreement)
         task = self._task(generation, engine, actors, carried=carried)
         work = ShardWork(
             worker=ScoringWorker(task),
@@ -544,7 +567,8 @@ class Scoring:
         return Description(
             bundle=absolute(self.job.bundle),
             class_names=self.bundle.info.class_names,
-            resize=self.bundle.info.spec.resize,
+            resize=self.spec.resize,
+            spec=self.spec,
             versions={
                 "python": platform.python_version(),
                 "mnist_dist": mnist_dist.__version__,
