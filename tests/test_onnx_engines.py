@@ -119,8 +119,8 @@ def test_keras_cannot_run_an_onnx_bundle(bundle: Bundle, tmp_path: Path, gpu: bo
 
 def test_on_gpus_an_onnx_bundle_runs_by_onnx_runtime() -> None:
     facts: dict[str, Any] = {"gpu": True, "has_images": True, "has_bfloat16": True, "own": OWN}
-    for flags in ({}, {"engine": "onnx"}, {"precision": "float32"}):
-        assert candidates(EngineConfig(**flags), **facts) == [OWN]
+    for requested in (EngineConfig(), EngineConfig(engine="onnx"), EngineConfig(precision="float32")):
+        assert candidates(requested, **facts) == [OWN]
     with pytest.raises(ConfigError, match=r"on GPUs the engine must be onnx in float32 .* Received: engine='openvino'"):
         candidates(EngineConfig(engine="openvino"), **facts)
 
