@@ -30,7 +30,7 @@ mark has its number or a higher one; what is left of its folder is debris.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,6 +124,10 @@ class Description:
     """How an image of another shape became the model's input."""
     versions: dict[str, str]
     """Versions of Python and of the packages that scored, by name."""
+    multi_label: bool = False
+    """Whether each class has a probability of its own."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Class -> the probability from which it is one of the `predicted_classes`; empty unless `multi_label`."""
 
 
 @dataclass(frozen=True, kw_only=True)
