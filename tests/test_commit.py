@@ -91,6 +91,7 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
         outcomes=outcomes,
         class_names=CLASSES,
         top_k=table.top_k,
+        thresholds=table.thresholds,
         model_id=model_id,
         scored_at=NOW,
         carried=planned.select(CARRIED.names),

@@ -345,9 +345,7 @@ def _vectors(
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), type=kind, mask=pa.array(~ok))
 
 
-def _lists(
-    values: pa.Array, ok: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64] | None = None
-) -> pa.ListArray:
+def _lists(values: pa.Array, ok: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64] | None = None) -> pa.ListArray:
     """Cuts the `values` of the s rows that are ok into s lists of these lengths, `[s]`, or else of equal length; the
     other rows are null."""
     length_of = np.zeros(len(ok), np.int64)
