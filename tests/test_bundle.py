@@ -119,7 +119,7 @@ def test_a_prediction_of_a_multi_label_bundle_names_all_classes_from_one_half_on
     probabilities = np.array([0.5, 0.75, 0.49, 0.5], np.float32)
     for multi_label, classes in ((True, ("bee", "ant", "dog")), (False, ())):
         bundle = Bundle(bundle_path, dataclasses.replace(info, multi_label=multi_label))
-        bundle.model = lambda pixels, training: np.repeat(probabilities[None], len(pixels), axis=0)  # type: ignore[assignment]
+        bundle.model = lambda pixels, training: np.repeat(probabilities[None], len(pixels), axis=0)
         prediction = bundle.predict(random_image(9, 7))
         assert (prediction.predicted_class, prediction.predicted_classes) == ("bee", classes)
 

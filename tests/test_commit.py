@@ -359,6 +359,8 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
         "class_names": ["ant", "bee"],
         "resize": "crop",
         "versions": {"python": "3.99"},
+        "multi_label": False,
+        "thresholds": {},
         "model_id": "new",
         "engine": "keras",
         "precision": "float32",

@@ -162,7 +162,7 @@ def test_the_log_knows_rows_and_limits_of_each_file(templates: dict[str, Path], 
 
 
 def test_a_multi_label_table_is_read_like_any_other(tmp_path: Path) -> None:
-    output, table = Output(str(tmp_path)), TableConfig(thresholds={"ant": 0.75, "bee": 0.5})
+    output, table = Output(str(tmp_path)), TableConfig(thresholds={"ant": 0.75, "bee": 0.5, "cat": 0.999})
     schema = delta_schema(prediction_schema(table, carried=CARRIED))
     generation = put_generation(output, OLD, table=table)
     commit_it(output, generation, schema=schema, table_format="delta")

@@ -331,7 +331,7 @@ def test_wide_rows_have_the_probability_of_each_class() -> None:
 
 
 def test_the_classes_that_reach_their_thresholds_come_in_descending_order() -> None:
-    probabilities = [
+    probabilities: list[list[float]] = [
         [0.6, 0.25, 0.9, 0.1],
         [0] * 4,
         [0.1, 0.2, 0.1, 0.4],

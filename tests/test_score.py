@@ -631,7 +631,7 @@ def test_a_file_of_thresholds_that_changes_is_another_job(
         with pytest.raises(
             ResumeConflict, match=r"other settings .*:\n  table\.thresholds\.bee: 0\.75 now, 0\.25 in the"
         ):
-            score(replace(job, mode=mode), console=Recorder())  # type: ignore[arg-type]
+            score(replace(job, mode=mode), console=Recorder())
 
 
 def test_a_threshold_of_an_unfinished_job_is_frozen_with_it(

@@ -284,20 +284,15 @@ class _Histogram:
     """The lowest score in each bin that is not empty."""
 
     def average_precision(self) -> float | None:
-        """None if no image has the class. Source: scikit-learn's `average_precision_score`."""
-        from sklearn import metrics
+        """The mean of the precisions at the score of each image with the class; None if no image has it.
 
-        others = self.every - self.own
-        right, wrong = self.own.nonzero()[0], others.nonzero()[0]
-        if not len(right):
+        Source: scikit-learn's `average_precision_score`, which sorts the scores again.
+        """
+        hits, predicted = np.cumsum(self.own[::-1]), np.cumsum(self.every[::-1])
+        bins = np.flatnonzero(self.own[::-1])
+        if not len(bins):
             return None
-        return float(
-            metrics.average_precision_score(
-                np.repeat([1, 0], [len(right), len(wrong)]),
-                np.concatenate([right, wrong]),
-                sample_weight=np.concatenate([self.own[right], others[wrong]]),
-            )
-        )
+        return float((self.own[::-1][bins] * hits[bins] / predicted[bins]).sum() / hits[-1])
 
     def best_threshold(self) -> tuple[float, float] | None:
         """The threshold with the highest F1, and that F1; see `LabelMetrics.best_threshold`."""
