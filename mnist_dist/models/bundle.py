@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
@@ -148,12 +148,15 @@ class Prediction:
         predicted_index: index of that class.
         confidence: probability of that class.
         probabilities: `float32 [K]`, in the order of the bundle's class names.
+        predicted_classes: of a multi-label bundle, the classes with a probability of 0.5 and more, the most probable
+            first; else empty.
     """
 
     predicted_class: str
     predicted_index: int
     confidence: float
     probabilities: npt.NDArray[np.float32]
+    predicted_classes: tuple[str, ...] = ()
 
 
 class Bundle:
@@ -268,8 +271,10 @@ class Bundle:
         return np.asarray(self.model(pixels, training=False))
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        index = int(probabilities.argmax())
-        return Prediction(self.info.class_names[index], index, float(probabilities[index]), probabilities)
+        index, names = int(probabilities.argmax()), self.info.class_names
+        ranked = np.argsort(-probabilities, kind="stable") if self.info.multi_label else ()
+        reached = tuple(names[code] for code in ranked if probabilities[code] >= DEFAULT_THRESHOLD)
+        return Prediction(names[index], index, float(probabilities[index]), probabilities, reached)
 
 
 def check_has_classes(info: BundleInfo) -> None:

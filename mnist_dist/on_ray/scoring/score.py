@@ -59,6 +59,7 @@ from mnist_dist.scoring.planning import Means
 from mnist_dist.scoring.predictions import NOT_BAD, Mark, count_bad, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
+SHOWN_DIFFERENCES = 20  # of the settings; the thresholds of classes may be many
 SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
 
 
@@ -99,6 +101,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
     check_has_classes(bundle.info)
+    job = with_thresholds(job, bundle.info)
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
@@ -240,7 +243,8 @@ class Scoring:
         """Raises ResumeConflict unless this job would make the same rows as `origin`."""
         lines = self._differences(origin, but=but)
         if lines:
-            shown = "\n  ".join(lines)
+            more = [f"and {len(lines) - SHOWN_DIFFERENCES:,} more"] if len(lines) > SHOWN_DIFFERENCES else []
+            shown = "\n  ".join([*lines[:SHOWN_DIFFERENCES], *more])
             raise ResumeConflict(
                 f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
                 f"for other input, or --mode fresh to score everything again):\n  {shown}"
@@ -574,6 +578,8 @@ class Scoring:
                 "mnist_dist": mnist_dist.__version__,
                 **versions_of(("pyarrow", *packages_of(made_by))),
             },
+            multi_label=self.job.table.is_multi_label,
+            thresholds=self.job.table.thresholds,
         )
 
     def _check(self, generation: Generation) -> None:
