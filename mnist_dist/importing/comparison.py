@@ -151,7 +151,9 @@ def compare(
     """
     if values.shape != reference_values.shape:
         shape = list(reference_values.shape)
-        raise ConfigError(f"{reference} gives {shape} values, and the bundle {list(values.shape)}. Received: {reference!r}")
+        raise ConfigError(
+            f"{reference} gives {shape} values, and the bundle {list(values.shape)}. Received: {reference!r}"
+        )
     ours, theirs = values.astype(np.float64), reference_values.astype(np.float64)
     differences = np.abs(ours - theirs).max(axis=1)
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))

@@ -159,7 +159,9 @@ class _Import:
         classes = None if self._job.classes is None else self._classes(self._job.classes)
         rows = self._images(self._job.check_images, MAX_CHECKED)
         calibration = self._images(self._job.calibration, MAX_CALIBRATION)
-        opened = self._step(partial(source.open, self._local, self._scratch), title=f"opening {shown(self._job.source)}")
+        opened = self._step(
+            partial(source.open, self._local, self._scratch), title=f"opening {shown(self._job.source)}"
+        )
         recipe = recipe_of(self._job, opened, classes=classes)
         self._say(opened, recipe)
         model_file = self._scratch / (KERAS_FILE if opened.kind == "keras" else ONNX_FILE)

@@ -35,7 +35,9 @@ BATCH = "N"
 _PREFIX = "network/"
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Whose operators plain ONNX Runtime has."""
-_PASSING = frozenset({"Identity", "Dropout", "Cast", "Reshape", "Flatten", "Squeeze", "Softmax", "Sigmoid", "LogSoftmax"})
+_PASSING = frozenset(
+    {"Identity", "Dropout", "Cast", "Reshape", "Flatten", "Squeeze", "Softmax", "Sigmoid", "LogSoftmax"}
+)
 """What may stand between the last dense layer and the output."""
 INPUT_NUMPY: dict[int, Any] = {
     TensorProto.FLOAT: np.float32,
@@ -99,7 +101,9 @@ def read_graph(file: Path) -> Any:
         model = onnx.inliner.inline_local_functions(model)
     _check_operators(model, file)
     if model.ByteSize() > MAX_BYTES:
-        raise ConfigError(f"a bundle's ONNX model has at most 2 GiB. Received: {model.ByteSize()} bytes in {str(file)!r}")
+        raise ConfigError(
+            f"a bundle's ONNX model has at most 2 GiB. Received: {model.ByteSize()} bytes in {str(file)!r}"
+        )
     return model
 
 
@@ -145,11 +149,7 @@ def shapes_of(model: Any) -> dict[str, list[int | None]]:
     except Exception:  # of an unusual graph: what the file itself says remains
         inferred = model
     values = [*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input]
-    return {
-        value.name: _sizes(value.type.tensor_type)
-        for value in values
-        if value.type.tensor_type.HasField("shape")
-    }
+    return {value.name: _sizes(value.type.tensor_type) for value in values if value.type.tensor_type.HasField("shape")}
 
 
 def final_activation(model: Any, output: str) -> Literal["Softmax", "Sigmoid"] | None:

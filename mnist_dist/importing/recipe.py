@@ -138,7 +138,9 @@ def read_classes(data: bytes, *, uri: str) -> tuple[str, ...]:
 
 def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
     height, width = _size(fitting, facts)
-    resampling = choice.of(fitting.resize_rule, facts.resampling, "pillow", "images are resized as {} does (--resize-rule)")
+    resampling = choice.of(
+        fitting.resize_rule, facts.resampling, "pillow", "images are resized as {} does (--resize-rule)"
+    )
     resize_px = fitting.resize_px
     if fitting.crop is not None:
         resize_px = math.floor(min(height, width) / fitting.crop)
@@ -148,7 +150,9 @@ def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
     )
     if resize_px is None and fitting.resize is None and fitting.input_size is None:
         resize_px = facts.resize_px
-    interpolation = choice.of(fitting.interpolation, facts.interpolation, "bilinear", "the filter is {} (--interpolation)")
+    interpolation = choice.of(
+        fitting.interpolation, facts.interpolation, "bilinear", "the filter is {} (--interpolation)"
+    )
     return ImageSpec(
         height_px=height,
         width_px=width,
@@ -171,7 +175,9 @@ def _size(fitting: FittingConfig, facts: Facts) -> tuple[int, int]:
             raise ConfigError("the model takes images of any size: give --input-size, px. Received: none")
         return known[0], known[1]
     height, width = fitting.input_size * 2 if len(fitting.input_size) == 1 else fitting.input_size
-    if facts.is_size_fixed and any(side not in (None, asked) for side, asked in zip(known, (height, width), strict=True)):
+    if facts.is_size_fixed and any(
+        side not in (None, asked) for side, asked in zip(known, (height, width), strict=True)
+    ):
         raise ConfigError(f"the model takes {known[0]} x {known[1]} px only. Received: input_size={fitting.input_size}")
     return height, width
 
@@ -221,9 +227,7 @@ def _tuple(value: tuple[float, ...] | float) -> tuple[float, ...]:
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _classified(
-    recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, classes: Sequence[str] | None
-) -> Recipe:
+def _classified(recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, classes: Sequence[str] | None) -> Recipe:
     count = facts.num_outputs
     if count is None:
         raise ConfigError(
@@ -276,7 +280,9 @@ def _json_classes(text: str, uri: str) -> tuple[str, ...]:
     except ValueError as err:
         raise ConfigError(f"a list of classes is not valid JSON: {err}. Received: {uri!r}") from None
     except KeyError as err:
-        raise ConfigError(f"the classes must be numbered from 0 without gaps: {err} is missing. Received: {uri!r}") from None
+        raise ConfigError(
+            f"the classes must be numbered from 0 without gaps: {err} is missing. Received: {uri!r}"
+        ) from None
     if not all(isinstance(name, str) for name in value):
         raise ConfigError(f"the classes must be a list of names. Received: {uri!r}")
     return tuple(value)
