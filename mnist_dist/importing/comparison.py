@@ -178,9 +178,10 @@ def logits(probabilities: npt.NDArray[np.float64], *, multi_label: bool) -> npt.
     """
     if multi_label:
         p = np.clip(probabilities, _TINY, 1 - 2.0**-24)
-        return np.log(p) - np.log1p(-p)
-    values = np.log(np.maximum(probabilities, _TINY))
-    return values - values.mean(axis=1, keepdims=True)
+        return np.asarray(np.log(p) - np.log1p(-p))
+    values: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, _TINY))
+    values -= values.mean(axis=1, keepdims=True)
+    return values
 
 
 class BundleModel:

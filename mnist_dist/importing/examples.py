@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import probe_image
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import read_in_order
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_CHECKED, MAX_CALIBRATION = 500, 2_000
 _CROPS = ((427, 640), (640, 480), (333, 500), (224, 224), (500, 375), (97, 211), (300, 301), (256, 400), (41, 35))
@@ -126,7 +129,7 @@ def _built_in() -> Iterator[bytes]:
     yield _encoded(photographs[1].transpose(Image.Transpose.ROTATE_90), "JPEG")
 
 
-def _encoded(image: "Image.Image", kind: str) -> bytes:  # noqa: F821 (Pillow is loaded with the images)
+def _encoded(image: "Image.Image", kind: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, quality=90)
     return stream.getvalue()

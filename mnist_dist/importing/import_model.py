@@ -23,7 +23,7 @@ from mnist_dist import documents
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.steps import Report, run_step
-from mnist_dist.errors import MnistDistError, ResumeConflict
+from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check
 from mnist_dist.importing.examples import MAX_CALIBRATION, MAX_CHECKED, list_images
@@ -32,6 +32,7 @@ from mnist_dist.importing.recipe import Recipe, read_classes, recipe_of
 from mnist_dist.importing.sources import digest_of, find_source, localized
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
+    CALIBRATION_FILE,
     KERAS_FILE,
     ONNX_FILE,
     BundleInfo,
@@ -96,7 +97,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         digest = digest_of(local)
         record = _finished(job, digest)
         if record is None:
-            ANYWHERE.check_writable(job.output_uri)
+            _check_free(job.output_uri)
             record = _Import(job, local, digest, Path(scratch), session).run()
         else:
             console.line(f"{job.output_uri} is this model already")
@@ -145,6 +146,14 @@ def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
             f"{job.output_uri} was imported otherwise; choose another --output, or delete it:\n  {shown_lines}"
         )
     return record
+
+
+def _check_free(output: str) -> None:
+    """Refuses an output that holds anything but what an interrupted upload left."""
+    names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
+    others = sorted(names - {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, IMPORT_FILE})
+    if others:
+        raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
 
 
 class _Import:

@@ -25,12 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 from mnist_dist import documents
 from mnist_dist.errors import ConfigError
 from mnist_dist.importing.recipe import Recipe
-from mnist_dist.models.bundle import FEATURES, PROBABILITIES
+from mnist_dist.models.onnx_file import FEATURES, IMAGE, MAX_BYTES, PROBABILITIES, is_outside, tensors_of
 
-INPUT = "image"
 MIN_OPSET = 11
-MAX_BYTES = 2**31 - 1
-"""Of a file: protobuf cannot hold more."""
 BATCH = "N"
 _PREFIX = "network/"
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
@@ -203,6 +200,9 @@ def build_onnx(file: Path, recipe: Recipe, target: Path) -> None:
     """
     foreign = read_graph(file)
     source = graph_input(foreign, file=file)
+    own = (source.height_px, source.width_px, source.channels)
+    if any(size not in (None, wanted) for size, wanted in zip(own, recipe.spec.shape, strict=True)):
+        raise ConfigError(f"the graph takes images of {own}. Received: {recipe.spec.shape} for {str(file)!r}")
     opset = max(entry.version for entry in foreign.opset_import if entry.domain in ("", "ai.onnx"))
     named = onnx.compose.add_prefix(foreign, _PREFIX)
     head = list(_input_nodes(recipe, source))
@@ -241,7 +241,7 @@ def _assembled(
     built = helper.make_graph(
         nodes,
         "bundle",
-        [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, shape)],
         outputs,
         initializers,
         sparse_initializer=list(graph.sparse_initializer),
@@ -261,32 +261,32 @@ def _assembled(
 
 def _input_nodes(recipe: Recipe, source: GraphInput) -> Iterator[Any]:
     """From `image` to the input of the foreign graph."""
-    name, target = INPUT, f"{_PREFIX}{source.name}"
+    name, target = IMAGE, f"{_PREFIX}{source.name}"
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if recipe.bgr:
-        steps.append(("Gather", [f"{INPUT}/order"], {"axis": 3}))
+        steps.append(("Gather", [f"{IMAGE}/order"], {"axis": 3}))
     if not source.is_uint8:
         steps.append(("Cast", [], {"to": TensorProto.FLOAT}))
         if any(value != 1 for value in recipe.scale):
-            steps.append(("Mul", [f"{INPUT}/scale"], {}))
+            steps.append(("Mul", [f"{IMAGE}/scale"], {}))
         if any(value != 0 for value in recipe.offset):
-            steps.append(("Add", [f"{INPUT}/offset"], {}))
+            steps.append(("Add", [f"{IMAGE}/offset"], {}))
         if source.dtype != TensorProto.FLOAT:
             steps.append(("Cast", [], {"to": source.dtype}))
     if source.layout == "NCHW":
         steps.append(("Transpose", [], {"perm": [0, 3, 1, 2]}))
     steps = steps or [("Identity", [], {})]
     for number, (kind, others, attributes) in enumerate(steps):
-        result = target if number == len(steps) - 1 else f"{INPUT}/{number}"
-        yield helper.make_node(kind, [name, *others], [result], name=f"{INPUT}/{kind.lower()}_{number}", **attributes)
+        result = target if number == len(steps) - 1 else f"{IMAGE}/{number}"
+        yield helper.make_node(kind, [name, *others], [result], name=f"{IMAGE}/{kind.lower()}_{number}", **attributes)
         name = result
 
 
 def _constant_tensors(recipe: Recipe) -> list[Any]:
     return [
-        numpy_helper.from_array(np.array(recipe.scale, np.float32), f"{INPUT}/scale"),
-        numpy_helper.from_array(np.array(recipe.offset, np.float32), f"{INPUT}/offset"),
-        numpy_helper.from_array(np.array([2, 1, 0], np.int64), f"{INPUT}/order"),
+        numpy_helper.from_array(np.array(recipe.scale, np.float32), f"{IMAGE}/scale"),
+        numpy_helper.from_array(np.array(recipe.offset, np.float32), f"{IMAGE}/offset"),
+        numpy_helper.from_array(np.array([2, 1, 0], np.int64), f"{IMAGE}/order"),
         numpy_helper.from_array(np.array(1, np.float32), f"{PROBABILITIES}/one"),
     ]
 
@@ -316,9 +316,7 @@ def _probability_nodes(recipe: Recipe, output: str, shape: list[int | None] | No
 def _check_external_data(model: Any, file: Path) -> None:
     """External data must lie in the model's folder, or below it; nothing else is ever opened."""
     folder = file.parent.resolve()
-    for tensor in _tensors(model):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
+    for tensor in filter(is_outside, tensors_of(model)):
         location = onnx.external_data_helper.ExternalDataInfo(tensor).location
         path = folder / location
         is_inside = not Path(location).is_absolute() and path.resolve().is_relative_to(folder)
@@ -356,28 +354,6 @@ def _layout(model: Any, name: str, shape: list[int | None]) -> Layout | None:
 
 def _feeds_convolution(model: Any, name: str) -> bool:
     return any(node.op_type == "Conv" and node.input[0] == name for node in model.graph.node)
-
-
-def _tensors(model: Any) -> Iterator[Any]:
-    """Every tensor that a model holds, wherever."""
-    for graph in _graphs(model.graph):
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        yield from _of_attributes(graph.node)
-    for function in model.functions:
-        yield from _of_attributes(function.node)
-        for node in function.node:
-            for inner in _inner_graphs(node):
-                yield from _of_attributes(_all_nodes(inner))
-
-
-def _of_attributes(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
 
 
 def _graphs(graph: Any) -> Iterator[Any]:

@@ -107,7 +107,7 @@ def activated(values: Any, asked: Asked) -> Values:
         values = values / values.sum(axis=1, keepdims=True)
     elif asked.activation == "sigmoid":
         values = 0.5 * (1 + np.tanh(values / 2))
-    return values.astype(np.float32)
+    return np.asarray(values, np.float32)
 
 
 def _output(model: Any, job: ImportJob, file: Path) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from mnist_dist.config import Activation
+from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig, Preset
@@ -138,21 +138,15 @@ def read_classes(data: bytes, *, uri: str) -> tuple[str, ...]:
 
 def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
     height, width = _size(fitting, facts)
+    pillow: Resampling = "pillow"
     resampling = choice.of(
-        fitting.resize_rule, facts.resampling, "pillow", "images are resized as {} does (--resize-rule)"
+        fitting.resize_rule, facts.resampling, pillow, "images are resized as {} does (--resize-rule)"
     )
-    resize_px = fitting.resize_px
-    if fitting.crop is not None:
-        resize_px = math.floor(min(height, width) / fitting.crop)
-    is_cropped = "shortest-edge" if resize_px is not None else None
-    resize = choice.of(
-        fitting.resize or is_cropped, facts.resize, "stretch", "images of another shape are stretched (--resize)"
-    )
-    if resize_px is None and fitting.resize is None and fitting.input_size is None:
-        resize_px = facts.resize_px
+    bilinear: Interpolation = "bilinear"
     interpolation = choice.of(
-        fitting.interpolation, facts.interpolation, "bilinear", "the filter is {} (--interpolation)"
+        fitting.interpolation, facts.interpolation, bilinear, "the filter is {} (--interpolation)"
     )
+    resize, resize_px = _geometry(fitting, facts, choice, side_px=min(height, width))
     return ImageSpec(
         height_px=height,
         width_px=width,
@@ -162,10 +156,22 @@ def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
         resampling=resampling,
         interpolation=interpolation,
         antialias=choice.of(fitting.antialias, facts.antialias, resampling == "pillow"),
-        crop_rounding=choice.of(None, facts.crop_rounding, "even"),
+        crop_rounding=facts.crop_rounding or "even",
         pad_value=choice.of(fitting.pad_value, facts.pad_value, 0),
         quality="exact",
     )
+
+
+def _geometry(fitting: FittingConfig, facts: Facts, choice: _Choice, *, side_px: int) -> tuple[Geometry, int | None]:
+    """How an image is resized, and the side that it has before the centre is cut."""
+    resize_px = fitting.resize_px if fitting.crop is None else math.floor(side_px / fitting.crop)
+    stretch: Geometry = "stretch"
+    cropped: Geometry | None = None if resize_px is None else "shortest-edge"
+    resize = choice.of(
+        fitting.resize or cropped, facts.resize, stretch, "images of another shape are stretched (--resize)"
+    )
+    is_as_source = fitting.resize is None and fitting.input_size is None
+    return resize, facts.resize_px if resize_px is None and is_as_source else resize_px
 
 
 def _size(fitting: FittingConfig, facts: Facts) -> tuple[int, int]:
