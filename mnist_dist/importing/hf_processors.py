@@ -8,7 +8,6 @@ Source: transformers 4.30 to 5.24, `image_processing_*.py` of each model, and `i
 
 # H = height px, W = width px, C = channels; h, w = height, width of an original
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -189,24 +188,20 @@ class Processor:
         resized, height = self.resize or (0, 0), (self.crop or (0, 0))[0]
         return {"resize": "stretch", "resize_px": resized[0] if self.crop and resized[0] != height else None}
 
-    def prepare(self, data: bytes, *, channels: int) -> npt.NDArray[np.float32]:
-        """An encoded image as the model takes it, with Pillow and NumPy alone; needs `is_fixed`.
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """An image, RGB or grey, as the model takes it, with Pillow and NumPy alone; needs `is_fixed`.
 
         Returns:
             `float32 [C, H, W]`.
         """
-        image = Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L")
         if self.resize is not None:
             height, width = self.resize if isinstance(self.resize, tuple) else _edges(image, self.resize)
             image = image.resize((width, height), Image.Resampling(self.resample))
         if self.crop is not None:
             top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return self.normalize(np.asarray(image).reshape(image.height, image.width, channels))
-
-    def normalize(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """`uint8 [H, W, C]` as the model takes it, `float32 [C, H, W]`."""
-        values = pixels.astype(np.float64) * self.factor + self.shift
+        pixels = np.asarray(image, np.float64).reshape(image.height, image.width, -1)
+        values = pixels * self.factor + self.shift
         if self.flips:
             values = values[..., ::-1]
         values = (values - np.array(self.mean)) / np.array(self.std)

@@ -7,7 +7,6 @@ is ever executed.
 
 # N = images, H = height px, W = width px, C = channels, K = outputs, D = features, T = tokens
 
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,17 +17,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from mnist_dist import documents
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.images.decoder import decode_image
 from mnist_dist.import_config import ImportJob
-from mnist_dist.importing.class_names import distinct
+from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, ProcessorFile, processor
 from mnist_dist.importing.onnx_graph import (
     INPUT_NUMPY,
+    GraphInput,
     check_tensor,
     features_of,
     final_activation,
@@ -89,27 +89,35 @@ def open_hugging_face(job: ImportJob, scratch: Path, report: Report) -> Foreign:
         )
     chosen, why = _model_file(folder, job)
     graph = _Graph.read(chosen, config, job, scratch)
-    slow = _slow_processor(folder) if steps.is_fixed else None
+    facts = _facts(graph, config, steps, job, why=why)
+    slow, fast = _of_transformers(folder, is_fast=False), _of_transformers(folder, is_fast=True)
+    run = partial(run_folder, folder, graph.file, graph.output or graph.features or "", facts)
+    file_name = "the ONNX file as it is in ONNX Runtime"
     return Foreign(
         kind="hugging_face",
         name=folder.resolve().name,
         file=graph.file,
-        facts=_facts(graph, config, steps, job, why=why),
-        reference=partial(run_folder, folder, graph.file, graph.output or graph.features or ""),
-        reference_name=f"{slow[0] if slow else 'Pillow and NumPy'}, and the ONNX file as it is in ONNX Runtime",
+        facts=facts,
+        reference=run,
+        reference_name=f"{slow[0] if slow and steps.is_fixed else 'Pillow and NumPy'}, and {file_name}",
+        whole=partial(run, is_fast=True) if fast and steps.is_fixed else None,
+        whole_name=f"{fast[0]}, and {file_name}" if fast and steps.is_fixed else "",
     )
 
 
-def run_folder(folder: Path, file: Path, output: str, images: Sequence[bytes], asked: Asked) -> Values:
+def run_folder(
+    folder: Path, file: Path, output: str, facts: Facts, images: Sequence[bytes], asked: Asked, *, is_fast: bool = False
+) -> Values:
     """The folder's image processor, then its ONNX file in ONNX Runtime: `float32 [N, K]` after the activation.
 
-    The image processor is the slow one of transformers where that is installed, else the same steps in Pillow and
-    NumPy. Images are fitted as asked only where the processor gives them no fixed size.
+    The image processor is that of transformers where that is installed, the slow one unless `is_fast`, else the same
+    steps in Pillow and NumPy. Images are fitted and normalised as asked where flags have changed what the folder says,
+    or where it gives images no fixed size.
     """
     import onnxruntime
 
     source = graph_input(read_graph(file), file=file)
-    prepare = _preparation(folder, asked)
+    prepare = _preparation(folder, asked, facts, is_fast=is_fast)
     wanted = asked.output or output
     session = onnxruntime.InferenceSession(_with_output(file, wanted), providers=["CPUExecutionProvider"])
     rows = []
@@ -121,37 +129,38 @@ def run_folder(folder: Path, file: Path, output: str, images: Sequence[bytes], a
     return activated(np.stack(rows), asked)
 
 
-def _preparation(folder: Path, asked: Asked) -> Callable[[bytes], Pixels]:
+def _preparation(folder: Path, asked: Asked, facts: Facts, *, is_fast: bool) -> Callable[[bytes], Pixels]:
     """What makes the model's input of an encoded image, `float32 [C, H, W]`."""
     steps = _processor(folder, _read(folder / CONFIG_FILE, ModelFile))
-    if not steps.is_fixed:
-        return lambda data: steps.normalize(decode_image(data, asked.spec).pixels)
-    slow = _slow_processor(folder) if asked.spec.channels == 3 else None
-    return slow[1] if slow else partial(steps.prepare, channels=asked.spec.channels)
+    if not (steps.is_fixed and is_as_stated(asked, facts)):
+        return partial(fitted, asked=asked)
+    channels = asked.spec.channels
+    theirs = _of_transformers(folder, is_fast=is_fast) if channels == 3 else None
+    prepare = theirs[1] if theirs else steps.prepare
+    return lambda data: prepare(opened(data, channels=channels))
 
 
-def _slow_processor(folder: Path) -> tuple[str, Callable[[bytes], Pixels]] | None:
-    """The image processor of transformers that works with Pillow, and its name; None: there is none."""
+def _of_transformers(folder: Path, *, is_fast: bool) -> tuple[str, Callable[[Image.Image], Pixels]] | None:
+    """The image processor of transformers, on Pillow or (fast) on torch, and its name; None: there is none."""
     try:
         import transformers
     except ImportError:
         return None
     is_new = int(transformers.__version__.split(".")[0]) >= 5
-    options = {"backend": "pil"} if is_new else {"use_fast": False}
+    options = {"backend": "torchvision" if is_fast else "pil"} if is_new else {"use_fast": is_fast}
     try:
         made = transformers.AutoImageProcessor.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception:  # a class that this version does not have, or a file that it reads otherwise
         return None
-    if getattr(made, "backend", "pil") != "pil" or type(made).__name__.endswith("Fast"):
+    on_torch = getattr(made, "backend", "pil") == "torchvision" or type(made).__name__.endswith("Fast")
+    if on_torch != is_fast:
         return None
 
-    def prepare(data: bytes) -> Pixels:
-        from PIL import Image
-
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        return np.asarray(made(images=[image], return_tensors="np")["pixel_values"][0], np.float32)
+    def prepare(image: Image.Image) -> Pixels:
+        values = made(images=[image], return_tensors="np")["pixel_values"][0]
+        return np.asarray(values, np.float32)
 
     return f"{type(made).__name__} of transformers {transformers.__version__}", prepare
 
@@ -208,7 +217,7 @@ class _Graph:
     output: str | None
     features: str | None
     num_outputs: int | None
-    channels: int
+    source: GraphInput
     activation: str | None
     """Name of the operator that the output ends with."""
     why: tuple[str, ...]
@@ -217,6 +226,11 @@ class _Graph:
     def read(cls, file: Path, config: ModelFile, job: ImportJob, scratch: Path) -> "_Graph":
         model = read_graph(file)
         source = graph_input(model, file=file)
+        if source.is_uint8:
+            raise ConfigError(
+                f"the model takes pixels as they are, against {PROCESSOR_FILE}; import the ONNX file by its own path. "
+                f"Received: the input {source.name!r} is uint8 in {str(file)!r}"
+            )
         output = None if job.backbone_only else _logits(model, job, file)
         features, why = _features(model, config, job, output, file)
         if features == CLS:
@@ -231,7 +245,7 @@ class _Graph:
             output=output,
             features=features,
             num_outputs=num_outputs(model, output) if output else None,
-            channels=source.channels,
+            source=source,
             activation=final_activation(model, output) if output else None,
             why=why,
         )
@@ -276,13 +290,11 @@ def _facts(graph: _Graph, config: ModelFile, steps: Processor, job: ImportJob, *
     names, sentences = _class_names(config, Path(job.source)) if graph.output else (None, ())
     is_multi = config.problem_type == "multi_label_classification"
     ends = graph.activation is not None
-    facts = steps.facts()
-    if facts.height_px is None:
-        facts = replace(facts, **_size(config))
+    facts = _sized(steps.facts(), graph, config)
     return replace(
         facts,
         class_names=names,
-        channels=graph.channels,
+        channels=graph.source.channels,
         activation=None if graph.output is None else "none" if ends else "sigmoid" if is_multi else "softmax",
         multi_label=None if graph.output is None else is_multi,
         num_outputs=graph.num_outputs,
@@ -292,10 +304,18 @@ def _facts(graph: _Graph, config: ModelFile, steps: Processor, job: ImportJob, *
     )
 
 
-def _size(config: ModelFile) -> dict[str, int]:
+def _sized(facts: Facts, graph: _Graph, config: ModelFile) -> Facts:
+    """With the input size, on which the processor and the graph must agree."""
+    stated, fixed = (facts.height_px, facts.width_px), (graph.source.height_px, graph.source.width_px)
+    if None not in stated and any(one not in (None, other) for one, other in zip(fixed, stated, strict=True)):
+        raise ConfigError(
+            f"{PROCESSOR_FILE} makes images of {stated[0]} x {stated[1]} px, the model takes {fixed[0]} x {fixed[1]}. "
+            f"Received: {str(graph.file)!r}"
+        )
     size = config.image_size
-    sides = [size, size] if isinstance(size, int) else size or []
-    return {"height_px": sides[0], "width_px": sides[1]} if len(sides) == 2 else {}
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    known = next((pair for pair in (stated, fixed, sides) if len(pair) == 2 and None not in pair), (None, None))
+    return replace(facts, height_px=known[0], width_px=known[1], is_size_fixed=None not in fixed)
 
 
 def _class_names(config: ModelFile, folder: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
@@ -309,10 +329,10 @@ def _class_names(config: ModelFile, folder: Path) -> tuple[tuple[str, ...] | Non
             f"{folder / CONFIG_FILE}: the keys of id2label must be 0 to {len(labels) - 1}. "
             f"Received: {', '.join(list(labels)[:10])}"
         )
-    names, sentences = distinct([labels[str(number)] for number in numbers])
+    names = tuple(labels[str(number)] for number in numbers)
     if all(name == f"LABEL_{number}" for number, name in enumerate(names)):
-        sentences += (f"{CONFIG_FILE} has no class names but LABEL_0 and so on; --classes gives others",)
-    return names, sentences
+        return names, (f"{CONFIG_FILE} has no class names but LABEL_0 and so on; --classes gives others",)
+    return names, ()
 
 
 def _outputs(model: Any) -> list[str]:

@@ -27,7 +27,7 @@ from mnist_dist import documents
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, MnistDistError, WeightsError, first_line, suggestion
 from mnist_dist.import_config import ImportJob
-from mnist_dist.importing.as_stated import fitted, is_as_stated
+from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.checkpoints import State, read_checkpoint
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.onnx_graph import features_of, num_outputs, read_graph
@@ -154,10 +154,8 @@ def _with_outputs(facts: Facts, file: Path, job: ImportJob) -> Facts:
 
 
 def _own_way(loaded: Loaded) -> Callable[[bytes], "torch.Tensor"]:
-    from PIL import Image
-
-    mode = "RGB" if loaded.facts.channels == 3 else "L"
-    return lambda data: loaded.transform(Image.open(io.BytesIO(data)).convert(mode))
+    channels = loaded.facts.channels or 3
+    return lambda data: loaded.transform(opened(data, channels=channels))
 
 
 def _as_asked(data: bytes, *, asked: Asked) -> "torch.Tensor":
