@@ -176,7 +176,6 @@ class _Import:
         recipe = recipe_of(self._job, opened, classes=classes)
         self._say(opened, recipe)
         model_file = self._scratch / (KERAS_FILE if opened.kind == "keras" else ONNX_FILE)
-        self._step(partial(_build, opened, recipe, model_file), title="building the model")
         task = CheckTask(
             foreign=self._scratch / _FOREIGN,
             recipe=recipe,
@@ -186,7 +185,7 @@ class _Import:
             calibration=calibration,
             scratch=self._scratch / "check",
         )
-        checked = self._step(partial(check, task), title="comparing with the original")
+        checked = self._step(partial(_build_and_check, opened, task), title="comparing with the original")
         self._judge(checked)
         return self._published(opened, recipe, model_file, checked)
 
@@ -301,15 +300,14 @@ def _open(source: Source, job: ImportJob, scratch: Path, report: Report) -> Fore
     return replace(opened, reference=None, whole=None)
 
 
-def _build(opened: Foreign, recipe: Recipe, target: Path, report: Report) -> None:
+def _build_and_check(opened: Foreign, task: CheckTask, report: Report) -> Checked:
+    """In one process, since it takes seconds to load a framework."""
     if opened.kind == "keras":
-        from mnist_dist.importing.keras_models import build_keras
-
-        build_keras(opened.file, recipe, target)
-        return
-    from mnist_dist.importing.onnx_graph import build_onnx
-
-    build_onnx(opened.file, recipe, target)
+        from mnist_dist.importing.keras_models import build_keras as build
+    else:
+        from mnist_dist.importing.onnx_graph import build_onnx as build
+    build(opened.file, task.recipe, task.model_file)
+    return check(task, report)
 
 
 def _numbers(values: tuple[float, ...]) -> str:
