@@ -49,6 +49,7 @@ from mnist_dist.errors import (
 )
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import evaluate
+from mnist_dist.keywords import fields_of
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
@@ -1259,7 +1260,7 @@ def test_help_names_every_flag_with_its_default() -> None:
     with Command("jobs.score", "--help") as job:
         assert job.ended()[0] == 0
         shown = job.stdout()
-    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
+    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in fields_of(part)]
     for name in [
         *fields,
         "bundle",
