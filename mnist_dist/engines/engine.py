@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels, padded
 from mnist_dist.models.bundle import Bundle, all_layers
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
@@ -106,12 +106,6 @@ class KerasEngine:
     def _call(self, pixels: Pixels) -> Outputs:
         outputs = self._function(padded(pixels, self.batch_size))
         return Outputs(*(np.asarray(output)[: len(pixels)].astype(np.float32) for output in outputs))
-
-
-def padded(pixels: Pixels, batch_size: int) -> Pixels:
-    """Pads `uint8 [b, H, W, C]` with zeros to `[B, H, W, C]`."""
-    missing = batch_size - len(pixels)
-    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing > 0 else pixels
 
 
 def _is_out_of_memory(error: Exception) -> bool:

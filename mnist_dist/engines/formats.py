@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import EnginePrecision
-from mnist_dist.engines.engine import Outputs, padded
+from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels, padded
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 

@@ -129,6 +129,12 @@ def match_channels(pixels: Pixels, channels: int) -> Pixels:
     return grey
 
 
+def padded(pixels: Pixels, batch_size: int) -> Pixels:
+    """Pads `uint8 [b, H, W, C]` with zeros to `[B, H, W, C]`."""
+    missing = batch_size - len(pixels)
+    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing > 0 else pixels
+
+
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """Two sides of an image after its EXIF rotation (orientation 1-8)."""
     return (size[1], size[0]) if orientation in _SIDEWAYS else size

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, EnginePrecision, ResizeRule, TableFormat
+from mnist_dist.config import EngineName, EnginePrecision, Geometry, TableFormat
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
 from mnist_dist.scoring.predictions import (
@@ -120,7 +120,7 @@ class Description:
     """URI of the bundle."""
     class_names: tuple[str, ...]
     """Class names in the order of `probabilities`."""
-    resize: ResizeRule
+    resize: Geometry
     """How an image of another shape became the model's input."""
     versions: dict[str, str]
     """Versions of Python and of the packages that scored, by name."""
