@@ -14,11 +14,10 @@ openvino/     The converted backbone of the table, until the features are comple
 
 # n = compared images, D = features
 
-import contextlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -234,7 +233,7 @@ def _ask_openvino(plan: FeaturePlan, scratch: Path, cpus: int, report: Report) -
         engine = FeatureEngine(engine="openvino", images_per_call=images_per_call)
         if is_imported(plan):
             return _open_bundle(plan, engine, cpus=cpus)
-        return _FileFeatures(scratch / "openvino", engine, plan=plan, cpus=cpus)
+        return _open_converted(scratch / "openvino", plan, engine, cpus=cpus)
 
     sizes = {opened(size).batch_size for size in CALL_SIZES}  # a fixed batch is the only one
     return max((_answers(opened(size), images) for size in sorted(sizes)), key=lambda answers: answers.images_per_s)
@@ -269,4 +268,41 @@ def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int) 
         use_cpus(cpus)
         return KerasFeatures(plan)
     with local_folder(_converted_uri(plan)) as folder:
-        return _FileFeatures(folder, chosen, plan=plan, cpus=cpus)
+        return _open_converted(folder, plan, chosen, cpus=cpus)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file that is open in its runtime, as a `FeatureCall`."""
+
+    call: Callable[[Pixels], npt.NDArray[np.float32]]
+    batch_size: int
+    calls_at_once: int = 1
+
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        return self.call(pixels)
+
+
+def _open_bundle(plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> FeatureCall:
+    """The features of an imported bundle."""
+    bundle = load_bundle(plan.model.backbone)
+    size = bundle.fixed_batch or engine.images_per_call
+    if engine.engine == "openvino":
+        outputs = len(bundle.declared.outputs)  # the features are the last one
+        return _open_openvino(bundle.model_path, outputs=outputs, shape=(size, *bundle.info.spec.shape), cpus=cpus)
+    session = open_session(bundle.model_path, cpus=cpus)
+    return _Opened(lambda pixels: np.asarray(run_session(session, pixels, [FEATURES])[0], np.float32), size)
+
+
+def _open_converted(folder: Path, plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> FeatureCall:
+    """A converted backbone of the table."""
+    shape = (engine.images_per_call, *plan.records.spec.shape)
+    return _open_openvino(folder / FORMATS["openvino"].file, outputs=1, shape=shape, cpus=cpus)
+
+
+def _open_openvino(file: Path, *, outputs: int, shape: tuple[int, ...], cpus: int) -> FeatureCall:
+    opening = Opening(shape=shape, outputs=outputs, precision="float32", cpus=cpus)
+    runtime = FORMATS["openvino"].open(file, opening)
+    return _Opened(
+        lambda pixels: np.asarray(runtime.call(pixels)[outputs - 1], np.float32), shape[0], runtime.calls_at_once
+    )

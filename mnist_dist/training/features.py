@@ -157,8 +157,10 @@ class KerasFeatures:
 
     def __init__(self, plan: FeaturePlan) -> None:
         from mnist_dist.engines.engine import compile_model
-        from mnist_dist.models.classifier import build_classifier
+        from mnist_dist.models.classifier import build_classifier, fetch_published_weights
 
+        if plan.model.weights == "imagenet":
+            fetch_published_weights(plan.model)
         self._spec, num_classes = plan.records.spec, len(plan.records.class_names)
         classifier = build_classifier(
             plan.model, spec=self._spec, num_classes=num_classes, precision=plan.precision, seed=plan.seed
