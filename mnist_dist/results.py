@@ -142,6 +142,24 @@ class EvaluateResult(Result):
         return read_predictions(self.values["predictions"])
 
 
+class ImportResult(Result):
+    """An imported model."""
+
+    @property
+    def uri(self) -> str:
+        """The bundle's folder."""
+        return str(self._of("output"))
+
+    @property
+    def assumed(self) -> list[str]:
+        """What neither the source nor an argument said."""
+        return list(self._of("assumed"))
+
+    def bundle(self) -> "Bundle":
+        """The imported model; see `load_bundle`."""
+        return _bundle(self.uri)
+
+
 class ExportResult(Result):
     """A finished export."""
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
 from mnist_dist.images.pixels import ImageSpec, Pixels
-from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_onnx_bundle
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_model_bundle
 from mnist_dist.models.onnx_file import FEATURES, IMAGE, PROBABILITIES
 
 SPEC = ImageSpec(height_px=12, width_px=14, channels=3)
@@ -102,7 +102,7 @@ def small_bundle(path: Path, *, images: int = 40, names: Sequence[str] = NAMES, 
     info = BundleInfo(class_names=tuple(names), spec=spec, backbone="small", multi_label="activation" in model)
     pixels = [image.tobytes() for image in some_pixels(images, spec=spec)]
     calibration = pa.table({"pixels": pa.array(pixels, pa.binary())}) if images else None
-    write_onnx_bundle(path, file, info, calibration=calibration)
+    write_model_bundle(path, file, info, calibration=calibration)
     file.unlink()
     return load_bundle(path)
 

@@ -12,7 +12,7 @@ from onnx_models import NAMES, NUM_FEATURES, SPEC, small_bundle, small_model, so
 
 from mnist_dist.errors import BundleError, ConfigError
 from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_onnx_bundle
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_model_bundle
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 
 INFO = BundleInfo(class_names=NAMES, spec=SPEC, backbone="small")
@@ -30,7 +30,7 @@ def saved(path: Path, model: onnx.ModelProto) -> Path:
 
 def test_an_onnx_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = saved(tmp_path / "made.onnx", small_model())
-    info = write_onnx_bundle(tmp_path / "bundle", file, INFO, extra={"import.json": b"{}"})
+    info = write_model_bundle(tmp_path / "bundle", file, INFO, extra={"import.json": b"{}"})
     opened = load_bundle(tmp_path / "bundle")
 
     assert opened.info == info
@@ -127,17 +127,17 @@ def test_a_file_that_is_no_model_of_a_bundle_is_refused(
     file = tmp_path / "made.onnx"
     file.write_bytes(change().SerializeToString())
     with pytest.raises(BundleError, match=message):
-        write_onnx_bundle(tmp_path / "bundle", file, INFO)
+        write_model_bundle(tmp_path / "bundle", file, INFO)
     assert [path.name for path in tmp_path.iterdir()] == ["made.onnx"]
 
 
 def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "made.onnx").write_bytes(b"no model at all")
     with pytest.raises(BundleError, match=r"this is not an ONNX file: .*Received: '.*made.onnx'"):
-        write_onnx_bundle(tmp_path / "bundle", tmp_path / "made.onnx", INFO)
+        write_model_bundle(tmp_path / "bundle", tmp_path / "made.onnx", INFO)
     doubled = BundleInfo(class_names=("ant", "ant"), spec=SPEC, backbone="small")
     with pytest.raises(BundleError, match=r"class names must be distinct. Received: \['ant', 'ant'\]"):
-        write_onnx_bundle(tmp_path / "bundle", tmp_path / "made.onnx", doubled)
+        write_model_bundle(tmp_path / "bundle", tmp_path / "made.onnx", doubled)
 
 
 def test_a_damaged_onnx_bundle_is_not_opened(tmp_path: Path) -> None:

@@ -2,12 +2,33 @@
 
 Owns: which of a flag, a fact and an assumption counts, and saying so. Does not own: reading facts (the sources), or
 building the model (`onnx_graph`, `keras_models`).
+
+A flag counts before a fact, and a fact before an assumption. How pixels are normalised is never assumed: a wrong guess
+gives predictions that look plausible.
 """
 
-from dataclasses import dataclass
+import collections
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
-from mnist_dist.config import Activation
+from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
+from mnist_dist.errors import ConfigError
 from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig, Preset
+from mnist_dist.importing.foreign import Asked, Facts, Foreign
+from mnist_dist.models.backbones import CAFFE, MINUS_ONE_TO_ONE, TORCH, ZERO_TO_ONE, Preprocessing
+
+Value = TypeVar("Value")
+PRESETS: dict[Preset, Preprocessing] = {
+    "imagenet": TORCH,
+    "caffe": CAFFE,
+    "tf": MINUS_ONE_TO_ONE,
+    "0-1": ZERO_TO_ONE,
+    "raw": Preprocessing(scale=1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +55,240 @@ class Recipe:
     """As in `Facts`; None: there are none."""
     assumed: tuple[str, ...] = ()
     """What neither the source nor a flag said, one sentence each."""
+
+    @property
+    def asked(self) -> Asked:
+        """What the original framework has to do to be comparable."""
+        return Asked(
+            spec=self.spec,
+            scale=self.scale,
+            offset=self.offset,
+            bgr=self.bgr,
+            activation=self.activation,
+            output=self.output,
+        )
+
+
+class _Choice:
+    """Takes the first of a flag, a fact and an assumption, and keeps a sentence for each assumption."""
+
+    def __init__(self) -> None:
+        self.assumed: list[str] = []
+
+    def of(self, flag: Value | None, fact: Value | None, assumption: Value, sentence: str = "") -> Value:
+        """`sentence` may hold `{}` for the assumption; empty: not worth a line."""
+        for value in (flag, fact):
+            if value is not None:
+                return value
+        if sentence:
+            self.assumed.append(sentence.format(assumption))
+        return assumption
+
+
+def recipe_of(job: ImportJob, foreign: Foreign, *, classes: Sequence[str] | None) -> Recipe:
+    """Decides what is built.
+
+    Args:
+        job: the flags.
+        foreign: the opened model.
+        classes: the names of `job.classes`; None: none are given.
+
+    Raises:
+        ConfigError: something is missing that must not be assumed, or a flag contradicts the model.
+    """
+    facts, choice = foreign.facts, _Choice()
+    spec = _spec(job.fitting, facts, choice)
+    scale, offset, bgr = _normalization(job.normalization, facts, channels=spec.channels)
+    recipe = Recipe(
+        spec=spec,
+        scale=scale,
+        offset=offset,
+        bgr=bgr,
+        activation="none",
+        multi_label=False,
+        class_names=(),
+        output=facts.output if job.output_node is None else job.output_node,
+        features=facts.features if job.features_node is None else job.features_node,
+    )
+    if job.backbone_only:
+        if recipe.features is None:
+            raise ConfigError("name the features of a model without classes: --features-node NAME. Received: none")
+    else:
+        recipe = _classified(recipe, job, facts, choice, classes)
+    return replace(recipe, assumed=tuple(choice.assumed))
+
+
+def read_classes(data: bytes, *, uri: str) -> tuple[str, ...]:
+    """The class names of a file: one a line, a JSON list, or a JSON object `{index: name}`.
+
+    Raises:
+        ConfigError: it is none of these, or has gaps.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"a list of classes is UTF-8 text ({err}). Received: {uri!r}") from None
+    if text.lstrip().startswith(("[", "{")):
+        return _json_classes(text, uri)
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
+    height, width = _size(fitting, facts)
+    pillow: Resampling = "pillow"
+    resampling = choice.of(
+        fitting.resize_rule, facts.resampling, pillow, "images are resized as {} does (--resize-rule)"
+    )
+    bilinear: Interpolation = "bilinear"
+    interpolation = choice.of(
+        fitting.interpolation, facts.interpolation, bilinear, "the filter is {} (--interpolation)"
+    )
+    resize, resize_px = _geometry(fitting, facts, choice, side_px=min(height, width))
+    return ImageSpec(
+        height_px=height,
+        width_px=width,
+        channels=choice.of(None, facts.channels, 3, "the model takes RGB"),
+        resize=resize,
+        resize_px=resize_px,
+        resampling=resampling,
+        interpolation=interpolation,
+        antialias=choice.of(fitting.antialias, facts.antialias, resampling == "pillow"),
+        crop_rounding=facts.crop_rounding or "even",
+        pad_value=choice.of(fitting.pad_value, facts.pad_value, 0),
+        quality="exact",
+    )
+
+
+def _geometry(fitting: FittingConfig, facts: Facts, choice: _Choice, *, side_px: int) -> tuple[Geometry, int | None]:
+    """How an image is resized, and the side that it has before the centre is cut."""
+    resize_px = fitting.resize_px if fitting.crop is None else math.floor(side_px / fitting.crop)
+    stretch: Geometry = "stretch"
+    cropped: Geometry | None = None if resize_px is None else "shortest-edge"
+    resize = choice.of(
+        fitting.resize or cropped, facts.resize, stretch, "images of another shape are stretched (--resize)"
+    )
+    is_as_source = fitting.resize is None and fitting.input_size is None
+    return resize, facts.resize_px if resize_px is None and is_as_source else resize_px
+
+
+def _size(fitting: FittingConfig, facts: Facts) -> tuple[int, int]:
+    known = facts.height_px, facts.width_px
+    if fitting.input_size is None:
+        if known[0] is None or known[1] is None:
+            raise ConfigError("the model takes images of any size: give --input-size, px. Received: none")
+        return known[0], known[1]
+    height, width = fitting.input_size * 2 if len(fitting.input_size) == 1 else fitting.input_size
+    if facts.is_size_fixed and any(
+        side not in (None, asked) for side, asked in zip(known, (height, width), strict=True)
+    ):
+        raise ConfigError(f"the model takes {known[0]} x {known[1]} px only. Received: input_size={fitting.input_size}")
+    return height, width
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+def _normalization(
+    flags: NormalizationConfig, facts: Facts, *, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    if flags.preset is not None:
+        preset = PRESETS[flags.preset]
+        scale, offset, bgr = _tuple(preset.scale), _tuple(preset.offset), preset.bgr
+    elif flags.scale is not None or flags.mean is not None or flags.std is not None:
+        scale, offset = _of_mean_and_std(flags)
+        bgr = bool(facts.bgr)
+    elif facts.scale is not None and facts.offset is not None:
+        scale, offset, bgr = facts.scale, facts.offset, bool(facts.bgr)
+    else:
+        raise ConfigError(
+            "the model does not say how its pixels are normalised, and a wrong guess would give wrong predictions: "
+            f"give --preset {'|'.join(PRESETS)}, or --scale, --mean and --std. Received: none of them"
+        )
+    if flags.channel_order is not None:
+        bgr = flags.channel_order == "bgr"
+    if max(len(scale), len(offset)) not in (1, channels) or (bgr and channels == 1):
+        raise ConfigError(
+            f"the model takes {channels} channel(s): normalisation needs one value, or one per channel. Received: "
+            f"scale={scale}, offset={offset}{', BGR' if bgr else ''}"
+        )
+    return scale, offset, bgr
+
+
+def _of_mean_and_std(flags: NormalizationConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`(pixels * scale - mean) / std` as one factor and one offset per channel."""
+    scale = 1 / 255 if flags.scale is None else flags.scale
+    mean, std = flags.mean or (0.0,), flags.std or (1.0,)
+    count = max(len(mean), len(std))
+    mean, std = mean * (count // len(mean)), std * (count // len(std))
+    return tuple(scale / value for value in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+def _tuple(value: tuple[float, ...] | float) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _classified(recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, classes: Sequence[str] | None) -> Recipe:
+    count = facts.num_outputs
+    if count is None:
+        raise ConfigError(
+            "the output must be [N, K], with a fixed number of classes K: choose another with --output-node, or use "
+            f"--backbone-only. Received: {facts.output or 'an output of unknown shape'}"
+        )
+    activation = _activation(job, facts, choice)
+    is_sigmoid = activation == "sigmoid" or (activation == "none" and bool(facts.multi_label))
+    multi_label = choice.of(job.multi_label, facts.multi_label, is_sigmoid and count > 1)
+    is_binary = count == 1 and not multi_label
+    if is_binary and activation == "softmax":
+        raise ConfigError("a model with one output needs --activation sigmoid, or none. Received: activation='softmax'")
+    return replace(
+        recipe,
+        activation=activation,
+        multi_label=multi_label,
+        is_binary=is_binary,
+        class_names=_class_names(2 if is_binary else count, facts, choice, classes),
+    )
+
+
+def _activation(job: ImportJob, facts: Facts, choice: _Choice) -> Activation:
+    flag: Activation | None = None if job.activation == "auto" else job.activation
+    if facts.num_outputs == 1 or job.multi_label:
+        kind: Literal["softmax", "sigmoid"] = "sigmoid"
+    else:
+        kind = "softmax"
+    return choice.of(flag, facts.activation, kind, "the outputs are logits, and {} follows (--activation)")
+
+
+def _class_names(count: int, facts: Facts, choice: _Choice, classes: Sequence[str] | None) -> tuple[str, ...]:
+    numbers = tuple(str(index) for index in range(count))
+    names = tuple(choice.of(classes, facts.class_names, numbers, "the classes are named by their numbers (--classes)"))
+    if len(names) != count:
+        where = "--classes" if classes is not None else "the source"
+        raise ConfigError(f"the model has {count} classes. Received: {len(names)} class names from {where}")
+    repeated = {name for name, times in collections.Counter(names).items() if times > 1}
+    if repeated:
+        shown = ", ".join(sorted(repeated)[:3])
+        choice.assumed.append(f"class names that occur twice get their number: {shown}")
+        names = tuple(f"{name} ({index})" if name in repeated else name for index, name in enumerate(names))
+    return names
+
+
+def _json_classes(text: str, uri: str) -> tuple[str, ...]:
+    try:
+        value: Any = json.loads(text)
+        if isinstance(value, dict):
+            value = [value[key] for key in map(str, range(len(value)))]
+    except ValueError as err:
+        raise ConfigError(f"a list of classes is not valid JSON: {err}. Received: {uri!r}") from None
+    except KeyError as err:
+        raise ConfigError(
+            f"the classes must be numbered from 0 without gaps: {err} is missing. Received: {uri!r}"
+        ) from None
+    if not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"the classes must be a list of names. Received: {uri!r}")
+    return tuple(value)

@@ -311,7 +311,7 @@ def write_bundle(
         return _write_info(folder, replace(info, model_file=KERAS_FILE), ("keras", "tensorflow", "numpy"))
 
 
-def write_onnx_bundle(
+def write_model_bundle(
     path: Path,
     model_file: Path,
     info: BundleInfo,
@@ -319,11 +319,11 @@ def write_onnx_bundle(
     calibration: "pa.Table | None" = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> BundleInfo:
-    """Writes a bundle from an ONNX file, as `write_bundle` does from a Keras model.
+    """Writes a bundle from a finished model file, as `write_bundle` does from a Keras model in memory.
 
     Args:
         path: the local folder to create; must not hold a finished bundle.
-        model_file: the finished file, which is copied; see `onnx_file` for what it must be.
+        model_file: `.onnx` or `.keras`, which is copied; see `onnx_file` for what an ONNX file must be.
         info: the bundle's description; the model file, id, versions and time are filled in here.
         calibration: images of the model's domain for engine checks and int8; None leaves the file out.
         extra: further files, by name.
@@ -336,10 +336,13 @@ def write_onnx_bundle(
     """
     if len(set(info.class_names)) != len(info.class_names):
         raise BundleError(f"class names must be distinct. Received: {list(info.class_names)[:20]}")
-    check_onnx(model_file, spec=info.spec, num_classes=len(info.class_names))
+    is_onnx = model_file.suffix == ".onnx"
+    name, packages = (ONNX_FILE, ("onnx", "numpy")) if is_onnx else (KERAS_FILE, ("keras", "tensorflow", "numpy"))
+    if is_onnx:
+        check_onnx(model_file, spec=info.spec, num_classes=len(info.class_names))
     with _new_folder(path, extra or {}, calibration) as folder:
-        shutil.copyfile(model_file, folder / ONNX_FILE)
-        return _write_info(folder, replace(info, model_file=ONNX_FILE), ("onnx", "numpy"))
+        shutil.copyfile(model_file, folder / name)
+        return _write_info(folder, replace(info, model_file=name), packages)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def check_onnx(file: Path, *, spec: ImageSpec, num_classes: int) -> None:
             f"an ONNX model in a bundle is one file of at most 2 GB. Received: {file.stat().st_size / 1e9:.2f} GB"
         )
     model = _read(file)
-    outside = sorted({_name_of(tensor) for tensor in _tensors(model) if _is_outside(tensor)})
+    outside = sorted({_name_of(tensor) for tensor in tensors_of(model) if is_outside(tensor)})
     if outside:
         raise BundleError(f"the weights must be inside the ONNX file. Received: {outside[:5]} in other files")
     found = _declared(model.graph)
@@ -184,7 +184,8 @@ def _shown(tensors: Iterable[Tensor]) -> str:
 # --- tensors, wherever they are in the file --------------------------------------------------------------------------
 
 
-def _tensors(model: "onnx.ModelProto") -> Iterator[Any]:
+def tensors_of(model: "onnx.ModelProto") -> Iterator[Any]:
+    """Every tensor that a model holds, wherever."""
     yield from _of_graph(model.graph)
     for function in model.functions:
         yield from _of_nodes(function.node)
@@ -205,7 +206,8 @@ def _of_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
                 yield from _of_graph(graph)
 
 
-def _is_outside(tensor: Any) -> bool:
+def is_outside(tensor: Any) -> bool:
+    """Whether the values of a tensor lie in another file."""
     return bool(tensor.data_location == tensor.EXTERNAL) or bool(tensor.external_data)
 
 

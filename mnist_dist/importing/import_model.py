@@ -1,0 +1,298 @@
+"""The import: a foreign model is opened, rebuilt, compared with itself, and published as a bundle.
+
+Owns: the order of these steps, and `import.json`. Does not own: the sources (`sources`), what is built (`recipe`), or
+what a bundle is (`models/bundle.py`). Loads no framework: each step runs in a process of its own.
+
+Contract: the bundle is published in one piece, and only if it predicts what the original predicts. `import.json` in it
+says what was imported with which flags, and what was compared with what; the same command returns it at once.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from mnist_dist import documents
+from mnist_dist.config import differences
+from mnist_dist.console import Console
+from mnist_dist.engines.steps import Report, run_step
+from mnist_dist.errors import MnistDistError, ResumeConflict
+from mnist_dist.import_config import ImportJob
+from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check
+from mnist_dist.importing.examples import MAX_CALIBRATION, MAX_CHECKED, list_images
+from mnist_dist.importing.foreign import Foreign
+from mnist_dist.importing.recipe import Recipe, read_classes, recipe_of
+from mnist_dist.importing.sources import digest_of, find_source, localized
+from mnist_dist.models.bundle import (
+    BUNDLE_FILE,
+    KERAS_FILE,
+    ONNX_FILE,
+    BundleInfo,
+    Imported,
+    read_bundle_info,
+    write_model_bundle,
+)
+from mnist_dist.session import Session, locked_session
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.uris import absolute, join
+from mnist_dist.urls import shown, shown_values
+
+IMPORT_FILE = "import.json"
+_RESOURCES = ("output", "lock_wait_s", "verbose")
+"""Fields that change nothing in the bundle."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRecord:
+    """The content of `import.json`."""
+
+    settings: dict[str, Any]
+    """The flags."""
+    source_sha256: str
+    """Over all files of the source and its checkpoint."""
+    recipe: dict[str, Any]
+    """What was built; see `Recipe`."""
+    compared: tuple[Compared, ...]
+    accuracy: float | None
+    left_out: tuple[str, ...]
+
+
+def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
+    """Imports a model, or returns the bundle that the same command has made.
+
+    Args:
+        job: the source, the output and what the source does not say.
+        console: shows progress, what was assumed and what was compared.
+
+    Returns:
+        Keys of the job's JSON line: `output`, `model_id`, `kind`, `classes` (their number), `input` (height px, width
+        px, channels), `assumed`, `compared`, `accuracy`, `fast_agreement`, `seconds`.
+
+    Raises:
+        ConfigError: the source cannot be imported, something is missing that must not be assumed, or the output holds
+            other files.
+        ResumeConflict: the output holds another bundle.
+        MnistDistError: the bundle does not predict what the original predicts, or a step failed; nothing is written.
+        Locked, Interrupted: as for every job; nothing is written.
+    """
+    began = time.monotonic()
+    source = find_source(job.source)
+    parent, _, name = job.output_uri.rpartition("/")
+    with (
+        tempfile.TemporaryDirectory(prefix="mnist_dist-import-") as scratch,
+        locked_session(
+            console, lock_uri=f"{parent}/.{name}.lock", what=job.output_uri, wait_s=job.lock_wait_s
+        ) as session,
+    ):
+        local = localized(job, source, Path(scratch))
+        digest = digest_of(local)
+        record = _finished(job, digest)
+        if record is None:
+            ANYWHERE.check_writable(job.output_uri)
+            record = _Import(job, local, digest, Path(scratch), session).run()
+        else:
+            console.line(f"{job.output_uri} is this model already")
+    return _result(job, record, seconds=time.monotonic() - began)
+
+
+def _result(job: ImportJob, record: ImportRecord, *, seconds: float) -> dict[str, Any]:
+    info = read_bundle_info(job.output_uri)
+    assert info.imported is not None
+    return {
+        "output": job.output_uri,
+        "model_id": info.model_id,
+        "kind": info.imported.kind,
+        "classes": len(info.class_names),
+        "input": list(info.spec.shape),
+        "assumed": list(info.imported.assumed),
+        "compared": msgspec.to_builtins(record.compared),
+        "accuracy": record.accuracy,
+        "fast_agreement": info.imported.fast_agreement,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _settings(job: ImportJob) -> dict[str, Any]:
+    values = json.loads(json.dumps(dataclasses.asdict(job)))
+    return {name: value for name, value in shown_values(values).items() if name not in _RESOURCES}
+
+
+def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
+    """What the output says of the same import; None: it is free.
+
+    Raises:
+        ResumeConflict: it holds another bundle.
+    """
+    if not ANYWHERE.exists(join(job.output_uri, BUNDLE_FILE)):
+        return None
+    try:
+        record = documents.read(ANYWHERE, join(job.output_uri, IMPORT_FILE), ImportRecord)
+    except FileNotFoundError:
+        raise ResumeConflict(f"the output holds a bundle that was not imported. Received: {job.output!r}") from None
+    own = {"source_sha256": digest, **_settings(job)}
+    lines = differences(own, {"source_sha256": record.source_sha256, **record.settings})
+    if lines:
+        shown_lines = "\n  ".join(lines)
+        raise ResumeConflict(
+            f"{job.output_uri} was imported otherwise; choose another --output, or delete it:\n  {shown_lines}"
+        )
+    return record
+
+
+class _Import:
+    """One import under way, in a scratch folder."""
+
+    def __init__(self, job: ImportJob, local: ImportJob, digest: str, scratch: Path, session: Session) -> None:
+        self._job, self._local, self._digest = job, local, digest
+        self._scratch, self._session = scratch, session
+
+    def run(self) -> ImportRecord:
+        source = find_source(self._job.source)
+        classes = None if self._job.classes is None else self._classes(self._job.classes)
+        rows = self._images(self._job.check_images, MAX_CHECKED)
+        calibration = self._images(self._job.calibration, MAX_CALIBRATION)
+        opened = self._step(
+            partial(source.open, self._local, self._scratch), title=f"opening {shown(self._job.source)}"
+        )
+        recipe = recipe_of(self._job, opened, classes=classes)
+        self._say(opened, recipe)
+        model_file = self._scratch / (KERAS_FILE if opened.kind == "keras" else ONNX_FILE)
+        self._step(partial(_build, opened, recipe, model_file), title="building the model")
+        task = CheckTask(
+            foreign=opened,
+            recipe=recipe,
+            model_file=model_file,
+            rows=rows,
+            expect=None if self._job.expect is None else absolute(self._job.expect),
+            calibration=calibration,
+            scratch=self._scratch / "check",
+        )
+        checked = self._step(partial(check, task), title="comparing with the original")
+        self._judge(checked)
+        return self._published(opened, recipe, model_file, checked)
+
+    def _classes(self, uri: str) -> tuple[str, ...]:
+        return read_classes(ANYWHERE.read_bytes(absolute(uri)), uri=uri)
+
+    def _images(self, folder: str | None, max_images: int) -> Any:
+        return None if folder is None else list_images(folder, max_images=max_images)
+
+    def _step(self, function: Callable[[Report], Result], *, title: str) -> Result:
+        """Runs a function in a process of its own; its MnistDistError is raised here as what it is."""
+        result = run_step(partial(_returned, function), title=title, session=self._session)
+        if isinstance(result, MnistDistError):
+            raise result
+        return result
+
+    def _say(self, opened: Foreign, recipe: Recipe) -> None:
+        spec, line = recipe.spec, self._session.console.line
+        what = f"{len(recipe.class_names)} classes" if recipe.class_names else "features"
+        colours = "RGB" if spec.channels == 3 else "grey"
+        resized = f"{spec.resize}{'' if spec.resize_px is None else f' {spec.resize_px}'}"
+        line(
+            f"{opened.name} ({opened.kind}): {what} of {spec.height_px} x {spec.width_px} px {colours}; {resized}, "
+            f"{spec.resampling} {spec.interpolation}; scale {_numbers(recipe.scale)}, offset {_numbers(recipe.offset)}"
+            f"{', BGR' if recipe.bgr else ''}; then {recipe.activation}"
+        )
+        for sentence in opened.facts.why:
+            line(f"  {sentence}")
+        for sentence in recipe.assumed:
+            line(f"  assumed: {sentence}")
+
+    def _judge(self, checked: Checked) -> None:
+        """Shows what was compared.
+
+        Raises:
+            MnistDistError: a comparison is outside of the tolerances.
+        """
+        line = self._session.console.line
+        if checked.left_out:
+            line(f"{len(checked.left_out)} images could not be read, such as {checked.left_out[0]}")
+        for compared in checked.compared:
+            line(f"compared with {compared}")
+        if checked.accuracy is not None:
+            line(f"accuracy on the {checked.images} check images: {checked.accuracy:.2%}")
+        if checked.fast_agreement is not None:
+            line(
+                f"fast decoding (score --decode-quality fast): same top class for {checked.fast_agreement:.2%} of "
+                f"{checked.fast_images} calibration images"
+            )
+        for compared in checked.compared:
+            if compared.is_judged and not compared.is_same:
+                raise MnistDistError(
+                    f"the bundle does not predict what the original predicts, and was not written. Compared with "
+                    f"{compared}; the worst is {compared.worst}. Check the flags of normalisation and resizing"
+                )
+
+    def _published(self, opened: Foreign, recipe: Recipe, model_file: Path, checked: Checked) -> ImportRecord:
+        record = ImportRecord(
+            settings=_settings(self._job),
+            source_sha256=self._digest,
+            recipe=msgspec.to_builtins(recipe),
+            compared=checked.compared,
+            accuracy=checked.accuracy,
+            left_out=checked.left_out,
+        )
+        imported = Imported(
+            source=shown(self._job.source),
+            kind=opened.kind,
+            scale=recipe.scale,
+            offset=recipe.offset,
+            bgr=recipe.bgr,
+            activation=recipe.activation,
+            assumed=recipe.assumed,
+            fast_agreement=checked.fast_agreement,
+            fast_images=checked.fast_images,
+        )
+        info = BundleInfo(
+            class_names=recipe.class_names,
+            spec=recipe.spec,
+            backbone=opened.name,
+            weights=shown(self._job.source),
+            multi_label=recipe.multi_label,
+            imported=imported,
+        )
+        folder = self._scratch / "bundle"
+        extra = {IMPORT_FILE: documents.encode(record)}
+        write_model_bundle(folder, model_file, info, calibration=checked.calibration, extra=extra)
+        self._session.check()
+        self._session.confirm_lock()
+        ANYWHERE.upload_folder(folder, self._job.output_uri, last=BUNDLE_FILE)
+        return record
+
+
+def _returned(function: Callable[[Report], Result], report: Report) -> "Result | MnistDistError":
+    """The result, or the error that says what is wrong: across processes, an exception would lose its type."""
+    try:
+        return function(report)
+    except MnistDistError as error:
+        return replace_traceback(error)
+
+
+def replace_traceback(error: MnistDistError) -> MnistDistError:
+    """The error without its traceback and causes, which may not be picklable."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _build(opened: Foreign, recipe: Recipe, target: Path, report: Report) -> None:
+    if opened.kind == "keras":
+        from mnist_dist.importing.keras_models import build_keras
+
+        build_keras(opened.file, recipe, target)
+        return
+    from mnist_dist.importing.onnx_graph import build_onnx
+
+    build_onnx(opened.file, recipe, target)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
