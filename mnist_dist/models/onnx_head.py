@@ -11,6 +11,7 @@ are copied as they are.
 # N = images of a batch, D = features, K = classes
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,19 +35,21 @@ class Dense:
     """`float32 [K]`."""
 
 
-def join_head(backbone: Path, layers: Sequence[Dense], target: Path) -> int:
+def join_head(backbone: Path, layers: Sequence[Dense], target: Path, *, class_names: Sequence[str]) -> int:
     """Writes the classifier of a backbone and a head.
 
     Args:
         backbone: the model file of an ONNX bundle with features.
         layers: the dense layers of the head, with ReLU between them and softmax behind the last one.
         target: the file to write.
+        class_names: in the order of the last layer's outputs; they go into the file's metadata.
 
     Returns:
         The number of weights of the backbone.
 
     Raises:
-        BundleError: the backbone has no features, or another number of them than the first layer takes.
+        BundleError: the backbone has another number of features than the first layer takes, or its features follow
+            from its probabilities.
     """
     import onnx
 
@@ -57,7 +60,9 @@ def join_head(backbone: Path, layers: Sequence[Dense], target: Path) -> int:
     graph = model.graph
     features = next(output for output in graph.output if output.name == FEATURES)
     _cut(graph)
-    parameters = sum(math.prod(tensor.dims) for tensor in graph.initializer)
+    parameters = _weights_of(graph)
+    if any(PROBABILITIES in node.output for node in graph.node):
+        raise BundleError(f"features that follow from probabilities make no backbone. Received: {str(backbone)!r}")
     nodes, tensors = _head(layers, _unused_names(graph))
     graph.node.extend(nodes)
     graph.initializer.extend(tensors)
@@ -67,9 +72,25 @@ def join_head(backbone: Path, layers: Sequence[Dense], target: Path) -> int:
     outputs = [probabilities, onnx.ValueInfoProto.FromString(features.SerializeToString())]
     del graph.output[:]
     graph.output.extend(outputs)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    facts |= {"class_names": json.dumps(list(class_names), ensure_ascii=False), "activation": "softmax"}
+    onnx.helper.set_model_props(model, facts | {"multi_label": "false"})
     onnx.checker.check_model(model)
     onnx.save(model, target)
     return parameters
+
+
+def count_weights(backbone: Path) -> int:
+    """The number of weights that the features of an ONNX bundle need."""
+    import onnx
+
+    graph = onnx.load(backbone).graph
+    _cut(graph)
+    return _weights_of(graph)
+
+
+def _weights_of(graph: Any) -> int:
+    return sum(math.prod(tensor.dims) for tensor in graph.initializer)
 
 
 def _head(layers: Sequence[Dense], name_of: Callable[[str], str]) -> tuple[list[Any], list[Any]]:

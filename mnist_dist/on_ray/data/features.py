@@ -107,9 +107,7 @@ def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, 
 
 def _choose(plan: FeaturePlan, cpus: int) -> FeatureEngine:
     console = Console(terminal=False)
-    return choose_engine(
-        plan, local_dir=node_folder(), cpus=cpus, session=Session(console=console, stop=Stop(console))
-    )
+    return choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=Session(console=console, stop=Stop(console)))
 
 
 class FeatureWorker:
