@@ -144,7 +144,8 @@ def _unused_names(graph: Any) -> Callable[[str], str]:
     used = {name for node in graph.node for name in (*_inputs(node), *node.output, node.name)}
 
     def name_of(wanted: str) -> str:
-        name = next(name for name in (wanted, *(f"{wanted}_{n}" for n in itertools.count(1))) if name not in used)
+        names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(1)))
+        name = next(name for name in names if name not in used)
         used.add(name)
         return name
 
