@@ -15,10 +15,10 @@ import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 from harness import Command, Recorder, run_command
-from onnx_backbones import IMPORTED, SPEC, random_features
+from onnx_backbones import IMPORTED, SPEC, WIDTH, random_features
 from onnx_models import small_bundle
 
-from mnist_dist import load_bundle
+from mnist_dist import load_bundle, read_predictions
 from mnist_dist.config import (
     DataConfig,
     FitConfig,
@@ -27,14 +27,22 @@ from mnist_dist.config import (
     RunConfig,
     TrainJob,
 )
+from mnist_dist.console import Stop
+from mnist_dist.data.cache import column_of
+from mnist_dist.data.records import open_records, read_index
 from mnist_dist.errors import BundleError, ConfigError
 from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.backbones import backbone_shape, check_model, check_trainable, find_backbone
 from mnist_dist.models.bundle import Bundle, BundleInfo, Imported, write_model_bundle
 from mnist_dist.models.onnx_file import IMAGE, PROBABILITIES
-from mnist_dist.on_ray.data.prepare import list_data
+from mnist_dist.on_ray.actors import Actors
+from mnist_dist.on_ray.data.features import compute_missing
+from mnist_dist.on_ray.data.prepare import decode, list_data
 from mnist_dist.on_ray.training.train import check_job
 from mnist_dist.search_config import SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.session import Session
+from mnist_dist.training.feature_engine import FeatureEngine, keep_engine, open_feature_engine
+from mnist_dist.training.features import open_features, plan_features
 from mnist_dist.tuning.space import check_space
 
 
@@ -240,3 +248,110 @@ def test_a_head_on_an_imported_backbone_becomes_one_onnx_bundle(tmp_path: Path, 
     of_truth = probabilities[np.arange(len(labels)), labels][test].astype(np.float64)
     assert result["test_loss"] == pytest.approx(-np.log(of_truth).mean(), rel=1e-4)
     assert bundle.predict(pixels[0]).predicted_class == info.class_names[probabilities[0].argmax()]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        with private_ray(num_cpus=4):
+            yield
+
+
+@pytest.mark.slow
+def test_two_workers_and_a_fixed_batch_give_the_bundle_that_one_worker_gives(cluster: None, tmp_path: Path) -> None:
+    any_batch, fixed = random_features(tmp_path / "any"), random_features(tmp_path / "fixed", batch_size=7)
+    model = ModelConfig(backbone=str(any_batch.path), dropout=0.0)
+    one = train(head_job(tmp_path / "one", any_batch.path, model=model), recipe="test", console=Recorder())
+    job = head_job(tmp_path / "two", fixed.path, model=replace(model, backbone=str(fixed.path)))
+    job = replace(job, run=replace(job.run, workers=2))
+    two = train(job, recipe="test", console=Recorder())
+    assert two["test_accuracy"] == one["test_accuracy"] > 0.5
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-3)
+    assert load_bundle(two["bundle"]).fixed_batch == 7
+
+
+@pytest.mark.slow
+def test_the_engine_that_began_the_features_also_ends_them(cluster: None, tmp_path: Path, backbone: Bundle) -> None:
+    job = head_job(tmp_path, backbone.path)
+    listed = list_data(job.data, job.model, root=str(tmp_path), console=Recorder())
+    with Stop(Recorder()) as stop:
+        session = Session(console=Recorder(), stop=stop)
+        decode(listed, job.data, session)
+        index = read_index(listed.plan.cache)
+        plan = plan_features(
+            job.model,
+            records=listed.plan,
+            index=index,
+            rows=np.arange(900),
+            precision="float32",
+            stored_as="float32",
+            seed=0,
+            root=str(tmp_path),
+        )
+        keep_engine(plan, FeatureEngine(engine="openvino", images_per_call=4))
+        wrong = np.full((256, WIDTH), 7.5, np.float32)
+        plan.cache.put(1, pa.table({"features": column_of(wrong)}))
+        compute_missing(plan, session, actors=Actors(count=1, cpus=1, gpus=0, decode_in_tasks=False))
+    pixels = open_records(listed.plan, local_dir=tmp_path).pixels[np.arange(4)]
+    found = open_features(plan, local_dir=tmp_path)
+    openvino = open_feature_engine(plan, FeatureEngine(engine="openvino", images_per_call=4), cpus=1)
+    np.testing.assert_array_equal(found[np.arange(4)], openvino(pixels))
+    assert (found[np.arange(256, 512)] == 7.5).all()
+
+
+@pytest.mark.slow
+def test_a_dry_run_computes_the_features_of_a_few_images_and_keeps_nothing(
+    cluster: None, tmp_path: Path, backbone: Bundle
+) -> None:
+    job = head_job(tmp_path, backbone.path)
+    result = train(replace(job, run=replace(job.run, dry_run=True)), recipe="test", console=Recorder())
+    assert result["dry_run"]
+    assert result["train_images"] == 50
+    assert list(tmp_path.rglob("*.arrow")) == []
+
+
+@pytest.mark.slow
+def test_a_plan_forecasts_features_and_head(tmp_path: Path, backbone: Bundle) -> None:
+    command = train_command(tmp_path, backbone.path)
+    code, result, err = run_command(*command, "--plan")
+    assert code == 0, err
+    assert result["features_images_per_s"] > 0
+    assert [phase["name"] for phase in result["phases"]] == ["head"]
+
+
+@pytest.mark.slow
+def test_a_search_over_two_imported_backbones_ends_with_one_bundle_of_both_that_scores(
+    tmp_path: Path, backbone: Bundle
+) -> None:
+    weak = random_features(tmp_path / "weak", seed=5)
+    flags = "--limit 900 --trials 6 --trial-epochs 4 --finalists 2 --name run --workers 1 --algorithm random"
+    backbones = (str(backbone.path), str(weak.path), "mlp")
+    command = ("jobs.search", "search-digits", "--backbones", *backbones, "--storage", str(tmp_path), *flags.split())
+    code, result, err = run_command(*command)
+    assert code == 0, err
+    assert result["failed"] == 0, err
+    rows = pq.read_table(result["leaderboard"]).to_pylist()
+    of_bundles = [row for row in rows if row["backbone"] != "mlp"]
+    assert of_bundles
+    assert all(row["parameters"] > 11 * 9 * WIDTH and row["ms_per_image"] > 0 for row in of_bundles)
+
+
+@pytest.mark.slow
+def test_the_winner_of_a_search_over_imported_backbones_scores_images(tmp_path: Path, backbone: Bundle) -> None:
+    other = random_features(tmp_path / "other", seed=5)
+    job = search_job(tmp_path, str(backbone.path), str(other.path))
+    result = search(job, recipe="test", console=Recorder())
+    assert result["failed"] == 0
+    assert result["best"]["test_accuracy"] > 0.5
+    bundle = load_bundle(result["bundle"])
+    winner = {each.info.model_id for each in (backbone, other)}
+    assert bundle.info.weights in winner
+    assert bundle.info.class_names == tuple("0123456789")
+    output = tmp_path / "table"
+    flags = ("--bundle", result["bundle"], "--input", "digits", "--limit", "60", "--output", str(output))
+    code, scored, err = run_command("jobs.score", *flags)
+    assert code == 0, err
+    assert scored["ok"] == 60
+    table = read_predictions(output)
+    assert set(table["predicted_class"].to_pylist()) <= set(bundle.info.class_names)

@@ -36,7 +36,7 @@ def expected(features: npt.NDArray[np.float32], layers: list[Dense]) -> npt.NDAr
         values = values @ layer.kernel + layer.bias
         values = values if number == len(layers) else np.maximum(values, 0)
     powers = np.exp(values - values.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("hidden", [(), (5,)], ids=["one layer", "a hidden layer"])
