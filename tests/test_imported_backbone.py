@@ -4,6 +4,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import Command, Recorder, run_command
+from harness import Command, Recorder, private_ray, run_command
 from onnx_backbones import IMPORTED, SPEC, WIDTH, random_features
 from onnx_models import small_bundle
 
@@ -38,7 +40,8 @@ from mnist_dist.models.onnx_file import IMAGE, PROBABILITIES
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.data.features import compute_missing
 from mnist_dist.on_ray.data.prepare import decode, list_data
-from mnist_dist.on_ray.training.train import check_job
+from mnist_dist.on_ray.search.search import search
+from mnist_dist.on_ray.training.train import check_job, train
 from mnist_dist.search_config import SearchConfig, SearchJob, SearchRunConfig, SearchSpace
 from mnist_dist.session import Session
 from mnist_dist.training.feature_engine import FeatureEngine, keep_engine, open_feature_engine
