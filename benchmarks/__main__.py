@@ -1,11 +1,12 @@
-"""python -m benchmarks train|score|search|reference|listing|decode [--flags]: measures the figures in the README."""
+"""python -m benchmarks train|score|search|reference|listing|decode|imported [--flags]: measures published figures."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, listing, reference, score, search, train
+from benchmarks import decode, imported, listing, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
+from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -13,7 +14,15 @@ from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
 from mnist_dist import console
 
-Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark | DecodeBenchmark
+Benchmark = (
+    TrainBenchmark
+    | ScoreBenchmark
+    | SearchBenchmark
+    | ReferenceBenchmark
+    | ListingBenchmark
+    | DecodeBenchmark
+    | ImportedBenchmark
+)
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
@@ -21,6 +30,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
     "decode": DecodeBenchmark,
+    "imported": ImportedBenchmark,
 }
 
 
@@ -44,6 +54,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, DecodeBenchmark):
         result = decode.measure(benchmark, console=shown)
         shown.line(decode.table(result))
+    elif isinstance(benchmark, ImportedBenchmark):
+        result = imported.measure(benchmark, console=shown)
+        shown.line(imported.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

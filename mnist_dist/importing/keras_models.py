@@ -80,7 +80,7 @@ def open_keras(job: ImportJob, scratch: Path, report: Report) -> Foreign:
     )
 
 
-def build_keras(foreign_file: Path, recipe: Recipe, target: Path) -> None:
+def build_keras(file: Path, recipe: Recipe, target: Path) -> None:
     """Writes the bundle's model.
 
     Args:

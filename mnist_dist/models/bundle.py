@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
@@ -45,6 +45,7 @@ from mnist_dist.models.onnx_file import (
     declared,
     open_session,
     run_session,
+    session_batch,
 )
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -148,12 +149,15 @@ class Prediction:
         predicted_index: index of that class.
         confidence: probability of that class.
         probabilities: `float32 [K]`, in the order of the bundle's class names.
+        predicted_classes: of a multi-label bundle, the classes with a probability of 0.5 and more, the most probable
+            first; else empty.
     """
 
     predicted_class: str
     predicted_index: int
     confidence: float
     probabilities: npt.NDArray[np.float32]
+    predicted_classes: tuple[str, ...] = ()
 
 
 class Bundle:
@@ -256,7 +260,9 @@ class Bundle:
 
     def _predict(self, images: Sequence[Image]) -> list[Prediction]:
         check_has_classes(self.info)
-        size, predictions = self.fixed_batch or PREDICT_BATCH, list[Prediction]()
+        size, predictions = PREDICT_BATCH, list[Prediction]()
+        if self.is_onnx:
+            size = session_batch(self.session) or size
         for start in range(0, len(images), size):
             pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + size]])
             predictions.extend(self._prediction(row) for row in self._probabilities(pixels))
@@ -268,8 +274,10 @@ class Bundle:
         return np.asarray(self.model(pixels, training=False))
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        index = int(probabilities.argmax())
-        return Prediction(self.info.class_names[index], index, float(probabilities[index]), probabilities)
+        index, names = int(probabilities.argmax()), self.info.class_names
+        ranked = np.argsort(-probabilities, kind="stable") if self.info.multi_label else ()
+        reached = tuple(names[code] for code in ranked if probabilities[code] >= DEFAULT_THRESHOLD)
+        return Prediction(names[index], index, float(probabilities[index]), probabilities, reached)
 
 
 def check_has_classes(info: BundleInfo) -> None:
