@@ -28,7 +28,7 @@ from mnist_dist.importing.foreign import Asked, Foreign
 from mnist_dist.importing.keras_files import check_classes, load_keras
 from mnist_dist.importing.keras_models import build_keras, open_keras, reference, whole_pipeline
 from mnist_dist.importing.recipe import Recipe
-from mnist_dist.importing.tensorflow_images import expects_pixels
+from mnist_dist.importing.tensorflow_images import expects_pixels, rounded_pixels
 from mnist_dist.models.bundle import Bundle, BundleInfo
 from mnist_dist.session import Session
 
@@ -561,6 +561,17 @@ def test_the_reference_rounds_what_it_resizes_and_the_whole_pipeline_does_not(tm
     whole = whole_pipeline(file, [png(image)], asked)
     assert relative_difference(whole, original(resized / np.float32(255))) < 1e-5
     assert relative_difference(whole, rounded) > 1e-5
+
+
+def test_rounded_pixels_are_those_of_tensorflow_but_for_halves() -> None:
+    import tensorflow as tf
+
+    image = pixels(replace(SPEC, height_px=2 * HEIGHT, width_px=2 * WIDTH), images=1)[0]  # halves and quarters
+    (found,) = rounded_pixels([png(image)], SPEC)
+    exact = tf.image.resize(image, (HEIGHT, WIDTH)).numpy()
+    assert np.abs(found - exact).max() <= 0.501
+    (other,) = rounded_pixels([png(image)], replace(SPEC, interpolation="nearest"))
+    assert np.abs(other - exact).max() > 1
 
 
 # --- hostile files ---------------------------------------------------------------------------------------------------
