@@ -98,7 +98,7 @@ def is_identity(scale: Sequence[float], offset: Sequence[float]) -> bool:
 
 
 def _rounded(values: Values, ours: Pixels) -> Values:
-    """Whole numbers, 0-255. Where the bundle's differ only since float32 ends at the other side of a half, they count."""
+    """Whole numbers, 0-255; those of the bundle where float32 merely ends at the other side of a half."""
     clipped = values.clip(0, 255)
     return np.where(np.abs(clipped - ours) <= 0.5 + HALFWAY, ours, np.rint(clipped)).astype(np.float32)
 
