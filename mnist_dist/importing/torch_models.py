@@ -379,7 +379,9 @@ def _timm_module(named: _Timm, job: ImportJob) -> tuple["torch.nn.Module", tuple
         why.append(f"the checkpoint has {rows} classes, {named.name} usually {stated}")
     planes = [state[f"{name}.weight"] for name in _names(named.cfg.get("first_conv")) if f"{name}.weight" in state]
     if planes and planes[0].ndim == 4:
-        arguments["in_chans"] = int(planes[0].shape[1])
+        channels = arguments["in_chans"] = int(planes[0].shape[1])
+        if channels not in (1, 3):
+            raise WeightsError(f"the model takes {channels} channels, not 1 or 3. Received: {str(named.checkpoint)!r}")
     try:
         module = timm.create_model(named.name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as err:
