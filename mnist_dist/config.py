@@ -41,6 +41,11 @@ MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
 
+def is_bundle_name(backbone: str) -> bool:
+    """Whether a backbone is the folder or bucket prefix of a bundle, and no name of the table: it has a slash."""
+    return "/" in backbone
+
+
 def require(condition: bool, expected: str, **received: object) -> None:
     """Raises ConfigError with the message `expected. Received: name=value` unless the condition holds."""
     if not condition:
@@ -173,7 +178,8 @@ class ModelConfig:
     """The network, its initial weights and its head."""
 
     backbone: str = "cnn"
-    """A name from the table in `mnist_dist/models/backbones.py`."""
+    """A name from the table in `mnist_dist/models/backbones.py`, or the folder or bucket prefix of a bundle that
+    `import` wrote (with a slash, such as `./dinov2`), whose features the head is trained on."""
     weights: str = "none"
     """`imagenet` (downloaded by Keras), `none`, or the path or URI of a `.weights.h5` file or of a bundle."""
     alpha: float = 1.0

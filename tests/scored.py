@@ -41,7 +41,8 @@ def write_bundle_info(folder: Path, names: Sequence[str], *, model_id: str = MOD
 
 def described_by(names: Sequence[str], *, bundle: str = "models/b") -> Description:
     """What a table says of its model."""
-    return Description(bundle=bundle, class_names=tuple(names), resize="crop", versions={"python": "3.99"})
+    spec = ImageSpec(height_px=10, width_px=12, channels=3, resize="crop")
+    return Description(bundle=bundle, class_names=tuple(names), resize="crop", versions={"python": "3.99"}, spec=spec)
 
 
 def write_summary(table: str, *, bundle: str, model_id: str = MODEL) -> None:

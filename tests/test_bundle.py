@@ -85,6 +85,20 @@ def test_a_prediction_names_the_class(bundle_path: Path) -> None:
     assert isinstance(prediction.predicted_index, int)
 
 
+def test_arrays_are_fitted_by_the_rule_of_the_bundle(tmp_path: Path) -> None:
+    rule = {"resize": "shortest-edge", "resize_px": 12, "resampling": "pillow", "interpolation": "bicubic"}
+    spec = dataclasses.replace(COLOURS, quality="exact", **rule)
+    write(tmp_path / "bundle", spec=spec)
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    assert bundle.info.spec == spec
+    image = np.random.default_rng(3).integers(0, 256, (40, 36, 3), np.uint8)
+    fitted = np.asarray(Image.fromarray(image).resize((12, 13), Image.Resampling.BICUBIC))[2:11, 2:9]
+    expected = np.asarray(bundle.model(fitted[None]))[0]
+    assert bundle.predict(image).probabilities == pytest.approx(expected, abs=1e-6)
+    other = np.asarray(Image.fromarray(image).resize((12, 13), Image.Resampling.BOX))[2:11, 2:9]
+    assert np.asarray(bundle.model(other[None]))[0] != pytest.approx(expected, abs=1e-4)
+
+
 def test_arrays_and_files_of_the_same_pixels_agree(bundle_path: Path, tmp_path: Path) -> None:
     bundle = load_bundle(str(bundle_path))
     image = random_image(20, 31)
@@ -261,7 +275,7 @@ def test_a_model_without_a_head_of_ours_has_no_known_features(tmp_path: Path) ->
     scores = keras.layers.Dense(4, activation="softmax", name="mine")(keras.layers.Flatten(name="flat")(pixels))
     write(tmp_path / "bundle", model=keras.Model(pixels, scores))
     bundle = load_bundle(tmp_path / "bundle")
-    with pytest.raises(BundleError, match=r"no layer hidden, logits .*Received: layers input_layer\w*, flat, mine"):
+    with pytest.raises(BundleError, match=r"no layer hidden or logits .*Received: layers input_layer\w*, flat, mine"):
         bundle.num_features  # noqa: B018
 
 

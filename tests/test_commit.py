@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -26,6 +26,7 @@ from scored import described_by, plan_of
 
 from mnist_dist.config import FeatureType, TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import write_manifest
@@ -358,6 +359,7 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
         "bundle": "models/b",
         "class_names": ["ant", "bee"],
         "resize": "crop",
+        "spec": asdict(ImageSpec(height_px=10, width_px=12, channels=3, resize="crop")),
         "versions": {"python": "3.99"},
         "multi_label": False,
         "thresholds": {},

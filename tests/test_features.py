@@ -48,6 +48,7 @@ from mnist_dist.training.features import (
     Extractor,
     FeaturePlan,
     FeatureRows,
+    KerasFeatures,
     open_features,
     plan_features,
 )
@@ -118,7 +119,7 @@ def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
 
 
 def extractor(plan: FeaturePlan, images: Images) -> Extractor:
-    return Extractor(plan, pixels=images.pixels)
+    return Extractor(plan, pixels=images.pixels, call=KerasFeatures(plan))
 
 
 def computed(plan: FeaturePlan, images: Images) -> FeaturePlan:
@@ -634,7 +635,7 @@ def test_ray_data_computes_the_missing_shards_as_one_process_does(cluster: None,
     assert there.plan.cache.key == here.plan.cache.key
     put_sentinel(there.plan, 128)
     compute(there.plan)
-    extracting = Extractor(here.plan, pixels=here.records.pixels)
+    extracting = Extractor(here.plan, pixels=here.records.pixels, call=KerasFeatures(here.plan))
     for shard in here.plan.cache.missing():
         extracting.store(shard)
     here.plan.cache.finish(here.plan.model)

@@ -107,11 +107,11 @@ def test_the_best_thresholds_have_the_highest_f1_of_all(tmp_path: Path, digits: 
 def test_scores_at_the_ends_have_thresholds_between_0_and_1(tmp_path: Path, kept: bool) -> None:
     below = np.nextafter(np.float32(1), np.float32(0))
     scores = np.array([[1, 0, 1e-30], [below, 0, 1e-30], [0.5, 0, 0]], np.float32)
-    truth = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0]], bool)
+    truth = np.array([[1, 1, 1], [0, 0, 1], [0, 0, 0]], bool)
     found = measure(tmp_path / "t", truth, scores, THRESHOLDS, exact_scores=9 if kept else 0)
     # `ant` needs the highest threshold that there is, `bee` has no score above 0, and a bin holds 0 beside `cat`'s own
     assert found.per_class[0].best_threshold == pytest.approx(float(below), abs=1e-9)
-    assert found.per_class[0].best_f1 == 1.0
+    assert found.per_class[0].best_f1 == pytest.approx(2 / 3)  # it cannot tell 1 from the number before it
     assert [row.best_threshold for row in found.per_class[1:]] == [None, 1e-30 if kept else None]
     assert found.best_thresholds == {
         "ant": found.per_class[0].best_threshold,
@@ -267,12 +267,14 @@ def test_two_tables_are_compared_as_sets(tmp_path: Path, capsys: pytest.CaptureF
     _, others = random_case(3, seed=2)
     others = np.where(np.arange(COUNT)[:, None] % 2 == 0, scores, others).astype(np.float32)
     first = table_of(tmp_path / "a", scores, carried=pa.table({"label": lists_of(truth)}))
-    part = multi_label_rows(uris_of(COUNT)[:100], others[:100], THRESHOLDS)
+    once_more = np.vstack([others[:100], 1 - others[:1]])
+    part = multi_label_rows([*uris_of(100), "/data/0.png"], once_more, THRESHOLDS)
     second = write_scored(tmp_path / "b", part, model_id="model-2")
     result, _, values = run(predictions=first, compare=second)
     found, limits = values["comparison"], np.array([0.5, 0.25, 0.75], np.float32)
     mine, theirs, truth = scores[:100] >= limits, others[:100] >= limits, truth[:100]
     same, right = (mine == theirs).all(axis=1), [(sets == truth).all(axis=1) for sets in (mine, theirs)]
+    assert found["duplicates_in_second"] == 1
     assert (found["compared"], found["known"], found["only_in_first"]) == (100, 100, COUNT - 100)
     assert found["agreement"] == pytest.approx(same.mean())
     assert (found["first_right"], found["second_right"]) == ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum())
@@ -292,12 +294,17 @@ def test_two_tables_are_compared_as_sets(tmp_path: Path, capsys: pytest.CaptureF
     assert "same prediction" in capsys.readouterr().err
 
 
-def test_classes_are_compared_by_name(tmp_path: Path) -> None:
-    scores = np.array([[0.9, 0.1, 0.9], [0.1, 0.9, 0.1]], np.float32)
-    first = table_of(tmp_path / "a", scores, carried=pa.table({"label": [["cat", "ant"], ["ant"]]}))
-    turned = multi_label_rows(uris_of(2), scores[:, ::-1], dict(reversed(THRESHOLDS.items())))
+def test_classes_are_compared_by_name_and_only_where_both_tables_predict(tmp_path: Path) -> None:
+    scores = np.array([[0.9, 0.9, 0.1], [0.1, 0.9, 0.1], [0.9, 0.9, 0.9]], np.float32)
+    labels = pa.table({"label": [["bee", "ant"], ["ant"], ["ant"]]})
+    first = table_of(tmp_path / "a", scores, carried=labels)
+    reverse = dict(reversed(THRESHOLDS.items()))
+    turned = multi_label_rows(uris_of(3), scores[:, ::-1], reverse, status=["ok", "ok", "denied"])
     _, _, values = run(predictions=first, compare=write_scored(tmp_path / "b", turned))
-    assert (values["comparison"]["agreement"], values["comparison"]["both_right"]) == (1.0, 1)
+    found = values["comparison"]
+    assert (found["agreement"], found["both_right"], found["compared"], found["only_first_ok"]) == (1.0, 1, 2, 1)
+    assert found["first_scores"] == found["second_scores"]
+    assert found["first_scores"]["exact_match"] == 0.5
 
 
 def test_a_table_of_another_kind_is_not_compared(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from mnist_dist.engines.choice import (
 )
 from mnist_dist.engines.conversion import Answers
 from mnist_dist.engines.export import EXPORT_FILE, export_bundle
-from mnist_dist.engines.formats import openvino_core
+from mnist_dist.engines.formats import ConvertedEngine, openvino_core
 from mnist_dist.errors import ConfigError, MnistDistError, StepFailed
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle
@@ -237,9 +237,19 @@ def test_engines_say_what_the_file_says_with_features(
         np.testing.assert_allclose(outputs.embeddings, expected[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_fixed_batch_is_checked_at_its_size_alone(tmp_path: Path, steps: Steps) -> None:
+def test_a_fixed_batch_is_checked_at_its_size_alone(
+    tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[int]()
+
+    def opened(folder: Path, *, batch_size: int, **fields: Any) -> ConvertedEngine:
+        tried.append(batch_size)
+        return ConvertedEngine(folder, batch_size=batch_size, **fields)
+
+    monkeypatch.setattr(conversion, "ConvertedEngine", opened)
     bundle = small_bundle(tmp_path / "bundle", batch_size=7)
     prepare(bundle, tmp_path / "engines", engine="openvino")
+    assert tried == [7, 7]  # the bundle's own file, and the converted one
     assert {answers.images_per_call for answers in steps.done.values()} == {7}
     assert {len(answers.probabilities) for answers in steps.done.values()} == {40}  # the last batch has 5
 

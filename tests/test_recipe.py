@@ -63,11 +63,11 @@ def raw() -> NormalizationConfig:
 
 
 def test_a_flag_counts_before_a_fact() -> None:
-    fitting = FittingConfig(resize="stretch", interpolation="nearest", resize_rule="keras", antialias=True, pad_value=3)
+    fitting = FittingConfig(resize="stretch", interpolation="nearest", resize_rule="keras", antialias=True)
     spec = made(TIMM, fitting=fitting, activation="none", normalization=NormalizationConfig(preset="caffe")).spec
 
     assert (spec.resize, spec.resize_px, spec.resampling, spec.interpolation) == ("stretch", None, "keras", "nearest")
-    assert (spec.antialias, spec.pad_value) == (True, 3)
+    assert spec.antialias
 
 
 def test_normalisation_is_never_assumed() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,11 @@ def save_by_tensorflow_1(folder: Path) -> None:
         )
 
 
+def write_pickle(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "saved_model.pb").write_bytes(b"\x80\x04cos\nsystem\n.")
+
+
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no signature": (lambda folder: save(tf.Module(), folder), "must have the signature.*Received: no signatures"),
     "two signatures": (save_two_signatures, "must have the signature serving_default.*Received: first, second"),
@@ -216,10 +222,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "two outputs": (save_two_outputs, "choose one with --output-node. Received: age, kind"),
     "TensorFlow 1": (save_by_tensorflow_1, "saved by TensorFlow 2"),
     "no SavedModel": (lambda folder: folder.mkdir(), "is no SavedModel"),
-    "other bytes": (
-        lambda folder: (folder.mkdir(), (folder / "saved_model.pb").write_bytes(b"\x80\x04cos\nsystem\n.")),
-        "is no SavedModel",
-    ),
+    "other bytes": (write_pickle, "is no SavedModel"),
 }
 
 
@@ -231,35 +234,39 @@ def test_what_is_no_classifier_of_images_is_refused(case: str, tmp_path: Path) -
         open_folder(tmp_path / "m", tmp_path / "scratch")
 
 
-def touch(canary: Path) -> None:
+def touched(canary: Path, images: Any) -> Any:
+    """The images, once a file is there: by Python."""
+    canary.touch()
+    return images
+
+
+def written(canary: Path, images: Any) -> Any:
+    """The images, once a file is there: by an operation."""
     tf.io.write_file(str(canary), "x")
+    return images
 
 
 def with_python(folder: Path, canary: Path) -> None:
     def act(images: Any) -> Any:
-        return tf.ensure_shape(tf.py_function(lambda x: (canary.touch(), x)[1], [images], tf.float32), FLOATS.shape)
+        return tf.ensure_shape(tf.py_function(partial(touched, canary), [images], tf.float32), FLOATS.shape)
 
     save_network(folder, act)
 
 
 def with_numpy(folder: Path, canary: Path) -> None:
     def act(images: Any) -> Any:
-        return tf.ensure_shape(tf.numpy_function(lambda x: (canary.touch(), x)[1], [images], tf.float32), FLOATS.shape)
+        return tf.ensure_shape(tf.numpy_function(partial(touched, canary), [images], tf.float32), FLOATS.shape)
 
     save_network(folder, act)
 
 
 def with_write(folder: Path, canary: Path) -> None:
-    def act(images: Any) -> Any:
-        touch(canary)
-        return images
-
-    save_network(folder, act)
+    save_network(folder, partial(written, canary))
 
 
 def with_write_elsewhere(folder: Path, canary: Path) -> None:
     module = Network()
-    module.other = function_of(lambda pixels: (touch(canary), pixels)[1])
+    module.other = function_of(partial(written, canary))
     save(module, folder, serving_default=function_of(lambda pixels: {"scores": module.logits(pixels)}))
 
 
@@ -277,7 +284,7 @@ def with_save(folder: Path, canary: Path) -> None:
     save_network(folder, act)
 
 
-class Resource(tf.saved_model.experimental.TrackableResource):  # type: ignore[misc]
+class Resource(tf.saved_model.experimental.TrackableResource):
     """Writes a file when it is loaded."""
 
     def __init__(self, canary: Path) -> None:
@@ -335,11 +342,12 @@ def test_a_hostile_saved_model_is_refused_and_nothing_is_run(case: str, tmp_path
     write, message = HOSTILE[case]
     canary = tmp_path / "canary"
     write(tmp_path / "m", canary)
-    made = [path for path in tmp_path.glob("canary*") if path.unlink() is None]  # when it was built
+    for path in tmp_path.glob("canary*"):
+        path.unlink()  # made when it was built
 
     with pytest.raises(ConfigError, match=message):
         open_folder(tmp_path / "m", tmp_path / "scratch")
-    assert not list(tmp_path.glob("canary*")), made
+    assert not list(tmp_path.glob("canary*"))
 
 
 def test_a_harmless_model_passes_the_check(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ from mnist_dist.errors import (
     StorageError,
     TooManyBadImages,
 )
+from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.evaluation.evaluate import evaluate
+from mnist_dist.keywords import fields_of
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
@@ -653,6 +656,26 @@ def test_a_multi_label_table_holds_the_classes_that_reach_their_thresholds(
     assert json.loads(described)["multi_label"] is True
     assert json.loads(described)["thresholds"] == thresholds
     assert json.loads((Path(job.output) / "_summary.json").read_text())["settings"]["table"]["thresholds"] == thresholds
+
+
+def test_lists_of_labels_are_carried_and_their_best_thresholds_are_scored_with(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    paths = [photos / "00.png", photos / "empty.png", photos / "deep" / "01.jpg"]
+    bundle = load_bundle(multi_label_bundle)
+    known = [bundle.predict(path).probabilities.argsort()[-2:] for path in (paths[0], paths[2])]
+    labels = [[CLASSES[code] for code in codes] for codes in (known[0], [], known[1])]
+    listed = pa.table({"uri": list(map(str, paths)), "label": pa.array(labels, pa.list_(pa.string()))})
+    pq.write_table(listed, tmp_path / "list.parquet")
+    job = job_of(multi_label_bundle, tmp_path / "first", tmp_path / "list.parquet", carry=("label",))
+    score(job, console=Recorder())
+    found = evaluate(EvaluateJob(predictions=job.output), console=Recorder())
+    again = replace(job, output=str(tmp_path / "again"), table=TableConfig(threshold=found["thresholds"]))
+    score(again, console=Recorder())
+    better = evaluate(EvaluateJob(predictions=again.output), console=Recorder())
+    assert (better["images"], found["mean_average_precision"]) == (3, better["mean_average_precision"])
+    assert found["macro_f1"] < better["macro_f1"]
+    assert [rows_of(again.output)[str(path)]["label"] for path in paths] == labels
 
 
 def test_a_file_of_thresholds_that_changes_is_another_job(
@@ -1275,7 +1298,7 @@ def test_help_names_every_flag_with_its_default() -> None:
     with Command("jobs.score", "--help") as job:
         assert job.ended()[0] == 0
         shown = job.stdout()
-    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
+    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in fields_of(part)]
     for name in [
         *fields,
         "bundle",

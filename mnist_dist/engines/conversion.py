@@ -153,24 +153,19 @@ class Conversion:
         folders = {name: self.scratch / name for name in formats}
         model = self._model()
         if model.is_onnx:
-            step = partial(_ask_onnx, model, folders, self._sizes(call_sizes), self.cpus)
+            step = partial(_ask_onnx, model, folders, call_sizes, self.cpus)
             return run_step(step, title="ONNX model, conversion", session=self.session)
         asked = partial(_ask_keras, model, folders, self.batch_size, self.cpus, features)
         return run_step(asked, title="Keras model, conversion", session=self.session)
 
     def by_file(self, uri: str, format: str, *, precision: EnginePrecision, call_sizes: Sequence[int]) -> Answers:
         """Predicts with the converted file in a folder, at the fastest of the call sizes."""
-        step = partial(_ask_file, self._model(), uri, format, precision, self._sizes(call_sizes), self.cpus)
+        step = partial(_ask_file, self._model(), uri, format, precision, call_sizes, self.cpus)
         return run_step(step, title=f"{format} {precision}", session=self.session)
 
     def quantize(self, uri: str, target: Path) -> None:
         """Quantizes OpenVINO's float32 model in the folder `uri` to int8."""
         run_step(partial(_quantize, self._model(), uri, target), title="openvino int8", session=self.session)
-
-    def _sizes(self, call_sizes: Sequence[int]) -> Sequence[int]:
-        """The call sizes that the model takes."""
-        fixed = self.bundle.fixed_batch
-        return call_sizes if fixed is None else (fixed,)
 
     def _model(self) -> Bundle:
         """The bundle without a loaded model, so that it can be pickled."""
@@ -246,10 +241,10 @@ def _file_answers(
     cpus: int,
     report: Report,
 ) -> Answers:
-    spec = bundle.info.spec
+    spec, fixed = bundle.info.spec, bundle.fixed_batch
     engines = {
         size: ConvertedEngine(folder, format=format, spec=spec, batch_size=size, precision=precision, cpus=cpus)
-        for size in call_sizes
+        for size in (call_sizes if fixed is None else [fixed])
     }
     speeds = dict(zip(engines, best_images_per_s(list(engines.values()), spec), strict=True))
     size = smallest_fast(speeds)

@@ -27,7 +27,7 @@ from mnist_dist.config import EnginePrecision
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.pixels import ImageSpec, Pixels, padded
-from mnist_dist.models.onnx_file import fixed_batch, open_session, run_session
+from mnist_dist.models.onnx_file import open_session, run_session, session_batch
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 
@@ -196,7 +196,7 @@ def _open_onnx(file: Path, opening: Opening) -> Runtime:
         lambda pixels: run_session(session, pixels, targets),
         source.name,
         targets[0],
-        fixed_batch=fixed_batch(session),
+        fixed_batch=session_batch(session),
     )
 
 

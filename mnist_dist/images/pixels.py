@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mnist_dist.config import DecodeQuality, Geometry, Interpolation, Resampling, require
 from mnist_dist.images.geometry import fit
 from mnist_dist.images.resampling import (
     KERAS_INTERPOLATIONS,
     MAX_FRAME,
-    Pixels,
     Side,
     by_opencv,
     by_pillow,
     by_tensorflow,
 )
+
+Pixels = npt.NDArray[np.uint8]
 
 STRIP_PX = 2**20
 _LINEAR_SHRINK = 2.0
@@ -163,7 +165,7 @@ def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
         return window
     canvas = np.full((spec.height_px, spec.width_px, channels), spec.pad_value, np.uint8)
     top, left = max(0, -top), max(0, -left)
-    canvas[top : top + rows.count, left : left + columns.count] = window
+    canvas[top : top + rows.kept, left : left + columns.kept] = window
     return canvas
 
 

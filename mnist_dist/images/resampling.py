@@ -8,7 +8,7 @@ more than `MAX_FRAME` times the window's (an image 1 px high and 5,000 px long),
 resized; its values may then differ by a grey level.
 """
 
-# h, w = height and width of the original, px; n = length of the window on one side; C = channels
+# h, w = height and width of the original, px; n = length of a window; C = channels
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
@@ -24,7 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 
 MAX_FRAME = 16
 _CUBIC = -0.5  # Keys' parameter, in Pillow and in TensorFlow alike; OpenCV's is -0.75.
-_TABLE = 1024  # Source: resize_bicubic_op.cc, which looks its weights up at steps of 1/1024 px.
+_TABLE = np.float32(1024)  # Source: resize_bicubic_op.cc, which looks its weights up at steps of 1/1024 px.
 _FLOAT24 = 2**24  # Up to this float32 holds every integer.
 _FILTERS: dict[Interpolation, tuple[Image.Resampling, float]] = {
     "nearest": (Image.Resampling.NEAREST, 0.5),
@@ -48,7 +48,7 @@ class Side(NamedTuple):
     """Of the whole result, px."""
     first: int
     """Where the window begins in the result."""
-    count: int
+    kept: int
     """Length of the window, px."""
 
     @property
@@ -59,7 +59,7 @@ class Side(NamedTuple):
     @property
     def is_extreme(self) -> bool:
         """Whether the whole result is much longer than its window."""
-        return self.resized > MAX_FRAME * self.count
+        return self.resized > MAX_FRAME * self.kept
 
     def cut(self, reach: float) -> slice:
         """The original, or of an extreme one the pixels that the window is made of by a filter of this reach."""
@@ -67,7 +67,7 @@ class Side(NamedTuple):
             return slice(0, self.length)
         margin = reach * max(1.0, self.scale) + 2
         begin = int(self.first * self.scale - margin)
-        return slice(max(0, begin), min(self.length, int((self.first + self.count) * self.scale + margin) + 1))
+        return slice(max(0, begin), min(self.length, int((self.first + self.kept) * self.scale + margin) + 1))
 
 
 # --- OpenCV ----------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def by_opencv(pixels: Pixels, rows: Side, columns: Side, *, linear_shrink: float
         if pixels.shape[:2] != (target_height, target_width):
             resized = cv2.resize(pixels, (target_width, target_height), interpolation=filter_code)
             pixels = cast(Pixels, resized).reshape(target_height, target_width, channels)
-    return pixels[rows.first : rows.first + rows.count, columns.first : columns.first + columns.count]
+    return pixels[rows.first : rows.first + rows.kept, columns.first : columns.first + columns.kept]
 
 
 def _near(side: Side) -> tuple[slice, Side]:
@@ -105,9 +105,9 @@ def _near(side: Side) -> tuple[slice, Side]:
     if not side.is_extreme:
         return cut, side
     length = cut.stop - cut.start
-    resized = max(side.count, round(length / side.scale))
-    first = min(resized - side.count, max(0, side.first - round(cut.start / side.scale)))
-    return cut, Side(length, resized, first, side.count)
+    resized = max(side.kept, round(length / side.scale))
+    first = min(resized - side.kept, max(0, side.first - round(cut.start / side.scale)))
+    return cut, Side(length, resized, first, side.kept)
 
 
 # --- Pillow ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def by_pillow(pixels: Pixels, rows: Side, columns: Side, interpolation: Interpol
     box = (across.begin - left, down.begin - top, across.end - left, down.end - top)
     resized = np.asarray(image.resize((across.length, down.length), filter_code, box))
     resized = resized.reshape(down.length, across.length, channels)
-    return resized[down.first : down.first + rows.count, across.first : across.first + columns.count]
+    return resized[down.first : down.first + rows.kept, across.first : across.first + columns.kept]
 
 
 def _boxes(rows: Side, columns: Side) -> tuple[_Box, _Box]:
@@ -159,15 +159,15 @@ def _boxes(rows: Side, columns: Side) -> tuple[_Box, _Box]:
 def _part(side: Side) -> _Box:
     """The part of a side that the window is made of, where Pillow's coefficients for it stay the same. Pillow takes
     edges as float32: they and the scale have to be exact in it."""
-    length, resized, first, count = side
-    is_exact = resized & (resized - 1) == 0 and (first + count) * length < _FLOAT24
-    return _Box(first * side.scale, (first + count) * side.scale, count, 0) if is_exact else _whole(side)
+    length, resized, first, kept = side
+    is_exact = resized & (resized - 1) == 0 and (first + kept) * length < _FLOAT24
+    return _Box(first * side.scale, (first + kept) * side.scale, kept, 0) if is_exact else _whole(side)
 
 
 def _whole(side: Side) -> _Box:
     if not side.is_extreme:
         return _Box(0, side.length, side.resized, side.first)
-    return _Box(side.first * side.scale, min(side.length, (side.first + side.count) * side.scale), side.count, 0)
+    return _Box(side.first * side.scale, min(side.length, (side.first + side.kept) * side.scale), side.kept, 0)
 
 
 def _is_vertical_first(height: int, width: int, down: _Box, across: _Box) -> bool:
@@ -203,13 +203,13 @@ def by_tensorflow(
         `uint8 [n, n, C]`: the window.
     """
     if all(side.length == side.resized for side in (rows, columns)):
-        return pixels[rows.first : rows.first + rows.count, columns.first : columns.first + columns.count]
+        return pixels[rows.first : rows.first + rows.kept, columns.first : columns.first + columns.kept]
     down, across = (_taps(side, interpolation, antialias=antialias) for side in (rows, columns))
     begin, end = int(across[0].min()), int(across[0].max()) + 1
     pixels, across = pixels[:, begin:end], (across[0] - begin, across[1])
-    result = np.empty((rows.count, columns.count, pixels.shape[2]), np.uint8)
+    result = np.empty((rows.kept, columns.kept, pixels.shape[2]), np.uint8)
     step = max(1, _BLOCK_VALUES // pixels[0].size)
-    for top in range(0, rows.count, step):
+    for top in range(0, rows.kept, step):
         block = slice(top, top + step)
         values = _weighted(_turned(_weighted(pixels, down[0][block], down[1][block])), *across)
         result[block] = _turned(np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8))
@@ -239,18 +239,22 @@ def _taps(side: Side, interpolation: Interpolation, *, antialias: bool) -> tuple
     resize_bicubic_op, and for antialias and lanczos scale_and_translate_op.
     """
     scale = np.float32(side.length) / np.float32(side.resized)
-    wanted = np.arange(side.first, side.first + side.count, dtype=np.float32)
+    wanted = np.arange(side.first, side.first + side.kept, dtype=np.float32)
     if interpolation == "nearest":
         places = np.minimum(np.floor((wanted + np.float32(0.5)) * scale), side.length - 1)
-        return places.astype(np.intp)[:, None], np.ones((side.count, 1), np.float32)
+        return places.astype(np.intp)[:, None], np.ones((side.kept, 1), np.float32)
     if interpolation == "box":
         return _normalised(side, wanted * scale, _overlap((wanted * scale)[:, None], scale), reach=float(scale))
     widened = max(np.float32(1), scale) if antialias else np.float32(1)
     centres = (wanted + np.float32(0.5)) * scale - np.float32(0.5)
     if interpolation == "bicubic" and not antialias:
-        centres = np.floor(centres) + np.rint((centres - np.floor(centres)) * _TABLE) / np.float32(_TABLE)
-    kernel, reach = _KERNELS[interpolation], _FILTERS[interpolation][1] * float(widened)
-    return _normalised(side, centres - reach, lambda at: kernel((at - centres[:, None]) / widened), reach=2 * reach)
+        centres = np.floor(centres) + np.rint((centres - np.floor(centres)) * _TABLE) / _TABLE
+    kernel, reach = _KERNELS[interpolation], np.float32(_FILTERS[interpolation][1]) * widened
+
+    def weigh(places: _Weights) -> _Weights:
+        return kernel(((places - centres[:, None]) / widened).astype(np.float32))
+
+    return _normalised(side, centres - reach, weigh, reach=2 * float(reach))
 
 
 def _normalised(
@@ -267,11 +271,16 @@ def _normalised(
 
 def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weights]:
     """How much of each pixel lies between `begin` and `begin + scale`."""
-    return lambda at: np.maximum(np.minimum(begin + scale, at + 1) - np.maximum(begin, at), 0).astype(np.float32)
+
+    def weigh(places: _Weights) -> _Weights:
+        inside: _Weights = np.minimum(begin + scale, places + 1) - np.maximum(begin, places)
+        return np.maximum(inside, np.float32(0))
+
+    return weigh
 
 
 def _triangle(x: _Weights) -> _Weights:
-    return np.maximum(1 - np.abs(x), 0).astype(np.float32)
+    return np.maximum(1 - np.abs(x), np.float32(0))
 
 
 def _keys(x: _Weights) -> _Weights:
@@ -283,7 +292,8 @@ def _keys(x: _Weights) -> _Weights:
 
 
 def _lanczos3(x: _Weights) -> _Weights:
-    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0).astype(np.float32)
+    weights: _Weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0).astype(np.float32)
+    return weights
 
 
 _KERNELS: dict[Interpolation, Callable[[_Weights], _Weights]] = {

@@ -30,7 +30,14 @@ from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.keras_files import load_keras
 from mnist_dist.importing.recipe import Recipe
-from mnist_dist.importing.tensorflow_images import ask, expects_pixels, is_identity, rounded_pixels, tensorflow_pixels
+from mnist_dist.importing.tensorflow_images import (
+    WHOLE_NAME,
+    ask,
+    expects_pixels,
+    is_identity,
+    rounded_pixels,
+    tensorflow_pixels,
+)
 from mnist_dist.models.bundle import NETWORK_LAYER, all_layers
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 
@@ -68,10 +75,12 @@ def open_keras(job: ImportJob, scratch: Path, report: Report) -> Foreign:
         facts=facts,
         reference=partial(reference, source),
         reference_name=f"Keras {keras.__version__}",
+        whole=partial(whole_pipeline, source),
+        whole_name=WHOLE_NAME,
     )
 
 
-def build_keras(foreign_file: Path, recipe: Recipe, target: Path) -> None:
+def build_keras(file: Path, recipe: Recipe, target: Path) -> None:
     """Writes the bundle's model.
 
     Args:

@@ -25,7 +25,14 @@ from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, first_line
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
-from mnist_dist.importing.tensorflow_images import BATCH, ask, expects_pixels, rounded_pixels, tensorflow_pixels
+from mnist_dist.importing.tensorflow_images import (
+    BATCH,
+    WHOLE_NAME,
+    ask,
+    expects_pixels,
+    rounded_pixels,
+    tensorflow_pixels,
+)
 
 MODEL = "saved_model.pb"
 SERVING = "serving_default"
@@ -82,7 +89,7 @@ def open_saved_model(job: ImportJob, scratch: Path, report: Report) -> Foreign:
 
     Args:
         job: its `source` is a local folder.
-        scratch: folder for `foreign.onnx`: `[B, H, W, C]` as in the SavedModel, named `image`; the outputs have the names
+        scratch: folder for `foreign.onnx`: one input, as in the SavedModel, named `image`; the outputs have the names
             of the signature.
         report: see `engines.steps`.
 
@@ -107,6 +114,8 @@ def open_saved_model(job: ImportJob, scratch: Path, report: Report) -> Foreign:
         facts=_facts(signature, frozen, output),
         reference=partial(reference, folder),
         reference_name=f"TensorFlow {tf.__version__}",
+        whole=partial(whole_pipeline, folder),
+        whole_name=WHOLE_NAME,
     )
 
 
@@ -193,7 +202,8 @@ def _signature_key(graph: Any, name: str) -> str:
             f"{name} must have the signature {SERVING}, or only one: save it with "
             f"`tf.saved_model.save(..., signatures=...)`. Received: {', '.join(keys) or 'no signatures'}"
         )
-    return keys[0]
+    (key,) = keys
+    return str(key)
 
 
 def _check_loading(graph: Any, name: str) -> None:

@@ -22,6 +22,7 @@ from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
 from mnist_dist.importing.foreign import Asked, Values
 
 BATCH = 16
+WHOLE_NAME = "Keras with TensorFlow's own JPEG decoder and unrounded pixels"
 FILTERS = {"nearest": "nearest", "bilinear": "bilinear", "bicubic": "bicubic", "box": "area", "lanczos": "lanczos3"}
 
 

@@ -45,6 +45,7 @@ from mnist_dist.models.onnx_file import (
     declared,
     open_session,
     run_session,
+    session_batch,
 )
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -259,7 +260,9 @@ class Bundle:
 
     def _predict(self, images: Sequence[Image]) -> list[Prediction]:
         check_has_classes(self.info)
-        size, predictions = self.fixed_batch or PREDICT_BATCH, list[Prediction]()
+        size, predictions = PREDICT_BATCH, list[Prediction]()
+        if self.is_onnx:
+            size = session_batch(self.session) or size
         for start in range(0, len(images), size):
             pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + size]])
             predictions.extend(self._prediction(row) for row in self._probabilities(pixels))

@@ -129,7 +129,7 @@ def has_cuda(providers: Callable[[], Sequence[str]] | None = None) -> bool:
     return CUDA in (providers or onnxruntime.get_available_providers)()
 
 
-def fixed_batch(session: Any) -> int | None:
+def session_batch(session: Any) -> int | None:
     """N, if the session's model takes only batches of this size."""
     size = session.get_inputs()[0].shape[0]
     return size if isinstance(size, int) and size > 0 else None
@@ -138,7 +138,7 @@ def fixed_batch(session: Any) -> int | None:
 def run_session(session: Any, pixels: Pixels, outputs: Iterable[str]) -> list[npt.NDArray[Any]]:
     """The named outputs for `uint8 [b, H, W, C]`; where the batch is fixed, b is at most N and the rest is padded."""
     (source,) = session.get_inputs()
-    values = session.run(list(outputs), {source.name: padded(pixels, fixed_batch(session) or len(pixels))})
+    values = session.run(list(outputs), {source.name: padded(pixels, session_batch(session) or len(pixels))})
     return [value[: len(pixels)] for value in values]
 
 

@@ -8,15 +8,29 @@ from typing import Literal
 import ray
 
 from mnist_dist.config import Precision, ScoreRunConfig
+from mnist_dist.console import Console, Stop
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import open_records
 from mnist_dist.on_ray.actors import Actors, choose_actors
-from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.cluster import Resources, resources
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
+from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.session import Session
+from mnist_dist.training.feature_engine import (
+    FeatureEngine,
+    choose_engine,
+    delete_converted,
+    describe,
+    is_worth_comparing,
+    keep_engine,
+    kept_engine,
+    open_feature_engine,
+    reference_engine,
+)
 from mnist_dist.training.features import Extractor, FeaturePlan
 from mnist_dist.training.precision import MEASURED_TO_AGREE, resolve_precision
 
+USUAL_CHOICE_S = 30.0  # expected duration of a comparison, for the progress bar
 MAX_DEATHS = 3
 """How often an actor may die on the same shard (out of memory, or with its node) before the job fails."""
 
@@ -54,8 +68,9 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         return None
     images_per_s = None
     if missing := cache.missing():
+        engine = _engine(plan, session, actors=actors, title=title, is_new=len(missing) == cache.shards)
         work = ShardWork(
-            worker=FeatureWorker(plan, cpus=int(actors.cpus)),
+            worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus))),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
@@ -66,7 +81,33 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
         images_per_s = (cache.rows - done) / max(seconds, 1e-9) if reports else None
     cache.finish(plan.model)
+    delete_converted(plan)
     return images_per_s
+
+
+def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, is_new: bool) -> FeatureEngine:
+    """The engine of all shards of these features: the one that an earlier driver began with, else the fastest that
+    agrees. With several nodes, one with room for an actor compares them, as the driver's may have another CPU."""
+    known = kept_engine(plan)
+    if known is not None:
+        return known
+    if not is_new or actors.gpus or not is_worth_comparing(plan):
+        return reference_engine(plan)
+    cpus = max(1, int(actors.cpus))
+    session.console.line(f"{title}: comparing engines")
+    if resources().nodes == 1:
+        chosen = choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=session)
+    else:
+        task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_choose).remote(plan, cpus)
+        (chosen,) = wait_for([task], session, title=title, expected_s=USUAL_CHOICE_S)
+    session.console.line(f"{title}: {describe(chosen)}")
+    session.confirm_lock()
+    return keep_engine(plan, chosen)
+
+
+def _choose(plan: FeaturePlan, cpus: int) -> FeatureEngine:
+    console = Console(terminal=False)
+    return choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=Session(console=console, stop=Stop(console)))
 
 
 class FeatureWorker:
@@ -74,24 +115,20 @@ class FeatureWorker:
 
     Args:
         plan: the features to compute.
+        engine: what computes them.
         cpus: number of cores to use.
     """
 
     title = "features"
 
-    def __init__(self, plan: FeaturePlan, *, cpus: int) -> None:
-        self._plan, self._cpus = plan, cpus
+    def __init__(self, plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> None:
+        self._plan, self._engine, self._cpus = plan, engine, cpus
 
     def open(self) -> None:
-        """Loads TensorFlow, the backbone and the records."""
-        from mnist_dist.engines.engine import use_cpus
-        from mnist_dist.models.classifier import fetch_published_weights
-
-        use_cpus(self._cpus)
-        if self._plan.model.weights == "imagenet":
-            fetch_published_weights(self._plan.model)
+        """Loads the backbone and the records."""
+        call = open_feature_engine(self._plan, self._engine, cpus=self._cpus)
         records = open_records(self._plan.records, local_dir=node_folder())
-        self._extractor = Extractor(self._plan, pixels=records.pixels)
+        self._extractor = Extractor(self._plan, pixels=records.pixels, call=call)
 
     def work(self, shard: int, given: None, *, attempt: Attempt, counter: Counter) -> None:
         """Computes a shard."""

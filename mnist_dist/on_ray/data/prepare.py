@@ -81,10 +81,13 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
         ConfigError: the images are too small for the backbone, or the disk is too small for them.
     """
     backbone = find_backbone(model.backbone)
-    follows_images = backbone.scratch and model.image_size_px is None
-    spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
-    if follows_images:
-        check_size(backbone, min(spec.height_px, spec.width_px))
+    if backbone.imported is not None:
+        spec = backbone.imported.spec
+    else:
+        follows_images = backbone.scratch and model.image_size_px is None
+        spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
+        if follows_images:
+            check_size(backbone, min(spec.height_px, spec.width_px))
     plan = plan_records(source, spec, storage=absolute(root), limits=data.limits)
     return Listed(source=source, plan=plan)
 

@@ -95,6 +95,8 @@ def _question(job: DoctorJob, pins: Pins) -> Question:
     row, size_px = check_model(model), backbone_size_px(model)
     is_published = job.weights == "imagenet"
     places = {}
+    if row.imported is not None:
+        places["backbone"] = join(absolute(job.backbone), BUNDLE_FILE)
     if job.weights != "none" and not is_published:
         places["weights"] = absolute(job.weights)
     if job.bundle is not None:

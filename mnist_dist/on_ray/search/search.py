@@ -20,13 +20,13 @@ import numpy as np
 import ray
 
 from mnist_dist import documents
-from mnist_dist.config import ModelConfig, TrainJob, require
+from mnist_dist.config import ModelConfig, TrainJob, is_bundle_name, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.inventory import RunFacts
-from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
+from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, load_bundle
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -616,12 +616,28 @@ def measure_speeds(
     use_cpus(None)
     speeds = {}
     for name, model in models.items():
+        if is_bundle_name(model.backbone):
+            speeds[name] = _speed_of_bundle(model.backbone)
+            continue
         classifier = build_classifier(
             replace(model, weights="none"), spec=specs[name], num_classes=num_classes, load_weights=False
         )
         rate = images_per_s(classifier.model, batch_size=SPEED_BATCH_SIZE, seconds=SPEED_S)
         speeds[name] = Speed(ms_per_image=1000 / rate, backbone_parameters=classifier.backbone.count_params())
     return speeds
+
+
+def _speed_of_bundle(uri: str) -> Speed:
+    """The speed of an imported backbone in ONNX Runtime, to which its head adds nothing that could be measured."""
+    from mnist_dist.engines.engine import calls_per_s
+    from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
+    from mnist_dist.models.onnx_head import count_weights
+
+    bundle = load_bundle(uri)
+    session, size = open_session(bundle.model_path), bundle.fixed_batch or SPEED_BATCH_SIZE
+    pixels = np.zeros((size, *bundle.info.spec.shape), np.uint8)
+    rate = size * calls_per_s(lambda: run_session(session, pixels, [FEATURES]), seconds=SPEED_S)
+    return Speed(ms_per_image=1000 / rate, backbone_parameters=count_weights(bundle.model_path))
 
 
 def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
