@@ -91,6 +91,15 @@ def test_without_torch_the_message_says_what_to_install(
         opened(source, tmp_path)
 
 
+def test_a_folder_of_transformers_is_told_to_become_onnx(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+
+    with pytest.raises(
+        ConfigError, match=r"names no architecture of timm\. A model of transformers is imported as ONNX"
+    ):
+        opened(str(tmp_path), tmp_path)
+
+
 def test_outputs_cannot_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a model of timm has one output"):
         opened("timm:resnet18", tmp_path, output_node="fc")
