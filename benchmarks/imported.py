@@ -76,6 +76,9 @@ class ImportedBenchmark:
     """Number of photographs for the controls."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models."""
+    trained: tuple[str, ...] = ()
+    """Further models, with trained weights, each as `timm:NAME=CHECKPOINT`: random networks change their mind at far
+    smaller differences than trained ones, so these judge fast decoding."""
     seed: int = 0
     """Seed of the weights and of the crops."""
     verbose: bool = False
@@ -84,6 +87,8 @@ class ImportedBenchmark:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.models) - set(MODELS))
         require(not unknown, f"models are {', '.join(MODELS)}", models=unknown)
+        wrong = [entry for entry in self.trained if not (entry.startswith("timm:") and "=" in entry)]
+        require(not wrong, "trained models are timm:NAME=CHECKPOINT", trained=wrong)
         require(self.count >= 1, "count must be at least 1", count=self.count)
         require(self.controls >= 1, "controls must be at least 1", controls=self.controls)
 
@@ -117,7 +122,13 @@ def measure(benchmark: ImportedBenchmark, *, console: Console) -> dict[str, Any]
         console.line(f"{len(photographs)} photographs of {len(sizes)} sizes")
         results = {}
         for name in benchmark.models:
-            results[name] = _measured(name, photographs, benchmark, Path(folder), console)
+            original = _original(MODELS[name], photographs, benchmark.seed)
+            results[name] = _measured(original, photographs, benchmark, Path(folder), console)
+            console.line(_row(name, results[name]))
+        for entry in benchmark.trained:
+            source, _, checkpoint = entry.partition("=")
+            name = f"{source.partition(':')[2]}, trained"
+            results[name] = _measured(_trained(source, checkpoint), photographs, benchmark, Path(folder), console)
             console.line(_row(name, results[name]))
     return {
         "models": results,
@@ -211,6 +222,14 @@ def _original(source: str, photographs: Sequence[bytes], seed: int) -> Original:
     return original
 
 
+def _trained(source: str, checkpoint: str) -> Original:
+    import timm.models
+
+    original = _of_timm(source, source.partition(":")[2])
+    timm.models.load_checkpoint(original.module, checkpoint)
+    return original
+
+
 def _of_timm(source: str, name: str) -> Original:
     import timm
     import timm.data
@@ -299,10 +318,9 @@ def _logits(module: "torch.nn.Module", batch: "torch.Tensor") -> "torch.Tensor":
 
 
 def _measured(
-    name: str, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
+    original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
 ) -> dict[str, Any]:
     """The figures of one model; what it wrote is deleted."""
-    original = _original(MODELS[name], photographs, benchmark.seed)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         job = _saved(original, Path(scratch))
         import_model(job, console=console)
