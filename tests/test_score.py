@@ -663,7 +663,9 @@ def test_lists_of_labels_are_carried_and_their_best_thresholds_are_scored_with(
 ) -> None:
     paths = [photos / "00.png", photos / "empty.png", photos / "deep" / "01.jpg"]
     bundle = load_bundle(multi_label_bundle)
-    known = [bundle.predict(path).probabilities.argsort()[-2:] for path in (paths[0], paths[2])]
+    known: list[list[int]] = [
+        bundle.predict(path).probabilities.argsort()[-2:].tolist() for path in (paths[0], paths[2])
+    ]
     labels = [[CLASSES[code] for code in codes] for codes in (known[0], [], known[1])]
     listed = pa.table({"uri": list(map(str, paths)), "label": pa.array(labels, pa.list_(pa.string()))})
     pq.write_table(listed, tmp_path / "list.parquet")

@@ -84,7 +84,7 @@ def build_keras(file: Path, recipe: Recipe, target: Path) -> None:
     """Writes the bundle's model.
 
     Args:
-        foreign_file: `Foreign.file` of `open_keras`.
+        file: `Foreign.file` of `open_keras`.
         recipe: what precedes and follows the foreign model.
         target: `model.keras`: `uint8 [B, H, W, C]` -> `float32 [B, K]` probabilities, or `[B, D]` features if the
             recipe has no class names.
@@ -92,8 +92,8 @@ def build_keras(file: Path, recipe: Recipe, target: Path) -> None:
     Raises:
         ConfigError: the recipe does not fit the model.
     """
-    model, _ = load_keras(foreign_file)
-    _check_input(model, foreign_file.name)
+    model, _ = load_keras(file)
+    _check_input(model, file.name)
     _check_size(model, recipe)
     image = keras.Input(recipe.spec.shape, dtype="uint8", name="image")
     network = _network(model, recipe)
