@@ -361,7 +361,8 @@ def test_the_reference_is_ten_lines_of_one_s_own(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     for image, row in zip(images, values, strict=True):
         pixels = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), np.float32) / 255
-        pixels = (pixels - np.float32(IMAGENET["image_mean"])) / np.float32(IMAGENET["image_std"])
+        mean, std = (np.array(IMAGENET[name], np.float32) for name in ("image_mean", "image_std"))
+        pixels = (pixels - mean) / std
         (logits,) = session.run(None, {"pixels": pixels.transpose(2, 0, 1)[None]})
         powers = np.exp(logits[0] - logits[0].max())
         assert np.abs(row - powers / powers.sum()).max() < 1e-5

@@ -230,7 +230,7 @@ def _head(module: "torch.nn.Module") -> str:
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     names = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
     dense = [name for name in names if isinstance(module.get_submodule(name), torch.nn.Linear)]
-    return (dense or names)[-1]
+    return str((dense or names)[-1])
 
 
 def _rows(state: State, layer: str) -> int | None:
