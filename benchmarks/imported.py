@@ -25,7 +25,9 @@ from PIL import Image
 from mnist_dist import processor
 from mnist_dist.config import require
 from mnist_dist.console import Console
+from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import BundleModel, Compared, compare
 from mnist_dist.importing.import_model import import_model
@@ -174,16 +176,16 @@ def _photographs(benchmark: ImportedBenchmark) -> list[bytes]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether the libraries, which know neither rotation nor transparency, open it as it is meant."""
+    """Whether it is whole, and the libraries, which know neither rotation nor transparency, open it as it is meant."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             is_plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
             is_sized = min(image.size) >= MIN_SIDE_PX and max(image.size) <= MAX_SIDE_PX
-            if is_plain and is_sized:
-                image.load()
-            return is_plain and is_sized
-    except (OSError, SyntaxError, ValueError):  # no image, or a damaged one
+        if is_plain and is_sized:
+            decode_image(path.read_bytes(), ImageSpec(height_px=8, width_px=8, channels=3))
+        return is_plain and is_sized
+    except (OSError, SyntaxError, ValueError, ImageError):  # no image, or a damaged one
         return False
 
 
