@@ -25,7 +25,9 @@ from PIL import Image
 from mnist_dist import processor
 from mnist_dist.config import require
 from mnist_dist.console import Console
+from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import BundleModel, Compared, compare
 from mnist_dist.importing.import_model import import_model
@@ -76,6 +78,9 @@ class ImportedBenchmark:
     """Number of photographs for the controls."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models."""
+    trained: tuple[str, ...] = ()
+    """Further models, with trained weights, each as `timm:NAME=CHECKPOINT`: random networks change their mind at far
+    smaller differences than trained ones, so these judge fast decoding."""
     seed: int = 0
     """Seed of the weights and of the crops."""
     verbose: bool = False
@@ -84,6 +89,8 @@ class ImportedBenchmark:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.models) - set(MODELS))
         require(not unknown, f"models are {', '.join(MODELS)}", models=unknown)
+        wrong = [entry for entry in self.trained if not (entry.startswith("timm:") and "=" in entry)]
+        require(not wrong, "trained models are timm:NAME=CHECKPOINT", trained=wrong)
         require(self.count >= 1, "count must be at least 1", count=self.count)
         require(self.controls >= 1, "controls must be at least 1", controls=self.controls)
 
@@ -117,7 +124,13 @@ def measure(benchmark: ImportedBenchmark, *, console: Console) -> dict[str, Any]
         console.line(f"{len(photographs)} photographs of {len(sizes)} sizes")
         results = {}
         for name in benchmark.models:
-            results[name] = _measured(name, photographs, benchmark, Path(folder), console)
+            original = _original(MODELS[name], photographs, benchmark.seed)
+            results[name] = _measured(original, photographs, benchmark, Path(folder), console)
+            console.line(_row(name, results[name]))
+        for entry in benchmark.trained:
+            source, _, checkpoint = entry.partition("=")
+            name = f"{source.partition(':')[2]}, trained"
+            results[name] = _measured(_trained(source, checkpoint), photographs, benchmark, Path(folder), console)
             console.line(_row(name, results[name]))
     return {
         "models": results,
@@ -163,16 +176,16 @@ def _photographs(benchmark: ImportedBenchmark) -> list[bytes]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether the libraries, which know neither rotation nor transparency, open it as it is meant."""
+    """Whether it is whole, and the libraries, which know neither rotation nor transparency, open it as it is meant."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             is_plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
             is_sized = min(image.size) >= MIN_SIDE_PX and max(image.size) <= MAX_SIDE_PX
-            if is_plain and is_sized:
-                image.load()
-            return is_plain and is_sized
-    except (OSError, SyntaxError, ValueError):  # no image, or a damaged one
+        if is_plain and is_sized:
+            decode_image(path.read_bytes(), ImageSpec(height_px=8, width_px=8, channels=3))
+        return is_plain and is_sized
+    except (OSError, SyntaxError, ValueError, ImageError):  # no image, or a damaged one
         return False
 
 
@@ -208,6 +221,14 @@ def _original(source: str, photographs: Sequence[bytes], seed: int) -> Original:
         _open_branches(original.module)
         _calibrate(original.module, batch)
         _sharpen(original.module, _logits(original.module, batch))
+    return original
+
+
+def _trained(source: str, checkpoint: str) -> Original:
+    import timm.models
+
+    original = _of_timm(source, source.partition(":")[2])
+    timm.models.load_checkpoint(original.module, checkpoint)
     return original
 
 
@@ -299,10 +320,9 @@ def _logits(module: "torch.nn.Module", batch: "torch.Tensor") -> "torch.Tensor":
 
 
 def _measured(
-    name: str, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
+    original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
 ) -> dict[str, Any]:
     """The figures of one model; what it wrote is deleted."""
-    original = _original(MODELS[name], photographs, benchmark.seed)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         job = _saved(original, Path(scratch))
         import_model(job, console=console)

@@ -47,7 +47,6 @@ class Source:
         return opened
 
 
-_HUGGING_FACE = ("config.json", "preprocessor_config.json")
 SOURCES = (
     Source("keras", "a Keras model (.keras, .h5)", "keras_models", "open_keras", suffixes=(".keras", ".h5", ".hdf5")),
     Source("onnx", "an ONNX file", "onnx_models", "open_onnx", suffixes=(".onnx",)),
@@ -63,7 +62,7 @@ SOURCES = (
         "a Hugging Face folder (config.json, preprocessor_config.json, model.onnx or onnx/model.onnx)",
         "hugging_face",
         "open_hugging_face",
-        members=((*_HUGGING_FACE, "model.onnx"), (*_HUGGING_FACE, "onnx/model.onnx")),
+        members=tuple(("config.json", name) for name in ("model.onnx", "onnx/model.onnx", "onnx/vision_model.onnx")),
     ),
     Source(
         "timm",
