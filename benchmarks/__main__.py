@@ -1,11 +1,12 @@
-"""python -m benchmarks train|score|search|reference|listing|decode [--flags]: measures the figures in the README."""
+"""python -m benchmarks train|score|search|features|reference|listing|decode [--flags]: the figures of the README."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, listing, reference, score, search, train
+from benchmarks import decode, features, listing, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
+from benchmarks.features import FeaturesBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -13,11 +14,20 @@ from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
 from mnist_dist import console
 
-Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark | DecodeBenchmark
+Benchmark = (
+    TrainBenchmark
+    | ScoreBenchmark
+    | SearchBenchmark
+    | FeaturesBenchmark
+    | ReferenceBenchmark
+    | ListingBenchmark
+    | DecodeBenchmark
+)
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
+    "features": FeaturesBenchmark,
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
     "decode": DecodeBenchmark,
@@ -35,6 +45,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
+    elif isinstance(benchmark, FeaturesBenchmark):
+        result = features.measure(benchmark, console=shown)
+        shown.line(features.table(result))
     elif isinstance(benchmark, ReferenceBenchmark):
         result = reference.measure(benchmark, console=shown)
         shown.line(reference.table(result))

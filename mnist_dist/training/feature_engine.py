@@ -27,14 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName
+from mnist_dist.config import EngineName, is_bundle_name
 from mnist_dist.data.records import open_records
 from mnist_dist.engines.engine import calls_per_s, hide_gpus, use_cpus
 from mnist_dist.engines.formats import FORMATS, Opening, local_folder
 from mnist_dist.engines.steps import Report, run_step
 from mnist_dist.errors import StepFailed, StorageError, first_line
 from mnist_dist.images.pixels import Pixels
-from mnist_dist.models.backbones import find_backbone
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
 from mnist_dist.session import Session
@@ -81,7 +80,7 @@ def reference_engine(plan: FeaturePlan) -> FeatureEngine:
 
 def is_imported(plan: FeaturePlan) -> bool:
     """Whether the backbone is an imported bundle."""
-    return find_backbone(plan.model.backbone).imported is not None
+    return is_bundle_name(plan.model.backbone)
 
 
 def is_worth_comparing(plan: FeaturePlan) -> bool:

@@ -209,9 +209,10 @@ class Extractor:
                 f"{plan.model.backbone} produces features that are not finite. Received: weights={plan.model.weights!r}"
             )
         if not np.isfinite(stored).all():
+            remedy = "" if is_bundle_name(plan.model.backbone) else " or --no-feature-cache"
             raise ConfigError(
                 f"the features of {plan.model.backbone} reach {np.abs(features).max():.3g}, more than {plan.stored_as} "
-                "holds. Use --feature-type float32 or --no-feature-cache."
+                f"holds. Use --feature-type float32{remedy}."
             )
         plan.cache.put(shard, pa.table({"features": column_of(stored)}))
 

@@ -49,7 +49,9 @@ def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -
     return value
 
 
-def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> float | None:
+def compute_missing(
+    plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features", compare: bool | None = None
+) -> float | None:
     """Computes the missing shards and finishes the cache; gives the images/s (None: nothing missing).
 
     Args:
@@ -57,6 +59,7 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         session: of the job; finished shards stay finished.
         actors: the actors to use.
         title: of the progress bar.
+        compare: whether to look for an engine that is faster than the reference. None: where that is worth it.
 
     Raises:
         Interrupted: SIGINT or SIGTERM.
@@ -68,7 +71,10 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         return None
     images_per_s = None
     if missing := cache.missing():
-        engine = _engine(plan, session, actors=actors, title=title, is_new=len(missing) == cache.shards)
+        if compare is None:
+            compare = is_worth_comparing(plan)
+        compares = compare and len(missing) == cache.shards and not actors.gpus
+        engine = _engine(plan, session, actors=actors, title=title, compares=compares)
         work = ShardWork(
             worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus))),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
@@ -85,13 +91,13 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
     return images_per_s
 
 
-def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, is_new: bool) -> FeatureEngine:
+def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, compares: bool) -> FeatureEngine:
     """The engine of all shards of these features: the one that an earlier driver began with, else the fastest that
     agrees. With several nodes, one with room for an actor compares them, as the driver's may have another CPU."""
     known = kept_engine(plan)
     if known is not None:
         return known
-    if not is_new or actors.gpus or not is_worth_comparing(plan):
+    if not compares:
         return reference_engine(plan)
     cpus = max(1, int(actors.cpus))
     session.console.line(f"{title}: comparing engines")
