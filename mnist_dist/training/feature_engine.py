@@ -27,13 +27,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, is_bundle_name
+from mnist_dist.config import EngineName
 from mnist_dist.data.records import open_records
 from mnist_dist.engines.engine import calls_per_s, hide_gpus, use_cpus
 from mnist_dist.engines.formats import FORMATS, Opening, local_folder
 from mnist_dist.engines.steps import Report, run_step
 from mnist_dist.errors import StepFailed, StorageError, first_line
 from mnist_dist.images.pixels import Pixels
+from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
 from mnist_dist.session import Session
@@ -75,12 +76,7 @@ class FeatureEngine:
 
 def reference_engine(plan: FeaturePlan) -> FeatureEngine:
     """The engine that the others are compared with."""
-    return FeatureEngine(engine="onnx" if is_imported(plan) else "keras")
-
-
-def is_imported(plan: FeaturePlan) -> bool:
-    """Whether the backbone is an imported bundle."""
-    return is_bundle_name(plan.model.backbone)
+    return FeatureEngine(engine="onnx" if is_imported(plan.model.backbone) else "keras")
 
 
 def is_worth_comparing(plan: FeaturePlan) -> bool:
@@ -133,7 +129,7 @@ def choose_engine(plan: FeaturePlan, *, local_dir: Path, cpus: int, session: Ses
         try:
             step = functools.partial(_compare, alone, scratch, cpus)
             chosen = run_step(step, title="features, engines", session=session)
-            if chosen.engine == "openvino" and not is_imported(plan):
+            if chosen.engine == "openvino" and not is_imported(plan.model.backbone):
                 file = FORMATS["openvino"].file
                 plan.cache.store.upload_folder(scratch / "openvino", _converted_uri(plan), last=file)
         except (StepFailed, StorageError, OSError) as failure:
@@ -190,7 +186,7 @@ def _converted_uri(plan: FeaturePlan) -> str:
 def _compare(plan: FeaturePlan, scratch: Path, cpus: int, report: Report) -> FeatureEngine:
     """Computes the sample's features by each engine: OpenVINO if it agrees and is faster, else the reference."""
     images, own = np.load(scratch / "images.npy"), reference_engine(plan)
-    if not is_imported(plan):
+    if not is_imported(plan.model.backbone):
         hide_gpus()  # Their TF32 differs by more than a conversion does.
     reference = open_feature_engine(plan, own, cpus=cpus)
     expected = _features(reference, images)
@@ -201,7 +197,7 @@ def _compare(plan: FeaturePlan, scratch: Path, cpus: int, report: Report) -> Fea
 
     def opened(images_per_call: int) -> FeatureCall:
         engine = replace(own, engine="openvino", images_per_call=images_per_call)
-        if is_imported(plan):
+        if is_imported(plan.model.backbone):
             return _open_bundle(plan, engine, cpus=cpus)
         return _open_converted(scratch / "openvino", plan, engine, cpus=cpus)
 
@@ -249,7 +245,7 @@ def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int) 
         BundleError, FileNotFoundError: the backbone is not there any more.
         WeightsError: the weights are missing or do not fit.
     """
-    if is_imported(plan):
+    if is_imported(plan.model.backbone):
         return _open_bundle(plan, chosen, cpus=cpus)
     if chosen.engine == "keras":
         use_cpus(cpus)
