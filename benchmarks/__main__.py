@@ -1,12 +1,13 @@
-"""python -m benchmarks train|score|search|features|reference|listing|decode [--flags]: the figures of the README."""
+"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: the figures in the docs."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, features, listing, reference, score, search, train
+from benchmarks import decode, features, imported, listing, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
 from benchmarks.features import FeaturesBenchmark
+from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -22,6 +23,7 @@ Benchmark = (
     | ReferenceBenchmark
     | ListingBenchmark
     | DecodeBenchmark
+    | ImportedBenchmark
 )
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
@@ -31,6 +33,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
     "decode": DecodeBenchmark,
+    "imported": ImportedBenchmark,
 }
 
 
@@ -57,6 +60,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, DecodeBenchmark):
         result = decode.measure(benchmark, console=shown)
         shown.line(decode.table(result))
+    elif isinstance(benchmark, ImportedBenchmark):
+        result = imported.measure(benchmark, console=shown)
+        shown.line(imported.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

@@ -174,7 +174,7 @@ from mnist_dist.images.budget import MemoryBudget
 from mnist_dist.images.decoder import decode_image, unlimited
 from mnist_dist.images.pixels import ImageSpec
 
-spec, stated = ImageSpec(height_px=64, width_px=64, channels=3), []
+spec, stated = ImageSpec(**json.loads(sys.argv.pop(1))), []
 
 def reserve(memory_bytes):
     stated.append(memory_bytes)
@@ -258,15 +258,33 @@ RAW: dict[str, Callable[[npt.NDArray[np.uint8]], bytes]] = {
 }
 
 
+SQUARE = {"height_px": 64, "width_px": 64, "channels": 3}
+EDGE = {"height_px": 224, "width_px": 224, "channels": 3, "resize": "shortest-edge", "resize_px": 256}
+EXACT = {
+    "pillow": {**EDGE, "resampling": "pillow", "interpolation": "lanczos", "quality": "exact"},
+    "keras": {**EDGE, "resampling": "keras", "interpolation": "bicubic", "quality": "exact"},
+    "enlarged": {**EDGE, "resampling": "pillow", "resize_px": 3000, "quality": "exact"},
+    "fast": {**EDGE, "resampling": "pillow"},
+}
+
+
 @pytest.mark.slow  # A process for each kind.
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_image_takes_no_more_memory_than_it_reserves(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [*((kind, SQUARE) for kind in KINDS)]
+    + [(kind, spec) for kind in ("JPEG", "JPEG, turned", "PNG, grey", "PNG, transparent") for spec in EXACT.values()],
+)
+def test_an_image_takes_no_more_memory_than_it_reserves(kind: str, spec: dict[str, Any], tmp_path: Path) -> None:
     paths = []
     for name, (height, width) in {"small": (64, 64), "large": (3000, 4000)}.items():
         paths.append(tmp_path / name)
         paths[-1].write_bytes(made(kind, height, width))
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *paths], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", PROBE, json.dumps(spec), *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
     )
     stated, taken = json.loads(done.stdout)
     assert taken <= stated + 8 * 2**20  # what the allocator keeps

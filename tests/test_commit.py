@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -26,6 +26,7 @@ from scored import described_by, plan_of
 
 from mnist_dist.config import FeatureType, TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import write_manifest
@@ -91,6 +92,7 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
         outcomes=outcomes,
         class_names=CLASSES,
         top_k=table.top_k,
+        thresholds=table.thresholds,
         model_id=model_id,
         scored_at=NOW,
         carried=planned.select(CARRIED.names),
@@ -357,7 +359,10 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
         "bundle": "models/b",
         "class_names": ["ant", "bee"],
         "resize": "crop",
+        "spec": asdict(ImageSpec(height_px=10, width_px=12, channels=3, resize="crop")),
         "versions": {"python": "3.99"},
+        "multi_label": False,
+        "thresholds": {},
         "model_id": "new",
         "engine": "keras",
         "precision": "float32",

@@ -277,6 +277,13 @@ def test_the_memory_for_decoding_decides_no_result_of_scoring() -> None:
     assert replace(job, decoding=DecodeConfig(max_pixels=9)).settings() != job.settings()
 
 
+def test_the_quality_of_decoding_decides_the_rows_of_scoring_alone() -> None:
+    job = SCORE()
+    assert replace(job, decoding=DecodeConfig(decode_quality="exact")).settings() != job.settings()
+    assert DataConfig().limits.decode_quality == "auto"
+    assert "decode_quality" not in {field.name for field in dataclasses.fields(DataConfig)}
+
+
 def test_how_images_are_reached_decides_no_result() -> None:
     store = StoreConfig(s3_requester_pays=True, allow_private_hosts=True)
     for job in (BASE, SearchJob(), SCORE()):

@@ -187,8 +187,15 @@ def test_images_are_decoded_as_the_bundle_says(tmp_path: Path, backbone: Bundle)
 def search_job(storage: Path, *backbones: str, **fields: Any) -> SearchJob:
     return SearchJob(
         data=DataConfig(limit=900),
-        space=SearchSpace(hidden_units=(0, 16), dropout=(0.0, 0.2), label_smoothing=(0.0,), batch_size=(50,)),
-        search=SearchConfig(backbones=backbones, trials=6, trial_epochs=3, finalists=2, algorithm="random"),
+        space=SearchSpace(
+            hidden_units=(0, 16),
+            dropout=(0.0, 0.2),
+            optimizer=("adam",),
+            learning_rate=(5e-3, 2e-2),
+            label_smoothing=(0.0,),
+            batch_size=(50,),
+        ),
+        search=SearchConfig(backbones=backbones, trials=6, trial_epochs=5, finalists=2, algorithm="random"),
         run=SearchRunConfig(storage=str(storage), name="run", workers=1, cpus_per_worker=1, concurrent_trials=2),
         **fields,
     )

@@ -26,8 +26,9 @@ from mnist_dist.data.records import (
     open_records,
     plan_records,
 )
+from mnist_dist.data.records import _fitted as fitted_array
 from mnist_dist.errors import ConfigError, DataError, ServiceError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 
@@ -173,6 +174,17 @@ def test_arrays_need_no_decoding(root: str, tmp_path: Path) -> None:
         if size_px == 32:
             np.testing.assert_array_equal(records.pixels[np.arange(70)], source.pixels)
         assert bad_records(records.index) == []
+
+
+def test_arrays_of_the_right_size_are_fitted_all_the_same() -> None:
+    digits = open_source(DataConfig())
+    assert digits.pixels is not None
+    height, width = digits.pixels.shape[1:3]
+    spec = ImageSpec(height_px=height, width_px=width, channels=1, resize="shortest-edge", resize_px=2 * height)
+    expected = np.stack([resize_pixels(image, spec) for image in digits.pixels[:9]])
+    assert (fitted_array(digits.pixels[:9], spec) == expected).all()
+    assert (expected != digits.pixels[:9]).any()
+    assert fitted_array(digits.pixels, replace(spec, resize_px=None)) is digits.pixels
 
 
 def test_the_key_depends_on_all_that_the_pixels_depend_on(images: Path, tmp_path: Path) -> None:

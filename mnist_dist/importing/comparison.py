@@ -8,6 +8,7 @@ Runs in a child process: the original may need a framework that the driver must 
 
 # N = images, H = height px, W = width px, C = channels, K = classes, D = features
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,8 @@ class Checked:
 class CheckTask:
     """What is compared on which images."""
 
-    foreign: Foreign
+    foreign: Path
+    """The pickled `Foreign`."""
     recipe: Recipe
     model_file: Path
     """The bundle's model, not yet published."""
@@ -232,7 +234,8 @@ def _decoded(examples: Examples, spec: ImageSpec) -> tuple[Examples, Pixels]:
 
 
 def _with_original(task: CheckTask, examples: Examples, values: Values) -> Iterator[Compared]:
-    foreign, recipe = task.foreign, task.recipe
+    foreign: Foreign = pickle.loads(task.foreign.read_bytes())
+    recipe = task.recipe
     if foreign.reference is not None:
         original = paired(foreign.reference(examples.files, recipe.asked), recipe)
         yield compare(values, original, examples.names, reference=foreign.reference_name, recipe=recipe)

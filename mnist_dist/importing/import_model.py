@@ -9,10 +9,11 @@ says what was imported with which flags, and what was compared with what; the sa
 
 import dataclasses
 import json
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +24,16 @@ from mnist_dist import documents
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.steps import Report, run_step
-from mnist_dist.errors import MnistDistError, ResumeConflict
+from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check
 from mnist_dist.importing.examples import MAX_CALIBRATION, MAX_CHECKED, list_images
 from mnist_dist.importing.foreign import Foreign
 from mnist_dist.importing.recipe import Recipe, read_classes, recipe_of
-from mnist_dist.importing.sources import digest_of, find_source, localized
+from mnist_dist.importing.sources import Source, digest_of, find_source, localized
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
+    CALIBRATION_FILE,
     KERAS_FILE,
     ONNX_FILE,
     BundleInfo,
@@ -45,6 +47,7 @@ from mnist_dist.store.uris import absolute, join
 from mnist_dist.urls import shown, shown_values
 
 IMPORT_FILE = "import.json"
+_FOREIGN = "foreign.pickle"
 _RESOURCES = ("output", "lock_wait_s", "verbose")
 """Fields that change nothing in the bundle."""
 Result = TypeVar("Result")
@@ -96,7 +99,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         digest = digest_of(local)
         record = _finished(job, digest)
         if record is None:
-            ANYWHERE.check_writable(job.output_uri)
+            _check_free(job.output_uri)
             record = _Import(job, local, digest, Path(scratch), session).run()
         else:
             console.line(f"{job.output_uri} is this model already")
@@ -147,6 +150,14 @@ def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
     return record
 
 
+def _check_free(output: str) -> None:
+    """Refuses an output that holds anything but what an interrupted upload left."""
+    names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
+    others = sorted(names - {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, IMPORT_FILE})
+    if others:
+        raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
+
+
 class _Import:
     """One import under way, in a scratch folder."""
 
@@ -160,14 +171,13 @@ class _Import:
         rows = self._images(self._job.check_images, MAX_CHECKED)
         calibration = self._images(self._job.calibration, MAX_CALIBRATION)
         opened = self._step(
-            partial(source.open, self._local, self._scratch), title=f"opening {shown(self._job.source)}"
+            partial(_open, source, self._local, self._scratch), title=f"opening {shown(self._job.source)}"
         )
         recipe = recipe_of(self._job, opened, classes=classes)
         self._say(opened, recipe)
         model_file = self._scratch / (KERAS_FILE if opened.kind == "keras" else ONNX_FILE)
-        self._step(partial(_build, opened, recipe, model_file), title="building the model")
         task = CheckTask(
-            foreign=opened,
+            foreign=self._scratch / _FOREIGN,
             recipe=recipe,
             model_file=model_file,
             rows=rows,
@@ -175,7 +185,7 @@ class _Import:
             calibration=calibration,
             scratch=self._scratch / "check",
         )
-        checked = self._step(partial(check, task), title="comparing with the original")
+        checked = self._step(partial(_build_and_check, opened, task), title="comparing with the original")
         self._judge(checked)
         return self._published(opened, recipe, model_file, checked)
 
@@ -283,15 +293,21 @@ def replace_traceback(error: MnistDistError) -> MnistDistError:
     return error.with_traceback(None)
 
 
-def _build(opened: Foreign, recipe: Recipe, target: Path, report: Report) -> None:
+def _open(source: Source, job: ImportJob, scratch: Path, report: Report) -> Foreign:
+    """Opens the source. What runs the original stays in a file: the driver would load a framework with it."""
+    opened = source.open(job, scratch, report)
+    (scratch / _FOREIGN).write_bytes(pickle.dumps(opened))
+    return replace(opened, reference=None, whole=None)
+
+
+def _build_and_check(opened: Foreign, task: CheckTask, report: Report) -> Checked:
+    """In one process, since it takes seconds to load a framework."""
     if opened.kind == "keras":
-        from mnist_dist.importing.keras_models import build_keras
-
-        build_keras(opened.file, recipe, target)
-        return
-    from mnist_dist.importing.onnx_graph import build_onnx
-
-    build_onnx(opened.file, recipe, target)
+        from mnist_dist.importing.keras_models import build_keras as build
+    else:
+        from mnist_dist.importing.onnx_graph import build_onnx as build
+    build(opened.file, task.recipe, task.model_file)
+    return check(task, report)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -200,6 +200,9 @@ def build_onnx(file: Path, recipe: Recipe, target: Path) -> None:
     """
     foreign = read_graph(file)
     source = graph_input(foreign, file=file)
+    own = (source.height_px, source.width_px, source.channels)
+    if any(size not in (None, wanted) for size, wanted in zip(own, recipe.spec.shape, strict=True)):
+        raise ConfigError(f"the graph takes images of {own}. Received: {recipe.spec.shape} for {str(file)!r}")
     opset = max(entry.version for entry in foreign.opset_import if entry.domain in ("", "ai.onnx"))
     named = onnx.compose.add_prefix(foreign, _PREFIX)
     head = list(_input_nodes(recipe, source))

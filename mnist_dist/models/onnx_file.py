@@ -10,7 +10,7 @@ alone. All weights are inside the file, which bounds it to 2 GB.
 
 # N = images of a call, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,18 @@ def open_session(file: Path, *, cpus: int | None = None, cuda: bool = False) -> 
     return onnxruntime.InferenceSession(file, options, providers=[CUDA, CPU] if cuda else [CPU])
 
 
-def fixed_batch(session: Any) -> int | None:
+def has_cuda(providers: Callable[[], Sequence[str]] | None = None) -> bool:
+    """Whether ONNX Runtime has its CUDA provider: the package onnxruntime-gpu has, onnxruntime has not.
+
+    Args:
+        providers: gives the names of the providers; None: those of the installed package.
+    """
+    import onnxruntime
+
+    return CUDA in (providers or onnxruntime.get_available_providers)()
+
+
+def session_batch(session: Any) -> int | None:
     """N, if the session's model takes only batches of this size."""
     size = session.get_inputs()[0].shape[0]
     return size if isinstance(size, int) and size > 0 else None
@@ -127,7 +138,7 @@ def fixed_batch(session: Any) -> int | None:
 def run_session(session: Any, pixels: Pixels, outputs: Iterable[str]) -> list[npt.NDArray[Any]]:
     """The named outputs for `uint8 [b, H, W, C]`; where the batch is fixed, b is at most N and the rest is padded."""
     (source,) = session.get_inputs()
-    values = session.run(list(outputs), {source.name: padded(pixels, fixed_batch(session) or len(pixels))})
+    values = session.run(list(outputs), {source.name: padded(pixels, session_batch(session) or len(pixels))})
     return [value[: len(pixels)] for value in values]
 
 

@@ -1,0 +1,405 @@
+"""Imported models beside timm's and torchvision's own pipelines: twelve architectures on real photographs.
+
+Owns: the models, their weights, the photographs, the comparison and its controls. Does not own: the import.
+
+Contract: no network is needed. Weights are random, with a fixed seed: BatchNorm gets its statistics from photographs,
+and the last layer is scaled until the median top probability exceeds 0.5, so that a pixel which is wrong shows in the
+probabilities. Each model is imported by `import_model`, as a person does it, and compared with torch behind the
+library's own transform on Pillow's image. The controls are the original with wrong pixels: they must disagree.
+"""
+
+# N = images, C = channels, H = height px, W = width px, K = classes, D = features
+
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mnist_dist import processor
+from mnist_dist.config import require
+from mnist_dist.console import Console
+from mnist_dist.images.decoder import decode_image
+from mnist_dist.import_config import ImportJob
+from mnist_dist.importing.comparison import BundleModel, Compared, compare
+from mnist_dist.importing.import_model import import_model
+from mnist_dist.importing.recipe import Recipe
+from mnist_dist.models.bundle import ONNX_FILE, Bundle, load_bundle
+
+if TYPE_CHECKING:
+    import torch
+
+MODELS: Mapping[str, str] = {
+    "ResNet18": "torchvision:resnet18",
+    "ResNet50": "timm:resnet50",
+    "VGG16-BN": "torchvision:vgg16_bn",
+    "MobileNetV2": "torchvision:mobilenet_v2",
+    "MobileNetV3-L": "timm:mobilenetv3_large_100",
+    "EfficientNet-B0": "timm:efficientnet_b0",
+    "ConvNeXt-T": "timm:convnext_tiny",
+    "ViT-S/16": "timm:vit_small_patch16_224",
+    "DeiT-S/16": "timm:deit_small_patch16_224",
+    "Swin-T": "timm:swin_tiny_patch4_window7_224",
+    "DINOv2-S/14": "timm:vit_small_patch14_dinov2",
+    "CLIP ViT-B/32": "timm:vit_base_patch32_clip_224",
+}
+SMALLER_PX = {"timm:vit_small_patch14_dinov2": 224}
+"""Models measured at another size than the published weights'; they are imported as the folders that timm saves."""
+CLASSES = 1000
+CONTROLS = ("BGR", "other filter", "no mean and std")
+MIN_SIDE_PX, MAX_SIDE_PX = 100, 5000
+_FITTED = 64
+"""Photographs that BatchNorm and the last layer are fitted to."""
+_BATCH = 8
+_OTHER_FILTER = {"bicubic": "bilinear", "bilinear": "bicubic"}
+
+Values = Any  # float32 arrays; NumPy's types of them say no more here
+Transform = Callable[[Image.Image], "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedBenchmark:
+    """Compares imported models with timm's and torchvision's own pipelines; needs the extra [torch]."""
+
+    images: str | None = None
+    """Folder of photographs; those with an EXIF rotation or transparency are left out, which the libraries ignore and
+    the project obeys. None: crops of scikit-learn's and scikit-image's photographs, of many sizes."""
+    count: int = 200
+    """Number of photographs."""
+    controls: int = 40
+    """Number of photographs for the controls."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Which models."""
+    seed: int = 0
+    """Seed of the weights and of the crops."""
+    verbose: bool = False
+    """Show what the libraries print."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.models) - set(MODELS))
+        require(not unknown, f"models are {', '.join(MODELS)}", models=unknown)
+        require(self.count >= 1, "count must be at least 1", count=self.count)
+        require(self.controls >= 1, "controls must be at least 1", controls=self.controls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Original:
+    """A model in torch, and its library's own transforms."""
+
+    source: str
+    module: "torch.nn.Module"
+    transform: Transform
+    other_filter: Transform
+    """With another interpolation."""
+    mean: "torch.Tensor"
+    std: "torch.Tensor"
+
+
+def measure(benchmark: ImportedBenchmark, *, console: Console) -> dict[str, Any]:
+    """Imports and compares.
+
+    Returns:
+        `models`: name -> figures (see `_compared`); `images`, `sizes` (distinct ones), `versions`, `machine`, `date`.
+    """
+    import timm
+    import torch
+    import torchvision
+
+    with tempfile.TemporaryDirectory() as folder:
+        photographs = _photographs(benchmark)
+        sizes = {Image.open(io.BytesIO(data)).size for data in photographs}
+        console.line(f"{len(photographs)} photographs of {len(sizes)} sizes")
+        results = {}
+        for name in benchmark.models:
+            results[name] = _measured(name, photographs, benchmark, Path(folder), console)
+            console.line(_row(name, results[name]))
+    return {
+        "models": results,
+        "images": len(photographs),
+        "sizes": len(sizes),
+        "versions": {"timm": timm.__version__, "torchvision": torchvision.__version__, "torch": torch.__version__},
+        "machine": processor.described(),
+        "date": date.today().isoformat(),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    head = (
+        "| model | source | input, resize | median top probability, classes predicted | largest difference of a "
+        f"probability | logits, norm-relative | same top class, exact | fast | {' | '.join(CONTROLS)} |\n"
+        f"|{'---|' * (8 + len(CONTROLS))}"
+    )
+    return "\n".join([head, *(_row(name, figures) for name, figures in result["models"].items())])
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> str:
+    controls = [f"{figures['controls'][control]:.1%}" for control in CONTROLS]
+    return (
+        f"| {name} | `{figures['source']}` | {figures['fitting']} | {figures['median_top']:.2f}, {figures['classes']} "
+        f"| {figures['max_abs_difference']:.1e} | {figures['relative_difference']:.1e} | {figures['agreement']:.1%} "
+        f"| {figures['fast_agreement']:.1%} | {' | '.join(controls)} |"
+    )
+
+
+# --- photographs -----------------------------------------------------------------------------------------------------
+
+
+def _photographs(benchmark: ImportedBenchmark) -> list[bytes]:
+    """Encoded photographs of many sizes."""
+    if benchmark.images is None:
+        return list(_crops(benchmark.count, benchmark.seed))
+    paths = sorted(path for path in Path(benchmark.images).rglob("*") if path.is_file())
+    usable = [path for path in paths if _is_usable(path)]
+    require(len(usable) >= benchmark.count, f"images has {benchmark.count} photographs", images=len(usable))
+    chosen = np.linspace(0, len(usable) - 1, benchmark.count).astype(int)
+    return [usable[number].read_bytes() for number in chosen]
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether the libraries, which know neither rotation nor transparency, open it as it is meant."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            is_plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
+            is_sized = min(image.size) >= MIN_SIDE_PX and max(image.size) <= MAX_SIDE_PX
+            if is_plain and is_sized:
+                image.load()
+            return is_plain and is_sized
+    except (OSError, SyntaxError, ValueError):  # no image, or a damaged one
+        return False
+
+
+def _crops(count: int, seed: int) -> Iterable[bytes]:
+    from benchmarks.photos import photographs
+
+    sources = photographs()
+    for number in range(count):
+        random = np.random.default_rng([seed, number])
+        source = sources[int(random.integers(len(sources)))]
+        width, height = (int(random.integers(int(side * 0.4), side + 1)) for side in source.size)
+        left, top = int(random.integers(source.width - width + 1)), int(random.integers(source.height - height + 1))
+        scale = float(random.uniform(0.5, 2.5))
+        size = (max(MIN_SIDE_PX, round(width * scale)), max(MIN_SIDE_PX, round(height * scale)))
+        image = source.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=int(random.integers(75, 96)))
+        yield stream.getvalue()
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _original(source: str, photographs: Sequence[bytes], seed: int) -> Original:
+    """A model whose random weights are fitted to photographs."""
+    import torch
+
+    torch.manual_seed(seed)
+    library, _, name = source.partition(":")
+    original = _of_timm(source, name) if library == "timm" else _of_torchvision(source, name)
+    batch = torch.stack([original.transform(_opened(data)) for data in photographs[:_FITTED]])
+    with torch.inference_mode():
+        _open_branches(original.module)
+        _calibrate(original.module, batch)
+        _sharpen(original.module, _logits(original.module, batch))
+    return original
+
+
+def _of_timm(source: str, name: str) -> Original:
+    import timm
+    import timm.data
+    import torch
+
+    side = SMALLER_PX.get(source)
+    sized = {} if side is None else {"img_size": side}
+    module = timm.create_model(name, pretrained=False, num_classes=CLASSES, **sized)
+    data = timm.data.resolve_data_config({} if side is None else {"input_size": (3, side, side)}, model=module)
+    other = data | {"interpolation": _OTHER_FILTER[data["interpolation"]]}
+    return Original(
+        source=source,
+        module=module.eval(),
+        transform=timm.data.create_transform(**data, is_training=False),
+        other_filter=timm.data.create_transform(**other, is_training=False),
+        mean=torch.tensor(data["mean"])[:, None, None],
+        std=torch.tensor(data["std"])[:, None, None],
+    )
+
+
+def _of_torchvision(source: str, name: str) -> Original:
+    import torch
+    from torchvision import models
+    from torchvision.transforms import InterpolationMode
+
+    transform = models.get_model_weights(name).DEFAULT.transforms()
+    other = models.get_model_weights(name).DEFAULT.transforms(interpolation=InterpolationMode.BICUBIC)
+    return Original(
+        source=source,
+        module=models.get_model(name, weights=None, num_classes=CLASSES).eval(),
+        transform=transform,
+        other_filter=other,
+        mean=torch.tensor(transform.mean)[:, None, None],
+        std=torch.tensor(transform.std)[:, None, None],
+    )
+
+
+def _open_branches(module: "torch.nn.Module") -> None:
+    """Sets the scales of residual branches, which start near 0, to 1: else the image hardly counts."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("gamma"):
+            parameter.fill_(1.0)
+
+
+def _calibrate(module: "torch.nn.Module", batch: "torch.Tensor") -> None:
+    """Gives BatchNorm the statistics of photographs."""
+    import torch
+
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.train()
+        layer.momentum = None  # the mean over all batches
+        layer.reset_running_stats()
+    for part in batch.split(16) if layers else ():
+        module(part)
+    for layer in layers:
+        layer.eval()
+        layer.momentum = 0.1
+
+
+def _sharpen(module: "torch.nn.Module", logits: "torch.Tensor") -> None:
+    """Centres the last layer on photographs, and scales it until the median top probability exceeds 0.5."""
+    import torch
+
+    head = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    centred = logits - logits.mean(dim=0)
+    scale = 1.0
+    while (centred * scale).softmax(dim=1).amax(dim=1).median() <= 0.55:  # a margin, for other photographs
+        scale *= 1.05
+    head.weight.mul_(scale)
+    head.bias.sub_(logits.mean(dim=0)).mul_(scale)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _logits(module: "torch.nn.Module", batch: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([module(part) for part in batch.split(_BATCH)])
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def _measured(
+    name: str, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
+) -> dict[str, Any]:
+    """The figures of one model; what it wrote is deleted."""
+    original = _original(MODELS[name], photographs, benchmark.seed)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        job = _saved(original, Path(scratch))
+        import_model(job, console=console)
+        return _compared(load_bundle(job.output), original, photographs, benchmark)
+
+
+def _saved(original: Original, scratch: Path) -> ImportJob:
+    """The import of a model: by its name with a checkpoint, or as a folder."""
+    import torch
+
+    output = str(scratch / "bundle")
+    if original.source in SMALLER_PX:
+        from timm.models import save_for_hf
+
+        arguments = {"img_size": SMALLER_PX[original.source]}
+        save_for_hf(original.module, str(scratch / "model"), model_args=arguments, safe_serialization=True)
+        return ImportJob(source=str(scratch / "model"), output=output)
+    checkpoint = str(scratch / "checkpoint.pth")
+    torch.save({"state_dict": original.module.state_dict()}, checkpoint)
+    return ImportJob(source=original.source, output=output, checkpoint=checkpoint)
+
+
+def _compared(
+    bundle: Bundle, original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark
+) -> dict[str, Any]:
+    """Differences and agreements of a bundle with the original, and of the controls."""
+    spec = bundle.info.spec
+    truth = _probabilities(original, photographs, original.transform)
+    exact = _bundle_probabilities(bundle, photographs, quality="exact")
+    fast = _bundle_probabilities(bundle, photographs, quality="fast")
+    found = _differences(exact, truth, bundle)
+    few = photographs[: benchmark.controls]
+    wrong = dict(zip(CONTROLS, _controls(original), strict=True))
+    controls = {
+        control: _differences(exact[: len(few)], _probabilities(original, few, transform), bundle)
+        for control, transform in wrong.items()
+    }
+    side = f"{spec.resize}{'' if spec.resize_px is None else f' {spec.resize_px}'}, {spec.interpolation}"
+    return {
+        "source": original.source,
+        "fitting": f"{spec.height_px}, {side}",
+        "median_top": float(np.median(truth.max(axis=1))),
+        "classes": len(set(truth.argmax(axis=1).tolist())),
+        "max_abs_difference": found.max_abs_difference,
+        "relative_difference": found.relative_difference,
+        "agreement": found.agreement,
+        "fast_agreement": _differences(fast, truth, bundle).agreement,
+        "controls": {control: value.agreement for control, value in controls.items()},
+        "control_differences": {control: value.max_abs_difference for control, value in controls.items()},
+        "controls_fail": all(not value.is_same for value in controls.values()),
+    }
+
+
+def _controls(original: Original) -> tuple[Transform, ...]:
+    """The original's transform with channels swapped, another filter, and pixels in 0-1, in the order of `CONTROLS`."""
+
+    def swapped(image: Image.Image) -> "torch.Tensor":
+        return original.transform(Image.merge("RGB", image.split()[::-1]))
+
+    def bare(image: Image.Image) -> "torch.Tensor":
+        return original.transform(image) * original.std + original.mean
+
+    return swapped, original.other_filter, bare
+
+
+def _probabilities(original: Original, photographs: Sequence[bytes], transform: Transform) -> Values:
+    """`float32 [N, K]` of torch."""
+    import torch
+
+    parts = []
+    for start in range(0, len(photographs), _BATCH):
+        batch = torch.stack([transform(_opened(data)) for data in photographs[start : start + _BATCH]])
+        parts.append(_logits(original.module, batch).double().softmax(dim=1).float().numpy())
+    return np.concatenate(parts)
+
+
+def _bundle_probabilities(bundle: Bundle, photographs: Sequence[bytes], *, quality: Any) -> Values:
+    """`float32 [N, K]` of the bundle, in ONNX Runtime."""
+    spec = replace(bundle.info.spec, quality=quality)
+    model = BundleModel(bundle.path / ONNX_FILE, has_classes=True)
+    parts = []
+    for start in range(0, len(photographs), _BATCH):
+        pixels = [decode_image(data, spec).pixels for data in photographs[start : start + _BATCH]]
+        parts.append(model.outputs(np.stack(pixels)))
+    return np.concatenate(parts)
+
+
+def _differences(values: Values, truth: Values, bundle: Bundle) -> Compared:
+    info = bundle.info
+    assert info.imported is not None
+    recipe = Recipe(
+        spec=info.spec,
+        scale=info.imported.scale,
+        offset=info.imported.offset,
+        bgr=info.imported.bgr,
+        activation=info.imported.activation,
+        multi_label=False,
+        class_names=info.class_names,
+    )
+    return compare(values, truth, [str(number) for number in range(len(truth))], reference="torch", recipe=recipe)
