@@ -1,4 +1,4 @@
-"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: the figures in the docs."""
+"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: measures figures."""
 
 import sys
 from collections.abc import Callable, Mapping

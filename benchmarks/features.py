@@ -61,7 +61,7 @@ def measure(benchmark: FeaturesBenchmark, *, console: Console) -> dict[str, Any]
         session = Session(console=console, stop=stop)
         for number, plan in enumerate(_plans(benchmark, Path(scratch), console=console)):
             name = ("reference", "chosen")[number % 2]
-            actors = feature_actors(have)
+            actors = feature_actors(have, backbone=plan.model.backbone)
             rate = compute_missing(plan, session, actors=actors, title=name, compare=name == "chosen")
             rates[name].append(rate or 0.0)
             kept = kept_engine(plan)

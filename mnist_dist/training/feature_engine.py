@@ -36,7 +36,7 @@ from mnist_dist.errors import StepFailed, StorageError, first_line
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
+from mnist_dist.models.onnx_file import FEATURES, has_cuda, open_session, run_session
 from mnist_dist.session import Session
 from mnist_dist.store.uris import join
 from mnist_dist.training.features import BATCH_SIZE, FeatureCall, FeaturePlan, KerasFeatures
@@ -233,20 +233,21 @@ def _images_per_s(calls: Sequence[FeatureCall], images: Pixels) -> list[float]:
 # --- the chosen engine -----------------------------------------------------------------------------------------------
 
 
-def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int) -> FeatureCall:
+def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int, gpu: bool = False) -> FeatureCall:
     """Loads the engine of a cache.
 
     Args:
         plan: the features.
         chosen: from `kept_engine`, `keep_engine` or `reference_engine`.
         cpus: cores that it may use.
+        gpu: the process has a GPU, which Keras and ONNX Runtime use.
 
     Raises:
         BundleError, FileNotFoundError: the backbone is not there any more.
         WeightsError: the weights are missing or do not fit.
     """
     if is_imported(plan.model.backbone):
-        return _open_bundle(plan, chosen, cpus=cpus)
+        return _open_bundle(plan, chosen, cpus=cpus, gpu=gpu)
     if chosen.engine == "keras":
         use_cpus(cpus)
         return KerasFeatures(plan)
@@ -266,14 +267,14 @@ class _Opened:
         return self.call(pixels)
 
 
-def _open_bundle(plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> FeatureCall:
+def _open_bundle(plan: FeaturePlan, engine: FeatureEngine, *, cpus: int, gpu: bool = False) -> FeatureCall:
     """The features of an imported bundle."""
     bundle = load_bundle(plan.model.backbone)
     size = bundle.fixed_batch or engine.images_per_call
     if engine.engine == "openvino":
         outputs = len(bundle.declared.outputs)  # the features are the last one
         return _open_openvino(bundle.model_path, outputs=outputs, shape=(size, *bundle.info.spec.shape), cpus=cpus)
-    session = open_session(bundle.model_path, cpus=cpus)
+    session = open_session(bundle.model_path, cpus=cpus, cuda=gpu and has_cuda())
     return _Opened(lambda pixels: np.asarray(run_session(session, pixels, [FEATURES])[0], np.float32), size)
 
 

@@ -273,7 +273,8 @@ class _Search:
                 job = with_absolute_weights(backbone_job(each, self.job))
                 plans[each.name] = plan_job_features(job, decoded[each.name], splits, have=resources)
         for name, plan in plans.items():
-            compute_missing(plan, self.session, actors=feature_actors(resources), title=f"features of {name}")
+            actors = feature_actors(resources, backbone=plan.model.backbone)
+            compute_missing(plan, self.session, actors=actors, title=f"features of {name}")
         return plans
 
     # --- trials ---

@@ -269,7 +269,9 @@ class Training:
             if needs_features(self.job):
                 job = with_absolute_weights(self.job)
                 features = plan_job_features(job, decoded, splits, have=resources)
-                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(resources))
+                self.features_images_per_s = compute_missing(
+                    features, self.session, actors=feature_actors(resources, backbone=job.model.backbone)
+                )
             self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
