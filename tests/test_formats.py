@@ -72,7 +72,7 @@ def converted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines = [name for name in ENGINES if all(importlib.util.find_spec(module) for module in FORMATS[name].packages)]
     Conversion(
         bundle=bundle, scratch=folder, batch_size=BATCH, cpus=1, session=Session(console=console, stop=Stop(console))
-    ).by_keras(engines, features=True)
+    ).by_own(engines, features=True, call_sizes=(BATCH,))
     return folder
 
 

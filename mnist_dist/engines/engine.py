@@ -1,4 +1,4 @@
-"""A bundle's Keras model compiled for fast prediction.
+"""The interface of all engines, and a bundle's Keras model compiled for fast prediction.
 
 Owns: the `Engine` interface, compiling a model once for one batch shape of uint8 pixels, and measuring its speed. Does
 not own: reading the pixels, or using the outputs.
@@ -19,12 +19,14 @@ import numpy.typing as npt
 
 from mnist_dist.images.pixels import ImageSpec, Pixels, padded
 from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.models.onnx_file import PROBABILITIES
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
 MEASURE_S = 2.0  # time per engine for measuring a speed that is compared or reported
 ROUND_S = 0.5  # length of one round, where several engines are measured in turn
-HEAD_LAYERS = ("hidden", "dropout", "logits")
-"""The possible layers after the features, in order (`classifier`); the features are the input of the first one."""
+HEAD_LAYERS = ("hidden", "dropout", "logits", "features")
+"""The possible layers after the features, in order (`classifier`; an imported model marks its features by an identity
+layer of that name); the features are the input of the first one."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,25 @@ def _frozen(function: Any, model: Any) -> Any:
     return convert_variables_to_constants_v2(function)
 
 
+def has_features(model: Any) -> bool:
+    """Whether it is known which of a Keras model's tensors are the features."""
+    return not {layer.name for layer in model.layers}.isdisjoint(HEAD_LAYERS)
+
+
 def with_features(model: Any) -> Any:
-    """The model with the features, the input of its head, as a second output."""
+    """The model with the features, the input of its head, as a second output; see `has_features`."""
     import keras
 
     names = [layer.name for layer in model.layers]
     head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
     return keras.Model(model.inputs, [model.output, head.input])
+
+
+def with_named_output(model: Any) -> Any:
+    """The model, whose output is called `probabilities` in exported files."""
+    import keras
+
+    return keras.Model(model.inputs, {PROBABILITIES: model.output})
 
 
 def _joined(first: Outputs, second: Outputs) -> Outputs:

@@ -501,12 +501,13 @@ def _keras_features(file: Path) -> int:
     with zipfile.ZipFile(file) as archive:
         layers = json.loads(archive.read("config.json"))["config"]["layers"]
     shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
-    for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
+    for name in ("hidden", "logits", "features"):  # dropout, which may stand before them, keeps the number
         shape = shapes.get(name)
         if shape is not None:
             return int(shape[-1])
     raise BundleError(
-        f"{file.name} has no layer hidden or logits whose input is known. Received: layers {', '.join(shapes)}"
+        f"{file.name} has no layer hidden, logits or features whose input is known. "
+        f"Received: layers {', '.join(shapes)}"
     )
 
 

@@ -10,7 +10,7 @@ alone. All weights are inside the file, which bounds it to 2 GB.
 
 # N = images of a call, H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes, D = features
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,17 @@ def open_session(file: Path, *, cpus: int | None = None, cuda: bool = False) -> 
     options.log_severity_level = _ERRORS_ONLY  # It warns of harmless leftovers in foreign graphs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # Spinning would starve decoding.
     return onnxruntime.InferenceSession(file, options, providers=[CUDA, CPU] if cuda else [CPU])
+
+
+def has_cuda(providers: Callable[[], Sequence[str]] | None = None) -> bool:
+    """Whether ONNX Runtime has its CUDA provider: the package onnxruntime-gpu has, onnxruntime has not.
+
+    Args:
+        providers: gives the names of the providers; None: those of the installed package.
+    """
+    import onnxruntime
+
+    return CUDA in (providers or onnxruntime.get_available_providers)()
 
 
 def fixed_batch(session: Any) -> int | None:

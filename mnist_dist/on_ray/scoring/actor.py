@@ -54,6 +54,8 @@ class ScoreTask:
     batch_size: int
     cpus: int
     """Cores per actor."""
+    gpu: bool = False
+    """The actor has a GPU."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class ScoringWorker:
             raise WorkersFailed(f"the bundle was replaced while the job ran. Received: {task.bundle!r}")
         self._class_names = bundle.info.class_names
         engine = open_engine(
-            task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
+            task.engine,
+            bundle,
+            batch_size=task.batch_size,
+            embeddings=task.table.embeddings,
+            cpus=task.cpus,
+            gpu=task.gpu,
         )
         if is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind

@@ -15,7 +15,7 @@ from mnist_dist.config import ScoreJob
 from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
-from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
@@ -61,6 +61,7 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_job_storage(job, nodes=1)
     check_outside(job.output, job.inputs.input, name="output")
     bundle, output = load_bundle(job.bundle), Output(absolute(job.output))
+    check_has_classes(bundle.info)
     with (
         scratch_storage(parent_of(output.uri), is_shared=job.run.storage_is_shared, name="plan") as root,
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,

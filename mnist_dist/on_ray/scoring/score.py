@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,10 @@ import mnist_dist
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console
 from mnist_dist.data.decoding import Times
-from mnist_dist.engines.choice import EngineChoice
+from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
-from mnist_dist.engines.formats import FORMATS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
-from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
@@ -98,6 +97,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_job_storage(job, nodes=1)
     check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
+    check_has_classes(bundle.info)
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
@@ -372,14 +372,16 @@ class Scoring:
         if before is None or self.job.mode == "fresh":
             return self.job.engine
         existing = _engine_of(self._summary(before))
-        if existing.engine == "keras" and self.job.engine.engine == "auto":
-            self.session.console.line("the table keeps its engine, keras; --mode fresh chooses the engine again")
+        if existing.engine == self._own_engine.engine and self.job.engine.engine == "auto":
+            self.session.console.line(
+                f"the table keeps its engine, {existing.engine}; --mode fresh chooses the engine again"
+            )
         return existing
 
     def choose_engine(self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int) -> EngineChoice:
         """Chooses the engine, and converts the model if that saves time for so many images."""
         check_job_storage(self.job, nodes=have.nodes)
-        if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
+        if actors.gpus and asked.engine not in (self.job.engine.engine, self._own_engine.engine):
             raise ResumeConflict(
                 f"the existing rows were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 keeps it, "
                 f"--mode fresh makes a new table. Received: {self.output.uri!r}"
@@ -394,6 +396,10 @@ class Scoring:
             fallback=join(self.output.uri, ENGINES_FOLDER),
             session=self.session,
         )
+
+    @property
+    def _own_engine(self) -> EngineChoice:
+        return own_engine(self.bundle)
 
     @property
     def _began_at(self) -> str:
@@ -465,6 +471,7 @@ class Scoring:
             store=store_for(self.job.store),
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
+            gpu=actors.gpus > 0,
         )
 
     def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, resources: Resources) -> None:
@@ -533,7 +540,7 @@ class Scoring:
             )
 
     def _description(self, plan: Plan) -> Description:
-        packages = ("keras",) if plan.engine == "keras" else FORMATS[plan.engine].packages
+        made_by = replace(self._own_engine, engine=plan.engine, precision=plan.precision)
         return Description(
             bundle=absolute(self.job.bundle),
             class_names=self.bundle.info.class_names,
@@ -541,7 +548,7 @@ class Scoring:
             versions={
                 "python": platform.python_version(),
                 "mnist_dist": mnist_dist.__version__,
-                **versions_of(("pyarrow", *packages)),
+                **versions_of(("pyarrow", *packages_of(made_by))),
             },
         )
 
