@@ -515,9 +515,9 @@ class EngineConfig:
 
     engine: EngineName | Literal["auto"] = "auto"
     """`keras` (TensorFlow, on CPUs and GPUs), `openvino` or `onnx` (on CPUs). For the last two the model is converted
-    once per bundle and checked against Keras on the calibration images. The model of an ONNX bundle runs by `onnx` as it
-    is, also on GPUs if onnxruntime-gpu is installed, is converted for `openvino`, and has no `keras`. auto: the fastest
-    engine that agrees."""
+    once per bundle and checked against Keras on the calibration images. An ONNX bundle runs by `onnx` as it is, also on
+    GPUs if onnxruntime-gpu is installed, is converted for `openvino`, and has no `keras`. auto: the fastest engine that
+    agrees."""
     precision: EnginePrecision | Literal["auto"] = "auto"
     """`float32`, or with OpenVINO `bfloat16` or `int8`. auto: float32, or bfloat16 if it was measured to agree."""
 

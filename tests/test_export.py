@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import keras
 import numpy as np
+import onnx
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ from harness import ROOT, Recorder, run_command
 
 from mnist_dist.config import ModelConfig
 from mnist_dist.engines.export import EXPORT_FILE, export_bundle
-from mnist_dist.engines.formats import FORMATS, ConvertedEngine
+from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, DataError, Interrupted, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.images.pixels import ImageSpec, Pixels
@@ -148,6 +149,20 @@ def test_each_format_says_the_same_in_its_own_runtime(format: ExportFormat, spec
     assert rest(tmp_path / "export") == sorted([FORMATS[format].file, *FORMATS[format].others, EXPORT_FILE])
     assert rest(tmp_path) == ["bundle", "export"]
     check_agreement(bundle, result, spec=spec)
+    if format in ("onnx", "openvino"):
+        assert output_and_names(Path(result["path"]), format) == ("probabilities", NAMES)
+
+
+def output_and_names(path: Path, format: ExportFormat) -> tuple[str, tuple[str, ...]] | None:
+    """The name of the output and the class names, as an ONNX or OpenVINO file itself says them."""
+    if format == "onnx":
+        model = onnx.load(path)
+        said = {entry.key: entry.value for entry in model.metadata_props}
+        return model.graph.output[0].name, tuple(json.loads(said["class_names"]))
+    if format == "openvino":
+        converted = openvino_core().read_model(path)
+        return converted.outputs[0].any_name, tuple(json.loads(converted.get_rt_info(["class_names"]).astype(str)))
+    raise AssertionError(f"{format} files name no classes")
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_model_is_imported_with_its_images_and_predicts_as_its_owner_s_code(tm
         assert np.abs(prediction.probabilities - expected[name]).max() < 1e-5
 
     again = mnist_dist.import_model(file, output=tmp_path / "bundle", **flags)
-    assert again.values | {"seconds": 0} == values | {"seconds": 0}
+    assert {**again.values, "seconds": 0} == {**values, "seconds": 0}
     with pytest.raises(ResumeConflict, match="activation: 'none' now, 'auto' in the run"):
         mnist_dist.import_model(file, output=tmp_path / "bundle", **flags, activation="none")
 

@@ -77,7 +77,7 @@ def test_each_channel_has_its_own_scale_and_offset_and_their_order_can_be_revers
     file = foreign_onnx(tmp_path / "a.onnx")
     base, pixels = recipe(file), images()
     what = Recipe(**{**vars(base), "scale": SCALE, "offset": OFFSET, "bgr": True})
-    values = pixels[..., ::-1].astype(np.float32) * np.float32(SCALE) + np.float32(OFFSET)
+    values = (pixels[..., ::-1] * np.array(SCALE) + np.array(OFFSET)).astype(np.float32)
     (logits,) = original(file, values.transpose(0, 3, 1, 2))
 
     (probabilities,) = built(file, what).run(["probabilities"], {"image": pixels})

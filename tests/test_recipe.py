@@ -208,6 +208,6 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
     ):
         kinds = {"normalization": NormalizationConfig, "fitting": FittingConfig}
         with pytest.raises(ConfigError, match=message):
-            ImportJob(source="a", output="b", **{key: kinds[key](**value) for key, value in fields.items()})  # type: ignore[arg-type]
+            ImportJob(source="a", output="b", **{key: kinds[key](**value) for key, value in fields.items()})
     with pytest.raises(ConfigError, match="expect needs check_images"):
         ImportJob(source="a", output="b", expect="e.csv")

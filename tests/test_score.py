@@ -29,11 +29,21 @@ import ray.data
 from corpus import manifest_rows
 from deltalake import DeltaTable
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
+from onnx_models import small_bundle
 from PIL import Image
 from scored import one_hot, plan_of, scored_rows, write_scored
 
 from mnist_dist import load_bundle
-from mnist_dist.config import DecodeConfig, FeatureType, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
+from mnist_dist.config import (
+    DecodeConfig,
+    EngineConfig,
+    FeatureType,
+    InputConfig,
+    ScoreJob,
+    ScoreRunConfig,
+    TableConfig,
+    TableFormat,
+)
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -275,6 +285,33 @@ def test_the_predictions_are_those_of_single_images(scored: Scored, photos: Path
     assert len({rows[str(path)]["predicted_class"] for path in good}) > 1
 
 
+def test_an_onnx_bundle_is_scored_with_embeddings(tmp_path: Path, photos: Path) -> None:
+    bundle = small_bundle(tmp_path / "bundle", batch_size=4)
+    job = job_of(bundle.path, tmp_path / "table", photos, table=TableConfig(embeddings=True))
+    assert score(job, console=Recorder())["ok"] == 13
+    rows = rows_of(job.output)
+    for path in (path for path in photos.rglob("*.*") if path.name not in BROKEN):
+        row, expected = rows[str(path)], bundle.predict(path)
+        assert (row["status"], row["predicted_class"]) == ("ok", expected.predicted_class)
+        assert row["probabilities"] == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
+        assert len(row["embedding"]) == bundle.num_features
+    assert len({row["predicted_class"] for row in rows.values()}) > 2
+    made = json.loads(newest_summary(job).read_text())
+    assert (made["engine"], made["described"]["class_names"]) == ("onnx", list(bundle.info.class_names))
+    assert {"onnxruntime", "pyarrow"} <= made["described"]["versions"].keys()
+    assert score(job, console=Recorder())["skipped"] == 17  # the same command
+    with pytest.raises(ResumeConflict, match="engine: 'openvino' now, 'onnx' in the run"):
+        score(replace(job, engine=EngineConfig(engine="openvino")), console=Recorder())
+
+
+def test_a_backbone_without_classes_is_not_scored(tmp_path: Path, photos: Path) -> None:
+    backbone = small_bundle(tmp_path / "bundle", names=())
+    with pytest.raises(ConfigError, match=r"features and no classes; train a head on it: mnist-dist train") as error:
+        score(job_of(backbone.path, tmp_path / "table", photos), console=Recorder())
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "table").exists()
+
+
 def test_size_etag_width_and_height_are_of_the_original(scored: Scored, photos: Path) -> None:
     rows = rows_of(scored.job.output)
     for path in photos.rglob("*.*"):
@@ -317,6 +354,7 @@ def test_the_result_and_the_summary_count_the_rows(scored: Scored) -> None:
     assert summary["statuses"] == result["statuses"]
     assert sum(result["statuses"].values()) == 17
     assert summary["settings"]["inputs"]["input"] == list(scored.job.inputs.input)
+    assert {"keras", "tensorflow", "pyarrow"} <= summary["described"]["versions"].keys()
 
 
 def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:

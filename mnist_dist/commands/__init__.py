@@ -24,8 +24,8 @@ JOBS = {
     "doctor": "check every node for problems that would break a job",
 }
 """Job name -> description."""
-_MODULES = {"import": "import_model"}
-"""Of jobs whose names are no names of modules."""
+MODULES = {"import": "import_model"}
+"""Of jobs whose names cannot be names of modules."""
 _HELP = """\
 usage: mnist-dist JOB [RECIPE] [--flags]
 
@@ -50,11 +50,11 @@ def main() -> NoReturn:
 
 def run_job(job: str) -> NoReturn:
     """Runs `python -m jobs.<job>` with the arguments of this process."""
-    _run(job, sys.argv[1:], program=f"python -m jobs.{_MODULES.get(job, job)}")
+    _run(job, sys.argv[1:], program=f"python -m jobs.{MODULES.get(job, job)}")
 
 
 def _run(job: str, arguments: list[str], *, program: str) -> NoReturn:
-    module = importlib.import_module(f"{__name__}.{_MODULES.get(job, job)}")
+    module = importlib.import_module(f"{__name__}.{MODULES.get(job, job)}")
     console.run(lambda: module.main(arguments, program=program), job=job)
 
 

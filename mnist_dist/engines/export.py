@@ -221,8 +221,8 @@ def _converted(job: ExportJob, conversion: Conversion) -> Export:
     if not check.max_abs_difference <= job.tolerance:  # `not <=` also refuses NaN.
         raise MnistDistError(
             f"{job.format} differs too much from {engine.own_name}: a probability by {check.max_abs_difference:.3g}, "
-            f"the top class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is allowed "
-            "(--tolerance)"
+            f"the top class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is "
+            "allowed (--tolerance)"
         )
     return Export(
         format=job.format,

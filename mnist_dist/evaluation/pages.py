@@ -223,11 +223,19 @@ def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[t
     if bundle is not None:
         facts += [
             ("backbone", bundle.backbone),
-            ("weights", bundle.weights),
-            ("training data fingerprint", bundle.data_fingerprint),
+            *_of_origin(bundle),
             *((f"version of {name}", version) for name, version in bundle.versions.items()),
         ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _of_origin(bundle: BundleInfo) -> list[tuple[str, object]]:
+    """How the model came to be: imported, or trained here."""
+    imported = bundle.imported
+    if imported is None:
+        return [("weights", bundle.weights), ("training data fingerprint", bundle.data_fingerprint)]
+    assumed = [("assumed at its import", sentence) for sentence in imported.assumed]
+    return [("imported from", f"{imported.source} ({imported.kind})"), *assumed]
 
 
 # --- what both pages show --------------------------------------------------------------------------------------------
