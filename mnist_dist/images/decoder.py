@@ -21,7 +21,7 @@ import numpy as np
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images.formats import FORMATS, Format, format_of
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, match_channels, resize_pixels
+from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, match_channels, resize_pixels, working_bytes
 
 Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
 _Result = TypeVar("_Result")
@@ -129,12 +129,12 @@ def _recognised(data: bytes) -> Format:
 def _peak_bytes(opened: Opened, spec: ImageSpec) -> int:
     """What decoding takes, and one copy of its result, turned, cropped or made RGB."""
     rgb_bytes = 3 * opened.height_px * opened.width_px
-    return opened.memory_bytes + min(opened.memory_bytes, rgb_bytes) + spec.image_bytes
+    copied = opened.memory_bytes + min(opened.memory_bytes, rgb_bytes) + spec.image_bytes
+    return copied + working_bytes(opened.height_px, opened.width_px, spec)
 
 
 def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    pixels = np.ascontiguousarray(match_channels(pixels, spec.channels))
-    return np.ascontiguousarray(resize_pixels(pixels, spec))
+    return np.ascontiguousarray(resize_pixels(match_channels(pixels, spec.channels), spec))
 
 
 def _check_size(opened: Opened, max_pixels: int) -> None:

@@ -16,6 +16,7 @@ import simplejpeg
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images.exif import orientation_of
+from mnist_dist.images.geometry import least_size
 from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate, upright_size
 
 MAGIC = b"\xff\xd8"
@@ -117,8 +118,9 @@ def open_ordinary(data: bytes, spec: ImageSpec | None) -> Opened:
     if not header.is_ordinary:
         raise NotForMe(header.kind)
     width, height = upright_size((header.width_px, header.height_px), header.orientation)
-    least = upright_size((spec.width_px, spec.height_px), header.orientation) if spec else (width, height)
-    colours = "GRAY" if spec is not None and spec.channels == 1 else "RGB"
+    least = _least(header, spec) if spec else (header.width_px, header.height_px)
+    is_grey = spec is not None and spec.channels == 1 and (spec.quality == "fast" or header.components == 1)
+    colours = "GRAY" if is_grey else "RGB"  # Exact: Pillow's grey is made of RGB, which clips.
 
     def decode() -> Pixels:
         pixels = _decode_strictly(data, header.segments, colours, least)
@@ -128,10 +130,26 @@ def open_ordinary(data: bytes, spec: ImageSpec | None) -> Opened:
     return Opened(width, height, channels, _memory_bytes(header, least), decode)
 
 
+def _least(header: Header, spec: ImageSpec) -> tuple[int, int]:
+    """Width and height, as stored, below which the image may not be scaled while it is decoded."""
+    width, height = header.width_px, header.height_px
+    upright_width, upright_height = upright_size((width, height), header.orientation)
+    rows, columns = least_size(upright_height, upright_width, spec)
+    least = upright_size((columns, rows), header.orientation)
+    if spec.resampling == "opencv":
+        return least
+    eighths = 1 << (_eighths(header, least) - 1).bit_length()  # Only these have fast code in libjpeg-turbo.
+    return -(-width * eighths // 8), -(-height * eighths // 8)
+
+
+def _eighths(header: Header, least: tuple[int, int]) -> int:
+    """The scale that libjpeg is given."""
+    return min(8, 1 + max(8 * (least[0] - 1) // header.width_px, 8 * (least[1] - 1) // header.height_px))
+
+
 def _memory_bytes(header: Header, least: tuple[int, int]) -> int:
     """The scaled pixels; a progressive file's coefficients are all kept, 2 bytes each."""
-    width, height = header.width_px, header.height_px
-    eighths = min(8, 1 + max(8 * (least[0] - 1) // width, 8 * (least[1] - 1) // height))
+    width, height, eighths = header.width_px, header.height_px, _eighths(header, least)
     pixels = -(-width * eighths // 8) * -(-height * eighths // 8) * 3
     return pixels + (2 * width * height * header.components if header.marker == 0xC2 else 0)
 

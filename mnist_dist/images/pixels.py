@@ -1,31 +1,39 @@
 """Pixels: what is asked of a decoder, and what all decoders share once pixels are there.
 
-Owns: size and channels that images are decoded to, resizing, and the conversions to 8 bits, grey, RGB and upright.
-Does not own: reading any format.
+Owns: size and channels that images are decoded to, how they are fitted to that size, and the conversions to grey, RGB
+and upright. Does not own: reading any format, the geometry (`geometry`) or the filters (`resampling`).
 """
 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = height, width of the original
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 
 from mnist_dist.config import DecodeQuality, Geometry, Interpolation, Resampling, require
-
-Pixels = npt.NDArray[np.uint8]
+from mnist_dist.images.geometry import fit
+from mnist_dist.images.resampling import (
+    KERAS_INTERPOLATIONS,
+    MAX_FRAME,
+    Pixels,
+    Side,
+    by_opencv,
+    by_pillow,
+    by_tensorflow,
+)
 
 STRIP_PX = 2**20
-LINEAR_SHRINK = 2.0  # Up to this factor linear interpolation skips no pixel; it is far faster than an average.
+_LINEAR_SHRINK = 2.0
+_FAST_LINEAR_SHRINK = 3.0  # At 2.2 closer to Pillow than what libjpeg scales by 5/8, and twice as fast as an average.
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """Size and channels that every image is decoded to."""
+    """Size and channels that every image is decoded to, and how it is fitted to that size."""
 
     height_px: int
     width_px: int
@@ -37,25 +45,64 @@ class ImageSpec:
     `longest-edge-pad`: the longer side fits, the rest is filled with `pad_value`."""
     resize_px: int | None = None
     """With `shortest-edge`, the length of the shorter side before the crop, px; with `stretch`, that of both sides.
-    None: there is no crop but what the shape needs."""
+    None: there is no crop but what the shape needs. What is smaller than the crop is centred on black."""
     resampling: Resampling = "opencv"
-    """Whose filters: `opencv` (linear, averages where more than halved), `pillow` (antialiased), or `keras`
-    (`tf.image.resize`, rounded to 8 bits)."""
+    """Whose filters: `opencv` (linear, averages where more than halved), `pillow` (antialiased, bit for bit), or
+    `keras` (`tf.image.resize`, rounded to 8 bits and clipped)."""
     interpolation: Interpolation = "bilinear"
-    """The filter of `pillow` and `keras`."""
+    """The filter of `pillow` and `keras`. Of `keras`, box is `area` and lanczos is `lanczos3`."""
     antialias: bool = True
-    """Whether `keras` widens its filter where the image shrinks; `pillow` always does."""
+    """Whether `keras` widens its filter where the image shrinks; `pillow` always does, but for nearest."""
     crop_rounding: Literal["even", "down"] = "even"
     """How half a pixel of a crop's margin is rounded: to `even` (torchvision, timm) or `down` (Hugging Face)."""
     pad_value: int = 0
     """0-255, of all channels."""
     quality: DecodeQuality = "fast"
-    """`fast`: JPEGs may be scaled while they are decoded. `exact`: decoded at full size, as Pillow does."""
+    """`exact`: JPEGs are decoded at full size, as Pillow does, and resized by the filters of `resampling`. `fast`: JPEGs
+    may be scaled by eighths while they are decoded, but not below the size that they are resized to, and OpenCV's
+    filters are used in place of the others; the geometry stays the same."""
 
     def __post_init__(self) -> None:
         require(self.height_px >= 1, "height_px is at least 1", height_px=self.height_px)
         require(self.width_px >= 1, "width_px is at least 1", width_px=self.width_px)
         require(self.channels in (1, 3), "channels is 1 (grey) or 3 (RGB)", channels=self.channels)
+        self._check_geometry()
+        self._check_resampling()
+
+    def _check_geometry(self) -> None:
+        require(self.resize_px is None or self.resize_px >= 1, "resize_px is at least 1 px", resize_px=self.resize_px)
+        require(
+            self.resize_px is None or self.resize in ("stretch", "shortest-edge"),
+            "resize_px goes with resize stretch or shortest-edge",
+            resize=self.resize,
+            resize_px=self.resize_px,
+        )
+        require(0 <= self.pad_value <= 255, "pad_value is 0 to 255", pad_value=self.pad_value)
+        require(
+            self.pad_value == 0 or self.resize == "longest-edge-pad",
+            "pad_value goes with resize longest-edge-pad",
+            resize=self.resize,
+            pad_value=self.pad_value,
+        )
+
+    def _check_resampling(self) -> None:
+        received = {"resampling": self.resampling, "interpolation": self.interpolation}
+        require(
+            self.resampling != "opencv" or self.interpolation == "bilinear",
+            "resampling opencv has no interpolation but bilinear; pillow and keras have others",
+            **received,
+        )
+        require(
+            self.resampling != "keras" or self.interpolation in KERAS_INTERPOLATIONS,
+            f"with resampling keras, interpolation is one of {', '.join(KERAS_INTERPOLATIONS)}",
+            **received,
+        )
+        require(
+            self.antialias or self.resampling == "keras",
+            "only resampling keras goes without antialias",
+            resampling=self.resampling,
+            antialias=self.antialias,
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,6 +113,11 @@ class ImageSpec:
     def image_bytes(self) -> int:
         """Size of one decoded image, bytes."""
         return self.height_px * self.width_px * self.channels
+
+    @property
+    def filters(self) -> Resampling:
+        """Whose filters resize: with `fast`, always OpenCV's."""
+        return self.resampling if self.quality == "exact" else "opencv"
 
 
 class Opened(NamedTuple):
@@ -90,29 +142,40 @@ class NotForMe(Exception):
 
 
 def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    """Resizes pixels to the height and width of `spec`; pixels of that size are returned unchanged.
-
-    Sides that shrink to less than half are averaged by area; all others are interpolated linearly.
+    """Fits pixels to the height and width of `spec`, by its rule; pixels that fit as they are are returned unchanged.
 
     Args:
         pixels: `uint8 [h, w, C]`, 0-255.
-        spec: height, width and resize rule; its channels are ignored.
+        spec: height, width and how pixels are fitted to them; its channels are ignored.
 
     Returns:
         `uint8 [H, W, C]`, 0-255.
     """
-    if spec.resize == "crop":
-        pixels = _crop_to_aspect(pixels, spec)
     height, width, channels = pixels.shape
-    smaller = (min(height, spec.height_px), min(width, spec.width_px))
-    steps = [((spec.height_px, spec.width_px), cv2.INTER_LINEAR)]
-    if max(height / smaller[0], width / smaller[1]) > LINEAR_SHRINK:
-        steps.insert(0, (smaller, cv2.INTER_AREA))  # Average only the sides that shrink, as a separate step.
-    for (target_height, target_width), filter_code in steps:
-        if pixels.shape[:2] != (target_height, target_width):
-            resized = cv2.resize(pixels, (target_width, target_height), interpolation=filter_code)
-            pixels = cast(Pixels, resized).reshape(target_height, target_width, channels)
-    return pixels
+    (kept_rows, kept_columns), size, top, left = fit(height, width, spec)
+    rows = _side(kept_rows, size[0], top, spec.height_px)
+    columns = _side(kept_columns, size[1], left, spec.width_px)
+    part = pixels[kept_rows, kept_columns]
+    if all(side == (whole, whole, 0, whole) for side, whole in ((rows, spec.height_px), (columns, spec.width_px))):
+        return part if part.shape != pixels.shape else pixels
+    window = _resampled(part, rows, columns, spec)
+    if window.shape[:2] == (spec.height_px, spec.width_px):
+        return window
+    canvas = np.full((spec.height_px, spec.width_px, channels), spec.pad_value, np.uint8)
+    top, left = max(0, -top), max(0, -left)
+    canvas[top : top + rows.count, left : left + columns.count] = window
+    return canvas
+
+
+def working_bytes(height: int, width: int, spec: ImageSpec) -> int:
+    """What `resize_pixels` takes beside its result and one copy of the original of h x w px, bytes at most."""
+    if spec.filters == "opencv":
+        return 0
+    if spec.filters == "pillow":  # 4 bytes a pixel: the original, and what is resized on one side or on both
+        size = fit(height, width, spec).size
+        rows, columns = min(size[0], MAX_FRAME * spec.height_px), min(size[1], MAX_FRAME * spec.width_px)
+        return 4 * (height * width + max(height * columns, width * rows) + rows * columns)
+    return 2 * 3 * 4 * spec.height_px * (width + spec.width_px)  # float32: sums, and what is added to them
 
 
 def match_channels(pixels: Pixels, channels: int) -> Pixels:
@@ -160,9 +223,22 @@ def strips(height: int, width: int) -> list[slice]:
     return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
 
 
-def _crop_to_aspect(pixels: Pixels, spec: ImageSpec) -> Pixels:
-    height, width = pixels.shape[:2]
-    kept_height = max(1, min(height, round(width * spec.height_px / spec.width_px)))
-    kept_width = max(1, min(width, round(height * spec.width_px / spec.height_px)))
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    return np.ascontiguousarray(pixels[top : top + kept_height, left : left + kept_width])
+def _side(kept: slice, resized: int, first: int, count: int) -> Side:
+    """One side of what is resized, and the window of it that lies within the result."""
+    begin, end = max(0, first), min(resized, first + count)
+    return Side(kept.stop - kept.start, resized, begin, end - begin)
+
+
+def _resampled(pixels: Pixels, rows: Side, columns: Side, spec: ImageSpec) -> Pixels:
+    if spec.filters == "opencv":
+        return by_opencv(pixels, rows, columns, linear_shrink=_linear_shrink(spec))
+    if spec.filters == "pillow":
+        return by_pillow(pixels, rows, columns, spec.interpolation)
+    return by_tensorflow(pixels, rows, columns, spec.interpolation, antialias=spec.antialias)
+
+
+def _linear_shrink(spec: ImageSpec) -> float:
+    """Up to which factor OpenCV interpolates linearly, in its own right or in place of another's filter."""
+    if spec.resampling == "opencv":
+        return _LINEAR_SHRINK
+    return _FAST_LINEAR_SHRINK if spec.antialias else math.inf
