@@ -146,7 +146,8 @@ def table(result: Mapping[str, Any]) -> str:
 def _model_table(row: Mapping[str, Any], *, cores: int) -> str:
     title = f"`{row['model']}`, batches of {row['batch_size']}"
     lines = [
-        f"| {title} | engine | steady, images/s | of bare | whole run, images/s | a core: steady | whole run |",
+        f"| {title} | engine | steady, images/s | of bare | whole run, images/s "
+        "| steady, per core | whole run, per core |",
         "|---" * 7 + "|",
     ]
     for peer, figures in row["peers"].items():
