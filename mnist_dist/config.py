@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from mnist_dist.errors import ConfigError
 from mnist_dist.urls import shown_values
@@ -32,6 +34,8 @@ EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
+DEFAULT_THRESHOLD = 0.5
+"""The probability from which on a class of a multi-label model is predicted."""
 MIN_DECODE_MEMORY = 16 * 2**20
 MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
@@ -58,6 +62,9 @@ class DecodeConfig:
     a quarter of what the actor can expect."""
     image_timeout_s: float = 60.0
     """Images that take longer than this to decode, s, get the status `failed`."""
+    decode_quality: DecodeQuality | Literal["auto"] = "auto"
+    """exact: decode JPEGs at full size and resize them as the model's own framework does. fast: decode them smaller and
+    resize by OpenCV. auto: as the bundle says; exact for imported models, fast for models trained here."""
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_bytes"):
@@ -477,6 +484,13 @@ class TableConfig:
 
     columns: tuple[str, ...] = ()
     """Columns to write, separated by spaces or commas; `uri` and `status` are always written. Empty: all."""
+    threshold: float | str | None = None
+    """Multi-label models: the classes whose probability reaches this are the `predicted_classes`: a number between 0
+    and 1, or a file with one per class (CSV or Parquet with the columns `class` and `threshold`, or JSON `{class:
+    threshold}`). None: 0.5."""
+    thresholds: Annotated[Mapping[str, float], tyro.conf.Suppress] = field(default_factory=dict)
+    """The threshold of each class, in the order of the classes; filled in by the job (`scoring/thresholds.py`). Empty:
+    each image has one class."""
     top_k: int = 0
     """Also write the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
     wide: bool = False
@@ -491,6 +505,11 @@ class TableConfig:
     transaction; needs the extra `delta`."""
 
     def __post_init__(self) -> None:
+        require(
+            not isinstance(self.threshold, int | float) or 0 < self.threshold < 1,
+            "threshold must be a number between 0 and 1, or a file with one per class",
+            threshold=self.threshold,
+        )
         require(self.top_k >= 0, "top_k must be 0 (none) or a number of classes", top_k=self.top_k)
         require(
             not (self.table_format == "delta" and self.embeddings and self.embedding_type == "float16"),
@@ -507,6 +526,11 @@ class TableConfig:
     def chosen(self) -> tuple[str, ...]:
         """The names of the requested columns."""
         return _names(self.columns)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each class has a probability of its own, so that an image may have several classes or none."""
+        return bool(self.thresholds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -656,6 +680,7 @@ class ScoreJob:
     def settings(self) -> dict[str, Any]:
         """The settings that determine the rows (together with the bundle), as JSON values without secrets."""
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
+        del values["table"]["threshold"]  # The values count, not where they stand.
         del values["decoding"]["decode_memory"]  # A resource: a resumed job may run on a smaller machine.
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 

@@ -34,6 +34,9 @@ FLOORS = {
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
     f"{PACKAGE}.engines.formats",
+    f"{PACKAGE}.engines.graphs",
+    f"{PACKAGE}.importing.saved_models",
+    f"{PACKAGE}.importing.tensorflow_images",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     "benchmarks.train",

@@ -65,6 +65,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 from mnist_dist.scoring.selection import select_images
+from mnist_dist.scoring.thresholds import thresholds_csv, with_thresholds
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.lock import Lock
@@ -614,6 +615,82 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
     with pytest.raises(ResumeConflict, match=r"inputs.input: \['.*deep'\] now"):
         score(narrower, console=Recorder())
     assert without_time(rows_of(table.output)) == before
+
+
+@pytest.fixture(scope="module")
+def multi_label_bundle(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
+    """The bundle, as if each class had a probability of its own."""
+    path = tmp_path_factory.mktemp("multi_label") / "bundle"
+    shutil.copytree(bundle, path)
+    info = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**info, "multi_label": True}))
+    return path
+
+
+def test_a_multi_label_table_holds_the_classes_that_reach_their_thresholds(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    thresholds = dict(zip(CLASSES, (0.001, 0.6, 0.002, 0.004, 0.5), strict=True))
+    file = tmp_path / "thresholds.json"
+    file.write_text(json.dumps(thresholds))
+    table = TableConfig(threshold=str(file))
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", photos / "empty.png", table=table)
+    score(job, console=Recorder())
+    rows = rows_of(job.output).values()
+    assert read_predictions(job.output).column_names == [*CONTRACT.names, "predicted_classes", "confidences"]
+    reached = 0
+    for row in rows:
+        if row["status"] != "ok":
+            assert row["predicted_classes"] is row["confidences"] is None
+            continue
+        by_class = dict(zip(CLASSES, row["probabilities"], strict=True))
+        expected = [name for name in CLASSES if by_class[name] >= np.float32(thresholds[name])]
+        assert row["predicted_classes"] == sorted(expected, key=lambda name: -by_class[name])
+        assert row["confidences"] == [by_class[name] for name in row["predicted_classes"]]
+        reached += len(expected)
+    assert reached > 0
+    described = pq.read_schema(next(Path(job.output, "table").iterdir())).metadata[b"mnist_dist"]
+    assert json.loads(described)["multi_label"] is True
+    assert json.loads(described)["thresholds"] == thresholds
+    assert json.loads((Path(job.output) / "_summary.json").read_text())["settings"]["table"]["thresholds"] == thresholds
+
+
+def test_a_file_of_thresholds_that_changes_is_another_job(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    file = tmp_path / "thresholds.csv"
+    file.write_bytes(thresholds_csv(dict.fromkeys(CLASSES, 0.25)))
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", table=TableConfig(threshold=str(file)))
+    images = score(job, console=Recorder())["images"]
+    same = replace(job, table=TableConfig(threshold=0.25))
+    assert score(same, console=Recorder())["skipped"] == images
+    file.write_bytes(thresholds_csv(dict.fromkeys(CLASSES, 0.25) | {"bee": 0.75}))
+    for mode in ("continue", "incremental"):
+        with pytest.raises(
+            ResumeConflict, match=r"other settings .*:\n  table\.thresholds\.bee: 0\.75 now, 0\.25 in the"
+        ):
+            score(replace(job, mode=mode), console=Recorder())
+
+
+def test_a_threshold_of_an_unfinished_job_is_frozen_with_it(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", table=TableConfig(threshold=0.25))
+    output, info = Output(job.output), load_bundle(multi_label_bundle).info
+    plan = replace(plan_of(info.model_id), settings=with_thresholds(job, info).settings(), keep_old=False)
+    found = select_images(job, output, before=None).table
+    output.new_generation(plan, fence=1).begin(lambda uri: write_manifest(uri, found, shard_size=5))
+    with pytest.raises(ResumeConflict, match=r"table\.thresholds\.ant: 0\.5 now, 0\.25 in the run"):
+        score(replace(job, table=TableConfig()), console=Recorder())
+    assert score(job, console=Recorder())["images"] == len(found)
+
+
+def test_a_threshold_needs_a_multi_label_bundle(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    job = job_of(bundle, tmp_path / "table", photos, table=TableConfig(threshold=0.3))
+    for run in (ScoreRunConfig(), ScoreRunConfig(dry_run=True)):
+        with pytest.raises(ConfigError, match=r"threshold needs a multi-label model; .*Received: threshold=0\.3"):
+            score(replace(job, run=run), console=Recorder())
+    assert not (tmp_path / "table").exists()
 
 
 def newest_summary(table: ScoreJob) -> Path:

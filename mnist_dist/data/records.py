@@ -205,7 +205,8 @@ def bad_records(index: pa.Table) -> list[tuple[str, str, str]]:
 def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
     """Images of an array source at the size and channels of `spec`; there is nothing to decode."""
     fitted = match_channels(pixels, spec.channels)
-    return fitted if fitted.shape[1:] == spec.shape else np.stack([resize_pixels(image, spec) for image in fitted])
+    is_same = spec.resize_px is None and fitted.shape[1:] == spec.shape
+    return fitted if is_same else np.stack([resize_pixels(image, spec) for image in fitted])
 
 
 def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageError]) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,10 +45,12 @@ from mnist_dist.engines.engine import (
     with_named_output,
 )
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, local_folder, openvino_core
+from mnist_dist.engines.graphs import freeze, inference_function, write_onnx
 from mnist_dist.engines.steps import Report, run_step
 from mnist_dist.errors import StepFailed
 from mnist_dist.images.pixels import padded
-from mnist_dist.models.bundle import Bundle
+from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 from mnist_dist.session import Session
 
 AS_FAST = 0.97  # a smaller call with this share of the best speed is preferred: it needs less memory
@@ -189,7 +192,7 @@ def _ask_keras(
     model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # ONNX export needs a called model
     for name, folder in folders.items():
         folder.mkdir()
-        model.export(str(folder / FORMATS[name].file), format=FORMATS[name].keras_name, verbose=False)
+        _export(model, folder / FORMATS[name].file, FORMATS[name].keras_name)
         annotate(folder, name, bundle.info)
     return answers
 
@@ -207,6 +210,18 @@ def _ask_onnx(
             save_openvino(openvino_core().read_model(bundle.model_path), folder)
         annotate(folder, name, bundle.info)
     return answers
+
+
+def _export(model: Any, file: Path, keras_name: str) -> None:
+    """Writes a model in one of Keras' formats; a file of ONNX by ourselves where Keras' has missing inputs."""
+    import keras
+
+    has_constants = any(isinstance(layer, keras.layers.Normalization) for layer in all_layers(model))
+    if keras_name != "onnx" or not has_constants:
+        model.export(str(file), format=keras_name, verbose=False)
+        return
+    names = [PROBABILITIES, FEATURES][: len(model.outputs)]
+    write_onnx(freeze(inference_function(model)), file, input_name=model.inputs[0].name, output_names=names)
 
 
 def _ask_file(

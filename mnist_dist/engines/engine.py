@@ -17,16 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mnist_dist.errors import BundleError
 from mnist_dist.images.pixels import ImageSpec, Pixels, padded
-from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.models.bundle import NETWORK_LAYER, NO_FEATURES, Bundle, all_layers
 from mnist_dist.models.onnx_file import PROBABILITIES
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
 MEASURE_S = 2.0  # time per engine for measuring a speed that is compared or reported
 ROUND_S = 0.5  # length of one round, where several engines are measured in turn
-HEAD_LAYERS = ("hidden", "dropout", "logits", "features")
-"""The possible layers after the features, in order (`classifier`; an imported model marks its features by an identity
-layer of that name); the features are the input of the first one."""
+HEAD_LAYERS = ("hidden", "dropout", "logits")
+"""The possible layers after the features, in order (`classifier`); the features are the input of the first one."""
 
 
 @dataclass(frozen=True)
@@ -226,16 +226,37 @@ def _frozen(function: Any, model: Any) -> Any:
 
 def has_features(model: Any) -> bool:
     """Whether it is known which of a Keras model's tensors are the features."""
-    return not {layer.name for layer in model.layers}.isdisjoint(HEAD_LAYERS)
+    names = {layer.name for layer in model.layers}
+    if NETWORK_LAYER in names:
+        return len(model.get_layer(NETWORK_LAYER).outputs) > 1
+    return not names.isdisjoint(HEAD_LAYERS)
 
 
 def with_features(model: Any) -> Any:
-    """The model with the features, the input of its head, as a second output; see `has_features`."""
+    """The model with the features, the input of its head, as a second output; see `has_features`.
+
+    Raises:
+        BundleError: an imported model has none.
+    """
     import keras
 
     names = [layer.name for layer in model.layers]
+    if NETWORK_LAYER in names:
+        return _imported_with_features(model)
     head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
     return keras.Model(model.inputs, [model.output, head.input])
+
+
+def _imported_with_features(model: Any) -> Any:
+    import keras
+
+    (image,) = model.inputs
+    outputs = model.get_layer(NETWORK_LAYER)(image, training=False)
+    if not isinstance(outputs, list | tuple):
+        raise BundleError(f"{NO_FEATURES}. Received: {model.name}, without features")
+    tails = [layer for layer in model.layers if layer.name == PROBABILITIES]
+    probabilities = tails[0](outputs[0]) if tails else outputs[0]
+    return keras.Model(image, [probabilities, outputs[1]])
 
 
 def with_named_output(model: Any) -> Any:

@@ -58,7 +58,7 @@ class ImageSpec:
     pad_value: int = 0
     """0-255, of all channels."""
     quality: DecodeQuality = "fast"
-    """`exact`: JPEGs are decoded at full size, as Pillow does, and resized by the filters of `resampling`. `fast`: JPEGs
+    """`exact`: JPEGs are decoded at full size, as by Pillow, and resized by the filters of `resampling`. `fast`: JPEGs
     may be scaled by eighths while they are decoded, but not below the size that they are resized to, and OpenCV's
     filters are used in place of the others; the geometry stays the same."""
 
@@ -175,7 +175,7 @@ def working_bytes(height: int, width: int, spec: ImageSpec) -> int:
         size = fit(height, width, spec).size
         rows, columns = min(size[0], MAX_FRAME * spec.height_px), min(size[1], MAX_FRAME * spec.width_px)
         return 4 * (height * width + max(height * columns, width * rows) + rows * columns)
-    return 2 * 3 * 4 * spec.height_px * (width + spec.width_px)  # float32: sums, and what is added to them
+    return 2**20 + 48 * (width + spec.width_px)  # blocks of rows as float32, at least one row: sums, and what is added
 
 
 def match_channels(pixels: Pixels, channels: int) -> Pixels:

@@ -181,6 +181,7 @@ def _is_vertical_first(height: int, width: int, down: _Box, across: _Box) -> boo
 
 # --- TensorFlow ------------------------------------------------------------------------------------------------------
 
+_BLOCK_VALUES = 2**15  # So many float32 stay in a core's cache.
 _Number = TypeVar("_Number", np.float32, np.uint8)
 _Weights = npt.NDArray[np.float32]
 _Places = npt.NDArray[np.intp]
@@ -205,19 +206,24 @@ def by_tensorflow(
         return pixels[rows.first : rows.first + rows.count, columns.first : columns.first + columns.count]
     down, across = (_taps(side, interpolation, antialias=antialias) for side in (rows, columns))
     begin, end = int(across[0].min()), int(across[0].max()) + 1
-    values = _weighted(pixels[:, begin:end], *down)
-    values = _weighted(_turned(values), across[0] - begin, across[1])
-    return _turned(np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8))
+    pixels, across = pixels[:, begin:end], (across[0] - begin, across[1])
+    result = np.empty((rows.count, columns.count, pixels.shape[2]), np.uint8)
+    step = max(1, _BLOCK_VALUES // pixels[0].size)
+    for top in range(0, rows.count, step):
+        block = slice(top, top + step)
+        values = _weighted(_turned(_weighted(pixels, down[0][block], down[1][block])), *across)
+        result[block] = _turned(np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8))
+    return result
 
 
 def _weighted(values: npt.NDArray[np.generic], places: _Places, weights: _Weights) -> npt.NDArray[np.float32]:
     """Sums of weighted rows: `[h, m, C]` -> `float32 [n, m, C]`."""
-    total = np.zeros((len(places), *values.shape[1:]), np.float32)
+    total = np.zeros((len(places), values.shape[1] * values.shape[2]), np.float32)
     for place, weight in zip(places.T, weights.T, strict=True):
-        rows = values[place].astype(np.float32, copy=False)
-        rows *= weight[:, None, None]
+        rows = values[place].reshape(total.shape).astype(np.float32, copy=False)
+        rows *= weight[:, None]
         total += rows
-    return total
+    return total.reshape(len(places), *values.shape[1:])
 
 
 def _turned(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:

@@ -32,12 +32,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.models.onnx_file import (
+    FEATURES,
     PROBABILITIES,
     Declared,
     check_onnx,
@@ -58,6 +59,10 @@ BUNDLE_FILE = "bundle.json"
 ModelFile = Literal["model.keras", "model.onnx"]
 KERAS_FILE: ModelFile = "model.keras"
 ONNX_FILE: ModelFile = "model.onnx"
+NETWORK_LAYER = "network"
+"""In an imported `model.keras`, the layer with the foreign model; its second output, if there is one, are the features,
+which a layer of its own named `features` passes on. A layer `probabilities` may follow."""
+NO_FEATURES = "this imported model gives no features: import it again with --features-node"
 HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
@@ -143,12 +148,15 @@ class Prediction:
         predicted_index: index of that class.
         confidence: probability of that class.
         probabilities: `float32 [K]`, in the order of the bundle's class names.
+        predicted_classes: of a multi-label bundle, the classes with a probability of 0.5 and more, the most probable
+            first; else empty.
     """
 
     predicted_class: str
     predicted_index: int
     confidence: float
     probabilities: npt.NDArray[np.float32]
+    predicted_classes: tuple[str, ...] = ()
 
 
 class Bundle:
@@ -263,8 +271,10 @@ class Bundle:
         return np.asarray(self.model(pixels, training=False))
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        index = int(probabilities.argmax())
-        return Prediction(self.info.class_names[index], index, float(probabilities[index]), probabilities)
+        index, names = int(probabilities.argmax()), self.info.class_names
+        ranked = np.argsort(-probabilities, kind="stable") if self.info.multi_label else ()
+        reached = tuple(names[code] for code in ranked if probabilities[code] >= DEFAULT_THRESHOLD)
+        return Prediction(names[index], index, float(probabilities[index]), probabilities, reached)
 
 
 def check_has_classes(info: BundleInfo) -> None:
@@ -497,17 +507,27 @@ def _check_range(image: npt.NDArray[Any], message: str) -> None:
         raise ConfigError(f"{message} with values from {low} to {high}: multiply by 255")
 
 
+def _num_imported_features(layers: Sequence[Mapping[str, Any]]) -> int:
+    """D, from the layers of the network of an imported model."""
+    names = {layer["config"]["name"]: layer for layer in layers}
+    if FEATURES not in names:
+        raise BundleError(f"{NO_FEATURES}. Received: a network of {', '.join(names)}")
+    return int(names[FEATURES]["inbound_nodes"][0]["args"][0]["config"]["shape"][-1])
+
+
 def _keras_features(file: Path) -> int:
     with zipfile.ZipFile(file) as archive:
         layers = json.loads(archive.read("config.json"))["config"]["layers"]
+    network = next((layer for layer in layers if layer["config"]["name"] == NETWORK_LAYER), None)
+    if network is not None:
+        return _num_imported_features(network["config"]["layers"])
     shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
-    for name in ("hidden", "logits", "features"):  # dropout, which may stand before them, keeps the number
+    for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
         shape = shapes.get(name)
         if shape is not None:
             return int(shape[-1])
     raise BundleError(
-        f"{file.name} has no layer hidden, logits or features whose input is known. "
-        f"Received: layers {', '.join(shapes)}"
+        f"{file.name} has no layer hidden or logits whose input is known. Received: layers {', '.join(shapes)}"
     )
 
 

@@ -137,6 +137,7 @@ class ScoringWorker:
             scored_at=datetime.now(UTC),
             carried=rows.select(carried.names),
             other_files=rows[OTHER_FILE],
+            thresholds=self._task.table.thresholds,
         )
         with self._task.generation.store.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")

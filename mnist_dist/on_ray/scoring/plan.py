@@ -26,6 +26,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.places import check_outside
@@ -62,6 +63,7 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_outside(job.output, job.inputs.input, name="output")
     bundle, output = load_bundle(job.bundle), Output(absolute(job.output))
     check_has_classes(bundle.info)
+    job = with_thresholds(job, bundle.info)
     with (
         scratch_storage(parent_of(output.uri), is_shared=job.run.storage_is_shared, name="plan") as root,
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,

@@ -27,6 +27,7 @@ from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
+from mnist_dist.images.pixels import ImageSpec
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
@@ -58,6 +59,7 @@ from mnist_dist.scoring.planning import Means
 from mnist_dist.scoring.predictions import NOT_BAD, Mark, count_bad, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
+SHOWN_DIFFERENCES = 20  # of the settings; the thresholds of classes may be many
 SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
 
 
@@ -98,6 +101,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
     check_has_classes(bundle.info)
+    job = with_thresholds(job, bundle.info)
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
@@ -123,6 +127,22 @@ def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:
     if job.table.table_format == "delta":
         delta_schema(schema)  # raises for what Delta does not have, before any work
     return schema
+
+
+def _spec(job: ScoreJob, bundle: Bundle) -> ImageSpec:
+    """How the job decodes images: as the bundle says, in the quality that was asked for."""
+    asked = job.decoding.decode_quality
+    return bundle.info.spec if asked == "auto" else replace(bundle.info.spec, quality=asked)
+
+
+def _fast_agreement(bundle: Bundle) -> str | None:
+    """What is known of fast decoding for an imported model; None for one that was trained with it."""
+    imported = bundle.info.imported
+    if imported is None:
+        return None
+    if imported.fast_agreement is None:
+        return "fast decoding: how often the top class stays the same was not measured for this bundle"
+    return f"fast decoding: same top class for {imported.fast_agreement:.2%} of {imported.fast_images:,} images"
 
 
 def _check_format(job: ScoreJob, output: Output, before: Committed) -> None:
@@ -180,6 +200,7 @@ class Scoring:
     ) -> None:
         self.job, self.bundle, self.output = job, bundle, output
         self.session, self.began_at = session, began_at
+        self.spec = _spec(job, bundle)
         self.found = 0  # images listed so far
         self.scored, self.scoring_s = 0, 0.0  # images scored by this run, and the time it took
         self.steady_images_per_s: float | None = None
@@ -222,7 +243,8 @@ class Scoring:
         """Raises ResumeConflict unless this job would make the same rows as `origin`."""
         lines = self._differences(origin, but=but)
         if lines:
-            shown = "\n  ".join(lines)
+            more = [f"and {len(lines) - SHOWN_DIFFERENCES:,} more"] if len(lines) > SHOWN_DIFFERENCES else []
+            shown = "\n  ".join([*lines[:SHOWN_DIFFERENCES], *more])
             raise ResumeConflict(
                 f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
                 f"for other input, or --mode fresh to score everything again):\n  {shown}"
@@ -236,6 +258,8 @@ class Scoring:
                 own[name], known[name] = value, getattr(origin, name)
         if origin.engine == "keras":
             own[KERAS_BACKEND], known[KERAS_BACKEND] = _keras_backend(), origin.keras_backend
+        if isinstance(origin, Summary):  # older versions always decoded as the bundle says
+            own["spec"], known["spec"] = asdict(self.spec), asdict(origin.described.spec or self.bundle.info.spec)
         compared = [name for name in own if name not in but]
         return differences({name: own[name] for name in compared}, {name: known.get(name) for name in compared})
 
@@ -450,7 +474,7 @@ class Scoring:
         size = self.job.shard_size or choose_shard_size(
             len(work.table),
             total_bytes=pc.sum(work.table["size_bytes"]).as_py() or 0,
-            most=TASK_SHARD_BYTES // self.bundle.info.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
+            most=TASK_SHARD_BYTES // self.spec.image_bytes if actors.decode_in_tasks else MAX_SHARD,
         )
         generation.begin(
             lambda uri: write_manifest(uri, work.table, shard_size=size, store=generation.store), dropped=work.gone
@@ -464,7 +488,7 @@ class Scoring:
             model_id=self.bundle.info.model_id,
             engine=engine,
             generation=generation,
-            spec=self.bundle.info.spec,
+            spec=self.spec,
             table=self.job.table,
             schema=_schema(self.job, self.bundle, carried=carried),
             decoding=self.job.decoding,
@@ -489,6 +513,9 @@ class Scoring:
             f"{f' ({rows_done:,} already done)' if done else ''}: {self.bundle.info.backbone} by {engine}, "
             f"{actors}, on {resources}"
         )
+        agreement = _fast_agreement(self.bundle) if self.job.decoding.decode_quality == "fast" else None
+        if agreement:
+            self.session.console.line(agreement)
         task = self._task(generation, engine, actors, carried=carried)
         work = ShardWork(
             worker=ScoringWorker(task),
@@ -544,12 +571,15 @@ class Scoring:
         return Description(
             bundle=absolute(self.job.bundle),
             class_names=self.bundle.info.class_names,
-            resize=self.bundle.info.spec.resize,
+            resize=self.spec.resize,
+            spec=self.spec,
             versions={
                 "python": platform.python_version(),
                 "mnist_dist": mnist_dist.__version__,
                 **versions_of(("pyarrow", *packages_of(made_by))),
             },
+            multi_label=self.job.table.is_multi_label,
+            thresholds=self.job.table.thresholds,
         )
 
     def _check(self, generation: Generation) -> None:
