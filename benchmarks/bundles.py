@@ -12,7 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_dist import api, processor
+import mnist_dist
+from mnist_dist import processor
 from mnist_dist.config import EngineConfig, ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
@@ -73,12 +74,12 @@ def make_bundle(path: Path, case: Case, *, name: str) -> None:
     if case.origin == "exported":
         keras, exported = Path(f"{path}.keras-bundle"), Path(f"{path}.export")
         _in_a_process(_write_random_bundle, keras, case, name)
-        api.export(str(keras), format="onnx", output=str(exported))
+        mnist_dist.export(str(keras), format="onnx", output=str(exported))
         (exported / "model.onnx").rename(source)
-        api.import_model(str(source), output=str(path), resize="stretch")
+        mnist_dist.import_model(str(source), output=str(path), resize="stretch")
         return
     _in_a_process(_write_resnet18, source)
-    api.import_model(str(source), output=str(path), **TORCHVISION)
+    mnist_dist.import_model(str(source), output=str(path), **TORCHVISION)
 
 
 def ready_engine(path: Path, requested: EngineConfig, *, batch_size: int, console: Console) -> EngineChoice:

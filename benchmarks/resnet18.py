@@ -86,7 +86,7 @@ class _Graph:
         return self.node("Gemm", [source, *weights], output=LOGITS, transB=1)
 
     def model(self, num_classes: int) -> Any:
-        shape = ["N", 3, SIZE_PX, SIZE_PX]
+        shape: list[str | int | None] = ["N", 3, SIZE_PX, SIZE_PX]
         graph = helper.make_graph(
             self._nodes,
             "resnet18",

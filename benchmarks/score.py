@@ -223,6 +223,7 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
             else ""
         )
         bench = _Bench(benchmark, folder, bucket=bucket, console=console)
+        rows = bench.measure_models() if benchmark.measured_peers else []
         result = {
             "machine": processor.described(),
             "cores": processor.usable_cpus(),
@@ -231,9 +232,9 @@ def measure(benchmark: ScoreBenchmark, *, console: Console) -> dict[str, Any]:
             "format": FORMATS[benchmark.case],
             "image_kb": bench.image_kb(),
             "prepared": bench.prepared,
-            "rows": bench.measure_models() if benchmark.measured_peers else [],
+            "rows": rows,
+            "beside_trained": beside_trained({row["model"]: row["rounds"] for row in rows}, TWINS),
         }
-        result["beside_trained"] = beside_trained({row["model"]: row["rounds"] for row in result["rows"]}, TWINS)
         if benchmark.small:
             result["small"] = bench.measure_small()
         if benchmark.memory:

@@ -448,7 +448,7 @@ def test_our_job_is_told_the_engine_by_its_flags(task: Task, asked: EngineConfig
 def test_our_job_is_told_how_to_decode(task: Task, quality: DecodeQuality) -> None:
     module, *flags = our_job(task, DEFAULT_ENGINE, quality=quality)
     _, job = parse({"score": ScoreJob}, command=module, default="score", argv=flags)
-    assert job.decode_quality == quality
+    assert job.decoding.decode_quality == quality
 
 
 CHECK = Check(
