@@ -125,7 +125,7 @@ def _write_resnet18(file: Path) -> None:
 
 
 def _write_random_bundle(path: Path, case: Case, name: str) -> None:
-    from mnist_dist.images.pixels import ImageSpec
+    from mnist_dist.images.spec import ImageSpec
     from mnist_dist.models.bundle import BundleInfo, write_bundle
     from mnist_dist.models.classifier import build_classifier
 

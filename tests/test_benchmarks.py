@@ -60,7 +60,7 @@ from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Facts, Foreign
 from mnist_dist.importing.onnx_models import normalized

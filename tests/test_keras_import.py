@@ -22,7 +22,8 @@ from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import with_features
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine
 from mnist_dist.errors import BundleError, ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Foreign
 from mnist_dist.importing.keras_files import check_classes, load_keras

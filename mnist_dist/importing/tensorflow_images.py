@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.decoder import decode_image, probe_image
-from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
+from mnist_dist.images.pixels import Pixels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.foreign import Asked, Values
 
 BATCH = 16
