@@ -278,7 +278,7 @@ def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weight
 
 
 def _triangle(x: _Weights) -> _Weights:
-    return np.maximum(1 - np.abs(x), np.float32(0))
+    return np.asarray(np.maximum(1 - np.abs(x), np.float32(0)))
 
 
 def _keys(x: _Weights) -> _Weights:
