@@ -1,4 +1,4 @@
-"""benchmarks imported: which photographs count, the flags and the table; the measurement itself needs torch and timm."""
+"""benchmarks imported: which photographs count, the flags and the table; the figures themselves need torch and timm."""
 
 import io
 from pathlib import Path
