@@ -1,11 +1,12 @@
-"""python -m benchmarks train|score|search|reference|listing|decode|imported [--flags]: measures published figures."""
+"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: measures figures."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, imported, listing, reference, score, search, train
+from benchmarks import decode, features, imported, listing, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
+from benchmarks.features import FeaturesBenchmark
 from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
@@ -18,6 +19,7 @@ Benchmark = (
     TrainBenchmark
     | ScoreBenchmark
     | SearchBenchmark
+    | FeaturesBenchmark
     | ReferenceBenchmark
     | ListingBenchmark
     | DecodeBenchmark
@@ -27,6 +29,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
+    "features": FeaturesBenchmark,
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
     "decode": DecodeBenchmark,
@@ -45,6 +48,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
+    elif isinstance(benchmark, FeaturesBenchmark):
+        result = features.measure(benchmark, console=shown)
+        shown.line(features.table(result))
     elif isinstance(benchmark, ReferenceBenchmark):
         result = reference.measure(benchmark, console=shown)
         shown.line(reference.table(result))

@@ -28,7 +28,7 @@ from mnist_dist.config import DecodeQuality, require
 from mnist_dist.console import Console
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import BundleModel, Compared, compare
 from mnist_dist.importing.onnx_graph import build_onnx

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -41,9 +42,10 @@ MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
 
-def is_bundle_name(backbone: str) -> bool:
-    """Whether a backbone is the folder or bucket prefix of a bundle, and no name of the table: it has a slash."""
-    return "/" in backbone
+def may_be_bundle(backbone: str) -> bool:
+    """Whether a backbone that is no name of the table is the folder or bucket prefix of a bundle: it has a slash, or
+    there is such a folder."""
+    return "/" in backbone or os.path.isfile(os.path.join(backbone, "bundle.json"))
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -179,7 +181,7 @@ class ModelConfig:
 
     backbone: str = "cnn"
     """A name from the table in `mnist_dist/models/backbones.py`, or the folder or bucket prefix of a bundle that
-    `import` wrote (with a slash, such as `./dinov2`), whose features the head is trained on."""
+    `import` wrote, whose features the head is trained on."""
     weights: str = "none"
     """`imagenet` (downloaded by Keras), `none`, or the path or URI of a `.weights.h5` file or of a bundle."""
     alpha: float = 1.0

@@ -19,7 +19,7 @@ from mnist_dist.config import (
     Precision,
     SharedRunConfig,
     StoreConfig,
-    is_bundle_name,
+    may_be_bundle,
     require,
 )
 from mnist_dist.errors import suggestion
@@ -92,9 +92,9 @@ class SearchSpace:
 class SearchConfig:
     """How to search the space."""
 
-    backbones: tuple[str, ...] = ()
-    """Search only these: names of the recipe's backbones, and bundles that `import` wrote (folders or bucket prefixes
-    with a slash, such as `./dinov2`), whose features heads are trained on. Empty: all of the recipe's."""
+    backbones: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--backbone",))] = ()
+    """Search only these: names of the recipe's backbones, and folders or bucket prefixes of bundles that `import`
+    wrote, whose features heads are trained on. Empty: all of the recipe's."""
     weights: tuple[str, ...] = ()
     """Weights of single backbones, such as `vgg16=PATH mobilenet_v2=none`, instead of the recipe's."""
     trials: int = 30
@@ -163,7 +163,7 @@ class SearchJob:
             ConfigError: the space is empty, or a name is not in it.
         """
         known = {space.backbone: space for space in self.space.backbones}
-        imported = filter(is_bundle_name, self.search.backbones)
+        imported = filter(may_be_bundle, self.search.backbones)
         known |= {name: BackboneSpace(backbone=name) for name in imported if name not in known}
         weights = {name: uri for name, _, uri in (pair.partition("=") for pair in self.search.weights)}
         for name in (*self.search.backbones, *weights):

@@ -16,7 +16,7 @@ from mnist_dist.config import DataConfig, DecodeConfig, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.cache import Cache
 from mnist_dist.data.records import RecordPlan, Records, finish, open_records, plan_records
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.models.onnx_file import FEATURES, run_session
 from mnist_dist.session import Session
@@ -152,12 +152,13 @@ def test_only_an_engine_that_agrees_and_is_faster_is_chosen(tmp_path: Path) -> N
     check = FeatureCheck(
         reference="onnx", images=64, max_difference=1e-3, images_per_s=11.0, reference_images_per_s=10.0
     )
-    for fields, engine in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "openvino"),
         ({"max_difference": 1.1e-3}, "onnx"),
         ({"max_difference": float("nan")}, "onnx"),
         ({"images_per_s": 10.9}, "onnx"),
-    ):
+    ]
+    for fields, engine in cases:
         judged = judge(replace(check, **fields), reference_engine(plan), images_per_call=4)
         assert judged.engine == engine
         assert judged.check is not None
@@ -180,8 +181,8 @@ def test_features_are_those_of_each_image_alone(tmp_path: Path, engine: Any, bat
     rows = open_features(plan, local_dir=tmp_path)
     some = np.array([3, 100, 258, 259, IMAGES - 1])  # a shard ends after 258
     for row in some:
-        (expected,) = run_session(bundle.session, records.pixels[[row]], [FEATURES])
-        np.testing.assert_allclose(rows[[row]], expected, rtol=1e-4, atol=1e-6)
+        (expected,) = run_session(bundle.session, records.pixels[np.array([row])], [FEATURES])
+        np.testing.assert_allclose(rows[np.array([row])], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_key_of_an_imported_backbones_features_is_that_of_its_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import mnist_dist
 from mnist_dist import documents
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob
 from mnist_dist.importing.as_stated import is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign

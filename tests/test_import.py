@@ -18,7 +18,7 @@ from PIL import Image
 import mnist_dist
 from mnist_dist.errors import ConfigError, ResumeConflict
 from mnist_dist.images.decoder import probe_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.comparison import Compared, compare, logits
 from mnist_dist.importing.examples import built_in_examples, list_images, read_examples
 from mnist_dist.importing.expected import expected_values

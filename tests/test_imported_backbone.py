@@ -33,8 +33,8 @@ from mnist_dist.console import Stop
 from mnist_dist.data.cache import column_of
 from mnist_dist.data.records import open_records, read_index
 from mnist_dist.errors import BundleError, ConfigError
-from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.models.backbones import backbone_shape, check_model, check_trainable, find_backbone
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.backbones import backbone_shape, check_model, check_trainable, find_backbone, is_imported
 from mnist_dist.models.bundle import Bundle, BundleInfo, Imported, write_model_bundle
 from mnist_dist.models.onnx_file import IMAGE, PROBABILITIES
 from mnist_dist.on_ray.actors import Actors
@@ -107,9 +107,20 @@ def test_an_imported_backbone_stays_frozen(backbone: Bundle, trainable: str | in
         check_trainable(find_backbone(str(backbone.path)), trainable)
 
 
-def test_a_name_without_a_slash_is_no_bundle_and_the_message_says_how_to_give_one() -> None:
-    with pytest.raises(ConfigError, match=r"folder of an imported bundle \(with a slash: \./resnet5\)\. Did you mean"):
+def test_an_unknown_name_is_refused_and_the_message_says_that_a_bundle_may_be_given() -> None:
+    with pytest.raises(ConfigError, match=r"or the folder of an imported bundle\. Did you mean resnet50"):
         find_backbone("resnet5")
+
+
+def test_a_plain_folder_name_is_a_bundle_unless_the_table_has_it(
+    tmp_path: Path, backbone: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("theirs", "cnn"):
+        (tmp_path / name).symlink_to(backbone.path)
+    monkeypatch.chdir(tmp_path)
+    assert find_backbone("theirs").imported == backbone.info
+    assert find_backbone("cnn").imported is None
+    assert [is_imported(name) for name in ("theirs", "cnn", "other", "s3://bucket/other")] == [True, False, False, True]
 
 
 def test_a_folder_without_a_bundle_is_no_backbone(tmp_path: Path) -> None:
@@ -176,8 +187,15 @@ def test_images_are_decoded_as_the_bundle_says(tmp_path: Path, backbone: Bundle)
 def search_job(storage: Path, *backbones: str, **fields: Any) -> SearchJob:
     return SearchJob(
         data=DataConfig(limit=900),
-        space=SearchSpace(hidden_units=(0, 16), dropout=(0.0, 0.2), label_smoothing=(0.0,), batch_size=(50,)),
-        search=SearchConfig(backbones=backbones, trials=6, trial_epochs=3, finalists=2, algorithm="random"),
+        space=SearchSpace(
+            hidden_units=(0, 16),
+            dropout=(0.0, 0.2),
+            optimizer=("adam",),
+            learning_rate=(5e-3, 2e-2),
+            label_smoothing=(0.0,),
+            batch_size=(50,),
+        ),
+        search=SearchConfig(backbones=backbones, trials=6, trial_epochs=5, finalists=2, algorithm="random"),
         run=SearchRunConfig(storage=str(storage), name="run", workers=1, cpus_per_worker=1, concurrent_trials=2),
         **fields,
     )

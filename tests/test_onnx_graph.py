@@ -12,7 +12,7 @@ from foreign_models import CLASSES, FEATURES, SIDE_PX, edited, foreign_onnx
 from onnx import TensorProto, helper
 
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob, NormalizationConfig
 from mnist_dist.importing.onnx_graph import build_onnx, graph_input, read_graph
 from mnist_dist.importing.onnx_models import graph_facts, open_onnx

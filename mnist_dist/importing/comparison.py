@@ -20,7 +20,8 @@ import pyarrow as pa
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, ImageError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.examples import Examples, Files, built_in_examples, read_examples
 from mnist_dist.importing.expected import expected_values
 from mnist_dist.importing.foreign import Foreign, Values

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig, Preset
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
 from mnist_dist.models.backbones import CAFFE, MINUS_ONE_TO_ONE, TORCH, ZERO_TO_ONE, Preprocessing

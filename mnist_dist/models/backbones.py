@@ -20,9 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from mnist_dist.config import ModelConfig, Pooling, is_bundle_name, require
+from mnist_dist.config import ModelConfig, Pooling, may_be_bundle, require
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import ONNX_FILE, BundleInfo, read_bundle_info
 
 if TYPE_CHECKING:
@@ -388,6 +388,11 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
+def is_imported(name: str) -> bool:
+    """Whether a backbone is a bundle, and no name of the table."""
+    return name not in BACKBONES and may_be_bundle(name)
+
+
 def find_backbone(name: str) -> Backbone:
     """The backbone of that name, or of the bundle at that URI, of which only `bundle.json` is read.
 
@@ -399,13 +404,13 @@ def find_backbone(name: str) -> Backbone:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    if is_bundle_name(name):
+    if is_imported(name):
         return _imported(name)
     close = difflib.get_close_matches(name, BACKBONES)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
     raise ConfigError(
-        f"backbone must be one of {', '.join(BACKBONES)}, or the folder of an imported bundle (with a slash: "
-        f"./{name}). {hint}Received: backbone={name!r}"
+        f"backbone must be one of {', '.join(BACKBONES)}, or the folder of an imported bundle. "
+        f"{hint}Received: backbone={name!r}"
     )
 
 

@@ -34,9 +34,9 @@ from mnist_dist.engines.formats import FORMATS, Opening, local_folder
 from mnist_dist.engines.steps import Report, run_step
 from mnist_dist.errors import StepFailed, StorageError, first_line
 from mnist_dist.images.pixels import Pixels
-from mnist_dist.models.backbones import find_backbone
+from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
+from mnist_dist.models.onnx_file import FEATURES, has_cuda, open_session, run_session
 from mnist_dist.session import Session
 from mnist_dist.store.uris import join
 from mnist_dist.training.features import BATCH_SIZE, FeatureCall, FeaturePlan, KerasFeatures
@@ -76,12 +76,7 @@ class FeatureEngine:
 
 def reference_engine(plan: FeaturePlan) -> FeatureEngine:
     """The engine that the others are compared with."""
-    return FeatureEngine(engine="onnx" if is_imported(plan) else "keras")
-
-
-def is_imported(plan: FeaturePlan) -> bool:
-    """Whether the backbone is an imported bundle."""
-    return find_backbone(plan.model.backbone).imported is not None
+    return FeatureEngine(engine="onnx" if is_imported(plan.model.backbone) else "keras")
 
 
 def is_worth_comparing(plan: FeaturePlan) -> bool:
@@ -134,7 +129,7 @@ def choose_engine(plan: FeaturePlan, *, local_dir: Path, cpus: int, session: Ses
         try:
             step = functools.partial(_compare, alone, scratch, cpus)
             chosen = run_step(step, title="features, engines", session=session)
-            if chosen.engine == "openvino" and not is_imported(plan):
+            if chosen.engine == "openvino" and not is_imported(plan.model.backbone):
                 file = FORMATS["openvino"].file
                 plan.cache.store.upload_folder(scratch / "openvino", _converted_uri(plan), last=file)
         except (StepFailed, StorageError, OSError) as failure:
@@ -191,7 +186,7 @@ def _converted_uri(plan: FeaturePlan) -> str:
 def _compare(plan: FeaturePlan, scratch: Path, cpus: int, report: Report) -> FeatureEngine:
     """Computes the sample's features by each engine: OpenVINO if it agrees and is faster, else the reference."""
     images, own = np.load(scratch / "images.npy"), reference_engine(plan)
-    if not is_imported(plan):
+    if not is_imported(plan.model.backbone):
         hide_gpus()  # Their TF32 differs by more than a conversion does.
     reference = open_feature_engine(plan, own, cpus=cpus)
     expected = _features(reference, images)
@@ -202,7 +197,7 @@ def _compare(plan: FeaturePlan, scratch: Path, cpus: int, report: Report) -> Fea
 
     def opened(images_per_call: int) -> FeatureCall:
         engine = replace(own, engine="openvino", images_per_call=images_per_call)
-        if is_imported(plan):
+        if is_imported(plan.model.backbone):
             return _open_bundle(plan, engine, cpus=cpus)
         return _open_converted(scratch / "openvino", plan, engine, cpus=cpus)
 
@@ -238,20 +233,21 @@ def _images_per_s(calls: Sequence[FeatureCall], images: Pixels) -> list[float]:
 # --- the chosen engine -----------------------------------------------------------------------------------------------
 
 
-def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int) -> FeatureCall:
+def open_feature_engine(plan: FeaturePlan, chosen: FeatureEngine, *, cpus: int, gpu: bool = False) -> FeatureCall:
     """Loads the engine of a cache.
 
     Args:
         plan: the features.
         chosen: from `kept_engine`, `keep_engine` or `reference_engine`.
         cpus: cores that it may use.
+        gpu: the process has a GPU, which Keras and ONNX Runtime use.
 
     Raises:
         BundleError, FileNotFoundError: the backbone is not there any more.
         WeightsError: the weights are missing or do not fit.
     """
-    if is_imported(plan):
-        return _open_bundle(plan, chosen, cpus=cpus)
+    if is_imported(plan.model.backbone):
+        return _open_bundle(plan, chosen, cpus=cpus, gpu=gpu)
     if chosen.engine == "keras":
         use_cpus(cpus)
         return KerasFeatures(plan)
@@ -271,14 +267,14 @@ class _Opened:
         return self.call(pixels)
 
 
-def _open_bundle(plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> FeatureCall:
+def _open_bundle(plan: FeaturePlan, engine: FeatureEngine, *, cpus: int, gpu: bool = False) -> FeatureCall:
     """The features of an imported bundle."""
     bundle = load_bundle(plan.model.backbone)
     size = bundle.fixed_batch or engine.images_per_call
     if engine.engine == "openvino":
         outputs = len(bundle.declared.outputs)  # the features are the last one
         return _open_openvino(bundle.model_path, outputs=outputs, shape=(size, *bundle.info.spec.shape), cpus=cpus)
-    session = open_session(bundle.model_path, cpus=cpus)
+    session = open_session(bundle.model_path, cpus=cpus, cuda=gpu and has_cuda())
     return _Opened(lambda pixels: np.asarray(run_session(session, pixels, [FEATURES])[0], np.float32), size)
 
 

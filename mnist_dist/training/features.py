@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mnist_dist.config import FeatureType, ModelConfig, is_bundle_name
+from mnist_dist.config import FeatureType, ModelConfig
 from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.pixels import Pixels, padded
-from mnist_dist.models.backbones import Shape, backbone_shape, find_backbone
+from mnist_dist.models.backbones import Shape, backbone_shape, find_backbone, is_imported
 from mnist_dist.models.bundle import BUNDLE_FILE, read_bundle_info
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join
@@ -93,7 +93,7 @@ def plan_features(
     """
     rows = np.sort(rows)
     backbone_alone = replace(model, hidden_units=0, dropout=None, weights="none")
-    if is_bundle_name(model.backbone):  # known by its file, wherever that lies
+    if is_imported(model.backbone):  # known by its file, wherever that lies
         backbone_alone = replace(backbone_alone, backbone="bundle", image_size_px=None)
     facts = {
         "version": _FORMAT_VERSION,
@@ -117,7 +117,7 @@ def plan_features(
 
 
 def _weights_identity(model: ModelConfig, *, seed: int) -> str:
-    if is_bundle_name(model.backbone):
+    if is_imported(model.backbone):
         return read_bundle_info(model.backbone).model_id
     if model.weights == "none":
         return f"seed {seed}"
@@ -209,9 +209,10 @@ class Extractor:
                 f"{plan.model.backbone} produces features that are not finite. Received: weights={plan.model.weights!r}"
             )
         if not np.isfinite(stored).all():
+            remedy = "" if is_imported(plan.model.backbone) else " or --no-feature-cache"
             raise ConfigError(
                 f"the features of {plan.model.backbone} reach {np.abs(features).max():.3g}, more than {plan.stored_as} "
-                "holds. Use --feature-type float32 or --no-feature-cache."
+                f"holds. Use --feature-type float32{remedy}."
             )
         plan.cache.put(shard, pa.table({"features": column_of(stored)}))
 

@@ -11,6 +11,8 @@ from mnist_dist.config import Precision, ScoreRunConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import open_records
+from mnist_dist.models.backbones import is_imported
+from mnist_dist.models.onnx_file import has_cuda
 from mnist_dist.on_ray.actors import Actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, resources
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
@@ -35,9 +37,11 @@ MAX_DEATHS = 3
 """How often an actor may die on the same shard (out of memory, or with its node) before the job fails."""
 
 
-def feature_actors(have: Resources) -> Actors:
-    """The actors that compute features: one per GPU; without GPUs, see `choose_actors`."""
-    return choose_actors(have, ScoreRunConfig(decode="actor"))
+def feature_actors(have: Resources, *, backbone: str) -> Actors:
+    """The actors that compute features: one per GPU; without GPUs, see `choose_actors`. An imported backbone uses GPUs
+    only where ONNX Runtime has its CUDA provider."""
+    on_cpus = is_imported(backbone) and not has_cuda()
+    return choose_actors(have, ScoreRunConfig(decode="actor", gpus_per_actor=0 if on_cpus else None))
 
 
 def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -> Literal["float32", "bfloat16"]:
@@ -49,7 +53,9 @@ def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -
     return value
 
 
-def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> float | None:
+def compute_missing(
+    plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features", compare: bool | None = None
+) -> float | None:
     """Computes the missing shards and finishes the cache; gives the images/s (None: nothing missing).
 
     Args:
@@ -57,6 +63,7 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         session: of the job; finished shards stay finished.
         actors: the actors to use.
         title: of the progress bar.
+        compare: whether to look for an engine that is faster than the reference. None: where that is worth it.
 
     Raises:
         Interrupted: SIGINT or SIGTERM.
@@ -68,9 +75,12 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         return None
     images_per_s = None
     if missing := cache.missing():
-        engine = _engine(plan, session, actors=actors, title=title, is_new=len(missing) == cache.shards)
+        if compare is None:
+            compare = is_worth_comparing(plan)
+        compares = compare and len(missing) == cache.shards and not actors.gpus
+        engine = _engine(plan, session, actors=actors, title=title, compares=compares)
         work = ShardWork(
-            worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus))),
+            worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus)), gpu=actors.gpus > 0),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
@@ -85,13 +95,13 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
     return images_per_s
 
 
-def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, is_new: bool) -> FeatureEngine:
+def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, compares: bool) -> FeatureEngine:
     """The engine of all shards of these features: the one that an earlier driver began with, else the fastest that
     agrees. With several nodes, one with room for an actor compares them, as the driver's may have another CPU."""
     known = kept_engine(plan)
     if known is not None:
         return known
-    if not is_new or actors.gpus or not is_worth_comparing(plan):
+    if not compares:
         return reference_engine(plan)
     cpus = max(1, int(actors.cpus))
     session.console.line(f"{title}: comparing engines")
@@ -117,16 +127,17 @@ class FeatureWorker:
         plan: the features to compute.
         engine: what computes them.
         cpus: number of cores to use.
+        gpu: it has a GPU.
     """
 
     title = "features"
 
-    def __init__(self, plan: FeaturePlan, engine: FeatureEngine, *, cpus: int) -> None:
-        self._plan, self._engine, self._cpus = plan, engine, cpus
+    def __init__(self, plan: FeaturePlan, engine: FeatureEngine, *, cpus: int, gpu: bool = False) -> None:
+        self._plan, self._engine, self._cpus, self._gpu = plan, engine, cpus, gpu
 
     def open(self) -> None:
         """Loads the backbone and the records."""
-        call = open_feature_engine(self._plan, self._engine, cpus=self._cpus)
+        call = open_feature_engine(self._plan, self._engine, cpus=self._cpus, gpu=self._gpu)
         records = open_records(self._plan.records, local_dir=node_folder())
         self._extractor = Extractor(self._plan, pixels=records.pixels, call=call)
 

@@ -192,12 +192,15 @@ def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, ha
         splits: their splits.
         have: the cluster's resources; its hardware decides what precision `auto` means.
     """
+    backbone = job.model.backbone
     return plan_features(
         job.model,
         records=decoded.plan,
         index=decoded.index,
         rows=np.concatenate([splits.train, splits.val]),
-        precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=feature_actors(have)),
+        precision=resolve_on_workers(
+            job.fit.precision, backbone=backbone, actors=feature_actors(have, backbone=backbone)
+        ),
         stored_as=job.run.feature_type,
         seed=job.fit.seed,
         root=job.run.storage,

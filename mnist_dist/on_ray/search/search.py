@@ -20,12 +20,13 @@ import numpy as np
 import ray
 
 from mnist_dist import documents
-from mnist_dist.config import ModelConfig, TrainJob, is_bundle_name, require
+from mnist_dist.config import ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.inventory import RunFacts
+from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, load_bundle
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
@@ -272,7 +273,8 @@ class _Search:
                 job = with_absolute_weights(backbone_job(each, self.job))
                 plans[each.name] = plan_job_features(job, decoded[each.name], splits, have=resources)
         for name, plan in plans.items():
-            compute_missing(plan, self.session, actors=feature_actors(resources), title=f"features of {name}")
+            actors = feature_actors(resources, backbone=plan.model.backbone)
+            compute_missing(plan, self.session, actors=actors, title=f"features of {name}")
         return plans
 
     # --- trials ---
@@ -616,7 +618,7 @@ def measure_speeds(
     use_cpus(None)
     speeds = {}
     for name, model in models.items():
-        if is_bundle_name(model.backbone):
+        if is_imported(model.backbone):
             speeds[name] = _speed_of_bundle(model.backbone)
             continue
         classifier = build_classifier(

@@ -13,14 +13,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mnist_dist.config import DataConfig, TrainJob, is_bundle_name, require
+from mnist_dist.config import DataConfig, TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
-from mnist_dist.models.backbones import check_model, check_trainable
+from mnist_dist.models.backbones import check_model, check_trainable, is_imported
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo, load_bundle
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
@@ -156,7 +156,7 @@ def _check_for_imported(job: TrainJob, backbone: BundleInfo) -> None:
 
 def needs_features(job: TrainJob) -> bool:
     """Whether the features of a frozen backbone are computed before the training; of an imported one, always."""
-    return job.uses_features or is_bundle_name(job.model.backbone)
+    return job.uses_features or is_imported(job.model.backbone)
 
 
 def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: int) -> Splits:
@@ -269,7 +269,9 @@ class Training:
             if needs_features(self.job):
                 job = with_absolute_weights(self.job)
                 features = plan_job_features(job, decoded, splits, have=resources)
-                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(resources))
+                self.features_images_per_s = compute_missing(
+                    features, self.session, actors=feature_actors(resources, backbone=job.model.backbone)
+                )
             self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
@@ -361,6 +363,6 @@ def with_absolute_weights(job: TrainJob) -> TrainJob:
     weights, backbone = job.model.weights, job.model.backbone
     if weights not in NAMED_WEIGHTS:
         weights = absolute(weights)
-    if is_bundle_name(backbone):
+    if is_imported(backbone):
         backbone = absolute(backbone)
     return replace(job, model=replace(job.model, weights=weights, backbone=backbone))

@@ -16,10 +16,10 @@ import numpy as np
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
-from mnist_dist.config import is_bundle_name
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
+from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import ONNX_FILE
 from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
 from mnist_dist.models.history import Epoch
@@ -145,7 +145,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
         validation=task.splits.val,
         test=task.splits.test,
     )
-    features, head_alone = None, is_bundle_name(job.model.backbone)
+    features, head_alone = None, is_imported(job.model.backbone)
     if task.features is not None:
         features = replace(images, pixels=open_features(task.features, local_dir=node_folder()))
         images = features if head_alone else images
