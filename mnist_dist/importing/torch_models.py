@@ -379,25 +379,29 @@ def _timm_module(named: _Timm, job: ImportJob) -> tuple["torch.nn.Module", tuple
         module = _downloaded(lambda: timm.create_model(named.name, pretrained=True), named.name)
         return _timm_backbone(module, job), ()
     state = read_checkpoint(named.checkpoint)
-    arguments = dict(named.arguments)
-    why = []
-    classifiers = _names(named.cfg.get("classifier"))
-    rows = next((count for name in classifiers if (count := _rows(state, name)) is not None), None)
-    stated = named.cfg.get("num_classes")
-    arguments["num_classes"] = (0 if classifiers else stated) if rows is None else rows
-    if rows is not None and rows != stated:
-        why.append(f"the checkpoint has {rows} classes, {named.name} usually {stated}")
-    planes = [state[f"{name}.weight"] for name in _names(named.cfg.get("first_conv")) if f"{name}.weight" in state]
-    if planes and planes[0].ndim == 4:
-        channels = arguments["in_chans"] = int(planes[0].shape[1])
-        if channels not in (1, 3):
-            raise WeightsError(f"the model takes {channels} channels, not 1 or 3. Received: {str(named.checkpoint)!r}")
+    arguments, why = _timm_arguments(named, state)
     try:
         module = timm.create_model(named.name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as err:
         raise ConfigError(f"timm cannot build {named.name} ({first_line(err)}). Received: {arguments}") from err
     _fill(module, state, name=named.name, path=named.checkpoint)
-    return _timm_backbone(module, job), tuple(why)
+    return _timm_backbone(module, job), why
+
+
+def _timm_arguments(named: _Timm, state: State) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The architecture that weights are for: their classes and channels; and sentences about it."""
+    classifiers, stated = _names(named.cfg.get("classifier")), named.cfg.get("num_classes")
+    rows = next((count for name in classifiers if (count := _rows(state, name)) is not None), None)
+    without_head = 0 if classifiers else stated
+    arguments = {**named.arguments, "num_classes": without_head if rows is None else rows}
+    first = [state[f"{name}.weight"] for name in _names(named.cfg.get("first_conv")) if f"{name}.weight" in state]
+    if first and first[0].ndim == 4:
+        channels = arguments["in_chans"] = int(first[0].shape[1])
+        if channels not in (1, 3):
+            raise WeightsError(f"the model takes {channels} channels, not 1 or 3. Received: {str(named.checkpoint)!r}")
+    if rows is None or rows == stated:
+        return arguments, ()
+    return arguments, (f"the checkpoint has {rows} classes, {named.name} usually {stated}",)
 
 
 def _timm_backbone(module: Any, job: ImportJob) -> Any:
