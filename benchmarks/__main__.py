@@ -1,11 +1,13 @@
-"""python -m benchmarks train|score|search|reference|listing|decode [--flags]: measures the figures in the README."""
+"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: measures figures."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, listing, reference, score, search, train
+from benchmarks import decode, features, imported, listing, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
+from benchmarks.features import FeaturesBenchmark
+from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -13,14 +15,25 @@ from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
 from mnist_dist import console
 
-Benchmark = TrainBenchmark | ScoreBenchmark | SearchBenchmark | ReferenceBenchmark | ListingBenchmark | DecodeBenchmark
+Benchmark = (
+    TrainBenchmark
+    | ScoreBenchmark
+    | SearchBenchmark
+    | FeaturesBenchmark
+    | ReferenceBenchmark
+    | ListingBenchmark
+    | DecodeBenchmark
+    | ImportedBenchmark
+)
 BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
+    "features": FeaturesBenchmark,
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
     "decode": DecodeBenchmark,
+    "imported": ImportedBenchmark,
 }
 
 
@@ -35,6 +48,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
+    elif isinstance(benchmark, FeaturesBenchmark):
+        result = features.measure(benchmark, console=shown)
+        shown.line(features.table(result))
     elif isinstance(benchmark, ReferenceBenchmark):
         result = reference.measure(benchmark, console=shown)
         shown.line(reference.table(result))
@@ -44,6 +60,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, DecodeBenchmark):
         result = decode.measure(benchmark, console=shown)
         shown.line(decode.table(result))
+    elif isinstance(benchmark, ImportedBenchmark):
+        result = imported.measure(benchmark, console=shown)
+        shown.line(imported.table(result))
     else:
         result = train.measure(benchmark, console=shown)
         shown.line(train.table(result))

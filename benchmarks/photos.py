@@ -32,7 +32,7 @@ def write_photos(folder: Path, *, count: int, seed: int = 0) -> list[Path]:
         The paths, sorted by name.
     """
     folder.mkdir(parents=True)
-    sources = _sources()
+    sources = photographs()
     paths = [folder / f"photo-{number:06d}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
         _crop(sources, np.random.default_rng([seed, number])).save(path, "JPEG", quality=QUALITY)
@@ -54,7 +54,7 @@ def link_photos(paths: Sequence[Path], folder: Path, *, count: int) -> None:
         os.link(path, folder / f"link-{number:06d}{path.suffix}")
 
 
-def _sources() -> list[Image.Image]:
+def photographs() -> list[Image.Image]:
     """The colour photographs included in the two packages (scikit-image downloads its others)."""
     from skimage import data
     from sklearn.datasets import load_sample_images

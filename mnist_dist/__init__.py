@@ -25,7 +25,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mnist_dist.api import evaluate, export, score, search, train
+    from mnist_dist.api import evaluate, export, import_model, score, search, train
     from mnist_dist.models.bundle import load_bundle
     from mnist_dist.scoring.predictions import read_predictions
 
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "import_model",
     "load_bundle",
     "read_predictions",
     "score",
@@ -44,7 +45,7 @@ __all__ = [
 _MODULES = {
     "load_bundle": "mnist_dist.models.bundle",
     "read_predictions": "mnist_dist.scoring.predictions",
-    **dict.fromkeys(("evaluate", "export", "score", "search", "train"), "mnist_dist.api"),
+    **dict.fromkeys(("evaluate", "export", "import_model", "score", "search", "train"), "mnist_dist.api"),
 }
 
 

@@ -17,9 +17,10 @@ from mnist_dist import console
 from mnist_dist.config import ScoreJob, TrainJob
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
+from mnist_dist.import_config import ImportJob
 from mnist_dist.keywords import job_of, takes_fields_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
-from mnist_dist.results import EvaluateResult, ExportResult, ScoreResult, SearchResult, TrainResult
+from mnist_dist.results import EvaluateResult, ExportResult, ImportResult, ScoreResult, SearchResult, TrainResult
 from mnist_dist.search_config import SearchJob
 
 Uri = str | PathLike[str]
@@ -128,6 +129,28 @@ def export(bundle: Uri, *, format: ExportFormat, show: bool = False, **flags: An
         from mnist_dist.engines.export import export_bundle
 
         return ExportResult(export_bundle(job, console=shown))
+
+
+@takes_fields_of(ImportJob)
+def import_model(source: Uri, *, output: Uri, show: bool = False, **flags: Any) -> ImportResult:
+    """Turns a model that was trained elsewhere into a bundle, as `mnist-dist import` does.
+
+    Args:
+        source: a Keras model, a SavedModel, an ONNX file, a Hugging Face folder, `timm:NAME` or `torchvision:NAME`.
+        output: folder or bucket prefix for the bundle.
+        show: report progress, assumptions and the comparison on stderr.
+        **flags: the other flags of the command, such as `classes`, `preset`, `resize`, `check_images`.
+
+    Raises:
+        ConfigError: the source cannot be imported, or something is missing that must not be assumed.
+        MnistDistError: the bundle would not predict what the original predicts; nothing is written.
+        ResumeConflict, Locked, Interrupted: see `train`.
+    """
+    job = job_of(ImportJob, {"source": source, "output": output, **flags})
+    with _shown(show, verbose=job.verbose) as shown:
+        from mnist_dist.importing.import_model import import_model as run
+
+        return ImportResult(run(job, console=shown))
 
 
 @contextmanager

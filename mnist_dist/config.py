@@ -9,9 +9,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from mnist_dist.errors import ConfigError
 from mnist_dist.urls import shown_values
@@ -32,9 +35,17 @@ EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
+DEFAULT_THRESHOLD = 0.5
+"""The probability from which on a class of a multi-label model is predicted."""
 MIN_DECODE_MEMORY = 16 * 2**20
 MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
+
+
+def may_be_bundle(backbone: str) -> bool:
+    """Whether a backbone that is no name of the table is the folder or bucket prefix of a bundle: it has a slash, or
+    there is such a folder."""
+    return "/" in backbone or os.path.isfile(os.path.join(backbone, "bundle.json"))
 
 
 def require(condition: bool, expected: str, **received: object) -> None:
@@ -169,7 +180,8 @@ class ModelConfig:
     """The network, its initial weights and its head."""
 
     backbone: str = "cnn"
-    """A name from the table in `mnist_dist/models/backbones.py`."""
+    """A name from the table in `mnist_dist/models/backbones.py`, or the folder or bucket prefix of a bundle that
+    `import` wrote, whose features the head is trained on."""
     weights: str = "none"
     """`imagenet` (downloaded by Keras), `none`, or the path or URI of a `.weights.h5` file or of a bundle."""
     alpha: float = 1.0
@@ -480,6 +492,13 @@ class TableConfig:
 
     columns: tuple[str, ...] = ()
     """Columns to write, separated by spaces or commas; `uri` and `status` are always written. Empty: all."""
+    threshold: float | str | None = None
+    """Multi-label models: the classes whose probability reaches this are the `predicted_classes`: a number between 0
+    and 1, or a file with one per class (CSV or Parquet with the columns `class` and `threshold`, or JSON `{class:
+    threshold}`). None: 0.5."""
+    thresholds: Annotated[Mapping[str, float], tyro.conf.Suppress] = field(default_factory=dict)
+    """The threshold of each class, in the order of the classes; filled in by the job (`scoring/thresholds.py`). Empty:
+    each image has one class."""
     top_k: int = 0
     """Also write the K most probable classes and their probabilities: `top_k_classes`, `top_k_confidences`. 0: none."""
     wide: bool = False
@@ -494,6 +513,11 @@ class TableConfig:
     transaction; needs the extra `delta`."""
 
     def __post_init__(self) -> None:
+        require(
+            not isinstance(self.threshold, int | float) or 0 < self.threshold < 1,
+            "threshold must be a number between 0 and 1, or a file with one per class",
+            threshold=self.threshold,
+        )
         require(self.top_k >= 0, "top_k must be 0 (none) or a number of classes", top_k=self.top_k)
         require(
             not (self.table_format == "delta" and self.embeddings and self.embedding_type == "float16"),
@@ -511,6 +535,11 @@ class TableConfig:
         """The names of the requested columns."""
         return _names(self.columns)
 
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each class has a probability of its own, so that an image may have several classes or none."""
+        return bool(self.thresholds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -518,7 +547,9 @@ class EngineConfig:
 
     engine: EngineName | Literal["auto"] = "auto"
     """`keras` (TensorFlow, on CPUs and GPUs), `openvino` or `onnx` (on CPUs). For the last two the model is converted
-    once per bundle and checked against Keras on the calibration images. auto: the fastest engine that agrees."""
+    once per bundle and checked against Keras on the calibration images. An ONNX bundle runs by `onnx` as it is, also on
+    GPUs if onnxruntime-gpu is installed, is converted for `openvino`, and has no `keras`. auto: the fastest engine that
+    agrees."""
     precision: EnginePrecision | Literal["auto"] = "auto"
     """`float32`, or with OpenVINO `bfloat16` or `int8`. auto: float32, or bfloat16 if it was measured to agree."""
 
@@ -657,6 +688,7 @@ class ScoreJob:
     def settings(self) -> dict[str, Any]:
         """The settings that determine the rows (together with the bundle), as JSON values without secrets."""
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
+        del values["table"]["threshold"]  # The values count, not where they stand.
         del values["decoding"]["decode_memory"]  # A resource: a resumed job may run on a smaller machine.
         return {name: values[name] for name in ("inputs", "table", "decoding")}
 

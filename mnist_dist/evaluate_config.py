@@ -25,6 +25,9 @@ class EvaluateJob:
     can be trained on. None: the label column of the table, the labels of `input`, or else the images' folders."""
     label_column: str = LABEL_COLUMN
     """Column of the table with the true labels, if it was carried: class names or class numbers."""
+    label_separator: str | None = None
+    """Multi-label tables: what stands between the labels of an image where they are one text (`;`, `|`). None: the
+    labels are lists, or a file has a row for each."""
     image_column: str | None = None
     """The column of Parquet files that holds the images. None: found by its type."""
     compare: str | None = None
@@ -49,6 +52,7 @@ class EvaluateJob:
         )
         require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
         require(bool(self.label_column), "label_column must be a column name", label_column=self.label_column)
+        require(self.label_separator != "", "label_separator must not be empty", label_separator=self.label_separator)
         require(self.top >= 0, "top must be 0 or a number of images", top=self.top)
         table, output = self.table_uri, self.output_uri
         require(

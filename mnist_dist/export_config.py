@@ -21,12 +21,12 @@ class ExportJob:
     """Folder or bucket prefix of a finished bundle."""
     format: ExportFormat
     """saved_model: TensorFlow and TensorFlow Serving. onnx: ONNX Runtime. openvino: Intel's runtime. litert: LiteRT,
-    formerly TensorFlow Lite."""
+    formerly TensorFlow Lite. An imported ONNX model exports to onnx and openvino."""
     output: str | None = None
     """Folder or bucket prefix for the exported files. None: `export-FORMAT` next to a folder named `bundle`,
     `NAME-export-FORMAT` next to any other."""
     tolerance: float = 1e-4
-    """Fail the job if a probability differs from the Keras model's by more than this."""
+    """Fail the job if a probability differs from the bundle's by more than this."""
     batch_size: int = 32
     """Images per call when the two models are compared and timed."""
     lock_wait_s: float = LOCK_WAIT_S

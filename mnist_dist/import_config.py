@@ -88,7 +88,7 @@ class ImportJob:
     """Turns a model that was trained elsewhere into a bundle, which can then be scored, evaluated and trained on. The
     bundle's predictions are compared with those of the original framework before it is written."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A Keras model (`.keras`, `.h5`), a SavedModel folder, an ONNX file, a Hugging Face folder with an ONNX file,
     `timm:NAME`, `torchvision:NAME`, or a folder saved by timm."""
     output: str

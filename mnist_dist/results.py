@@ -132,14 +132,32 @@ class EvaluateResult(Result):
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy, 0-1."""
-        return cast("float | None", self.values["accuracy"])
+        """Accuracy, 0-1; None without labels, and of a multi-label table."""
+        return cast("float | None", self.values.get("accuracy"))
 
     def table(self) -> "pa.Table":
         """The prediction table that was evaluated; see `read_predictions`."""
         from mnist_dist.scoring.predictions import read_predictions
 
         return read_predictions(self.values["predictions"])
+
+
+class ImportResult(Result):
+    """An imported model."""
+
+    @property
+    def uri(self) -> str:
+        """The bundle's folder."""
+        return str(self._of("output"))
+
+    @property
+    def assumed(self) -> list[str]:
+        """What neither the source nor an argument said."""
+        return list(self._of("assumed"))
+
+    def bundle(self) -> "Bundle":
+        """The imported model; see `load_bundle`."""
+        return _bundle(self.uri)
 
 
 class ExportResult(Result):

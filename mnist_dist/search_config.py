@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mnist_dist.config import Augmentation, DataConfig, Pooling, Precision, SharedRunConfig, StoreConfig, require
+from mnist_dist.config import (
+    Augmentation,
+    DataConfig,
+    Pooling,
+    Precision,
+    SharedRunConfig,
+    StoreConfig,
+    may_be_bundle,
+    require,
+)
 from mnist_dist.errors import suggestion
 from mnist_dist.urls import shown_values
 
@@ -25,7 +34,7 @@ class BackboneSpace:
     """One backbone and the choices that apply to it alone; they are never combined with another backbone."""
 
     backbone: str
-    """A name from the table in `mnist_dist/models/backbones.py`."""
+    """As in training: a name, or the URI of a bundle."""
     weights: str = "none"
     """Initial weights, as in training."""
     alpha: tuple[float, ...] = (1.0,)
@@ -83,8 +92,9 @@ class SearchSpace:
 class SearchConfig:
     """How to search the space."""
 
-    backbones: tuple[str, ...] = ()
-    """Search only these of the recipe's backbones. Empty: all."""
+    backbones: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--backbone",))] = ()
+    """Search only these: names of the recipe's backbones, and folders or bucket prefixes of bundles that `import`
+    wrote, whose features heads are trained on. Empty: all of the recipe's."""
     weights: tuple[str, ...] = ()
     """Weights of single backbones, such as `vgg16=PATH mobilenet_v2=none`, instead of the recipe's."""
     trials: int = 30
@@ -153,6 +163,8 @@ class SearchJob:
             ConfigError: the space is empty, or a name is not in it.
         """
         known = {space.backbone: space for space in self.space.backbones}
+        imported = filter(may_be_bundle, self.search.backbones)
+        known |= {name: BackboneSpace(backbone=name) for name in imported if name not in known}
         weights = {name: uri for name, _, uri in (pair.partition("=") for pair in self.search.weights)}
         for name in (*self.search.backbones, *weights):
             names = f"{', '.join(known)}{suggestion(name, known)}"

@@ -1,7 +1,8 @@
 """Prediction tables for the tests of what they are worth, made by the functions that scoring makes them with."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 
 from mnist_dist import documents
 from mnist_dist.config import TableConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.scoring.generations import Description, Plan, Summary
 from mnist_dist.scoring.predictions import MARK, Mark, Outcomes, prediction_rows, prediction_schema, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
@@ -95,7 +97,23 @@ def scored_rows(
         model_id=model_id,
         scored_at=datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC),
         carried=carried,
+        thresholds=table.thresholds,
     )
+
+
+def multi_label_rows(
+    uris: Sequence[str],
+    probabilities: npt.NDArray[np.float32],
+    thresholds: Mapping[str, float],
+    *,
+    columns: tuple[str, ...] = (),
+    **known: Any,
+) -> pa.Table:
+    """The rows of a multi-label table with these thresholds of its classes, whose metadata says so."""
+    table = TableConfig(columns=columns, thresholds=dict(thresholds))
+    rows = scored_rows(uris, probabilities, tuple(thresholds), table=table, **known)
+    described = replace(described_by(tuple(thresholds)), multi_label=True, thresholds=dict(thresholds))
+    return rows.replace_schema_metadata(table_metadata(described, plan_of()))
 
 
 def write_scored(folder: Path, *parts: pa.Table, model_id: str = MODEL, failed: bool = False) -> str:

@@ -18,8 +18,8 @@ import mnist_dist
 from mnist_dist.config import ModelConfig
 from mnist_dist.engines.engine import with_features
 from mnist_dist.errors import BundleError, ConfigError, ImageError
-from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.models.bundle import BundleInfo, load_bundle, write_bundle
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 
 SPEC = ImageSpec(height_px=9, width_px=7, channels=1)
@@ -86,8 +86,13 @@ def test_a_prediction_names_the_class(bundle_path: Path) -> None:
 
 
 def test_arrays_are_fitted_by_the_rule_of_the_bundle(tmp_path: Path) -> None:
-    rule: dict[str, Any] = {"resize": "shortest-edge", "resize_px": 12, "resampling": "pillow"}
-    spec = dataclasses.replace(COLOURS, quality="exact", interpolation="bicubic", **rule)
+    rule: dict[str, Any] = {
+        "resize": "shortest-edge",
+        "resize_px": 12,
+        "resampling": "pillow",
+        "interpolation": "bicubic",
+    }
+    spec = dataclasses.replace(COLOURS, quality="exact", **rule)
     write(tmp_path / "bundle", spec=spec)
     bundle = load_bundle(str(tmp_path / "bundle"))
     assert bundle.info.spec == spec
@@ -126,6 +131,16 @@ def test_grey_images_fit_a_model_of_colours(tmp_path: Path) -> None:
     first, second = bundle.predict([grey, np.repeat(grey[..., None], 3, axis=-1)])
 
     assert first.probabilities == pytest.approx(second.probabilities)
+
+
+def test_a_prediction_of_a_multi_label_bundle_names_all_classes_from_one_half_on(bundle_path: Path) -> None:
+    info = load_bundle(bundle_path).info
+    probabilities = np.array([0.5, 0.75, 0.49, 0.5], np.float32)
+    for multi_label, classes in ((True, ("bee", "ant", "dog")), (False, ())):
+        bundle = Bundle(bundle_path, dataclasses.replace(info, multi_label=multi_label))
+        bundle.model = lambda pixels, training: np.repeat(probabilities[None], len(pixels), axis=0)
+        prediction = bundle.predict(random_image(9, 7))
+        assert (prediction.predicted_class, prediction.predicted_classes) == ("bee", classes)
 
 
 def test_lists_of_any_length_are_predicted(bundle_path: Path) -> None:

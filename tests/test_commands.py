@@ -13,7 +13,7 @@ import pytest
 from harness import ROOT, run_command
 
 import mnist_dist
-from mnist_dist.commands import JOBS
+from mnist_dist.commands import JOBS, MODULES
 
 
 def mnist_dist_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,9 @@ def test_the_help_lists_the_jobs() -> None:
 
 
 def test_each_job_is_also_a_file_that_is_submitted() -> None:
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__"} == JOBS.keys()
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__"} == {
+        MODULES.get(job, job) for job in JOBS
+    }
 
 
 def test_the_version_is_printed() -> None:

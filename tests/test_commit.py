@@ -26,7 +26,7 @@ from scored import described_by, plan_of
 
 from mnist_dist.config import FeatureType, TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import write_manifest
@@ -92,6 +92,7 @@ def scored(planned: pa.Table, *, table: TableConfig, model_id: str) -> pa.Table:
         outcomes=outcomes,
         class_names=CLASSES,
         top_k=table.top_k,
+        thresholds=table.thresholds,
         model_id=model_id,
         scored_at=NOW,
         carried=planned.select(CARRIED.names),
@@ -360,6 +361,8 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
         "resize": "crop",
         "spec": asdict(ImageSpec(height_px=10, width_px=12, channels=3, resize="crop")),
         "versions": {"python": "3.99"},
+        "multi_label": False,
+        "thresholds": {},
         "model_id": "new",
         "engine": "keras",
         "precision": "float32",

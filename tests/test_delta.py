@@ -161,6 +161,19 @@ def test_the_log_knows_rows_and_limits_of_each_file(templates: dict[str, Path], 
         assert add["size"] == (tmp_path / "output" / "delta" / add["path"]).stat().st_size
 
 
+def test_a_multi_label_table_is_read_like_any_other(tmp_path: Path) -> None:
+    output, table = Output(str(tmp_path)), TableConfig(thresholds={"ant": 0.75, "bee": 0.5, "cat": 0.999})
+    schema = delta_schema(prediction_schema(table, carried=CARRIED))
+    generation = put_generation(output, OLD, table=table)
+    commit_it(output, generation, schema=schema, table_format="delta")
+    rows = assert_both_are_the_same(output.uri)
+    assert {len(row["predicted_classes"]) for row in rows if row["status"] == "ok"} == {0, 1}
+    assert all(row["predicted_classes"] is None for row in rows if row["status"] != "ok")
+    found = polars.scan_delta(str(tmp_path / "delta")).sort("uri").collect()
+    assert found["predicted_classes"].to_list() == [row["predicted_classes"] for row in rows]
+    assert found["confidences"].to_list() == [row["confidences"] for row in rows]
+
+
 def test_a_table_may_have_no_rows(tmp_path: Path) -> None:
     output = Output(str(tmp_path))
     commit_it(output, put_generation(output, ()), table_format="delta")

@@ -130,6 +130,13 @@ def test_gpus_that_ray_and_keras_see_differently(
     assert remedy in check.remedy
 
 
+def test_the_package_for_gpus_stands_for_the_one_that_it_replaces() -> None:
+    pins = Pins(versions={}, needed=(*INSTALLED, "onnxruntime"))
+    with_gpu = replace(HEALTHY, versions={**INSTALLED, "onnxruntime-gpu": "1.24.0"})
+    assert checks_of(with_gpu, pins=pins)["versions"].status == "ok"
+    assert checks_of(HEALTHY, pins=pins)["versions"].found == "onnxruntime missing"
+
+
 def test_jax_is_for_scoring_and_is_what_driver_and_node_agree_on() -> None:
     jax = replace(HEALTHY, keras_backend="jax", keras=replace(KERAS, backend="jax"))
     check = checks_of(jax, driver=jax)["keras"]

@@ -14,6 +14,7 @@ from scored import one_hot, scored_rows, write_bundle_info, write_mark, write_sc
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
+from mnist_dist.evaluation.metrics import Metrics
 from mnist_dist.scoring.predictions import MARK, Mark, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -131,6 +132,7 @@ def test_a_report_is_written_by_whoever_is_handed_in(table: str) -> None:
 
     result = evaluate(EvaluateJob(predictions=table), console=Recorder(), report=report)
     assert result["report"] == f"{table}-evaluation/report.html"
+    assert isinstance(seen[0].metrics, Metrics)
     assert seen[0].metrics.accuracy == pytest.approx(5 / 7)
     assert seen[0].truth == "the folders of the images"
 

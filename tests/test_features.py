@@ -33,7 +33,8 @@ from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan, Records, open_records, plan_records
 from mnist_dist.data.records import finish as finish_records
 from mnist_dist.errors import ConfigError, DataError, Interrupted, WeightsError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors
@@ -48,6 +49,7 @@ from mnist_dist.training.features import (
     Extractor,
     FeaturePlan,
     FeatureRows,
+    KerasFeatures,
     open_features,
     plan_features,
 )
@@ -118,7 +120,7 @@ def planned(images: Images, root: str | Path, **fields: Any) -> FeaturePlan:
 
 
 def extractor(plan: FeaturePlan, images: Images) -> Extractor:
-    return Extractor(plan, pixels=images.pixels)
+    return Extractor(plan, pixels=images.pixels, call=KerasFeatures(plan))
 
 
 def computed(plan: FeaturePlan, images: Images) -> FeaturePlan:
@@ -634,7 +636,7 @@ def test_ray_data_computes_the_missing_shards_as_one_process_does(cluster: None,
     assert there.plan.cache.key == here.plan.cache.key
     put_sentinel(there.plan, 128)
     compute(there.plan)
-    extracting = Extractor(here.plan, pixels=here.records.pixels)
+    extracting = Extractor(here.plan, pixels=here.records.pixels, call=KerasFeatures(here.plan))
     for shard in here.plan.cache.missing():
         extracting.store(shard)
     here.plan.cache.finish(here.plan.model)

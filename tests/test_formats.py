@@ -16,9 +16,10 @@ from mnist_dist.console import Stop
 from mnist_dist.engines import formats
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.conversion import Conversion, versions_of
-from mnist_dist.engines.engine import Engine, KerasEngine, padded
+from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session
@@ -72,7 +73,7 @@ def converted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines = [name for name in ENGINES if all(importlib.util.find_spec(module) for module in FORMATS[name].packages)]
     Conversion(
         bundle=bundle, scratch=folder, batch_size=BATCH, cpus=1, session=Session(console=console, stop=Stop(console))
-    ).by_keras(engines, features=True)
+    ).by_own(engines, features=True, call_sizes=(BATCH,))
     return folder
 
 

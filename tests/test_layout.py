@@ -19,13 +19,13 @@ FLOORS = {
     ),
     "documents": 1,
     "store": 2,
-    **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "doctor_config"), 3),
+    **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "import_config", "doctor_config"), 3),
     "images": 4,
     "sources": 5,
     "data": 6,
     "models": 7,
     "engines": 8,
-    **dict.fromkeys(("training", "tuning", "scoring"), 9),
+    **dict.fromkeys(("importing", "training", "tuning", "scoring"), 9),
     "evaluation": 10,
     "on_ray": 11,
     **dict.fromkeys(("commands", "results"), 12),
@@ -34,13 +34,16 @@ FLOORS = {
 TENSORFLOW = {
     f"{PACKAGE}.engines.engine",
     f"{PACKAGE}.engines.formats",
+    f"{PACKAGE}.engines.graphs",
+    f"{PACKAGE}.importing.saved_models",
+    f"{PACKAGE}.importing.tensorflow_images",
     f"{PACKAGE}.training.step",
     f"{PACKAGE}.training.precision",
     "benchmarks.train",
     "benchmarks.peers.model",
     "benchmarks.peers.tf_data",
 }
-RAY_OF_PEERS = {"benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
+RAY_OF_PEERS = {"benchmarks.peers.onnx_ray", "benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
 """What is measured beside us, written as its own users would."""
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 

@@ -19,8 +19,8 @@ from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.evaluation.pages import TrainingFacts, evaluation_page, training_page, write_evaluation_page
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import Example, Page, render
-from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.bundle import BundleInfo, Imported
 from mnist_dist.on_ray.training.bundling import test_metrics as metrics_of_test
 from mnist_dist.on_ray.training.tested import Predicted
 
@@ -247,3 +247,23 @@ def test_the_page_of_a_table_says_how_it_came_to_be(tmp_path: Path) -> None:
     assert '"seed": 3' in page.texts["configuration"]
     (tmp_path / "bundle" / "bundle.json").write_text("no JSON")
     assert "backbone" not in dict(page_of(EvaluateJob(predictions=table))[1].facts)
+
+
+def test_the_page_of_a_table_says_what_was_imported_and_assumed(tmp_path: Path) -> None:
+    table = table_of(tmp_path, [0, 1, 2, 0, 1, 2, 0])
+    imported = Imported(
+        source="models/birds.onnx",
+        kind="onnx",
+        scale=(1.0,),
+        offset=(0.0,),
+        bgr=False,
+        activation="softmax",
+        assumed=("The colours are RGB.", "Softmax follows."),
+    )
+    bundle = write_bundle_info(tmp_path / "bundle", CLASSES, backbone="birds", imported=imported)
+    write_summary(table, bundle=bundle)
+    facts = page_of(EvaluateJob(predictions=table))[1].facts
+    assert ("imported from", "models/birds.onnx (onnx)") in facts
+    assumed = [value for name, value in facts if name == "assumed at its import"]
+    assert assumed == ["The colours are RGB.", "Softmax follows."]
+    assert not {"weights", "training data fingerprint"} & dict(facts).keys()

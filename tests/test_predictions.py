@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import mnist_dist
 from mnist_dist.config import FeatureType, TableConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.scoring.predictions import (
+    CONTRACT,
     MARK,
     STATUSES,
     Mark,
@@ -83,6 +85,7 @@ def rows_of(
         scored_at=NOW,
         carried=carried,
         other_files=other_files,
+        thresholds=table.thresholds,
     )
 
 
@@ -178,6 +181,30 @@ def test_a_carried_column_is_not_taken_for_the_probability_of_a_class() -> None:
     assert rows["probability_cat"].to_pylist() == ["x"]
 
 
+MULTI_LABEL = TableConfig(thresholds={"ant": 0.5, "bee": 0.25, "cat": 0.3, "dog": 0.5})
+"""Of a multi-label table: the thresholds of its classes."""
+
+
+def test_a_multi_label_table_has_two_more_columns() -> None:
+    schema = schema_of(replace(MULTI_LABEL, wide=True))
+    assert schema.names[: len(CONTRACT) + 3] == [
+        *CONTRACT.names,
+        *("predicted_classes", "confidences"),
+        "probability_ant",
+    ]
+    assert schema.field("predicted_classes").type == pa.list_(pa.string())
+    assert schema.field("confidences").type == pa.list_(pa.float32())
+    assert "predicted_classes" not in schema_of(ALL).names
+
+
+def test_the_columns_of_a_multi_label_table_may_be_chosen() -> None:
+    chosen = replace(MULTI_LABEL, columns=("confidences,width",))
+    assert schema_of(chosen).names == ["uri", "status", "width", "confidences"]
+    assert "predicted_classes" not in schema_of(replace(MULTI_LABEL, columns=("width",))).names
+    with pytest.raises(ConfigError, match=r"columns must be among .*Received: confidences"):
+        schema_of(TableConfig(columns=("confidences",)))
+
+
 def test_an_unknown_column_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match=r"columns must be among uri, status, .*, scored_at, label \(.*Received: score, top"
@@ -187,7 +214,7 @@ def test_an_unknown_column_is_refused_with_the_known_ones() -> None:
         )
 
 
-@pytest.mark.parametrize("names", [("width",), ("embedding",), ("label", "label")])
+@pytest.mark.parametrize("names", [("width",), ("embedding",), ("confidences",), ("label", "label")])
 def test_a_carried_column_has_a_name_of_its_own(names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=f"Received: carry='{names[-1]}'"):
         prediction_schema(TableConfig(), carried=pa.schema([(name, pa.int8()) for name in names]))
@@ -301,6 +328,35 @@ def test_wide_rows_have_the_probability_of_each_class() -> None:
         dict.fromkeys(rows.column_names),
     ]
     assert set(rows.schema.types) == {pa.float32()}
+
+
+def test_the_classes_that_reach_their_thresholds_come_in_descending_order() -> None:
+    probabilities: list[list[float]] = [
+        [0.6, 0.25, 0.9, 0.1],
+        [0] * 4,
+        [0.1, 0.2, 0.1, 0.4],
+        [0.5, 0.5, 0.3, 0.5],
+        [float("nan"), 0.24, 0.5, 0.4],
+    ]
+    rows = rows_of(some_outcomes(probabilities, ["ok", "denied", "ok", "ok", "ok"]), table=MULTI_LABEL)
+    assert rows["predicted_classes"].to_pylist() == [
+        ["cat", "ant", "bee"],
+        None,
+        [],
+        ["ant", "bee", "dog", "cat"],  # ties in the order of the classes; 0.3 in float32 reaches 0.3
+        ["cat"],
+    ]
+    confidences = rows["confidences"].to_pylist()
+    assert (confidences[1], confidences[2]) == (None, [])
+    assert confidences[0] == pytest.approx([0.9, 0.6, 0.25])
+    assert confidences[3] == pytest.approx([0.5, 0.5, 0.5, 0.3])
+    assert rows["predicted_class"].to_pylist()[:4] == ["cat", None, "dog", "ant"]
+
+
+def test_a_multi_label_shard_may_have_no_row_that_is_ok_or_no_class() -> None:
+    for status, expected in ((["denied"] * 2, [None] * 2), (["ok"] * 2, [[]] * 2), ([], [])):
+        rows = rows_of(some_outcomes([[0.1] * 4] * len(status), status), table=MULTI_LABEL)
+        assert rows["predicted_classes"].to_pylist() == rows["confidences"].to_pylist() == expected
 
 
 def test_half_precision_rounds_features_and_what_is_too_large_for_it_is_infinite() -> None:
@@ -460,11 +516,11 @@ def test_the_newest_mark_counts(root: str) -> None:
 
 FEATURES_OF = [[0.5, -1.25, 2], None, [3, 4, 65_504]]
 EXPECTED = [
-    ("0", "ok", "bee", ["bee", "ant"], 12),
-    ("1", "denied", None, None, 12),
-    ("2", "ok", "ant", ["ant", "bee"], 12),
+    ("0", "ok", "bee", ["bee"], [0.75], ["bee", "ant"], 12),
+    ("1", "denied", None, None, None, None, 12),
+    ("2", "ok", "ant", [], [], ["ant", "bee"], 12),
 ]
-COLUMNS = ["uri", "status", "predicted_class", "top_k_classes", "width"]
+COLUMNS = ["uri", "status", "predicted_class", "predicted_classes", "confidences", "top_k_classes", "width"]
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -477,11 +533,13 @@ def embedding_type(request: pytest.FixtureRequest) -> FeatureType:
 def folder(tmp_path: Path, embedding_type: FeatureType) -> Path:
     """An output with a table of two files, beside a file of the same columns that is no part of it."""
     outcomes = some_outcomes(
-        [[0.1, 0.7, 0.1, 0.1], [0] * 4, [0.5, 0.2, 0.2, 0.1]],
+        [[0.1, 0.75, 0.1, 0.1], [0] * 4, [0.5, 0.2, 0.2, 0.1]],
         ["ok", "denied", "ok"],
         embeddings=np.array([features or [9, 9, 9] for features in FEATURES_OF], np.float32),
     )
-    rows = rows_of(outcomes, table=TableConfig(top_k=2, wide=True, embeddings=True, embedding_type=embedding_type))
+    thresholds = dict.fromkeys(CLASSES, 0.6)
+    table = TableConfig(top_k=2, wide=True, embeddings=True, embedding_type=embedding_type, thresholds=thresholds)
+    rows = rows_of(outcomes, table=table)
     names = ["part-000001-00000.parquet", "part-000002-kept-00000.parquet"]
     put_part(str(tmp_path), names[0], rows.slice(0, 2))
     put_part(str(tmp_path), names[1], rows.slice(2))

@@ -29,11 +29,21 @@ import ray.data
 from corpus import manifest_rows
 from deltalake import DeltaTable
 from harness import CLASSES, Command, Recorder, private_ray, run_command, write_spread_bundle
+from onnx_models import small_bundle
 from PIL import Image
 from scored import one_hot, plan_of, scored_rows, write_scored
 
 from mnist_dist import load_bundle
-from mnist_dist.config import DecodeConfig, FeatureType, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
+from mnist_dist.config import (
+    DecodeConfig,
+    EngineConfig,
+    FeatureType,
+    InputConfig,
+    ScoreJob,
+    ScoreRunConfig,
+    TableConfig,
+    TableFormat,
+)
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -47,6 +57,9 @@ from mnist_dist.errors import (
     StorageError,
     TooManyBadImages,
 )
+from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.evaluation.evaluate import evaluate
+from mnist_dist.keywords import fields_of
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
@@ -55,6 +68,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions
 from mnist_dist.scoring.selection import select_images
+from mnist_dist.scoring.thresholds import thresholds_csv, with_thresholds
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.lock import Lock
@@ -275,6 +289,33 @@ def test_the_predictions_are_those_of_single_images(scored: Scored, photos: Path
     assert len({rows[str(path)]["predicted_class"] for path in good}) > 1
 
 
+def test_an_onnx_bundle_is_scored_with_embeddings(tmp_path: Path, photos: Path) -> None:
+    bundle = small_bundle(tmp_path / "bundle", batch_size=4)
+    job = job_of(bundle.path, tmp_path / "table", photos, table=TableConfig(embeddings=True))
+    assert score(job, console=Recorder())["ok"] == 13
+    rows = rows_of(job.output)
+    for path in (path for path in photos.rglob("*.*") if path.name not in BROKEN):
+        row, expected = rows[str(path)], bundle.predict(path)
+        assert (row["status"], row["predicted_class"]) == ("ok", expected.predicted_class)
+        assert row["probabilities"] == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
+        assert len(row["embedding"]) == bundle.num_features
+    assert len({row["predicted_class"] for row in rows.values()}) > 2
+    made = json.loads(newest_summary(job).read_text())
+    assert (made["engine"], made["described"]["class_names"]) == ("onnx", list(bundle.info.class_names))
+    assert {"onnxruntime", "pyarrow"} <= made["described"]["versions"].keys()
+    assert score(job, console=Recorder())["skipped"] == 17  # the same command
+    with pytest.raises(ResumeConflict, match="engine: 'openvino' now, 'onnx' in the run"):
+        score(replace(job, engine=EngineConfig(engine="openvino")), console=Recorder())
+
+
+def test_a_backbone_without_classes_is_not_scored(tmp_path: Path, photos: Path) -> None:
+    backbone = small_bundle(tmp_path / "bundle", names=())
+    with pytest.raises(ConfigError, match=r"features and no classes; train a head on it: mnist-dist train") as error:
+        score(job_of(backbone.path, tmp_path / "table", photos), console=Recorder())
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "table").exists()
+
+
 def test_size_etag_width_and_height_are_of_the_original(scored: Scored, photos: Path) -> None:
     rows = rows_of(scored.job.output)
     for path in photos.rglob("*.*"):
@@ -317,6 +358,7 @@ def test_the_result_and_the_summary_count_the_rows(scored: Scored) -> None:
     assert summary["statuses"] == result["statuses"]
     assert sum(result["statuses"].values()) == 17
     assert summary["settings"]["inputs"]["input"] == list(scored.job.inputs.input)
+    assert {"keras", "tensorflow", "pyarrow"} <= summary["described"]["versions"].keys()
 
 
 def test_any_reader_of_parquet_finds_the_table(scored: Scored) -> None:
@@ -576,6 +618,104 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
     with pytest.raises(ResumeConflict, match=r"inputs.input: \['.*deep'\] now"):
         score(narrower, console=Recorder())
     assert without_time(rows_of(table.output)) == before
+
+
+@pytest.fixture(scope="module")
+def multi_label_bundle(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
+    """The bundle, as if each class had a probability of its own."""
+    path = tmp_path_factory.mktemp("multi_label") / "bundle"
+    shutil.copytree(bundle, path)
+    info = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**info, "multi_label": True}))
+    return path
+
+
+def test_a_multi_label_table_holds_the_classes_that_reach_their_thresholds(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    thresholds = dict(zip(CLASSES, (0.001, 0.6, 0.002, 0.004, 0.5), strict=True))
+    file = tmp_path / "thresholds.json"
+    file.write_text(json.dumps(thresholds))
+    table = TableConfig(threshold=str(file))
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", photos / "empty.png", table=table)
+    score(job, console=Recorder())
+    rows = rows_of(job.output).values()
+    assert read_predictions(job.output).column_names == [*CONTRACT.names, "predicted_classes", "confidences"]
+    reached = 0
+    for row in rows:
+        if row["status"] != "ok":
+            assert row["predicted_classes"] is row["confidences"] is None
+            continue
+        by_class = dict(zip(CLASSES, row["probabilities"], strict=True))
+        expected = [name for name in CLASSES if by_class[name] >= np.float32(thresholds[name])]
+        assert row["predicted_classes"] == sorted(expected, key=lambda name: -by_class[name])
+        assert row["confidences"] == [by_class[name] for name in row["predicted_classes"]]
+        reached += len(expected)
+    assert reached > 0
+    described = pq.read_schema(next(Path(job.output, "table").iterdir())).metadata[b"mnist_dist"]
+    assert json.loads(described)["multi_label"] is True
+    assert json.loads(described)["thresholds"] == thresholds
+    assert json.loads((Path(job.output) / "_summary.json").read_text())["settings"]["table"]["thresholds"] == thresholds
+
+
+def test_lists_of_labels_are_carried_and_their_best_thresholds_are_scored_with(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    paths = [photos / "00.png", photos / "empty.png", photos / "deep" / "01.jpg"]
+    bundle = load_bundle(multi_label_bundle)
+    known: list[list[int]] = [
+        bundle.predict(path).probabilities.argsort()[-2:].tolist() for path in (paths[0], paths[2])
+    ]
+    labels = [[CLASSES[code] for code in codes] for codes in (known[0], [], known[1])]
+    listed = pa.table({"uri": list(map(str, paths)), "label": pa.array(labels, pa.list_(pa.string()))})
+    pq.write_table(listed, tmp_path / "list.parquet")
+    job = job_of(multi_label_bundle, tmp_path / "first", tmp_path / "list.parquet", carry=("label",))
+    score(job, console=Recorder())
+    found = evaluate(EvaluateJob(predictions=job.output), console=Recorder())
+    again = replace(job, output=str(tmp_path / "again"), table=TableConfig(threshold=found["thresholds"]))
+    score(again, console=Recorder())
+    better = evaluate(EvaluateJob(predictions=again.output), console=Recorder())
+    assert (better["images"], found["mean_average_precision"]) == (3, better["mean_average_precision"])
+    assert found["macro_f1"] < better["macro_f1"]
+    assert [rows_of(again.output)[str(path)]["label"] for path in paths] == labels
+
+
+def test_a_file_of_thresholds_that_changes_is_another_job(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    file = tmp_path / "thresholds.csv"
+    file.write_bytes(thresholds_csv(dict.fromkeys(CLASSES, 0.25)))
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", table=TableConfig(threshold=str(file)))
+    images = score(job, console=Recorder())["images"]
+    same = replace(job, table=TableConfig(threshold=0.25))
+    assert score(same, console=Recorder())["skipped"] == images
+    file.write_bytes(thresholds_csv(dict.fromkeys(CLASSES, 0.25) | {"bee": 0.75}))
+    for mode in ("continue", "incremental"):
+        with pytest.raises(
+            ResumeConflict, match=r"other settings .*:\n  table\.thresholds\.bee: 0\.75 now, 0\.25 in the"
+        ):
+            score(replace(job, mode=mode), console=Recorder())
+
+
+def test_a_threshold_of_an_unfinished_job_is_frozen_with_it(
+    tmp_path: Path, multi_label_bundle: Path, photos: Path
+) -> None:
+    job = job_of(multi_label_bundle, tmp_path / "table", photos / "deep", table=TableConfig(threshold=0.25))
+    output, info = Output(job.output), load_bundle(multi_label_bundle).info
+    plan = replace(plan_of(info.model_id), settings=with_thresholds(job, info).settings(), keep_old=False)
+    found = select_images(job, output, before=None).table
+    output.new_generation(plan, fence=1).begin(lambda uri: write_manifest(uri, found, shard_size=5))
+    with pytest.raises(ResumeConflict, match=r"table\.thresholds\.ant: 0\.5 now, 0\.25 in the run"):
+        score(replace(job, table=TableConfig()), console=Recorder())
+    assert score(job, console=Recorder())["images"] == len(found)
+
+
+def test_a_threshold_needs_a_multi_label_bundle(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    job = job_of(bundle, tmp_path / "table", photos, table=TableConfig(threshold=0.3))
+    for run in (ScoreRunConfig(), ScoreRunConfig(dry_run=True)):
+        with pytest.raises(ConfigError, match=r"threshold needs a multi-label model; .*Received: threshold=0\.3"):
+            score(replace(job, run=run), console=Recorder())
+    assert not (tmp_path / "table").exists()
 
 
 def imported_bundle(path: Path, bundle: Path, **known: Any) -> Path:
@@ -1197,7 +1337,7 @@ def test_help_names_every_flag_with_its_default() -> None:
     with Command("jobs.score", "--help") as job:
         assert job.ended()[0] == 0
         shown = job.stdout()
-    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in part.__dataclass_fields__]
+    fields = [name for part in (InputConfig, TableConfig, ScoreRunConfig) for name in fields_of(part)]
     for name in [
         *fields,
         "bundle",

@@ -17,12 +17,15 @@ JOBS = {
     "quickstart": "train a small classifier on the included digits and score images with it, in about a minute",
     "train": "fine-tune a classifier on Ray Train and write it as a bundle",
     "search": "search backbones and hyperparameters on Ray Tune; the winner becomes a bundle",
+    "import": "turn a model that was trained elsewhere into a bundle",
     "score": "score images into a Parquet table with exactly one row per image",
     "evaluate": "compute the metrics of a prediction table, or compare two tables",
     "export": "convert a bundle's model to another runtime and compare the two",
     "doctor": "check every node for problems that would break a job",
 }
 """Job name -> description."""
+MODULES = {"import": "import_model"}
+"""Of jobs whose names cannot be names of modules."""
 _HELP = """\
 usage: mnist-dist JOB [RECIPE] [--flags]
 
@@ -47,11 +50,11 @@ def main() -> NoReturn:
 
 def run_job(job: str) -> NoReturn:
     """Runs `python -m jobs.<job>` with the arguments of this process."""
-    _run(job, sys.argv[1:], program=f"python -m jobs.{job}")
+    _run(job, sys.argv[1:], program=f"python -m jobs.{MODULES.get(job, job)}")
 
 
 def _run(job: str, arguments: list[str], *, program: str) -> NoReturn:
-    module = importlib.import_module(f"{__name__}.{job}")
+    module = importlib.import_module(f"{__name__}.{MODULES.get(job, job)}")
     console.run(lambda: module.main(arguments, program=program), job=job)
 
 

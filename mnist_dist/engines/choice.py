@@ -6,8 +6,12 @@ a model is converted and checked (`conversion`), or how an engine runs (`engine`
 ```
 <bundle>.engines/<16 digits of the model id>/   beside the bundle, or <output>/_engines/... where that is not writable
   openvino/  openvino-int8/  onnx/   converted models, each moved into place as a whole
-  openvino-bfloat16.json ...         the check result of an engine; keras-float32.json is written first
+  openvino-bfloat16.json ...         the check result of an engine; that of the own one, such as keras-float32.json, is
+                                     written first
 ```
+
+The bundle's own engine runs its own file: Keras, or ONNX Runtime where the model is an ONNX file. The others have to
+agree with it.
 
 Two jobs may convert the same bundle at the same time: both write the same files.
 """
@@ -32,6 +36,7 @@ from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, check_installed, local_folder
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import Bundle
+from mnist_dist.models.onnx_file import has_cuda
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -41,6 +46,11 @@ MIN_AGREEMENT = 0.995  # smallest share of images with the same top class in bfl
 MAX_LOSS = 0.002  # largest loss of accuracy in bfloat16
 FEW_IMAGES = 1_000  # with fewer images than this, no top class may differ in bfloat16
 CALL_SIZES = (4, 32)  # images per call to try: small calls stay in a core's cache, large ones have less overhead
+OWN_NAMES = {"keras": "Keras", "onnx": "ONNX Runtime"}  # of the engines that run a bundle's own file
+NO_CUDA = (
+    "ONNX Runtime scores on the CPU, since it has no CUDA provider: install onnxruntime-gpu in place of onnxruntime "
+    "(--gpus-per-actor 0 makes use of all CPUs)"
+)
 WORTH_A_LOAD = 1.25  # Keras must be this many times as fast: loading TensorFlow takes seconds and a GB of memory
 
 
@@ -54,15 +64,27 @@ class EngineChoice:
     """Folder of the converted model; None: the bundle's own file runs."""
     check: Check | None = None
     """None: it was not checked."""
+    own: EngineName = "keras"
+    """The engine that runs the bundle's own file, in float32; the others are compared with it."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it runs the bundle's own file."""
+        return (self.engine, self.precision) == (self.own, "float32")
+
+    @property
+    def own_name(self) -> str:
+        """What the bundle's own engine is called in texts."""
+        return OWN_NAMES[self.own]
 
     @property
     def name(self) -> str:
         return f"{self.engine} {self.precision}"
 
     def __str__(self) -> str:
-        if self.check is None or self.engine == "keras":
+        if self.check is None or self.is_own:
             return self.name
-        return f"{self.name} (same top class as Keras for {self.check.agreement:.2%})"
+        return f"{self.name} (same top class as {self.own_name} for {self.check.agreement:.2%})"
 
     def batch_size(self, largest: int) -> int:
         """Images per call, at most `largest`; Keras takes any number."""
@@ -73,24 +95,37 @@ class EngineChoice:
         return {"engine": self.engine, "precision": self.precision, "engine_check": msgspec.to_builtins(self.check)}
 
 
+def own_engine(bundle: Bundle) -> EngineChoice:
+    """The engine that runs the bundle's own file."""
+    name: EngineName = "onnx" if bundle.is_onnx else "keras"
+    return EngineChoice(engine=name, own=name)
+
+
 def open_engine(
-    choice: EngineChoice, bundle: Bundle, *, batch_size: int, embeddings: bool = False, cpus: int | None = None
+    choice: EngineChoice,
+    bundle: Bundle,
+    *,
+    batch_size: int,
+    embeddings: bool = False,
+    cpus: int | None = None,
+    gpu: bool = False,
 ) -> Engine:
     """Loads an engine and calls it once, since the first call is slow.
 
     Args:
         choice: the engine to load.
         bundle: an opened bundle.
-        batch_size: largest number of images per call.
+        batch_size: largest number of images per call; a model with a fixed batch takes its own.
         embeddings: also return the features before the head.
         cpus: cores that a call may use; None: all.
+        gpu: run on the process' GPU if the engine can: Keras, and ONNX Runtime if it has its CUDA provider.
     """
     size = choice.batch_size(batch_size)
-    if choice.uri is None:
+    if choice.uri is None and not bundle.is_onnx:
         engine = KerasEngine(bundle, batch_size=size, embeddings=embeddings, cpus=cpus)
         engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))
         return engine
-    with local_folder(choice.uri) as folder:
+    with local_folder(choice.uri or str(bundle.path)) as folder:
         return ConvertedEngine(
             folder,
             format=choice.engine,
@@ -99,13 +134,21 @@ def open_engine(
             precision=choice.precision,
             embeddings=embeddings,
             cpus=cpus or processor.usable_cpus(),
+            cuda=gpu and choice.engine == "onnx" and has_cuda(),
         )
 
 
 # --- which engines are allowed, and which is chosen ------------------------------------------------------------------
 
 
-def candidates(requested: EngineConfig, *, gpu: bool, has_images: bool, has_bfloat16: bool) -> list[EngineChoice]:
+def candidates(
+    requested: EngineConfig,
+    *,
+    gpu: bool,
+    has_images: bool,
+    has_bfloat16: bool,
+    own: EngineChoice = EngineChoice(),  # frozen
+) -> list[EngineChoice]:
     """The engines that fit the request.
 
     Args:
@@ -113,26 +156,31 @@ def candidates(requested: EngineConfig, *, gpu: bool, has_images: bool, has_bflo
         gpu: the model runs on GPUs.
         has_images: the bundle has calibration images.
         has_bfloat16: the CPU computes in bfloat16; on other CPUs OpenVINO computes in float32 instead.
+        own: the engine that runs the bundle's own file.
 
     Raises:
-        ConfigError: a CPU engine was requested on GPUs.
+        ConfigError: a CPU engine was requested on GPUs, or Keras for an ONNX model.
     """
+    if requested.engine == "keras" and own.engine != "keras":
+        raise ConfigError(
+            "the model of this bundle is an ONNX file: the engine must be onnx or openvino. Received: engine='keras'"
+        )
     if gpu:
-        if requested.engine in ("openvino", "onnx") or requested.precision not in ("auto", "float32"):
+        if requested.engine not in ("auto", own.engine) or requested.precision not in ("auto", "float32"):
             raise ConfigError(
-                "on GPUs the engine must be keras in float32 (--gpus-per-actor 0 scores on CPUs). "
+                f"on GPUs the engine must be {own.engine} in float32 (--gpus-per-actor 0 scores on CPUs). "
                 f"Received: engine={requested.engine!r}, precision={requested.precision!r}"
             )
-        return [EngineChoice()]
-    pairs: list[tuple[EngineName, EnginePrecision]] = [("keras", "float32"), ("openvino", "float32")]
+        return [own]
+    pairs: list[tuple[EngineName, EnginePrecision]] = [(own.engine, "float32"), ("openvino", "float32")]
     if requested.precision == "bfloat16" or (has_images and has_bfloat16):
         pairs.append(("openvino", "bfloat16"))
     if requested.precision == "int8":
         pairs.append(("openvino", "int8"))
-    if requested.engine == "onnx":
+    if requested.engine == "onnx" != own.engine:
         pairs.append(("onnx", "float32"))
     return [
-        EngineChoice(engine=engine, precision=precision)
+        EngineChoice(engine=engine, precision=precision, own=own.engine)
         for engine, precision in pairs
         if requested.engine in ("auto", engine)
         and (requested.precision == precision or (requested.precision == "auto" and precision != "int8"))
@@ -140,9 +188,9 @@ def candidates(requested: EngineConfig, *, gpu: bool, has_images: bool, has_bflo
 
 
 def why_not(choice: EngineChoice) -> str | None:
-    """Why an engine must not be chosen automatically; None: it agrees with Keras in float32 well enough."""
+    """Why an engine must not be chosen automatically; None: it agrees with the own one in float32 well enough."""
     check = choice.check
-    if choice.engine == "keras":
+    if choice.is_own:
         return None
     if check is None:
         return "it was not checked"
@@ -162,14 +210,14 @@ def why_not(choice: EngineChoice) -> str | None:
     return None if loss is None or loss <= MAX_LOSS else f"accuracy is {100 * loss:.2f} points lower"
 
 
-def fastest(checked: Iterable[EngineChoice]) -> EngineChoice:
-    """The fastest engine that passes its check; Keras where none does, or where Keras is clearly faster."""
+def fastest(checked: Iterable[EngineChoice], *, own: EngineChoice = EngineChoice()) -> EngineChoice:
+    """The fastest engine that passes its check; the own one where none does. Keras has to be clearly faster."""
     speeds = {
         choice: choice.check.images_per_s / (WORTH_A_LOAD if choice.engine == "keras" else 1.0)
         for choice in checked
         if choice.check is not None and choice.precision != "int8" and why_not(choice) is None
     }
-    return max(speeds, key=speeds.__getitem__, default=EngineChoice())
+    return max(speeds, key=speeds.__getitem__, default=own)
 
 
 # --- on the driver ---------------------------------------------------------------------------------------------------
@@ -198,20 +246,23 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
     """The engine for a job: the requested one, or the fastest that passes; converted and checked if necessary.
 
     Raises:
-        ConfigError: the requested engine is not supported here, is not installed, or does not agree with Keras.
+        ConfigError: the requested engine is not supported here, is not installed, or does not agree with the bundle's
+            own one.
         StepFailed: the conversion or check of a requested engine failed.
         StorageError: there is no place to keep a requested engine.
         Interrupted, LockLost: see `Session.watch`.
     """
-    requested, gpu = request.requested, request.gpu
-    has_images = not gpu and requested.engine != "keras" and calibration_of(bundle)[0] == "calibration"
-    fitting = candidates(requested, gpu=gpu, has_images=has_images, has_bfloat16=processor.has_bfloat16())
+    requested, gpu, own = request.requested, request.gpu, own_engine(bundle)
+    has_images = not gpu and requested.engine != own.engine and calibration_of(bundle)[0] == "calibration"
+    fitting = candidates(requested, gpu=gpu, has_images=has_images, has_bfloat16=processor.has_bfloat16(), own=own)
     is_explicit = requested.engine != "auto" or len(fitting) == 1
-    if all(choice.engine == "keras" for choice in fitting):
-        return EngineChoice()
+    if all(choice.is_own for choice in fitting):
+        if gpu and own.engine == "onnx" and not has_cuda():
+            session.console.line(NO_CUDA)
+        return own
     for choice in fitting:
-        check_installed(f"engine {choice.engine} in {choice.precision}", _packages(choice))
-    all_caches = [_Cache(join(place, bundle.info.model_id[:16]), request.cpus) for place in request.places]
+        check_installed(f"engine {choice.engine} in {choice.precision}", packages_of(choice))
+    all_caches = [_Cache(join(place, bundle.info.model_id[:16]), request.cpus, own) for place in request.places]
     caches = _readable(all_caches)
     known = [caches[0].known(choice) for choice in fitting] if caches else fitting
     if not all(choice.check for choice in known) and (is_explicit or request.worth_it):
@@ -221,17 +272,19 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
         except (StepFailed, StorageError) as failure:
             if is_explicit:
                 raise
-            session.console.line(f"could not convert the model, Keras runs it: {first_line(failure)}")
-            return EngineChoice()
+            session.console.line(f"could not convert the model, {own.own_name} runs it: {first_line(failure)}")
+            return own
     checked = [choice for choice in known if choice.check]
     if is_explicit and (len(checked) == 1 or all(why_not(choice) for choice in checked)):
         return _as_requested(checked[0], session.console)
-    return fastest(checked) if any(choice.engine != "keras" for choice in checked) else EngineChoice()
+    return fastest(checked, own=own) if any(not choice.is_own for choice in checked) else own
 
 
-def _packages(choice: EngineChoice) -> tuple[str, ...]:
+def packages_of(choice: EngineChoice) -> tuple[str, ...]:
     """The packages that run the engine and make its files."""
-    packages = ("keras", "tensorflow") if choice.engine == "keras" else FORMATS[choice.engine].packages
+    if choice.is_own:
+        return ("keras", "tensorflow") if choice.engine == "keras" else ("onnxruntime",)
+    packages = FORMATS[choice.engine].packages
     return (*packages, "nncf") if choice.precision == "int8" else packages
 
 
@@ -254,10 +307,12 @@ def _writable(caches: Iterable["_Cache"], all_caches: Iterable["_Cache"]) -> "_C
 
 
 def _as_requested(choice: EngineChoice, console: Console) -> EngineChoice:
-    """The requested engine, with a note where it differs from Keras; raises ConfigError if it does so in float32."""
+    """The requested engine, with a note where it differs from the own one; raises ConfigError if so in float32."""
     why = why_not(choice)
     if why is not None and choice.precision == "float32":
-        raise ConfigError(f"{choice.engine} does not agree with Keras ({why}). Received: engine={choice.engine!r}")
+        raise ConfigError(
+            f"{choice.engine} does not agree with {choice.own_name} ({why}). Received: engine={choice.engine!r}"
+        )
     if choice.precision == "bfloat16" and not processor.has_bfloat16():
         console.line("this CPU has no bfloat16: OpenVINO computes in float32 instead")
     if why is not None:
@@ -282,23 +337,24 @@ def _checked(
             cpus=request.cpus,
             session=session,
         )
-        sources = [EngineChoice(engine=name) for name in sorted({choice.engine for choice in known} - {"keras"})]
-        answers = conversion.by_keras(
-            [source.engine for source in sources if not cache.has_model(source)], features=True
+        names_of_files = sorted({choice.engine for choice in known if not choice.is_own})
+        sources = [EngineChoice(engine=name, own=cache.own.engine) for name in names_of_files]
+        answers = conversion.by_own(
+            [source.engine for source in sources if not cache.has_model(source)], features=True, call_sizes=CALL_SIZES
         )
         for source in sources:
             cache.publish(source, Path(scratch, source.engine))
-        keras = cache.keep(EngineChoice(), compare(answers.probabilities, answers))
+        own = cache.keep(cache.own, compare(answers.probabilities, answers))
         checked, failures = list[EngineChoice](), list[StepFailed]()
         for choice in known:
             try:
-                if choice.engine != "keras" and not choice.check:
+                if not choice.is_own and not choice.check:
                     choice = _check(choice, conversion, cache, reference=answers.probabilities)
-                checked.append(keras if choice.engine == "keras" else choice)
+                checked.append(own if choice.is_own else choice)
             except StepFailed as failure:
                 failures.append(failure)
                 session.console.line(f"  {choice.name}: left out ({first_line(failure)})")
-    if failures and all(why_not(choice) for choice in checked if choice.engine != "keras"):
+    if failures and all(why_not(choice) for choice in checked if not choice.is_own):
         raise failures[0]
     return checked
 
@@ -306,7 +362,7 @@ def _checked(
 def _check(choice: EngineChoice, conversion: Conversion, cache: "_Cache", *, reference: Probabilities) -> EngineChoice:
     """Converts (int8) and checks an engine, and returns the choice with the result."""
     if choice.precision == "int8" and not cache.has_model(choice):
-        conversion.quantize(cache.folder(EngineChoice(engine=choice.engine)), conversion.scratch / "int8")
+        conversion.quantize(cache.folder(replace(choice, precision="float32")), conversion.scratch / "int8")
         cache.publish(choice, conversion.scratch / "int8")
     answers = conversion.by_file(cache.folder(choice), choice.engine, precision=choice.precision, call_sizes=CALL_SIZES)
     check = compare(reference, answers)
@@ -336,9 +392,10 @@ class _Cache:
 
     uri: str
     cpus: int
+    own: EngineChoice
 
     def has_checks(self) -> bool:
-        return ANYWHERE.exists(self._check_uri(EngineChoice()))
+        return ANYWHERE.exists(self._check_uri(self.own))
 
     def folder(self, choice: EngineChoice) -> str:
         """URI of a converted model."""
@@ -349,7 +406,7 @@ class _Cache:
 
     def known(self, choice: EngineChoice) -> EngineChoice:
         """The choice with the result of an earlier check, if that is still valid."""
-        uri = None if choice.engine == "keras" else self.folder(choice)
+        uri = None if choice.is_own else self.folder(choice)
         try:
             kept = documents.read(ANYWHERE, self._check_uri(choice), _Kept)
         except (FileNotFoundError, DataError):
@@ -376,4 +433,4 @@ class _Cache:
         return join(self.uri, f"{choice.engine}-{choice.precision}.json")
 
     def _kept(self, choice: EngineChoice, check: Check) -> _Kept:
-        return _Kept(check=check, versions=versions_of(_packages(choice)), cpu=processor.name(), cpus=self.cpus)
+        return _Kept(check=check, versions=versions_of(packages_of(choice)), cpu=processor.name(), cpus=self.cpus)

@@ -1,26 +1,31 @@
-"""Converts a bundle's model to other formats and compares each file with Keras, for scoring and for export.
+"""Converts a bundle's model to other formats and compares each file with the original, for scoring and for export.
 
 Owns: the steps, each in a separate CPU process (`steps`), and the comparison. One step predicts the calibration images
-with Keras and converts the model; another predicts them with a converted file in its own runtime. Does not own: the
-formats (`formats`), the allowed differences, or where files are kept (`choice` for scoring, `export`).
+with the bundle's own engine (Keras, or ONNX Runtime where the model is an ONNX file) and converts the model; another
+predicts them with a converted file in its own runtime. Does not own: the formats (`formats`), the allowed differences,
+or where files are kept (`choice` for scoring, `export`).
 
-A converted file maps `uint8 [B, H, W, C]`, 0-255, for any B, to `float32 [B, K]` probabilities (and to features, if
-requested); preprocessing is inside. The driver loads neither Keras nor a runtime; a crash in a step is a `StepFailed`.
+A converted file maps `uint8 [B, H, W, C]`, 0-255, for any B (unless the model has a fixed batch), to `float32 [B, K]`
+probabilities (and to features, if requested); preprocessing is inside. The driver loads neither Keras nor a runtime; a
+crash in a step is a `StepFailed`.
 """
 
 # B = batch, N = images that are compared, H = height px, W = width px, C = channels, K = classes
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mnist_dist.config import EnginePrecision
+from mnist_dist.engines.annotation import annotate, save_openvino
 from mnist_dist.engines.calibration import (
     Labels,
     Probabilities,
@@ -30,11 +35,22 @@ from mnist_dist.engines.calibration import (
     calibration_of,
     predict_calibration,
 )
-from mnist_dist.engines.engine import Engine, KerasEngine, best_images_per_s, hide_gpus, with_features
+from mnist_dist.engines.engine import (
+    Engine,
+    KerasEngine,
+    best_images_per_s,
+    has_features,
+    hide_gpus,
+    with_features,
+    with_named_output,
+)
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, local_folder, openvino_core
+from mnist_dist.engines.graphs import freeze, inference_function, write_onnx
 from mnist_dist.engines.steps import Report, run_step
 from mnist_dist.errors import StepFailed
-from mnist_dist.models.bundle import Bundle
+from mnist_dist.images.pixels import padded
+from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 from mnist_dist.session import Session
 
 AS_FAST = 0.97  # a smaller call with this share of the best speed is preferred: it needs less memory
@@ -54,13 +70,13 @@ class Answers:
     images_per_s: float
     images_per_call: int
     input_name: str = ""
-    """The input's name in the file; empty for Keras."""
+    """The input's name in the converted file."""
     output_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How a model's predictions compare with those of Keras in float32."""
+    """How a model's predictions compare with those of the bundle's own engine, in float32."""
 
     source: Source
     images: int
@@ -69,14 +85,14 @@ class Check:
     agreement: float
     """Share of the images with the same top class, 0-1."""
     accuracy_loss: float | None
-    """Accuracy of Keras minus accuracy of the model, -1 to 1; None where the images have no labels."""
+    """Accuracy of the own engine minus accuracy of the model, -1 to 1; None where the images have no labels."""
     images_per_s: float
     images_per_call: int
     """Images per call at which `images_per_s` was measured."""
 
 
 def compare(reference: Probabilities, answers: Answers) -> Check:
-    """Compares a model's predictions with those of Keras.
+    """Compares a model's predictions with those of the bundle's own engine.
 
     Raises:
         StepFailed: the shapes of the probabilities differ.
@@ -85,14 +101,14 @@ def compare(reference: Probabilities, answers: Answers) -> Check:
     if probabilities.shape != reference.shape:
         expected, shape = list(reference.shape), list(probabilities.shape)
         raise StepFailed(f"the converted model must give {expected} probabilities. Received: {shape}")
-    keras_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
+    reference_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
     # The loss is computed from counts, since in floats 0.902 - 0.9 is more than 0.002.
-    loss = None if labels is None else int((keras_top == labels).sum() - (top == labels).sum()) / len(labels)
+    loss = None if labels is None else int((reference_top == labels).sum() - (top == labels).sum()) / len(labels)
     return Check(
         source=answers.source,
         images=len(probabilities),
         max_abs_difference=float(np.abs(reference.astype(np.float64) - probabilities).max()),
-        agreement=float((keras_top == top).mean()),
+        agreement=float((reference_top == top).mean()),
         accuracy_loss=loss,
         images_per_s=answers.images_per_s,
         images_per_call=answers.images_per_call,
@@ -115,7 +131,7 @@ class Conversion:
     Args:
         bundle: an opened bundle.
         scratch: folder for the converted files, with one subfolder per format.
-        batch_size: images per call of Keras.
+        batch_size: images per call of Keras, which takes any number.
         cpus: cores per model.
         session: shows progress.
     """
@@ -126,11 +142,21 @@ class Conversion:
     cpus: int
     session: Session
 
-    def by_keras(self, formats: Sequence[str], *, features: bool) -> Answers:
-        """Predicts with Keras and converts the model to the formats, optionally with features as a second output."""
+    def by_own(self, formats: Sequence[str], *, features: bool, call_sizes: Sequence[int]) -> Answers:
+        """Predicts with the bundle's own engine and converts the model to the formats.
+
+        Args:
+            formats: keys of `FORMATS`; an ONNX model is converted to `openvino` only.
+            features: the converted files give the features as a second output, if the model has any.
+            call_sizes: images per call to try, where the model is an ONNX file.
+        """
         folders = {name: self.scratch / name for name in formats}
-        step = partial(_ask_keras, self._model(), folders, self.batch_size, self.cpus, features)
-        return run_step(step, title="Keras model, conversion", session=self.session)
+        model = self._model()
+        if model.is_onnx:
+            step = partial(_ask_onnx, model, folders, call_sizes, self.cpus)
+            return run_step(step, title="ONNX model, conversion", session=self.session)
+        asked = partial(_ask_keras, model, folders, self.batch_size, self.cpus, features)
+        return run_step(asked, title="Keras model, conversion", session=self.session)
 
     def by_file(self, uri: str, format: str, *, precision: EnginePrecision, call_sizes: Sequence[int]) -> Answers:
         """Predicts with the converted file in a folder, at the fastest of the call sizes."""
@@ -156,13 +182,41 @@ def _ask_keras(
     engine = KerasEngine(bundle, batch_size=batch_size, cpus=cpus)
     (speed,) = best_images_per_s([engine], bundle.info.spec)
     answers = _answers(bundle, engine, speed, report)
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # no usage reports to Intel
-    model = with_features(bundle.model) if features else bundle.model
+    _no_telemetry()
+    model = with_features(bundle.model) if features and has_features(bundle.model) else with_named_output(bundle.model)
     model(np.zeros((1, *bundle.info.spec.shape), np.uint8), training=False)  # ONNX export needs a called model
     for name, folder in folders.items():
         folder.mkdir()
-        model.export(str(folder / FORMATS[name].file), format=FORMATS[name].keras_name, verbose=False)
+        _export(model, folder / FORMATS[name].file, FORMATS[name].keras_name)
+        annotate(folder, name, bundle.info)
     return answers
+
+
+def _ask_onnx(
+    bundle: Bundle, folders: Mapping[str, Path], call_sizes: Sequence[int], cpus: int, report: Report
+) -> Answers:
+    answers = _file_answers(bundle, bundle.path, "onnx", "float32", call_sizes, cpus, report)
+    for name, folder in folders.items():
+        folder.mkdir()
+        if name == "onnx":
+            shutil.copyfile(bundle.model_path, folder / FORMATS[name].file)
+        else:
+            _no_telemetry()
+            save_openvino(openvino_core().read_model(bundle.model_path), folder)
+        annotate(folder, name, bundle.info)
+    return answers
+
+
+def _export(model: Any, file: Path, keras_name: str) -> None:
+    """Writes a model in one of Keras' formats; a file of ONNX by ourselves where Keras' has missing inputs."""
+    import keras
+
+    has_constants = any(isinstance(layer, keras.layers.Normalization) for layer in all_layers(model))
+    if keras_name != "onnx" or not has_constants:
+        model.export(str(file), format=keras_name, verbose=False)
+        return
+    names = [PROBABILITIES, FEATURES][: len(model.outputs)]
+    write_onnx(freeze(inference_function(model)), file, input_name=model.inputs[0].name, output_names=names)
 
 
 def _ask_file(
@@ -174,12 +228,24 @@ def _ask_file(
     cpus: int,
     report: Report,
 ) -> Answers:
-    spec = bundle.info.spec
     with local_folder(uri) as folder:
-        engines = {
-            size: ConvertedEngine(folder, format=format, spec=spec, batch_size=size, precision=precision, cpus=cpus)
-            for size in call_sizes
-        }
+        return _file_answers(bundle, folder, format, precision, call_sizes, cpus, report)
+
+
+def _file_answers(
+    bundle: Bundle,
+    folder: Path,
+    format: str,
+    precision: EnginePrecision,
+    call_sizes: Sequence[int],
+    cpus: int,
+    report: Report,
+) -> Answers:
+    spec, fixed = bundle.info.spec, bundle.fixed_batch
+    engines = {
+        size: ConvertedEngine(folder, format=format, spec=spec, batch_size=size, precision=precision, cpus=cpus)
+        for size in (call_sizes if fixed is None else [fixed])
+    }
     speeds = dict(zip(engines, best_images_per_s(list(engines.values()), spec), strict=True))
     size = smallest_fast(speeds)
     names = engines[size].runtime.input_name, engines[size].runtime.output_name
@@ -213,12 +279,17 @@ def _answers(
 def _quantize(bundle: Bundle, uri: str, target: Path, report: Report) -> None:
     """Quantizes after training, with NNCF, from the calibration images."""
     import nncf
-    import openvino
 
-    images, file = list(calibration_images(bundle, batch_size=1, max_images=QUANTIZED_IMAGES)), FORMATS["openvino"].file
+    size = bundle.fixed_batch or 1
+    images = [padded(batch, size) for batch in calibration_images(bundle, batch_size=size, max_images=QUANTIZED_IMAGES)]
     with local_folder(uri) as source:
-        model = openvino_core().read_model(source / file)
+        model = openvino_core().read_model(source / FORMATS["openvino"].file)
         quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
     target.mkdir()
-    openvino.save_model(quantized, target / file, compress_to_fp16=False)
+    save_openvino(quantized, target)
     report(len(images), len(images))
+
+
+def _no_telemetry() -> None:
+    """Keeps converters from sending usage reports to Intel."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

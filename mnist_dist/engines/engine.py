@@ -1,4 +1,4 @@
-"""A bundle's Keras model compiled for fast prediction.
+"""The interface of all engines, and a bundle's Keras model compiled for fast prediction.
 
 Owns: the `Engine` interface, compiling a model once for one batch shape of uint8 pixels, and measuring its speed. Does
 not own: reading the pixels, or using the outputs.
@@ -17,8 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.images.pixels import ImageSpec, Pixels
-from mnist_dist.models.bundle import Bundle, all_layers
+from mnist_dist.errors import BundleError
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.bundle import NETWORK_LAYER, NO_FEATURES, Bundle, all_layers
+from mnist_dist.models.onnx_file import PROBABILITIES
 
 MAX_FROZEN_BYTES = 2**30  # largest size of weights that become constants: a graph above 2 GiB cannot be built
 MEASURE_S = 2.0  # time per engine for measuring a speed that is compared or reported
@@ -106,12 +109,6 @@ class KerasEngine:
     def _call(self, pixels: Pixels) -> Outputs:
         outputs = self._function(padded(pixels, self.batch_size))
         return Outputs(*(np.asarray(output)[: len(pixels)].astype(np.float32) for output in outputs))
-
-
-def padded(pixels: Pixels, batch_size: int) -> Pixels:
-    """Pads `uint8 [b, H, W, C]` with zeros to `[B, H, W, C]`."""
-    missing = batch_size - len(pixels)
-    return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing > 0 else pixels
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -228,13 +225,46 @@ def _frozen(function: Any, model: Any) -> Any:
     return convert_variables_to_constants_v2(function)
 
 
+def has_features(model: Any) -> bool:
+    """Whether it is known which of a Keras model's tensors are the features."""
+    names = {layer.name for layer in model.layers}
+    if NETWORK_LAYER in names:
+        return len(model.get_layer(NETWORK_LAYER).outputs) > 1
+    return not names.isdisjoint(HEAD_LAYERS)
+
+
 def with_features(model: Any) -> Any:
-    """The model with the features, the input of its head, as a second output."""
+    """The model with the features, the input of its head, as a second output; see `has_features`.
+
+    Raises:
+        BundleError: an imported model has none.
+    """
     import keras
 
     names = [layer.name for layer in model.layers]
+    if NETWORK_LAYER in names:
+        return _imported_with_features(model)
     head = model.get_layer(next(name for name in HEAD_LAYERS if name in names))
     return keras.Model(model.inputs, [model.output, head.input])
+
+
+def _imported_with_features(model: Any) -> Any:
+    import keras
+
+    (image,) = model.inputs
+    outputs = model.get_layer(NETWORK_LAYER)(image, training=False)
+    if not isinstance(outputs, list | tuple):
+        raise BundleError(f"{NO_FEATURES}. Received: {model.name}, without features")
+    tails = [layer for layer in model.layers if layer.name == PROBABILITIES]
+    probabilities = tails[0](outputs[0]) if tails else outputs[0]
+    return keras.Model(image, [probabilities, outputs[1]])
+
+
+def with_named_output(model: Any) -> Any:
+    """The model, whose output is called `probabilities` in exported files."""
+    import keras
+
+    return keras.Model(model.inputs, {PROBABILITIES: model.output})
 
 
 def _joined(first: Outputs, second: Outputs) -> Outputs:

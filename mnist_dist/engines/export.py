@@ -17,14 +17,16 @@ from typing import Any
 import msgspec
 
 from mnist_dist import documents, processor
-from mnist_dist.config import differences
+from mnist_dist.config import differences, require
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
+from mnist_dist.engines.choice import own_engine, packages_of
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.formats import FORMATS, check_installed
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
-from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
+from mnist_dist.models.onnx_file import Tensor
 from mnist_dist.session import Session, locked_session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote, join
@@ -32,14 +34,8 @@ from mnist_dist.store.uris import is_remote, join
 EXPORT_FILE = "export.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """An input or output, as the file declares it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-    """None: any size."""
+OF_ONNX = ("onnx", "openvino")
+"""Formats of an ONNX model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +54,9 @@ class Export:
     size_bytes: int
     """Total size of all files except `export.json`."""
     check: Check
-    keras_images_per_s: float
-    """Speed of Keras on the same machine with the same batch size."""
+    own_images_per_s: float
+    """Speed of the bundle's own engine (Keras, or ONNX Runtime where the model is an ONNX file) on the same machine
+    with the same batch size."""
     tolerance: float
     """The largest difference of a probability that was allowed."""
     versions: dict[str, str]
@@ -76,11 +73,12 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
 
     Returns:
         Keys of the job's JSON line: `output`, `path` (what a runtime opens), `format`, `model_id`, `size_bytes`,
-        `keras_images_per_s` and the fields of `Check`.
+        `own_images_per_s` and the fields of `Check`.
 
     Raises:
         BundleError: there is no bundle, or its calibration images cannot be read.
-        ConfigError: the runtime is not installed, the output holds other files, or its export is damaged.
+        ConfigError: the model has no such export, the runtime is not installed, the output holds other files, or its
+            export is damaged.
         ResumeConflict: the output holds another export.
         Locked: another driver is working on the same output.
         Interrupted: by a signal; no files are left.
@@ -90,7 +88,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
     bundle, output = load_bundle(job.bundle), job.output_uri
     export = _finished(job, bundle)
     if export is None:
-        check_installed(f"--format {job.format}", FORMATS[job.format].packages)
+        _check_format(job, bundle)
         _check_free(output, job.format)
         calibration_of(bundle)  # Raises now, not after the conversion, if the images cannot be read.
         parent, _, name = output.rpartition("/")
@@ -100,9 +98,26 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
     return {
         "output": output,
         "path": join(output, export.file),
-        **{key: getattr(export, key) for key in ("format", "model_id", "size_bytes", "keras_images_per_s")},
+        **{key: getattr(export, key) for key in ("format", "model_id", "size_bytes", "own_images_per_s")},
         **msgspec.to_builtins(export.check),
     }
+
+
+def _check_format(job: ExportJob, bundle: Bundle) -> None:
+    check_has_classes(bundle.info)
+    require(
+        not bundle.is_onnx or job.format in OF_ONNX,
+        "an imported ONNX model exports to onnx and openvino",
+        format=job.format,
+    )
+    check_installed(f"--format {job.format}", _packages(job, bundle))
+
+
+def _packages(job: ExportJob, bundle: Bundle) -> tuple[str, ...]:
+    """The packages that convert the model and run the file."""
+    if bundle.is_onnx and job.format == "onnx":
+        return ("onnx", "onnxruntime")  # The file itself: nothing converts it.
+    return FORMATS[job.format].packages
 
 
 # --- an existing export ----------------------------------------------------------------------------------------------
@@ -187,7 +202,7 @@ def _export(job: ExportJob, bundle: Bundle, session: Session) -> Export:
     session.console.line(
         f"{join(job.output_uri, export.file)}: {export.size_bytes / 1e6:.1f} MB, differs by at most "
         f"{check.max_abs_difference:.2g}, same top class for {check.agreement:.2%} of {check.images} images, "
-        f"{check.images_per_s:.1f} images/s (Keras: {export.keras_images_per_s:.1f})"
+        f"{check.images_per_s:.1f} images/s ({own_engine(bundle).own_name}: {export.own_images_per_s:.1f})"
     )
     return export
 
@@ -198,28 +213,29 @@ def _converted(job: ExportJob, conversion: Conversion) -> Export:
     Raises:
         MnistDistError: a step failed, or the difference is above the tolerance.
     """
-    info, row, files = conversion.bundle.info, FORMATS[job.format], conversion.scratch / job.format
-    keras = conversion.by_keras([job.format], features=False)
-    answers = conversion.by_file(str(files), job.format, precision="float32", call_sizes=(job.batch_size,))
-    check = compare(keras.probabilities, answers)
+    bundle, row, files = conversion.bundle, FORMATS[job.format], conversion.scratch / job.format
+    info, sizes, engine = bundle.info, (job.batch_size,), own_engine(bundle)
+    own = conversion.by_own([job.format], features=False, call_sizes=sizes)
+    answers = conversion.by_file(str(files), job.format, precision="float32", call_sizes=sizes)
+    check = compare(own.probabilities, answers)
     if not check.max_abs_difference <= job.tolerance:  # `not <=` also refuses NaN.
         raise MnistDistError(
-            f"{job.format} differs too much from the Keras model: a probability by {check.max_abs_difference:.3g}, the "
-            f"top class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is allowed "
-            "(--tolerance)"
+            f"{job.format} differs too much from {engine.own_name}: a probability by {check.max_abs_difference:.3g}, "
+            f"the top class of {1 - check.agreement:.2%} of {check.images} images; at most {job.tolerance:g} is "
+            "allowed (--tolerance)"
         )
     return Export(
         format=job.format,
         file=row.file,
         model_id=info.model_id,
         class_names=tuple(info.class_names),
-        input=Tensor(name=answers.input_name, dtype="uint8", shape=(None, *info.spec.shape)),
-        output=Tensor(name=answers.output_name, dtype="float32", shape=(None, len(info.class_names))),
+        input=Tensor(name=answers.input_name, dtype="uint8", shape=(bundle.fixed_batch, *info.spec.shape)),
+        output=Tensor(name=answers.output_name, dtype="float32", shape=(bundle.fixed_batch, len(info.class_names))),
         resize=info.spec.resize,
         size_bytes=_size_bytes(str(files)),
         check=check,
-        keras_images_per_s=keras.images_per_s,
+        own_images_per_s=own.images_per_s,
         tolerance=job.tolerance,
-        versions={"python": platform.python_version(), **versions_of(("keras", "tensorflow", *row.packages))},
+        versions={"python": platform.python_version(), **versions_of((*packages_of(engine), *_packages(job, bundle)))},
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -1,7 +1,9 @@
-"""The formats that a Keras model is converted to, and the runtime of each as an `Engine` on the CPU.
+"""The formats that a bundle's model is converted to, and the runtime of each as an `Engine`.
 
 Owns: the files and packages of each format, and how its runtime is opened. Does not own: the conversion and the
 comparison (`conversion`).
+
+All run on the CPU; ONNX Runtime also on NVIDIA's GPUs, with its CUDA provider. That was not tested on a real GPU yet.
 
 No runtime loads Keras, and only that of `saved_model` loads TensorFlow: with the others, a process starts in a second.
 """
@@ -22,9 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import EnginePrecision
-from mnist_dist.engines.engine import Outputs, padded
+from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.onnx_file import open_session, run_session, session_batch
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote
 
@@ -42,6 +46,8 @@ class Opening:
     """1: probabilities; 2: also features."""
     precision: EnginePrecision
     cpus: int
+    cuda: bool = False
+    """Run on a GPU; ONNX Runtime only."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,14 @@ class Runtime:
         input_name: the input's name in the file.
         output_name: the name of the probabilities in the file.
         calls_at_once: see `Engine`.
+        fixed_batch: images per call, where the file takes only this many; smaller batches are padded to it.
     """
 
     call: Callable[[Pixels], Sequence[npt.NDArray[Any]]]
     input_name: str
     output_name: str
     calls_at_once: int = 1
+    fixed_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,17 @@ class Format:
 
 
 class ConvertedEngine:
-    """A converted model as an `Engine`.
+    """A model in a file of one of the formats, as an `Engine`.
 
     Args:
-        folder: the folder of the converted file.
+        folder: the folder of the file.
         format: a key of `FORMATS`.
         spec: size and channels of the images.
-        batch_size: images per call.
+        batch_size: images per call, unless the file has a fixed batch.
         precision: of the arithmetic; int8 also needs a quantized file.
         embeddings: also return the features before the head, which are the file's second output.
         cpus: cores that the engine may use.
+        cuda: run on a GPU; ONNX Runtime only.
     """
 
     def __init__(
@@ -103,12 +112,13 @@ class ConvertedEngine:
         precision: EnginePrecision = "float32",
         embeddings: bool = False,
         cpus: int = 1,
+        cuda: bool = False,
     ) -> None:
         row, shape = FORMATS[format], (batch_size, *spec.shape)
-        opening = Opening(shape=shape, outputs=1 + embeddings, precision=precision, cpus=cpus)
+        opening = Opening(shape=shape, outputs=1 + embeddings, precision=precision, cpus=cpus, cuda=cuda)
         self.runtime = row.open(folder / row.file, opening)
-        self.batch_size, self.calls_at_once = batch_size, self.runtime.calls_at_once
-        first = self(np.zeros(shape, np.uint8))
+        self.batch_size, self.calls_at_once = self.runtime.fixed_batch or batch_size, self.runtime.calls_at_once
+        first = self(np.zeros((self.batch_size, *spec.shape), np.uint8))
         self.num_classes = first.probabilities.shape[1]
         self.num_features = 0 if first.embeddings is None else first.embeddings.shape[1]
 
@@ -153,7 +163,10 @@ def streams_of(cpus: int) -> int:
 def _open_openvino(file: Path, opening: Opening) -> Runtime:
     core, streams = openvino_core(), streams_of(opening.cpus)
     model = core.read_model(file)
-    model.reshape({0: list(opening.shape)})  # A fixed batch size: smaller batches are padded.
+    batch, (_, *image) = model.input(0).get_partial_shape()[0], opening.shape
+    fixed_batch = batch.get_length() if batch.is_static else None
+    size = fixed_batch or opening.shape[0]
+    model.reshape({0: [size, *image]})  # Always a fixed batch size, which is faster: smaller batches are padded.
     settings = {
         "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],  # The default is bfloat16 on some CPUs.
         "INFERENCE_NUM_THREADS": opening.cpus,
@@ -168,24 +181,24 @@ def _open_openvino(file: Path, opening: Opening) -> Runtime:
     def call(pixels: Pixels) -> list[npt.NDArray[Any]]:
         request = requests.get()
         try:
-            request.infer([padded(pixels, opening.shape[0])], share_inputs=True)
+            request.infer([padded(pixels, size)], share_inputs=True)
             tensors = [request.get_output_tensor(index).data for index in range(opening.outputs)]
             return [np.array(values[: len(pixels)]) for values in tensors]  # Copied: the next call reuses the tensors.
         finally:
             requests.put(request)
 
-    return Runtime(call, compiled.input(0).any_name, compiled.output(0).any_name, streams)
+    return Runtime(call, compiled.input(0).any_name, compiled.output(0).any_name, streams, fixed_batch)
 
 
 def _open_onnx(file: Path, opening: Opening) -> Runtime:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = opening.cpus
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # Spinning would starve decoding.
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = open_session(file, cpus=opening.cpus, cuda=opening.cuda)
     (source,), targets = session.get_inputs(), [output.name for output in session.get_outputs()[: opening.outputs]]
-    return Runtime(lambda pixels: session.run(targets, {source.name: pixels}), source.name, targets[0])
+    return Runtime(
+        lambda pixels: run_session(session, pixels, targets),
+        source.name,
+        targets[0],
+        fixed_batch=session_batch(session),
+    )
 
 
 def _open_saved_model(folder: Path, opening: Opening) -> Runtime:

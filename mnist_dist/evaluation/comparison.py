@@ -2,15 +2,18 @@
 
 Owns: the join by URI and the counts over it. Does not own: the labels, which are those of the first table.
 
+In multi-label tables, the predicted classes of an image count as one: it is the same, or right, if all of them are
+(`set_codes`).
+
 Memory: 29 bytes per row of the first table (up to twice that while the rows are sorted), 8 bytes per row that only the
 second table has, one batch of the second table, and two numbers per pair of classes between which predictions changed.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.errors import DataError
+from mnist_dist.evaluation.multi_label import check_has_sets
+from mnist_dist.evaluation.set_codes import SetCodes, SetScores
 from mnist_dist.evaluation.tables import PREDICTION_COLUMNS, Classes, ScoredTable, confidences, predicted_codes
 from mnist_dist.evaluation.truth import Truth
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, repeated, uri_hashes
 
 EXACT_BELOW = 25
 """McNemar's test is exact if fewer images than this are right in one table only."""
+_MAX_CODES = 2**32  # More than the codes of classes or sets, which are int32.
 _MAX_PAIRS = 100  # Pairs of classes in the result, those with the most changed predictions.
 _MOVED = pa.schema(
     {
@@ -94,7 +100,7 @@ class Comparison:
     only_second_ok: int
     neither_ok: int
     agreement: float | None
-    """Share of the compared images that both tables assign to the same class."""
+    """Share of the compared images that both tables assign to the same class, or the same classes."""
     moves: tuple[ClassMove, ...]
     """The pairs of classes with the most changed predictions, in descending order."""
     moved: tuple[Moved, ...]
@@ -107,6 +113,9 @@ class Comparison:
     second_right: int
     both_wrong: int
     mcnemar: McNemar | None
+    first_scores: SetScores | None = None
+    """Of multi-label tables with known labels: the metrics of the first over the compared images."""
+    second_scores: SetScores | None = None
 
     @property
     def first_accuracy(self) -> float | None:
@@ -157,84 +166,126 @@ def compare_tables(
         progress: called with the number of rows of each batch that was read.
 
     Raises:
-        DataError: a table has no column with the predicted class, or was replaced while it was read.
+        DataError: a table has no column with the predicted class, was replaced while it was read, or only one of the
+            two is multi-label.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
+    if first.is_multi_label != second.is_multi_label:
+        raise DataError(
+            "both tables must be multi-label, or neither; evaluate them one by one. Received: "
+            f"{(first if first.is_multi_label else second).uri!r}, which is, and "
+            f"{(second if first.is_multi_label else first).uri!r}, which is not"
+        )
     for table in (first, second):
-        if not {"predicted_index", "predicted_class", "probabilities"} & set(table.schema.names):
-            raise DataError(
-                f"{table.uri} needs a column predicted_index, predicted_class or probabilities to be compared. "
-                f"Received: columns {', '.join(table.schema.names)}"
-            )
+        check_has_sets(table) if table.is_multi_label else _check_has_class(table)
     joint = Classes(tuple(dict.fromkeys(first.classes.names + second.classes.names)))
-    rows = _Rows(first, joint, truth, progress)
-    pairs = _Pairs(rows, joint, shown)
-    for batch in second.batches(("uri", "status", *PREDICTION_COLUMNS)):
-        pairs.add(batch, _predictions(batch, second.classes, joint))
+    codes = SetCodes(joint) if first.is_multi_label else _ClassCodes(joint)
+    rows = _Rows(first, codes, truth, progress)
+    pairs = _Pairs(rows, codes, shown)
+    for batch in second.batches(("uri", "status", *codes.columns)):
+        pairs.add(batch, codes.predicted(batch, second), codes.confidence(batch, second))
         progress(len(batch))
-    return pairs.result(first, second)
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """The predictions of some rows: a joint class code (-1: no prediction), and the confidence (NaN: unknown)."""
-
-    predicted: npt.NDArray[np.int32]
-    confidence: npt.NDArray[np.float32]
-
-
-def _predictions(batch: pa.RecordBatch, classes: Classes, joint: Classes) -> _Predictions:
-    codes, confidence = predicted_codes(batch, classes), confidences(batch, classes)
-    assert codes is not None, "compare_tables checks that a column has the class"
-    ok = pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)
-    return _Predictions(
-        np.where(ok, _joint_codes(classes, joint)[codes], -1).astype(np.int32),
-        (np.full(len(batch), np.nan) if confidence is None else confidence).astype(np.float32),
+    result = pairs.result(first, second)
+    if not isinstance(codes, SetCodes) or not result.known:
+        return result
+    first_scores, second_scores = (
+        codes.scores(table, rows.index, compared=rows.compared, truth=rows.truth, progress=progress)
+        for table in (first, second)
     )
+    return replace(result, first_scores=first_scores, second_scores=second_scores)
 
 
-def _joint_codes(classes: Classes, joint: Classes) -> npt.NDArray[np.int32]:
-    """Maps the class codes of a table to joint codes; the last element maps -1, no class, to itself."""
-    code_of = {name: code for code, name in enumerate(joint.names)}
-    return np.array([*(code_of[name] for name in classes.names), -1], np.int32)
+class Codes(Protocol):
+    """Numbers what the tables predict, alike for both tables; `SetCodes` for multi-label tables."""
+
+    columns: tuple[str, ...]
+    """The columns that it needs."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The name of each number."""
+
+    def predicted(self, batch: pa.RecordBatch, table: ScoredTable) -> npt.NDArray[np.int32]:
+        """The number of each prediction, `int32 [n]`; -1: no prediction."""
+
+    def confidence(self, batch: pa.RecordBatch, table: ScoredTable) -> npt.NDArray[np.float32]:
+        """The confidence of each prediction, `float32 [n]`; NaN: unknown."""
+
+    def truth(self, batch: pa.RecordBatch, labels: pa.Array, table: ScoredTable) -> npt.NDArray[np.int32]:
+        """The number of each label, `int32 [n]`; -1: unknown."""
+
+
+class _ClassCodes:
+    """Numbers the classes of both tables."""
+
+    columns: tuple[str, ...] = PREDICTION_COLUMNS
+
+    def __init__(self, joint: Classes) -> None:
+        self.names: Sequence[str] = joint.names
+
+    def predicted(self, batch: pa.RecordBatch, table: ScoredTable) -> npt.NDArray[np.int32]:
+        codes = predicted_codes(batch, table.classes)
+        assert codes is not None, "compare_tables checks that a column has the class"
+        ok = pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)
+        return np.where(ok, self._joint(table.classes)[codes], -1).astype(np.int32)
+
+    def confidence(self, batch: pa.RecordBatch, table: ScoredTable) -> npt.NDArray[np.float32]:
+        values = confidences(batch, table.classes)
+        return (np.full(len(batch), np.nan) if values is None else values).astype(np.float32)
+
+    def truth(self, batch: pa.RecordBatch, labels: pa.Array, table: ScoredTable) -> npt.NDArray[np.int32]:
+        return self._joint(table.classes)[np.maximum(table.classes.codes(labels), -1)]
+
+    def _joint(self, classes: Classes) -> npt.NDArray[np.int32]:
+        """Maps the class codes of a table to joint codes; the last element maps -1, no class, to itself."""
+        code_of = {name: code for code, name in enumerate(self.names)}
+        return np.array([*(code_of[name] for name in classes.names), -1], np.int32)
+
+
+def _check_has_class(table: ScoredTable) -> None:
+    if not {"predicted_index", "predicted_class", "probabilities"} & set(table.schema.names):
+        raise DataError(
+            f"{table.uri} needs a column predicted_index, predicted_class or probabilities to be compared. "
+            f"Received: columns {', '.join(table.schema.names)}"
+        )
 
 
 class _Rows:
     """The rows of the first table, indexed by URI."""
 
-    def __init__(
-        self, table: ScoredTable, joint: Classes, truth: Truth | None, progress: Callable[[int], None]
-    ) -> None:
-        joint_codes = _joint_codes(table.classes, joint)
+    def __init__(self, table: ScoredTable, codes: Codes, truth: Truth | None, progress: Callable[[int], None]) -> None:
         hashes: list[Hashes] = []
-        predictions: list[_Predictions] = []
-        truths: list[npt.NDArray[np.int32]] = []
-        for batch in table.batches(("uri", "status", *PREDICTION_COLUMNS, *(truth.columns if truth else ()))):
+        predicted, truths = [np.zeros(0, np.int32)], list[npt.NDArray[np.int32]]()
+        confidence = [np.zeros(0, np.float32)]
+        for batch in table.batches(("uri", "status", *codes.columns, *(truth.columns if truth else ()))):
             hashes.append(uri_hashes(batch["uri"]))
-            predictions.append(_predictions(batch, table.classes, joint))
+            predicted.append(codes.predicted(batch, table))
+            confidence.append(codes.confidence(batch, table))
             if truth is not None:
-                truths.append(joint_codes[np.maximum(table.classes.codes(truth.labels(batch)), -1)])
+                truths.append(codes.truth(batch, truth.labels(batch), table))
             progress(len(batch))
         self.index = UriIndex(hashes)
         count = len(self.index.hashes)
-        self.predicted = np.concatenate([np.zeros(0, np.int32), *(part.predicted for part in predictions)])
-        self.confidence = np.concatenate([np.zeros(0, np.float32), *(part.confidence for part in predictions)])
+        self.predicted = np.concatenate(predicted)
+        self.confidence = np.concatenate(confidence)
         self.truth = np.concatenate(truths) if truths else np.full(count, -1, np.int32)
         self.seen = np.zeros(count, np.bool_)
+        self.compared = np.zeros(count, np.bool_)
+        """Rows with a prediction in both tables."""
 
 
 class _Pairs:
     """Joins the second table with the rows of the first, and counts."""
 
-    def __init__(self, rows: _Rows, joint: Classes, shown: int) -> None:
-        self._rows, self._joint, self._shown = rows, joint, shown
+    def __init__(self, rows: _Rows, codes: Codes, shown: int) -> None:
+        self._rows, self._codes, self._shown = rows, codes, shown
         self._counts: Counter[str] = Counter()
         self._moves: Counter[int] = Counter()
         self._only_second: list[Hashes] = []
         self._only_second_examples: list[str] = []
         self._moved = _MOVED.empty_table()
 
-    def add(self, batch: pa.RecordBatch, predictions: _Predictions) -> None:
+    def add(self, batch: pa.RecordBatch, predicted: npt.NDArray[np.int32], confidence: npt.NDArray[np.float32]) -> None:
         """Adds rows of the second table."""
         hashes = uri_hashes(batch["uri"])
         places = self._rows.index.places(hashes)
@@ -249,7 +300,7 @@ class _Pairs:
         self._counts["duplicates"] += len(matched) - len(new)
         self._rows.seen[places[new]] = True
         uris = batch["uri"].take(pa.array(new))
-        self._add_pairs(uris, places[new], predictions.predicted[new], predictions.confidence[new])
+        self._add_pairs(uris, places[new], predicted[new], confidence[new])
 
     def _add_pairs(
         self,
@@ -260,6 +311,7 @@ class _Pairs:
     ) -> None:
         first, truth = self._rows.predicted[places], self._rows.truth[places]
         both = (first >= 0) & (second >= 0)
+        self._rows.compared[places[both]] = True
         moved, known = both & (first != second), both & (truth >= 0)
         first_right, second_right = known & (first == truth), known & (second == truth)
         self._counts.update(
@@ -275,7 +327,7 @@ class _Pairs:
             second_right=int((second_right & ~first_right).sum()),
         )
         rows = np.flatnonzero(moved)
-        pairs, counts = np.unique(first[rows].astype(np.int64) * len(self._joint) + second[rows], return_counts=True)
+        pairs, counts = np.unique(first[rows].astype(np.int64) * _MAX_CODES + second[rows], return_counts=True)
         self._moves.update(dict(zip(pairs.tolist(), counts.tolist(), strict=True)))
         first_confidence = self._rows.confidence[places]
         self._keep(uris, rows, (truth, first, second), (first_confidence, second_confidence))
@@ -332,12 +384,13 @@ class _Pairs:
 
     def _class_moves(self) -> Iterator[ClassMove]:
         ranked = sorted(self._moves.items(), key=lambda item: (-item[1], item[0]))
+        names = self._codes.names
         for pair, images in ranked[:_MAX_PAIRS]:
-            first, second = divmod(pair, len(self._joint))
-            yield ClassMove(first=self._joint.names[first], second=self._joint.names[second], images=images)
+            first, second = divmod(pair, _MAX_CODES)
+            yield ClassMove(first=names[first], second=names[second], images=images)
 
     def _images_moved(self) -> Iterator[Moved]:
-        names = self._joint.names
+        names = self._codes.names
         for row in self._moved.to_pylist():
             yield Moved(
                 uri=row["uri"],

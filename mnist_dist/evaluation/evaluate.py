@@ -1,7 +1,8 @@
 """Evaluates a finished prediction table: writes the metrics to files and shows them on the terminal.
 
-Owns: the steps of the job and the files `metrics.json` and `classification_report.txt`. Does not own: the metrics
-(`metrics`, `comparison`), or the page that shows them, which the caller passes in.
+Owns: the steps of the job and the files `metrics.json`, `classification_report.txt` and, of multi-label tables,
+`thresholds.csv`. Does not own: the metrics (`metrics`, `multi_label`, `comparison`), or the page that shows them, which
+the caller passes in.
 
 The table is streamed. Nothing is kept between runs; the same command computes the same files again.
 """
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mnist_dist.config import require
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
+from mnist_dist.evaluation.label_sets import find_label_sets
 from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
+from mnist_dist.evaluation.multi_label import MULTI_LABEL_COLUMNS, MultiLabelAccumulator, MultiLabelMetrics
+from mnist_dist.evaluation.set_codes import score_pairs
 from mnist_dist.evaluation.tables import ScoredTable, open_table
 from mnist_dist.evaluation.truth import Truth, find_truth
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
 from mnist_dist.models.bundle import REPORT_FILE
+from mnist_dist.scoring.thresholds import thresholds_csv
 from mnist_dist.session import Session
 from mnist_dist.sources.places import place_of
 from mnist_dist.store.anywhere import ANYWHERE, store_for
@@ -33,7 +39,9 @@ from mnist_dist.store.uris import join
 log = logging.getLogger(__name__)
 
 METRICS_FILE, CLASSIFICATION_REPORT_FILE = "metrics.json", "classification_report.txt"
-_OWN = frozenset({METRICS_FILE, CLASSIFICATION_REPORT_FILE, "figures", "predictions", REPORT_FILE})
+THRESHOLDS_FILE = "thresholds.csv"
+"""Of a multi-label table: the thresholds with the highest F1, for `score --threshold`."""
+_OWN = frozenset({METRICS_FILE, CLASSIFICATION_REPORT_FILE, THRESHOLDS_FILE, "figures", "predictions", REPORT_FILE})
 _WORST_CLASSES = 5
 _NAMED = 3  # Examples in a note, such as unknown labels or duplicates.
 
@@ -47,7 +55,7 @@ class Evaluation:
     table: ScoredTable
     truth: str | None
     """Source of the labels, for display; None: there are no labels."""
-    metrics: Metrics
+    metrics: Metrics | MultiLabelMetrics
     classification_report: str | None
     comparison: Comparison | None
     notes: tuple[str, ...]
@@ -58,6 +66,7 @@ class Evaluation:
         return {
             "predictions": self.table.uri,
             "model_id": self.table.model_id,
+            "multi_label": self.table.is_multi_label,
             "truth": self.truth,
             "notes": list(self.notes),
             "metrics": self.metrics.to_json(),
@@ -78,8 +87,9 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         report: writes the page; None: no page.
 
     Returns:
-        The keys of the job's JSON line: report, images, accuracy, accuracy_low, accuracy_high, macro_f1, log_loss, ece
-        (null without labels, or without the columns for it), and output.
+        The keys of the job's JSON line: report, output, images, and accuracy, accuracy_low, accuracy_high, macro_f1,
+        log_loss, ece; of a multi-label table mean_average_precision, micro_f1, macro_f1, exact_match, hamming_loss and
+        thresholds (the URI of the file). All but the first three are null without labels, or without their columns.
 
     Raises:
         DataError: there is no finished table, or the labels cannot be read.
@@ -91,9 +101,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         session = Session(console=console, stop=stop)
         table = open_table(job.table_uri, bundle=job.bundle)
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
-        truth = find_truth(
-            table, labels=job.labels, scored=job.input, label_column=job.label_column, store=store_for(job.store)
-        )
+        truth = _find_truth(job, table)
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
         ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
@@ -107,7 +115,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
             table=table,
             truth=truth.source if has_truth else None,
             metrics=metrics,
-            classification_report=classification_report(metrics),
+            classification_report=classification_report(metrics) if isinstance(metrics, Metrics) else None,
             comparison=comparison,
             notes=tuple(_notes(table, truth, metrics, comparison)),
         )
@@ -136,12 +144,32 @@ def check_named(job: EvaluateJob) -> None:
         open_table(job.compare, bundle=None)
 
 
-def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Session) -> Metrics:
+def _find_truth(job: EvaluateJob, table: ScoredTable) -> Truth:
+    store = store_for(job.store)
+    if table.is_multi_label:
+        return find_label_sets(
+            table,
+            labels=job.labels,
+            scored=job.input,
+            label_column=job.label_column,
+            separator=job.label_separator,
+            store=store,
+        )
+    require(
+        job.label_separator is None,
+        f"label_separator needs a multi-label table; each image of {table.uri} has one class",
+        label_separator=job.label_separator,
+    )
+    return find_truth(table, labels=job.labels, scored=job.input, label_column=job.label_column, store=store)
+
+
+def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Session) -> Metrics | MultiLabelMetrics:
     log.info("evaluating %d rows of %s, %d classes, by %s", table.rows, table.uri, len(table.classes), truth.source)
-    accumulator = Accumulator(table.classes, shown=job.top)
+    accumulator = MultiLabelAccumulator(table) if table.is_multi_label else Accumulator(table.classes, shown=job.top)
+    columns = MULTI_LABEL_COLUMNS if table.is_multi_label else METRIC_COLUMNS
     with session.console.progress("evaluating") as bar:
         done = 0
-        for batch in table.batches((*METRIC_COLUMNS, *truth.columns)):
+        for batch in table.batches((*columns, *truth.columns)):
             accumulator.add(batch, truth.labels(batch))
             session.check()
             done += len(batch)
@@ -165,7 +193,8 @@ def _uris_of(table: ScoredTable, hashes: Hashes, max_count: int) -> tuple[str, .
 def _compare(
     job: EvaluateJob, first: ScoredTable, second: ScoredTable, truth: Truth | None, session: Session
 ) -> Comparison:
-    total = first.rows + second.rows
+    reads = 2 if first.is_multi_label and truth is not None else 1  # Once more for the metrics of both.
+    total = reads * (first.rows + second.rows)
     with session.console.progress("comparing") as bar:
         done = 0
 
@@ -181,25 +210,27 @@ def _compare(
 def _finish(evaluation: Evaluation, *, console: Console, report: Report | None) -> dict[str, Any]:
     """Writes the files, the page last because its pictures may take long, and shows a summary."""
     metrics, output = evaluation.metrics, evaluation.output
-    for name in (METRICS_FILE, CLASSIFICATION_REPORT_FILE):  # These may be left from an earlier evaluation.
+    for name in (
+        METRICS_FILE,
+        CLASSIFICATION_REPORT_FILE,
+        THRESHOLDS_FILE,
+    ):  # These may be left from an earlier evaluation.
         ANYWHERE.delete(join(output, name))
     ANYWHERE.delete_tree(join(output, "figures"))
     if evaluation.classification_report is not None:
         _write(output, CLASSIFICATION_REPORT_FILE, evaluation.classification_report)
+    thresholds = metrics.best_thresholds if isinstance(metrics, MultiLabelMetrics) else {}
+    if thresholds:
+        _write(output, THRESHOLDS_FILE, thresholds_csv(thresholds).decode())
     _write(output, METRICS_FILE, json.dumps(evaluation.to_json(), indent=2, allow_nan=False))
     page = report(evaluation) if report is not None else None
     show(evaluation, console)
-    return {
-        "report": page,
-        "output": output,
-        "images": metrics.images,
-        "accuracy": metrics.accuracy,
-        "accuracy_low": metrics.accuracy_low,
-        "accuracy_high": metrics.accuracy_high,
-        "macro_f1": metrics.macro_f1,
-        "log_loss": metrics.log_loss,
-        "ece": metrics.ece,
-    }
+    own: tuple[str, ...] = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece")
+    result: dict[str, Any] = {"report": page, "output": output, "images": metrics.images}
+    if isinstance(metrics, MultiLabelMetrics):
+        own = ("mean_average_precision", "micro_f1", "macro_f1", "exact_match", "hamming_loss")
+        result["thresholds"] = join(output, THRESHOLDS_FILE) if thresholds else None
+    return {**result, **{name: getattr(metrics, name) for name in own}}
 
 
 def _write(output: str, name: str, text: str) -> None:
@@ -213,13 +244,10 @@ def show(evaluation: Evaluation, console: Console) -> None:
     """Prints the main metrics, the worst classes, and the notes."""
     metrics = evaluation.metrics
     console.table([("metric", "value"), *_headlines(metrics)])
-    worst = sorted((row for row in metrics.per_class if row.support), key=lambda row: (row.f1 or 0.0, row.name))
-    if worst:
-        rows = [
-            (row.name, f"{row.support:,}", *map(_percent, (row.precision, row.recall, row.f1)))
-            for row in worst[:_WORST_CLASSES]
-        ]
-        console.table([("class", "images", "precision", "recall", "F1"), *rows])
+    if isinstance(metrics, MultiLabelMetrics):
+        _show_worst_of_sets(metrics, console)
+    else:
+        _show_worst(metrics, console)
     if evaluation.comparison is not None:
         console.table([("comparison", "images"), *_compared(evaluation.comparison)])
     for note in evaluation.notes:
@@ -227,8 +255,31 @@ def show(evaluation: Evaluation, console: Console) -> None:
     console.line(f"results: {evaluation.output}")
 
 
-def _headlines(metrics: Metrics) -> Iterable[tuple[str, str]]:
+def _show_worst(metrics: Metrics, console: Console) -> None:
+    worst = sorted((row for row in metrics.per_class if row.support), key=lambda row: (row.f1 or 0.0, row.name))
+    if worst:
+        rows = [
+            (row.name, f"{row.support:,}", *map(_percent, (row.precision, row.recall, row.f1)))
+            for row in worst[:_WORST_CLASSES]
+        ]
+        console.table([("class", "images", "precision", "recall", "F1"), *rows])
+
+
+def _show_worst_of_sets(metrics: MultiLabelMetrics, console: Console) -> None:
+    worst = sorted((row for row in metrics.per_class if row.support), key=lambda row: (row.f1 or 0.0, row.name))
+    if worst:
+        rows = [
+            (row.name, f"{row.support:,}", *map(_percent, (row.precision, row.recall, row.f1, row.average_precision)))
+            for row in worst[:_WORST_CLASSES]
+        ]
+        console.table([("class", "images", "precision", "recall", "F1", "average precision"), *rows])
+
+
+def _headlines(metrics: Metrics | MultiLabelMetrics) -> Iterable[tuple[str, str]]:
     yield "images", f"{metrics.images:,}: " + ", ".join(f"{count:,} {word}" for word, count in metrics.statuses.items())
+    if isinstance(metrics, MultiLabelMetrics):
+        yield from _headlines_of_sets(metrics)
+        return
     if metrics.accuracy is not None:
         interval = f"{_percent(metrics.accuracy_low)} to {_percent(metrics.accuracy_high)}"
         yield "accuracy", f"{_percent(metrics.accuracy)} ({interval}) of {metrics.evaluated:,}"
@@ -238,10 +289,26 @@ def _headlines(metrics: Metrics) -> Iterable[tuple[str, str]]:
             yield name, f"{value:.4f}"
 
 
+def _headlines_of_sets(metrics: MultiLabelMetrics) -> Iterable[tuple[str, str]]:
+    for name, value in (
+        ("mAP", metrics.mean_average_precision),
+        ("micro F1", metrics.micro_f1),
+        ("macro F1", metrics.macro_f1),
+        ("macro F1, best thresholds", metrics.best_macro_f1),
+        ("exact match", metrics.exact_match),
+        ("Hamming loss", metrics.hamming_loss),
+    ):
+        if value is not None:
+            yield name, _percent(value)
+
+
 def _compared(comparison: Comparison) -> Iterable[tuple[str, str]]:
     yield "in both tables", f"{comparison.common:,}"
+    if comparison.first_scores is not None and comparison.second_scores is not None:
+        pairs = score_pairs(comparison.first_scores, comparison.second_scores)
+        yield from ((name, f"{_percent(first)}, {_percent(second)}") for name, first, second in pairs)
     if comparison.agreement is not None:
-        yield "same class", f"{_percent(comparison.agreement)} of {comparison.compared:,}"
+        yield "same prediction", f"{_percent(comparison.agreement)} of {comparison.compared:,}"
     if comparison.mcnemar is not None:
         yield "only the first is right", f"{comparison.first_right:,} (accuracy {_percent(comparison.first_accuracy)})"
         yield (
@@ -255,7 +322,10 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def _notes(table: ScoredTable, truth: Truth, metrics: Metrics, comparison: Comparison | None) -> Iterable[str]:
+def _notes(
+    table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics, comparison: Comparison | None
+) -> Iterable[str]:
+    unnamed = table.classes.unnamed
     if not metrics.labelled:
         yield (
             f"no labels: {truth.source} are not named like classes; for accuracy, give --labels FILE"
@@ -267,15 +337,16 @@ def _notes(table: ScoredTable, truth: Truth, metrics: Metrics, comparison: Compa
     if metrics.unknown_labels:
         labels = _some(metrics.unknown)
         yield f"{metrics.unknown_labels:,} images have a label that is no class, and are not counted: {labels}"
-    if table.classes.unnamed and (metrics.labelled or truth.guessed):
+    if unnamed and (metrics.labelled or truth.guessed):
         yield (
-            f"{len(table.classes.unnamed)} of {len(table.classes)} classes were never predicted, so their names "
+            f"{len(unnamed)} of {len(table.classes)} classes were never predicted, so their names "
             "are not known and their labels count as unknown; give --bundle DIR"
         )
     if metrics.known > metrics.evaluated:
         yield f"{metrics.known - metrics.evaluated:,} images with a label have no prediction, and are not counted"
-    if metrics.accuracy is not None and metrics.without_probabilities:
-        yield f"{metrics.without_probabilities:,} images have no probabilities; log loss, Brier and AUC leave them out"
+    if metrics.evaluated and metrics.without_probabilities:
+        what = "average precision and best thresholds" if table.is_multi_label else "log loss, Brier and AUC"
+        yield f"{metrics.without_probabilities:,} images have no probabilities; {what} leave them out"
     if metrics.duplicates:
         yield f"{metrics.duplicates:,} rows are duplicates of another row: {_some(metrics.duplicate_examples)}"
     if table.failed:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +93,8 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The metrics of a table. None: the labels or the columns for it are missing."""
+class Counts:
+    """The rows and labels of a table: what the metrics of every kind of table begin with."""
 
     classes: tuple[str, ...]
     images: int
@@ -107,7 +107,7 @@ class Metrics:
     known: int
     """Rows whose label is one of the classes."""
     evaluated: int
-    """Of these, the rows with a prediction. Accuracy and the metrics below are computed over them."""
+    """Of these, the rows with a prediction. Accuracy and all other metrics are computed over them."""
     unknown: Mapping[str, int]
     """Label that is no class -> rows; beyond 1,000 such labels, the rest is one entry."""
     unknown_examples: Mapping[str, str]
@@ -115,6 +115,26 @@ class Metrics:
     duplicates: int
     """Rows whose URI occurred before; they are counted like all others."""
     duplicate_examples: tuple[str, ...] = ()
+
+    @property
+    def unknown_labels(self) -> int:
+        """Rows with a label that is none of the classes."""
+        return self.labelled - self.known
+
+    def without_labels(self) -> Self:
+        """The same metrics when guessed labels turned out to be no classes, and so no labels at all."""
+        return replace(self, labelled=0, unknown={}, unknown_examples={})
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics as JSON values."""
+        values: dict[str, Any] = _plain(asdict(self))
+        return {**values, "unknown_labels": self.unknown_labels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Counts):
+    """The metrics of a table. None: the labels or the columns for it are missing."""
+
     predicted: npt.NDArray[np.int64] | None
     """`int64 [K]`: rows by predicted class, with or without a label."""
     confidence_histogram: npt.NDArray[np.int64] | None
@@ -149,20 +169,6 @@ class Metrics:
     """The most confident mistakes, the most confident first."""
     doubtful_hits: tuple[Example, ...]
     """The least confident hits, the least confident first."""
-
-    @property
-    def unknown_labels(self) -> int:
-        """Rows whose label is none of the classes."""
-        return sum(self.unknown.values())
-
-    def without_labels(self) -> "Metrics":
-        """The same metrics when guessed labels turned out to be no classes, and so no labels at all."""
-        return replace(self, labelled=0, unknown={}, unknown_examples={})
-
-    def to_json(self) -> dict[str, Any]:
-        """The metrics as JSON values."""
-        values: dict[str, Any] = _plain(asdict(self))
-        return {**values, "unknown_labels": self.unknown_labels}
 
 
 def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -212,10 +218,7 @@ class Accumulator:
 
     def __init__(self, classes: Classes, *, shown: int = 24) -> None:
         self._classes = classes
-        self._images = 0
-        self._statuses: Counter[str] = Counter()
-        self._hashes: list[Hashes] = []
-        self._labels = _Labels()
+        self._rows = RowSums()
         self._confusion = np.zeros((len(classes), len(classes)), np.int64)
         self._predicted = np.zeros(len(classes), np.int64)
         self._confidences = np.zeros(CONFIDENCE_BINS, np.int64)
@@ -248,16 +251,9 @@ class Accumulator:
         defined = [area for area in areas if area is not None]
         calibration = self._calibration.result()
         return Metrics(
+            **self._rows.counts(),
             classes=self._classes.names,
-            images=self._images,
-            ok=self._statuses["ok"],
-            statuses=dict(self._statuses.most_common()),
-            labelled=self._labels.known + self._labels.unknown.total(),
-            known=self._labels.known,
             evaluated=count,
-            unknown=dict(self._labels.unknown.most_common()),
-            unknown_examples=self._labels.examples,
-            duplicates=repeated(self._hashes)[0],
             predicted=self._predicted if self._has_class else None,
             confidence_histogram=self._confidences if self._has_confidence else None,
             accuracy=cells.get("accuracy"),
@@ -281,16 +277,15 @@ class Accumulator:
 
     def repeated_uris(self) -> Hashes:
         """The hashes of the URIs that occur more than once."""
-        return repeated(self._hashes)[1]
+        return self._rows.repeated_uris()
 
     def _add(self, batch: pa.RecordBatch, labels: pa.Array | None) -> None:
-        self._images += len(batch)
-        for item in batch["status"].value_counts().to_pylist():
-            self._statuses[item["values"]] += item["counts"]
-        self._hashes.append(uri_hashes(batch["uri"]))
+        self._rows.add(batch)
         truth = np.full(len(batch), NO_LABEL) if labels is None else self._classes.codes(labels)
         if labels is not None:
-            self._labels.add(batch["uri"], labels, truth)
+            self._rows.known += int((truth >= 0).sum())
+            self._rows.labelled += int((truth != NO_LABEL).sum())
+            self._rows.add_unknown(batch["uri"], labels, truth)
         confidence, predicted = confidences(batch, self._classes), predicted_codes(batch, self._classes)
         ok = pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)
         if confidence is not None:
@@ -331,16 +326,44 @@ class Accumulator:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-class _Labels:
-    """Counts the labels that are classes, and those that are not."""
+class RowSums:
+    """Counts the rows of a table, and the labels that are no classes."""
 
     def __init__(self) -> None:
-        self.known = 0
-        self.unknown: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+        self.labelled = self.known = 0
+        """Rows with a label, and those of them whose label is a class; the caller counts them."""
+        self._images = 0
+        self._statuses: Counter[str] = Counter()
+        self._hashes: list[Hashes] = []
+        self._unknown: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
 
-    def add(self, uris: pa.Array, labels: pa.Array, codes: npt.NDArray[np.int64]) -> None:
-        self.known += int((codes >= 0).sum())
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Adds the rows of a batch with `uri` and `status`."""
+        self._images += len(batch)
+        for item in batch["status"].value_counts().to_pylist():
+            self._statuses[item["values"]] += item["counts"]
+        self._hashes.append(uri_hashes(batch["uri"]))
+
+    def counts(self) -> dict[str, Any]:
+        """The fields of `Counts` that it knows."""
+        return {
+            "images": self._images,
+            "ok": self._statuses["ok"],
+            "statuses": dict(self._statuses.most_common()),
+            "labelled": self.labelled,
+            "known": self.known,
+            "unknown": dict(self._unknown.most_common()),
+            "unknown_examples": self._examples,
+            "duplicates": repeated(self._hashes)[0],
+        }
+
+    def repeated_uris(self) -> Hashes:
+        """The hashes of the URIs that occur more than once."""
+        return repeated(self._hashes)[1]
+
+    def add_unknown(self, uris: pa.Array, labels: pa.Array, codes: npt.NDArray[np.int64]) -> None:
+        """Adds labels, of which those with the code `UNKNOWN_LABEL` are counted; an image may have several."""
         rows = np.flatnonzero(codes == UNKNOWN_LABEL)
         if not len(rows):
             return
@@ -349,10 +372,10 @@ class _Labels:
         counts = np.bincount(indices, minlength=len(unknown.dictionary))
         _, firsts = np.unique(indices, return_index=True)
         for label, count, first in zip(unknown.dictionary.to_pylist(), counts.tolist(), firsts.tolist(), strict=True):
-            is_named = label in self.unknown or len(self.unknown) < _MAX_UNKNOWN
-            self.unknown[label if is_named else _REST] += count
+            is_named = label in self._unknown or len(self._unknown) < _MAX_UNKNOWN
+            self._unknown[label if is_named else _REST] += count
             if is_named:
-                self.examples.setdefault(label, uris[int(rows[first])].as_py())
+                self._examples.setdefault(label, uris[int(rows[first])].as_py())
 
 
 class _CalibrationSums:

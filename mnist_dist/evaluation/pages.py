@@ -18,7 +18,8 @@ from mnist_dist.console import command_line
 from mnist_dist.evaluation import figures
 from mnist_dist.evaluation.comparison import Comparison
 from mnist_dist.evaluation.evaluate import Evaluation
-from mnist_dist.evaluation.metrics import Metrics, classification_report
+from mnist_dist.evaluation.metrics import Counts, Metrics, classification_report
+from mnist_dist.evaluation.multi_label import LabelMetrics, MultiLabelMetrics
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import (
     Example,
@@ -29,6 +30,7 @@ from mnist_dist.evaluation.report import (
     Table,
     write_page,
 )
+from mnist_dist.evaluation.set_codes import score_pairs
 from mnist_dist.evaluation.tables import read_provenance
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
@@ -141,7 +143,8 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     """Builds the page of an evaluated table; the pictures are read again, if they still exist."""
     metrics, table = evaluation.metrics, evaluation.table
     moved = evaluation.comparison.moved if evaluation.comparison else ()
-    uris = [image.uri for image in (*metrics.mistakes, *metrics.doubtful_hits)] + [image.uri for image in moved]
+    selected = (metrics.mistakes, metrics.doubtful_hits) if isinstance(metrics, Metrics) else ((), ())
+    uris = [image.uri for images in selected for image in images] + [image.uri for image in moved]
     pixels = load_pictures(uris, store=store_for(evaluation.job.store))
     mistakes, hits = (
         [
@@ -154,13 +157,13 @@ def evaluation_page(evaluation: Evaluation) -> Page:
             )
             for image in images
         ]
-        for images in (metrics.mistakes, metrics.doubtful_hits)
+        for images in selected
     )
-    shown = [*_of_metrics(metrics), *_of_predictions(metrics)]
+    shown = [*(_of_metrics(metrics) if isinstance(metrics, Metrics) else ()), *_of_predictions(metrics)]
     if mistakes:
         shown.append(_pictures_file("misclassified_samples", "Most confident mistakes", mistakes))
     galleries = []
-    if metrics.accuracy is not None:
+    if isinstance(metrics, Metrics) and metrics.accuracy is not None:
         galleries = [
             Gallery(title="Most confident mistakes", examples=mistakes, note="The worst first."),
             Gallery(title="Least confident hits", examples=hits, note="Correct, with the lowest confidence."),
@@ -193,11 +196,14 @@ def evaluation_page(evaluation: Evaluation) -> Page:
     return Page(
         title=f"Evaluation of {table.uri.rstrip('/').rpartition('/')[2]}",
         subtitle=table.uri,
-        headlines=_headlines(metrics, of=""),
+        headlines=_headlines(metrics, of="") if isinstance(metrics, Metrics) else _headlines_of_sets(metrics),
         warnings=evaluation.notes,
         figures=shown,
         galleries=galleries,
-        tables=[*_tables(metrics), *_compared(evaluation.comparison)],
+        tables=[
+            *(_tables(metrics) if isinstance(metrics, Metrics) else _tables_of_sets(metrics)),
+            *_compared(evaluation.comparison),
+        ],
         facts=[
             ("command", command_line()),
             ("model", table.model_id),
@@ -223,11 +229,19 @@ def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[t
     if bundle is not None:
         facts += [
             ("backbone", bundle.backbone),
-            ("weights", bundle.weights),
-            ("training data fingerprint", bundle.data_fingerprint),
+            *_of_origin(bundle),
             *((f"version of {name}", version) for name, version in bundle.versions.items()),
         ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _of_origin(bundle: BundleInfo) -> list[tuple[str, object]]:
+    """How the model came to be: imported, or trained here."""
+    imported = bundle.imported
+    if imported is None:
+        return [("weights", bundle.weights), ("training data fingerprint", bundle.data_fingerprint)]
+    assumed = [("assumed at its import", sentence) for sentence in imported.assumed]
+    return [("imported from", f"{imported.source} ({imported.kind})"), *assumed]
 
 
 # --- what both pages show --------------------------------------------------------------------------------------------
@@ -247,9 +261,26 @@ def _headlines(metrics: Metrics, *, of: str) -> list[Headline]:
     shown += [
         Headline(label=name, value=f"{value:.4f}", note=note) for name, value, note in optional if value is not None
     ]
+    return [*shown, _images(metrics)]
+
+
+def _headlines_of_sets(metrics: MultiLabelMetrics) -> list[Headline]:
+    optional = (
+        ("mAP", metrics.mean_average_precision, "mean average precision of the classes"),
+        ("micro F1", metrics.micro_f1, "of all pairs of image and class"),
+        ("macro F1", metrics.macro_f1, "mean over the classes"),
+        ("exact match", metrics.exact_match, "images with all classes right"),
+        ("Hamming loss", metrics.hamming_loss, "wrong pairs of image and class"),
+    )
+    shown = [
+        Headline(label=name, value=f"{value:.4f}", note=note) for name, value, note in optional if value is not None
+    ]
+    return [*shown, _images(metrics)]
+
+
+def _images(metrics: Counts) -> Headline:
     not_ok = metrics.images - metrics.ok
-    shown.append(Headline(label="images", value=f"{metrics.images:,}", note=f"{not_ok:,} not ok" if not_ok else ""))
-    return shown
+    return Headline(label="images", value=f"{metrics.images:,}", note=f"{not_ok:,} not ok" if not_ok else "")
 
 
 def _of_metrics(metrics: Metrics) -> list[Shown]:
@@ -278,7 +309,7 @@ def _of_metrics(metrics: Metrics) -> list[Shown]:
     return shown
 
 
-def _of_predictions(metrics: Metrics) -> list[Shown]:
+def _of_predictions(metrics: Metrics | MultiLabelMetrics) -> list[Shown]:
     """The figures that need no labels."""
     shown = []
     if metrics.predicted is not None and metrics.classes:
@@ -293,7 +324,7 @@ def _of_predictions(metrics: Metrics) -> list[Shown]:
                 figure=figures.class_distribution(counts, metrics.classes, stacked=False),
             )
         )
-    if metrics.confidence_histogram is not None and metrics.calibration is None:
+    if isinstance(metrics, Metrics) and metrics.confidence_histogram is not None and metrics.calibration is None:
         shown.append(
             Shown(
                 name="confidence",
@@ -345,14 +376,39 @@ def _tables(metrics: Metrics) -> list[Table]:
                 note="" if len(worst) <= MAX_CLASSES else f"The worst {MAX_CLASSES} of {len(worst)} classes.",
             )
         )
-    if metrics.statuses:
-        rows_of = [(status, f"{count:,}") for status, count in metrics.statuses.items()]
-        tables.append(Table(title="Rows by status", columns=("status", "images"), rows=rows_of))
+    tables += _statuses(metrics)
     if metrics.top_k:
         rows_of = [(f"{k}", f"{100 * share:.2f} %") for k, share in enumerate(metrics.top_k, start=1)]
         columns = ("k", "share of images")
         tables.append(Table(title="Truth among the k most probable classes", columns=columns, rows=rows_of))
     return tables
+
+
+def _statuses(metrics: Counts) -> list[Table]:
+    rows = [(status, f"{count:,}") for status, count in metrics.statuses.items()]
+    return [Table(title="Rows by status", columns=("status", "images"), rows=rows)] if rows else []
+
+
+def _tables_of_sets(metrics: MultiLabelMetrics) -> list[Table]:
+    if not metrics.per_class:
+        return _statuses(metrics)
+    worst = sorted(metrics.per_class, key=lambda row: (row.f1 is None, row.f1 or 0.0))
+    shown = list(metrics.per_class) if len(worst) <= MAX_CLASSES else worst[:MAX_CLASSES]
+    note = "" if len(worst) <= MAX_CLASSES else f"The worst {MAX_CLASSES} of {len(worst)} classes. "
+    columns = ("class", "images", "predicted", "threshold", "precision", "recall", "F1", "average precision")
+    per_class = Table(
+        title="Per class",
+        columns=(*columns, "best threshold", "F1 with it"),
+        rows=[_of_class(row) for row in shown],
+        note=f"{note}The best thresholds have the highest F1 on these images; thresholds.csv is for score --threshold.",
+    )
+    return [per_class, *_statuses(metrics)]
+
+
+def _of_class(row: LabelMetrics) -> tuple[str, ...]:
+    counts = (f"{row.support:,}", f"{row.predicted:,}")
+    measured = (row.threshold, row.precision, row.recall, row.f1, row.average_precision)
+    return (row.name, *counts, *map(_share, (*measured, row.best_threshold, row.best_f1)))
 
 
 def _all_metrics(metrics: Metrics) -> list[tuple[str, str]]:
@@ -378,8 +434,11 @@ def _compared(comparison: Comparison | None) -> list[Table]:
     if comparison is None:
         return []
     rows: list[tuple[str, str]] = [("images in both tables", f"{comparison.common:,}")]
+    if comparison.first_scores is not None and comparison.second_scores is not None:
+        for name, first, second in score_pairs(comparison.first_scores, comparison.second_scores):
+            rows += [(f"{name} of the first", _share(first)), (f"{name} of the second", _share(second))]
     if comparison.agreement is not None:
-        rows.append(("same class", f"{100 * comparison.agreement:.2f} %"))
+        rows.append(("same prediction", f"{100 * comparison.agreement:.2f} %"))
     if comparison.mcnemar is not None:
         rows += [
             ("accuracy of the first", _share(comparison.first_accuracy)),

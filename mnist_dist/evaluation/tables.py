@@ -7,8 +7,9 @@ Owns: the sources of class names, and the prediction of a row if the table lacks
 import functools
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,10 @@ class ScoredTable:
     failed: bool
     """True if the table has more bad rows than its job allowed."""
     classes: Classes
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Of a multi-label table, the threshold of each class."""
+    is_multi_label: bool = False
+    """Whether each class has a probability of its own, so that an image may have several classes or none."""
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Reads those of the columns that the table has; see `iter_predictions`."""
@@ -110,14 +115,17 @@ def open_table(uri: str, *, bundle: str | None) -> ScoredTable:
     mark = read_mark(root)
     if mark is None:
         raise DataError(f"the table was replaced while it was read. Received: {root!r}")
-    names = _names_of_bundle(bundle, mark.model_id) if bundle is not None else _names_in_metadata(schema)
+    described = _metadata(schema)
+    names = _names_of_bundle(bundle, mark.model_id) if bundle is not None else described.get("class_names")
     return ScoredTable(
         uri=root,
         schema=schema,
         rows=mark.rows,
         model_id=mark.model_id,
         failed=mark.failed,
-        classes=Classes(names) if names is not None else _classes_of_rows(root, schema),
+        classes=Classes(tuple(names)) if names is not None else _classes_of_rows(root, schema),
+        thresholds=described.get("thresholds", {}),
+        is_multi_label=described.get("multi_label", False),
     )
 
 
@@ -208,10 +216,10 @@ def _names_of_bundle(bundle: str, model_id: str) -> tuple[str, ...]:
     return info.class_names
 
 
-def _names_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
-    """The class names in the Parquet metadata; None: another program wrote the table."""
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    """What the Parquet metadata says of the model; empty: another program wrote the table."""
     described = (schema.metadata or {}).get(METADATA_KEY.encode())
-    return None if described is None else tuple(json.loads(described)["class_names"])
+    return {} if described is None else dict(json.loads(described))
 
 
 def _classes_of_rows(root: str, schema: pa.Schema) -> Classes:

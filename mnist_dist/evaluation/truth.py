@@ -2,7 +2,7 @@
 
 Owns: where labels come from, in this order: what the user names (a label file, or any labelled images), a carried
 column of the table, the images that were scored just before, the folders of the images. Does not own: which class a
-label means (`tables.Classes`).
+label means (`tables.Classes`), or images with several labels (`label_sets`).
 """
 
 import contextlib
@@ -51,7 +51,8 @@ class Truth(Protocol):
     """Columns of the table that it needs."""
 
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
-        """`string [n]`: the label of each row, a class name or number; null if it has none."""
+        """`string [n]`: the label of each row, a class name or number; null if it has none. For a multi-label table
+        `list<string> [n]` (see `label_sets`)."""
 
 
 def find_truth(
@@ -77,7 +78,7 @@ def find_truth(
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if labels is not None:
-        return label_file(labels) if _is_label_file(labels) else labels_of_images((labels,), label_column, store=store)
+        return label_file(labels) if is_label_file(labels) else labels_of_images((labels,), label_column, store=store)
     if label_column in table.schema.names:
         return CarriedColumn(table.schema, label_column)
     with contextlib.suppress(DataError):  # Nothing says that the images have labels.
@@ -140,7 +141,7 @@ class CarriedColumn:
         self.source = f"the column {name!r} of the table"
         self.columns: tuple[str, ...] = (name,)
         kind = schema.field(name).type
-        if not _is_label(kind.value_type if pa.types.is_dictionary(kind) else kind):
+        if not is_label(kind.value_type if pa.types.is_dictionary(kind) else kind):
             raise DataError(f"{self.source} holds class names (string) or numbers (integer). Received: {kind}")
 
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
@@ -208,7 +209,7 @@ def label_file(uri: str) -> KnownLabels:
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     try:
-        return KnownLabels(uri, _lines(uri))
+        return KnownLabels(uri, ((uris, _text(uri, labels)) for uris, labels in label_lines(uri)))
     except FileNotFoundError as err:
         raise DataError(f"there is no such file. Received: labels={uri!r}") from err
 
@@ -231,7 +232,8 @@ def _lines_of(table: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:
     return ((batch[_URI], batch[_LABEL]) for batch in table.select([_URI, _LABEL]).to_batches())
 
 
-def _is_label_file(uri: str) -> bool:
+def is_label_file(uri: str) -> bool:
+    """Whether `--labels` names a file of labels rather than labelled images."""
     is_table = uri.lower().endswith((PARQUET_SUFFIX, *_SEPARATORS))
     return is_table and not (uri.lower().endswith(PARQUET_SUFFIX) and holds_images(absolute(uri), None))
 
@@ -245,8 +247,13 @@ def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[n
     return codes
 
 
-def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Yields URIs in the form that tables have, and labels as text."""
+def label_lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """Reads a Parquet, CSV or TSV file: URIs in the form that tables have, and the column `label`, which is text with
+    null for what is empty unless the file is Parquet.
+
+    Raises:
+        DataError, FileNotFoundError, PermissionError, ServiceError, StorageError: see `label_file`.
+    """
     ending = next((suffix for suffix in (PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
     if ending is None:
         raise DataError(f"--labels is a .parquet, .csv or .tsv file. Received: {uri!r}")
@@ -255,7 +262,7 @@ def _lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
             with pq.ParquetFile(stream) as file:
                 _check_names(uri, file.schema_arrow.names)
                 for batch in file.iter_batches(columns=[_URI, _LABEL]):
-                    yield _absolute(batch[_URI].cast(pa.string())), _text(uri, batch[_LABEL])
+                    yield _absolute(batch[_URI].cast(pa.string())), batch[_LABEL]
             return
         options = pc_csv.ConvertOptions(  # As strings, `007` stays `007`.
             column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True, null_values=[""]
@@ -277,14 +284,15 @@ def _check_names(uri: str, names: list[str]) -> None:
 
 def _text(uri: str, labels: pa.Array) -> pa.Array:
     plain = labels.dictionary_decode() if pa.types.is_dictionary(labels.type) else labels
-    if not _is_label(plain.type):
+    if not is_label(plain.type):
         raise DataError(
             f"{uri}: the column label holds class names (string) or numbers (integer). Received: {plain.type}"
         )
     return plain.cast(pa.string())
 
 
-def _is_label(kind: pa.DataType) -> bool:
+def is_label(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds class names or numbers; a column without a value does, too."""
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     return bool(texts or pa.types.is_integer(kind) or pa.types.is_null(kind))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 Size = tuple[int, int]
 """Height and width, px."""

@@ -1,7 +1,7 @@
 """Resizing by the filters of Pillow, of TensorFlow, and of OpenCV, of what is kept of the result only.
 
 Owns: the three ways to resize pixels to a size, of which a window is kept. Does not own: sizes and windows
-(`geometry`), or which way is taken (`fitting`).
+(`geometry`), or which way is taken (`pixels`).
 
 Contract: a window has the values that the same window of the whole result has. Where a side of that result would be
 more than `MAX_FRAME` times the window's (an image 1 px high and 5,000 px long), only the neighbourhood of the window is
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from mnist_dist.config import Interpolation
-from mnist_dist.images.pixels import Pixels
+
+Pixels = npt.NDArray[np.uint8]
 
 MAX_FRAME = 16
 _CUBIC = -0.5  # Keys' parameter, in Pillow and in TensorFlow alike; OpenCV's is -0.75.
@@ -193,7 +194,7 @@ def by_tensorflow(
         pixels: `uint8 [h, w, C]`, a view of any order.
         rows: of h.
         columns: of w.
-        interpolation: one of `pixels.KERAS_INTERPOLATIONS`.
+        interpolation: one of `KERAS_INTERPOLATIONS`.
         antialias: whether the filter widens where a side shrinks.
 
     Returns:
@@ -271,14 +272,13 @@ def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weight
 
     def weigh(places: _Weights) -> _Weights:
         inside: _Weights = np.minimum(begin + scale, places + 1) - np.maximum(begin, places)
-        return np.maximum(inside, np.float32(0))
+        return np.asarray(np.maximum(inside, np.float32(0)))
 
     return weigh
 
 
 def _triangle(x: _Weights) -> _Weights:
-    weights: _Weights = np.maximum(1 - np.abs(x), np.float32(0))
-    return weights
+    return np.asarray(np.maximum(1 - np.abs(x), np.float32(0)))
 
 
 def _keys(x: _Weights) -> _Weights:
@@ -286,8 +286,7 @@ def _keys(x: _Weights) -> _Weights:
     x = np.abs(x)
     near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
     far = _CUBIC * (((x - 5) * x + 8) * x - 4)
-    weights: _Weights = np.where(x < 1, near, np.where(x < 2, far, 0)).astype(np.float32)
-    return weights
+    return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(np.float32)
 
 
 def _lanczos3(x: _Weights) -> _Weights:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 Values = npt.NDArray[np.float32]
 
@@ -29,6 +29,8 @@ class Facts:
     class_names: tuple[str, ...] | None = None
     height_px: int | None = None
     width_px: int | None = None
+    is_size_fixed: bool = False
+    """Whether the model takes no other size."""
     channels: int | None = None
     """1 or 3."""
     resize: Geometry | None = None
@@ -90,3 +92,7 @@ class Foreign:
     """None: the original framework is not there, or is ONNX Runtime itself."""
     reference_name: str = ""
     """Such as `timm 1.0.9`, for `import.json`."""
+    whole: Reference | None = None
+    """The way from file to prediction as users of the framework go it, where the bundle does not match it to the last
+    bit: measured, not judged."""
+    whole_name: str = ""

@@ -1,7 +1,8 @@
 """One literal table of the backbones: how each is built, where its weights are published, what input it expects.
 
-Owns: the names, sizes, preprocessing, default heads and cut points for fine-tuning, and the configuration checks that
-need nothing but this table. Does not own: the head, or loading and freezing weights (`classifier`).
+Owns: the names, sizes, preprocessing, default heads and cut points for fine-tuning, the row of an imported bundle, and
+the configuration checks that need nothing but these. Does not own: the head, or loading and freezing weights
+(`classifier`).
 
 Contract: importing this module imports neither Keras nor TensorFlow, so that a driver can check a configuration in
 milliseconds; the builders import Keras when they are called. A builder takes the shape of a preprocessed float32 image
@@ -19,8 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from mnist_dist.config import ModelConfig, Pooling
+from mnist_dist.config import ModelConfig, Pooling, may_be_bundle, require
 from mnist_dist.errors import ConfigError
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.bundle import ONNX_FILE, BundleInfo, read_bundle_info
 
 if TYPE_CHECKING:
     import keras
@@ -70,6 +73,8 @@ class Backbone:
         hidden_units: default width of a dense layer between backbone and output; 0: none.
         cut_points: name -> the first trained layer, for fine-tuning that layer and all after it.
         source: the paper or code it follows.
+        imported: the bundle's description, where the backbone is a bundle and no row of the table: a frozen network
+            that takes images of the bundle's spec and gives a vector.
     """
 
     name: str
@@ -85,6 +90,7 @@ class Backbone:
     hidden_units: int = 0
     cut_points: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     source: str
+    imported: BundleInfo | None = None
 
 
 def _mlp(shape: Shape, alpha: float, weights: Literal["imagenet"] | None = None) -> "keras.Model":
@@ -382,17 +388,59 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
+def is_imported(name: str) -> bool:
+    """Whether a backbone is a bundle, and no name of the table."""
+    return name not in BACKBONES and may_be_bundle(name)
+
+
 def find_backbone(name: str) -> Backbone:
-    """The backbone of that name.
+    """The backbone of that name, or of the bundle at that URI, of which only `bundle.json` is read.
 
     Raises:
-        ConfigError: unknown name; the message lists all names and suggests similar ones.
+        BundleError: there is no bundle.
+        ConfigError: unknown name (the message lists all names and suggests similar ones), or a bundle without an ONNX
+            model.
+        PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if name in BACKBONES:
         return BACKBONES[name]
+    if is_imported(name):
+        return _imported(name)
     close = difflib.get_close_matches(name, BACKBONES)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    raise ConfigError(f"backbone must be one of {', '.join(BACKBONES)}. {hint}Received: backbone={name!r}")
+    raise ConfigError(
+        f"backbone must be one of {', '.join(BACKBONES)}, or the folder of an imported bundle. "
+        f"{hint}Received: backbone={name!r}"
+    )
+
+
+def _imported(uri: str) -> Backbone:
+    info = read_bundle_info(uri)
+    if info.model_file != ONNX_FILE:
+        remedy = (
+            f"use --backbone {info.backbone} --weights {uri}"
+            if info.imported is None
+            else "import the ONNX file or the SavedModel of this Keras model"
+        )
+        raise ConfigError(
+            f"a bundle that is a backbone holds {ONNX_FILE}, this one {info.model_file}: {remedy}. "
+            f"Received: backbone={uri!r}"
+        )
+    size_px = min(info.spec.height_px, info.spec.width_px)
+    return Backbone(
+        name=uri,
+        build=_not_in_keras,
+        preprocessing=Preprocessing(scale=1.0),
+        native_size_px=size_px,
+        min_size_px=size_px,
+        pooling=None,
+        source=info.backbone,
+        imported=info,
+    )
+
+
+def _not_in_keras(shape: Shape, alpha: float, weights: Literal["imagenet"] | None = None) -> "keras.Model":
+    raise ConfigError("an imported backbone gives features only: Keras cannot build it")
 
 
 def backbone_size_px(config: ModelConfig) -> int:
@@ -406,6 +454,8 @@ def backbone_size_px(config: ModelConfig) -> int:
 def backbone_shape(config: ModelConfig, *, height_px: int, width_px: int, channels: int) -> Shape:
     """`(height, width, channels)` of the backbone's input, for images of the given size."""
     backbone = find_backbone(config.backbone)
+    if backbone.imported is not None:
+        return backbone.imported.spec.shape
     if backbone.scratch:
         size_px = config.image_size_px
         return (size_px or height_px, size_px or width_px, channels)
@@ -430,6 +480,11 @@ def check_trainable(backbone: Backbone, trainable: str | int) -> None:
         trainable: `head`, `all`, the name of a cut point, or the number of first layers that stay frozen (its upper
             bound is only known once the network is built).
     """
+    if backbone.imported is not None and trainable != "head":
+        raise ConfigError(
+            f"an imported backbone stays frozen: use --trainable head. Received: trainable={trainable!r} of "
+            f"{backbone.name}"
+        )
     names = ("head", "all", *backbone.cut_points)
     is_valid = trainable >= 0 if isinstance(trainable, int) else trainable in names
     if not is_valid:
@@ -446,6 +501,8 @@ def check_model(config: ModelConfig) -> Backbone:
         ConfigError: unknown backbone, or a size, alpha, pooling or weights that it does not support.
     """
     backbone = find_backbone(config.backbone)
+    if backbone.imported is not None:
+        _check_imported(config, backbone.imported.spec)
     if config.image_size_px is not None:
         check_size(backbone, config.image_size_px)
     if config.alpha != 1 and not backbone.has_alpha:
@@ -461,6 +518,21 @@ def check_model(config: ModelConfig) -> Backbone:
             f"Received: weights={config.weights!r}"
         )
     return backbone
+
+
+def _check_imported(config: ModelConfig, spec: ImageSpec) -> None:
+    require(
+        config.weights == "none",
+        "an imported backbone has its own weights: leave out --weights",
+        backbone=config.backbone,
+        weights=config.weights,
+    )
+    require(
+        config.image_size_px is None or spec.shape[:2] == (config.image_size_px, config.image_size_px),
+        f"this imported backbone takes images of {spec.height_px} x {spec.width_px} px",
+        backbone=config.backbone,
+        image_size_px=config.image_size_px,
+    )
 
 
 def published_weights_url(backbone: Backbone, *, alpha: float, image_size_px: int) -> str:

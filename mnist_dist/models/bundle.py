@@ -1,17 +1,19 @@
 """A finished model as a folder, and predictions with it.
 
-Owns: the folder's files (`model.keras`, `bundle.json`, `history.csv`, `calibration.parquet`), how they are written,
-what is checked when a bundle is opened, and predictions for single images. Does not own: the graph inside
-`model.keras` (`classifier`), or scoring at scale.
+Owns: the folder's files (`model.keras` or `model.onnx`, `bundle.json`, `history.csv`, `calibration.parquet`), how they
+are written, what is checked when a bundle is opened, and predictions for single images. Does not own: the graph inside
+`model.keras` (`classifier`), what is required of `model.onnx` (`onnx_file`), or scoring at scale.
 
 Contract: the folder is written under a temporary name and renamed when it is complete; `bundle.json` is written last,
-so a folder without it is unfinished. A finished bundle is never overwritten. Its model id is the sha256 of
-`model.keras`: it identifies the file, not the training. `model.keras` loads without this package.
+so a folder without it is unfinished. A finished bundle is never overwritten. Its model id is the sha256 of the model
+file: it identifies the file, not the training. The model file loads without this package: `model.keras` with Keras in
+safe mode, `model.onnx` with ONNX Runtime.
 """
 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB), K = classes
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,23 +21,33 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.fitting import resize_pixels
-from mnist_dist.images.pixels import ImageSpec, match_channels
+from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.models.onnx_file import (
+    FEATURES,
+    PROBABILITIES,
+    Declared,
+    check_onnx,
+    declared,
+    open_session,
+    run_session,
+    session_batch,
+)
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, is_remote, join, temporary_name
@@ -46,13 +58,18 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 BUNDLE_FILE = "bundle.json"
-KERAS_FILE, ONNX_FILE = "model.keras", "model.onnx"
-PROBABILITIES, FEATURES = "probabilities", "features"
-"""Names of the outputs of `model.onnx`, in this order; a bundle without class names has the second one only."""
-MODEL_FILE = KERAS_FILE
+ModelFile = Literal["model.keras", "model.onnx"]
+KERAS_FILE: ModelFile = "model.keras"
+ONNX_FILE: ModelFile = "model.onnx"
+NETWORK_LAYER = "network"
+"""In an imported `model.keras`, the layer with the foreign model; its second output, if there is one, are the features,
+which a layer of its own named `features` passes on. A layer `probabilities` may follow."""
+NO_FEATURES = "this imported model gives no features: import it again with --features-node"
 HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
+FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle
+PREDICT_BATCH = 32
 
 Image = str | os.PathLike[str] | npt.NDArray[Any]
 """A file (path or `s3://` URI), or pixels in 0-255: `uint8` or float, `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
@@ -101,8 +118,8 @@ class BundleInfo:
         data_fingerprint: identifies the training data.
         validation: metrics on the validation images.
         test: metrics on the test images.
-        model_id: sha256 of the model file, hex; `write_bundle` fills in this and the fields below.
-        versions: of Python and of the packages that wrote the bundle.
+        model_id: sha256 of the model file, hex; what writes the bundle fills in this and the fields below.
+        versions: of Python and of the packages that wrote the model file.
         created_at: ISO 8601, UTC.
         format_version: version of the folder's layout; this package reads 1.
     """
@@ -110,7 +127,7 @@ class BundleInfo:
     class_names: tuple[str, ...]
     spec: ImageSpec
     backbone: str
-    model_file: str = KERAS_FILE
+    model_file: ModelFile = KERAS_FILE
     multi_label: bool = False
     imported: Imported | None = None
     weights: str = "none"
@@ -133,12 +150,15 @@ class Prediction:
         predicted_index: index of that class.
         confidence: probability of that class.
         probabilities: `float32 [K]`, in the order of the bundle's class names.
+        predicted_classes: of a multi-label bundle, the classes with a probability of 0.5 and more, the most probable
+            first; else empty.
     """
 
     predicted_class: str
     predicted_index: int
     confidence: float
     probabilities: npt.NDArray[np.float32]
+    predicted_classes: tuple[str, ...] = ()
 
 
 class Bundle:
@@ -151,30 +171,72 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, model_id={self.info.model_id[:12]!r})"
 
+    @property
+    def model_path(self) -> Path:
+        """The model file."""
+        return self.path / self.info.model_file
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the model is an ONNX file, which has no Keras model."""
+        return self.info.model_file == ONNX_FILE
+
     @functools.cached_property
     def model(self) -> "keras.Model":
-        """`uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities."""
+        """`uint8 [B, H, W, C]`, 0-255 -> `float32 [B, K]` probabilities.
+
+        Raises:
+            ConfigError: the model is an ONNX file.
+        """
+        if self.is_onnx:
+            raise ConfigError(
+                "the model of this bundle is an ONNX file: use Bundle.session, or Bundle.predict. "
+                f"Received: {str(self.model_path)!r}"
+            )
         import keras
 
-        return keras.saving.load_model(self.path / MODEL_FILE, compile=False)
+        return keras.saving.load_model(self.model_path, compile=False)
 
     @functools.cached_property
+    def session(self) -> Any:
+        """The ONNX model in ONNX Runtime on the CPU, an `onnxruntime.InferenceSession`; see `onnx_file`.
+
+        Raises:
+            ConfigError: the model is a Keras file.
+        """
+        if not self.is_onnx:
+            raise ConfigError(
+                "the model of this bundle is a Keras file: use Bundle.model, or Bundle.predict. "
+                f"Received: {str(self.model_path)!r}"
+            )
+        return open_session(self.model_path)
+
+    @functools.cached_property
+    def declared(self) -> Declared:
+        """What the ONNX file declares; does not load ONNX Runtime."""
+        return declared(self.model_path)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images per call, where the model takes only this many; None: any number."""
+        return self.declared.batch_size if self.is_onnx else None
+
+    @property
     def num_features(self) -> int:
         """D, the number of features before the head, as the model file says; does not load Keras.
 
         Raises:
-            BundleError: the model file has no head whose input is known.
+            BundleError: the model file does not say.
         """
-        with zipfile.ZipFile(self.path / MODEL_FILE) as file:
-            layers = json.loads(file.read("config.json"))["config"]["layers"]
-        shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
-        for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
-            shape = shapes.get(name)
-            if shape is not None:
-                return int(shape[-1])
-        raise BundleError(
-            f"{MODEL_FILE} has no layer hidden or logits whose input is known. Received: layers {', '.join(shapes)}"
-        )
+        if not self.is_onnx:
+            return _keras_features(self.model_path)
+        count = self.declared.num_features
+        if count is None:
+            raise BundleError(
+                "this bundle has no features output of known size; import it with --features-node NAME. "
+                f"Received: {str(self.path)!r}"
+            )
+        return count
 
     @overload
     def predict(self, image: Image) -> Prediction: ...
@@ -189,7 +251,7 @@ class Bundle:
             image: a file, pixels in 0-255, or a list of either; any size, resized as in training.
 
         Raises:
-            ConfigError: an array is not an image: wrong dtype, shape or range.
+            ConfigError: an array is not an image: wrong dtype, shape or range; or the model has no classes.
             FileNotFoundError, PermissionError: a file cannot be read.
             ImageError: a file cannot be decoded.
         """
@@ -197,16 +259,35 @@ class Bundle:
             return self._predict([image])[0]
         return self._predict(image)
 
-    def _predict(self, images: Sequence[Image], *, batch_size: int = 32) -> list[Prediction]:
-        predictions: list[Prediction] = []
-        for start in range(0, len(images), batch_size):
-            pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + batch_size]])
-            predictions.extend(self._prediction(row) for row in np.asarray(self.model(pixels, training=False)))
+    def _predict(self, images: Sequence[Image]) -> list[Prediction]:
+        check_has_classes(self.info)
+        size, predictions = PREDICT_BATCH, list[Prediction]()
+        if self.is_onnx:
+            size = session_batch(self.session) or size
+        for start in range(0, len(images), size):
+            pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + size]])
+            predictions.extend(self._prediction(row) for row in self._probabilities(pixels))
         return predictions
 
+    def _probabilities(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        if self.is_onnx:
+            return run_session(self.session, pixels, [PROBABILITIES])[0]
+        return np.asarray(self.model(pixels, training=False))
+
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        index = int(probabilities.argmax())
-        return Prediction(self.info.class_names[index], index, float(probabilities[index]), probabilities)
+        index, names = int(probabilities.argmax()), self.info.class_names
+        ranked = np.argsort(-probabilities, kind="stable") if self.info.multi_label else ()
+        reached = tuple(names[code] for code in ranked if probabilities[code] >= DEFAULT_THRESHOLD)
+        return Prediction(names[index], index, float(probabilities[index]), probabilities, reached)
+
+
+def check_has_classes(info: BundleInfo) -> None:
+    """Raises ConfigError for a bundle without classes, which cannot classify."""
+    if not info.class_names:
+        raise ConfigError(
+            "this bundle gives features and no classes; train a head on it: mnist-dist train --backbone BUNDLE. "
+            f"Received: {info.backbone}, class_names=[]"
+        )
 
 
 def write_bundle(
@@ -214,8 +295,9 @@ def write_bundle(
     model: "keras.Model",
     info: BundleInfo,
     *,
-    history: Iterable[Epoch] = (),
+    history: Iterable[Epoch] | None = (),
     calibration: "pa.Table | None" = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> BundleInfo:
     """Writes a bundle to a temporary folder beside `path` and renames it when it is complete.
 
@@ -223,10 +305,11 @@ def write_bundle(
 
     Args:
         path: the local folder to create; must not hold a finished bundle.
-        model: `Classifier.model`, in float32; synchronised BatchNorm is switched off in it.
-        info: the bundle's description; the model id, versions and time are filled in here.
-        history: the epochs of the training.
+        model: `uint8 [B, H, W, C]`, 0-255 -> probabilities, in float32; synchronised BatchNorm is switched off in it.
+        info: the bundle's description; the model file, id, versions and time are filled in here.
+        history: the epochs of the training; None leaves the file out.
         calibration: held-out images for engine checks and int8; None leaves the file out.
+        extra: further files, by name.
 
     Returns:
         The info as written.
@@ -234,24 +317,73 @@ def write_bundle(
     Raises:
         BundleError: the path is in use, or the model does not fit the class names, the spec or the float32 policy.
     """
-    _check_free(path)
     _check_model(model, info)
+    files = dict(extra or {}) if history is None else {HISTORY_FILE: history_csv(history), **(extra or {})}
+    with _new_folder(path, files, calibration) as folder:
+        _unsynchronize(model)
+        model.save(folder / KERAS_FILE)
+        return _write_info(folder, replace(info, model_file=KERAS_FILE), ("keras", "tensorflow", "numpy"))
+
+
+def write_model_bundle(
+    path: Path,
+    model_file: Path,
+    info: BundleInfo,
+    *,
+    calibration: "pa.Table | None" = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> BundleInfo:
+    """Writes a bundle from a finished model file, as `write_bundle` does from a Keras model in memory.
+
+    Args:
+        path: the local folder to create; must not hold a finished bundle.
+        model_file: `.onnx` or `.keras`, which is copied; see `onnx_file` for what an ONNX file must be.
+        info: the bundle's description; the model file, id, versions and time are filled in here.
+        calibration: images of the model's domain for engine checks and int8; None leaves the file out.
+        extra: further files, by name.
+
+    Returns:
+        The info as written.
+
+    Raises:
+        BundleError: the path is in use, or the file does not fit the class names or the spec.
+    """
+    if len(set(info.class_names)) != len(info.class_names):
+        raise BundleError(f"class names must be distinct. Received: {list(info.class_names)[:20]}")
+    is_onnx = model_file.suffix == ".onnx"
+    name, packages = (ONNX_FILE, ("onnx", "numpy")) if is_onnx else (KERAS_FILE, ("keras", "tensorflow", "numpy"))
+    if is_onnx:
+        check_onnx(model_file, spec=info.spec, num_classes=len(info.class_names))
+    with _new_folder(path, extra or {}, calibration) as folder:
+        shutil.copyfile(model_file, folder / name)
+        return _write_info(folder, replace(info, model_file=name), packages)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path, files: Mapping[str, bytes], calibration: "pa.Table | None") -> Iterator[Path]:
+    """A temporary folder with these files, which becomes `path` at the end; an error leaves nothing."""
+    _check_free(path, leftovers=files)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.mkdir()
-        _unsynchronize(model)
-        model.save(temporary / MODEL_FILE)
-        (temporary / HISTORY_FILE).write_bytes(history_csv(history))
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
         if calibration is not None:
             _write_parquet(calibration, temporary / CALIBRATION_FILE)
-        created_at = datetime.now(UTC).isoformat(timespec="seconds")
-        info = replace(info, model_id=_sha256(temporary / MODEL_FILE), versions=_versions(), created_at=created_at)
-        (temporary / BUNDLE_FILE).write_bytes(documents.encode(info))
+        yield temporary
         shutil.rmtree(path, ignore_errors=True)  # leftovers of an interrupted copy: `_check_free` saw no bundle
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_info(folder: Path, info: BundleInfo, packages: Sequence[str]) -> BundleInfo:
+    """Writes `bundle.json`, and returns its content."""
+    created_at = datetime.now(UTC).isoformat(timespec="seconds")
+    model_id = _sha256(folder / info.model_file)
+    info = replace(info, model_id=model_id, versions=_versions(packages), created_at=created_at)
+    (folder / BUNDLE_FILE).write_bytes(documents.encode(info))
     return info
 
 
@@ -268,11 +400,11 @@ def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bund
     requested = os.fspath(uri)
     path = _download(requested, store) if is_remote(requested) else Path(absolute(requested))
     info = _read_info(path, requested=requested)
-    model_file = path / MODEL_FILE
+    model_file = path / info.model_file
     digest = _sha256(model_file) if model_file.is_file() else "no such file"
     if digest != info.model_id:
         raise BundleError(
-            f"{MODEL_FILE} in {requested} is not the file that the bundle was written with: "
+            f"{info.model_file} in {requested} is not the file that the bundle was written with: "
             f"expected sha256 {info.model_id}. Received: {digest}"
         )
     return Bundle(path, info)
@@ -302,19 +434,31 @@ def _download(uri: str, store: Store) -> Path:
     try:
         store.download_folder(uri, path)
     except FileNotFoundError as err:
-        raise BundleError(f"there is no bundle. Received: {uri!r}") from err
+        raise BundleError(f"there is no bundle{_import_hint(uri)}. Received: {uri!r}") from err
     return path
+
+
+def _import_hint(requested: str, path: Path | None = None) -> str:
+    """How a foreign model becomes a bundle, where it seems to be one."""
+    marks = ("saved_model.pb", "config.json", *(f"model{suffix}" for suffix in FOREIGN_SUFFIXES))
+    is_foreign = requested.endswith(FOREIGN_SUFFIXES) or (path and any((path / name).exists() for name in marks))
+    if not is_foreign:
+        return ""
+    return f"; a model from elsewhere becomes one by: mnist-dist import {requested} --output BUNDLE"
 
 
 def _read_info(path: Path, *, requested: str) -> BundleInfo:
     file = path / BUNDLE_FILE
-    if not file.is_file():
-        if not path.is_dir():
-            raise BundleError(f"the bundle's folder does not exist. Received: {requested!r}")
-        why = "is unfinished" if (path / MODEL_FILE).exists() else "is not a bundle"
-        hint = f" (did you mean {requested.rstrip('/')}/bundle?)" if (path / "bundle" / BUNDLE_FILE).exists() else ""
-        raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {requested!r}")
-    return _decode_info(file.read_bytes(), requested=requested)
+    if file.is_file():
+        return _decode_info(file.read_bytes(), requested=requested)
+    hint = _import_hint(requested, path)
+    if not path.is_dir():
+        why = "a bundle is a folder, no file" if path.is_file() else "the bundle's folder does not exist"
+        raise BundleError(f"{why}{hint}. Received: {requested!r}")
+    if (path / "bundle" / BUNDLE_FILE).exists():
+        hint = f" (did you mean {requested.rstrip('/')}/bundle?)"
+    why = "is unfinished" if any((path / name).exists() for name in (KERAS_FILE, ONNX_FILE)) else "is not a bundle"
+    raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {requested!r}")
 
 
 def _decode_info(data: bytes, *, requested: str) -> BundleInfo:
@@ -333,7 +477,7 @@ def _decode_info(data: bytes, *, requested: str) -> BundleInfo:
     except DataError as err:
         raise BundleError(f"{err}. Received: {requested!r}") from err
     if not info.model_id:
-        raise BundleError(f"{file} has no model_id, the sha256 of {MODEL_FILE}. Received: {requested!r}")
+        raise BundleError(f"{file} has no model_id, the sha256 of {info.model_file}. Received: {requested!r}")
     return info
 
 
@@ -367,10 +511,35 @@ def _check_range(image: npt.NDArray[Any], message: str) -> None:
         raise ConfigError(f"{message} with values from {low} to {high}: multiply by 255")
 
 
-def _check_free(path: Path) -> None:
+def _num_imported_features(layers: Sequence[Mapping[str, Any]]) -> int:
+    """D, from the layers of the network of an imported model."""
+    names = {layer["config"]["name"]: layer for layer in layers}
+    if FEATURES not in names:
+        raise BundleError(f"{NO_FEATURES}. Received: a network of {', '.join(names)}")
+    return int(names[FEATURES]["inbound_nodes"][0]["args"][0]["config"]["shape"][-1])
+
+
+def _keras_features(file: Path) -> int:
+    with zipfile.ZipFile(file) as archive:
+        layers = json.loads(archive.read("config.json"))["config"]["layers"]
+    network = next((layer for layer in layers if layer["config"]["name"] == NETWORK_LAYER), None)
+    if network is not None:
+        return _num_imported_features(network["config"]["layers"])
+    shapes = {layer["config"]["name"]: (layer.get("build_config") or {}).get("input_shape") for layer in layers}
+    for name in ("hidden", "logits"):  # dropout, which may stand before them, keeps the number
+        shape = shapes.get(name)
+        if shape is not None:
+            return int(shape[-1])
+    raise BundleError(
+        f"{file.name} has no layer hidden or logits whose input is known. Received: layers {', '.join(shapes)}"
+    )
+
+
+def _check_free(path: Path, *, leftovers: Iterable[str]) -> None:
     if (path / BUNDLE_FILE).exists():
         raise BundleError(f"a finished bundle is never overwritten. Received: {str(path)!r}")
-    unknown = sorted({entry.name for entry in path.glob("*")} - {MODEL_FILE, HISTORY_FILE, CALIBRATION_FILE})
+    known = {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, *leftovers}
+    unknown = sorted({entry.name for entry in path.glob("*")} - known)
     if unknown or path.is_file():
         raise BundleError(f"the folder of a bundle must be new or empty. Received: {str(path)!r}, with {unknown}")
 
@@ -416,10 +585,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Iterable[str]) -> dict[str, str]:
     import platform
 
     import mnist_dist
 
-    packages = {name: metadata.version(name) for name in ("keras", "tensorflow", "numpy")}
-    return {"python": platform.python_version(), "mnist_dist": mnist_dist.__version__, **packages}
+    versions = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "mnist_dist": mnist_dist.__version__, **versions}

@@ -30,7 +30,7 @@ mark has its number or a higher one; what is left of its folder is debris.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from mnist_dist import documents
 from mnist_dist.config import EngineName, EnginePrecision, Geometry, TableFormat
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,
@@ -128,6 +128,10 @@ class Description:
     spec: ImageSpec | None = None
     """Size, channels, and all of how images were decoded and fitted to the model's input. None: made by an older
     version."""
+    multi_label: bool = False
+    """Whether each class has a probability of its own."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Class -> the probability from which it is one of the `predicted_classes`; empty unless `multi_label`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,9 @@ CONTRACT = pa.schema(
     ]
 )
 """The default columns, which other tools rely on."""
+MULTI_LABEL = pa.schema([("predicted_classes", pa.list_(pa.string())), ("confidences", pa.list_(pa.float32()))])
+"""More default columns of multi-label tables: the classes whose probability reaches the threshold, the most probable
+first, and their probabilities."""
 TOP_K = pa.schema([("top_k_classes", pa.list_(pa.string())), ("top_k_confidences", pa.list_(pa.float32()))])
 EMBEDDING = "embedding"
 WIDE = "probability_"
@@ -79,7 +82,8 @@ SUCCESS, FAILED = "_SUCCESS", "_FAILED"
 """Copies of the newest mark, for tools that wait for a file of such a name; nothing here reads them."""
 METADATA_KEY = "mnist_dist"
 """Of the JSON in the metadata of each Parquet file: `class_names` in order, `bundle`, `model_id`, `engine`,
-`precision`, `resize`, `spec` (how images were decoded and fitted) and `versions`."""
+`precision`, `resize`, `spec` (how images were decoded and fitted), `versions`, `multi_label` and `thresholds` (by
+class; empty unless `multi_label`)."""
 WORK = "_work"
 LOCK = f"{WORK}/lock"
 _MARK = re.compile(rf"(\d{{6,}})/{re.escape(MARK)}")
@@ -144,8 +148,8 @@ def count_bad(statuses: Mapping[str, int]) -> int:
 def prediction_schema(
     table: TableConfig, *, carried: pa.Schema, class_names: Sequence[str] = (), num_features: int = 0
 ) -> pa.Schema:
-    """The columns of a table: the chosen columns of `CONTRACT` in its order, those that have their own flag, then the
-    carried columns.
+    """The columns of a table: the chosen columns of `CONTRACT` in its order (of a multi-label table, then those of
+    `MULTI_LABEL`), those that have their own flag, then the carried columns.
 
     Args:
         table: the chosen columns. `uri` and `status` are always included, and so are columns that have their own flag.
@@ -162,18 +166,19 @@ def prediction_schema(
             f"wide needs class names, and embeddings a number of features. Received: "
             f"class_names={tuple(class_names)}, num_features={num_features}"
         )
+    defaults = pa.schema([*CONTRACT, *(MULTI_LABEL if table.is_multi_label else ())])
     wide = [pa.field(f"{WIDE}{name}", pa.float32()) for name in class_names] if table.wide else []
     flagged = [*wide, *(TOP_K if table.top_k else ())]
     if table.embeddings:
         number = pa.type_for_alias(table.embedding_type)
         flagged.append(pa.field(EMBEDDING, pa.list_(number, num_features)))
-    available = [*CONTRACT.names, *(field.name for field in flagged), *carried.names]
+    available = [*defaults.names, *(field.name for field in flagged), *carried.names]
     if unknown := [name for name in table.chosen if name not in available]:
         raise ConfigError(
             f"columns must be among {', '.join(available)} (top_k_classes, top_k_confidences, embedding and "
             f"probability_<class name> have their own flags). Received: {', '.join(unknown)}"
         )
-    used = [*CONTRACT.names, *TOP_K.names, EMBEDDING, *(field.name for field in wide)]
+    used = [*CONTRACT.names, *MULTI_LABEL.names, *TOP_K.names, EMBEDDING, *(field.name for field in wide)]
     for name in carried.names:
         if name in used:
             hint = f" (wide adds {WIDE}<class name>)" if table.wide and name.startswith(WIDE) else ""
@@ -181,8 +186,8 @@ def prediction_schema(
                 f"a carried column must not have the name of another column{hint}. Received: carry={name!r}"
             )
         used.append(name)
-    chosen = table.chosen or CONTRACT.names
-    return pa.schema([field for field in CONTRACT if field.name in (*ALWAYS, *chosen)] + [*flagged, *carried])
+    chosen = table.chosen or defaults.names
+    return pa.schema([field for field in defaults if field.name in (*ALWAYS, *chosen)] + [*flagged, *carried])
 
 
 def fits(old: pa.Schema, schema: pa.Schema) -> bool:
@@ -208,11 +213,12 @@ def prediction_rows(
     scored_at: datetime,
     carried: pa.Table | None,
     other_files: pa.Array | pa.ChunkedArray | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> pa.Table:
     """The rows of a shard.
 
-    The predicted class is the most probable one, and the first of these in a tie. The top K come in descending order,
-    ties in the order of the classes.
+    The predicted class is the most probable one, and the first of these in a tie. The top K and the predicted classes
+    come in descending order, ties in the order of the classes. Probabilities and thresholds are compared as float32.
 
     Args:
         schema: made by `prediction_schema`.
@@ -225,6 +231,7 @@ def prediction_rows(
         carried: n rows with the carried columns.
         other_files: `bool [n]`, true where the file does not claim to be an image: its row gets the status `other_file`
             in place of one that tells what is wrong with its content. None: all claim to be images.
+        thresholds: the threshold of each class; needed if the schema has a column of `MULTI_LABEL`.
 
     Raises:
         ValueError: the arguments are inconsistent.
@@ -244,6 +251,8 @@ def prediction_rows(
     }
     names, scored = pa.array(class_names, pa.string()), outcomes.probabilities[ok]
     values |= _best(names, scored, ok)
+    if thresholds:
+        values |= _reached(names, scored, ok, np.array([thresholds[name] for name in class_names], np.float32))
     if TOP_K.names[0] in schema.names:
         values |= _top_k(names, scored, ok, top_k)
     if EMBEDDING in schema.names and outcomes.embeddings is not None:
@@ -303,6 +312,21 @@ def _top_k(
     }
 
 
+def _reached(
+    names: pa.Array, scored: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_], thresholds: npt.NDArray[np.float32]
+) -> dict[str, pa.Array]:
+    """The columns of `MULTI_LABEL`; a row in which no class reaches its threshold has empty lists."""
+    reached = scored >= thresholds
+    rows, codes = reached.nonzero()
+    confidences = scored[rows, codes]
+    order = np.lexsort((codes, -confidences, rows))
+    lengths = reached.sum(axis=1)
+    return {
+        "predicted_classes": _lists(names.take(pa.array(codes[order])), ok, lengths),
+        "confidences": _lists(pa.array(confidences[order], pa.float32()), ok, lengths),
+    }
+
+
 def _wide(
     names: Sequence[str], probabilities: npt.NDArray[np.float32], ok: npt.NDArray[np.bool_], *, wanted: set[str]
 ) -> dict[str, pa.Array]:
@@ -322,10 +346,12 @@ def _vectors(
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), type=kind, mask=pa.array(~ok))
 
 
-def _lists(values: pa.Array, ok: npt.NDArray[np.bool_]) -> pa.ListArray:
-    """Cuts the `values` of the s rows that are ok into s lists of equal length; the other rows are null."""
-    length = len(values) // max(int(ok.sum()), 1)
-    offsets = np.concatenate([[0], np.cumsum(ok * length)])
+def _lists(values: pa.Array, ok: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64] | None = None) -> pa.ListArray:
+    """Cuts the `values` of the s rows that are ok into s lists of these lengths, `[s]`, or else of equal length; the
+    other rows are null."""
+    length_of = np.zeros(len(ok), np.int64)
+    length_of[ok] = len(values) // max(int(ok.sum()), 1) if lengths is None else lengths
+    offsets = np.concatenate([[0], np.cumsum(length_of)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~ok))
 
 

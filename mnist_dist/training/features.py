@@ -1,7 +1,8 @@
 """A frozen backbone's outputs, computed once and shared by every run and trial that trains a head on them.
 
 Owns: what the outputs depend on (the key), computing a shard, and reading the outputs by record. Does not own: the
-cache they lie in (`data/cache.py`), who computes which shard where (`on_ray/data`), or the images (`data/records.py`).
+cache they lie in (`data/cache.py`), who computes which shard where (`on_ray/data`), which engine does
+(`feature_engine`), or the images (`data/records.py`).
 
 A shard has one column, `features`, of float16 or float32. The key covers the pixels and their order, so features are
 never used for other images.
@@ -11,9 +12,10 @@ never used for other images.
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +25,9 @@ from mnist_dist.config import FeatureType, ModelConfig
 from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.errors import ConfigError
-from mnist_dist.models.backbones import find_backbone
-from mnist_dist.models.bundle import BUNDLE_FILE
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.models.backbones import Shape, backbone_shape, find_backbone, is_imported
+from mnist_dist.models.bundle import BUNDLE_FILE, read_bundle_info
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.feed import Rows
@@ -50,6 +53,12 @@ class FeaturePlan:
     stored_as: FeatureType
     seed: int
     """Seed of the backbone's initial weights."""
+
+    @property
+    def input_shape(self) -> Shape:
+        """`(height, width, channels)` of the backbone's input."""
+        spec = self.records.spec
+        return backbone_shape(self.model, height_px=spec.height_px, width_px=spec.width_px, channels=spec.channels)
 
     def rows_of(self, shard: int) -> npt.NDArray[np.int64]:
         """The records of a shard."""
@@ -84,6 +93,8 @@ def plan_features(
     """
     rows = np.sort(rows)
     backbone_alone = replace(model, hidden_units=0, dropout=None, weights="none")
+    if is_imported(model.backbone):  # known by its file, wherever that lies
+        backbone_alone = replace(backbone_alone, backbone="bundle", image_size_px=None)
     facts = {
         "version": _FORMAT_VERSION,
         "pixels": hashlib.sha256("".join(index["digest"].take(pa.array(rows)).to_pylist()).encode()).hexdigest(),
@@ -106,6 +117,8 @@ def plan_features(
 
 
 def _weights_identity(model: ModelConfig, *, seed: int) -> str:
+    if is_imported(model.backbone):
+        return read_bundle_info(model.backbone).model_id
     if model.weights == "none":
         return f"seed {seed}"
     if model.weights == "imagenet":
@@ -115,27 +128,70 @@ def _weights_identity(model: ModelConfig, *, seed: int) -> str:
     return hashlib.sha256(ANYWHERE.read_bytes(uri)).hexdigest()
 
 
-class Extractor:
-    """The frozen backbone of a plan, ready to compute its shards. Loads TensorFlow.
+class FeatureCall(Protocol):
+    """A loaded backbone."""
+
+    @property
+    def batch_size(self) -> int:
+        """Largest number of images per call."""
+
+    @property
+    def calls_at_once(self) -> int:
+        """Number of threads that may, and should, call it at the same time."""
+
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """The features `float32 [b, D]` of up to `batch_size` images, `uint8 [b, H, W, C]`, 0-255."""
+
+
+class KerasFeatures:
+    """The frozen backbone of a plan in Keras, as a `FeatureCall`. Loads TensorFlow.
 
     Args:
         plan: the result of `plan_features`.
-        pixels: pixels of the records, `uint8 [N, H, W, C]`.
 
     Raises:
         WeightsError: the weights are missing or do not fit.
     """
 
-    def __init__(self, plan: FeaturePlan, *, pixels: Rows) -> None:
-        from mnist_dist.engines.engine import compile_model
-        from mnist_dist.models.classifier import build_classifier
+    batch_size, calls_at_once = BATCH_SIZE, 1
 
-        self._plan, self._pixels = plan, pixels
-        spec, num_classes = plan.records.spec, len(plan.records.class_names)
+    def __init__(self, plan: FeaturePlan) -> None:
+        from mnist_dist.engines.engine import compile_model
+        from mnist_dist.models.classifier import build_classifier, fetch_published_weights
+
+        if plan.model.weights == "imagenet":
+            fetch_published_weights(plan.model)
+        self._spec, num_classes = plan.records.spec, len(plan.records.class_names)
         classifier = build_classifier(
-            plan.model, spec=spec, num_classes=num_classes, precision=plan.precision, seed=plan.seed
+            plan.model, spec=self._spec, num_classes=num_classes, precision=plan.precision, seed=plan.seed
         )
-        self._call = compile_model(classifier.features, batch_size=BATCH_SIZE)
+        self._model = classifier.features
+        self._call = compile_model(self._model, batch_size=BATCH_SIZE)
+
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        return np.asarray(self._call(padded(pixels, BATCH_SIZE))[0], np.float32)[: len(pixels)]
+
+    def export(self, file: Path, *, format: str) -> None:
+        """Converts it to a file that takes `uint8 [B, H, W, C]`."""
+        import keras
+
+        image = keras.Input(self._spec.shape, dtype="uint8", name="image")
+        model = keras.Model(image, self._model(keras.ops.cast(image, "float32")))
+        model(np.zeros((1, *self._spec.shape), np.uint8), training=False)  # An export needs a called model.
+        model.export(str(file), format=format, verbose=False)
+
+
+class Extractor:
+    """Computes the shards of a plan.
+
+    Args:
+        plan: the result of `plan_features`.
+        pixels: pixels of the records, `uint8 [N, H, W, C]`.
+        call: the loaded backbone.
+    """
+
+    def __init__(self, plan: FeaturePlan, *, pixels: Rows, call: FeatureCall) -> None:
+        self._plan, self._pixels, self._call = plan, pixels, call
 
     def store(self, shard: int) -> None:
         """Computes a shard and stores it in the cache.
@@ -153,19 +209,18 @@ class Extractor:
                 f"{plan.model.backbone} produces features that are not finite. Received: weights={plan.model.weights!r}"
             )
         if not np.isfinite(stored).all():
+            remedy = "" if is_imported(plan.model.backbone) else " or --no-feature-cache"
             raise ConfigError(
                 f"the features of {plan.model.backbone} reach {np.abs(features).max():.3g}, more than {plan.stored_as} "
-                "holds. Use --feature-type float32 or --no-feature-cache."
+                f"holds. Use --feature-type float32{remedy}."
             )
         plan.cache.put(shard, pa.table({"features": column_of(stored)}))
 
     def _features(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        parts = []
-        for start in range(0, len(rows), BATCH_SIZE):
-            batch = self._pixels[rows[start : start + BATCH_SIZE]]
-            padded = np.concatenate([batch, np.zeros((BATCH_SIZE - len(batch), *batch.shape[1:]), np.uint8)])
-            parts.append(np.asarray(self._call(padded)[0], np.float32)[: len(batch)])
-        return np.concatenate(parts)
+        size = self._call.batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        with ThreadPoolExecutor(self._call.calls_at_once) as pool:
+            return np.concatenate(list(pool.map(lambda batch: self._call(self._pixels[batch]), batches)))
 
 
 class FeatureRows:

@@ -81,6 +81,8 @@ def check_space(job: SearchJob) -> None:
     for space in job.backbones:
         for architecture in architectures_of(space):
             row = check_model(architecture.model())
+            if "all" in space.trained:
+                check_trainable(row, "all")
             for cut_point in space.cut_points if "fine-tune" in space.trained else ():
                 check_trainable(row, int(cut_point) if cut_point.isdecimal() else cut_point)
         for place in range(

@@ -8,22 +8,40 @@ from typing import Literal
 import ray
 
 from mnist_dist.config import Precision, ScoreRunConfig
+from mnist_dist.console import Console, Stop
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import open_records
+from mnist_dist.models.backbones import is_imported
+from mnist_dist.models.onnx_file import has_cuda
 from mnist_dist.on_ray.actors import Actors, choose_actors
-from mnist_dist.on_ray.cluster import Resources
+from mnist_dist.on_ray.cluster import Resources, resources
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
+from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.session import Session
+from mnist_dist.training.feature_engine import (
+    FeatureEngine,
+    choose_engine,
+    delete_converted,
+    describe,
+    is_worth_comparing,
+    keep_engine,
+    kept_engine,
+    open_feature_engine,
+    reference_engine,
+)
 from mnist_dist.training.features import Extractor, FeaturePlan
 from mnist_dist.training.precision import MEASURED_TO_AGREE, resolve_precision
 
+USUAL_CHOICE_S = 30.0  # expected duration of a comparison, for the progress bar
 MAX_DEATHS = 3
 """How often an actor may die on the same shard (out of memory, or with its node) before the job fails."""
 
 
-def feature_actors(have: Resources) -> Actors:
-    """The actors that compute features: one per GPU; without GPUs, see `choose_actors`."""
-    return choose_actors(have, ScoreRunConfig(decode="actor"))
+def feature_actors(have: Resources, *, backbone: str) -> Actors:
+    """The actors that compute features: one per GPU; without GPUs, see `choose_actors`. An imported backbone uses GPUs
+    only where ONNX Runtime has its CUDA provider."""
+    on_cpus = is_imported(backbone) and not has_cuda()
+    return choose_actors(have, ScoreRunConfig(decode="actor", gpus_per_actor=0 if on_cpus else None))
 
 
 def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -> Literal["float32", "bfloat16"]:
@@ -35,7 +53,9 @@ def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -
     return value
 
 
-def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features") -> float | None:
+def compute_missing(
+    plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features", compare: bool | None = None
+) -> float | None:
     """Computes the missing shards and finishes the cache; gives the images/s (None: nothing missing).
 
     Args:
@@ -43,6 +63,7 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         session: of the job; finished shards stay finished.
         actors: the actors to use.
         title: of the progress bar.
+        compare: whether to look for an engine that is faster than the reference. None: where that is worth it.
 
     Raises:
         Interrupted: SIGINT or SIGTERM.
@@ -54,8 +75,12 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         return None
     images_per_s = None
     if missing := cache.missing():
+        if compare is None:
+            compare = is_worth_comparing(plan)
+        compares = compare and len(missing) == cache.shards and not actors.gpus
+        engine = _engine(plan, session, actors=actors, title=title, compares=compares)
         work = ShardWork(
-            worker=FeatureWorker(plan, cpus=int(actors.cpus)),
+            worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus)), gpu=actors.gpus > 0),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
@@ -66,7 +91,33 @@ def compute_missing(plan: FeaturePlan, session: Session, *, actors: Actors, titl
         seconds = max(report.ended_at for report in reports) - min(report.began_at for report in reports)
         images_per_s = (cache.rows - done) / max(seconds, 1e-9) if reports else None
     cache.finish(plan.model)
+    delete_converted(plan)
     return images_per_s
+
+
+def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, compares: bool) -> FeatureEngine:
+    """The engine of all shards of these features: the one that an earlier driver began with, else the fastest that
+    agrees. With several nodes, one with room for an actor compares them, as the driver's may have another CPU."""
+    known = kept_engine(plan)
+    if known is not None:
+        return known
+    if not compares:
+        return reference_engine(plan)
+    cpus = max(1, int(actors.cpus))
+    session.console.line(f"{title}: comparing engines")
+    if resources().nodes == 1:
+        chosen = choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=session)
+    else:
+        task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_choose).remote(plan, cpus)
+        (chosen,) = wait_for([task], session, title=title, expected_s=USUAL_CHOICE_S)
+    session.console.line(f"{title}: {describe(chosen)}")
+    session.confirm_lock()
+    return keep_engine(plan, chosen)
+
+
+def _choose(plan: FeaturePlan, cpus: int) -> FeatureEngine:
+    console = Console(terminal=False)
+    return choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=Session(console=console, stop=Stop(console)))
 
 
 class FeatureWorker:
@@ -74,24 +125,21 @@ class FeatureWorker:
 
     Args:
         plan: the features to compute.
+        engine: what computes them.
         cpus: number of cores to use.
+        gpu: it has a GPU.
     """
 
     title = "features"
 
-    def __init__(self, plan: FeaturePlan, *, cpus: int) -> None:
-        self._plan, self._cpus = plan, cpus
+    def __init__(self, plan: FeaturePlan, engine: FeatureEngine, *, cpus: int, gpu: bool = False) -> None:
+        self._plan, self._engine, self._cpus, self._gpu = plan, engine, cpus, gpu
 
     def open(self) -> None:
-        """Loads TensorFlow, the backbone and the records."""
-        from mnist_dist.engines.engine import use_cpus
-        from mnist_dist.models.classifier import fetch_published_weights
-
-        use_cpus(self._cpus)
-        if self._plan.model.weights == "imagenet":
-            fetch_published_weights(self._plan.model)
+        """Loads the backbone and the records."""
+        call = open_feature_engine(self._plan, self._engine, cpus=self._cpus, gpu=self._gpu)
         records = open_records(self._plan.records, local_dir=node_folder())
-        self._extractor = Extractor(self._plan, pixels=records.pixels)
+        self._extractor = Extractor(self._plan, pixels=records.pixels, call=call)
 
     def work(self, shard: int, given: None, *, attempt: Attempt, counter: Counter) -> None:
         """Computes a shard."""

@@ -81,10 +81,13 @@ def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str
         ConfigError: the images are too small for the backbone, or the disk is too small for them.
     """
     backbone = find_backbone(model.backbone)
-    follows_images = backbone.scratch and model.image_size_px is None
-    spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
-    if follows_images:
-        check_size(backbone, min(spec.height_px, spec.width_px))
+    if backbone.imported is not None:
+        spec = backbone.imported.spec
+    else:
+        follows_images = backbone.scratch and model.image_size_px is None
+        spec = image_spec(source, backbone_size_px=backbone_size_px(model), scratch_size=follows_images, config=data)
+        if follows_images:
+            check_size(backbone, min(spec.height_px, spec.width_px))
     plan = plan_records(source, spec, storage=absolute(root), limits=data.limits)
     return Listed(source=source, plan=plan)
 
@@ -189,12 +192,15 @@ def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, ha
         splits: their splits.
         have: the cluster's resources; its hardware decides what precision `auto` means.
     """
+    backbone = job.model.backbone
     return plan_features(
         job.model,
         records=decoded.plan,
         index=decoded.index,
         rows=np.concatenate([splits.train, splits.val]),
-        precision=resolve_on_workers(job.fit.precision, backbone=job.model.backbone, actors=feature_actors(have)),
+        precision=resolve_on_workers(
+            job.fit.precision, backbone=backbone, actors=feature_actors(have, backbone=backbone)
+        ),
         stored_as=job.run.feature_type,
         seed=job.fit.seed,
         root=job.run.storage,

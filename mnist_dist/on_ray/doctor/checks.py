@@ -16,6 +16,8 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 MIB, GIB = 2**20, 2**30
 CORE = ("ray", "tensorflow", "keras")
 """Packages of which another version breaks a job; another version of the others may be harmless."""
+IN_PLACE_OF = {"onnxruntime": "onnxruntime-gpu"}
+"""Packages that hold the same modules under another name."""
 MIN_MEMORY_BYTES, GOOD_MEMORY_BYTES = GIB, 2 * GIB  # TensorFlow takes half a GiB before any model is loaded.
 MIN_DISK_BYTES, GOOD_DISK_BYTES = 2 * GIB, 10 * GIB
 FULL_DISK, NEARLY_FULL_DISK = 0.95, 0.9  # Ray creates no objects on a disk that is more than 95 % full.
@@ -108,7 +110,7 @@ def silent(problem: str) -> Check:
 def versions(facts: Facts, expected: Expected) -> Check:
     """Compares the packages with constraints.txt and with the driver."""
     local, pinned, driver = facts.versions, expected.pins.versions, expected.driver.versions
-    wrong = [name for name in expected.pins.needed if name not in local]
+    wrong = [name for name in expected.pins.needed if not {name, IN_PLACE_OF.get(name, name)} & local.keys()]
     wrong += [name for name in CORE if name in local and local[name] != driver.get(name, local[name])]
     wrong += [name for name in CORE if name in local and _minor(local[name]) != _minor(pinned.get(name, local[name]))]
     drift = [name for name, version in pinned.items() if local.get(name, version) != version]

@@ -30,7 +30,7 @@ from mnist_dist.models.backbones import backbone_size_px, check_model, published
 from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.cluster import check_storage, connected
 from mnist_dist.on_ray.doctor import checks
-from mnist_dist.on_ray.doctor.checks import Check, Expected, Pins, Status, named
+from mnist_dist.on_ray.doctor.checks import IN_PLACE_OF, Check, Expected, Pins, Status, named
 from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
@@ -95,12 +95,14 @@ def _question(job: DoctorJob, pins: Pins) -> Question:
     row, size_px = check_model(model), backbone_size_px(model)
     is_published = job.weights == "imagenet"
     places = {}
+    if row.imported is not None:
+        places["backbone"] = join(absolute(job.backbone), BUNDLE_FILE)
     if job.weights != "none" and not is_published:
         places["weights"] = absolute(job.weights)
     if job.bundle is not None:
         places["bundle"] = join(absolute(job.bundle), BUNDLE_FILE)
     return Question(
-        packages=tuple(dict.fromkeys((*pins.versions, *pins.needed))),
+        packages=tuple(dict.fromkeys((*pins.versions, *pins.needed, *IN_PLACE_OF.values()))),
         storage=absolute(job.storage),
         places=places,
         weights_url=published_weights_url(row, alpha=model.alpha, image_size_px=size_px) if is_published else None,

@@ -19,7 +19,7 @@ from mnist_dist.data.markers import Attempt
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.decoder import Decoded
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
@@ -54,6 +54,8 @@ class ScoreTask:
     batch_size: int
     cpus: int
     """Cores per actor."""
+    gpu: bool = False
+    """The actor has a GPU."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class ScoringWorker:
             raise WorkersFailed(f"the bundle was replaced while the job ran. Received: {task.bundle!r}")
         self._class_names = bundle.info.class_names
         engine = open_engine(
-            task.engine, bundle, batch_size=task.batch_size, embeddings=task.table.embeddings, cpus=task.cpus
+            task.engine,
+            bundle,
+            batch_size=task.batch_size,
+            embeddings=task.table.embeddings,
+            cpus=task.cpus,
+            gpu=task.gpu,
         )
         if is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind
@@ -130,6 +137,7 @@ class ScoringWorker:
             scored_at=datetime.now(UTC),
             carried=rows.select(carried.names),
             other_files=rows[OTHER_FILE],
+            thresholds=self._task.table.thresholds,
         )
         with self._task.generation.store.new_object(self._task.generation.shard_uri(shard)) as file:
             pq.write_table(table, file, compression="zstd")

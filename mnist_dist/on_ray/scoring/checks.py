@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from mnist_dist.config import ScoreJob
 from mnist_dist.errors import ConfigError, ResourceError
-from mnist_dist.models.bundle import MODEL_FILE, Bundle
+from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.cluster import check_storage
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.predictions import fits, table_schema
@@ -60,7 +60,7 @@ def check_room(job: ScoreJob, bundle: Bundle, *, rows: int, output: str, actors:
     Raises:
         ResourceError: there is less than the job needs, by a rather low estimate.
     """
-    weights = (bundle.path / MODEL_FILE).stat().st_size
+    weights = bundle.model_path.stat().st_size
     needed = actors * (PROCESS_BYTES + MODEL_COPIES * weights)
     free = psutil.virtual_memory().available
     if free < needed:

@@ -28,7 +28,7 @@ def job_engine(
     session: Session,
 ) -> EngineChoice:
     """The engine that runs the model; see `prepare_engine`. With several nodes, a node with room for an actor converts
-    and checks the model, because the node of the driver may have another or a slower CPU.
+    and checks the model, because the node of the driver may have another or a slower CPU, or another ONNX Runtime.
 
     Args:
         job: the scoring job.
@@ -48,9 +48,10 @@ def job_engine(
         cpus=max(1, int(actors.cpus)),
         worth_it=images >= WORTH_CONVERTING,
     )
-    if have.nodes == 1 or actors.gpus:
+    if have.nodes == 1 or (actors.gpus and not bundle.is_onnx):
         return prepare_engine(bundle, request, session=session)
-    task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_prepare).remote(absolute(job.bundle), request)
+    prepare = ray.remote(num_cpus=actors.cpus, num_gpus=actors.gpus, max_retries=0)(_prepare)
+    task = prepare.remote(absolute(job.bundle), request)
     ((choice, lines),) = wait_for([task], session, title="engines", expected_s=USUAL_S)
     for line in lines:
         session.console.line(line)

@@ -15,7 +15,7 @@ from mnist_dist.config import ScoreJob
 from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
-from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
@@ -26,6 +26,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.places import check_outside
@@ -61,6 +62,8 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_job_storage(job, nodes=1)
     check_outside(job.output, job.inputs.input, name="output")
     bundle, output = load_bundle(job.bundle), Output(absolute(job.output))
+    check_has_classes(bundle.info)
+    job = with_thresholds(job, bundle.info)
     with (
         scratch_storage(parent_of(output.uri), is_shared=job.run.storage_is_shared, name="plan") as root,
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,

@@ -24,12 +24,11 @@ import mnist_dist
 from mnist_dist.config import EngineConfig, ScoreJob, differences, require
 from mnist_dist.console import Console
 from mnist_dist.data.decoding import Times
-from mnist_dist.engines.choice import EngineChoice
+from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
-from mnist_dist.engines.formats import FORMATS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
-from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.models.bundle import Bundle, load_bundle
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
@@ -60,6 +59,7 @@ from mnist_dist.scoring.planning import Means
 from mnist_dist.scoring.predictions import NOT_BAD, Mark, count_bad, prediction_schema
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
+from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
 KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
+SHOWN_DIFFERENCES = 20  # of the settings; the thresholds of classes may be many
 SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
 
 
@@ -99,6 +100,8 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     check_job_storage(job, nodes=1)
     check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
+    check_has_classes(bundle.info)
+    job = with_thresholds(job, bundle.info)
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
@@ -240,7 +243,8 @@ class Scoring:
         """Raises ResumeConflict unless this job would make the same rows as `origin`."""
         lines = self._differences(origin, but=but)
         if lines:
-            shown = "\n  ".join(lines)
+            more = [f"and {len(lines) - SHOWN_DIFFERENCES:,} more"] if len(lines) > SHOWN_DIFFERENCES else []
+            shown = "\n  ".join([*lines[:SHOWN_DIFFERENCES], *more])
             raise ResumeConflict(
                 f"{self.output.uri} was made by a job with other settings (use another --output, --mode incremental "
                 f"for other input, or --mode fresh to score everything again):\n  {shown}"
@@ -392,14 +396,16 @@ class Scoring:
         if before is None or self.job.mode == "fresh":
             return self.job.engine
         existing = _engine_of(self._summary(before))
-        if existing.engine == "keras" and self.job.engine.engine == "auto":
-            self.session.console.line("the table keeps its engine, keras; --mode fresh chooses the engine again")
+        if existing.engine == self._own_engine.engine and self.job.engine.engine == "auto":
+            self.session.console.line(
+                f"the table keeps its engine, {existing.engine}; --mode fresh chooses the engine again"
+            )
         return existing
 
     def choose_engine(self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int) -> EngineChoice:
         """Chooses the engine, and converts the model if that saves time for so many images."""
         check_job_storage(self.job, nodes=have.nodes)
-        if actors.gpus and asked.engine != self.job.engine.engine and asked.engine != "keras":
+        if actors.gpus and asked.engine not in (self.job.engine.engine, self._own_engine.engine):
             raise ResumeConflict(
                 f"the existing rows were made by {asked.engine}, which runs on CPUs: --gpus-per-actor 0 keeps it, "
                 f"--mode fresh makes a new table. Received: {self.output.uri!r}"
@@ -414,6 +420,10 @@ class Scoring:
             fallback=join(self.output.uri, ENGINES_FOLDER),
             session=self.session,
         )
+
+    @property
+    def _own_engine(self) -> EngineChoice:
+        return own_engine(self.bundle)
 
     @property
     def _began_at(self) -> str:
@@ -485,6 +495,7 @@ class Scoring:
             store=store_for(self.job.store),
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
+            gpu=actors.gpus > 0,
         )
 
     def _score(self, generation: Generation, engine: EngineChoice, actors: Actors, resources: Resources) -> None:
@@ -556,7 +567,7 @@ class Scoring:
             )
 
     def _description(self, plan: Plan) -> Description:
-        packages = ("keras",) if plan.engine == "keras" else FORMATS[plan.engine].packages
+        made_by = replace(self._own_engine, engine=plan.engine, precision=plan.precision)
         return Description(
             bundle=absolute(self.job.bundle),
             class_names=self.bundle.info.class_names,
@@ -565,8 +576,10 @@ class Scoring:
             versions={
                 "python": platform.python_version(),
                 "mnist_dist": mnist_dist.__version__,
-                **versions_of(("pyarrow", *packages)),
+                **versions_of(("pyarrow", *packages_of(made_by))),
             },
+            multi_label=self.job.table.is_multi_label,
+            thresholds=self.job.table.thresholds,
         )
 
     def _check(self, generation: Generation) -> None:

@@ -26,7 +26,8 @@ from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
 from mnist_dist.inventory import RunFacts
-from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
+from mnist_dist.models.backbones import is_imported
+from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, load_bundle
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -272,7 +273,8 @@ class _Search:
                 job = with_absolute_weights(backbone_job(each, self.job))
                 plans[each.name] = plan_job_features(job, decoded[each.name], splits, have=resources)
         for name, plan in plans.items():
-            compute_missing(plan, self.session, actors=feature_actors(resources), title=f"features of {name}")
+            actors = feature_actors(resources, backbone=plan.model.backbone)
+            compute_missing(plan, self.session, actors=actors, title=f"features of {name}")
         return plans
 
     # --- trials ---
@@ -616,12 +618,28 @@ def measure_speeds(
     use_cpus(None)
     speeds = {}
     for name, model in models.items():
+        if is_imported(model.backbone):
+            speeds[name] = _speed_of_bundle(model.backbone)
+            continue
         classifier = build_classifier(
             replace(model, weights="none"), spec=specs[name], num_classes=num_classes, load_weights=False
         )
         rate = images_per_s(classifier.model, batch_size=SPEED_BATCH_SIZE, seconds=SPEED_S)
         speeds[name] = Speed(ms_per_image=1000 / rate, backbone_parameters=classifier.backbone.count_params())
     return speeds
+
+
+def _speed_of_bundle(uri: str) -> Speed:
+    """The speed of an imported backbone in ONNX Runtime, to which its head adds nothing that could be measured."""
+    from mnist_dist.engines.engine import calls_per_s
+    from mnist_dist.models.onnx_file import FEATURES, open_session, run_session
+    from mnist_dist.models.onnx_head import count_weights
+
+    bundle = load_bundle(uri)
+    session, size = open_session(bundle.model_path), bundle.fixed_batch or SPEED_BATCH_SIZE
+    pixels = np.zeros((size, *bundle.info.spec.shape), np.uint8)
+    rate = size * calls_per_s(lambda: run_session(session, pixels, [FEATURES]), seconds=SPEED_S)
+    return Speed(ms_per_image=1000 / rate, backbone_parameters=count_weights(bundle.model_path))
 
 
 def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:

@@ -18,9 +18,9 @@ from mnist_dist.evaluation.metrics import Example as Scored
 from mnist_dist.evaluation.pages import TrainingFacts, training_page
 from mnist_dist.evaluation.report import Example, write_page
 from mnist_dist.evaluation.tables import Classes
-from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, write_bundle
-from mnist_dist.models.classifier import Classifier
+from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
+from mnist_dist.on_ray.training.finished import FinishedModel
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
 from mnist_dist.store.anywhere import ANYWHERE
@@ -34,8 +34,8 @@ SHOWN, SAMPLES = 24, 24
 class Finished:
     """The outcome of a finished run."""
 
-    classifier: Classifier
-    """The float32 classifier with the best weights."""
+    model: FinishedModel
+    """With the best weights."""
     history: Sequence[Epoch]
     validation: Mapping[str, float]
     tested: Predicted
@@ -57,9 +57,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
     job, bundle = task.job, join(task.run, "bundle")
     if ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
         return  # a finished bundle is never overwritten
-    info = write_bundle(
+    info = finished.model.write(
         folder,
-        finished.classifier.model,
         BundleInfo(
             class_names=records.class_names,
             spec=records.spec,
@@ -84,8 +83,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         predictions=_predictions(finished.tested, records),
         mistakes=_with_pixels(metrics.mistakes, records),
         hits=_with_pixels(metrics.doubtful_hits, records),
-        architecture=_architecture(finished.classifier),
-        parameters=finished.classifier.model.count_params(),
+        architecture=finished.model.architecture,
+        parameters=finished.model.parameters,
         workers=finished.workers,
         precision=finished.precision,
         images_per_s=finished.images_per_s,
@@ -176,10 +175,3 @@ def _with_pixels(shown: Sequence[Scored], records: Records) -> list[Example]:
         )
         for example, row in zip(shown, rows, strict=True)
     ]
-
-
-def _architecture(classifier: Classifier) -> str:
-    lines: list[str] = []
-    for model in (classifier.model, classifier.backbone):
-        model.summary(print_fn=lines.append, line_length=100)
-    return "\n".join(lines)

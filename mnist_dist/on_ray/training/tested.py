@@ -6,11 +6,11 @@ import functools
 import io
 from dataclasses import dataclass
 
-import keras
 import numpy as np
 import numpy.typing as npt
 from ray.train.collective import barrier
 
+from mnist_dist.on_ray.training.finished import FinishedModel
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 from mnist_dist.training.loop import Trainer
@@ -45,20 +45,20 @@ class Predicted:
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
-def predict_test(trainer: Trainer, network: keras.Model, *, scratch: str) -> Predicted:
+def predict_test(trainer: Trainer, model: FinishedModel, *, scratch: str) -> Predicted:
     """Predicts the test images, which the workers share. Every worker must call this.
 
     Args:
         trainer: this worker's trainer.
-        network: the finished network.
+        model: the finished classifier.
         scratch: URI of a folder that all workers can reach; used only with several workers.
 
     Returns:
         All predictions on rank 0; on other workers only their own share.
     """
     images, world = trainer.task.images, trainer.world
-    share = trainer.predict(images.test, network)
     rows = images.test[: trainer.test_count]
+    share = model.logits(rows)
     if world.workers == 1:
         return Predicted(rows=rows, labels=images.labels[rows], logits=share)
     if world.rank > 0:

@@ -10,20 +10,22 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from mnist_dist.config import TrainJob, require
+from mnist_dist.config import DataConfig, TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
-from mnist_dist.models.backbones import check_model, check_trainable
-from mnist_dist.models.bundle import REPORT_FILE
+from mnist_dist.models.backbones import check_model, check_trainable, is_imported
+from mnist_dist.models.bundle import REPORT_FILE, BundleInfo, load_bundle
 from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
+    DecodedData,
     Listed,
     check_places,
     decode,
@@ -106,6 +108,8 @@ def check_job(job: TrainJob) -> None:
     backbone = check_model(job.model)
     for phase in job.phases.phases():
         check_trainable(backbone, phase.trainable)
+    if backbone.imported is not None:
+        _check_for_imported(job, backbone.imported)
     weights = job.model.weights
     require(
         weights in NAMED_WEIGHTS or ANYWHERE.exists(weights),
@@ -117,6 +121,48 @@ def check_job(job: TrainJob) -> None:
         "tensorboard needs local storage",
         storage=job.run.storage,
     )
+
+
+def _check_for_imported(job: TrainJob, backbone: BundleInfo) -> None:
+    """Checks a job whose backbone is an imported bundle, which sees each image once, fitted as the bundle says."""
+    spec, fit = backbone.spec, job.fit
+    require(
+        fit.augmentation == "none",
+        "augmentation needs a backbone that Keras can run; an imported one computes the features of each image once",
+        augmentation=fit.augmentation,
+    )
+    require(
+        job.run.feature_cache,
+        "an imported backbone needs the feature cache: leave out --no-feature-cache",
+        feature_cache=False,
+    )
+    require(
+        fit.precision != "bfloat16",
+        "an imported backbone computes in float32: leave out --precision",
+        precision="bfloat16",
+    )
+    require(
+        job.data.resize in (DataConfig.resize, spec.resize),
+        f"images are fitted as the bundle of the backbone says ({spec.resize}): leave out --resize",
+        resize=job.data.resize,
+    )
+    require(
+        job.data.channels in ("auto", str(spec.channels)),
+        f"this imported backbone takes images of {spec.channels} channel(s)",
+        channels=job.data.channels,
+    )
+    _ = load_bundle(job.model.backbone).num_features  # Raises for a bundle that gives none.
+
+
+def needs_features(job: TrainJob) -> bool:
+    """Whether the features of a frozen backbone are computed before the training; of an imported one, always."""
+    return job.uses_features or is_imported(job.model.backbone)
+
+
+def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: int) -> Splits:
+    """The splits with at most so many images each, for a dry run that needs their features."""
+    splits = split(decoded, data, console=console)
+    return replace(splits, train=splits.train[:images], val=splits.val[:images], test=splits.test[:images])
 
 
 def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -135,7 +181,16 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         )
         run = Run(join(scratch, "dry-run"))
         with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
-            training = Training(job, session, recipe=recipe, run=run, began_at=began_at, steps_limit=1)
+            few = partial(_few, images=job.fit.batch_size)
+            training = Training(
+                job,
+                session,
+                recipe=recipe,
+                run=run,
+                began_at=began_at,
+                steps_limit=1,
+                split=few if needs_features(job) else split,
+            )
             store = store_for(job.store)
             listed = list_data(job.data, job.model, root=scratch, console=console, store=store)
             result = training.run_to_end(listed)
@@ -211,10 +266,12 @@ class Training:
             )
             self._announce(resources, mine, spec=plan.spec, is_new=is_new)
             features = None
-            if self.job.uses_features:
+            if needs_features(self.job):
                 job = with_absolute_weights(self.job)
                 features = plan_job_features(job, decoded, splits, have=resources)
-                self.features_images_per_s = compute_missing(features, self.session, actors=feature_actors(resources))
+                self.features_images_per_s = compute_missing(
+                    features, self.session, actors=feature_actors(resources, backbone=job.model.backbone)
+                )
             self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
@@ -302,7 +359,10 @@ class Training:
 
 
 def with_absolute_weights(job: TrainJob) -> TrainJob:
-    """The job for workers, whose working directories differ. The run itself records the weights as typed."""
-    if job.model.weights in NAMED_WEIGHTS:
-        return job
-    return replace(job, model=replace(job.model, weights=absolute(job.model.weights)))
+    """The job for workers, whose working directories differ. The run itself records weights and backbone as typed."""
+    weights, backbone = job.model.weights, job.model.backbone
+    if weights not in NAMED_WEIGHTS:
+        weights = absolute(weights)
+    if is_imported(backbone):
+        backbone = absolute(backbone)
+    return replace(job, model=replace(job.model, weights=weights, backbone=backbone))

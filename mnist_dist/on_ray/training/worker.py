@@ -19,12 +19,15 @@ from ray.train.collective import broadcast_from_rank_zero
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.engines.engine import hide_gpus, use_cpus
 from mnist_dist.errors import ConfigError, TrainingDiverged
-from mnist_dist.models.classifier import build_classifier, fetch_published_weights
+from mnist_dist.models.backbones import is_imported
+from mnist_dist.models.bundle import ONNX_FILE
+from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
 from mnist_dist.on_ray.training.bundling import Finished, make_bundle
+from mnist_dist.on_ray.training.finished import FinishedModel, JoinedModel, KerasModel
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.training.tested import predict_test
 from mnist_dist.store.anywhere import ANYWHERE
@@ -142,15 +145,17 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
         validation=task.splits.val,
         test=task.splits.test,
     )
-    features = None
+    features, head_alone = None, is_imported(job.model.backbone)
     if task.features is not None:
         features = replace(images, pixels=open_features(task.features, local_dir=node_folder()))
+        images = features if head_alone else images
     return TrainTask(
         job=job,
         spec=records.spec,
         class_names=records.class_names,
         images=images,
         features=features,
+        head_alone=head_alone,
         precision=broadcast_from_rank_zero(precision),
         steps_limit=task.steps_limit,
         files=_log_files(task) if is_first else None,
@@ -178,19 +183,18 @@ def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
 
 def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records, scratch: Path) -> dict[str, Any]:
     """Evaluates the float32 model with the best weights, as the bundle stores it; rank 0 writes the bundle."""
-    job, state = task.job, outcome.state
-    with trainer.strategy.scope():
-        final = build_classifier(job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False)
-    final.network.set_weights(outcome.best)
+    state = outcome.state
+    final = _classifier(task, trainer, outcome, records)
     validation = trainer.evaluate(task.splits.val, final.network)
     speed = state.timed_images / state.timed_s if state.timed_s else None
     test: dict[str, float] = {}
     if not task.validated_only:
-        tested = predict_test(trainer, final.network, scratch=join(task.run, attempt_name(task.fence.number), "test"))
+        model = _model(task, trainer, final, records, scratch)
+        tested = predict_test(trainer, model, scratch=join(task.run, attempt_name(task.fence.number), "test"))
         test = {f"test_{name}": value for name, value in tested.metrics.items()}
         if trainer.world.rank == 0 and task.steps_limit is None:
             finished = Finished(
-                classifier=final,
+                model=model,
                 history=state.history,
                 validation=validation,
                 tested=tested,
@@ -211,3 +215,30 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
         "precision": trainer.task.precision,
         "earlier_s": trainer.earlier_s,
     }
+
+
+def _classifier(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Records) -> Classifier:
+    """The float32 classifier with the best weights; of an imported backbone, its head."""
+    if trainer.task.head_alone:
+        final = trainer.built.classifier
+    else:
+        with trainer.strategy.scope():
+            final = build_classifier(
+                task.job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False
+            )
+    final.network.set_weights(outcome.best)
+    return final
+
+
+def _model(task: WorkerTask, trainer: Trainer, final: Classifier, records: Records, scratch: Path) -> FinishedModel:
+    """What is tested and written."""
+    if not trainer.task.head_alone:
+        return KerasModel(trainer, final)
+    return JoinedModel(
+        task.job.model.backbone,
+        trainer=trainer,
+        head=final.head,
+        records=records,
+        file=scratch / ONNX_FILE,
+        cpus=max(1, int(task.cpus)),
+    )

@@ -1,0 +1,209 @@
+"""Finds the labels of the images in a multi-label table, where an image may have several, one or none.
+
+Owns: the forms in which several labels of an image are written: a column of lists, a text with a separator, or a row
+for each label. Does not own: the sources and their order (`truth`), or which class a label means (`tables.Classes`).
+
+The labels of an image are a list of text. An empty list is an image that has none of the classes; null is an image of
+which nothing is known. In text, an empty value is an empty list, since CSV has no null.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.evaluation.tables import ScoredTable
+from mnist_dist.evaluation.truth import Truth, find_truth, is_label, is_label_file, label_lines
+from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
+from mnist_dist.sources.columns import plain
+from mnist_dist.sources.parquet import PARQUET_SUFFIX
+from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.base import Store
+
+# n = rows of a batch
+
+_URI = "uri"
+
+
+def find_label_sets(
+    table: ScoredTable,
+    *,
+    labels: str | None,
+    label_column: str,
+    separator: str | None = None,
+    scored: Sequence[str] = (),
+    store: Store = ANYWHERE,
+) -> Truth:
+    """Chooses the first available source of labels, as `find_truth` does; its labels are `list<string> [n]`.
+
+    Args:
+        table: the scored table, which is multi-label.
+        labels, label_column, scored, store: see `find_truth`.
+        separator: what stands between the labels of an image, if they are one text.
+
+    Raises:
+        ConfigError, DataError, PermissionError, ServiceError, StorageError: see `find_truth`.
+    """
+    if labels is not None and is_label_file(labels):
+        return label_sets_file(labels, separator)
+    if labels is None and label_column in table.schema.names:
+        return CarriedSets(table.schema, label_column, separator)
+    if separator is not None:
+        raise ConfigError(
+            f"label_separator needs a label file, or a column of labels in the table. Received: "
+            f"label_separator={separator!r}, labels={labels!r}"
+        )
+    return SetsOfOne(find_truth(table, labels=labels, label_column=label_column, scored=scored, store=store))
+
+
+class SetsOfOne:
+    """Takes the one label of each image from another source."""
+
+    def __init__(self, truth: Truth) -> None:
+        self._truth = truth
+        self.source, self.guessed, self.columns = truth.source, truth.guessed, truth.columns
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`; `list<string> [n]`."""
+        return label_sets(self._truth.labels(batch), None, place=self.source)
+
+
+class CarriedSets:
+    """Takes the labels from a column of the table.
+
+    Raises:
+        ConfigError: a separator was given, and the column holds no text.
+        DataError: it holds neither class names nor class numbers.
+    """
+
+    guessed = False
+
+    def __init__(self, schema: pa.Schema, name: str, separator: str | None) -> None:
+        self.source = f"the column {name!r} of the table"
+        self.columns: tuple[str, ...] = (name,)
+        self._separator = separator
+        label_sets(pa.array([], schema.field(name).type), separator, place=self.source)
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`; `list<string> [n]`."""
+        return label_sets(batch[self.columns[0]], self._separator, place=self.source)
+
+
+class KnownSets:
+    """Labels by URI; those of several rows of a URI are joined.
+
+    Uses 20 bytes of memory per row, twice that while they are sorted, and each distinct set once.
+
+    Args:
+        source: name of the source, for display.
+        lines: URIs, `string [n]`, and labels, `list<string> [n]`.
+    """
+
+    guessed = False
+    columns: tuple[str, ...] = (_URI,)
+
+    def __init__(self, source: str, lines: Iterable[tuple[pa.Array, pa.Array]]) -> None:
+        self.source = source
+        hashes: list[Hashes] = []
+        codes: list[npt.NDArray[np.int64]] = []
+        codes_by_set: dict[frozenset[str], int] = {}
+        for uris, labels in lines:
+            hashes.append(uri_hashes(uris))
+            codes.append(_codes_of(labels, codes_by_set))
+        self._index = UriIndex(hashes)
+        self._codes: npt.NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *codes])
+        self._join_rows(codes_by_set)
+        self._sets = pa.array([sorted(labels) for labels in codes_by_set], pa.list_(pa.string()))
+
+    def labels(self, batch: pa.RecordBatch) -> pa.Array:
+        """See `Truth`; `list<string> [n]`."""
+        places = self._index.places(uri_hashes(batch[_URI]))
+        codes = np.where(places >= 0, self._codes[places], -1) if len(self._codes) else places
+        return self._sets.take(pa.array(codes, mask=codes < 0))
+
+    def _join_rows(self, codes_by_set: dict[frozenset[str], int]) -> None:
+        """Gives the first row of each URI the labels of all its rows."""
+        hashes, order, sets = self._index.hashes, self._index.order, list(codes_by_set)
+        last = np.flatnonzero(np.append(hashes[1:] != hashes[:-1], True))[: len(hashes)]
+        for before, stop in pairwise([-1, *last.tolist()]):
+            codes = self._codes[order[before + 1 : stop + 1]]
+            known = codes[codes >= 0]
+            if len(codes) > 1 and len(known):
+                joined = frozenset[str]().union(*(sets[code] for code in known))
+                self._codes[order[before + 1]] = codes_by_set.setdefault(joined, len(codes_by_set))
+
+
+def label_sets_file(uri: str, separator: str | None) -> KnownSets:
+    """Takes the labels from a file.
+
+    Args:
+        uri: Parquet, CSV or TSV with the columns `uri` and `label`. Relative paths start at the working directory.
+        separator: what stands between the labels of an image, if they are one text.
+
+    Raises:
+        ConfigError: a separator was given, and the column of a Parquet file holds no text.
+        DataError: there is no such file, or it is not such a file.
+        PermissionError, ServiceError, StorageError: see `store.base`.
+    """
+    is_text = not uri.lower().endswith(PARQUET_SUFFIX)
+    place = f"{uri}: the column label"
+    lines = (
+        (uris, label_sets(labels.fill_null("") if is_text else labels, separator, place=place))
+        for uris, labels in label_lines(uri)
+    )
+    try:
+        return KnownSets(uri, lines)
+    except FileNotFoundError as err:
+        raise DataError(f"there is no such file. Received: labels={uri!r}") from err
+
+
+def label_sets(values: pa.Array, separator: str | None, *, place: str) -> pa.Array:
+    """The labels of n images, `list<string> [n]`.
+
+    Args:
+        values: class names (string) or numbers (integer), or lists of either; with a separator, text.
+        separator: what stands between the labels in a text; None: each text is one label.
+        place: the column, for messages.
+
+    Raises:
+        ConfigError: a separator was given, and the values are no text.
+        DataError: the values are something else.
+    """
+    values = plain(values)
+    is_list = any(test(values.type) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+    items = plain(values.flatten()) if is_list else values
+    if not is_label(items.type):
+        raise DataError(f"{place} holds class names (string) or numbers (integer), or lists. Received: {values.type}")
+    if separator is not None and (is_list or pa.types.is_integer(items.type)):
+        raise ConfigError(f"{place} has no text that label_separator splits. Received: {values.type}")
+    if is_list:
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+        return _lists(items.cast(pa.string()), lengths, values.is_null())
+    texts = items.cast(pa.string())
+    if separator is None:
+        return _lists(texts, np.ones(len(texts), np.int64), values.is_null())
+    parts = pc.split_pattern(texts.fill_null(""), pattern=separator)
+    lengths = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
+    return _lists(parts.flatten(), lengths, values.is_null())
+
+
+def _lists(items: pa.Array, lengths: npt.NDArray[np.int64], missing: pa.Array) -> pa.Array:
+    """Cuts the items into lists, without the blanks around them and without those that are empty or null."""
+    items = pc.utf8_trim_whitespace(items).fill_null("")
+    kept = pc.not_equal(items, "").to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items.filter(pa.array(kept)), mask=missing)
+
+
+def _codes_of(labels: pa.Array, codes_by_set: dict[frozenset[str], int]) -> npt.NDArray[np.int64]:
+    """The code of each set, -1 for null; new sets are added to `codes_by_set`."""
+    codes = (
+        -1 if names is None else codes_by_set.setdefault(frozenset(names), len(codes_by_set))
+        for names in labels.to_pylist()
+    )
+    return np.fromiter(codes, np.int64, len(labels))

@@ -1,0 +1,43 @@
+"""Images for references: as a framework's own pipeline wants them, or as the bundle fits them.
+
+Owns: opening an image with Pillow, and whether a bundle is built as its source states; if a flag has changed that, a
+framework's own pipeline says nothing about the bundle. Does not own: any pipeline.
+"""
+
+# H = height px, W = width px, C = channels
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from mnist_dist.images.decoder import decode_image
+from mnist_dist.importing.foreign import Asked, Facts
+from mnist_dist.importing.onnx_models import normalized
+
+_FITTING = ("height_px", "width_px", "channels", "resize", "resampling", "interpolation", "crop_rounding", "pad_value")
+
+
+def is_as_stated(asked: Asked, facts: Facts) -> bool:
+    """Whether images are fitted and normalised as the facts say: no flag has changed it."""
+    stated = {name: getattr(facts, name) for name in _FITTING}
+    is_fitted = all(value is None or value == getattr(asked.spec, name) for name, value in stated.items())
+    is_cropped_alike = facts.resize is None or facts.resize_px == asked.spec.resize_px
+    is_normalized = (facts.scale, facts.offset, bool(facts.bgr)) == (asked.scale, asked.offset, asked.bgr)
+    return is_fitted and is_cropped_alike and is_normalized
+
+
+def opened(data: bytes, *, channels: int) -> Image.Image:
+    """An encoded image in Pillow, RGB or grey; upright and over white, as every image is here."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def fitted(data: bytes, asked: Asked) -> npt.NDArray[np.float32]:
+    """An encoded image as the bundle fits it and NumPy normalises it, `float32 [C, H, W]`."""
+    pixels = normalized(decode_image(data, asked.spec).pixels, asked)
+    return np.asarray(pixels, np.float32).transpose(2, 0, 1)

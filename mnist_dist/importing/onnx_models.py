@@ -1,0 +1,161 @@
+"""ONNX files as a source: what a graph says about itself, and the graph itself as the reference.
+
+Owns: the facts of a graph. Does not own: reading and building graphs (`onnx_graph`).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnist_dist.engines.steps import Report
+from mnist_dist.errors import ConfigError
+from mnist_dist.images.decoder import decode_image
+from mnist_dist.import_config import ImportJob
+from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
+from mnist_dist.importing.onnx_graph import (
+    INPUT_NUMPY,
+    GraphInput,
+    check_tensor,
+    features_of,
+    final_activation,
+    graph_input,
+    num_outputs,
+    read_graph,
+)
+
+
+def open_onnx(job: ImportJob, scratch: Path, report: Report) -> Foreign:
+    """An ONNX file, at the local path that the job names.
+
+    Raises:
+        ConfigError: it cannot be imported; see `read_graph` and `graph_input`.
+    """
+    file = Path(job.source)
+    return Foreign(
+        kind="onnx",
+        name=file.stem,
+        file=file,
+        facts=graph_facts(file, job),
+        reference=partial(run_original, file),
+        reference_name="the file as it is in ONNX Runtime",
+    )
+
+
+def graph_facts(file: Path, job: ImportJob) -> Facts:
+    """What an ONNX graph says about itself.
+
+    Raises:
+        ConfigError: see `read_graph`, `graph_input` and `check_tensor`; or it has several outputs and none is chosen.
+    """
+    model = read_graph(file)
+    source = graph_input(model, file=file)
+    output = None if job.backbone_only else _output(model, job, file)
+    activation = None if output is None else final_activation(model, output)
+    classes = None if output is None else num_outputs(model, output)
+    features = _features(model, job, output)
+    return Facts(
+        height_px=source.height_px,
+        width_px=source.width_px,
+        is_size_fixed=source.height_px is not None and source.width_px is not None,
+        channels=source.channels,
+        scale=(1.0,) if source.is_uint8 else None,
+        offset=(0.0,) if source.is_uint8 else None,
+        activation=None if activation is None else "none",
+        multi_label=None if activation is None else activation == "Sigmoid" and classes != 1,
+        num_outputs=classes,
+        output=output,
+        features=features,
+        why=_why(source, activation),
+    )
+
+
+def run_original(file: Path, images: Sequence[bytes], asked: Asked) -> Values:
+    """The foreign graph in ONNX Runtime, on pixels that NumPy normalises: `float32 [N, K]` after the activation."""
+    import onnxruntime
+
+    source = graph_input(read_graph(file), file=file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [asked.output] if asked.output in {value.name for value in session.get_outputs()} else None
+    if names is None:
+        session = onnxruntime.InferenceSession(_with_output(file, asked.output), providers=["CPUExecutionProvider"])
+        names = [asked.output]
+    rows = []
+    for data in images:
+        pixels = normalized(decode_image(data, asked.spec).pixels, asked)
+        batch = pixels[None] if source.layout == "NHWC" else pixels.transpose(2, 0, 1)[None]
+        batch = np.repeat(batch, source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
+        rows.append(np.asarray(session.run(names, {source.name: batch})[0], np.float64)[0].reshape(-1))
+    return activated(np.stack(rows), asked)
+
+
+def normalized(pixels: Any, asked: Asked) -> Any:
+    """`uint8 [H, W, C]` as the model takes it, `float64 [H, W, C]`."""
+    values = pixels.astype(np.float64)
+    if asked.bgr:
+        values = values[..., ::-1]
+    return values * np.array(asked.scale) + np.array(asked.offset)
+
+
+def activated(values: Any, asked: Asked) -> Values:
+    """What follows the activation, `float32 [N, K]`, of raw outputs."""
+    values = np.asarray(values, np.float64)
+    if asked.activation == "softmax":
+        values = np.exp(values - values.max(axis=1, keepdims=True))
+        values = values / values.sum(axis=1, keepdims=True)
+    elif asked.activation == "sigmoid":
+        values = 0.5 * (1 + np.tanh(values / 2))
+    return np.asarray(values, np.float32)
+
+
+def _output(model: Any, job: ImportJob, file: Path) -> str:
+    if job.output_node is not None:
+        check_tensor(model, job.output_node, flag="--output-node")
+        return job.output_node
+    names = [value.name for value in model.graph.output]
+    if "logits" in names:  # what Hugging Face calls it, beside hidden states
+        return "logits"
+    if len(names) != 1:
+        raise ConfigError(
+            f"the model has several outputs; choose one with --output-node (or --backbone-only --features-node). "
+            f"Received: {', '.join(names)} in {str(file)!r}"
+        )
+    return str(names[0])
+
+
+def _features(model: Any, job: ImportJob, output: str | None) -> str | None:
+    if job.features_node is not None:
+        check_tensor(model, job.features_node, flag="--features-node")
+        return job.features_node
+    if output is not None:
+        return features_of(model, output)
+    names = [value.name for value in model.graph.output]
+    if len(names) != 1:
+        raise ConfigError(
+            f"the model has several outputs; choose the features with --features-node. Received: {', '.join(names)}"
+        )
+    return str(names[0])
+
+
+def _why(source: GraphInput, activation: str | None) -> tuple[str, ...]:
+    sentences = []
+    if source.is_uint8:
+        sentences.append("the input is uint8: pixels are passed as they are")
+    if activation is not None:
+        sentences.append(f"the model ends with {activation}: its outputs are probabilities")
+    if source.batch is not None and source.batch > 0:
+        sentences.append(f"the model takes exactly {source.batch} image(s) per call, which may be slow")
+    return tuple(sentences)
+
+
+def _with_output(file: Path, name: str | None) -> bytes:
+    """The foreign model with an inner tensor as its only output."""
+    import onnx
+
+    model = read_graph(file)
+    del model.graph.output[:]
+    model.graph.output.append(onnx.ValueInfoProto(name=name))
+    data: bytes = model.SerializeToString()
+    return data
