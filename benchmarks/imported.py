@@ -4,8 +4,9 @@ Owns: the models, their weights, the photographs, the comparison and its control
 
 Contract: no network is needed. Weights are random, with a fixed seed: BatchNorm gets its statistics from photographs,
 and the last layer is scaled until the median top probability exceeds 0.5, so that a pixel which is wrong shows in the
-probabilities. Each model is imported by `import_model`, as a person does it, and compared with torch behind the
-library's own transform on Pillow's image. The controls are the original with wrong pixels: they must disagree.
+probabilities. Each model is opened, read and built as by `import`, and compared with torch behind the library's own
+transform on Pillow's image. What torch's float32 differs from its float64 is shown beside it: closer agreement cannot
+be expected. The controls are the original with wrong pixels: they must disagree.
 """
 
 # N = images, C = channels, H = height px, W = width px, K = classes, D = features
@@ -23,14 +24,17 @@ import numpy as np
 from PIL import Image
 
 from mnist_dist import processor
-from mnist_dist.config import require
+from mnist_dist.config import DecodeQuality, require
 from mnist_dist.console import Console
+from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import BundleModel, Compared, compare
-from mnist_dist.importing.import_model import import_model
-from mnist_dist.importing.recipe import Recipe
-from mnist_dist.models.bundle import ONNX_FILE, Bundle, load_bundle
+from mnist_dist.importing.onnx_graph import build_onnx
+from mnist_dist.importing.recipe import Recipe, recipe_of
+from mnist_dist.importing.sources import find_source
+from mnist_dist.models.bundle import ONNX_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +57,18 @@ SMALLER_PX = {"timm:vit_small_patch14_dinov2": 224}
 """Models measured at another size than the published weights'; they are imported as the folders that timm saves."""
 CLASSES = 1000
 CONTROLS = ("BGR", "other filter", "no mean and std")
+COLUMNS = (
+    "model",
+    "source",
+    "input, px",
+    "median top probability, classes",
+    "largest difference of a probability",
+    "torch's float32 to its float64",
+    "logits, norm-relative",
+    "same top class: exact",
+    "fast",
+    *CONTROLS,
+)
 MIN_SIDE_PX, MAX_SIDE_PX = 100, 5000
 _FITTED = 64
 """Photographs that BatchNorm and the last layer are fitted to."""
@@ -76,6 +92,9 @@ class ImportedBenchmark:
     """Number of photographs for the controls."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models."""
+    trained: tuple[str, ...] = ()
+    """Further models, with trained weights, each as `timm:NAME=CHECKPOINT`: random networks change their mind at far
+    smaller differences than trained ones, so these judge fast decoding."""
     seed: int = 0
     """Seed of the weights and of the crops."""
     verbose: bool = False
@@ -84,6 +103,8 @@ class ImportedBenchmark:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.models) - set(MODELS))
         require(not unknown, f"models are {', '.join(MODELS)}", models=unknown)
+        wrong = [entry for entry in self.trained if not (entry.startswith("timm:") and "=" in entry)]
+        require(not wrong, "trained models are timm:NAME=CHECKPOINT", trained=wrong)
         require(self.count >= 1, "count must be at least 1", count=self.count)
         require(self.controls >= 1, "controls must be at least 1", controls=self.controls)
 
@@ -117,7 +138,13 @@ def measure(benchmark: ImportedBenchmark, *, console: Console) -> dict[str, Any]
         console.line(f"{len(photographs)} photographs of {len(sizes)} sizes")
         results = {}
         for name in benchmark.models:
-            results[name] = _measured(name, photographs, benchmark, Path(folder), console)
+            original = _original(MODELS[name], photographs, benchmark.seed)
+            results[name] = _measured(original, photographs, benchmark, Path(folder))
+            console.line(_row(name, results[name]))
+        for entry in benchmark.trained:
+            source, _, checkpoint = entry.partition("=")
+            name = f"{source.partition(':')[2]}, trained"
+            results[name] = _measured(_trained(source, checkpoint), photographs, benchmark, Path(folder))
             console.line(_row(name, results[name]))
     return {
         "models": results,
@@ -131,21 +158,27 @@ def measure(benchmark: ImportedBenchmark, *, console: Console) -> dict[str, Any]
 
 def table(result: Mapping[str, Any]) -> str:
     """The figures as a Markdown table."""
-    head = (
-        "| model | source | input, resize | median top probability, classes predicted | largest difference of a "
-        f"probability | logits, norm-relative | same top class, exact | fast | {' | '.join(CONTROLS)} |\n"
-        f"|{'---|' * (8 + len(CONTROLS))}"
-    )
-    return "\n".join([head, *(_row(name, figures) for name, figures in result["models"].items())])
+    rows = [_row(name, figures) for name, figures in result["models"].items()]
+    return "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *rows])
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> str:
-    controls = [f"{figures['controls'][control]:.1%}" for control in CONTROLS]
-    return (
-        f"| {name} | `{figures['source']}` | {figures['fitting']} | {figures['median_top']:.2f}, {figures['classes']} "
-        f"| {figures['max_abs_difference']:.1e} | {figures['relative_difference']:.1e} | {figures['agreement']:.1%} "
-        f"| {figures['fast_agreement']:.1%} | {' | '.join(controls)} |"
+    differences = [figures[key] for key in ("max_abs_difference", "float32_difference", "relative_difference")]
+    agreements = [figures["agreement"], figures["fast_agreement"], *(figures["controls"][name] for name in CONTROLS)]
+    return _line(
+        [
+            name,
+            f"`{figures['source']}`",
+            figures["fitting"],
+            f"{figures['median_top']:.2f}, {figures['classes']}",
+            *(f"{value:.1e}" for value in differences),
+            *(f"{value:.1%}" for value in agreements),
+        ]
     )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- photographs -----------------------------------------------------------------------------------------------------
@@ -163,16 +196,16 @@ def _photographs(benchmark: ImportedBenchmark) -> list[bytes]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether the libraries, which know neither rotation nor transparency, open it as it is meant."""
+    """Whether it is whole, and the libraries, which know neither rotation nor transparency, open it as it is meant."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
             is_plain = image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
             is_sized = min(image.size) >= MIN_SIDE_PX and max(image.size) <= MAX_SIDE_PX
-            if is_plain and is_sized:
-                image.load()
-            return is_plain and is_sized
-    except (OSError, SyntaxError, ValueError):  # no image, or a damaged one
+        if is_plain and is_sized:
+            decode_image(path.read_bytes(), ImageSpec(height_px=8, width_px=8, channels=3))
+        return is_plain and is_sized
+    except (OSError, SyntaxError, ValueError, ImageError):  # no image, or a damaged one
         return False
 
 
@@ -208,6 +241,14 @@ def _original(source: str, photographs: Sequence[bytes], seed: int) -> Original:
         _open_branches(original.module)
         _calibrate(original.module, batch)
         _sharpen(original.module, _logits(original.module, batch))
+    return original
+
+
+def _trained(source: str, checkpoint: str) -> Original:
+    import timm.models
+
+    original = _of_timm(source, source.partition(":")[2])
+    timm.models.load_checkpoint(original.module, checkpoint)
     return original
 
 
@@ -298,22 +339,35 @@ def _logits(module: "torch.nn.Module", batch: "torch.Tensor") -> "torch.Tensor":
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What an import has built."""
+
+    recipe: Recipe
+    model: BundleModel
+
+
 def _measured(
-    name: str, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path, console: Console
+    original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark, folder: Path
 ) -> dict[str, Any]:
     """The figures of one model; what it wrote is deleted."""
-    original = _original(MODELS[name], photographs, benchmark.seed)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        job = _saved(original, Path(scratch))
-        import_model(job, console=console)
-        return _compared(load_bundle(job.output), original, photographs, benchmark)
+        imported = _imported(_saved(original, Path(scratch)), Path(scratch))
+        return _compared(imported, original, photographs, benchmark)
+
+
+def _imported(job: ImportJob, scratch: Path) -> Imported:
+    foreign = find_source(job.source).open(job, scratch, lambda done, total: None)
+    recipe = recipe_of(job, foreign, classes=None)
+    build_onnx(foreign.file, recipe, scratch / ONNX_FILE)
+    return Imported(recipe=recipe, model=BundleModel(scratch / ONNX_FILE, has_classes=True))
 
 
 def _saved(original: Original, scratch: Path) -> ImportJob:
     """The import of a model: by its name with a checkpoint, or as a folder."""
     import torch
 
-    output = str(scratch / "bundle")
+    output = str(scratch / "bundle")  # never written
     if original.source in SMALLER_PX:
         from timm.models import save_for_hf
 
@@ -326,34 +380,38 @@ def _saved(original: Original, scratch: Path) -> ImportJob:
 
 
 def _compared(
-    bundle: Bundle, original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark
+    imported: Imported, original: Original, photographs: Sequence[bytes], benchmark: ImportedBenchmark
 ) -> dict[str, Any]:
-    """Differences and agreements of a bundle with the original, and of the controls."""
-    spec = bundle.info.spec
+    """Differences and agreements of an import with the original, and of the controls."""
+    recipe, few = imported.recipe, photographs[: benchmark.controls]
     truth = _probabilities(original, photographs, original.transform)
-    exact = _bundle_probabilities(bundle, photographs, quality="exact")
-    fast = _bundle_probabilities(bundle, photographs, quality="fast")
-    found = _differences(exact, truth, bundle)
-    few = photographs[: benchmark.controls]
-    wrong = dict(zip(CONTROLS, _controls(original), strict=True))
+    exact, fast = (_imported_probabilities(imported, photographs, quality=quality) for quality in ("exact", "fast"))
+    found = _differences(exact, truth, recipe)
     controls = {
-        control: _differences(exact[: len(few)], _probabilities(original, few, transform), bundle)
-        for control, transform in wrong.items()
+        control: _differences(exact[: len(few)], _probabilities(original, few, transform), recipe)
+        for control, transform in zip(CONTROLS, _controls(original), strict=True)
     }
-    side = f"{spec.resize}{'' if spec.resize_px is None else f' {spec.resize_px}'}, {spec.interpolation}"
+    noise = _differences(truth[: len(few)], _probabilities(original, few, original.transform, is_double=True), recipe)
     return {
         "source": original.source,
-        "fitting": f"{spec.height_px}, {side}",
+        "fitting": _fitting(recipe),
         "median_top": float(np.median(truth.max(axis=1))),
         "classes": len(set(truth.argmax(axis=1).tolist())),
         "max_abs_difference": found.max_abs_difference,
         "relative_difference": found.relative_difference,
+        "float32_difference": noise.max_abs_difference,
         "agreement": found.agreement,
-        "fast_agreement": _differences(fast, truth, bundle).agreement,
+        "fast_agreement": _differences(fast, truth, recipe).agreement,
         "controls": {control: value.agreement for control, value in controls.items()},
         "control_differences": {control: value.max_abs_difference for control, value in controls.items()},
         "controls_fail": all(not value.is_same for value in controls.values()),
     }
+
+
+def _fitting(recipe: Recipe) -> str:
+    spec = recipe.spec
+    resized = f"{spec.resize}{'' if spec.resize_px is None else f' {spec.resize_px}'}"
+    return f"{spec.height_px}, {resized}, {spec.interpolation}"
 
 
 def _controls(original: Original) -> tuple[Transform, ...]:
@@ -368,38 +426,29 @@ def _controls(original: Original) -> tuple[Transform, ...]:
     return swapped, original.other_filter, bare
 
 
-def _probabilities(original: Original, photographs: Sequence[bytes], transform: Transform) -> Values:
-    """`float32 [N, K]` of torch."""
+def _probabilities(
+    original: Original, photographs: Sequence[bytes], transform: Transform, *, is_double: bool = False
+) -> Values:
+    """`float32 [N, K]` of torch, which may calculate in float64."""
     import torch
 
-    parts = []
+    dtype = torch.float64 if is_double else torch.float32
+    module, parts = original.module.to(dtype), []
     for start in range(0, len(photographs), _BATCH):
         batch = torch.stack([transform(_opened(data)) for data in photographs[start : start + _BATCH]])
-        parts.append(_logits(original.module, batch).double().softmax(dim=1).float().numpy())
+        parts.append(_logits(module, batch.to(dtype)).double().softmax(dim=1).float().numpy())
+    original.module.to(torch.float32)  # loses nothing: the weights were float32
     return np.concatenate(parts)
 
 
-def _bundle_probabilities(bundle: Bundle, photographs: Sequence[bytes], *, quality: Any) -> Values:
-    """`float32 [N, K]` of the bundle, in ONNX Runtime."""
-    spec = replace(bundle.info.spec, quality=quality)
-    model = BundleModel(bundle.path / ONNX_FILE, has_classes=True)
-    parts = []
+def _imported_probabilities(imported: Imported, photographs: Sequence[bytes], *, quality: DecodeQuality) -> Values:
+    """`float32 [N, K]` of the bundle's model, in ONNX Runtime."""
+    spec, parts = replace(imported.recipe.spec, quality=quality), []
     for start in range(0, len(photographs), _BATCH):
         pixels = [decode_image(data, spec).pixels for data in photographs[start : start + _BATCH]]
-        parts.append(model.outputs(np.stack(pixels)))
+        parts.append(imported.model.outputs(np.stack(pixels)))
     return np.concatenate(parts)
 
 
-def _differences(values: Values, truth: Values, bundle: Bundle) -> Compared:
-    info = bundle.info
-    assert info.imported is not None
-    recipe = Recipe(
-        spec=info.spec,
-        scale=info.imported.scale,
-        offset=info.imported.offset,
-        bgr=info.imported.bgr,
-        activation=info.imported.activation,
-        multi_label=False,
-        class_names=info.class_names,
-    )
+def _differences(values: Values, truth: Values, recipe: Recipe) -> Compared:
     return compare(values, truth, [str(number) for number in range(len(truth))], reference="torch", recipe=recipe)

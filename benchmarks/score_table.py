@@ -6,8 +6,10 @@ Contract: figures are medians of the rounds, and a ratio is the median of the ro
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from mnist_dist.engines.choice import OWN_NAMES
 
 Figures = dict[str, float]
 """Images/s: `steady` and (except for parts of a job) `whole`; a summary also has `of_bare`."""
@@ -26,6 +28,8 @@ TITLES: dict[str, str] = {
     "pixels": "our decoding alone, from memory",
     "ours": "ours",
     "ours-bf16": "ours, bfloat16",
+    "ours-fast": "ours, fast decoding",
+    "ours-exact": "ours, exact decoding",
     "ours-tar": "ours, from a tar",
     "ours-s3": "ours, from S3 on loopback",
 }
@@ -43,6 +47,8 @@ _PEERS = ("daft", "tfdata", "predict", "ray")
 COMPARED: dict[str, tuple[str, ...]] = {
     "ours": (*_PEERS, "engine", ENGINE_AND_DECODE, ENGINE_AND_PIXELS),
     "ours-bf16": (*_PEERS, "engine-bf16"),
+    "ours-fast": _PEERS,
+    "ours-exact": (*_PEERS, "ours-fast"),
     "ours-tar": ("ours", ENGINE_AND_PIXELS),
     "ours-s3": ("ours",),
 }
@@ -61,7 +67,10 @@ def summary(rounds: Sequence[Round], peer: str) -> Figures:
 
 def ratio(rounds: Sequence[Round], peer: str, other: str, *, speed: str) -> float | None:
     """Median of the rounds' ratios between two peers' speeds; None if one of them was not measured."""
-    pairs = [(_speed(found, peer, speed), _speed(found, other, speed)) for found in rounds]
+    return _median_ratio((_speed(found, peer, speed), _speed(found, other, speed)) for found in rounds)
+
+
+def _median_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return statistics.median(ratios) if ratios else None
 
@@ -91,26 +100,60 @@ def ratios(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     return rows
 
 
+def beside_trained(rounds: Mapping[str, Sequence[Round]], twins: Mapping[str, str]) -> list[dict[str, Any]]:
+    """How many times as fast as the same networks, trained here, imported models were with the same peer.
+
+    Args:
+        rounds: all rounds of each model.
+        twins: imported model -> the same network trained here.
+
+    Returns:
+        `model`, `trained` (a model), `speed` (`steady` or `whole`) and `of`, the ratio with each peer of both.
+    """
+    rows = []
+    for model, trained in twins.items():
+        pairs = list(zip(rounds.get(model, ()), rounds.get(trained, ()), strict=False))
+        for speed in ("steady", "whole"):
+            of = {
+                peer: _median_ratio((_speed(ours, peer, speed), _speed(theirs, peer, speed)) for ours, theirs in pairs)
+                for peer in TITLES
+            }
+            measured = {peer: value for peer, value in of.items() if value is not None}
+            rows += [{"model": model, "trained": trained, "speed": speed, "of": measured}] if measured else []
+    return rows
+
+
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: two tables per model, then one line for each other figure."""
-    blocks = [block for row in result["rows"] for block in (_model_table(row), _ratios_table(row)) if block]
+    blocks = [
+        block
+        for row in result["rows"]
+        for block in (_model_table(row, cores=result["cores"]), _ratios_table(row))
+        if block
+    ]
     size = f"{result['image_kb']:.0f}" if result["image_kb"] >= 1 else f"{result['image_kb']:.1f}"
     lines = [f"{result['images']:,} {result['format']}s of about {size} KB; float32 where nothing else is said."]
     lines += [_prepared_line(model, prepared) for model, prepared in result["prepared"].items()]
+    lines += [_trained_line(found) for found in result["beside_trained"]]
     lines += [_small_line(result["small"])] if "small" in result else []
     lines += [_memory_line(result["memory"])] if "memory" in result else []
     return "\n\n".join([*blocks, "\n".join([*lines, f"{result['machine']}, {result['date']}"])])
 
 
-def _model_table(row: Mapping[str, Any]) -> str:
+def _model_table(row: Mapping[str, Any], *, cores: int) -> str:
     title = f"`{row['model']}`, batches of {row['batch_size']}"
-    lines = [f"| {title} | engine | steady, images/s | of bare | whole run, images/s |", "|---" * 5 + "|"]
+    lines = [
+        f"| {title} | engine | steady, images/s | of bare | whole run, images/s "
+        "| steady, per core | whole run, per core |",
+        "|---" * 7 + "|",
+    ]
     for peer, figures in row["peers"].items():
         share = f"{figures['of_bare']:.2f}" if peer not in ("bare", "decode") and "of_bare" in figures else ""
-        speeds = f"{_cell(figures['steady'])} | {share} | {_cell(figures.get('whole'))}"
+        steady, whole = figures["steady"], figures.get("whole")
+        speeds = f"{_cell(steady)} | {share} | {_cell(whole)} | {_cell(steady, cores)} | {_cell(whole, cores)}"
         lines.append(f"| {TITLES[peer]} | {row['engines'].get(peer, '')} | {speeds} |")
     return "\n".join(lines)
 
@@ -125,19 +168,25 @@ def _ratios_table(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
+def _cell(value: float | None, cores: int = 1) -> str:
+    return "" if value is None else f"{value / cores:,.1f}"
 
 
 def _prepared_line(model: str, prepared: Mapping[str, Any]) -> str:
-    checks = "".join(_check(engine) for engine in prepared["engines"] if engine["engine"] != "keras")
+    own = prepared["own_engine"]
+    checks = "".join(_check(engine, OWN_NAMES[own]) for engine in prepared["engines"] if engine["engine"] != own)
     return f"`{model}`, conversion and check: {prepared['seconds']:.1f} s, once per bundle, in no other figure{checks}."
 
 
-def _check(engine: Mapping[str, Any]) -> str:
+def _check(engine: Mapping[str, Any], own: str) -> str:
     facts = engine["engine_check"]
     images = f"{facts['images']:,} {facts['source']} images"
-    return f"; {engine['engine']} {engine['precision']}: top class of Keras for {facts['agreement']:.1%} of {images}"
+    return f"; {engine['engine']} {engine['precision']}: top class of {own} for {facts['agreement']:.1%} of {images}"
+
+
+def _trained_line(found: Mapping[str, Any]) -> str:
+    of = "; ".join(f"{TITLES[peer]} {value:.2f}" for peer, value in found["of"].items())
+    return f"`{found['model']}`, imported, of `{found['trained']}`, trained here, {found['speed']}: {of}."
 
 
 def _small_line(small: Mapping[str, Any]) -> str:

@@ -132,8 +132,8 @@ class EvaluateResult(Result):
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy, 0-1."""
-        return cast("float | None", self.values["accuracy"])
+        """Accuracy, 0-1; None without labels, and of a multi-label table."""
+        return cast("float | None", self.values.get("accuracy"))
 
     def table(self) -> "pa.Table":
         """The prediction table that was evaluated; see `read_predictions`."""

@@ -18,7 +18,8 @@ from tiffs import Tiff, tiff
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.formats import FORMATS, Open, format_of
-from mnist_dist.images.pixels import ImageSpec, NotForMe
+from mnist_dist.images.pixels import NotForMe
+from mnist_dist.images.spec import ImageSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 BEGIN, END = "<!-- The table of formats: tests/format_table.py -->\n", "<!-- end of the table -->\n"

@@ -38,7 +38,7 @@ import mutations
 
 from mnist_dist.errors import DataError, ImageError, MnistDistError, ServiceError, StorageError
 from mnist_dist.images.decoder import decode_image, probe_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 STATUSES = frozenset({"missing", "denied", "empty", "truncated", "unreadable", "unsupported", "too_large", "failed"})
 MAX_PIXELS, MAX_NATIVE_PIXELS = 2_000_000, 500_000

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.history import Epoch
 from mnist_dist.store.anywhere import ANYWHERE, Anywhere

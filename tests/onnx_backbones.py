@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, Imported, load_bundle, write_model_bundle
 from mnist_dist.models.onnx_file import FEATURES, IMAGE, PROBABILITIES
 

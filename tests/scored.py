@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist import documents
 from mnist_dist.config import TableConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.scoring.generations import Description, Plan, Summary

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from mnist_dist.config import Augmentation, ModelConfig
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import (
     Affine,
     Colour,
@@ -34,7 +34,7 @@ import tensorflow as tf
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 import numpy as np
 from mnist_dist.config import ModelConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import build_augmentation, reseed, seed_generators
 from mnist_dist.models.classifier import build_classifier
 

@@ -8,7 +8,7 @@ import pytest
 
 from mnist_dist.config import ModelConfig
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import (
     BACKBONES,
     Backbone,

@@ -1,5 +1,8 @@
+import importlib.util
 import io
+import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -12,36 +15,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from benchmarks import decode as decoding
 from benchmarks import seaweedfs
+from benchmarks.bundles import CASES, TORCHVISION, Case, make_bundle
 from benchmarks.digits import write_digits
 from benchmarks.peers.decode import Counter
+from benchmarks.peers.onnx_model import OnnxModel, transformed
 from benchmarks.peers.task import WARM_UP_CALLS, Stamps, Task, call_again_and_again, read_stamps
 from benchmarks.photos import link_photos, write_photos, write_tar
 from benchmarks.programs import last_json, peak_memory_bytes, run_program, tree_memory_bytes
+from benchmarks.resnet18 import resnet18
 from benchmarks.score import (
     BFLOAT16,
     DEFAULT_ENGINE,
     PROGRAMS,
+    ModelName,
     Peer,
     ScoreBenchmark,
     check_ours,
     measure,
     our_job,
+    program_of,
     steady_images_per_s,
 )
-from benchmarks.score_table import COMPARED, ENGINE_AND_DECODE, ENGINE_AND_PIXELS, TITLES, ratio, ratios, summary, table
-from mnist_dist.config import DecodeConfig, EngineConfig, InputConfig, ScoreJob
+from benchmarks.score_table import (
+    COMPARED,
+    ENGINE_AND_DECODE,
+    ENGINE_AND_PIXELS,
+    TITLES,
+    beside_trained,
+    ratio,
+    ratios,
+    summary,
+    table,
+)
+from mnist_dist.config import DecodeConfig, DecodeQuality, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console, parse
 from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import ConfigError, ImageError, MnistDistError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.import_config import ImportJob
+from mnist_dist.importing.foreign import Facts, Foreign
+from mnist_dist.importing.onnx_models import normalized
+from mnist_dist.importing.recipe import recipe_of
+from mnist_dist.keywords import job_of
+from mnist_dist.models.bundle import load_bundle
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -121,6 +146,35 @@ def test_the_peers_of_digits_read_grey_png() -> None:
         ScoreBenchmark(case="digits", peers=("ours", "daft"))
 
 
+def test_the_peers_of_an_imported_model_run_onnx_files() -> None:
+    benchmark = ScoreBenchmark(models=("mobilenet_v2", "resnet18", "mobilenet_v2_onnx"))
+    assert benchmark.peers_of("mobilenet_v2") == benchmark.measured_peers
+    others = tuple(peer for peer in benchmark.measured_peers if peer not in ("tfdata", "predict"))
+    assert benchmark.peers_of("resnet18") == others
+    ours = tuple(peer for peer in others if peer not in ("ray", "daft"))
+    assert benchmark.peers_of("mobilenet_v2_onnx") == ours
+
+
+@pytest.mark.parametrize(("peer", "model"), [("tfdata", "resnet18"), ("daft", "mobilenet_v2_onnx")])
+def test_a_peer_that_cannot_run_a_model_is_refused(peer: Peer, model: ModelName) -> None:
+    with pytest.raises(ConfigError, match=rf"{peer} cannot run {model}, .* Received: peers=\('ours', '{peer}'\)"):
+        ScoreBenchmark(models=("cnn", model), peers=("ours", peer))
+    assert ScoreBenchmark(models=("cnn",), peers=("ours", peer)).peers_of("cnn") == ("ours", peer)
+
+
+def test_the_bare_script_for_ten_images_loads_a_keras_model() -> None:
+    with pytest.raises(ConfigError, match=r"small needs a Keras model.* Received: models=\('resnet18',\)"):
+        ScoreBenchmark(models=("resnet18",), small=True)
+
+
+def test_an_imported_model_has_programs_of_its_own() -> None:
+    assert program_of("daft", "resnet18") == "benchmarks.peers.onnx_daft"
+    assert program_of("daft", "vgg16") == "benchmarks.peers.daft_recipe"
+    assert program_of("engine", "resnet18") == "benchmarks.peers.engine"
+    for model, peer in itertools.product(CASES, PROGRAMS):
+        assert importlib.util.find_spec(program_of(peer, model)) is not None
+
+
 def test_files_of_mnist_are_for_digits() -> None:
     with pytest.raises(ConfigError, match=r"data_dir needs case='digits'. Received: data_dir='x'"):
         ScoreBenchmark(data_dir="x")
@@ -164,18 +218,19 @@ def result(**more: Any) -> dict[str, Any]:
     engines = {"ours": "keras float32"}
     row = {"model": "mobilenet_v2", "batch_size": 32, "engines": engines, "peers": peers, "rounds": ROUNDS}
     rows = [{**row, "ratios": ratios(ROUNDS)}]
-    head = {"machine": "2 cores, Z80", "date": "2026-01-31", "images": 2_000, "format": "JPEG"}
-    head |= {"image_kb": 67.9, "prepared": {}}
+    head = {"machine": "2 cores, Z80", "cores": 2, "date": "2026-01-31", "images": 2_000, "format": "JPEG"}
+    head |= {"image_kb": 67.9, "prepared": {}, "beside_trained": []}
     return {**head, "rows": rows, **more}
 
 
 def test_the_table_has_a_line_for_each_peer_and_for_each_speed_of_ours() -> None:
     assert table(result()) == (
-        "| `mobilenet_v2`, batches of 32 | engine | steady, images/s | of bare | whole run, images/s |\n"
-        "|---|---|---|---|---|\n"
-        "| bare model |  | 200.0 |  |  |\n"
-        "| tf.data + `tf.function` |  | 190.0 | 0.95 | 90.0 |\n"
-        "| ours | keras float32 | 198.0 | 0.90 | 120.0 |\n"
+        "| `mobilenet_v2`, batches of 32 | engine | steady, images/s | of bare | whole run, images/s "
+        "| steady, per core | whole run, per core |\n"
+        "|---|---|---|---|---|---|---|\n"
+        "| bare model |  | 200.0 |  |  | 100.0 |  |\n"
+        "| tf.data + `tf.function` |  | 190.0 | 0.95 | 90.0 | 95.0 | 45.0 |\n"
+        "| ours | keras float32 | 198.0 | 0.90 | 120.0 | 99.0 | 60.0 |\n"
         "\n"
         "| `mobilenet_v2` | times as fast as |\n"
         "|---|---|\n"
@@ -193,7 +248,7 @@ def test_the_table_tells_conversion_small_inputs_and_memory_in_a_line_each() -> 
         {"engine": "keras", "precision": "float32", "engine_check": None},
         {"engine": "openvino", "precision": "bfloat16", "engine_check": facts},
     ]
-    prepared = {"vgg16": {"seconds": 41.26, "engines": engines}}
+    prepared = {"vgg16": {"seconds": 41.26, "engines": engines, "own_engine": "keras"}}
     taken = {"model": "vgg16", "engine": "openvino float32"}
     small = {**taken, "images": 10, "bare_s": 6.04, "ours_s": 9.06, "of_bare": 1.5}
     memory = {**taken, "images": [2_000, 20_000], "peak_mb": [1_800.0, 1_890.0], "ratio": 1.05}
@@ -205,6 +260,16 @@ def test_the_table_tells_conversion_small_inputs_and_memory_in_a_line_each() -> 
         "Peak memory (PSS of all processes) with `vgg16` (openvino float32): 1,800 MB at 2,000 images, 1,890 MB at "
         "20,000, ratio 1.05.",
     ]
+
+
+def test_the_table_names_the_engine_that_others_were_compared_with() -> None:
+    facts = {"source": "calibration", "images": 64, "agreement": 1.0}
+    engines = [{"engine": "openvino", "precision": "float32", "engine_check": facts}]
+    prepared = {"resnet18": {"seconds": 9.04, "engines": engines, "own_engine": "onnx"}}
+    assert table(result(rows=[], prepared=prepared)).splitlines()[1] == (
+        "`resnet18`, conversion and check: 9.0 s, once per bundle, in no other figure; openvino float32: top class of "
+        "ONNX Runtime for 100.0% of 64 calibration images."
+    )
 
 
 # --- the ratios -------------------------------------------------------------------------------------------------------
@@ -254,10 +319,84 @@ def test_archives_and_s3_are_held_against_local_files() -> None:
     assert found["ours-s3", "steady"] == pytest.approx({"ours": 0.85})
 
 
+def test_exact_decoding_is_held_against_fast() -> None:
+    found = found_of(speeds(ours=70, ours_exact=80, ours_fast=100, daft=40))
+    assert found["ours-exact", "whole"] == pytest.approx({"daft": 3.0, "ours-fast": 0.8})
+    assert found["ours-fast", "steady"] == pytest.approx({"daft": 2.5})
+
+
+def test_an_imported_model_is_held_against_its_network_trained_here_round_by_round() -> None:
+    trained = [speeds(ours=10), speeds(ours=20), speeds(ours=90)]
+    imported = [speeds(ours=10, engine=7), speeds(ours=10, engine=7), speeds(ours=180, engine=7)]
+    found = beside_trained({"a": imported, "b": trained}, {"a": "b", "absent": "b"})
+    taken = {"model": "a", "trained": "b"}
+    expected = [{**taken, "speed": speed, "of": {"ours": pytest.approx(1.0)}} for speed in ("steady", "whole")]
+    assert found == expected
+    lines = table(result(rows=[], beside_trained=found)).splitlines()
+    assert lines[1] == "`a`, imported, of `b`, trained here, steady: ours 1.00."
+    assert beside_trained({"a": imported}, {"a": "b"}) == []
+
+
 def test_ours_is_held_against_peers_that_can_be_measured() -> None:
     named = COMPARED.keys() | {other for others in COMPARED.values() for other in others if "+" not in other}
     assert named <= TITLES.keys()
     assert PROGRAMS.keys() | COMPARED.keys() == TITLES.keys()
+
+
+# --- ResNet18 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet18_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What peers need of the bundle, and its source."""
+    path = tmp_path_factory.mktemp("resnet18") / "bundle"
+    path.mkdir()
+    (path / "bundle.json").write_text(json.dumps({"class_names": [f"class-{number}" for number in range(7)]}))
+    onnx.save(resnet18(num_classes=7), f"{path}.onnx")
+    return path
+
+
+def test_resnet18_has_the_weights_of_the_paper() -> None:
+    # torchvision's 11,689,512, whose batch normalisation has two numbers per channel where a folded one has a bias.
+    assert sum(math.prod(tensor.dims) for tensor in resnet18().graph.initializer) == 11_689_512 - 4_800
+
+
+def test_resnet18_halves_its_maps_five_times(resnet18_bundle: Path) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(f"{resnet18_bundle}.onnx"))
+    shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in model.graph.value_info]
+    sizes = [(channels, *sides) for channels, *sides in shapes if len(sides) == 2]
+    assert list(dict.fromkeys(sizes)) == [
+        (64, 112, 112),
+        (64, 56, 56),
+        (128, 28, 28),
+        (256, 14, 14),
+        (512, 7, 7),
+        (512, 1, 1),
+    ]
+
+
+def test_resnet18_tells_photographs_apart(resnet18_bundle: Path, photos: list[Path]) -> None:
+    task = Task(bundle=str(resnet18_bundle), images="i", scratch="s", batch_size=2)
+    batch = np.stack([transformed(Image.open(path)) for path in photos])
+    model = OnnxModel(task)
+    logits = model.outputs(batch)
+    assert logits.shape == (5, 7)
+    assert np.isfinite(logits).all()
+    assert (np.abs(logits - logits[:1]).max(axis=1)[1:] > 0.01).all()
+    answers = model(batch)
+    assert answers.predicted_class == [f"class-{index}" for index in logits.argmax(axis=1)]
+    assert answers.confidence == pytest.approx(1 / np.exp(logits - logits.max(axis=1)[:, None]).sum(axis=1))
+
+
+def test_the_peers_transform_images_as_an_import_with_the_same_flags() -> None:
+    job = job_of(ImportJob, {"source": "s.onnx", "output": "o", **TORCHVISION})
+    facts = Facts(height_px=224, width_px=224, channels=3, num_outputs=7, output="logits")
+    recipe = recipe_of(job, Foreign(kind="onnx", name="s", file=Path("s.onnx"), facts=facts), classes=None)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (301, 407, 3), np.uint8))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    ours = normalized(decode_image(stream.getvalue(), recipe.spec).pixels, recipe.asked)
+    assert transformed(image) == pytest.approx(ours.transpose(2, 0, 1), abs=1e-5)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -303,6 +442,13 @@ def test_our_job_is_told_the_engine_by_its_flags(task: Task, asked: EngineConfig
     _, job = parse({"score": ScoreJob}, command=module, default="score", argv=flags)
     assert (module, job.engine, job.run.batch_size) == ("jobs.score", asked, 3)
     assert (job.bundle, job.inputs.input, job.output) == ("b", ("i",), f"{task.scratch}/table")
+
+
+@pytest.mark.parametrize("quality", ["fast", "exact"])
+def test_our_job_is_told_how_to_decode(task: Task, quality: DecodeQuality) -> None:
+    module, *flags = our_job(task, DEFAULT_ENGINE, quality=quality)
+    _, job = parse({"score": ScoreJob}, command=module, default="score", argv=flags)
+    assert job.decoding.decode_quality == quality
 
 
 CHECK = Check(
@@ -364,6 +510,13 @@ def test_a_bucket_on_loopback_is_there_as_long_as_its_server(tmp_path: Path) -> 
     assert dict(os.environ) == before
 
 
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else name)
+    benchmark = ScoreBenchmark(models=("mobilenet_v2_onnx",), peers=("ours",))
+    with pytest.raises(ConfigError, match=r"'\.\[bench,export\]'\. Received: no package tf2onnx"):
+        measure(benchmark, console=Console(terminal=False))
+
+
 def test_images_are_more_than_a_batch() -> None:
     with pytest.raises(ConfigError, match=r"more than a batch, at least 33. Received: images=32"):
         ScoreBenchmark(models=("vgg16", "mobilenet_v2"), images=32)
@@ -416,6 +569,30 @@ def test_a_benchmark_measures_scoring_with_its_peers() -> None:
     found = {(one["ours"], one["speed"]): one["of"] for one in row["ratios"]}
     assert found["ours-s3", "steady"] == {"ours": row["peers"]["ours-s3"]["steady"] / row["peers"]["ours"]["steady"]}
     assert "| ours, from S3 on loopback |" in table(measured)
+
+
+@pytest.mark.slow
+def test_a_benchmark_measures_resnet18_with_its_peers() -> None:
+    pytest.importorskip("skimage", reason="photographs come with scikit-image, of the extra `bench`")
+    peers: tuple[Peer, ...] = ("bare", "ray", "ours")
+    benchmark = ScoreBenchmark(models=("resnet18",), images=40, rounds=1, peers=peers, seconds=0.2)
+    measured = measure(benchmark, console=Console(terminal=False))
+    (row,) = measured["rows"]
+    assert {peer for peer in peers if "whole" in row["peers"][peer]} == {"ray", "ours"}
+    assert [found["of"].keys() for found in row["ratios"]] == [{"ray"}, {"ray"}]
+
+
+@pytest.mark.slow
+def test_an_exported_model_becomes_a_bundle_with_its_source_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("tf2onnx", reason="needs the extra `export`; runs where it is installed")
+    make_bundle(tmp_path / "model", Case(size_px=8, batch_size=2, backbone="cnn", origin="exported"), name="x")
+    info = load_bundle(tmp_path / "model").info
+    assert (info.model_file, info.spec.shape, len(info.class_names)) == ("model.onnx", (8, 8, 3), 10)
+    task = Task(bundle=str(tmp_path / "model"), images="i", scratch="s", batch_size=2)
+    assert info.imported is not None
+    assert info.imported.source == str(task.onnx_file)
+    model = OnnxModel(task)
+    assert model.outputs(model.noise(3)).shape == (3, 10)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from mnist_dist.errors import ImageError
 from mnist_dist.images import budget as budgets
 from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
 from mnist_dist.images.decoder import Decoded, decode_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources.reading import TINY_BYTES
 
 TOTAL = 10 * SMALL_BYTES
@@ -172,7 +172,7 @@ PROBE = """
 import json, resource, sys
 from mnist_dist.images.budget import MemoryBudget
 from mnist_dist.images.decoder import decode_image, unlimited
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 spec, stated = ImageSpec(**json.loads(sys.argv.pop(1))), []
 
@@ -295,7 +295,7 @@ import json, resource, sys
 from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.images.budget import MAX_DEFAULT_BYTES
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from corpus import manifest_rows
 
 def peak():

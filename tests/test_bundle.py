@@ -18,7 +18,7 @@ import mnist_dist
 from mnist_dist.config import ModelConfig
 from mnist_dist.engines.engine import with_features
 from mnist_dist.errors import BundleError, ConfigError, ImageError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 
@@ -86,7 +86,12 @@ def test_a_prediction_names_the_class(bundle_path: Path) -> None:
 
 
 def test_arrays_are_fitted_by_the_rule_of_the_bundle(tmp_path: Path) -> None:
-    rule = {"resize": "shortest-edge", "resize_px": 12, "resampling": "pillow", "interpolation": "bicubic"}
+    rule: dict[str, Any] = {
+        "resize": "shortest-edge",
+        "resize_px": 12,
+        "resampling": "pillow",
+        "interpolation": "bicubic",
+    }
     spec = dataclasses.replace(COLOURS, quality="exact", **rule)
     write(tmp_path / "bundle", spec=spec)
     bundle = load_bundle(str(tmp_path / "bundle"))

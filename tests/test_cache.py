@@ -16,7 +16,7 @@ import pytest
 from mnist_dist.data import cache as data_cache
 from mnist_dist.data.cache import MAX_SHARDS, Cache, ShardRows, column_of
 from mnist_dist.errors import DataError, ServiceError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 

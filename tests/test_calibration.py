@@ -21,7 +21,8 @@ from mnist_dist.engines.calibration import (
 )
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import BundleError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo
 
 # b = images of a call

@@ -44,7 +44,7 @@ from mnist_dist.engines.conversion import Answers, Check, compare, smallest_fast
 from mnist_dist.engines.engine import KerasEngine
 from mnist_dist.engines.formats import FORMATS, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed, StorageError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session

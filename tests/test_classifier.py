@@ -10,7 +10,7 @@ import pytest
 
 from mnist_dist.config import ModelConfig, Pooling
 from mnist_dist.errors import ConfigError, WeightsError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier, set_trainable
 

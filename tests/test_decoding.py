@@ -19,7 +19,7 @@ from mnist_dist.config import DecodeConfig, InputConfig
 from mnist_dist.data.decoding import SETTLED_IMAGES, Collector, DecodePool, Taken, Threads, Times
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, decode_image
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES
 from mnist_dist.store.base import Entry
@@ -36,7 +36,7 @@ import re, sys
 from pathlib import Path
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 
 def peak_kib():
@@ -60,7 +60,7 @@ HANGS = """
 import os, sys
 from corpus import manifest_rows
 from mnist_dist.config import DecodeConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.errors import DecoderStuck
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 

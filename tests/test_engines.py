@@ -17,7 +17,8 @@ import tensorflow as tf
 from mnist_dist.config import ModelConfig
 from mnist_dist.engines import engine as engines
 from mnist_dist.engines.engine import KerasEngine, Outputs, best_images_per_s, calls_per_s
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import Classifier, build_classifier
 

@@ -30,7 +30,8 @@ from mnist_dist.engines.export import EXPORT_FILE, export_bundle
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core
 from mnist_dist.errors import BundleError, ConfigError, DataError, Interrupted, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, all_layers, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.store.anywhere import ANYWHERE

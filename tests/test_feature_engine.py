@@ -16,7 +16,7 @@ from mnist_dist.config import DataConfig, DecodeConfig, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.data.cache import Cache
 from mnist_dist.data.records import RecordPlan, Records, finish, open_records, plan_records
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.models.onnx_file import FEATURES, run_session
 from mnist_dist.session import Session

@@ -33,7 +33,8 @@ from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan, Records, open_records, plan_records
 from mnist_dist.data.records import finish as finish_records
 from mnist_dist.errors import ConfigError, DataError, Interrupted, WeightsError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.classifier import build_classifier, build_head_alone
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.actors import Actors

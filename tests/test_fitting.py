@@ -19,8 +19,9 @@ from mnist_dist.errors import ConfigError, ImageError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.geometry import fit
 from mnist_dist.images.jpeg import open_ordinary
-from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
+from mnist_dist.images.pixels import Pixels, resize_pixels
 from mnist_dist.images.resampling import MAX_FRAME
+from mnist_dist.images.spec import ImageSpec
 
 Pipeline = Callable[[Image.Image, ImageSpec], Image.Image]
 PILLOW: tuple[Interpolation, ...] = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")

@@ -18,7 +18,8 @@ from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.conversion import Conversion, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, openvino_core, streams_of
-from mnist_dist.images.pixels import ImageSpec, Pixels, padded
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.session import Session

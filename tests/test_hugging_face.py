@@ -15,9 +15,10 @@ from foreign_models import CLASSES, SIDE_PX, edited, foreign_onnx
 from onnx import TensorProto, helper
 from PIL import Image
 
+import mnist_dist
 from mnist_dist import documents
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob
 from mnist_dist.importing.as_stated import is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
@@ -360,7 +361,8 @@ def test_the_reference_is_ten_lines_of_one_s_own(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     for image, row in zip(images, values, strict=True):
         pixels = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), np.float32) / 255
-        pixels = (pixels - np.float32(IMAGENET["image_mean"])) / np.float32(IMAGENET["image_std"])
+        mean, std = (np.array(IMAGENET[name], np.float32) for name in ("image_mean", "image_std"))
+        pixels = (pixels - mean) / std
         (logits,) = session.run(None, {"pixels": pixels.transpose(2, 0, 1)[None]})
         powers = np.exp(logits[0] - logits[0].max())
         assert np.abs(row - powers / powers.sum()).max() < 1e-5
@@ -541,6 +543,24 @@ def test_a_model_that_takes_pixels_as_they_are_is_refused(tmp_path: Path) -> Non
         ConfigError, match=r"import the ONNX file by its own path\. Received: the input 'pixels' is uint8"
     ):
         opened_folder(folder)
+
+
+def test_a_folder_becomes_a_bundle(tmp_path: Path) -> None:
+    steps = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 41}, "crop_size": B32, **IMAGENET}
+    folder = hf_folder(tmp_path / "net", steps=steps)
+
+    result = mnist_dist.import_model(folder, output=tmp_path / "bundle")
+
+    (compared, *_) = result.values["compared"]
+    assert compared["max_abs_difference"] < 1e-5
+    info = result.bundle().info
+    assert info.class_names == tuple(LABELS.values())
+    assert (info.spec.resize, info.spec.resize_px, info.spec.crop_rounding) == ("shortest-edge", 41, "down")
+    assert info.imported is not None
+    assert info.imported.kind == "hugging_face"
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json in"):
+        mnist_dist.import_model(folder, output=tmp_path / "other")
 
 
 def test_code_in_a_folder_is_never_executed(tmp_path: Path) -> None:

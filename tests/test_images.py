@@ -14,7 +14,8 @@ from PIL import Image
 
 from mnist_dist.errors import ConfigError, ImageError
 from mnist_dist.images.decoder import decode_image, probe_image
-from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
+from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 
 H, W = 11, 17
 

@@ -1,29 +1,35 @@
 """import: what a bundle holds, that it is compared before it is written, and that the same command returns it."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from corpus import encoded
-from foreign_models import CLASSES, foreign_onnx
+from foreign_models import CLASSES, edited, foreign_onnx
 from harness import Command, run_command
 from PIL import Image
 
 import mnist_dist
 from mnist_dist.errors import ConfigError, ResumeConflict
 from mnist_dist.images.decoder import probe_image
-from mnist_dist.images.pixels import ImageSpec
-from mnist_dist.importing.comparison import Compared, compare, logits
+from mnist_dist.images.spec import ImageSpec
+from mnist_dist.import_config import ImportJob, NormalizationConfig
+from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check, compare, logits
 from mnist_dist.importing.examples import built_in_examples, list_images, read_examples
 from mnist_dist.importing.expected import expected_values
 from mnist_dist.importing.import_model import IMPORT_FILE
-from mnist_dist.importing.recipe import Recipe
+from mnist_dist.importing.onnx_graph import build_onnx
+from mnist_dist.importing.onnx_models import open_onnx
+from mnist_dist.importing.recipe import Recipe, recipe_of
+from mnist_dist.importing.sources import digest_of
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -174,12 +180,126 @@ def test_what_does_not_exist_and_what_is_taken_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file or folder"):
         mnist_dist.import_model(tmp_path / "gone", output=tmp_path / "bundle")
     file = foreign_onnx(tmp_path / "net.onnx")
-    with pytest.raises(ConfigError, match=r"must be new or empty\. Received: .* with \['net\.onnx'\]"):
-        mnist_dist.import_model(file, output=tmp_path, preset="raw")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "model.onnx").write_text("of somebody else")
+    with pytest.raises(ConfigError, match=r"must be new or empty\. Received: .* with \['model\.onnx'\]"):
+        mnist_dist.import_model(file, output=tmp_path / "used", preset="raw")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "bundle.json").write_text("{}")
     with pytest.raises(ResumeConflict, match="a bundle that was not imported"):
         mnist_dist.import_model(file, output=tmp_path / "other", preset="raw")
+
+
+def test_the_model_that_is_imported_is_never_replaced_by_its_bundle(tmp_path: Path) -> None:
+    file = foreign_onnx(tmp_path / "net" / "model.onnx")
+    before = file.read_bytes()
+
+    for output in (tmp_path / "net", tmp_path, file):
+        with pytest.raises(ConfigError, match="the output must lie outside of the source"):
+            mnist_dist.import_model(file, output=output, preset="raw")
+
+    assert file.read_bytes() == before
+
+
+def test_a_changed_file_behind_a_flag_is_another_import(tmp_path: Path) -> None:
+    file, names = foreign_onnx(tmp_path / "net.onnx"), tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES))
+    flags: dict[str, Any] = {"output": tmp_path / "bundle", "classes": str(names), "preset": "raw"}
+    mnist_dist.import_model(file, **flags)
+
+    names.write_text("\n".join(reversed(NAMES)))
+    with pytest.raises(ResumeConflict, match="classes: its content has changed"):
+        mnist_dist.import_model(file, **flags)
+    names.write_text("\n".join(NAMES))
+    foreign_onnx(file, seed=9)
+    with pytest.raises(ResumeConflict, match="source: its content has changed"):
+        mnist_dist.import_model(file, **flags)
+
+
+def test_external_data_belong_to_the_source(tmp_path: Path) -> None:
+    plain = foreign_onnx(tmp_path / "plain.onnx")
+    file = tmp_path / "net" / "net.onnx"
+    file.parent.mkdir()
+    onnx.save(onnx.load(str(plain)), str(file), save_as_external_data=True, location="net.bin", size_threshold=0)
+    job = ImportJob(source=str(file), output="b")
+    before = digest_of(job)
+
+    (file.parent / "notes.md").write_text("for people")
+    assert digest_of(job) == before
+    data = bytearray((file.parent / "net.bin").read_bytes())
+    data[0] ^= 1
+    (file.parent / "net.bin").write_bytes(data)
+
+    assert digest_of(job) != before
+
+
+def checked(file: Path, **fields: Any) -> Checked:
+    """The comparison of an import, in this process."""
+    job = ImportJob(source=str(file), output="b", normalization=NormalizationConfig(preset="0-1"), **fields)
+    opened = open_onnx(job, file.parent, lambda done, total: None)
+    what = recipe_of(job, opened, classes=None)
+    target = file.with_name("bundle.onnx")
+    build_onnx(file, what, target)
+    pickled = file.with_name("foreign.pickle")
+    pickled.write_bytes(pickle.dumps(opened))
+    task = CheckTask(
+        foreign=pickled,
+        recipe=what,
+        model_file=target,
+        rows=None,
+        expect=None,
+        calibration=None,
+        scratch=file.with_name("check"),
+    )
+    return check(task, lambda done, total: None)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_model_with_a_fixed_batch_is_compared_in_such_batches(tmp_path: Path, batch: int) -> None:
+    (found,) = checked(foreign_onnx(tmp_path / "net.onnx", batch=batch)).compared
+
+    assert (found.images, found.is_same) == (12, True)
+
+
+@pytest.mark.parametrize("node", [None, "pooled"])
+def test_a_backbone_alone_is_compared_by_its_features(tmp_path: Path, node: str | None) -> None:
+    file = foreign_onnx(tmp_path / "net.onnx")
+
+    (found,) = checked(file, backbone_only=True, features_node=node).compared
+
+    assert (found.agreement, found.is_same) == (None, True)
+
+
+@pytest.mark.parametrize("classes", [1, 40])
+def test_saturated_sigmoids_are_the_same_as_themselves(tmp_path: Path, classes: int) -> None:
+    file = foreign_onnx(tmp_path / "net.onnx", classes=classes)
+
+    def steeper(graph: Any) -> None:
+        for tensor in graph.initializer:
+            if tensor.name in ("dense", "bias"):
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 8, tensor.name))
+
+    edited(file, graph=steeper)
+
+    (found,) = checked(file, activation="sigmoid").compared
+
+    assert found.is_same, found
+
+
+def test_outputs_that_are_probabilities_get_no_second_activation_by_guess(tmp_path: Path) -> None:
+    file = foreign_onnx(tmp_path / "net.onnx")
+
+    def softmax_by_parts(graph: Any) -> None:
+        graph.node.append(onnx.helper.make_node("LogSoftmax", ["logits"], ["log"], axis=1))
+        graph.node.append(onnx.helper.make_node("Exp", ["log"], ["p"]))
+        graph.output[0].name = "p"
+
+    edited(file, graph=softmax_by_parts)
+
+    with pytest.raises(ConfigError, match=r"are probabilities already, .*give --activation none"):
+        checked(file)
+    (found,) = checked(foreign_onnx(tmp_path / "other" / "net.onnx")).compared
+    assert found.is_same
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -251,7 +371,8 @@ def test_logits_come_back_from_their_probabilities() -> None:
     softmax = np.exp(given) / np.exp(given).sum(axis=1, keepdims=True)
 
     assert np.allclose(logits(softmax, multi_label=False), given - given.mean(axis=1, keepdims=True), atol=1e-9)
-    assert np.allclose(logits(1 / (1 + np.exp(-given)), multi_label=True), given, atol=1e-6)
+    within = np.clip(given, -9.2, 9.2)
+    assert np.allclose(logits(1 / (1 + np.exp(-within)), multi_label=True), within, atol=1e-6)
 
 
 def test_the_built_in_images_are_the_same_every_time_and_differ_in_size(tmp_path: Path) -> None:

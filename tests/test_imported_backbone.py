@@ -33,7 +33,7 @@ from mnist_dist.console import Stop
 from mnist_dist.data.cache import column_of
 from mnist_dist.data.records import open_records, read_index
 from mnist_dist.errors import BundleError, ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import backbone_shape, check_model, check_trainable, find_backbone, is_imported
 from mnist_dist.models.bundle import Bundle, BundleInfo, Imported, write_model_bundle
 from mnist_dist.models.onnx_file import IMAGE, PROBABILITIES

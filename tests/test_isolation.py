@@ -20,7 +20,7 @@ from PIL import Image
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.isolation import IsolatedDecoder
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 SPEC = ImageSpec(height_px=5, width_px=7, channels=3)
 GOOD = encoded(Image.fromarray(rgb_pixels()), "JPEG")
@@ -31,7 +31,7 @@ END_S = 120
 
 PARENT = """
 import sys
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.isolation import IsolatedDecoder
 
 spec = ImageSpec(height_px=5, width_px=7, channels=3)

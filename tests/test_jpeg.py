@@ -13,7 +13,8 @@ from PIL import Image
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image, probe_image
 from mnist_dist.images.jpeg import open_ordinary, read_header
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Pixels
+from mnist_dist.images.pixels import NotForMe, Pixels
+from mnist_dist.images.spec import ImageSpec
 
 WIDTH, HEIGHT = 80, 64
 SPEC = ImageSpec(height_px=HEIGHT, width_px=WIDTH, channels=3)

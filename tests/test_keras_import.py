@@ -22,13 +22,14 @@ from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import with_features
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine
 from mnist_dist.errors import BundleError, ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Foreign
 from mnist_dist.importing.keras_files import check_classes, load_keras
 from mnist_dist.importing.keras_models import build_keras, open_keras, reference, whole_pipeline
 from mnist_dist.importing.recipe import Recipe
-from mnist_dist.importing.tensorflow_images import expects_pixels
+from mnist_dist.importing.tensorflow_images import expects_pixels, rounded_pixels
 from mnist_dist.models.bundle import Bundle, BundleInfo
 from mnist_dist.session import Session
 
@@ -563,6 +564,17 @@ def test_the_reference_rounds_what_it_resizes_and_the_whole_pipeline_does_not(tm
     assert relative_difference(whole, rounded) > 1e-5
 
 
+def test_rounded_pixels_are_those_of_tensorflow_but_for_halves() -> None:
+    import tensorflow as tf
+
+    image = pixels(replace(SPEC, height_px=2 * HEIGHT, width_px=2 * WIDTH), images=1)[0]  # halves and quarters
+    (found,) = rounded_pixels([png(image)], SPEC)
+    exact = tf.image.resize(image, (HEIGHT, WIDTH)).numpy()
+    assert np.abs(found - exact).max() <= 0.501
+    (other,) = rounded_pixels([png(image)], replace(SPEC, interpolation="nearest"))
+    assert np.abs(other - exact).max() > 1
+
+
 # --- hostile files ---------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +598,7 @@ def top_layer(config: dict[str, Any]) -> dict[str, Any]:
 
 def lambda_model(canary: Path) -> keras.Model:
     path = str(canary)
-    layer = layers.Lambda(lambda x: (os.close(os.open(path, os.O_CREAT)), x)[1], name="evil")
+    layer = layers.Lambda(lambda x: (os.open(path, os.O_CREAT), x)[1], name="evil")
     return chain(layer, layers.Flatten(), layers.Dense(2))
 
 

@@ -43,7 +43,7 @@ TENSORFLOW = {
     "benchmarks.peers.model",
     "benchmarks.peers.tf_data",
 }
-RAY_OF_PEERS = {"benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
+RAY_OF_PEERS = {"benchmarks.peers.onnx_ray", "benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
 """What is measured beside us, written as its own users would."""
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 

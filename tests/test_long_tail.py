@@ -27,8 +27,9 @@ from mnist_dist.images.deep_jpeg import open_deep_jpeg
 from mnist_dist.images.heif import open_heif
 from mnist_dist.images.jpegxl import jpegxl_size, open_jpegxl, read_header
 from mnist_dist.images.pillow import open_avif
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels
+from mnist_dist.images.pixels import NotForMe, Opened, Pixels
 from mnist_dist.images.signatures import is_avif, is_heif, is_jpeg2000, is_jpegxl, is_tiff
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.streams import stream_px
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"

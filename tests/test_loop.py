@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnist_dist.config import FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.data.batches import epoch_order
 from mnist_dist.errors import ConfigError, TrainingDiverged
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.training.callbacks import LogFiles

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx_models import NAMES, NUM_FEATURES, SPEC, small_bundle, small_model, some_pixels
 
 from mnist_dist.errors import BundleError, ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_model_bundle
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 

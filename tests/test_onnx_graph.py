@@ -12,7 +12,7 @@ from foreign_models import CLASSES, FEATURES, SIDE_PX, edited, foreign_onnx
 from onnx import TensorProto, helper
 
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob, NormalizationConfig
 from mnist_dist.importing.onnx_graph import build_onnx, graph_input, read_graph
 from mnist_dist.importing.onnx_models import graph_facts, open_onnx
@@ -198,7 +198,48 @@ def test_the_file_says_which_classes_it_has(tmp_path: Path) -> None:
 
     assert json.loads(said["class_names"]) == list(names)
     assert said["activation"] == "softmax"
-    assert json.loads(said["spec"])["height_px"] == SIDE_PX
+    assert json.loads(said["image_spec"])["height_px"] == SIDE_PX
+
+
+def test_branches_keep_what_they_use_from_outside_and_of_their_own(tmp_path: Path) -> None:
+    file = foreign_onnx(tmp_path / "a.onnx")
+
+    def branch(model: Any) -> None:
+        def of(name: str, factor: float) -> Any:
+            own = onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor")
+            node = helper.make_node("Mul", ["logits", "factor"], [name])
+            value = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", CLASSES])
+            return helper.make_graph([node], name, [], [value], [own])
+
+        yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
+        model.graph.initializer.append(yes)
+        node = helper.make_node("If", ["yes"], ["chosen"], then_branch=of("then", 2.0), else_branch=of("else", 0.0))
+        model.graph.node.append(node)
+        model.graph.output[0].name = "chosen"
+
+    edited(file, model=branch)
+    pixels = images()
+    (logits,) = original(file, (pixels / np.float32(255)).astype(np.float32).transpose(0, 3, 1, 2))
+
+    (probabilities,) = built(file, recipe(file)).run(["probabilities"], {"image": pixels})
+
+    assert np.abs(probabilities - softmax(logits)).max() < 1e-6
+
+
+def test_a_file_of_the_first_ir_versions_is_rebuilt(tmp_path: Path) -> None:
+    file = foreign_onnx(tmp_path / "a.onnx", opset=11)
+
+    def older(model: Any) -> None:
+        model.ir_version = 3
+        for tensor in model.graph.initializer:
+            shape = list(tensor.dims)
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape))
+
+    edited(file, model=older)
+
+    (probabilities,) = built(file, recipe(file)).run(["probabilities"], {"image": images()})
+
+    assert np.allclose(probabilities.sum(axis=1), 1)
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
@@ -218,6 +259,28 @@ def test_the_order_of_dimensions_is_seen_in_the_channels(tmp_path: Path) -> None
         found = graph_input(read_graph(file), file=file)
 
         assert (found.layout, found.batch, found.channels) == (layout, 4, 3)
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("NCHW", 1), ("NCHW", 3), ("NHWC", 3)])
+def test_a_file_that_names_all_sizes_shows_them_in_its_first_convolution(
+    tmp_path: Path, layout: str, channels: int
+) -> None:
+    file = foreign_onnx(tmp_path / "a.onnx", layout=layout, channels=channels, side="side")
+
+    def unnamed(model: Any) -> None:
+        for number, dim in enumerate(model.graph.input[0].type.tensor_type.shape.dim):
+            dim.dim_param = f"d{number}"
+        if layout == "NCHW":  # as TensorFlow pads
+            pads = onnx.numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "pads")
+            model.graph.initializer.append(pads)
+            model.graph.node.insert(0, helper.make_node("Pad", ["pixels", "pads"], ["padded"]))
+            model.graph.node[1].input[0] = "padded"
+
+    edited(file, model=unnamed)
+
+    found = graph_input(read_graph(file), file=file)
+
+    assert (found.layout, found.channels, found.height_px) == (layout, channels, None)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.evaluation.pages import TrainingFacts, evaluation_page, training_page, write_evaluation_page
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import Example, Page, render
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, Imported
 from mnist_dist.on_ray.training.bundling import test_metrics as metrics_of_test
 from mnist_dist.on_ray.training.tested import Predicted

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import decode_image, probe_image
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3

@@ -110,10 +110,17 @@ def test_crop_is_the_kept_part_of_the_shorter_side_rounded_as_timm_does() -> Non
     )
 
 
-def test_another_input_size_does_not_keep_the_source_s_resizing_but_its_rule() -> None:
-    spec = made(TIMM, fitting=FittingConfig(input_size=(384,))).spec
+def test_another_input_size_scales_the_source_s_resizing_and_says_so() -> None:
+    recipe = made(TIMM, fitting=FittingConfig(input_size=(384,)))
 
-    assert (spec.height_px, spec.width_px, spec.resize, spec.resize_px) == (384, 384, "shortest-edge", None)
+    spec = recipe.spec
+    assert (spec.height_px, spec.width_px, spec.resize, spec.resize_px) == (384, 384, "shortest-edge", 438)
+    assert any("the shorter side becomes 438 px" in sentence for sentence in recipe.assumed)
+
+
+@pytest.mark.parametrize("fitting", [FittingConfig(input_size=(224,)), FittingConfig(resize="shortest-edge")])
+def test_a_flag_that_says_what_the_source_says_changes_nothing(fitting: FittingConfig) -> None:
+    assert made(TIMM, fitting=fitting).spec == made(TIMM).spec
 
 
 def test_a_size_is_asked_for_where_any_would_do_and_refused_where_one_is_fixed() -> None:
@@ -143,7 +150,7 @@ def test_one_output_is_binary_and_needs_a_sigmoid() -> None:
     recipe = made(facts)
 
     assert (recipe.is_binary, recipe.activation, recipe.multi_label) == (True, "sigmoid", False)
-    with pytest.raises(ConfigError, match="one output needs --activation sigmoid"):
+    with pytest.raises(ConfigError, match="a model with one output needs a sigmoid, not a softmax"):
         made(facts, activation="softmax")
 
 
@@ -152,6 +159,30 @@ def test_sigmoid_over_several_classes_is_multi_label_unless_told_otherwise() -> 
     assert not made(TIMM, activation="sigmoid", multi_label=False).multi_label
     assert made(TIMM, multi_label=True).activation == "sigmoid"
     assert made(with_(TIMM, activation="none", multi_label=True)).multi_label
+
+
+def test_multi_label_is_a_sigmoid_whatever_the_source_says_and_never_a_softmax() -> None:
+    says_softmax = with_(TIMM, activation="softmax", multi_label=False)
+
+    recipe = made(says_softmax, multi_label=True)
+
+    assert (recipe.activation, recipe.multi_label) == ("sigmoid", True)
+    with pytest.raises(ConfigError, match="multi_label needs a sigmoid, not a softmax"):
+        made(TIMM, multi_label=True, activation="softmax")
+    with pytest.raises(ConfigError, match="multi_label needs a sigmoid"):  # the model ends with softmax
+        made(with_(TIMM, activation="none", multi_label=False), multi_label=True)
+    assert made(with_(TIMM, activation="softmax", multi_label=False), activation="sigmoid").multi_label
+
+
+def test_it_is_known_whether_the_activation_was_assumed() -> None:
+    assert made(TIMM).is_activation_assumed
+    assert not made(TIMM, activation="softmax").is_activation_assumed
+    assert not made(with_(TIMM, activation="softmax")).is_activation_assumed
+
+
+def test_a_backbone_is_asked_for_its_features() -> None:
+    assert made(with_(TIMM, num_outputs=None, output=None), backbone_only=True).asked.output == "pooled"
+    assert made(TIMM).asked.output == "logits"
 
 
 def test_a_backbone_has_features_and_no_classes() -> None:
@@ -179,6 +210,8 @@ def test_values_per_channel_must_fit_the_channels() -> None:
         ("\ufeffcat\r\n dog \r\n\r\n", ("cat", "dog")),
         (json.dumps(["cat", "dog"]), ("cat", "dog")),
         (json.dumps({"1": "dog", "0": "cat"}), ("cat", "dog")),
+        (json.dumps({"0": ["n01", "cat"], "1": ["n02", "dog"]}), ("cat", "dog")),
+        ("[background]\ncat\n", ("[background]", "cat")),
     ],
 )
 def test_class_names_are_lines_or_json(text: str, names: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mnist_dist import console, recipes
 from mnist_dist.config import TrainJob
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_trainable, find_backbone
 from mnist_dist.models.classifier import build_classifier, set_trainable
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES

@@ -28,7 +28,8 @@ from mnist_dist.data.records import (
 )
 from mnist_dist.data.records import _fitted as fitted_array
 from mnist_dist.errors import ConfigError, DataError, ServiceError
-from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
+from mnist_dist.images.pixels import Pixels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 

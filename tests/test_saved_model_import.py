@@ -13,7 +13,8 @@ import tensorflow as tf
 from PIL import Image
 
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Foreign
 from mnist_dist.importing.saved_models import check_operations, open_saved_model, whole_pipeline

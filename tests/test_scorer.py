@@ -24,7 +24,8 @@ from mnist_dist.data.decoding import Threads
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, decode_image
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.scoring import scorer as module
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist.config import Augmentation, ModelConfig, OptimizerConfig
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import build_augmentation
 from mnist_dist.models.classifier import build_classifier, set_trainable
 from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World, step_seeds

@@ -22,7 +22,8 @@ from mnist_dist.errors import ImageError
 from mnist_dist.images import ifd
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.ifd import check_segments, exif_orientation, read_page
-from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels
+from mnist_dist.images.pixels import Pixels, match_channels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.tiff import open_tiff, pillow_is_right
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"

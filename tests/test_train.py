@@ -39,7 +39,7 @@ from mnist_dist.errors import (
     TooManyBadImages,
     TrainingDiverged,
 )
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.on_ray.data.prepare import list_data
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.on_ray.training.train import train

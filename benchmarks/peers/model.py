@@ -2,35 +2,19 @@
 
 # B = batch, H = height px, W = width px, C = channels, K = classes
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.peers.answers import Answers, answers_of
 from benchmarks.peers.task import Task
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The predictions for a batch."""
-
-    predicted_class: list[str]
-    confidence: Any
-    """`float32 [B]`."""
 
 
 def load_model(task: Task) -> Any:
     """The model as Keras loads it."""
     return keras.saving.load_model(task.model_file, compile=False)
-
-
-def answers_of(probabilities: Any, class_names: Sequence[str]) -> Answers:
-    """Classes and confidences from probabilities `float32 [B, K]`."""
-    indices = np.argmax(probabilities, axis=1)
-    return Answers([class_names[index] for index in indices], probabilities.max(axis=1))
 
 
 class Model:

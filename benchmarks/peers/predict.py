@@ -10,7 +10,8 @@ import keras
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.peers.model import answers_of, load_model
+from benchmarks.peers.answers import answers_of
+from benchmarks.peers.model import load_model
 from benchmarks.peers.task import Stamps, Task
 from benchmarks.peers.tf_data import images_of, paths_of
 

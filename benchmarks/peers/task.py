@@ -50,6 +50,11 @@ class Task:
         return Path(self.bundle) / "model.keras"
 
     @property
+    def onnx_file(self) -> Path:
+        """The ONNX file that the bundle was imported from."""
+        return Path(f"{self.bundle}.onnx")
+
+    @property
     def output(self) -> str:
         """Folder of the table; the peer creates it."""
         return self.table or str(Path(self.scratch) / "table")

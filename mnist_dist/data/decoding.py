@@ -26,7 +26,7 @@ from mnist_dist.errors import DecoderStuck, ImageError
 from mnist_dist.images.budget import SMALL_BYTES, MemoryBudget, default_budget_bytes
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.isolation import IsolatedDecoder
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES, Encoded, Read, plan_reads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store

@@ -27,7 +27,8 @@ from mnist_dist.config import DecodeConfig
 from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
 from mnist_dist.errors import DataError, ImageError
-from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
+from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources.source import Source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.errors import BundleError
-from mnist_dist.images.pixels import ImageSpec, Pixels, padded
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import NETWORK_LAYER, NO_FEATURES, Bundle, all_layers
 from mnist_dist.models.onnx_file import PROBABILITIES
 

@@ -26,7 +26,8 @@ import numpy.typing as npt
 from mnist_dist.config import EnginePrecision
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec, Pixels, padded
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.onnx_file import open_session, run_session, session_batch
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import is_remote

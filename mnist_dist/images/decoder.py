@@ -21,7 +21,8 @@ import numpy as np
 
 from mnist_dist.errors import ImageError
 from mnist_dist.images.formats import FORMATS, Format, format_of
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, match_channels, resize_pixels, working_bytes
+from mnist_dist.images.pixels import NotForMe, Opened, Pixels, match_channels, resize_pixels, working_bytes
+from mnist_dist.images.spec import ImageSpec
 
 Reserve = Callable[[int], contextlib.AbstractContextManager[object]]
 _Result = TypeVar("_Result")

@@ -12,7 +12,8 @@ import numpy as np
 from mnist_dist.errors import ImageError, first_line
 from mnist_dist.images.depth import WORKING_BYTES, Samples, cmyk_to_rgb, eight_bits
 from mnist_dist.images.jpeg import Header, read_header
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.pixels import NotForMe, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.spec import ImageSpec
 
 _EXTENDED, _PROGRESSIVE, _LOSSLESS = 0xC1, 0xC2, 0xC3
 _BITS = {_EXTENDED: (8, 12), _PROGRESSIVE: (8, 12), _LOSSLESS: tuple(range(2, 17))}

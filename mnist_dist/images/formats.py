@@ -15,7 +15,8 @@ from mnist_dist.images import jpeg, pillow, signatures
 from mnist_dist.images.deep_jpeg import open_deep_jpeg
 from mnist_dist.images.heif import open_heif
 from mnist_dist.images.jpegxl import open_jpegxl
-from mnist_dist.images.pixels import ImageSpec, Opened
+from mnist_dist.images.pixels import Opened
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.tiff import open_tiff
 
 Open = Callable[[bytes, ImageSpec | None], Opened]

@@ -6,12 +6,11 @@ Owns: the sizes, crops and margins of every geometry, rounded as the originals r
 
 # H, W = height and width of the result, px; h, w = height and width of the original; R = resize_px
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mnist_dist.images.pixels import ImageSpec  # it resizes by this module
+from mnist_dist.images.spec import ImageSpec
 
 Size = tuple[int, int]
 """Height and width, px."""
@@ -30,7 +29,7 @@ class Fit(NamedTuple):
     """Likewise, of columns."""
 
 
-def fit(height: int, width: int, spec: "ImageSpec") -> Fit:
+def fit(height: int, width: int, spec: ImageSpec) -> Fit:
     """Where an original of h x w px comes to lie in the input of `spec`."""
     if spec.resize == "crop":
         return Fit(_same_aspect(height, width, spec), (spec.height_px, spec.width_px), 0, 0)
@@ -42,7 +41,7 @@ def fit(height: int, width: int, spec: "ImageSpec") -> Fit:
     return Fit(kept, size, top, _margin(size[1], spec.width_px, spec.crop_rounding))
 
 
-def least_size(height: int, width: int, spec: "ImageSpec") -> Size:
+def least_size(height: int, width: int, spec: ImageSpec) -> Size:
     """The smallest size, px, to which an original of h x w px may be scaled while it is decoded, so that nothing is
     enlarged afterwards which was not smaller before. With exact decoding: its own."""
     if spec.quality == "exact":
@@ -50,7 +49,7 @@ def least_size(height: int, width: int, spec: "ImageSpec") -> Size:
     return fit(height, width, spec).size  # After a crop the kept part still has this size, since one side is whole.
 
 
-def _resized(height: int, width: int, spec: "ImageSpec") -> Size:
+def _resized(height: int, width: int, spec: ImageSpec) -> Size:
     if spec.resize == "shortest-edge":
         return _shortest_edge(height, width, spec.resize_px or _covering(height, width, spec))
     if spec.resize == "stretch":
@@ -67,7 +66,7 @@ def _shortest_edge(height: int, width: int, side: int) -> Size:
     return side, int(side * width / height)
 
 
-def _covering(height: int, width: int, spec: "ImageSpec") -> int:
+def _covering(height: int, width: int, spec: ImageSpec) -> int:
     """The smallest R whose result covers H x W."""
     if width <= height:
         return max(spec.width_px, -(-spec.height_px * width // height))
@@ -85,7 +84,7 @@ def _margin(size: int, kept: int, rounding: str) -> int:
     return round((size - kept) / 2) if size >= kept else -((kept - size) // 2)
 
 
-def _same_aspect(height: int, width: int, spec: "ImageSpec") -> tuple[slice, slice]:
+def _same_aspect(height: int, width: int, spec: ImageSpec) -> tuple[slice, slice]:
     """The centre of the same aspect ratio as H x W. Keras cuts fractions off, our own rule rounds.
 
     Source: Keras' `smart_resize` and `crop_to_aspect_ratio`, which divide in float32.
@@ -101,7 +100,7 @@ def _same_aspect(height: int, width: int, spec: "ImageSpec") -> tuple[slice, sli
     return slice(top, top + kept_height), slice(left, left + kept_width)
 
 
-def _padded_by_tensorflow(height: int, width: int, spec: "ImageSpec") -> tuple[Size, int, int]:
+def _padded_by_tensorflow(height: int, width: int, spec: ImageSpec) -> tuple[Size, int, int]:
     """Source: `tf.image.resize_with_pad`, which divides in float32 and rounds sizes and margins down."""
     h, w, target_h, target_w = (np.float32(side) for side in (height, width, spec.height_px, spec.width_px))
     ratio = max(w / target_w, h / target_h)

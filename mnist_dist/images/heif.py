@@ -14,7 +14,8 @@ import numpy as np
 from mnist_dist.errors import ImageError, first_line
 from mnist_dist.images.boxes import item_types
 from mnist_dist.images.depth import WORKING_BYTES, eight_bits, over_white
-from mnist_dist.images.pixels import ImageSpec, Opened, Pixels
+from mnist_dist.images.pixels import Opened, Pixels
+from mnist_dist.images.spec import ImageSpec
 
 _MODES = {"L": (1, ""), "LA": (1, "A"), "La": (1, "a"), "RGB": (3, ""), "RGBA": (3, "A"), "RGBa": (3, "a")} | {
     **{"I": (1, "")},  # "I;16"

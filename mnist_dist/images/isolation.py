@@ -25,7 +25,7 @@ import mnist_dist
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.budget import SMALL_BYTES
 from mnist_dist.images.decoder import Decoded, Reserve, decode_image, unlimited
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 MAX_MEMORY_BYTES = 8 * 2**30  # Bounds the child's address space: several times what 100 million pixels take.
 _START_TIMEOUT_S = 120.0

@@ -17,7 +17,8 @@ import simplejpeg
 from mnist_dist.errors import ImageError
 from mnist_dist.images.exif import orientation_of
 from mnist_dist.images.geometry import least_size
-from mnist_dist.images.pixels import ImageSpec, NotForMe, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.pixels import NotForMe, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.spec import ImageSpec
 
 MAGIC = b"\xff\xd8"
 _SOS, _EOI, _COM, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xFE, 0xE0, 0xE1, 0xEE

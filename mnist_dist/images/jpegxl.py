@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from mnist_dist.errors import ImageError, first_line
 from mnist_dist.images.depth import WORKING_BYTES, Samples, eight_bits, over_white
-from mnist_dist.images.pixels import ImageSpec, Opened, Pixels, upright_size
+from mnist_dist.images.pixels import Opened, Pixels, upright_size
+from mnist_dist.images.spec import ImageSpec
 
 CODESTREAM, CONTAINER = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 """How a JPEG XL file begins."""

@@ -21,7 +21,8 @@ from mnist_dist.images import av1, jpeg, png, webp
 from mnist_dist.images.depth import eight_bits
 from mnist_dist.images.ifd import ORIENTATION, check_segments, read_page
 from mnist_dist.images.jpeg2000 import has_reordered_channels
-from mnist_dist.images.pixels import STRIP_PX, ImageSpec, NotForMe, Opened, Pixels, rotate, strips, upright_size
+from mnist_dist.images.pixels import STRIP_PX, NotForMe, Opened, Pixels, rotate, strips, upright_size
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.tiff import pillow_is_right
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})

@@ -35,8 +35,6 @@ _FILTERS: dict[Interpolation, tuple[Image.Resampling, float]] = {
     "lanczos": (Image.Resampling.LANCZOS, 3.0),
 }
 """Pillow's filter, and how far it reaches to each side, px of the result (where the image shrinks)."""
-KERAS_INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "box", "bilinear", "bicubic", "lanczos")
-"""Those that `tf.image.resize` has: box is its `area`, lanczos its `lanczos3`."""
 
 
 class Side(NamedTuple):
@@ -274,13 +272,13 @@ def _overlap(begin: _Weights, scale: np.float32) -> Callable[[_Weights], _Weight
 
     def weigh(places: _Weights) -> _Weights:
         inside: _Weights = np.minimum(begin + scale, places + 1) - np.maximum(begin, places)
-        return np.maximum(inside, np.float32(0))
+        return np.asarray(np.maximum(inside, np.float32(0)))
 
     return weigh
 
 
 def _triangle(x: _Weights) -> _Weights:
-    return np.maximum(1 - np.abs(x), np.float32(0))
+    return np.asarray(np.maximum(1 - np.abs(x), np.float32(0)))
 
 
 def _keys(x: _Weights) -> _Weights:

@@ -31,7 +31,8 @@ from mnist_dist.images.depth import (
     ycbcr_to_rgb,
 )
 from mnist_dist.images.ifd import Page, check_segments, read_page
-from mnist_dist.images.pixels import ImageSpec, Opened, Pixels, rotate, upright_size
+from mnist_dist.images.pixels import Opened, Pixels, rotate, upright_size
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.images.streams import stream_px
 
 _JPEGS = frozenset({6, 7, 33007, 34892})

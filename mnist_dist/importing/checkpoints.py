@@ -6,6 +6,7 @@ the models that the weights are for (`torch_models`).
 
 import argparse
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,9 @@ def _torch_file(path: Path) -> Any:
     import torch
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments in one
+        # timm keeps its arguments in a Namespace; torch warns of each old pickle.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise WeightsError(

@@ -17,15 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mnist_dist.config import DEFAULT_THRESHOLD
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, ImageError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.examples import Examples, Files, built_in_examples, read_examples
 from mnist_dist.importing.expected import expected_values
 from mnist_dist.importing.foreign import Foreign, Values
 from mnist_dist.importing.recipe import Recipe
-from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES, open_session, run_session
+from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES, open_session, run_session, session_batch
+from mnist_dist.urls import shown
 
 MAX_DIFFERENCE = 1e-4
 """Of a probability."""
@@ -34,7 +37,7 @@ MAX_RELATIVE = 1e-3
 MAX_FAST_IMAGES = 500
 """Calibration images on which fast decoding is judged."""
 _TINY = float(np.finfo(np.float32).tiny)
-_BATCH = 16
+_BATCH, _FEW = 16, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class Compared:
     """norm(a - b) / norm(b) of the features; or of the logits, each image's minus their mean, as far as probabilities
     in float32 hold them."""
     agreement: float | None
-    """Share of the images with the same top class, 0-1; None: there are no classes."""
+    """Share of the images with the same top class, 0-1, or of a multi-label model with the same classes from 0.5 on;
+    None: there are no classes."""
     worst: str
     """The image with the largest difference."""
     is_judged: bool = True
@@ -79,6 +83,8 @@ class Checked:
     images: int
     left_out: tuple[str, ...]
     """Check images that could not be read, and why."""
+    labelled: int
+    """Check images whose folder has the name of a class."""
     accuracy: float | None
     """On the check images, 0-1; None: not all are labelled."""
     calibration: pa.Table | None = None
@@ -121,16 +127,18 @@ def check(task: CheckTask, report: Report) -> Checked:
     model = BundleModel(task.model_file, has_classes=bool(names))
     values = model.outputs(pixels)
     report(len(pixels), 2 * len(pixels))
+    _check_activation(task, examples)
     compared = list(_with_original(task, examples, values))
     report(2 * len(pixels), 2 * len(pixels))
     if task.expect is not None:
         expected, rows = expected_values(task.expect, examples.names, names)
-        shown = [examples.names[row] for row in rows]
-        compared.append(compare(values[rows], expected, shown, reference=task.expect, recipe=recipe))
+        matched = [examples.names[row] for row in rows]
+        compared.append(compare(values[rows], expected, matched, reference=shown(task.expect), recipe=recipe))
     checked = Checked(
         compared=tuple(compared),
         images=len(pixels),
         left_out=examples.left_out,
+        labelled=sum(label is not None for label in examples.labels),
         accuracy=_accuracy(values, examples) if names else None,
     )
     return checked if task.calibration is None else _with_calibration(checked, task, model)
@@ -161,7 +169,7 @@ def compare(
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
     has_classes = bool(recipe.class_names)
     if has_classes:
-        agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+        agreement = _agreement(values, reference_values, multi_label=recipe.multi_label)
         ours, theirs = logits(ours, multi_label=recipe.multi_label), logits(theirs, multi_label=recipe.multi_label)
     return Compared(
         reference=reference,
@@ -176,10 +184,10 @@ def compare(
 def logits(probabilities: npt.NDArray[np.float64], *, multi_label: bool) -> npt.NDArray[np.float64]:
     """What probabilities `[N, K]` came from: each image's logits minus their mean, or the logits of a sigmoid.
 
-    What float32 cannot tell from 0 or 1 becomes the largest logit that it can.
+    A probability near 1 is rounded in float32, so that logits of a sigmoid are taken of 1e-4 to 1 - 1e-4 only.
     """
-    if multi_label:
-        p = np.clip(probabilities, _TINY, 1 - 2.0**-24)
+    if multi_label or probabilities.shape[1] == 2:  # two classes are one sigmoid, or might be
+        p = np.clip(probabilities, MAX_DIFFERENCE, 1 - MAX_DIFFERENCE)
         return np.asarray(np.log(p) - np.log1p(-p))
     values: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, _TINY))
     values -= values.mean(axis=1, keepdims=True)
@@ -204,7 +212,8 @@ class BundleModel:
 
     def outputs(self, pixels: Pixels) -> Values:
         """`uint8 [N, H, W, C]` -> `float32 [N, K]` or `[N, D]`."""
-        parts = [self._call(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)]
+        size = (None if self._session is None else session_batch(self._session)) or _BATCH
+        parts = [self._call(pixels[start : start + size]) for start in range(0, len(pixels), size)]
         return np.concatenate(parts)
 
     def _call(self, pixels: Pixels) -> Values:
@@ -231,6 +240,22 @@ def _decoded(examples: Examples, spec: ImageSpec) -> tuple[Examples, Pixels]:
         left_out=tuple(left_out),
     )
     return taken, np.stack(pixels)
+
+
+def _check_activation(task: CheckTask, examples: Examples) -> None:
+    """Refuses an assumed activation behind outputs that are probabilities already."""
+    foreign: Foreign = pickle.loads(task.foreign.read_bytes())
+    recipe = task.recipe
+    if not recipe.is_activation_assumed or foreign.reference is None:
+        return
+    raw = foreign.reference(examples.files[:_FEW], replace(recipe.asked, activation="none"))
+    is_inside = bool(((raw >= 0) & (raw <= 1)).all())
+    if is_inside and (recipe.activation == "sigmoid" or np.allclose(raw.sum(axis=1), 1, atol=1e-3)):
+        raise ConfigError(
+            f"the model's outputs are probabilities already, from {raw.min():.3g} to {raw.max():.3g}: give "
+            f"--activation none, or --activation {recipe.activation} if it belongs there. Received: "
+            f"activation={recipe.activation!r}, which was assumed"
+        )
 
 
 def _with_original(task: CheckTask, examples: Examples, values: Values) -> Iterator[Compared]:
@@ -272,5 +297,12 @@ def _with_calibration(checked: Checked, task: CheckTask, model: BundleModel) -> 
     rows = np.linspace(0, len(pixels) - 1, count).astype(np.int64)
     quick = replace(spec, quality="fast")
     fast = np.stack([decode_image(examples.files[int(row)], quick).pixels for row in rows])
-    same = model.outputs(pixels[rows]).argmax(axis=1) == model.outputs(fast).argmax(axis=1)
-    return replace(checked, fast_agreement=float(same.mean()), fast_images=count)
+    agreement = _agreement(model.outputs(pixels[rows]), model.outputs(fast), multi_label=task.recipe.multi_label)
+    return replace(checked, fast_agreement=agreement, fast_images=count)
+
+
+def _agreement(ours: Values, theirs: Values, *, multi_label: bool) -> float:
+    """Share of the images with the same top class; of a multi-label model, with the same classes from 0.5 on."""
+    if multi_label:
+        return float(((ours >= DEFAULT_THRESHOLD) == (theirs >= DEFAULT_THRESHOLD)).all(axis=1).mean())
+    return float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())

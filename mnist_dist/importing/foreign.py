@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 Values = npt.NDArray[np.float32]
 

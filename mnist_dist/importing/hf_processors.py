@@ -205,7 +205,8 @@ class Processor:
         if self.flips:
             values = values[..., ::-1]
         values = (values - np.array(self.mean)) / np.array(self.std)
-        return values.transpose(2, 0, 1).astype(np.float32)
+        prepared: npt.NDArray[np.float32] = values.transpose(2, 0, 1).astype(np.float32)
+        return prepared
 
 
 def processor(file: ProcessorFile, *, model_type: str | None, path: str) -> Processor:
@@ -333,7 +334,7 @@ class _Reader:
         raise self._wrong(name, "a number, [height, width], {height, width} or {shortest_edge}")
 
     def _resample(self, kind: _Class) -> int:
-        resample = _either(self.file.resample, kind.resample)
+        resample: int = _either(self.file.resample, kind.resample)
         if not 0 <= resample < len(_FILTERS):
             raise self._wrong("resample", "0 (nearest) to 5 (hamming)")
         return resample

@@ -8,6 +8,7 @@ says what was imported with which flags, and what was compared with what; the sa
 """
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import tempfile
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -43,11 +44,16 @@ from mnist_dist.models.bundle import (
 )
 from mnist_dist.session import Session, locked_session
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import absolute, join
+from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.urls import shown, shown_values
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 IMPORT_FILE = "import.json"
 _FOREIGN = "foreign.pickle"
+_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, IMPORT_FILE)
+"""Of a bundle, beside `bundle.json`."""
 _RESOURCES = ("output", "lock_wait_s", "verbose")
 """Fields that change nothing in the bundle."""
 Result = TypeVar("Result")
@@ -59,8 +65,8 @@ class ImportRecord:
 
     settings: dict[str, Any]
     """The flags."""
-    source_sha256: str
-    """Over all files of the source and its checkpoint."""
+    contents: dict[str, str]
+    """sha256 of the source, and of what flags name: names and contents, or ETags, of all that was read."""
     recipe: dict[str, Any]
     """What was built; see `Recipe`."""
     compared: tuple[Compared, ...]
@@ -88,6 +94,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
     """
     began = time.monotonic()
     source = find_source(job.source)
+    _check_outside(job)
     parent, _, name = job.output_uri.rpartition("/")
     with (
         tempfile.TemporaryDirectory(prefix="mnist_dist-import-") as scratch,
@@ -96,11 +103,11 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         ) as session,
     ):
         local = localized(job, source, Path(scratch))
-        digest = digest_of(local)
-        record = _finished(job, digest)
+        given = _Given(job, local)
+        record = _finished(job, given.contents())
         if record is None:
             _check_free(job.output_uri)
-            record = _Import(job, local, digest, Path(scratch), session).run()
+            record = _Import(job, local, given, Path(scratch), session).run()
         else:
             console.line(f"{job.output_uri} is this model already")
     return _result(job, record, seconds=time.monotonic() - began)
@@ -128,7 +135,35 @@ def _settings(job: ImportJob) -> dict[str, Any]:
     return {name: value for name, value in shown_values(values).items() if name not in _RESOURCES}
 
 
-def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
+class _Given:
+    """What the flags name, read once."""
+
+    def __init__(self, job: ImportJob, local: ImportJob) -> None:
+        self._local = local
+        self.classes = None if job.classes is None else ANYWHERE.read_bytes(absolute(job.classes))
+        self.expect = None if job.expect is None else ANYWHERE.read_bytes(absolute(job.expect))
+        self.check_images = _images(job.check_images, MAX_CHECKED)
+        self.calibration = _images(job.calibration, MAX_CALIBRATION)
+
+    def contents(self) -> dict[str, str]:
+        """sha256 of each; see `ImportRecord`."""
+        files = {"classes": self.classes, "expect": self.expect}
+        images = {"check_images": self.check_images, "calibration": self.calibration}
+        listed = {name: None if rows is None else _listed(rows) for name, rows in images.items()}
+        known = {name: hashlib.sha256(data).hexdigest() for name, data in (files | listed).items() if data is not None}
+        return {"source": digest_of(self._local), **known}
+
+
+def _images(folder: str | None, max_images: int) -> "pa.Table | None":
+    return None if folder is None else list_images(folder, max_images=max_images)
+
+
+def _listed(rows: "pa.Table") -> bytes:
+    """The names, sizes and ETags of images."""
+    return json.dumps([rows[name].to_pylist() for name in ("uri", "size_bytes", "etag")]).encode()
+
+
+def _finished(job: ImportJob, contents: dict[str, str]) -> ImportRecord | None:
     """What the output says of the same import; None: it is free.
 
     Raises:
@@ -140,8 +175,11 @@ def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
         record = documents.read(ANYWHERE, join(job.output_uri, IMPORT_FILE), ImportRecord)
     except FileNotFoundError:
         raise ResumeConflict(f"the output holds a bundle that was not imported. Received: {job.output!r}") from None
-    own = {"source_sha256": digest, **_settings(job)}
-    lines = differences(own, {"source_sha256": record.source_sha256, **record.settings})
+    lines = differences(_settings(job), record.settings)
+    changed = [
+        name for name in sorted({*contents, *record.contents}) if contents.get(name) != record.contents.get(name)
+    ]
+    lines += [f"{name}: its content has changed" for name in changed]
     if lines:
         shown_lines = "\n  ".join(lines)
         raise ResumeConflict(
@@ -150,10 +188,18 @@ def _finished(job: ImportJob, digest: str) -> ImportRecord | None:
     return record
 
 
+def _check_outside(job: ImportJob) -> None:
+    """Refuses an output in the source or around it: a bundle replaces what lies in its folder."""
+    for uri in filter(None, (job.source, job.checkpoint)):
+        place = f"{absolute(uri)}/"
+        if f"{job.output_uri}/".startswith(place) or place.startswith(f"{job.output_uri}/"):
+            raise ConfigError(f"the output must lie outside of the source. Received: output={job.output!r}")
+
+
 def _check_free(output: str) -> None:
-    """Refuses an output that holds anything but what an interrupted upload left."""
+    """Refuses an output that holds other files; in a bucket, those of an interrupted upload do not count."""
     names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
-    others = sorted(names - {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, IMPORT_FILE})
+    others = sorted(names - set(_FILES if is_remote(output) else ()))
     if others:
         raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
 
@@ -161,15 +207,14 @@ def _check_free(output: str) -> None:
 class _Import:
     """One import under way, in a scratch folder."""
 
-    def __init__(self, job: ImportJob, local: ImportJob, digest: str, scratch: Path, session: Session) -> None:
-        self._job, self._local, self._digest = job, local, digest
+    def __init__(self, job: ImportJob, local: ImportJob, given: _Given, scratch: Path, session: Session) -> None:
+        self._job, self._local, self._given = job, local, given
         self._scratch, self._session = scratch, session
 
     def run(self) -> ImportRecord:
         source = find_source(self._job.source)
-        classes = None if self._job.classes is None else self._classes(self._job.classes)
-        rows = self._images(self._job.check_images, MAX_CHECKED)
-        calibration = self._images(self._job.calibration, MAX_CALIBRATION)
+        given = self._given
+        classes = None if given.classes is None else read_classes(given.classes, uri=str(self._job.classes))
         opened = self._step(
             partial(_open, source, self._local, self._scratch), title=f"opening {shown(self._job.source)}"
         )
@@ -180,20 +225,14 @@ class _Import:
             foreign=self._scratch / _FOREIGN,
             recipe=recipe,
             model_file=model_file,
-            rows=rows,
+            rows=given.check_images,
             expect=None if self._job.expect is None else absolute(self._job.expect),
-            calibration=calibration,
+            calibration=given.calibration,
             scratch=self._scratch / "check",
         )
         checked = self._step(partial(_build_and_check, opened, task), title="comparing with the original")
         self._judge(checked)
         return self._published(opened, recipe, model_file, checked)
-
-    def _classes(self, uri: str) -> tuple[str, ...]:
-        return read_classes(ANYWHERE.read_bytes(absolute(uri)), uri=uri)
-
-    def _images(self, folder: str | None, max_images: int) -> Any:
-        return None if folder is None else list_images(folder, max_images=max_images)
 
     def _step(self, function: Callable[[Report], Result], *, title: str) -> Result:
         """Runs a function in a process of its own; its MnistDistError is raised here as what it is."""
@@ -230,6 +269,8 @@ class _Import:
             line(f"compared with {compared}")
         if checked.accuracy is not None:
             line(f"accuracy on the {checked.images} check images: {checked.accuracy:.2%}")
+        elif self._job.check_images is not None and not self._job.backbone_only:
+            line(f"no accuracy: the folder of {checked.labelled} of {checked.images} images has the name of a class")
         if checked.fast_agreement is not None:
             line(
                 f"fast decoding (score --decode-quality fast): same top class for {checked.fast_agreement:.2%} of "
@@ -245,7 +286,7 @@ class _Import:
     def _published(self, opened: Foreign, recipe: Recipe, model_file: Path, checked: Checked) -> ImportRecord:
         record = ImportRecord(
             settings=_settings(self._job),
-            source_sha256=self._digest,
+            contents=self._given.contents(),
             recipe=msgspec.to_builtins(recipe),
             compared=checked.compared,
             accuracy=checked.accuracy,
@@ -275,6 +316,9 @@ class _Import:
         write_model_bundle(folder, model_file, info, calibration=checked.calibration, extra=extra)
         self._session.check()
         self._session.confirm_lock()
+        ANYWHERE.delete_leftovers(self._job.output_uri)
+        for name in _FILES if is_remote(self._job.output_uri) else ():  # left by an interrupted upload
+            ANYWHERE.delete_tree(join(self._job.output_uri, name))
         ANYWHERE.upload_folder(folder, self._job.output_uri, last=BUNDLE_FILE)
         return record
 
@@ -284,13 +328,8 @@ def _returned(function: Callable[[Report], Result], report: Report) -> "Result |
     try:
         return function(report)
     except MnistDistError as error:
-        return replace_traceback(error)
-
-
-def replace_traceback(error: MnistDistError) -> MnistDistError:
-    """The error without its traceback and causes, which may not be picklable."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+        error.__cause__ = error.__context__ = None  # They may not be picklable.
+        return error.with_traceback(None)
 
 
 def _open(source: Source, job: ImportJob, scratch: Path, report: Report) -> Foreign:

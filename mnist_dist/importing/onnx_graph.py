@@ -11,23 +11,22 @@ The bundle's graph takes `image`, `uint8 [N, H, W, C]`, and gives `probabilities
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnx.compose
 import onnx.external_data_helper
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
-from mnist_dist import documents
 from mnist_dist.errors import ConfigError
 from mnist_dist.importing.recipe import Recipe
 from mnist_dist.models.onnx_file import FEATURES, IMAGE, MAX_BYTES, PROBABILITIES, is_outside, tensors_of
 
 MIN_OPSET = 11
+_MIN_IR = 4  # Before, weights were inputs, too.
 BATCH = "N"
 _PREFIX = "network/"
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
@@ -36,6 +35,8 @@ _PASSING = frozenset(
     {"Identity", "Dropout", "Cast", "Reshape", "Flatten", "Squeeze", "Softmax", "Sigmoid", "LogSoftmax"}
 )
 """What may stand between the last dense layer and the output."""
+_BEFORE_CONVOLUTION = frozenset({"Pad", "Cast", "Identity", "Add", "Sub", "Mul", "Div"})
+"""What may stand between the input and the first convolution."""
 INPUT_NUMPY: dict[int, Any] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
@@ -83,19 +84,14 @@ def read_graph(file: Path) -> Any:
     Raises:
         ConfigError: it is no ONNX model, is too old or too large, or has operators of its own or data elsewhere.
     """
-    try:
-        model = onnx.load(str(file), load_external_data=False)
-    except Exception as err:  # protobuf's own exceptions, and what onnx makes of other damage
-        raise ConfigError(f"this is not an ONNX model ({type(err).__name__}). Received: {str(file)!r}") from None
-    if not model.graph.node:
-        raise ConfigError(f"this is not an ONNX model: it has no graph. Received: {str(file)!r}")
+    model = _loaded(file)
     _check_external_data(model, file)
     try:
         onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
     except Exception as err:
         raise ConfigError(f"the external data of the model cannot be read: {err}. Received: {str(file)!r}") from None
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = onnx.inliner.inline_local_functions(model, convert_version=True)
     _check_operators(model, file)
     if model.ByteSize() > MAX_BYTES:
         raise ConfigError(
@@ -126,7 +122,12 @@ def graph_input(model: Any, *, file: Path) -> GraphInput:
     if layout is None:
         raise ConfigError(f"{expected}. {found}")
     channels, sides = (shape[1], shape[2:]) if layout == "NCHW" else (shape[3], shape[1:3])
-    return GraphInput(value.name, tensor.elem_type, layout, shape[0], sides[0], sides[1], channels or 3)
+    if channels is None:
+        convolution = _first_convolution(model, value.name)
+        channels = 3 if convolution is None else convolution[1]
+    if channels not in (1, 3):
+        raise ConfigError(f"{expected}. {found}")
+    return GraphInput(value.name, tensor.elem_type, layout, shape[0], sides[0], sides[1], channels)
 
 
 def num_outputs(model: Any, name: str) -> int | None:
@@ -204,12 +205,15 @@ def build_onnx(file: Path, recipe: Recipe, target: Path) -> None:
     if any(size not in (None, wanted) for size, wanted in zip(own, recipe.spec.shape, strict=True)):
         raise ConfigError(f"the graph takes images of {own}. Received: {recipe.spec.shape} for {str(file)!r}")
     opset = max(entry.version for entry in foreign.opset_import if entry.domain in ("", "ai.onnx"))
-    named = onnx.compose.add_prefix(foreign, _PREFIX)
+    shapes = shapes_of(foreign)
+    for name, flag in ((recipe.output, "--output-node"), (recipe.features, "--features-node")):
+        if name is not None:
+            check_tensor(foreign, name, flag=flag)
+    _prefix(foreign.graph)
     head = list(_input_nodes(recipe, source))
     outputs: list[Any] = []
     tail: list[Any] = []
     batch = source.batch or BATCH
-    shapes = shapes_of(foreign)
     if recipe.class_names:
         tail += _probability_nodes(recipe, f"{_PREFIX}{recipe.output}", shapes.get(recipe.output or ""))
         shape = [batch, len(recipe.class_names)]
@@ -222,7 +226,7 @@ def build_onnx(file: Path, recipe: Recipe, target: Path) -> None:
         ]
         shape = [batch, _flat_size(shapes.get(recipe.features)) or "D"]
         outputs.append(helper.make_tensor_value_info(FEATURES, TensorProto.FLOAT, shape))
-    model = _assembled(named, head, tail, outputs, recipe=recipe, batch=batch, opset=opset)
+    model = _assembled(foreign, head, tail, outputs, recipe=recipe, batch=batch, opset=opset)
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as err:
@@ -248,12 +252,13 @@ def _assembled(
     )
     others = [entry for entry in named.opset_import if entry.domain not in ("", "ai.onnx")]
     imports = [helper.make_opsetid("", opset), *others]
-    model = helper.make_model(built, opset_imports=imports, ir_version=named.ir_version, producer_name="mnist_dist")
+    ir_version = max(_MIN_IR, named.ir_version)
+    model = helper.make_model(built, opset_imports=imports, ir_version=ir_version, producer_name="mnist_dist")
     facts = {
         "class_names": json.dumps(recipe.class_names, ensure_ascii=False),
         "activation": recipe.activation,
         "multi_label": json.dumps(recipe.multi_label),
-        "spec": documents.encode(recipe.spec).decode(),
+        "image_spec": json.dumps(asdict(recipe.spec)),
     }
     helper.set_model_props(model, facts)
     return model
@@ -313,20 +318,50 @@ def _probability_nodes(recipe: Recipe, output: str, shape: list[int | None] | No
 # --- the graph's own ways --------------------------------------------------------------------------------------------
 
 
+def external_locations(file: Path) -> list[str]:
+    """The files beside an ONNX file that hold its weights, relative to its folder; they need not be there.
+
+    Raises:
+        ConfigError: it is no ONNX model, or names a file outside of its folder.
+    """
+    return sorted({_location(tensor, file) for tensor in _outside(_loaded(file))})
+
+
+def _loaded(file: Path) -> Any:
+    """The model without its external data."""
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception as err:  # protobuf's own exceptions, and what onnx makes of other damage
+        raise ConfigError(f"this is not an ONNX model ({type(err).__name__}). Received: {str(file)!r}") from None
+    if not model.graph.node:
+        raise ConfigError(f"this is not an ONNX model: it has no graph. Received: {str(file)!r}")
+    return model
+
+
+def _outside(model: Any) -> Iterator[Any]:
+    return filter(is_outside, tensors_of(model))
+
+
 def _check_external_data(model: Any, file: Path) -> None:
     """External data must lie in the model's folder, or below it; nothing else is ever opened."""
-    folder = file.parent.resolve()
-    for tensor in filter(is_outside, tensors_of(model)):
-        location = onnx.external_data_helper.ExternalDataInfo(tensor).location
-        path = folder / location
-        is_inside = not Path(location).is_absolute() and path.resolve().is_relative_to(folder)
-        if not is_inside:
-            raise ConfigError(
-                f"the model's data must lie in its own folder. Received: {location!r} for tensor {tensor.name!r} in "
-                f"{str(file)!r}"
-            )
-        if not path.is_file():
+    for tensor in _outside(model):
+        location = _location(tensor, file)
+        if not (file.parent / location).is_file():
             raise ConfigError(f"a file of the model is missing. Received: {location!r}, named in {str(file)!r}")
+
+
+def _location(tensor: Any, file: Path) -> str:
+    """Where the values of a tensor lie, relative to the model's folder."""
+    location: str = onnx.external_data_helper.ExternalDataInfo(tensor).location
+    folder = file.parent.resolve()
+    if Path(location).is_absolute() or not (folder / location).resolve().is_relative_to(folder):
+        is_link = (folder / location).is_symlink()
+        hint = ", and not behind a link: `cp -rL FOLDER COPY` makes a folder that can be imported" if is_link else ""
+        raise ConfigError(
+            f"the model's data must lie in its own folder{hint}. Received: {location!r} for tensor {tensor.name!r} in "
+            f"{str(file)!r}"
+        )
+    return location
 
 
 def _check_operators(model: Any, file: Path) -> None:
@@ -349,11 +384,37 @@ def _layout(model: Any, name: str, shape: list[int | None]) -> Layout | None:
         return "NHWC"
     if shape[1] in (1, 3):  # 3 x 3 px, or a file that names all sizes
         return "NCHW"
-    return "NCHW" if shape[1] is None and shape[3] is None and _feeds_convolution(model, name) else None
+    convolution = _first_convolution(model, name) if shape[1] is None and shape[3] is None else None
+    return None if convolution is None else convolution[0]
 
 
-def _feeds_convolution(model: Any, name: str) -> bool:
-    return any(node.op_type == "Conv" and node.input[0] == name for node in model.graph.node)
+def _first_convolution(model: Any, name: str) -> tuple[Layout, int] | None:
+    """What the first convolution behind the input shows: the layout of the input, and its channels."""
+    kernels = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    layout: Layout = "NCHW"
+    for node in model.graph.node:
+        if name not in node.input:
+            continue
+        if node.op_type == "Conv" and node.input[0] == name and node.input[1] in kernels:
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            return layout, int(kernels[node.input[1]][1] * groups)
+        if node.op_type == "Transpose":
+            layout = "NHWC"
+        elif node.op_type not in _BEFORE_CONVOLUTION:
+            return None
+        name = node.output[0]
+    return None
+
+
+def _prefix(graph: Any) -> None:
+    """Puts `network/` before all names, also in inner graphs, which may use names from outside."""
+    for inner in _graphs(graph):
+        tensors = [*inner.initializer, *(sparse.values for sparse in inner.sparse_initializer)]
+        for named in (*inner.input, *inner.output, *inner.value_info, *tensors, *inner.node):
+            named.name = f"{_PREFIX}{named.name}" if named.name else ""
+        for node in inner.node:
+            for names in (node.input, node.output):
+                names[:] = [f"{_PREFIX}{name}" if name else "" for name in names]  # empty: left out
 
 
 def _graphs(graph: Any) -> Iterator[Any]:

@@ -12,11 +12,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig, Preset
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
 from mnist_dist.models.backbones import CAFFE, MINUS_ONE_TO_ONE, TORCH, ZERO_TO_ONE, Preprocessing
@@ -47,6 +47,8 @@ class Recipe:
     multi_label: bool
     class_names: tuple[str, ...]
     """Empty: the model gives features only."""
+    is_activation_assumed: bool = False
+    """Neither the source nor a flag says which activation follows."""
     is_binary: bool = False
     """The model has one output p, which becomes the probabilities 1 - p and p of two classes."""
     output: str | None = None
@@ -65,7 +67,7 @@ class Recipe:
             offset=self.offset,
             bgr=self.bgr,
             activation=self.activation,
-            output=self.output,
+            output=self.output if self.class_names else self.features,
         )
 
 
@@ -128,9 +130,15 @@ def read_classes(data: bytes, *, uri: str) -> tuple[str, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise ConfigError(f"a list of classes is UTF-8 text ({err}). Received: {uri!r}") from None
-    if text.lstrip().startswith(("[", "{")):
-        return _json_classes(text, uri)
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not text.lstrip().startswith(("[", "{")):
+        return lines
+    try:
+        return _json_classes(json.loads(text), uri)
+    except json.JSONDecodeError as err:
+        if len(lines) > 1 and all(line[-1] not in ",{[" for line in lines):  # names, one of them `[background]`
+            return lines
+        raise ConfigError(f"a list of classes is not valid JSON: {err}. Received: {uri!r}") from None
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
@@ -164,14 +172,20 @@ def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
 
 def _geometry(fitting: FittingConfig, facts: Facts, choice: _Choice, *, side_px: int) -> tuple[Geometry, int | None]:
     """How an image is resized, and the side that it has before the centre is cut."""
-    resize_px = fitting.resize_px if fitting.crop is None else math.floor(side_px / fitting.crop)
+    asked_px = fitting.resize_px if fitting.crop is None else math.floor(side_px / fitting.crop)
     stretch: Geometry = "stretch"
-    cropped: Geometry | None = None if resize_px is None else "shortest-edge"
+    cropped: Geometry | None = None if asked_px is None else "shortest-edge"
     resize = choice.of(
         fitting.resize or cropped, facts.resize, stretch, "images of another shape are stretched (--resize)"
     )
-    is_as_source = fitting.resize is None and fitting.input_size is None
-    return resize, facts.resize_px if resize_px is None and is_as_source else resize_px
+    if asked_px is not None or resize != facts.resize or facts.resize_px is None:
+        return resize, asked_px
+    stated_px = min(facts.height_px or side_px, facts.width_px or side_px)
+    if stated_px == side_px:
+        return resize, facts.resize_px
+    scaled_px = math.floor(facts.resize_px * side_px / stated_px)
+    choice.assumed.append(f"the shorter side becomes {scaled_px} px, scaled with the input (--resize-px)")
+    return resize, scaled_px
 
 
 def _size(fitting: FittingConfig, facts: Facts) -> tuple[int, int]:
@@ -240,28 +254,35 @@ def _classified(recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, c
             "the output must be [N, K], with a fixed number of classes K: choose another with --output-node, or use "
             f"--backbone-only. Received: {facts.output or 'an output of unknown shape'}"
         )
-    activation = _activation(job, facts, choice)
-    is_sigmoid = activation == "sigmoid" or (activation == "none" and bool(facts.multi_label))
-    multi_label = choice.of(job.multi_label, facts.multi_label, is_sigmoid and count > 1)
+    activation, is_assumed = _activation(job, facts, choice)
+    ends_with_sigmoid = activation == "none" and job.activation == "auto" and bool(facts.multi_label)
+    is_multi_label = (activation == "sigmoid" or ends_with_sigmoid) and count > 1
+    multi_label = is_multi_label if job.multi_label is None else job.multi_label
     is_binary = count == 1 and not multi_label
-    if is_binary and activation == "softmax":
-        raise ConfigError("a model with one output needs --activation sigmoid, or none. Received: activation='softmax'")
+    ends_with_softmax = activation == "none" and facts.activation == "none" and facts.multi_label is False and count > 1
+    if (is_binary or multi_label) and (activation == "softmax" or (multi_label and ends_with_softmax)):
+        what = "a model with one output" if is_binary else "multi_label"
+        raise ConfigError(f"{what} needs a sigmoid, not a softmax (--activation). Received: activation={activation!r}")
     return replace(
         recipe,
         activation=activation,
+        is_activation_assumed=is_assumed,
         multi_label=multi_label,
         is_binary=is_binary,
         class_names=_class_names(2 if is_binary else count, facts, choice, classes),
     )
 
 
-def _activation(job: ImportJob, facts: Facts, choice: _Choice) -> Activation:
-    flag: Activation | None = None if job.activation == "auto" else job.activation
-    if facts.num_outputs == 1 or job.multi_label:
-        kind: Literal["softmax", "sigmoid"] = "sigmoid"
-    else:
-        kind = "softmax"
-    return choice.of(flag, facts.activation, kind, "the outputs are logits, and {} follows (--activation)")
+def _activation(job: ImportJob, facts: Facts, choice: _Choice) -> tuple[Activation, bool]:
+    """What follows the outputs, and whether that is assumed. `--multi-label` is a word for sigmoid, too."""
+    if job.activation != "auto":
+        return job.activation, False
+    wants_sigmoid = facts.num_outputs == 1 or job.multi_label is True
+    if facts.activation is not None and not (wants_sigmoid and facts.activation == "softmax"):
+        return facts.activation, False
+    kind: Activation = "sigmoid" if wants_sigmoid else "softmax"
+    choice.assumed.append(f"the outputs are logits, and {kind} follows (--activation)")
+    return kind, True
 
 
 def _class_names(count: int, facts: Facts, choice: _Choice, classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -278,17 +299,15 @@ def _class_names(count: int, facts: Facts, choice: _Choice, classes: Sequence[st
     return names
 
 
-def _json_classes(text: str, uri: str) -> tuple[str, ...]:
+def _json_classes(value: Any, uri: str) -> tuple[str, ...]:
     try:
-        value: Any = json.loads(text)
-        if isinstance(value, dict):
-            value = [value[key] for key in map(str, range(len(value)))]
-    except ValueError as err:
-        raise ConfigError(f"a list of classes is not valid JSON: {err}. Received: {uri!r}") from None
+        names = [value[key] for key in map(str, range(len(value)))] if isinstance(value, dict) else value
     except KeyError as err:
         raise ConfigError(
             f"the classes must be numbered from 0 without gaps: {err} is missing. Received: {uri!r}"
         ) from None
-    if not all(isinstance(name, str) for name in value):
+    # Keras' own list of ImageNet has pairs, `["n01440764", "tench"]`.
+    names = [name[-1] if isinstance(name, list) and name else name for name in names]
+    if not all(isinstance(name, str) for name in names):
         raise ConfigError(f"the classes must be a list of names. Received: {uri!r}")
-    return tuple(value)
+    return tuple(names)

@@ -47,7 +47,6 @@ class Source:
         return opened
 
 
-_HUGGING_FACE = ("config.json", "preprocessor_config.json")
 SOURCES = (
     Source("keras", "a Keras model (.keras, .h5)", "keras_models", "open_keras", suffixes=(".keras", ".h5", ".hdf5")),
     Source("onnx", "an ONNX file", "onnx_models", "open_onnx", suffixes=(".onnx",)),
@@ -63,7 +62,7 @@ SOURCES = (
         "a Hugging Face folder (config.json, preprocessor_config.json, model.onnx or onnx/model.onnx)",
         "hugging_face",
         "open_hugging_face",
-        members=((*_HUGGING_FACE, "model.onnx"), (*_HUGGING_FACE, "onnx/model.onnx")),
+        members=tuple(("config.json", name) for name in ("model.onnx", "onnx/model.onnx", "onnx/vision_model.onnx")),
     ),
     Source(
         "timm",
@@ -116,21 +115,40 @@ def localized(job: ImportJob, source: Source, scratch: Path) -> ImportJob:
     if not is_remote(uri):
         return replace(job, source=uri, checkpoint=checkpoint)
     folder = scratch / "source"
-    if not source.members:  # a file; the data of an ONNX file may lie beside it
-        folder.mkdir()
-        local = ANYWHERE.local_path(uri, folder)
-        return replace(job, source=str(local), checkpoint=checkpoint)
+    if not source.members:
+        file = ANYWHERE.local_path(uri, folder)
+        for other in _named_in(file) if source.kind == "onnx" else ():
+            ANYWHERE.download(join(uri.rpartition("/")[0], other), file.parent / other)
+        return replace(job, source=str(file), checkpoint=checkpoint)
     store_for(StoreConfig()).download_folder(uri, folder)
     return replace(job, source=str(folder), checkpoint=checkpoint)
 
 
 def digest_of(job: ImportJob) -> str:
-    """sha256 over the names and contents of the files of a local source and its checkpoint."""
-    total = hashlib.sha256(job.source.encode() if not Path(job.source).exists() else b"")
+    """sha256 over the names and contents of the files of a local source and its checkpoint, but for hidden files and
+    texts for people."""
     root = Path(job.source)
-    files = [] if not root.exists() else sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    total = hashlib.sha256(b"" if root.exists() else job.source.encode())
+    files = _files_below(root) if root.is_dir() else [root] if root.exists() else []
+    if root.suffix.lower() == ".onnx":
+        files += [root.parent / name for name in _named_in(root)]
     for path in [*files, *([Path(job.checkpoint)] if job.checkpoint else [])]:
         name = path.relative_to(root).as_posix() if root in path.parents else path.name
         with path.open("rb") as file:
             total.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    def is_read(path: Path) -> bool:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return path.is_file() and not is_hidden and path.suffix.lower() not in (".md", ".txt")
+
+    return sorted(filter(is_read, folder.rglob("*")))
+
+
+def _named_in(file: Path) -> list[str]:
+    """The files beside an ONNX file that hold its weights; none if it is not one."""
+    from mnist_dist.importing.onnx_graph import external_locations  # loads onnx
+
+    return external_locations(file)

@@ -18,10 +18,13 @@ import tensorflow as tf
 
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.decoder import decode_image, probe_image
-from mnist_dist.images.pixels import ImageSpec, Pixels, resize_pixels
+from mnist_dist.images.pixels import Pixels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.foreign import Asked, Values
 
 BATCH = 16
+HALFWAY = 1e-3
+"""How close to a half a pixel's value may be rounded either way: two orders of summing differ by less in float32."""
 WHOLE_NAME = "Keras with TensorFlow's own JPEG decoder and unrounded pixels"
 FILTERS = {"nearest": "nearest", "bilinear": "bilinear", "bicubic": "bicubic", "box": "area", "lanczos": "lanczos3"}
 
@@ -29,12 +32,17 @@ FILTERS = {"nearest": "nearest", "bilinear": "bilinear", "bicubic": "bicubic", "
 def rounded_pixels(images: Iterable[bytes], spec: ImageSpec) -> list[Values]:
     """The images decoded exactly, fitted by Keras and rounded to 8 bits, as a bundle's model gets them.
 
-    Keras can only stretch or crop by its own rule; anything else is fitted as a bundle fits it.
+    Keras can only stretch or crop by its own rule; anything else is fitted as a bundle fits it. A value halfway between
+    two whole numbers may become either: there, the bundle's is taken.
 
     Returns:
         `float32 [H, W, C]` each, 0-255, whole numbers.
     """
-    return [np.rint(_fitted(decoded, spec)).clip(0, 255) for decoded in _exactly_decoded(images, spec)]
+    kept = list(images)
+    return [
+        _rounded(_fitted(decoded, spec), decode_image(data, spec).pixels)
+        for data, decoded in zip(kept, _exactly_decoded(kept, spec), strict=True)
+    ]
 
 
 def tensorflow_pixels(images: Iterable[bytes], spec: ImageSpec) -> list[Values]:
@@ -88,6 +96,12 @@ def expects_pixels(rule: str, value: npt.ArrayLike) -> bool | None:
 def is_identity(scale: Sequence[float], offset: Sequence[float]) -> bool:
     """Whether x * scale + offset is x."""
     return set(scale) == {1.0} and set(offset) == {0.0}
+
+
+def _rounded(values: Values, ours: Pixels) -> Values:
+    """Whole numbers, 0-255; those of the bundle where float32 merely ends at the other side of a half."""
+    clipped = values.clip(0, 255)
+    return np.where(np.abs(clipped - ours) <= 0.5 + HALFWAY, ours, np.rint(clipped)).astype(np.float32)
 
 
 def _exactly_decoded(images: Iterable[bytes], spec: ImageSpec) -> Iterable[Pixels]:

@@ -132,6 +132,8 @@ def _opened(kind: Literal["timm", "torchvision"], job: ImportJob, scratch: Path)
 
 
 def _load(kind: Literal["timm", "torchvision"], job: ImportJob) -> Loaded:
+    if kind == "timm" and not job.source.startswith(TIMM):
+        _timm_file(Path(job.source))  # a folder of transformers needs no torch, but another message
     for name in ("torch", kind):
         try:
             importlib.import_module(name)
@@ -228,7 +230,7 @@ def _head(module: "torch.nn.Module") -> str:
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     names = [name for name, layer in module.named_modules() if isinstance(layer, kinds)]
     dense = [name for name in names if isinstance(module.get_submodule(name), torch.nn.Linear)]
-    return (dense or names)[-1]
+    return str((dense or names)[-1])
 
 
 def _rows(state: State, layer: str) -> int | None:
@@ -323,8 +325,8 @@ def _named_timm(job: ImportJob) -> _Timm:
     )
 
 
-def _timm_folder(job: ImportJob) -> _Timm:
-    folder = Path(job.source)
+def _timm_file(folder: Path) -> TimmFile:
+    """`config.json` of a folder."""
     path = folder / CONFIG_FILE
     content = documents.decode(path.read_bytes(), dict, uri=str(path))
     if "architecture" not in content:
@@ -332,17 +334,25 @@ def _timm_folder(job: ImportJob) -> _Timm:
             f"{path} names no architecture of timm. A model of transformers is imported as ONNX: `optimum-cli export "
             f"onnx` writes it into such a folder. Received: {', '.join(map(str, content)) or 'no field'}"
         )
-    file = documents.decode(path.read_bytes(), TimmFile, uri=str(path))
+    if "pretrained_cfg" not in content:  # older files hold its fields on their own level
+        content |= {"pretrained_cfg": dict(content)}
+    return documents.decode(documents.encode(content), TimmFile, uri=str(path))
+
+
+def _timm_folder(job: ImportJob) -> _Timm:
+    folder = Path(job.source)
+    file = _timm_file(folder)
     _check_timm(file.architecture)
     refused = [name for name in file.model_args if name.startswith(_REFUSED_ARGUMENTS)]
     if refused:
-        raise ConfigError(f"{path}: model_args may describe the architecture only. Received: {', '.join(refused)}")
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: model_args may describe the architecture only. Received: {', '.join(refused)}"
+        )
     found = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), folder / WEIGHTS_FILES[0])
-    cfg = {**file.pretrained_cfg} if file.pretrained_cfg else {**content}  # older files hold it on their own level
-    cfg["num_classes"] = file.num_classes if file.num_classes is not None else cfg.get("num_classes")
+    stated = file.pretrained_cfg.get("num_classes") if file.num_classes is None else file.num_classes
     return _Timm(
         name=file.architecture,
-        cfg=cfg,
+        cfg=file.pretrained_cfg | {"num_classes": stated},
         arguments=file.model_args,
         checkpoint=found if job.checkpoint is None else Path(job.checkpoint),
         labels=_folder_labels(file),
@@ -369,23 +379,29 @@ def _timm_module(named: _Timm, job: ImportJob) -> tuple["torch.nn.Module", tuple
         module = _downloaded(lambda: timm.create_model(named.name, pretrained=True), named.name)
         return _timm_backbone(module, job), ()
     state = read_checkpoint(named.checkpoint)
-    arguments = dict(named.arguments)
-    why = []
-    classifiers = _names(named.cfg.get("classifier"))
-    rows = next((count for name in classifiers if (count := _rows(state, name)) is not None), None)
-    stated = named.cfg.get("num_classes")
-    arguments["num_classes"] = (0 if classifiers else stated) if rows is None else rows
-    if rows is not None and rows != stated:
-        why.append(f"the checkpoint has {rows} classes, {named.name} usually {stated}")
-    planes = [state[f"{name}.weight"] for name in _names(named.cfg.get("first_conv")) if f"{name}.weight" in state]
-    if planes and planes[0].ndim == 4:
-        arguments["in_chans"] = int(planes[0].shape[1])
+    arguments, why = _timm_arguments(named, state)
     try:
         module = timm.create_model(named.name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as err:
         raise ConfigError(f"timm cannot build {named.name} ({first_line(err)}). Received: {arguments}") from err
     _fill(module, state, name=named.name, path=named.checkpoint)
-    return _timm_backbone(module, job), tuple(why)
+    return _timm_backbone(module, job), why
+
+
+def _timm_arguments(named: _Timm, state: State) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The architecture that weights are for: their classes and channels; and sentences about it."""
+    classifiers, stated = _names(named.cfg.get("classifier")), named.cfg.get("num_classes")
+    rows = next((count for name in classifiers if (count := _rows(state, name)) is not None), None)
+    without_head = 0 if classifiers else stated
+    arguments = {**named.arguments, "num_classes": without_head if rows is None else rows}
+    first = [state[f"{name}.weight"] for name in _names(named.cfg.get("first_conv")) if f"{name}.weight" in state]
+    if first and first[0].ndim == 4:
+        channels = arguments["in_chans"] = int(first[0].shape[1])
+        if channels not in (1, 3):
+            raise WeightsError(f"the model takes {channels} channels, not 1 or 3. Received: {str(named.checkpoint)!r}")
+    if rows is None or rows == stated:
+        return arguments, ()
+    return arguments, (f"the checkpoint has {rows} classes, {named.name} usually {stated}",)
 
 
 def _timm_backbone(module: Any, job: ImportJob) -> Any:

@@ -25,7 +25,7 @@ from keras import ops
 
 from mnist_dist.config import Augmentation
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 
 MASK_32_BITS = 0xFFFFFFFF
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601

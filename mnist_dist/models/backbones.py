@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from mnist_dist.config import ModelConfig, Pooling, may_be_bundle, require
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import ONNX_FILE, BundleInfo, read_bundle_info
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from mnist_dist import documents
 from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import ImageSpec, Pixels, match_channels, resize_pixels
+from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.models.onnx_file import (
     FEATURES,

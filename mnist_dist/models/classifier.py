@@ -28,7 +28,7 @@ import keras
 
 from mnist_dist.config import ModelConfig, Pooling
 from mnist_dist.errors import ConfigError, MnistDistError, WeightsError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import (
     Backbone,
     Preprocessing,

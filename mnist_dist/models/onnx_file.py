@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.errors import BundleError
-from mnist_dist.images.pixels import ImageSpec, Pixels, padded
+from mnist_dist.images.pixels import Pixels, padded
+from mnist_dist.images.spec import ImageSpec
 
 if TYPE_CHECKING:
     import onnx

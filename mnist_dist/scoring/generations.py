@@ -41,7 +41,7 @@ from mnist_dist import documents
 from mnist_dist.config import EngineName, EnginePrecision, Geometry, TableFormat
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,

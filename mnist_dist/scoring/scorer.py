@@ -27,7 +27,8 @@ from mnist_dist.data.decoding import LOOK_S, DecodePool, Taken, Threads, Times
 from mnist_dist.engines.engine import Engine, Outputs
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import Decoded
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from mnist_dist.config import DataConfig, InputConfig, require
 from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.decoder import probe_image
-from mnist_dist.images.pixels import ImageSpec, Pixels
+from mnist_dist.images.pixels import Pixels
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.sources import arrays, image_table, labels
 from mnist_dist.sources.columns import LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags

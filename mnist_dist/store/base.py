@@ -160,7 +160,10 @@ class Store(ABC):
         if not entries:
             raise FileNotFoundError(errno.ENOENT, "no files below", uri)
         for entry in entries:
-            self.download(entry.uri, local / entry.uri.removeprefix(f"{root}/"))
+            name = entry.uri.removeprefix(f"{root}/")
+            if ".." in name.split("/"):  # A bucket may hold such keys; as a path, they would leave the folder.
+                raise StorageError(f"a file of a folder must not have '..' in its name. Received: {entry.uri!r}")
+            self.download(entry.uri, local / name)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

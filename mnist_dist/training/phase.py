@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import Phase, TrainJob
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.classifier import Classifier, set_trainable
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks

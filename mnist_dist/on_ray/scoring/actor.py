@@ -19,7 +19,7 @@ from mnist_dist.data.markers import Attempt
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.decoder import Decoded
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest

@@ -27,7 +27,7 @@ from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected

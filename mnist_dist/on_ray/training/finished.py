@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from mnist_dist.data.records import Records
 from mnist_dist.errors import MnistDistError
-from mnist_dist.models.bundle import HISTORY_FILE, BundleInfo, load_bundle, write_bundle, write_model_bundle
+from mnist_dist.models.bundle import HISTORY_FILE, BundleInfo, Imported, load_bundle, write_bundle, write_model_bundle
 from mnist_dist.models.classifier import Classifier
 from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES, open_session, run_session
@@ -143,7 +143,7 @@ class JoinedModel:
             info,
             backbone=of_backbone.backbone,
             weights=of_backbone.model_id,
-            imported=None if of_backbone.imported is None else replace(of_backbone.imported, activation="softmax"),
+            imported=None if of_backbone.imported is None else _of_head(of_backbone.imported),
         )
         extra = {HISTORY_FILE: history_csv(history)}
         return write_model_bundle(folder, self._file, info, calibration=calibration, extra=extra)
@@ -188,3 +188,8 @@ def _summary(*models: keras.Model) -> str:
     for model in models:
         model.summary(print_fn=lines.append, line_length=100)
     return "\n".join(lines)
+
+
+def _of_head(imported: Imported) -> Imported:
+    """What is known of the backbone's import, without what was said of its own classes."""
+    return replace(imported, activation="softmax", assumed=(), fast_agreement=None, fast_images=0)

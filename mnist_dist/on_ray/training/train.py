@@ -18,7 +18,7 @@ from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import WorkersFailed
-from mnist_dist.images.pixels import ImageSpec
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import check_model, check_trainable, is_imported
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo, load_bundle
