@@ -351,5 +351,24 @@ def test_a_hostile_saved_model_is_refused_and_nothing_is_run(case: str, tmp_path
     assert not list(tmp_path.glob("canary*"))
 
 
+@pytest.mark.parametrize("name", ["saved_model.pb", "variables", "variables/variables.data-00000-of-00001"])
+def test_a_link_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    member = save_network(tmp_path / "m") / name
+    member.rename(tmp_path / "elsewhere")
+    member.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match=f"a link leads out of the folder.*Received: {name}$"):
+        check_operations(tmp_path / "m")
+
+
+def test_a_link_inside_of_the_folder_and_one_to_it_are_taken(tmp_path: Path) -> None:
+    member = save_network(tmp_path / "m") / "saved_model.pb"
+    member.rename(tmp_path / "m" / "first.pb")
+    member.symlink_to("first.pb")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+
+    assert check_operations(tmp_path / "link") == "serving_default"
+
+
 def test_a_harmless_model_passes_the_check(tmp_path: Path) -> None:
     assert check_operations(save_network(tmp_path / "m", key="classify")) == "classify"
