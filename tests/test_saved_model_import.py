@@ -99,6 +99,8 @@ def test_an_export_of_keras_becomes_an_onnx_file(tmp_path: Path) -> None:
     assert (foreign.kind, foreign.name) == ("saved_model", "exported")
     assert (facts.height_px, facts.width_px, facts.channels, facts.num_outputs) == (HEIGHT, WIDTH, 3, CLASSES)
     assert (facts.activation, facts.multi_label, facts.scale, facts.output) == ("none", False, (1.0,), "output_0")
+    fitting = (facts.resize, facts.resampling, facts.interpolation, facts.antialias)
+    assert (facts.framework, fitting) == ("keras", (None,) * 4), "no SavedModel says how images were fitted"
     expected = np.asarray(model(images, training=False))
     np.testing.assert_allclose(run_onnx(foreign, images), expected, atol=1e-6)
     assert foreign.reference is not None
