@@ -235,6 +235,18 @@ def test_comparing_counts_what_differs() -> None:
         compared(theirs, ours[:, :2], None)
 
 
+def test_labels_of_their_own_agree_as_sets() -> None:
+    theirs = np.asarray([[0.9, 0.6, 0.1], [0.4, 0.3, 0.1], [0.9, 0.8, 0.1], [0.9, 0.5, 0.1]], np.float32)
+    ours = np.asarray([[0.8, 0.9, 0.1], [0.3, 0.4, 0.1], [0.9, 0.4, 0.1], [0.9, 0.49, 0.1]], np.float32)
+    answers = Answers(
+        probabilities=ours, labels=np.zeros(4, np.int64), source="calibration", images_per_s=7.0, images_per_call=4
+    )
+    found = compare(theirs, answers, multi_label=True)
+    assert (found.agreement, found.accuracy_loss) == (0.5, None)
+    assert compare(theirs, answers).agreement == 0.5, "by the top class, other images agree"
+    assert compare(theirs[:2], replace(answers, probabilities=ours[:2]), multi_label=True).agreement == 1.0
+
+
 @pytest.mark.parametrize("right", [1_000, 902, 871, 300])
 @pytest.mark.parametrize(("lost", "passes"), [(2, True), (3, False)])
 def test_two_of_a_thousand_images_may_be_lost_and_no_more(right: int, lost: int, passes: bool) -> None:
@@ -388,6 +400,15 @@ def test_auto_decides_by_what_is_kept(
     steps.speeds = dict(zip(ALL_STEPS, speeds, strict=True))
     assert named([prepare(light, tmp_path / "engines")]) == [expected]
     assert named([prepare(light, tmp_path / "engines", worth_it=False)]) == [expected]
+
+
+def test_engines_of_a_multi_label_model_are_judged_by_sets(light: Bundle, tmp_path: Path, steps: Steps) -> None:
+    steps.differ = 0.6  # The top class stays at 0.4, and is reached no more.
+    for multi_label, agreement in ((False, 1.0), (True, 0.0)):
+        bundle = Bundle(light.path, replace(light.info, multi_label=multi_label))
+        found = prepare(bundle, tmp_path / str(multi_label), engine="openvino", precision="bfloat16")
+        assert found.check is not None
+        assert (found.check.agreement, found.check.accuracy_loss is None) == (agreement, multi_label)
 
 
 def test_keras_and_gpus_need_no_check(light: Bundle, tmp_path: Path, steps: Steps) -> None:

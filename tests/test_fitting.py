@@ -20,7 +20,7 @@ from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.geometry import fit
 from mnist_dist.images.jpeg import open_ordinary
 from mnist_dist.images.pixels import Pixels, resize_pixels
-from mnist_dist.images.resampling import MAX_FRAME
+from mnist_dist.images.resampling import MAX_FRAME, Side, by_pillow
 from mnist_dist.images.spec import ImageSpec
 
 Pipeline = Callable[[Image.Image, ImageSpec], Image.Image]
@@ -174,6 +174,20 @@ def test_an_extreme_shape_differs_by_one_level_at_most(shape: tuple[int, int], i
     expected = pixels_of(torchvision(image_of(pixels), spec)).astype(int)
     assert abs(resize_pixels(pixels, spec) - expected).max() <= 1
     assert np.ptp(expected) > 100
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_neighbourhood_of_a_window_is_resized_in_the_order_of_the_whole(
+    turned: bool, interpolation: Interpolation
+) -> None:
+    pixels, rows, columns = noise(np.random.default_rng(1), 230, 50), Side(230, 584, 290, 5), Side(50, 127, 8, 110)
+    if turned:
+        pixels, rows, columns = pixels.transpose(1, 0, 2), columns, rows
+    whole = pixels_of(image_of(pixels).resize((columns.resized, rows.resized), Image.Resampling[interpolation.upper()]))
+    expected = whole[rows.first : rows.first + rows.kept, columns.first : columns.first + columns.kept].astype(int)
+    assert rows.is_extreme or columns.is_extreme
+    assert abs(by_pillow(pixels, rows, columns, interpolation) - expected).max() <= 1
 
 
 def test_a_view_is_resized_as_its_copy() -> None:

@@ -149,13 +149,9 @@ def test_a_sequential_model_becomes_a_model_of_bytes_and_probabilities(tmp_path:
     assert (foreign.kind, foreign.name, foreign.file) == ("keras", "model", tmp_path / "model.keras")
     assert (facts.height_px, facts.width_px, facts.channels, facts.num_outputs) == (HEIGHT, WIDTH, 3, CLASSES)
     assert (facts.activation, facts.multi_label, facts.features, facts.output) == ("none", False, "pool", None)
-    assert (facts.scale, facts.resize, facts.resampling, facts.interpolation, facts.antialias) == (
-        None,
-        "stretch",
-        "keras",
-        "bilinear",
-        False,
-    )
+    assert facts.scale is None
+    fitting = (facts.resize, facts.resampling, facts.interpolation, facts.antialias)
+    assert (facts.framework, fitting) == ("keras", (None,) * 4), "no file of Keras says how images were fitted"
     built = build(foreign, tmp_path)
     model = keras.saving.load_model(built, compile=False)
     assert (model.inputs[0].dtype, model.input_shape, model.output_shape) == (
@@ -233,6 +229,17 @@ def test_a_legacy_h5_model_is_taken(tmp_path: Path) -> None:
     check(original, build(foreign, tmp_path), pixels())
 
 
+@pytest.mark.parametrize("suffix", [".h5", ".hdf5", ".keras"])
+def test_the_case_of_a_suffix_does_not_count(suffix: str, tmp_path: Path) -> None:
+    original = classifier()
+    file = save(original, tmp_path, name=f"model{suffix}").rename(tmp_path / f"MODEL{suffix.upper()}")
+    foreign = open_model(file, tmp_path / "scratch")
+
+    assert (foreign.file, foreign.name) == (tmp_path / "scratch" / "foreign.keras", "MODEL")
+    check(original, build(foreign, tmp_path), pixels())
+    assert reference(file, [png(image) for image in pixels()], asked_of(recipe_of(foreign))).shape == (4, CLASSES)
+
+
 def test_a_uint8_model_gets_its_bytes_as_they_are(tmp_path: Path) -> None:
     image = keras.Input(SPEC.shape, dtype="uint8")
     inner = classifier()
@@ -241,6 +248,17 @@ def test_a_uint8_model_gets_its_bytes_as_they_are(tmp_path: Path) -> None:
 
     assert (foreign.facts.scale, foreign.facts.offset) == ((1.0,), (0.0,))
     check(original, build(foreign, tmp_path), pixels(), scaled=lambda pixels: pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+@pytest.mark.parametrize("values", [{"scale": (1 / 255,)}, {"offset": (-1.0,)}])
+def test_a_model_of_whole_numbers_takes_no_others(dtype: str, values: dict[str, Any], tmp_path: Path) -> None:
+    image = keras.Input(SPEC.shape, dtype=dtype)
+    original = keras.Model(image, classifier()(keras.ops.cast(image, "float32") / 255))
+    foreign = open_model(save(original, tmp_path), tmp_path / "scratch")
+
+    with pytest.raises(ConfigError, match=f"use --preset raw. Received: .* for an input of {dtype}"):
+        build(foreign, tmp_path, **{"scale": (1.0,), "offset": (0.0,), **values})
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])

@@ -58,6 +58,16 @@ def test_every_assumption_is_said() -> None:
     assert recipe.class_names == ("0", "1", "2")
 
 
+def test_the_assumptions_are_those_of_the_sources_framework() -> None:
+    facts = Facts(framework="keras", num_outputs=3, output="x")
+    recipe = made(facts, fitting=FittingConfig(input_size=(32,)), normalization=raw())
+
+    for words in ("as keras does", "bilinear", "stretched", "not widened where an image shrinks (--antialias)"):
+        assert words in " ".join(recipe.assumed), words
+    spec = recipe.spec
+    assert (spec.resampling, spec.interpolation, spec.resize, spec.antialias) == ("keras", "bilinear", "stretch", False)
+
+
 def raw() -> NormalizationConfig:
     return NormalizationConfig(preset="raw")
 

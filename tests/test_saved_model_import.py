@@ -99,6 +99,8 @@ def test_an_export_of_keras_becomes_an_onnx_file(tmp_path: Path) -> None:
     assert (foreign.kind, foreign.name) == ("saved_model", "exported")
     assert (facts.height_px, facts.width_px, facts.channels, facts.num_outputs) == (HEIGHT, WIDTH, 3, CLASSES)
     assert (facts.activation, facts.multi_label, facts.scale, facts.output) == ("none", False, (1.0,), "output_0")
+    fitting = (facts.resize, facts.resampling, facts.interpolation, facts.antialias)
+    assert (facts.framework, fitting) == ("keras", (None,) * 4), "no SavedModel says how images were fitted"
     expected = np.asarray(model(images, training=False))
     np.testing.assert_allclose(run_onnx(foreign, images), expected, atol=1e-6)
     assert foreign.reference is not None
@@ -349,6 +351,25 @@ def test_a_hostile_saved_model_is_refused_and_nothing_is_run(case: str, tmp_path
     with pytest.raises(ConfigError, match=message):
         open_folder(tmp_path / "m", tmp_path / "scratch")
     assert not list(tmp_path.glob("canary*"))
+
+
+@pytest.mark.parametrize("name", ["saved_model.pb", "variables", "variables/variables.data-00000-of-00001"])
+def test_a_link_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    member = save_network(tmp_path / "m") / name
+    member.rename(tmp_path / "elsewhere")
+    member.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match=f"a link leads out of the folder.*Received: {name}$"):
+        check_operations(tmp_path / "m")
+
+
+def test_a_link_inside_of_the_folder_and_one_to_it_are_taken(tmp_path: Path) -> None:
+    member = save_network(tmp_path / "m") / "saved_model.pb"
+    member.rename(tmp_path / "m" / "first.pb")
+    member.symlink_to("first.pb")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+
+    assert check_operations(tmp_path / "link") == "serving_default"
 
 
 def test_a_harmless_model_passes_the_check(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def _checked(
         )
         for source in sources:
             cache.publish(source, Path(scratch, source.engine))
-        own = cache.keep(cache.own, compare(answers.probabilities, answers))
+        own = cache.keep(cache.own, compare(answers.probabilities, answers, multi_label=bundle.info.multi_label))
         checked, failures = list[EngineChoice](), list[StepFailed]()
         for choice in known:
             try:
@@ -365,7 +365,7 @@ def _check(choice: EngineChoice, conversion: Conversion, cache: "_Cache", *, ref
         conversion.quantize(cache.folder(replace(choice, precision="float32")), conversion.scratch / "int8")
         cache.publish(choice, conversion.scratch / "int8")
     answers = conversion.by_file(cache.folder(choice), choice.engine, precision=choice.precision, call_sizes=CALL_SIZES)
-    check = compare(reference, answers)
+    check = compare(reference, answers, multi_label=conversion.bundle.info.multi_label)
     choice = cache.keep(choice, check)
     why = why_not(choice)
     conversion.session.console.line(

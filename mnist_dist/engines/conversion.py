@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_dist.config import EnginePrecision
+from mnist_dist.config import DEFAULT_THRESHOLD, EnginePrecision
 from mnist_dist.engines.annotation import annotate, save_openvino
 from mnist_dist.engines.calibration import (
     Labels,
@@ -83,32 +83,42 @@ class Check:
     max_abs_difference: float
     """The largest difference of a probability."""
     agreement: float
-    """Share of the images with the same top class, 0-1."""
+    """Share of the images with the same top class, 0-1; of a multi-label model, with the same classes of at least
+    `DEFAULT_THRESHOLD`."""
     accuracy_loss: float | None
-    """Accuracy of the own engine minus accuracy of the model, -1 to 1; None where the images have no labels."""
+    """Accuracy of the own engine minus accuracy of the model, -1 to 1; None where the images have no labels, or the
+    model is multi-label."""
     images_per_s: float
     images_per_call: int
     """Images per call at which `images_per_s` was measured."""
 
 
-def compare(reference: Probabilities, answers: Answers) -> Check:
+def compare(reference: Probabilities, answers: Answers, *, multi_label: bool = False) -> Check:
     """Compares a model's predictions with those of the bundle's own engine.
+
+    Args:
+        reference: of the bundle's own engine.
+        answers: of the model.
+        multi_label: each class has a probability of its own.
 
     Raises:
         StepFailed: the shapes of the probabilities differ.
     """
-    probabilities, labels = answers.probabilities, answers.labels
+    probabilities, labels = answers.probabilities, None if multi_label else answers.labels
     if probabilities.shape != reference.shape:
         expected, shape = list(reference.shape), list(probabilities.shape)
         raise StepFailed(f"the converted model must give {expected} probabilities. Received: {shape}")
     reference_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
+    same = reference_top == top
+    if multi_label:
+        same = ((reference >= DEFAULT_THRESHOLD) == (probabilities >= DEFAULT_THRESHOLD)).all(axis=1)
     # The loss is computed from counts, since in floats 0.902 - 0.9 is more than 0.002.
     loss = None if labels is None else int((reference_top == labels).sum() - (top == labels).sum()) / len(labels)
     return Check(
         source=answers.source,
         images=len(probabilities),
         max_abs_difference=float(np.abs(reference.astype(np.float64) - probabilities).max()),
-        agreement=float((reference_top == top).mean()),
+        agreement=float(same.mean()),
         accuracy_loss=loss,
         images_per_s=answers.images_per_s,
         images_per_call=answers.images_per_call,

@@ -217,7 +217,7 @@ def _converted(job: ExportJob, conversion: Conversion) -> Export:
     info, sizes, engine = bundle.info, (job.batch_size,), own_engine(bundle)
     own = conversion.by_own([job.format], features=False, call_sizes=sizes)
     answers = conversion.by_file(str(files), job.format, precision="float32", call_sizes=sizes)
-    check = compare(own.probabilities, answers)
+    check = compare(own.probabilities, answers, multi_label=info.multi_label)
     if not check.max_abs_difference <= job.tolerance:  # `not <=` also refuses NaN.
         raise MnistDistError(
             f"{job.format} differs too much from {engine.own_name}: a probability by {check.max_abs_difference:.3g}, "

@@ -5,7 +5,8 @@ Owns: the three ways to resize pixels to a size, of which a window is kept. Does
 
 Contract: a window has the values that the same window of the whole result has. Where a side of that result would be
 more than `MAX_FRAME` times the window's (an image 1 px high and 5,000 px long), only the neighbourhood of the window is
-resized; its values may then differ by a grey level.
+resized, from edges that float32 rounds: values may then differ by a grey level, and `nearest` and `box` may take the
+next pixel.
 """
 
 # h, w = height and width of the original, px; n = length of a window; C = channels
@@ -16,6 +17,7 @@ from typing import NamedTuple, TypeVar, cast
 import cv2
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image
 
 from mnist_dist.config import Interpolation
@@ -26,6 +28,7 @@ MAX_FRAME = 16
 _CUBIC = -0.5  # Keys' parameter, in Pillow and in TensorFlow alike; OpenCV's is -0.75.
 _TABLE = np.float32(1024)  # Source: resize_bicubic_op.cc, which looks its weights up at steps of 1/1024 px.
 _FLOAT24 = 2**24  # Up to this float32 holds every integer.
+_HAS_ORDER = int(PIL.__version__.split(".")[0]) >= 13  # See `_is_vertical_first`.
 _FILTERS: dict[Interpolation, tuple[Image.Resampling, float]] = {
     "nearest": (Image.Resampling.NEAREST, 0.5),
     "box": (Image.Resampling.BOX, 0.5),
@@ -111,6 +114,9 @@ def _near(side: Side) -> tuple[slice, Side]:
 # --- Pillow ----------------------------------------------------------------------------------------------------------
 
 
+_Edges = tuple[float, float, float, float]  # Left, top, right, bottom.
+
+
 class _Box(NamedTuple):
     """What Pillow is asked for on one side."""
 
@@ -138,20 +144,16 @@ def by_pillow(pixels: Pixels, rows: Side, columns: Side, interpolation: Interpol
     cut_rows, cut_columns = rows.cut(reach), columns.cut(reach)
     pixels, channels = pixels[cut_rows, cut_columns], pixels.shape[2]
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    down, across = _boxes(rows, columns)
+    down, across = _part(rows), _part(columns)
     left, top = cut_columns.start, cut_rows.start
     box = (across.begin - left, down.begin - top, across.end - left, down.end - top)
+    vertical_first = _is_vertical_first(rows.length, columns.length, rows.resized, columns.resized)
+    if vertical_first != _is_vertical_first(image.height, image.width, down.length, across.length):
+        length = down.length if vertical_first else across.length
+        image, box = _first_pass(image, length, filter_code, box, vertical=vertical_first)
     resized = np.asarray(image.resize((across.length, down.length), filter_code, box))
     resized = resized.reshape(down.length, across.length, channels)
     return resized[down.first : down.first + rows.kept, across.first : across.first + columns.kept]
-
-
-def _boxes(rows: Side, columns: Side) -> tuple[_Box, _Box]:
-    """Parts of both sides that leave out what is cut off, where this changes no bit."""
-    part, whole = (_part(rows), _part(columns)), (_whole(rows), _whole(columns))
-    lengths = rows.length, columns.length
-    same_order = _is_vertical_first(*lengths, *part) == _is_vertical_first(*lengths, *whole)
-    return part if same_order else whole
 
 
 def _part(side: Side) -> _Box:
@@ -168,13 +170,24 @@ def _whole(side: Side) -> _Box:
     return _Box(side.first * side.scale, min(side.length, (side.first + side.kept) * side.scale), side.kept, 0)
 
 
-def _is_vertical_first(height: int, width: int, down: _Box, across: _Box) -> bool:
+def _first_pass(
+    image: Image.Image, length: int, filter_code: Image.Resampling, box: _Edges, *, vertical: bool
+) -> tuple[Image.Image, _Edges]:
+    """The image with one side resized, where Pillow would begin with the other one, and the box in the result."""
+    left, top, right, bottom = box
+    if vertical:
+        resized = image.resize((image.width, length), filter_code, (0, top, image.width, bottom))
+        return resized, (left, 0, right, length)
+    return image.resize((length, image.height), filter_code, (left, 0, right, image.height)), (0, top, length, bottom)
+
+
+def _is_vertical_first(height: int, width: int, new_height: int, new_width: int) -> bool:
     """Pillow rounds to 8 bits between its two passes, so their order counts. Before 13.0, rows always came first.
 
     Source: Pillow 13.0, `ImagingResampleInner` in Resample.c.
     """
-    shrinks = height - down.length
-    return shrinks > 0 and shrinks > 2 * (width - across.length)
+    shrinks = height - new_height
+    return _HAS_ORDER and shrinks > 0 and shrinks > 2 * (width - new_width)
 
 
 # --- TensorFlow ------------------------------------------------------------------------------------------------------

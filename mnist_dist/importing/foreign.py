@@ -38,6 +38,8 @@ class Facts:
     resampling: Resampling | None = None
     interpolation: Interpolation | None = None
     antialias: bool | None = None
+    framework: Resampling = "pillow"
+    """Whose way to fit an image is assumed where nobody says it; no fact."""
     crop_rounding: Literal["even", "down"] | None = None
     pad_value: int | None = None
     scale: tuple[float, ...] | None = None

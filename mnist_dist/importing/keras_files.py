@@ -8,8 +8,10 @@ allowed, so no Lambda, no class of another package, no layer that reads further 
 that, and refuses links, virtual datasets and bombs inside HDF5.
 """
 
+import contextlib
 import json
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +57,25 @@ def load_keras(file: Path) -> tuple[keras.Model, bool]:
     """
     check_classes(_read_config(file), file.name)
     try:
-        model = keras.saving.load_model(file, compile=False, safe_mode=True)
+        with _as_keras_names_it(file) as named:
+            model = keras.saving.load_model(named, compile=False, safe_mode=True)
     except Exception as error:  # The border: a foreign file fails in as many ways as Keras has.
         raise ConfigError(f"Keras cannot load {file.name}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, keras.Model):
         raise ConfigError(f"{file.name} holds no model. Received: {type(model).__name__}")
     return _in_float32(model, file.name)
+
+
+@contextlib.contextmanager
+def _as_keras_names_it(file: Path) -> Iterator[Path]:
+    """The file, under a name whose suffix Keras knows: it compares letter by letter."""
+    if file.suffix == file.suffix.lower():
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="mnist_dist-keras-") as folder:
+        link = Path(folder, f"model{file.suffix.lower()}")
+        link.symlink_to(file.absolute())
+        yield link
 
 
 def check_classes(config: Any, name: str) -> None:
@@ -83,12 +98,13 @@ def check_classes(config: Any, name: str) -> None:
 
 
 def _read_config(file: Path) -> Any:
+    is_hdf5 = file.suffix.lower() in HDF5
     try:
-        config = json.loads(_hdf5_config(file) if file.suffix in HDF5 else _zip_config(file))
+        config = json.loads(_hdf5_config(file) if is_hdf5 else _zip_config(file))
     except ConfigError:
         raise
     except Exception as error:  # The border: zip, HDF5 and JSON each have errors of their own.
-        kind = "HDF5 file" if file.suffix in HDF5 else "`.keras` file"
+        kind = "HDF5 file" if is_hdf5 else "`.keras` file"
         raise ConfigError(
             f"{file.name} is no {kind} of a model: {type(error).__name__}: {first_line(error)}"
         ) from error

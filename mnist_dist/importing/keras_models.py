@@ -246,10 +246,7 @@ def _facts(model: keras.Model, network: keras.Model, job: ImportJob) -> Facts:
         height_px=height_px,
         width_px=width_px,
         channels=channels,
-        resize="stretch",
-        resampling="keras",
-        interpolation="bilinear",
-        antialias=False,
+        framework="keras",
         activation=activation,
         multi_label=outputs[-1] > 1 if ending == "sigmoid" else False if ending == "softmax" else None,
         num_outputs=outputs[-1],
@@ -351,7 +348,16 @@ def _network(model: keras.Model, recipe: Recipe) -> keras.Model:
     return keras.Model(image, outputs if len(outputs) > 1 else outputs[0], name=NETWORK_LAYER)
 
 
+def _check_normalisation(dtype: str, scale: Sequence[float], offset: Sequence[float]) -> None:
+    if "int" in dtype and not is_identity(scale, offset):
+        raise ConfigError(
+            f"the model takes pixels as they are, in whole numbers: use --preset raw. Received: scale={tuple(scale)}, "
+            f"offset={tuple(offset)} for an input of {dtype}"
+        )
+
+
 def _normalised(image: keras.KerasTensor, recipe: Recipe, *, dtype: str) -> keras.KerasTensor:
+    _check_normalisation(dtype, recipe.scale, recipe.offset)
     pixels = image
     if recipe.bgr:
         pixels = keras.ops.flip(pixels, axis=-1)

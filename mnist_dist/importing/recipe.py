@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from mnist_dist.config import Activation, Geometry, Interpolation, Resampling
+from mnist_dist.config import Activation, Geometry, Interpolation
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig, Preset
@@ -146,10 +146,10 @@ def read_classes(data: bytes, *, uri: str) -> tuple[str, ...]:
 
 def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
     height, width = _size(fitting, facts)
-    pillow: Resampling = "pillow"
     resampling = choice.of(
-        fitting.resize_rule, facts.resampling, pillow, "images are resized as {} does (--resize-rule)"
+        fitting.resize_rule, facts.resampling, facts.framework, "images are resized as {} does (--resize-rule)"
     )
+    as_keras = "" if resampling == "pillow" else "the filter is not widened where an image shrinks (--antialias)"
     bilinear: Interpolation = "bilinear"
     interpolation = choice.of(
         fitting.interpolation, facts.interpolation, bilinear, "the filter is {} (--interpolation)"
@@ -163,7 +163,7 @@ def _spec(fitting: FittingConfig, facts: Facts, choice: _Choice) -> ImageSpec:
         resize_px=resize_px,
         resampling=resampling,
         interpolation=interpolation,
-        antialias=choice.of(fitting.antialias, facts.antialias, resampling == "pillow"),
+        antialias=choice.of(fitting.antialias, facts.antialias, resampling == "pillow", as_keras),
         crop_rounding=facts.crop_rounding or "even",
         pad_value=choice.of(fitting.pad_value, facts.pad_value, 0),
         quality="exact",

@@ -5,7 +5,8 @@ reference. Does not own: what is made of the ONNX file (`onnx_graph`).
 
 Contract: a SavedModel is a program, which may read and write files or call Python. Its operations are read from
 `saved_model.pb` and checked before TensorFlow loads it: those that the signature reaches must be known to the
-conversion, none in the file may reach outside of the graph, and nothing in it may run while it is loaded.
+conversion, none in the file may reach outside of the graph, and nothing in it may run while it is loaded. No link in
+the folder may lead out of it.
 """
 
 # B = batch, H = height px, W = width px, C = channels, K = outputs
@@ -150,8 +151,9 @@ def check_operations(folder: Path) -> str:
         The key of the signature to use.
 
     Raises:
-        ConfigError: it holds operations that are not allowed, or no signature to use.
+        ConfigError: it holds operations that are not allowed, links to files elsewhere, or no signature to use.
     """
+    _check_links(folder)
     graph = _read(folder)
     key = _signature_key(graph, folder.name)
     functions = {function.signature.name: function for function in graph.graph_def.library.function}
@@ -172,6 +174,17 @@ def check_operations(folder: Path) -> str:
 
 def _refusal(name: str, node: Any, where: str, reason: str) -> str:
     return f"{name} is refused: the operation {node.op} ({node.name} in {where}) {reason}"
+
+
+def _check_links(folder: Path) -> None:
+    """TensorFlow opens whatever the members of the folder are links to."""
+    root = folder.resolve()
+    for path in folder.rglob("*"):
+        if not path.resolve().is_relative_to(root):
+            raise ConfigError(
+                f"{folder.name} is refused: a link leads out of the folder. If that is meant, import a copy made with "
+                f"`cp -rL`. Received: {path.relative_to(folder)}"
+            )
 
 
 def _read(folder: Path) -> Any:
@@ -312,10 +325,7 @@ def _facts(signature: Signature, frozen: Any, output: str) -> Facts:
         height_px=height,
         width_px=width,
         channels=channels,
-        resize="stretch",
-        resampling="keras",
-        interpolation="bilinear",
-        antialias=False,
+        framework="keras",
         activation="none" if ending else None,
         multi_label=bool(num_outputs and num_outputs > 1) if ending == "sigmoid" else False if ending else None,
         num_outputs=num_outputs,

@@ -346,7 +346,8 @@ def write_model_bundle(
         The info as written.
 
     Raises:
-        BundleError: the path is in use, or the file does not fit the class names or the spec.
+        BundleError: the path is in use, class names repeat, or an ONNX file does not fit the class names or the spec. A
+            Keras file is not looked at: Keras stays out of the process that writes the bundle.
     """
     if len(set(info.class_names)) != len(info.class_names):
         raise BundleError(f"class names must be distinct. Received: {list(info.class_names)[:20]}")
