@@ -398,6 +398,25 @@ def test_images_are_opened_upright_and_over_white() -> None:
     assert opened(encoded(glass, "PNG"), channels=1).mode == "L"
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_images_of_16_bits_are_scaled_not_clipped(format: str) -> None:
+    levels = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
+
+    image = opened(encoded(Image.fromarray(levels), format), channels=3)
+
+    assert (image.mode, image.size) == ("RGB", (7, 5))
+    assert np.abs(np.asarray(image)[..., 0] - levels / 257).max() <= 1
+
+
+def test_images_that_pillow_cannot_read_are_opened_as_for_the_bundle() -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra [formats]")
+    pixels = np.asarray(photograph())
+
+    image = opened(imagecodecs.jpegxl_encode(pixels, lossless=True), channels=3)
+
+    assert np.array_equal(np.asarray(image), pixels)
+
+
 def test_a_processor_without_a_size_needs_a_flag(tmp_path: Path) -> None:
     steps = {"image_processor_type": "ViTImageProcessor", "do_resize": False, **HALF}
     folder = hf_folder(tmp_path / "net", steps=steps, config={"id2label": LABELS, "image_size": 32}, side="side")
