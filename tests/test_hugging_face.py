@@ -16,13 +16,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import mnist_dist
-from mnist_dist import documents
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob
 from mnist_dist.importing.as_stated import is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
-from mnist_dist.importing.hf_processors import Processor, ProcessorFile, processor
+from mnist_dist.importing.hf_processors import Processor, processor
 from mnist_dist.importing.hugging_face import open_hugging_face
 
 LABELS = {str(number): name for number, name in enumerate(("ant", "bee", "cat", "dog", "eel"))}
@@ -125,8 +124,7 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
 
 
 def read(content: dict[str, Any], model_type: str | None = None) -> Processor:
-    file = documents.decode(json.dumps(content).encode(), ProcessorFile, uri="p.json")
-    return processor(file, model_type=model_type, path="p.json")
+    return processor(content, model_type=model_type, path="p.json")
 
 
 def photograph(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
@@ -260,6 +258,34 @@ def test_what_the_class_or_nobody_says_is_told() -> None:
 def test_fields_that_no_bundle_obeys_are_named(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read({"image_processor_type": "ViTImageProcessor", **content})
+
+
+UNKNOWN = {"image_processor_type": "OwnImageProcessor", "size": B32, "resample": 2, **HALF}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep_aspect_ratio", True),
+        ("ensure_multiple_of", 32),
+        ("size_divisor", 32),
+        ("crop_pct", 0.9),
+        ("pad_size", {"height": 40, "width": 40}),
+        ("do_thumbnail", True),
+    ],
+)
+def test_a_geometry_of_unknown_processors_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"'Own' fits images by a rule that is not .*--resize.*Received: {field}="):
+        read({**UNKNOWN, field: value})
+
+
+def test_what_unknown_processors_ask_for_in_vain_is_told() -> None:
+    idle = {"keep_aspect_ratio": False, "ensure_multiple_of": 1, "do_pad": False, "pad_size": B32, "crop_pct": None}
+
+    (obeyed, ignored) = read({**UNKNOWN, **idle, "do_grayscale": True, "do_convert_rgb": True}).why
+
+    assert obeyed.endswith("obeyed: image_processor_type, size, resample, image_mean, image_std, do_pad")
+    assert ignored == "these fields of the image processor 'Own' were not obeyed: do_grayscale"
 
 
 @pytest.mark.parametrize(
@@ -457,7 +483,7 @@ def test_the_processor_may_stand_in_another_file(tmp_path: Path) -> None:
         ("config.json", b"\xff\xfe", r"config\.json is not a ModelFile: "),
         ("config.json", b'{"id2label": ["ant"]}', r"at `\$\.id2label`"),
         ("config.json", b'{"id2label": {"0": "a", "2": "b"}}', r"the keys of id2label must be 0 to 1\. Received: 0, 2"),
-        ("preprocessor_config.json", b"null", r"preprocessor_config\.json is not a ProcessorFile"),
+        ("preprocessor_config.json", b"null", r"preprocessor_config\.json is not a dict: Expected `object`"),
         ("preprocessor_config.json", b'{"size": 64}', r"makes images of 64 x 64 px, the model takes 32 x 32"),
     ],
 )

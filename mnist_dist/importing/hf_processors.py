@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mnist_dist import documents
 from mnist_dist.config import Interpolation
 from mnist_dist.errors import ConfigError
 from mnist_dist.importing.foreign import Facts
@@ -127,6 +128,12 @@ _OTHER_RULES = frozenset(
     {"Perceiver", "ImageGPT", "Siglip2", "Vilt", "Pix2Struct", "TextNet", "VideoMAE", "Owlv2", "Nougat", "Donut"}
 )
 """Classes whose rule no bundle has: a crop before the resize, patches, colour clusters, sides that vary."""
+_OF_ONE_CLASS = frozenset({"crop_pct", "include_top", "rescale_offset"})
+"""Fields that other classes do not have."""
+_GEOMETRY = ("size", "crop", "ratio", "pad", "multiple", "divis", "_pixels", "align", "thumbnail", "split")
+"""Parts of the names of fields that say how images are fitted."""
+_ASKS_NOTHING = (None, False, 0, 1)
+_HARMLESS = frozenset({"do_convert_rgb", "do_reduce_labels"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,18 +216,20 @@ class Processor:
         return prepared
 
 
-def processor(file: ProcessorFile, *, model_type: str | None, path: str) -> Processor:
+def processor(content: Mapping[str, Any], *, model_type: str | None, path: str) -> Processor:
     """The steps that a file and the defaults of its class make.
 
     Args:
-        file: the fields.
+        content: the fields, by name.
         model_type: that of `config.json`, which stands in for a class that the file does not name.
         path: of the file, for messages.
 
     Raises:
         ConfigError: the class has a rule of its own, or a field is missing or has no meaning.
+        DataError: a field has the wrong type.
     """
-    return _Reader(file=file, name=_class_name(file, model_type), path=path).read()
+    file = documents.decode(documents.encode(content), ProcessorFile, uri=path)
+    return _Reader(file=file, content=content, name=_class_name(file, model_type), path=path).read()
 
 
 def _class_name(file: ProcessorFile, model_type: str | None) -> str:
@@ -237,6 +246,8 @@ class _Reader:
     """Resolves one file."""
 
     file: ProcessorFile
+    content: Mapping[str, Any]
+    """All fields, of which `file` has those that are obeyed."""
     name: str
     path: str
 
@@ -281,7 +292,26 @@ class _Reader:
                 f"the defaults of the image processor {self.name!r} are not known, so {PROCESSOR_FILE} must have the "
                 f"field {missing[0]!r}. Received: {self.path!r}"
             )
+        self._check_unread()
         return _Class(size=224)
+
+    def _check_unread(self) -> None:
+        """Fields of an unknown class that change which part of an image the model sees, and how large."""
+        if self.file.do_resize is False:
+            return
+        for name in self._unread():
+            if any(part in name for part in _GEOMETRY) and not (self.file.do_pad is False and "pad" in name):
+                raise ConfigError(
+                    f"the image processor {self.name!r} fits images by a rule that is not known here; import the ONNX "
+                    f"file itself, with flags such as --resize, --mean and --std. "
+                    f"Received: {name}={self.content[name]!r} in {self.path!r}"
+                )
+
+    def _unread(self) -> list[str]:
+        """Fields of an unknown class that ask for something, and are not obeyed."""
+        obeyed = {item.name for item in fields(self.file)} - _OF_ONE_CLASS - {"do_pad"}
+        asking = [name for name, value in self.content.items() if value is True or value not in _ASKS_NOTHING]
+        return [name for name in asking if name not in obeyed]
 
     def _resize(self, kind: _Class) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
         """The resize, and the crop that belongs to it."""
@@ -366,8 +396,12 @@ class _Reader:
     def _why(self, known: _Class | None, kind: _Class) -> list[str]:
         sentences = []
         if known is None:
-            used = ", ".join(item.name for item in fields(self.file) if getattr(self.file, item.name) is not None)
+            unread, named = self._unread(), [item.name for item in fields(self.file)]
+            used = ", ".join(name for name in named if self.content.get(name) is not None and name not in unread)
             sentences.append(f"the image processor {self.name!r} is not known here; these fields were obeyed: {used}")
+            ignored = ", ".join(name for name in unread if name.startswith("do_") and name not in _HARMLESS)
+            if ignored:
+                sentences.append(f"these fields of the image processor {self.name!r} were not obeyed: {ignored}")
         else:
             taken = ", ".join(self._defaults(kind))
             if taken:

@@ -7,7 +7,6 @@ is ever executed.
 
 # N = images, H = height px, W = width px, C = channels, K = outputs, D = features, T = tokens
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
-from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, ProcessorFile, processor
+from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, processor
 from mnist_dist.importing.onnx_graph import (
     INPUT_NUMPY,
     GraphInput,
@@ -63,7 +62,6 @@ class ModelFile:
     model_type: str | None = None
     id2label: dict[str, str] | None = None
     problem_type: str | None = None
-    num_channels: int | None = None
     image_size: int | list[int] | None = None
 
 
@@ -187,9 +185,8 @@ def _processor(folder: Path, config: ModelFile) -> Processor:
         inner = content.get("image_processor")
         if not isinstance(inner, dict):
             raise DataError(f"{nested} has no image_processor. Received: {', '.join(map(str, content)) or 'no field'}")
-        fields = documents.decode(json.dumps(inner).encode(), ProcessorFile, uri=str(nested))
-        return processor(fields, model_type=config.model_type, path=str(nested))
-    return processor(_read(path, ProcessorFile), model_type=config.model_type, path=str(path))
+        return processor(inner, model_type=config.model_type, path=str(nested))
+    return processor(_read(path, dict), model_type=config.model_type, path=str(path))
 
 
 def _model_file(folder: Path, job: ImportJob) -> tuple[Path, tuple[str, ...]]:
