@@ -55,7 +55,13 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
     ),
     "ResNet": (
         "resnet",
-        {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875, **IMAGENET},
+        {
+            "feature_extractor_type": "ConvNextFeatureExtractor",
+            "size": 224,
+            "crop_pct": 0.875,
+            "resample": 3,
+            **IMAGENET,
+        },
         ("shortest-edge", 256, 224, "bicubic"),
     ),
     "ConvNeXT 384": (
@@ -64,6 +70,7 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
             "image_processor_type": "ConvNextImageProcessor",
             "size": {"shortest_edge": 384},
             "crop_pct": 0.95,
+            "resample": 3,
             **IMAGENET,
         },
         ("stretch", None, 384, "bicubic"),
@@ -204,7 +211,9 @@ def test_special_normalisations_are_read() -> None:
         {"image_processor_type": "ViTImageProcessor", **whole, "do_rescale": False, "do_normalize": False}
     ).facts()
     grey = read({"image_processor_type": "ViTImageProcessor", **whole, "image_mean": 0.5, "image_std": [0.25]}).facts()
-    apple = read({"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 288}}).facts()
+    apple = read(
+        {"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 288}, "resample": 2}
+    ).facts()
 
     assert np.allclose(again.scale or (), 4 / 255)
     assert np.allclose(again.offset or (), -2)
@@ -252,7 +261,10 @@ def test_what_the_class_or_nobody_says_is_told() -> None:
             {"image_processor_type": "OwnImageProcessor", "size": 8},
             r"'Own' are not known, .* have the field 'resample'",
         ),
-        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, r"crop_pct must be in \(0, 1\]"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "resample": 2, "crop_pct": 0},
+            r"crop_pct must be in \(0, 1\]",
+        ),
     ],
 )
 def test_fields_that_no_bundle_obeys_are_named(content: dict[str, Any], message: str) -> None:
@@ -286,6 +298,34 @@ def test_what_unknown_processors_ask_for_in_vain_is_told() -> None:
 
     assert obeyed.endswith("obeyed: image_processor_type, size, resample, image_mean, image_std, do_pad")
     assert ignored == "these fields of the image processor 'Own' were not obeyed: do_grayscale"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("ConvNext", {"size": 224}, "resample"),
+        ("MobileViT", {"size": 288}, "resample"),
+        ("Pvt", {"size": 224}, "resample"),
+        ("EfficientNet", {"size": 224}, "resample"),
+        ("Beit", {"do_center_crop": False}, "size"),
+        ("Beit", {"size": 224}, "do_center_crop"),
+    ],
+)
+def test_defaults_that_differ_between_versions_are_asked_for(name: str, content: dict[str, Any], field: str) -> None:
+    content = {"image_processor_type": f"{name}ImageProcessor", **content}
+
+    with pytest.raises(
+        ConfigError, match=rf"write '{field}' into the file, .* \(.*transformers 4\) or .*: no '{field}' in"
+    ):
+        read(content)
+
+    stated = {"resample": 0, "size": 256, "do_center_crop": True}
+    steps = read({**content, field: stated[field]})
+    if name == "Beit":
+        assert steps.crop == (None if content.get("do_center_crop") is False else (224, 224))
+    else:
+        assert steps.resample == 0
+        assert not read({**content, "do_resize": False}).is_fixed
 
 
 @pytest.mark.parametrize(

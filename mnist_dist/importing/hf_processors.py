@@ -3,7 +3,8 @@
 Owns: the file's fields in all their ages, the defaults of the processor classes, and the rule that follows from them,
 as the slow (Pillow) processors of transformers apply it. Does not own: the model beside it (`hugging_face`).
 
-Source: transformers 4.30 to 5.24, `image_processing_*.py` of each model, and `image_transforms.py`.
+Source: transformers 4.30, 4.57 and 5.24, `image_processing_*.py` of each model, and `image_transforms.py`. Where their
+defaults differ, the file must have the field.
 """
 
 # H = height px, W = width px, C = channels; h, w = height, width of an original
@@ -75,30 +76,43 @@ class _Class:
     normalizes: bool = True
     """False: never, whatever the file says."""
     include_top: bool = False
+    unsettled: tuple[tuple[str, str], ...] = ()
+    """Fields whose default differs between versions of transformers, and what may stand there."""
 
 
+_FILTER_CHANGED = (("resample", "2 (bilinear, as in transformers 4) or 3 (bicubic, as in transformers 5)"),)
 _VIT = _Class(size=224, resample=2)
 _CLIP = _Class(size=224, mean=_CLIP_MEAN, std=_CLIP_STD, crop_size=224, is_edge=True)
 _MOBILENET = _Class(size=256, resample=2, crop_size=224, is_edge=True)
-_IMAGENET = _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 _CLASSES: Mapping[str, _Class] = {
     "ViT": _VIT,
     "DeiT": _Class(size=256, crop_size=224),
-    "Beit": _Class(size=224),
+    "Beit": _Class(
+        size=224,
+        crop_size=224,
+        unsettled=(
+            ("size", "256 (as in transformers 4) or 224 (as in transformers 5)"),
+            ("do_center_crop", "true (as in transformers 4) or false (as in transformers 5)"),
+        ),
+    ),
     "Siglip": _Class(size=224),
     "CLIP": _CLIP,
     "ChineseCLIP": _CLIP,
     "Bit": _CLIP,
     "ViTHybrid": _CLIP,
-    "ConvNext": _Class(size=384, is_edge=True, crop_pct=224 / 256),
+    "ConvNext": _Class(size=384, is_edge=True, crop_pct=224 / 256, unsettled=_FILTER_CHANGED),
     "PoolFormer": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224, is_edge=True, crop_pct=0.9),
     "Levit": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224, is_edge=True, widen=256 / 224),
-    "EfficientNet": _Class(size=346, include_top=True),
+    "EfficientNet": _Class(
+        size=346,
+        include_top=True,
+        unsettled=(("resample", "0 (nearest, as in transformers 4) or 3 (bicubic, as in transformers 5)"),),
+    ),
     "EfficientFormer": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224),
     "MobileNetV1": _MOBILENET,
     "MobileNetV2": _MOBILENET,
-    "MobileViT": _Class(size=224, crop_size=256, is_edge=True, flips=True, normalizes=False),
-    "Pvt": _IMAGENET,
+    "MobileViT": _Class(size=224, crop_size=256, is_edge=True, flips=True, normalizes=False, unsettled=_FILTER_CHANGED),
+    "Pvt": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, unsettled=_FILTER_CHANGED),
     "Segformer": _Class(size=512, resample=2, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
     "DINOv3ViT": _Class(size=224, resample=2, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
 }
@@ -259,6 +273,7 @@ class _Reader:
             )
         known = _CLASSES.get(self.name)
         kind = known or self._common()
+        self._check_settled(kind)
         resize, resized_crop = self._resize(kind)
         factor, shift, mean, std = self._normalization(kind)
         made = Processor(
@@ -312,6 +327,15 @@ class _Reader:
         obeyed = {item.name for item in fields(self.file)} - _OF_ONE_CLASS - {"do_pad"}
         asking = [name for name, value in self.content.items() if value is True or value not in _ASKS_NOTHING]
         return [name for name in asking if name not in obeyed]
+
+    def _check_settled(self, kind: _Class) -> None:
+        for name, choices in kind.unsettled:
+            is_idle = self.file.do_resize is False and name in ("size", "resample")
+            if getattr(self.file, name) is None and not is_idle:
+                raise ConfigError(
+                    f"the default of {name!r} of the image processor {self.name!r} differs between versions of "
+                    f"transformers: write {name!r} into the file, {choices}. Received: no {name!r} in {self.path!r}"
+                )
 
     def _resize(self, kind: _Class) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
         """The resize, and the crop that belongs to it."""
