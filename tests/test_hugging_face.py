@@ -23,6 +23,7 @@ from mnist_dist.importing.as_stated import is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
 from mnist_dist.importing.hf_processors import Processor, processor
 from mnist_dist.importing.hugging_face import open_hugging_face
+from mnist_dist.importing.recipe import recipe_of
 
 LABELS = {str(number): name for number, name in enumerate(("ant", "bee", "cat", "dog", "eel"))}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -378,7 +379,7 @@ def asked_of(facts: Facts, **changes: Any) -> Asked:
         scale=facts.scale or (),
         offset=facts.offset or (),
         bgr=bool(facts.bgr),
-        activation=facts.activation or "none",
+        activation=facts.activation or ("softmax" if facts.output else "none"),
         output=facts.output,
     )
     return replace(asked, **changes)
@@ -395,17 +396,45 @@ def test_a_folder_says_classes_pixels_and_outputs(tmp_path: Path) -> None:
     assert (found.kind, found.name, found.file) == ("hugging_face", "net", folder / "onnx" / "model.onnx")
     assert facts.class_names == tuple(f"name {number}" for number in range(11))
     assert (facts.height_px, facts.width_px, facts.channels, facts.num_outputs) == (SIDE_PX, SIDE_PX, 3, 11)
-    assert (facts.activation, facts.multi_label, facts.output, facts.features) == ("softmax", False, "logits", "pooled")
+    assert (facts.activation, facts.multi_label, facts.output, facts.features) == (None, None, "logits", "pooled")
     assert facts.is_size_fixed
     assert facts.why == ("of several ONNX files, onnx/model.onnx was taken, not onnx/model_quantized.onnx",)
 
 
-def test_several_labels_an_image_make_a_sigmoid(tmp_path: Path) -> None:
-    config = {"model_type": "vit", "problem_type": "multi_label_classification"}
+@pytest.mark.parametrize(
+    ("problem", "final", "expected"),
+    [
+        ("multi_label_classification", None, ("sigmoid", True)),
+        ("single_label_classification", None, ("softmax", False)),
+        ("regression", None, (None, None)),
+        (None, "Sigmoid", ("none", True)),
+        (None, "Softmax", ("none", False)),
+        ("single_label_classification", "Sigmoid", ("none", False)),
+    ],
+)
+def test_the_problem_type_and_the_graph_say_what_follows_the_output(
+    tmp_path: Path, problem: str | None, final: str | None, expected: tuple[str | None, bool | None]
+) -> None:
+    config = {"model_type": "vit", "problem_type": problem}
 
-    facts = opened_folder(hf_folder(tmp_path / "net", config=config)).facts
+    facts = opened_folder(hf_folder(tmp_path / "net", config=config, activation=final)).facts
 
-    assert (facts.activation, facts.multi_label, facts.class_names) == ("sigmoid", True, None)
+    assert (facts.activation, facts.multi_label, facts.class_names) == (*expected, None)
+
+
+def test_several_labels_an_image_may_be_asked_for_where_no_file_says_it(tmp_path: Path) -> None:
+    found = opened_folder(hf_folder(tmp_path / "net"))
+    job = ImportJob(source="net", output="bundle")
+
+    usual, several = (recipe_of(one, found, classes=None) for one in (job, replace(job, multi_label=True)))
+
+    assert (usual.activation, usual.multi_label, several.activation, several.multi_label) == (
+        "softmax",
+        False,
+        "sigmoid",
+        True,
+    )
+    assert any("softmax follows" in sentence for sentence in usual.assumed)
 
 
 def test_names_that_name_nothing_are_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mnist_dist import documents
+from mnist_dist.config import Activation
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.import_config import ImportJob
@@ -50,6 +51,11 @@ _CLASS_TOKEN = frozenset(
 )
 """Models whose first token stands for the image."""
 CLS = "cls_features"
+_PROBLEMS: dict[str, tuple[Activation, bool]] = {
+    "single_label_classification": ("softmax", False),
+    "multi_label_classification": ("sigmoid", True),
+}
+"""By `problem_type`: the activation, and whether an image has several labels."""
 
 Pixels = npt.NDArray[np.float32]
 Kind = TypeVar("Kind")
@@ -285,20 +291,28 @@ def _features(
 
 def _facts(graph: _Graph, config: ModelFile, steps: Processor, job: ImportJob, *, why: tuple[str, ...]) -> Facts:
     names, sentences = _class_names(config, Path(job.source)) if graph.output else (None, ())
-    is_multi = config.problem_type == "multi_label_classification"
-    ends = graph.activation is not None
+    activation, multi_label = _activation(graph, config) if graph.output else (None, None)
     facts = _sized(steps.facts(), graph, config)
     return replace(
         facts,
         class_names=names,
         channels=graph.source.channels,
-        activation=None if graph.output is None else "none" if ends else "sigmoid" if is_multi else "softmax",
-        multi_label=None if graph.output is None else is_multi,
+        activation=activation,
+        multi_label=multi_label,
         num_outputs=graph.num_outputs,
         output=graph.output,
         features=graph.features,
         why=(*why, *graph.why, *facts.why, *sentences),
     )
+
+
+def _activation(graph: _Graph, config: ModelFile) -> tuple[Activation | None, bool | None]:
+    """What has to follow the output, and whether an image has several labels; None: the files do not say."""
+    stated = _PROBLEMS.get(config.problem_type or "")
+    if graph.activation is not None:
+        ends = graph.activation == "Sigmoid" and graph.num_outputs != 1
+        return "none", ends if stated is None else stated[1]
+    return (None, None) if stated is None else stated
 
 
 def _sized(facts: Facts, graph: _Graph, config: ModelFile) -> Facts:
