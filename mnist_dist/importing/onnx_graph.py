@@ -319,11 +319,12 @@ def _check_external_data(model: Any, file: Path) -> None:
     for tensor in filter(is_outside, tensors_of(model)):
         location = onnx.external_data_helper.ExternalDataInfo(tensor).location
         path = folder / location
-        is_inside = not Path(location).is_absolute() and path.resolve().is_relative_to(folder)
-        if not is_inside:
+        is_named_inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+        if not (is_named_inside and path.resolve().is_relative_to(folder)):
+            hint = "; it is a link, as in the cache of the Hugging Face hub: `cp -rL FOLDER COPY`, and import the copy"
             raise ConfigError(
-                f"the model's data must lie in its own folder. Received: {location!r} for tensor {tensor.name!r} in "
-                f"{str(file)!r}"
+                f"the model's data must lie in its own folder{hint if is_named_inside else ''}. "
+                f"Received: {location!r} for tensor {tensor.name!r} in {str(file)!r}"
             )
         if not path.is_file():
             raise ConfigError(f"a file of the model is missing. Received: {location!r}, named in {str(file)!r}")
