@@ -16,14 +16,14 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import mnist_dist
-from mnist_dist import documents
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import FittingConfig, ImportJob
 from mnist_dist.importing.as_stated import is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign
-from mnist_dist.importing.hf_processors import Processor, ProcessorFile, processor
+from mnist_dist.importing.hf_processors import Processor, processor
 from mnist_dist.importing.hugging_face import open_hugging_face
+from mnist_dist.importing.recipe import recipe_of
 
 LABELS = {str(number): name for number, name in enumerate(("ant", "bee", "cat", "dog", "eel"))}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -56,7 +56,13 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
     ),
     "ResNet": (
         "resnet",
-        {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 224, "crop_pct": 0.875, **IMAGENET},
+        {
+            "feature_extractor_type": "ConvNextFeatureExtractor",
+            "size": 224,
+            "crop_pct": 0.875,
+            "resample": 3,
+            **IMAGENET,
+        },
         ("shortest-edge", 256, 224, "bicubic"),
     ),
     "ConvNeXT 384": (
@@ -65,6 +71,7 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
             "image_processor_type": "ConvNextImageProcessor",
             "size": {"shortest_edge": 384},
             "crop_pct": 0.95,
+            "resample": 3,
             **IMAGENET,
         },
         ("stretch", None, 384, "bicubic"),
@@ -125,8 +132,7 @@ FILES: dict[str, tuple[str, dict[str, Any], tuple[str, int | None, int, str]]] =
 
 
 def read(content: dict[str, Any], model_type: str | None = None) -> Processor:
-    file = documents.decode(json.dumps(content).encode(), ProcessorFile, uri="p.json")
-    return processor(file, model_type=model_type, path="p.json")
+    return processor(content, model_type=model_type, path="p.json")
 
 
 def photograph(width: int = 61, height: int = 47, mode: str = "RGB") -> Image.Image:
@@ -206,7 +212,9 @@ def test_special_normalisations_are_read() -> None:
         {"image_processor_type": "ViTImageProcessor", **whole, "do_rescale": False, "do_normalize": False}
     ).facts()
     grey = read({"image_processor_type": "ViTImageProcessor", **whole, "image_mean": 0.5, "image_std": [0.25]}).facts()
-    apple = read({"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 288}}).facts()
+    apple = read(
+        {"image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 288}, "resample": 2}
+    ).facts()
 
     assert np.allclose(again.scale or (), 4 / 255)
     assert np.allclose(again.offset or (), -2)
@@ -254,12 +262,71 @@ def test_what_the_class_or_nobody_says_is_told() -> None:
             {"image_processor_type": "OwnImageProcessor", "size": 8},
             r"'Own' are not known, .* have the field 'resample'",
         ),
-        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, r"crop_pct must be in \(0, 1\]"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "resample": 2, "crop_pct": 0},
+            r"crop_pct must be in \(0, 1\]",
+        ),
     ],
 )
 def test_fields_that_no_bundle_obeys_are_named(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read({"image_processor_type": "ViTImageProcessor", **content})
+
+
+UNKNOWN = {"image_processor_type": "OwnImageProcessor", "size": B32, "resample": 2, **HALF}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep_aspect_ratio", True),
+        ("ensure_multiple_of", 32),
+        ("size_divisor", 32),
+        ("crop_pct", 0.9),
+        ("pad_size", {"height": 40, "width": 40}),
+        ("do_thumbnail", True),
+    ],
+)
+def test_a_geometry_of_unknown_processors_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"'Own' fits images by a rule that is not .*--resize.*Received: {field}="):
+        read({**UNKNOWN, field: value})
+
+
+def test_what_unknown_processors_ask_for_in_vain_is_told() -> None:
+    idle = {"keep_aspect_ratio": False, "ensure_multiple_of": 1, "do_pad": False, "pad_size": B32, "crop_pct": None}
+
+    (obeyed, ignored) = read({**UNKNOWN, **idle, "do_grayscale": True, "do_convert_rgb": True}).why
+
+    assert obeyed.endswith("obeyed: image_processor_type, size, resample, image_mean, image_std, do_pad")
+    assert ignored == "these fields of the image processor 'Own' were not obeyed: do_grayscale"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("ConvNext", {"size": 224}, "resample"),
+        ("MobileViT", {"size": 288}, "resample"),
+        ("Pvt", {"size": 224}, "resample"),
+        ("EfficientNet", {"size": 224}, "resample"),
+        ("Beit", {"do_center_crop": False}, "size"),
+        ("Beit", {"size": 224}, "do_center_crop"),
+    ],
+)
+def test_defaults_that_differ_between_versions_are_asked_for(name: str, content: dict[str, Any], field: str) -> None:
+    content = {"image_processor_type": f"{name}ImageProcessor", **content}
+
+    with pytest.raises(
+        ConfigError, match=rf"write '{field}' into the file, .* \(.*transformers 4\) or .*: no '{field}' in"
+    ):
+        read(content)
+
+    stated = {"resample": 0, "size": 256, "do_center_crop": True}
+    steps = read({**content, field: stated[field]})
+    if name == "Beit":
+        assert steps.crop == (None if content.get("do_center_crop") is False else (224, 224))
+    else:
+        assert steps.resample == 0
+        assert not read({**content, "do_resize": False}).is_fixed
 
 
 @pytest.mark.parametrize(
@@ -312,7 +379,7 @@ def asked_of(facts: Facts, **changes: Any) -> Asked:
         scale=facts.scale or (),
         offset=facts.offset or (),
         bgr=bool(facts.bgr),
-        activation=facts.activation or "none",
+        activation=facts.activation or ("softmax" if facts.output else "none"),
         output=facts.output,
     )
     return replace(asked, **changes)
@@ -329,17 +396,45 @@ def test_a_folder_says_classes_pixels_and_outputs(tmp_path: Path) -> None:
     assert (found.kind, found.name, found.file) == ("hugging_face", "net", folder / "onnx" / "model.onnx")
     assert facts.class_names == tuple(f"name {number}" for number in range(11))
     assert (facts.height_px, facts.width_px, facts.channels, facts.num_outputs) == (SIDE_PX, SIDE_PX, 3, 11)
-    assert (facts.activation, facts.multi_label, facts.output, facts.features) == ("softmax", False, "logits", "pooled")
+    assert (facts.activation, facts.multi_label, facts.output, facts.features) == (None, None, "logits", "pooled")
     assert facts.is_size_fixed
     assert facts.why == ("of several ONNX files, onnx/model.onnx was taken, not onnx/model_quantized.onnx",)
 
 
-def test_several_labels_an_image_make_a_sigmoid(tmp_path: Path) -> None:
-    config = {"model_type": "vit", "problem_type": "multi_label_classification"}
+@pytest.mark.parametrize(
+    ("problem", "final", "expected"),
+    [
+        ("multi_label_classification", None, ("sigmoid", True)),
+        ("single_label_classification", None, ("softmax", False)),
+        ("regression", None, (None, None)),
+        (None, "Sigmoid", ("none", True)),
+        (None, "Softmax", ("none", False)),
+        ("single_label_classification", "Sigmoid", ("none", False)),
+    ],
+)
+def test_the_problem_type_and_the_graph_say_what_follows_the_output(
+    tmp_path: Path, problem: str | None, final: str | None, expected: tuple[str | None, bool | None]
+) -> None:
+    config = {"model_type": "vit", "problem_type": problem}
 
-    facts = opened_folder(hf_folder(tmp_path / "net", config=config)).facts
+    facts = opened_folder(hf_folder(tmp_path / "net", config=config, activation=final)).facts
 
-    assert (facts.activation, facts.multi_label, facts.class_names) == ("sigmoid", True, None)
+    assert (facts.activation, facts.multi_label, facts.class_names) == (*expected, None)
+
+
+def test_several_labels_an_image_may_be_asked_for_where_no_file_says_it(tmp_path: Path) -> None:
+    found = opened_folder(hf_folder(tmp_path / "net"))
+    job = ImportJob(source="net", output="bundle")
+
+    usual, several = (recipe_of(one, found, classes=None) for one in (job, replace(job, multi_label=True)))
+
+    assert (usual.activation, usual.multi_label, several.activation, several.multi_label) == (
+        "softmax",
+        False,
+        "sigmoid",
+        True,
+    )
+    assert any("softmax follows" in sentence for sentence in usual.assumed)
 
 
 def test_names_that_name_nothing_are_told(tmp_path: Path) -> None:
@@ -398,6 +493,25 @@ def test_images_are_opened_upright_and_over_white() -> None:
     assert opened(encoded(glass, "PNG"), channels=1).mode == "L"
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_images_of_16_bits_are_scaled_not_clipped(format: str) -> None:
+    levels = np.linspace(0, 65535, 35).astype(np.uint16).reshape(5, 7)
+
+    image = opened(encoded(Image.fromarray(levels), format), channels=3)
+
+    assert (image.mode, image.size) == ("RGB", (7, 5))
+    assert np.abs(np.asarray(image)[..., 0] - levels / 257).max() <= 1
+
+
+def test_images_that_pillow_cannot_read_are_opened_as_for_the_bundle() -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra [formats]")
+    pixels = np.asarray(photograph())
+
+    image = opened(imagecodecs.jpegxl_encode(pixels, lossless=True), channels=3)
+
+    assert np.array_equal(np.asarray(image), pixels)
+
+
 def test_a_processor_without_a_size_needs_a_flag(tmp_path: Path) -> None:
     steps = {"image_processor_type": "ViTImageProcessor", "do_resize": False, **HALF}
     folder = hf_folder(tmp_path / "net", steps=steps, config={"id2label": LABELS, "image_size": 32}, side="side")
@@ -438,7 +552,7 @@ def test_the_processor_may_stand_in_another_file(tmp_path: Path) -> None:
         ("config.json", b"\xff\xfe", r"config\.json is not a ModelFile: "),
         ("config.json", b'{"id2label": ["ant"]}', r"at `\$\.id2label`"),
         ("config.json", b'{"id2label": {"0": "a", "2": "b"}}', r"the keys of id2label must be 0 to 1\. Received: 0, 2"),
-        ("preprocessor_config.json", b"null", r"preprocessor_config\.json is not a ProcessorFile"),
+        ("preprocessor_config.json", b"null", r"preprocessor_config\.json is not a dict: Expected `object`"),
         ("preprocessor_config.json", b'{"size": 64}', r"makes images of 64 x 64 px, the model takes 32 x 32"),
     ],
 )

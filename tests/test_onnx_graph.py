@@ -361,8 +361,15 @@ def test_old_operators_are_refused(tmp_path: Path) -> None:
     refused(file, "opset 11 or newer. Received: 9")
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "link.bin"])
-def test_data_outside_of_the_folder_is_never_read(tmp_path: Path, location: str) -> None:
+@pytest.mark.parametrize(
+    ("location", "hint"),
+    [
+        ("../secret.bin", r"\."),
+        ("/etc/passwd", r"\."),
+        ("link.bin", r"; it is a link, .*: `cp -rL FOLDER COPY`, and import the copy\."),
+    ],
+)
+def test_data_outside_of_the_folder_is_never_read(tmp_path: Path, location: str, hint: str) -> None:
     (tmp_path / "secret.bin").write_bytes(bytes(10_000))
     file = foreign_onnx(tmp_path / "model" / "a.onnx")
     (tmp_path / "model" / "link.bin").symlink_to(tmp_path / "secret.bin")
@@ -375,7 +382,7 @@ def test_data_outside_of_the_folder_is_never_read(tmp_path: Path, location: str)
 
     edited(file, graph=move)
 
-    refused(file, "must lie in its own folder")
+    refused(file, f"must lie in its own folder{hint} Received: ")
 
 
 def test_external_data_beside_the_file_are_taken_into_it(tmp_path: Path) -> None:
@@ -391,6 +398,18 @@ def test_external_data_beside_the_file_are_taken_into_it(tmp_path: Path) -> None
     assert np.array_equal(probabilities, expected)
     (outside.parent / "b.data").unlink()
     refused(outside, "a file of the model is missing. Received: 'b.data'")
+
+
+def test_the_file_itself_may_be_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    file = foreign_onnx(tmp_path / "blobs" / "5f0c")
+    link = tmp_path / "snapshot" / "model.onnx"
+    link.parent.mkdir()
+    link.symlink_to(file)
+
+    (probabilities,) = built(link, recipe(link)).run(["probabilities"], {"image": images()})
+
+    (expected,) = built(file, recipe(file)).run(["probabilities"], {"image": images()})
+    assert np.array_equal(probabilities, expected)
 
 
 def test_a_size_that_contradicts_the_graph_is_refused(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def test_outputs_cannot_be_chosen(tmp_path: Path) -> None:
         opened("timm:resnet18", tmp_path, output_node="fc")
 
 
+@pytest.mark.parametrize("source", ["timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize(("only", "there"), [(False, "'logits', and what"), (True, "'features' with --backbone-only")])
+def test_features_cannot_be_chosen(source: str, only: bool, there: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"gives {there}.*: leave out --features-node.* --features-node 'pool'"):
+        opened(source, tmp_path, features_node="pool", backbone_only=only)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -159,7 +166,8 @@ def test_a_checkpoint_of_timm_becomes_a_bundle_s_model(key: str, tmp_path: Path)
 
     facts = found.facts
     assert (found.kind, found.name) == ("timm", TINY)
-    assert (facts.num_outputs, facts.class_names, facts.activation) == (7, None, "softmax")
+    assert (facts.num_outputs, facts.class_names) == (7, None)
+    assert (facts.activation, facts.multi_label) == (None, None)
     assert (facts.height_px, facts.width_px, facts.channels, facts.is_size_fixed) == (TINY_PX, TINY_PX, 3, True)
     assert (facts.resampling, facts.crop_rounding) == ("pillow", "even")
     assert any("the checkpoint has 7 classes" in sentence for sentence in facts.why)

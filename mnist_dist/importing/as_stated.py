@@ -1,18 +1,17 @@
 """Images for references: as a framework's own pipeline wants them, or as the bundle fits them.
 
-Owns: opening an image with Pillow, and whether a bundle is built as its source states; if a flag has changed that, a
+Owns: an image in Pillow, and whether a bundle is built as its source states; if a flag has changed that, a
 framework's own pipeline says nothing about the bundle. Does not own: any pipeline.
 """
 
 # H = height px, W = width px, C = channels
 
-import io
-
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from mnist_dist.images.decoder import decode_image
+from mnist_dist.images.decoder import decode_image, probe_image
+from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.foreign import Asked, Facts
 from mnist_dist.importing.onnx_models import normalized
 
@@ -29,12 +28,16 @@ def is_as_stated(asked: Asked, facts: Facts) -> bool:
 
 
 def opened(data: bytes, *, channels: int) -> Image.Image:
-    """An encoded image in Pillow, RGB or grey; upright and over white, as every image is here."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB" if channels == 3 else "L")
+    """An encoded image at its full size as a Pillow image, RGB or grey.
+
+    Decoded as for the bundle: Pillow clips what has 16 bits, and cannot read every format of `images`.
+
+    Raises:
+        ImageError: see `decode_image`.
+    """
+    width, height, _ = probe_image(data)
+    pixels = decode_image(data, ImageSpec(height_px=height, width_px=width, channels=channels, quality="exact")).pixels
+    return Image.fromarray(pixels if channels == 3 else pixels[..., 0])
 
 
 def fitted(data: bytes, asked: Asked) -> npt.NDArray[np.float32]:

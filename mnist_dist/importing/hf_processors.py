@@ -3,7 +3,8 @@
 Owns: the file's fields in all their ages, the defaults of the processor classes, and the rule that follows from them,
 as the slow (Pillow) processors of transformers apply it. Does not own: the model beside it (`hugging_face`).
 
-Source: transformers 4.30 to 5.24, `image_processing_*.py` of each model, and `image_transforms.py`.
+Source: transformers 4.30, 4.57 and 5.24, `image_processing_*.py` of each model, and `image_transforms.py`. Where their
+defaults differ, the file must have the field.
 """
 
 # H = height px, W = width px, C = channels; h, w = height, width of an original
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mnist_dist import documents
 from mnist_dist.config import Interpolation
 from mnist_dist.errors import ConfigError
 from mnist_dist.importing.foreign import Facts
@@ -74,30 +76,43 @@ class _Class:
     normalizes: bool = True
     """False: never, whatever the file says."""
     include_top: bool = False
+    unsettled: tuple[tuple[str, str], ...] = ()
+    """Fields whose default differs between versions of transformers, and what may stand there."""
 
 
+_FILTER_CHANGED = (("resample", "2 (bilinear, as in transformers 4) or 3 (bicubic, as in transformers 5)"),)
 _VIT = _Class(size=224, resample=2)
 _CLIP = _Class(size=224, mean=_CLIP_MEAN, std=_CLIP_STD, crop_size=224, is_edge=True)
 _MOBILENET = _Class(size=256, resample=2, crop_size=224, is_edge=True)
-_IMAGENET = _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 _CLASSES: Mapping[str, _Class] = {
     "ViT": _VIT,
     "DeiT": _Class(size=256, crop_size=224),
-    "Beit": _Class(size=224),
+    "Beit": _Class(
+        size=224,
+        crop_size=224,
+        unsettled=(
+            ("size", "256 (as in transformers 4) or 224 (as in transformers 5)"),
+            ("do_center_crop", "true (as in transformers 4) or false (as in transformers 5)"),
+        ),
+    ),
     "Siglip": _Class(size=224),
     "CLIP": _CLIP,
     "ChineseCLIP": _CLIP,
     "Bit": _CLIP,
     "ViTHybrid": _CLIP,
-    "ConvNext": _Class(size=384, is_edge=True, crop_pct=224 / 256),
+    "ConvNext": _Class(size=384, is_edge=True, crop_pct=224 / 256, unsettled=_FILTER_CHANGED),
     "PoolFormer": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224, is_edge=True, crop_pct=0.9),
     "Levit": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224, is_edge=True, widen=256 / 224),
-    "EfficientNet": _Class(size=346, include_top=True),
+    "EfficientNet": _Class(
+        size=346,
+        include_top=True,
+        unsettled=(("resample", "0 (nearest, as in transformers 4) or 3 (bicubic, as in transformers 5)"),),
+    ),
     "EfficientFormer": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_size=224),
     "MobileNetV1": _MOBILENET,
     "MobileNetV2": _MOBILENET,
-    "MobileViT": _Class(size=224, crop_size=256, is_edge=True, flips=True, normalizes=False),
-    "Pvt": _IMAGENET,
+    "MobileViT": _Class(size=224, crop_size=256, is_edge=True, flips=True, normalizes=False, unsettled=_FILTER_CHANGED),
+    "Pvt": _Class(size=224, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, unsettled=_FILTER_CHANGED),
     "Segformer": _Class(size=512, resample=2, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
     "DINOv3ViT": _Class(size=224, resample=2, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
 }
@@ -127,6 +142,12 @@ _OTHER_RULES = frozenset(
     {"Perceiver", "ImageGPT", "Siglip2", "Vilt", "Pix2Struct", "TextNet", "VideoMAE", "Owlv2", "Nougat", "Donut"}
 )
 """Classes whose rule no bundle has: a crop before the resize, patches, colour clusters, sides that vary."""
+_OF_ONE_CLASS = frozenset({"crop_pct", "include_top", "rescale_offset"})
+"""Fields that other classes do not have."""
+_GEOMETRY = ("size", "crop", "ratio", "pad", "multiple", "divis", "_pixels", "align", "thumbnail", "split")
+"""Parts of the names of fields that say how images are fitted."""
+_ASKS_NOTHING = (None, False, 0, 1)
+_HARMLESS = frozenset({"do_convert_rgb", "do_reduce_labels"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,18 +230,20 @@ class Processor:
         return prepared
 
 
-def processor(file: ProcessorFile, *, model_type: str | None, path: str) -> Processor:
+def processor(content: Mapping[str, Any], *, model_type: str | None, path: str) -> Processor:
     """The steps that a file and the defaults of its class make.
 
     Args:
-        file: the fields.
+        content: the fields, by name.
         model_type: that of `config.json`, which stands in for a class that the file does not name.
         path: of the file, for messages.
 
     Raises:
         ConfigError: the class has a rule of its own, or a field is missing or has no meaning.
+        DataError: a field has the wrong type.
     """
-    return _Reader(file=file, name=_class_name(file, model_type), path=path).read()
+    file = documents.decode(documents.encode(content), ProcessorFile, uri=path)
+    return _Reader(file=file, content=content, name=_class_name(file, model_type), path=path).read()
 
 
 def _class_name(file: ProcessorFile, model_type: str | None) -> str:
@@ -237,6 +260,8 @@ class _Reader:
     """Resolves one file."""
 
     file: ProcessorFile
+    content: Mapping[str, Any]
+    """All fields, of which `file` has those that are obeyed."""
     name: str
     path: str
 
@@ -248,6 +273,7 @@ class _Reader:
             )
         known = _CLASSES.get(self.name)
         kind = known or self._common()
+        self._check_settled(kind)
         resize, resized_crop = self._resize(kind)
         factor, shift, mean, std = self._normalization(kind)
         made = Processor(
@@ -281,7 +307,35 @@ class _Reader:
                 f"the defaults of the image processor {self.name!r} are not known, so {PROCESSOR_FILE} must have the "
                 f"field {missing[0]!r}. Received: {self.path!r}"
             )
+        self._check_unread()
         return _Class(size=224)
+
+    def _check_unread(self) -> None:
+        """Fields of an unknown class that change which part of an image the model sees, and how large."""
+        if self.file.do_resize is False:
+            return
+        for name in self._unread():
+            if any(part in name for part in _GEOMETRY) and not (self.file.do_pad is False and "pad" in name):
+                raise ConfigError(
+                    f"the image processor {self.name!r} fits images by a rule that is not known here; import the ONNX "
+                    f"file itself, with flags such as --resize, --mean and --std. "
+                    f"Received: {name}={self.content[name]!r} in {self.path!r}"
+                )
+
+    def _unread(self) -> list[str]:
+        """Fields of an unknown class that ask for something, and are not obeyed."""
+        obeyed = {item.name for item in fields(self.file)} - _OF_ONE_CLASS - {"do_pad"}
+        asking = [name for name, value in self.content.items() if value is True or value not in _ASKS_NOTHING]
+        return [name for name in asking if name not in obeyed]
+
+    def _check_settled(self, kind: _Class) -> None:
+        for name, choices in kind.unsettled:
+            is_idle = self.file.do_resize is False and name in ("size", "resample")
+            if getattr(self.file, name) is None and not is_idle:
+                raise ConfigError(
+                    f"the default of {name!r} of the image processor {self.name!r} differs between versions of "
+                    f"transformers: write {name!r} into the file, {choices}. Received: no {name!r} in {self.path!r}"
+                )
 
     def _resize(self, kind: _Class) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
         """The resize, and the crop that belongs to it."""
@@ -366,8 +420,12 @@ class _Reader:
     def _why(self, known: _Class | None, kind: _Class) -> list[str]:
         sentences = []
         if known is None:
-            used = ", ".join(item.name for item in fields(self.file) if getattr(self.file, item.name) is not None)
+            unread, named = self._unread(), [item.name for item in fields(self.file)]
+            used = ", ".join(name for name in named if self.content.get(name) is not None and name not in unread)
             sentences.append(f"the image processor {self.name!r} is not known here; these fields were obeyed: {used}")
+            ignored = ", ".join(name for name in unread if name.startswith("do_") and name not in _HARMLESS)
+            if ignored:
+                sentences.append(f"these fields of the image processor {self.name!r} were not obeyed: {ignored}")
         else:
             taken = ", ".join(self._defaults(kind))
             if taken:

@@ -7,7 +7,6 @@ is ever executed.
 
 # N = images, H = height px, W = width px, C = channels, K = outputs, D = features, T = tokens
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from mnist_dist import documents
+from mnist_dist.config import Activation
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
-from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, ProcessorFile, processor
+from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, processor
 from mnist_dist.importing.onnx_graph import (
     INPUT_NUMPY,
     GraphInput,
@@ -51,6 +51,11 @@ _CLASS_TOKEN = frozenset(
 )
 """Models whose first token stands for the image."""
 CLS = "cls_features"
+_PROBLEMS: dict[str, tuple[Activation, bool]] = {
+    "single_label_classification": ("softmax", False),
+    "multi_label_classification": ("sigmoid", True),
+}
+"""By `problem_type`: the activation, and whether an image has several labels."""
 
 Pixels = npt.NDArray[np.float32]
 Kind = TypeVar("Kind")
@@ -63,7 +68,6 @@ class ModelFile:
     model_type: str | None = None
     id2label: dict[str, str] | None = None
     problem_type: str | None = None
-    num_channels: int | None = None
     image_size: int | list[int] | None = None
 
 
@@ -187,9 +191,8 @@ def _processor(folder: Path, config: ModelFile) -> Processor:
         inner = content.get("image_processor")
         if not isinstance(inner, dict):
             raise DataError(f"{nested} has no image_processor. Received: {', '.join(map(str, content)) or 'no field'}")
-        fields = documents.decode(json.dumps(inner).encode(), ProcessorFile, uri=str(nested))
-        return processor(fields, model_type=config.model_type, path=str(nested))
-    return processor(_read(path, ProcessorFile), model_type=config.model_type, path=str(path))
+        return processor(inner, model_type=config.model_type, path=str(nested))
+    return processor(_read(path, dict), model_type=config.model_type, path=str(path))
 
 
 def _model_file(folder: Path, job: ImportJob) -> tuple[Path, tuple[str, ...]]:
@@ -288,20 +291,28 @@ def _features(
 
 def _facts(graph: _Graph, config: ModelFile, steps: Processor, job: ImportJob, *, why: tuple[str, ...]) -> Facts:
     names, sentences = _class_names(config, Path(job.source)) if graph.output else (None, ())
-    is_multi = config.problem_type == "multi_label_classification"
-    ends = graph.activation is not None
+    activation, multi_label = _activation(graph, config) if graph.output else (None, None)
     facts = _sized(steps.facts(), graph, config)
     return replace(
         facts,
         class_names=names,
         channels=graph.source.channels,
-        activation=None if graph.output is None else "none" if ends else "sigmoid" if is_multi else "softmax",
-        multi_label=None if graph.output is None else is_multi,
+        activation=activation,
+        multi_label=multi_label,
         num_outputs=graph.num_outputs,
         output=graph.output,
         features=graph.features,
         why=(*why, *graph.why, *facts.why, *sentences),
     )
+
+
+def _activation(graph: _Graph, config: ModelFile) -> tuple[Activation | None, bool | None]:
+    """What has to follow the output, and whether an image has several labels; None: the files do not say."""
+    stated = _PROBLEMS.get(config.problem_type or "")
+    if graph.activation is not None:
+        ends = graph.activation == "Sigmoid" and graph.num_outputs != 1
+        return "none", ends if stated is None else stated[1]
+    return (None, None) if stated is None else stated
 
 
 def _sized(facts: Facts, graph: _Graph, config: ModelFile) -> Facts:

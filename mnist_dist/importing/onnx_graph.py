@@ -354,12 +354,12 @@ def _location(tensor: Any, file: Path) -> str:
     """Where the values of a tensor lie, relative to the model's folder."""
     location: str = onnx.external_data_helper.ExternalDataInfo(tensor).location
     folder = file.parent.resolve()
-    if Path(location).is_absolute() or not (folder / location).resolve().is_relative_to(folder):
-        is_link = (folder / location).is_symlink()
-        hint = ", and not behind a link: `cp -rL FOLDER COPY` makes a folder that can be imported" if is_link else ""
+    is_named_inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+    if not (is_named_inside and (folder / location).resolve().is_relative_to(folder)):
+        hint = "; it is a link, as in the cache of the Hugging Face hub: `cp -rL FOLDER COPY`, and import the copy"
         raise ConfigError(
-            f"the model's data must lie in its own folder{hint}. Received: {location!r} for tensor {tensor.name!r} in "
-            f"{str(file)!r}"
+            f"the model's data must lie in its own folder{hint if is_named_inside else ''}. Received: {location!r} for "
+            f"tensor {tensor.name!r} in {str(file)!r}"
         )
     return location
 

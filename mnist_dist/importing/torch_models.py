@@ -115,8 +115,7 @@ def run_torch(kind: Literal["timm", "torchvision"], job: ImportJob, images: Sequ
 
 
 def _opened(kind: Literal["timm", "torchvision"], job: ImportJob, scratch: Path) -> Foreign:
-    if job.output_node is not None:
-        raise ConfigError(f"a model of {kind} has one output. Received: --output-node {job.output_node!r}")
+    _check_nodes(kind, job)
     loaded = _load(kind, job)
     file = scratch / "exported.onnx"
     _export(loaded, file, output=FEATURES if job.backbone_only else LOGITS)
@@ -129,6 +128,20 @@ def _opened(kind: Literal["timm", "torchvision"], job: ImportJob, scratch: Path)
         reference=partial(run_torch, kind, job),
         reference_name=f"{kind} {library.__version__} with torch {torch.__version__}",
     )
+
+
+def _check_nodes(kind: str, job: ImportJob) -> None:
+    """The exported graph has one output, and names that no user knows."""
+    if job.output_node is not None:
+        raise ConfigError(f"a model of {kind} has one output. Received: --output-node {job.output_node!r}")
+    if job.features_node is not None and not (job.backbone_only and job.features_node == FEATURES):
+        there = (
+            f"{FEATURES!r} with --backbone-only" if job.backbone_only else f"{LOGITS!r}, and what its last layer takes"
+        )
+        raise ConfigError(
+            f"a model of {kind} gives {there}: leave out --features-node, its features are found without. "
+            f"Received: --features-node {job.features_node!r}"
+        )
 
 
 def _load(kind: Literal["timm", "torchvision"], job: ImportJob) -> Loaded:
@@ -151,8 +164,7 @@ def _with_outputs(facts: Facts, file: Path, job: ImportJob) -> Facts:
     graph = read_graph(file)
     if job.backbone_only:
         return replace(facts, features=FEATURES, class_names=None, num_outputs=num_outputs(graph, FEATURES))
-    features = features_of(graph, LOGITS) if job.features_node is None else job.features_node
-    return replace(facts, output=LOGITS, features=features, activation="softmax", multi_label=job.multi_label or False)
+    return replace(facts, output=LOGITS, features=features_of(graph, LOGITS))
 
 
 def _own_way(loaded: Loaded) -> Callable[[bytes], "torch.Tensor"]:
