@@ -20,7 +20,7 @@ from PIL import Image
 from mnist_dist.errors import ConfigError, WeightsError
 from mnist_dist.images.decoder import decode_image
 from mnist_dist.import_config import FittingConfig, ImportJob, NormalizationConfig
-from mnist_dist.importing import torch_models
+from mnist_dist.importing import timm_models, torch_export, torchvision_models
 from mnist_dist.importing.foreign import Facts, Foreign
 from mnist_dist.importing.onnx_graph import build_onnx
 from mnist_dist.importing.recipe import Recipe, recipe_of
@@ -47,7 +47,7 @@ def opened(source: str, folder: Path, **flags: Any) -> Foreign:
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     job = ImportJob(source=source, output="bundle", **flags)
-    open_it = torch_models.open_torchvision if source.startswith("torchvision:") else torch_models.open_timm
+    open_it = torchvision_models.open_torchvision if source.startswith("torchvision:") else timm_models.open_timm
     return open_it(job, scratch, report)
 
 
@@ -125,7 +125,7 @@ def test_features_cannot_be_chosen(source: str, only: bool, there: str, tmp_path
 def test_timm_s_ways_to_crop_are_facts(data: dict[str, Any], expected: dict[str, Any]) -> None:
     common = {"input_size": (3, 224, 224), "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}
 
-    assert torch_models._timm_geometry({**common, **data}) == {"interpolation": "bicubic", **expected}
+    assert timm_models._geometry({**common, **data}) == {"interpolation": "bicubic", **expected}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_no_bundle_does_is_refused(data: dict[str, Any], message: str) -> N
     common = {"input_size": (3, 224, 224), "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5)}
 
     with pytest.raises(ConfigError, match=message):
-        torch_models._timm_geometry({**common, "crop_mode": "center", "crop_pct": 0.9, **data})
+        timm_models._geometry({**common, "crop_mode": "center", "crop_pct": 0.9, **data})
 
 
 def test_failed_downloads_ask_for_a_checkpoint() -> None:
@@ -149,7 +149,7 @@ def test_failed_downloads_ask_for_a_checkpoint() -> None:
         raise OSError("no route to the hub\nand more")
 
     with pytest.raises(WeightsError, match=r"of resnet18 cannot be downloaded \(no route to the hub\); .*--checkpoint"):
-        torch_models._downloaded(fails, "resnet18")
+        torch_export.downloaded(fails, "resnet18")
 
 
 # --- timm ------------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_the_weights_that_decide_about_pixels_are_named_or_told(tmp_path: Path) 
 
     def chosen(tag: str, checkpoint: str | None) -> tuple[Any, tuple[str, ...]]:
         job = ImportJob(source="torchvision:resnet50", output="b", checkpoint=checkpoint)
-        return torch_models._torchvision_weights(table, tag, job)
+        return torchvision_models._weights(table, tag, job)
 
     assert chosen("IMAGENET1K_V1", "x.pth") == (table.IMAGENET1K_V1, ())
     assert chosen("", "/data/resnet50-0676ba61.pth") == (table.IMAGENET1K_V1, ())

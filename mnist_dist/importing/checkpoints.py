@@ -1,7 +1,7 @@
 """Checkpoints of torch: tensors by name, read without executing anything.
 
 Owns: reading safetensors and files of torch, and the wrappings that training scripts put around weights. Does not own:
-the models that the weights are for (`torch_models`).
+the models that the weights are for (`timm_models`, `torchvision_models`).
 """
 
 import argparse

@@ -67,12 +67,12 @@ SOURCES = (
     Source(
         "timm",
         "timm:NAME, or a folder saved by timm (config.json and model.safetensors or pytorch_model.bin)",
-        "torch_models",
+        "timm_models",
         "open_timm",
         prefix="timm:",
         members=(("config.json", "model.safetensors"), ("config.json", "pytorch_model.bin")),
     ),
-    Source("torchvision", "torchvision:NAME", "torch_models", "open_torchvision", prefix="torchvision:"),
+    Source("torchvision", "torchvision:NAME", "torchvision_models", "open_torchvision", prefix="torchvision:"),
 )
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".bin", ".safetensors")
 
