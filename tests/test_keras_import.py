@@ -263,6 +263,8 @@ def test_a_model_of_whole_numbers_takes_no_others(dtype: str, values: dict[str, 
 
     with pytest.raises(ConfigError, match=f"use --preset raw. Received: .* for an input of {dtype}"):
         build(foreign, tmp_path, **{"scale": (1.0,), "offset": (0.0,), **values})
+    with pytest.raises(ConfigError, match="use --preset raw"):
+        reference(foreign.file, [png(pixels()[0])], asked_of(recipe_of(foreign, **values)))
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
