@@ -129,7 +129,8 @@ def test_a_folder_without_a_bundle_is_no_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("imported", "message"), [(None, "--backbone cnn --weights"), (IMPORTED, "import the ONNX file")]
+    ("imported", "message"),
+    [(None, "--backbone cnn --weights"), (IMPORTED, "import the file again with --backbone-only")],
 )
 def test_a_keras_bundle_is_no_backbone_and_the_message_says_what_to_do(
     tmp_path: Path, imported: Imported | None, message: str

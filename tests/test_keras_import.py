@@ -17,6 +17,7 @@ import pytest
 from harness import Recorder
 from PIL import Image
 
+import mnist_dist
 from mnist_dist.console import Stop
 from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import with_features
@@ -25,11 +26,14 @@ from mnist_dist.errors import BundleError, ConfigError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
+from mnist_dist.importing.comparison import BundleModel
 from mnist_dist.importing.foreign import Asked, Foreign
 from mnist_dist.importing.keras_files import check_classes, load_keras
 from mnist_dist.importing.keras_models import build_keras, open_keras, reference, whole_pipeline
+from mnist_dist.importing.onnx_graph import build_onnx
 from mnist_dist.importing.recipe import Recipe
 from mnist_dist.importing.tensorflow_images import expects_pixels, rounded_pixels
+from mnist_dist.models.backbones import find_backbone
 from mnist_dist.models.bundle import Bundle, BundleInfo
 from mnist_dist.session import Session
 
@@ -259,6 +263,8 @@ def test_a_model_of_whole_numbers_takes_no_others(dtype: str, values: dict[str, 
 
     with pytest.raises(ConfigError, match=f"use --preset raw. Received: .* for an input of {dtype}"):
         build(foreign, tmp_path, **{"scale": (1.0,), "offset": (0.0,), **values})
+    with pytest.raises(ConfigError, match="use --preset raw"):
+        reference(foreign.file, [png(pixels()[0])], asked_of(recipe_of(foreign, **values)))
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
@@ -426,12 +432,61 @@ def test_a_backbone_alone_gives_its_features(tmp_path: Path) -> None:
     original = chain(*convolutions())
     foreign = open_model(save(original, tmp_path), tmp_path / "scratch", backbone_only=True)
 
-    assert (foreign.facts.num_outputs, foreign.facts.activation) == (6, None)
-    built = build(foreign, tmp_path, class_names=())
-    check(original, built, pixels())
-    (tmp_path / "bundle").mkdir()
-    built.rename(tmp_path / "bundle" / "model.keras")
-    assert Bundle(tmp_path / "bundle", BundleInfo(class_names=(), spec=SPEC, backbone="m")).num_features == 6
+    assert foreign.facts.features == "pool"
+    check_backbone(foreign, tmp_path, lambda images: original(images / 255, training=False))
+
+
+def check_backbone(foreign: Foreign, folder: Path, original: Callable[[Any], Any], **changes: Any) -> None:
+    """An ONNX file of the features, and a reference that can be compared with it."""
+    facts = foreign.facts
+    assert foreign.file == folder / "scratch" / "foreign.onnx"
+    assert (facts.output, facts.num_outputs, facts.activation, facts.multi_label) == (None,) * 4
+    recipe = recipe_of(foreign, class_names=(), activation="none", **changes)
+    build_onnx(foreign.file, recipe, folder / "built.onnx")
+    features = BundleModel(folder / "built.onnx", has_classes=False).outputs(pixels())
+    expected = np.asarray(original(pixels().astype(np.float32)))
+    assert expected.std(axis=0).max() > 1e-4
+    assert relative_difference(features, expected) < 1e-5
+    encoded = [png(image) for image in pixels()]
+    for ask in (foreign.reference, foreign.whole):
+        assert ask is not None
+        assert relative_difference(ask(encoded, recipe.asked), expected) < 1e-5
+
+
+@pytest.mark.parametrize("layer", [None, "base", "head/hidden"])
+def test_a_classifier_is_cut_to_a_backbone(layer: str | None, tmp_path: Path) -> None:
+    original = chain(layers.RandomFlip(), *transfer().layers)
+    file = save(original, tmp_path)
+    foreign = open_model(file, tmp_path / "scratch", backbone_only=True, features_node=layer)
+
+    def features(images: Any) -> Any:
+        values = original.get_layer("base")(images / 255, training=False)
+        return values if layer == "base" else original.get_layer("head").get_layer("hidden")(values)
+
+    assert foreign.facts.features == (layer or "head/hidden")
+    assert foreign.facts.why[-1] == f"the features are those of {layer or 'head/hidden'}"
+    assert not any("it ends with" in reason for reason in foreign.facts.why)
+    check_backbone(foreign, tmp_path, features, scale=(1.0,))
+
+
+def test_a_model_of_bytes_and_any_size_becomes_a_backbone(tmp_path: Path) -> None:
+    image = keras.Input((None, None, 3), dtype="uint8")
+    inner = chain(*convolutions(), shape=(None, None, 3))
+    original = keras.Model(image, inner(keras.ops.cast(image, "float32") / 255))
+    foreign = open_model(save(original, tmp_path), tmp_path / "scratch", backbone_only=True)
+
+    check_backbone(foreign, tmp_path, lambda images: inner(images / 255, training=False))
+
+
+def test_the_import_of_a_keras_backbone_can_be_trained_on(tmp_path: Path) -> None:
+    file = save(classifier(), tmp_path)
+    result = mnist_dist.import_model(file, output=tmp_path / "bundle", backbone_only=True, preset="0-1")
+
+    assert (result.values["kind"], result.values["classes"]) == ("keras", 0)
+    assert len(result.values["compared"]) == 2
+    info = find_backbone(str(tmp_path / "bundle")).imported
+    assert info is not None
+    assert (info.model_file, Bundle(tmp_path / "bundle", info).num_features) == ("model.onnx", 6)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ class Foreign:
     name: str
     """What its source calls it, such as `resnet18`."""
     file: Path
-    """`.onnx`: a float or uint8 graph, with its external data inside or beside it; `.keras`: a Keras model."""
+    """`.onnx`: a float or uint8 graph, with its external data inside or beside it; `.keras`: a Keras model.
+    Says what the bundle's model is."""
     facts: Facts
     reference: Reference | None = None
     """None: the original framework is not there, or is ONNX Runtime itself."""

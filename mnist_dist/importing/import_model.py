@@ -220,7 +220,8 @@ class _Import:
         )
         recipe = recipe_of(self._job, opened, classes=classes)
         self._say(opened, recipe)
-        model_file = self._scratch / (KERAS_FILE if opened.kind == "keras" else ONNX_FILE)
+        is_keras = opened.file.suffix == ".keras"
+        model_file = self._scratch / (KERAS_FILE if is_keras else ONNX_FILE)
         task = CheckTask(
             foreign=self._scratch / _FOREIGN,
             recipe=recipe,
@@ -341,7 +342,8 @@ def _open(source: Source, job: ImportJob, scratch: Path, report: Report) -> Fore
 
 def _build_and_check(opened: Foreign, task: CheckTask, report: Report) -> Checked:
     """In one process, since it takes seconds to load a framework."""
-    if opened.kind == "keras":
+    is_keras = opened.file.suffix == ".keras"
+    if is_keras:
         from mnist_dist.importing.keras_models import build_keras as build
     else:
         from mnist_dist.importing.onnx_graph import build_onnx as build

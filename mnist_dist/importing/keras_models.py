@@ -1,7 +1,8 @@
 """Foreign Keras models: what they say about themselves, and the bundle's model made of one.
 
 Owns: reading facts from a model's layers, cutting a model at a layer, the graph of the bundle's `model.keras` and the
-reference. Does not own: which files are loaded (`keras_files`), or how Keras fits images (`tensorflow_images`).
+reference. Does not own: which files are loaded (`keras_files`), how Keras fits images (`tensorflow_images`), or the
+bundle of a backbone, which has to be ONNX (`onnx_graph`): here, its features become a foreign graph.
 
 Contract of `build_keras`: the file loads with plain `keras.saving.load_model` in safe mode without this package.
 `model(x)`, `model(x, training=False)`, `predict`, the reload and every export agree, even if the foreign model holds
@@ -24,8 +25,10 @@ import keras
 import numpy as np
 
 from mnist_dist.config import Activation
+from mnist_dist.engines.formats import check_installed
+from mnist_dist.engines.graphs import freeze, inference_function, write_onnx
 from mnist_dist.engines.steps import Report
-from mnist_dist.errors import ConfigError, suggestion
+from mnist_dist.errors import ConfigError, first_line, suggestion
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.keras_files import load_keras
@@ -43,6 +46,8 @@ from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES
 
 PASSING = frozenset({"Dropout", "Identity", "Reshape", "Flatten", "Cast", "ActivityRegularization", "Squeeze"})
 """Classes of operations that keep the values, between a last Dense and the output."""
+ENDS = "it ends with"
+INPUT = "image"
 ARITHMETIC = {"TrueDivide": "divide", "Divide": "divide", "Multiply": "multiply", "Subtract": "add", "Add": "add"}
 
 
@@ -51,21 +56,27 @@ def open_keras(job: ImportJob, scratch: Path, report: Report) -> Foreign:
 
     Args:
         job: its `source` is a local `.keras`, `.h5` or `.hdf5` file.
-        scratch: folder for a copy as `.keras` in float32, where the source is something else.
+        scratch: folder for a copy as `.keras` in float32, where the source is something else; of a backbone, for
+            `foreign.onnx`: the input `image`, as in the model, and the features, which have the name of their layer.
         report: see `engines.steps`.
 
     Raises:
-        ConfigError: the file is refused (`keras_files`), or holds no classifier of images.
+        ConfigError: the file is refused (`keras_files`), holds no classifier of images, or cannot be converted.
     """
     source = Path(job.source)
     model, was_converted = load_keras(source)
     _check_input(model, source.name)
     network = cut(model, [job.output_node])
     facts = _facts(model, network, job)
-    file = source
+    file, layer = source, None
     if was_converted:
         facts = _with_reason(facts, "its layers of lower precision compute in float32 now")
-    if was_converted or source.suffix != ".keras":
+    if job.backbone_only:
+        layer = facts.features or job.output_node or _last_node(network).operation.name
+        file = scratch / "foreign.onnx"
+        _write_features(cut(model, [layer]), layer, file)
+        facts = _of_features(facts, layer)
+    elif was_converted or source.suffix != ".keras":
         file = scratch / "foreign.keras"
         model.save(file)
     return Foreign(
@@ -73,9 +84,9 @@ def open_keras(job: ImportJob, scratch: Path, report: Report) -> Foreign:
         name=source.stem,
         file=file,
         facts=facts,
-        reference=partial(reference, source),
+        reference=partial(reference, source, layer=layer),
         reference_name=f"Keras {keras.__version__}",
-        whole=partial(whole_pipeline, source),
+        whole=partial(whole_pipeline, source, layer=layer),
         whole_name=WHOLE_NAME,
     )
 
@@ -103,24 +114,25 @@ def build_keras(file: Path, recipe: Recipe, target: Path) -> None:
     keras.Model(image, output if tail is None else tail(output), name="imported").save(target)
 
 
-def reference(file: Path, images: Sequence[bytes], asked: Asked) -> Values:
+def reference(file: Path, images: Sequence[bytes], asked: Asked, *, layer: str | None = None) -> Values:
     """What the original model says about images, with whole pixels as the bundle has them: for the strict comparison.
 
     Args:
         file: the original file.
         images: encoded.
         asked: see `foreign`.
+        layer: the layer to ask instead of the output, where the bundle gives features only.
 
     Returns:
         `float32 [N, K]`; of a model with one output K is 1.
     """
-    return _ask(file, rounded_pixels(images, asked.spec), asked)
+    return _ask(file, rounded_pixels(images, asked.spec), asked, layer)
 
 
-def whole_pipeline(file: Path, images: Sequence[bytes], asked: Asked) -> Values:
+def whole_pipeline(file: Path, images: Sequence[bytes], asked: Asked, *, layer: str | None = None) -> Values:
     """What the original model says in Keras' own pipeline: TensorFlow's decoder, and pixels that are not rounded after
     the resize. Shows what those two change; not for the strict comparison. Arguments as those of `reference`."""
-    return _ask(file, tensorflow_pixels(images, asked.spec), asked)
+    return _ask(file, tensorflow_pixels(images, asked.spec), asked, layer)
 
 
 def cut(model: keras.Model, names: Sequence[str | None]) -> keras.Model:
@@ -255,7 +267,7 @@ def _facts(model: keras.Model, network: keras.Model, job: ImportJob) -> Facts:
     )
     if facts.features is not None:
         _check_features(model, facts.features)
-    facts = _with_reason(facts, f"it ends with {ending}") if activation == "none" else facts
+    facts = _with_reason(facts, f"{ENDS} {ending}") if activation == "none" else facts
     return _with_range(facts, model)
 
 
@@ -333,6 +345,23 @@ def _expects_pixels(node: Any) -> bool | None:
     return expects_pixels(rule, constants[0])
 
 
+# --- the features of a backbone ---------------------------------------------------------------------------------------
+
+
+def _write_features(network: keras.Model, layer: str, file: Path) -> None:
+    check_installed("importing a Keras model as a backbone", ("tf2onnx",))
+    try:
+        write_onnx(freeze(inference_function(network)), file, input_name=INPUT, output_names=[layer])
+    except Exception as error:  # The border: tf2onnx fails in many ways on what it does not know.
+        raise ConfigError(f"the features cannot be converted to ONNX: {first_line(error)}") from error
+
+
+def _of_features(facts: Facts, layer: str) -> Facts:
+    """Of a model that gives nothing but the output of that layer."""
+    reasons = (*(reason for reason in facts.why if not reason.startswith(ENDS)), f"the features are those of {layer}")
+    return replace(facts, output=None, features=layer, num_outputs=None, activation=None, multi_label=None, why=reasons)
+
+
 # --- the bundle's model -----------------------------------------------------------------------------------------------
 
 
@@ -384,8 +413,9 @@ def _probabilities(num_outputs: int, recipe: Recipe) -> keras.Model | None:
     return keras.Model(output, values, name=PROBABILITIES)
 
 
-def _ask(file: Path, pixels: Sequence[Values], asked: Asked) -> Values:
+def _ask(file: Path, pixels: Sequence[Values], asked: Asked, layer: str | None) -> Values:
     model, _ = load_keras(file)
-    network = cut(model, [asked.output])
+    network = cut(model, [layer or asked.output])
     dtype = network.inputs[0].dtype
+    _check_normalisation(dtype, asked.scale, asked.offset)
     return ask(lambda batch: network(batch.astype(dtype), training=False), pixels, asked)

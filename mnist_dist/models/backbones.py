@@ -420,7 +420,7 @@ def _imported(uri: str) -> Backbone:
         remedy = (
             f"use --backbone {info.backbone} --weights {uri}"
             if info.imported is None
-            else "import the ONNX file or the SavedModel of this Keras model"
+            else "import the file again with --backbone-only"
         )
         raise ConfigError(
             f"a bundle that is a backbone holds {ONNX_FILE}, this one {info.model_file}: {remedy}. "
