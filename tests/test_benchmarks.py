@@ -63,7 +63,6 @@ from mnist_dist.images.decoder import decode_image
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Facts, Foreign
-from mnist_dist.importing.onnx_models import normalized
 from mnist_dist.importing.recipe import recipe_of
 from mnist_dist.keywords import job_of
 from mnist_dist.models.bundle import load_bundle
@@ -395,7 +394,7 @@ def test_the_peers_transform_images_as_an_import_with_the_same_flags() -> None:
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (301, 407, 3), np.uint8))
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    ours = normalized(decode_image(stream.getvalue(), recipe.spec).pixels, recipe.asked)
+    ours = recipe.asked.normalized(decode_image(stream.getvalue(), recipe.spec).pixels)
     assert transformed(image) == pytest.approx(ours.transpose(2, 0, 1), abs=1e-5)
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from mnist_dist.images.decoder import decode_image, probe_image
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.importing.foreign import Asked, Facts
-from mnist_dist.importing.onnx_models import normalized
 
 _FITTING = ("height_px", "width_px", "channels", "resize", "resampling", "interpolation", "crop_rounding", "pad_value")
 
@@ -42,5 +41,5 @@ def opened(data: bytes, *, channels: int) -> Image.Image:
 
 def fitted(data: bytes, asked: Asked) -> npt.NDArray[np.float32]:
     """An encoded image as the bundle fits it and NumPy normalises it, `float32 [C, H, W]`."""
-    pixels = normalized(decode_image(data, asked.spec).pixels, asked)
+    pixels = asked.normalized(decode_image(data, asked.spec).pixels)
     return np.asarray(pixels, np.float32).transpose(2, 0, 1)

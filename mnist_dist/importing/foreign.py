@@ -11,7 +11,7 @@ A source is opened in a child process, so that neither a framework nor a hostile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,21 @@ class Asked:
     activation: Activation
     output: str | None
     """As in `Facts`."""
+
+    def normalized(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Pixels `[..., H, W, C]`, 0-255, as the model takes them."""
+        values = np.asarray(pixels[..., ::-1] if self.bgr else pixels, np.float64)
+        return np.asarray(values * np.array(self.scale) + np.array(self.offset))
+
+    def activated(self, outputs: npt.NDArray[Any]) -> Values:
+        """What follows the activation, `float32 [N, K]`, of raw outputs."""
+        values = np.asarray(outputs, np.float64)
+        if self.activation == "softmax":
+            values = np.exp(values - values.max(axis=1, keepdims=True))
+            values = values / values.sum(axis=1, keepdims=True)
+        elif self.activation == "sigmoid":
+            values = 0.5 * (1 + np.tanh(values / 2))
+        return np.asarray(values, np.float32)
 
 
 Reference = Callable[[Sequence[bytes], Asked], Values]

@@ -37,7 +37,6 @@ from mnist_dist.importing.onnx_graph import (
     read_graph,
     shapes_of,
 )
-from mnist_dist.importing.onnx_models import activated
 
 CONFIG_FILE = "config.json"
 NESTED_FILE = "processor_config.json"
@@ -130,7 +129,7 @@ def run_folder(
         batch = pixels.transpose(1, 2, 0) if source.layout == "NHWC" else pixels
         batch = np.repeat(batch[None], source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
         rows.append(np.asarray(session.run([wanted], {source.name: batch})[0], np.float64)[0].reshape(-1))
-    return activated(np.stack(rows), asked)
+    return asked.activated(np.stack(rows))
 
 
 def _preparation(folder: Path, asked: Asked, facts: Facts, *, is_fast: bool) -> Callable[[bytes], Pixels]:

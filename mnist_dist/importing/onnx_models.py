@@ -84,30 +84,11 @@ def run_original(file: Path, images: Sequence[bytes], asked: Asked) -> Values:
         names = [asked.output]
     rows = []
     for data in images:
-        pixels = normalized(decode_image(data, asked.spec).pixels, asked)
+        pixels = asked.normalized(decode_image(data, asked.spec).pixels)
         batch = pixels[None] if source.layout == "NHWC" else pixels.transpose(2, 0, 1)[None]
         batch = np.repeat(batch, source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
         rows.append(np.asarray(session.run(names, {source.name: batch})[0], np.float64)[0].reshape(-1))
-    return activated(np.stack(rows), asked)
-
-
-def normalized(pixels: Any, asked: Asked) -> Any:
-    """`uint8 [H, W, C]` as the model takes it, `float64 [H, W, C]`."""
-    values = pixels.astype(np.float64)
-    if asked.bgr:
-        values = values[..., ::-1]
-    return values * np.array(asked.scale) + np.array(asked.offset)
-
-
-def activated(values: Any, asked: Asked) -> Values:
-    """What follows the activation, `float32 [N, K]`, of raw outputs."""
-    values = np.asarray(values, np.float64)
-    if asked.activation == "softmax":
-        values = np.exp(values - values.max(axis=1, keepdims=True))
-        values = values / values.sum(axis=1, keepdims=True)
-    elif asked.activation == "sigmoid":
-        values = 0.5 * (1 + np.tanh(values / 2))
-    return np.asarray(values, np.float32)
+    return asked.activated(np.stack(rows))
 
 
 def _output(model: Any, job: ImportJob, file: Path) -> str:

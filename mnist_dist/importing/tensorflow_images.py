@@ -71,8 +71,12 @@ def ask(network: Callable[[Any], Any], pixels: Sequence[Values], asked: Asked, *
         batch = np.stack(pixels[start : start + batch_size])
         missing = batch_size - len(batch)
         padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        outputs.append(np.asarray(network(_normalised(padded, asked)), np.float32)[: len(batch)])
-    return _activated(np.concatenate(outputs), asked)
+        values = asked.normalized(padded).astype(np.float32)
+        outputs.append(np.asarray(network(values), np.float32)[: len(batch)])
+    raw = np.concatenate(outputs)
+    if raw.ndim != 2:
+        raise ConfigError(f"a classifier's output is [N, K]. Received: {list(raw.shape)} of {asked.output}")
+    return asked.activated(raw)
 
 
 def expects_pixels(rule: str, value: npt.ArrayLike) -> bool | None:
@@ -131,19 +135,3 @@ def _fitted(pixels: Pixels, spec: ImageSpec) -> Values:
     if is_cropped:
         return resize_pixels(pixels, spec).astype(np.float32)
     return np.asarray(tf.image.resize(pixels, size, method=method, antialias=spec.antialias), np.float32)
-
-
-def _normalised(pixels: Values, asked: Asked) -> Values:
-    pixels = pixels[..., ::-1] if asked.bgr else pixels
-    if is_identity(asked.scale, asked.offset):
-        return pixels
-    return pixels * np.asarray(asked.scale, np.float32) + np.asarray(asked.offset, np.float32)
-
-
-def _activated(outputs: Values, asked: Asked) -> Values:
-    if outputs.ndim != 2:
-        raise ConfigError(f"a classifier's output is [N, K]. Received: {list(outputs.shape)} of {asked.output}")
-    if asked.activation == "none":
-        return outputs
-    activation = tf.nn.softmax if asked.activation == "softmax" else tf.sigmoid
-    return np.asarray(activation(outputs), np.float32)

@@ -27,7 +27,6 @@ from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.checkpoints import State
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.onnx_graph import features_of, num_outputs, read_graph
-from mnist_dist.importing.onnx_models import activated
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +99,7 @@ def run_torch(load: Load, job: ImportJob, images: Sequence[bytes], asked: Asked)
         for start in range(0, len(images), _BATCH):
             batch = torch.stack([prepare(data) for data in images[start : start + _BATCH]])
             rows.append(loaded.module(batch).double().numpy())
-    return activated(np.concatenate(rows), asked)
+    return asked.activated(np.concatenate(rows))
 
 
 def check_installed(kind: Library, job: ImportJob) -> None:
