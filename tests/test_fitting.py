@@ -133,7 +133,7 @@ def test_pixels_are_those_of_the_original(original: str, interpolation: Interpol
 
 @pytest.mark.parametrize(
     "other",
-    [{"interpolation": "bicubic"}, {"resize_px": 63}, {"crop_rounding": "down"}, {"quality": "fast"}],
+    [{"interpolation": "bicubic"}, {"resize_px": 63}, {"crop_rounding": "down"}, {"resampling": "opencv"}],
 )
 def test_another_rule_gives_other_pixels(other: dict[str, Any]) -> None:
     pixels = noise(np.random.default_rng(0), 150, 200)
@@ -232,7 +232,7 @@ def check_decoded_as_by_pillow(data: bytes, *, channels: int = 3) -> None:
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L" if channels == 1 else "RGB")
     expected = pixels_of(torchvision(image, spec))
     np.testing.assert_array_equal(decode_image(data, spec).pixels, expected)
-    assert (decode_image(data, replace(spec, quality="fast")).pixels != expected).any()
+    assert (decode_image(data, replace(spec, interpolation="bilinear")).pixels != expected).any()
 
 
 @pytest.mark.parametrize("kind", JPEGS)
@@ -265,15 +265,16 @@ def test_exact_decoding_notices_damage() -> None:
     ("size", "fields", "decoded"),
     [
         ((375, 500), {}, (375, 500)),
-        ((375, 500), {"quality": "fast"}, (375, 500)),  # 6/8 takes libjpeg longer than the whole
-        ((900, 1200), {"quality": "fast"}, (450, 600)),
-        ((2000, 9000), {"quality": "fast"}, (500, 2250)),
-        ((1024, 1024), {"quality": "fast"}, (256, 256)),
+        ((375, 500), {"quality": "fast"}, (375, 500)),
+        ((1000, 1200), {"quality": "fast"}, (1000, 1200)),
+        ((1100, 1200), {"quality": "fast"}, (550, 600)),
+        ((2000, 9000), {"quality": "fast"}, (1000, 4500)),
+        ((1024, 1024), {"quality": "fast"}, (512, 512)),
         ((375, 500), {"quality": "fast", "resampling": "opencv"}, (282, 375)),
         ((375, 500), {"quality": "exact", "resampling": "opencv"}, (375, 500)),
     ],
 )
-def test_no_jpeg_is_decoded_smaller_than_it_is_resized_to(
+def test_no_jpeg_is_decoded_smaller_than_what_its_filter_needs(
     size: tuple[int, int], fields: dict[str, Any], decoded: tuple[int, int]
 ) -> None:
     spec = spec_of(224, 224, resize="shortest-edge", resize_px=256, **fields)

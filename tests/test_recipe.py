@@ -103,6 +103,15 @@ def test_a_preset_is_what_its_framework_does(name: Preset) -> None:
     assert np.allclose(values, expected, atol=1e-9)
 
 
+def test_pixels_that_the_model_normalises_itself_are_not_normalised_twice() -> None:
+    inside = with_(TIMM, scale=(1.0,), offset=(0.0,), normalizes_itself=True)
+
+    with pytest.raises(ConfigError, match="the model normalises pixels of 0-255 itself"):
+        made(inside, normalization=NormalizationConfig(preset="imagenet"))
+    assert made(inside, normalization=NormalizationConfig(preset="raw")).scale == (1.0,)
+    assert made(inside).scale == (1.0,)
+
+
 def test_mean_and_std_are_of_pixels_from_0_to_1_unless_a_scale_is_given() -> None:
     both = NormalizationConfig(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.4))
     scaled = NormalizationConfig(scale=1.0, mean=(127.5,), std=(127.5,))
@@ -160,6 +169,7 @@ def test_one_output_is_binary_and_needs_a_sigmoid() -> None:
     recipe = made(facts)
 
     assert (recipe.is_binary, recipe.activation, recipe.multi_label) == (True, "sigmoid", False)
+    assert "the probability of 'dog', the second class" in recipe.assumed[-1]
     with pytest.raises(ConfigError, match="a model with one output needs a sigmoid, not a softmax"):
         made(facts, activation="softmax")
 

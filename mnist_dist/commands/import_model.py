@@ -15,7 +15,8 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     from mnist_dist.importing.import_model import import_model
 
     result = import_model(job, console=shown)
-    use = "train --trainable head --backbone" if job.backbone_only else "score --input YOUR_IMAGES --output predictions --bundle"
+    scoring = "score --input YOUR_IMAGES --output predictions --bundle"
+    use = "train --trainable head --backbone" if job.backbone_only else scoring
     shown.line(f"bundle: {result['output']}\n  {_sibling(program, use)} {result['output']}")
     return result
 

@@ -6,7 +6,6 @@ reading any format, the spec (`spec`), the geometry (`geometry`) or the filters 
 
 # H = height px, W = width px, C = channels (1 grey, 3 RGB) of the result; h, w = height, width of the original
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ Pixels = npt.NDArray[np.uint8]
 
 STRIP_PX = 2**20
 _LINEAR_SHRINK = 2.0
-_FAST_LINEAR_SHRINK = 3.0  # At 2.2 closer to Pillow than what libjpeg scales by 5/8, and twice as fast as an average.
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height.
 
 
@@ -74,9 +72,9 @@ def resize_pixels(pixels: Pixels, spec: ImageSpec) -> Pixels:
 
 def working_bytes(height: int, width: int, spec: ImageSpec) -> int:
     """What `resize_pixels` takes beside its result and one copy of the original of h x w px, bytes at most."""
-    if spec.filters == "opencv":
+    if spec.resampling == "opencv":
         return 0
-    if spec.filters == "pillow":  # 4 bytes a pixel: the original, and what is resized on one side or on both
+    if spec.resampling == "pillow":  # 4 bytes a pixel: the original, and what is resized on one side or on both
         size = fit(height, width, spec).size
         rows, columns = min(size[0], MAX_FRAME * spec.height_px), min(size[1], MAX_FRAME * spec.width_px)
         return 4 * (height * width + max(height * columns, width * rows) + rows * columns)
@@ -135,15 +133,8 @@ def _side(kept: slice, resized: int, first: int, count: int) -> Side:
 
 
 def _resampled(pixels: Pixels, rows: Side, columns: Side, spec: ImageSpec) -> Pixels:
-    if spec.filters == "opencv":
-        return by_opencv(pixels, rows, columns, linear_shrink=_linear_shrink(spec))
-    if spec.filters == "pillow":
+    if spec.resampling == "opencv":
+        return by_opencv(pixels, rows, columns, linear_shrink=_LINEAR_SHRINK)
+    if spec.resampling == "pillow":
         return by_pillow(pixels, rows, columns, spec.interpolation)
     return by_tensorflow(pixels, rows, columns, spec.interpolation, antialias=spec.antialias)
-
-
-def _linear_shrink(spec: ImageSpec) -> float:
-    """Up to which factor OpenCV interpolates linearly, in its own right or in place of another's filter."""
-    if spec.resampling == "opencv":
-        return _LINEAR_SHRINK
-    return _FAST_LINEAR_SHRINK if spec.antialias else math.inf

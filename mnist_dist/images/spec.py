@@ -40,9 +40,8 @@ class ImageSpec:
     pad_value: int = 0
     """0-255, of all channels."""
     quality: DecodeQuality = "fast"
-    """`exact`: JPEGs are decoded at full size, as by Pillow, and resized by the filters of `resampling`. `fast`: JPEGs
-    may be scaled by eighths while they are decoded, but not below the size that they are resized to, and OpenCV's
-    filters are used in place of the others; the geometry stays the same."""
+    """`exact`: JPEGs are decoded at full size, as by Pillow. `fast`: JPEGs may be scaled while they are decoded: for
+    `opencv` not below the size that they are resized to, for the others not below twice that size."""
 
     def __post_init__(self) -> None:
         require(self.height_px >= 1, "height_px is at least 1", height_px=self.height_px)
@@ -95,8 +94,3 @@ class ImageSpec:
     def image_bytes(self) -> int:
         """Size of one decoded image, bytes."""
         return self.height_px * self.width_px * self.channels
-
-    @property
-    def filters(self) -> Resampling:
-        """Whose filters resize: with `fast`, always OpenCV's."""
-        return self.resampling if self.quality == "exact" else "opencv"

@@ -37,6 +37,8 @@ MAX_RELATIVE = 1e-3
 MAX_FAST_IMAGES = 500
 """Calibration images on which fast decoding is judged."""
 _TINY = float(np.finfo(np.float32).tiny)
+_FLOOR = 1e-30
+"""Below, runtimes round probabilities in float32 differently."""
 _BATCH, _FEW = 16, 12
 
 
@@ -71,7 +73,7 @@ class Compared:
         top = "" if self.agreement is None else f", same top class for {self.agreement:.2%}"
         return (
             f"{self.reference}: {what} differ by at most {self.max_abs_difference:.2g} "
-            f"(norm-relative {self.relative_difference:.2g}){top} of {self.images} images"
+            f"(norm-relative {self.relative_difference:.2g}){top} on {self.images} images"
         )
 
 
@@ -189,7 +191,7 @@ def logits(probabilities: npt.NDArray[np.float64], *, multi_label: bool) -> npt.
     if multi_label or probabilities.shape[1] == 2:  # two classes are one sigmoid, or might be
         p = np.clip(probabilities, MAX_DIFFERENCE, 1 - MAX_DIFFERENCE)
         return np.asarray(np.log(p) - np.log1p(-p))
-    values: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, _TINY))
+    values: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, _FLOOR))
     values -= values.mean(axis=1, keepdims=True)
     return values
 

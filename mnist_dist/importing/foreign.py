@@ -47,6 +47,8 @@ class Facts:
     offset: tuple[float, ...] | None = None
     """Added after that."""
     bgr: bool | None = None
+    normalizes_itself: bool = False
+    """Whether the model takes pixels of 0-255 and normalises them inside."""
     activation: Activation | None = None
     """What has to follow the model's output. `none`: it ends with an activation already."""
     multi_label: bool | None = None

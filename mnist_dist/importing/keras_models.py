@@ -317,12 +317,12 @@ def _features(network: keras.Model, output: str | None) -> str | None:
 def _with_range(facts: Facts, model: keras.Model) -> Facts:
     """Adds what the first layers show about the values that the model expects."""
     if model.inputs[0].dtype == "uint8":
-        return _with_reason(facts, "it takes uint8, 0-255", scale=(1.0,), offset=(0.0,))
+        return _with_reason(facts, "it takes uint8, 0-255", scale=(1.0,), offset=(0.0,), normalizes_itself=True)
     for node in _all_nodes(model):
         found = _expects_pixels(node)
         if found:
             reason = f"it normalises pixels of 0-255 itself, in the layer {node.operation.name}"
-            return _with_reason(facts, reason, scale=(1.0,), offset=(0.0,))
+            return _with_reason(facts, reason, scale=(1.0,), offset=(0.0,), normalizes_itself=True)
         if found is False:
             return _with_reason(facts, f"its layer {node.operation.name} does not look as if it expected 0-255")
         if getattr(node.operation, "weights", ()):  # Behind it are features, no pixels.

@@ -332,7 +332,8 @@ def _loaded(file: Path) -> Any:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as err:  # protobuf's own exceptions, and what onnx makes of other damage
-        raise ConfigError(f"this is not an ONNX model ({type(err).__name__}). Received: {str(file)!r}") from None
+        why = f"{type(err).__name__}: it may be damaged, text, or a pointer of Git LFS"
+        raise ConfigError(f"this is not an ONNX model ({why}). Received: {str(file)!r}") from None
     if not model.graph.node:
         raise ConfigError(f"this is not an ONNX model: it has no graph. Received: {str(file)!r}")
     return model

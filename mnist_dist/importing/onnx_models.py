@@ -63,6 +63,7 @@ def graph_facts(file: Path, job: ImportJob) -> Facts:
         channels=source.channels,
         scale=(1.0,) if source.is_uint8 else None,
         offset=(0.0,) if source.is_uint8 else None,
+        normalizes_itself=source.is_uint8,
         activation=None if activation is None else "none",
         multi_label=None if activation is None else activation == "Sigmoid" and classes != 1,
         num_outputs=classes,

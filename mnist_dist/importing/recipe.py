@@ -221,6 +221,12 @@ def _normalization(
             "the model does not say how its pixels are normalised, and a wrong guess would give wrong predictions: "
             f"give --preset {'|'.join(PRESETS)}, or --scale, --mean and --std. Received: none of them"
         )
+    is_raw = all(value == 1 for value in scale) and all(value == 0 for value in offset)
+    if facts.normalizes_itself and not is_raw:
+        raise ConfigError(
+            "the model normalises pixels of 0-255 itself, so that another normalisation would give wrong predictions: "
+            f"leave --preset, --scale, --mean and --std out. Received: scale={scale}, offset={offset}"
+        )
     if flags.channel_order is not None:
         bgr = flags.channel_order == "bgr"
     if max(len(scale), len(offset)) not in (1, channels) or (bgr and channels == 1):
@@ -263,7 +269,7 @@ def _classified(recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, c
     if (is_binary or multi_label) and (activation == "softmax" or (multi_label and ends_with_softmax)):
         what = "a model with one output" if is_binary else "multi_label"
         raise ConfigError(f"{what} needs a sigmoid, not a softmax (--activation). Received: activation={activation!r}")
-    return replace(
+    recipe = replace(
         recipe,
         activation=activation,
         is_activation_assumed=is_assumed,
@@ -271,6 +277,9 @@ def _classified(recipe: Recipe, job: ImportJob, facts: Facts, choice: _Choice, c
         is_binary=is_binary,
         class_names=_class_names(2 if is_binary else count, facts, choice, classes),
     )
+    if is_binary:
+        choice.assumed.append(f"the model's output is the probability of {recipe.class_names[1]!r}, the second class")
+    return recipe
 
 
 def _activation(job: ImportJob, facts: Facts, choice: _Choice) -> tuple[Activation, bool]:

@@ -343,17 +343,21 @@ def _ending(tensor: Any) -> str | None:
     return {"Softmax": "softmax", "Sigmoid": "sigmoid"}.get(operation.type)
 
 
+def _with_pixels(facts: Facts, reason: str) -> Facts:
+    return replace(facts, scale=(1.0,), offset=(0.0,), normalizes_itself=True, why=(*facts.why, reason))
+
+
 def _with_range(facts: Facts, image: Any) -> Facts:
     """Adds what the first operations show about the values that the model expects."""
     if image.dtype.name == "uint8":
-        return replace(facts, scale=(1.0,), offset=(0.0,), why=(*facts.why, "it takes uint8, 0-255"))
+        return _with_pixels(facts, "it takes uint8, 0-255")
     tensor = image
     while len(tensor.consumers()) == 1:
         (operation,) = tensor.consumers()
         found = _expects_pixels(operation, tensor)
         if found:
             reason = f"it normalises pixels of 0-255 itself, in the operation {operation.name}"
-            return replace(facts, scale=(1.0,), offset=(0.0,), why=(*facts.why, reason))
+            return _with_pixels(facts, reason)
         if found is False:
             reason = f"its operation {operation.name} does not look as if it expected 0-255"
             return replace(facts, why=(*facts.why, reason))

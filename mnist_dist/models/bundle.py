@@ -425,7 +425,9 @@ def read_bundle_info(uri: str, *, store: Store = ANYWHERE) -> BundleInfo:
     try:
         data = store.read_bytes(join(absolute(uri), BUNDLE_FILE))
     except FileNotFoundError as err:
-        raise BundleError(f"this is not a bundle: it has no {BUNDLE_FILE}. Received: {uri!r}") from err
+        is_gone = not is_remote(uri) and not os.path.exists(absolute(uri))
+        why = "there is no such folder" if is_gone else f"this is not a bundle: it has no {BUNDLE_FILE}"
+        raise BundleError(f"{why}. Received: {uri!r}") from err
     return _decode_info(data, requested=uri)
 
 
