@@ -112,7 +112,7 @@ def test_the_readme_names_the_commands_that_there_are() -> None:
     assert "pip install -e . && python -m jobs.quickstart" in readme
     assert "pip install -e '.[dev]' && pytest" in readme
     assert "pip install -e '.[dev]' && pytest" in (ROOT / ".ci" / "run").read_text()
-    for job in set(re.findall(r"python -m jobs\.([a-z]+)", readme)):
+    for job in set(re.findall(r"python -m jobs\.([a-z_]+)", readme)):
         assert (ROOT / "jobs" / f"{job}.py").exists(), job
     for recipe in TRAINING_RECIPES:
         assert recipe in readme

@@ -96,7 +96,7 @@ def test_another_bundle_or_none_is_refused(tmp_path: Path) -> None:
     other = write_bundle_info(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
     with pytest.raises(DataError, match=r"the model model-1 made the table. Received: bundle '.*b', model model-2"):
         open_table(table, bundle=other)
-    with pytest.raises(BundleError, match=r"this is not a bundle: it has no bundle.json. Received: '.*gone'"):
+    with pytest.raises(BundleError, match=r"there is no such folder\. Received: '.*gone'"):
         open_table(table, bundle=str(tmp_path / "gone"))
 
 
