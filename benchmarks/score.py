@@ -104,7 +104,7 @@ DEFAULT_ENGINE, BFLOAT16 = EngineConfig(), EngineConfig(engine="openvino", preci
 OF_DEFAULT_ENGINE = frozenset({"engine", "ours", "ours-fast", "ours-exact", "ours-tar", "ours-s3"})
 """Peers that use it."""
 QUALITIES: dict[str, DecodeQuality] = {"ours-fast": "fast", "ours-exact": "exact"}
-"""What our job is told of decoding; else it does as the bundle says."""
+"""The flag of decoding that a peer of ours gets; the others decode as the bundle says."""
 EngineFacts = dict[str, Any]
 """`engine`, `precision` and `engine_check`; see `EngineChoice.noted`."""
 TWINS: dict[str, str] = {"mobilenet_v2_onnx": "mobilenet_v2"}

@@ -53,7 +53,7 @@ def test_the_joined_model_gives_the_heads_probabilities_of_the_backbones_feature
     (of_backbone,) = run_session(backbone.session, pixels, (FEATURES,))
     np.testing.assert_array_equal(features, of_backbone)
     np.testing.assert_allclose(probabilities, expected(of_backbone, layers), atol=1e-6)
-    assert np.ptp(probabilities, axis=0).max() > 0.01, "the images are told apart"
+    assert np.ptp(probabilities, axis=0).max() > 0.01, "all images look alike to this backbone"
 
 
 def test_what_only_the_old_classes_needed_is_left_out(tmp_path: Path) -> None:

@@ -129,8 +129,9 @@ def check(task: CheckTask, report: Report) -> Checked:
     model = BundleModel(task.model_file, has_classes=bool(names))
     values = model.outputs(pixels)
     report(len(pixels), 2 * len(pixels))
-    _check_activation(task, examples)
-    compared = list(_with_original(task, examples, values))
+    foreign: Foreign = pickle.loads(task.foreign.read_bytes())
+    _check_activation(foreign, recipe, examples)
+    compared = list(_with_original(foreign, recipe, examples, values))
     report(2 * len(pixels), 2 * len(pixels))
     if task.expect is not None:
         expected, rows = expected_values(task.expect, examples.names, names)
@@ -244,10 +245,8 @@ def _decoded(examples: Examples, spec: ImageSpec) -> tuple[Examples, Pixels]:
     return taken, np.stack(pixels)
 
 
-def _check_activation(task: CheckTask, examples: Examples) -> None:
+def _check_activation(foreign: Foreign, recipe: Recipe, examples: Examples) -> None:
     """Refuses an assumed activation behind outputs that are probabilities already."""
-    foreign: Foreign = pickle.loads(task.foreign.read_bytes())
-    recipe = task.recipe
     if not recipe.is_activation_assumed or foreign.reference is None:
         return
     raw = foreign.reference(examples.files[:_FEW], replace(recipe.asked, activation="none"))
@@ -260,9 +259,7 @@ def _check_activation(task: CheckTask, examples: Examples) -> None:
         )
 
 
-def _with_original(task: CheckTask, examples: Examples, values: Values) -> Iterator[Compared]:
-    foreign: Foreign = pickle.loads(task.foreign.read_bytes())
-    recipe = task.recipe
+def _with_original(foreign: Foreign, recipe: Recipe, examples: Examples, values: Values) -> Iterator[Compared]:
     if foreign.reference is not None:
         original = paired(foreign.reference(examples.files, recipe.asked), recipe)
         yield compare(values, original, examples.names, reference=foreign.reference_name, recipe=recipe)

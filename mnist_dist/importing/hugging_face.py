@@ -7,7 +7,6 @@ is ever executed.
 
 # N = images, H = height px, W = width px, C = channels, K = outputs, D = features, T = tokens
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from mnist_dist.importing.as_stated import fitted, is_as_stated, opened
 from mnist_dist.importing.foreign import Asked, Facts, Foreign, Values
 from mnist_dist.importing.hf_processors import PROCESSOR_FILE, Processor, processor
 from mnist_dist.importing.onnx_graph import (
-    INPUT_NUMPY,
     GraphInput,
     check_tensor,
     features_of,
@@ -37,6 +35,7 @@ from mnist_dist.importing.onnx_graph import (
     read_graph,
     shapes_of,
 )
+from mnist_dist.importing.onnx_models import run_graph
 
 CONFIG_FILE = "config.json"
 NESTED_FILE = "processor_config.json"
@@ -117,19 +116,8 @@ def run_folder(
     steps in Pillow and NumPy. Images are fitted and normalised as asked where flags have changed what the folder says,
     or where it gives images no fixed size.
     """
-    import onnxruntime
-
-    source = graph_input(read_graph(file), file=file)
     prepare = _preparation(folder, asked, facts, is_fast=is_fast)
-    wanted = asked.output or output
-    session = onnxruntime.InferenceSession(_with_output(file, wanted), providers=["CPUExecutionProvider"])
-    rows = []
-    for data in images:
-        pixels = prepare(data)
-        batch = pixels.transpose(1, 2, 0) if source.layout == "NHWC" else pixels
-        batch = np.repeat(batch[None], source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
-        rows.append(np.asarray(session.run([wanted], {source.name: batch})[0], np.float64)[0].reshape(-1))
-    return asked.activated(np.stack(rows))
+    return run_graph(file, asked.output or output, images, asked, prepare=prepare)
 
 
 def _preparation(folder: Path, asked: Asked, facts: Facts, *, is_fast: bool) -> Callable[[bytes], Pixels]:
@@ -361,16 +349,3 @@ def _with_class_token(model: Any, target: Path) -> Path:
     model.graph.output.append(helper.make_tensor_value_info(CLS, elem_type, [size[0] or "batch", size[2]]))
     onnx.save(model, str(target))
     return target
-
-
-def _with_output(file: Path, name: str) -> str | bytes:
-    """The model, with a tensor as an output of which it is none."""
-    import onnx
-
-    model = onnx.load(str(file), load_external_data=False)
-    if name in _outputs(model):
-        return os.fspath(file)
-    model = read_graph(file)
-    model.graph.output.append(onnx.ValueInfoProto(name=name))
-    data: bytes = model.SerializeToString()
-    return data

@@ -8,6 +8,7 @@ says what was imported with which flags, and what was compared with what; the sa
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pickle
@@ -104,7 +105,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
     ):
         local = localized(job, source, Path(scratch))
         given = _Given(job, local)
-        record = _finished(job, given.contents())
+        record = _finished(job, given.contents)
         if record is None:
             _check_free(job.output_uri)
             record = _Import(job, local, given, Path(scratch), session).run()
@@ -145,6 +146,7 @@ class _Given:
         self.check_images = _images(job.check_images, MAX_CHECKED)
         self.calibration = _images(job.calibration, MAX_CALIBRATION)
 
+    @functools.cached_property
     def contents(self) -> dict[str, str]:
         """sha256 of each; see `ImportRecord`."""
         files = {"classes": self.classes, "expect": self.expect}
@@ -287,7 +289,7 @@ class _Import:
     def _published(self, opened: Foreign, recipe: Recipe, model_file: Path, checked: Checked) -> ImportRecord:
         record = ImportRecord(
             settings=_settings(self._job),
-            contents=self._given.contents(),
+            contents=self._given.contents,
             recipe=msgspec.to_builtins(recipe),
             compared=checked.compared,
             accuracy=checked.accuracy,

@@ -3,12 +3,13 @@
 Owns: the facts of a graph. Does not own: reading and building graphs (`onnx_graph`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mnist_dist.engines.steps import Report
 from mnist_dist.errors import ConfigError
@@ -75,20 +76,46 @@ def graph_facts(file: Path, job: ImportJob) -> Facts:
 
 def run_original(file: Path, images: Sequence[bytes], asked: Asked) -> Values:
     """The foreign graph in ONNX Runtime, on pixels that NumPy normalises: `float32 [N, K]` after the activation."""
+
+    def prepare(data: bytes) -> npt.NDArray[Any]:
+        return asked.normalized(decode_image(data, asked.spec).pixels).transpose(2, 0, 1)
+
+    return run_graph(file, asked.output or "", images, asked, prepare=prepare)
+
+
+def run_graph(
+    file: Path,
+    output: str,
+    images: Sequence[bytes],
+    asked: Asked,
+    *,
+    prepare: Callable[[bytes], npt.NDArray[Any]],
+) -> Values:
+    """A foreign graph in ONNX Runtime, one image at a time.
+
+    Args:
+        file: the ONNX file.
+        output: the tensor that is asked for, an output of the graph or not.
+        images: N encoded images.
+        asked: the activation that follows.
+        prepare: an encoded image to normalised values, `[C, H, W]`.
+
+    Returns:
+        `float32 [N, K]`, after the activation.
+    """
     import onnxruntime
 
-    source = graph_input(read_graph(file), file=file)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [asked.output] if asked.output in {value.name for value in session.get_outputs()} else None
-    if names is None:
-        session = onnxruntime.InferenceSession(_with_output(file, asked.output), providers=["CPUExecutionProvider"])
-        names = [asked.output]
+    model = read_graph(file)
+    source = graph_input(model, file=file)
+    is_output = output in {value.name for value in model.graph.output}
+    opened = str(file) if is_output else _with_output(model, output)
+    session = onnxruntime.InferenceSession(opened, providers=["CPUExecutionProvider"])
     rows = []
     for data in images:
-        pixels = asked.normalized(decode_image(data, asked.spec).pixels)
-        batch = pixels[None] if source.layout == "NHWC" else pixels.transpose(2, 0, 1)[None]
-        batch = np.repeat(batch, source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
-        rows.append(np.asarray(session.run(names, {source.name: batch})[0], np.float64)[0].reshape(-1))
+        values = prepare(data)
+        batch = values.transpose(1, 2, 0) if source.layout == "NHWC" else values
+        batch = np.repeat(batch[None], source.batch or 1, axis=0).astype(INPUT_NUMPY[source.dtype])
+        rows.append(np.asarray(session.run([output], {source.name: batch})[0], np.float64)[0].reshape(-1))
     return asked.activated(np.stack(rows))
 
 
@@ -132,11 +159,10 @@ def _why(source: GraphInput, activation: str | None) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _with_output(file: Path, name: str | None) -> bytes:
-    """The foreign model with an inner tensor as its only output."""
+def _with_output(model: Any, name: str) -> bytes:
+    """The model with an inner tensor as its only output."""
     import onnx
 
-    model = read_graph(file)
     del model.graph.output[:]
     model.graph.output.append(onnx.ValueInfoProto(name=name))
     data: bytes = model.SerializeToString()
