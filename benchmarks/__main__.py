@@ -1,24 +1,26 @@
-"""python -m benchmarks train|score|search|features|reference|listing|decode|imported [--flags]: measures figures."""
+"""python -m benchmarks train|score|search|race|features|reference|listing|decode|imported [--flags]: measures figures."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import decode, features, imported, listing, reference, score, search, train
+from benchmarks import decode, features, imported, listing, race, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
 from benchmarks.features import FeaturesBenchmark
 from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
+from benchmarks.race import RaceBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
 from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
-from mnist_dist import console
+from mnist_dist import command_line, console
 
 Benchmark = (
     TrainBenchmark
     | ScoreBenchmark
     | SearchBenchmark
+    | RaceBenchmark
     | FeaturesBenchmark
     | ReferenceBenchmark
     | ListingBenchmark
@@ -29,6 +31,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
     "search": SearchBenchmark,
+    "race": RaceBenchmark,
     "features": FeaturesBenchmark,
     "reference": ReferenceBenchmark,
     "listing": ListingBenchmark,
@@ -39,7 +42,7 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
 
 def main() -> dict[str, Any]:
     """Parses the command line, measures and prints the table; returns the job's JSON keys."""
-    _, benchmark = console.parse(BENCHMARKS, argv=sys.argv[1:], command="python -m benchmarks", default="train")
+    _, benchmark = command_line.parse(BENCHMARKS, argv=sys.argv[1:], command="python -m benchmarks", default="train")
     shown = console.Console(verbose=benchmark.verbose)
     console.quiet(verbose=benchmark.verbose)
     if isinstance(benchmark, ScoreBenchmark):
@@ -48,6 +51,9 @@ def main() -> dict[str, Any]:
     elif isinstance(benchmark, SearchBenchmark):
         result = search.measure(benchmark, console=shown)
         shown.line(search.table(result))
+    elif isinstance(benchmark, RaceBenchmark):
+        result = race.measure(benchmark, console=shown)
+        shown.line(race.table(result))
     elif isinstance(benchmark, FeaturesBenchmark):
         result = features.measure(benchmark, console=shown)
         shown.line(features.table(result))

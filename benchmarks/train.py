@@ -132,7 +132,7 @@ def _classifier(job: TrainJob) -> tuple[Any, Any, Any]:
         config=job.data,
     )
     classifier = build_classifier(job.model, spec=spec, num_classes=len(source.class_names))
-    set_trainable(classifier, job.phases.phases()[0].trainable)
+    set_trainable(classifier, job.phases.in_order()[0].trainable)
     return classifier, source.pixels, source.table["label"].to_numpy().astype(np.int32)
 
 

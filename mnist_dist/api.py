@@ -14,6 +14,7 @@ from os import PathLike
 from typing import Any
 
 from mnist_dist import console
+from mnist_dist.command_line import find_recipe
 from mnist_dist.config import ScoreJob, TrainJob
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
@@ -42,7 +43,7 @@ def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> Tr
         Interrupted: a signal arrived; everything is saved.
         MnistDistError: see `errors`.
     """
-    job = job_of(TrainJob, flags, base=console.find_recipe(TRAINING_RECIPES, recipe)())
+    job = job_of(TrainJob, flags, base=find_recipe(TRAINING_RECIPES, recipe)())
     with _shown(show, verbose=job.run.verbose) as shown:
         from mnist_dist.commands.train import run
 
@@ -61,7 +62,7 @@ def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -
     Raises:
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
-    job = job_of(SearchJob, flags, base=console.find_recipe(SEARCH_RECIPES, recipe)())
+    job = job_of(SearchJob, flags, base=find_recipe(SEARCH_RECIPES, recipe)())
     with _shown(show, verbose=job.run.verbose) as shown:
         from mnist_dist.on_ray.search.search import search as run
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from mnist_dist.errors import ConfigError
+from mnist_dist.errors import ConfigError, suggestion
 from mnist_dist.urls import shown_values
 
 Pooling = Literal["avg", "max", "flatten"]
@@ -180,7 +180,8 @@ class ModelConfig:
     """The network, its initial weights and its head."""
 
     backbone: str = "cnn"
-    """A name from the table in `mnist_dist/models/backbones.py`, or the folder or bucket prefix of a bundle that
+    """`mlp`, `cnn`, `cnn_bn`, `conv_base`, `vgg16`, `mobilenet`, `mobilenet_v2`, `mobilenet_v3_small`, `resnet50`,
+    `densenet121`, `efficientnet_v2_b0`, `convnext_tiny`, `xception`, or the folder or bucket prefix of a bundle that
     `import` wrote, whose features the head is trained on."""
     weights: str = "none"
     """`imagenet` (downloaded by Keras), `none`, or the path or URI of a `.weights.h5` file or of a bundle."""
@@ -232,6 +233,9 @@ class PhasesConfig:
     trainable: tuple[str, ...] = ("all",)
     """What each phase trains: `head` (the backbone is frozen, its BatchNorm in inference mode), `all`, everything from
     a cut point of the backbone on (such as `block4`), or a number N: all but the backbone's first N layers."""
+    phases: tuple[str, ...] = ()
+    """Run only the phases of these names: `head`, `train` (a first phase that trains more than the head), `fine-tune`.
+    Empty: all."""
 
     def __post_init__(self) -> None:
         counts = {len(self.epochs), len(self.learning_rate), len(self.trainable)}
@@ -242,6 +246,13 @@ class PhasesConfig:
             learning_rate=self.learning_rate,
             trainable=self.trainable,
         )
+        names = list(dict.fromkeys(phase.name for phase in self._all()))
+        for name in self.phases:
+            require(
+                name in names,
+                f"phases must be among {', '.join(names)}{suggestion(name, names)}",
+                phases=self.phases,
+            )
         for epochs in self.epochs:
             require(epochs >= 1, "epochs must be at least 1 in each phase", epochs=self.epochs)
         for rate in self.learning_rate:
@@ -249,8 +260,21 @@ class PhasesConfig:
                 0 < rate < math.inf, "learning_rate must be positive in each phase", learning_rate=self.learning_rate
             )
 
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases in order, named `head`, `train` (a first phase that trains more than the head) or `fine-tune`."""
+    def in_order(self) -> tuple[Phase, ...]:
+        """The phases to run, in order."""
+        return tuple(phase for phase in self._all() if not self.phases or phase.name in self.phases)
+
+    def total(self) -> str:
+        """The number of epochs and how it comes about: `2 phases x 2 = 4 epochs`."""
+        epochs = [phase.epochs for phase in self.in_order()]
+        if len(epochs) == 1:
+            return f"{epochs[0]} epoch{'s' if epochs[0] > 1 else ''}"
+        is_same = len(set(epochs)) == 1
+        parts = f"{len(epochs)} phases x {epochs[0]}" if is_same else " + ".join(map(str, epochs))
+        return f"{parts} = {sum(epochs)} epochs"
+
+    def _all(self) -> tuple[Phase, ...]:
+        """Named `head`, `train` (a first phase that trains more than the head) or `fine-tune`."""
         count = max(len(self.epochs), len(self.learning_rate), len(self.trainable))
         epochs, rates = _spread(self.epochs, count), _spread(self.learning_rate, count)
         trainable = _spread(self.trainable, count)
@@ -442,7 +466,7 @@ class TrainJob:
     @property
     def uses_features(self) -> bool:
         """Whether the first phase can train on cached features: only the head, without augmentation, and no dry run."""
-        of_head = self.phases.phases()[0].trainable == "head"
+        of_head = self.phases.in_order()[0].trainable == "head"
         return of_head and self.fit.augmentation == "none" and self.run.feature_cache and not self.run.dry_run
 
     def settings_hash(self) -> str:

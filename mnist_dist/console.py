@@ -1,7 +1,7 @@
-"""The user interface of a job: flags in, one progress bar and plain lines out, one JSON line at the end.
+"""The user interface of a job: one progress bar and plain lines, one JSON line at the end.
 
-Owns: parsing a recipe and its flags, everything shown on stderr, silencing Ray, TensorFlow and oneDNN, the exit code,
-and the JSON line, the last line on stdout. `Stop` handles signals; the job polls it.
+Owns: everything shown on stderr, silencing Ray, TensorFlow and oneDNN, the exit code, and the JSON line, the last line
+on stdout. Does not own: parsing flags (`command_line.py`). `Stop` handles signals; the job polls it.
 """
 
 import atexit
@@ -18,19 +18,20 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, cast
 
-import tyro
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from mnist_dist.errors import ConfigError, Interrupted, MnistDistError, suggestion
+from mnist_dist.errors import ConfigError, Interrupted, MnistDistError
+from mnist_dist.flags import spelled_as_typed
 from mnist_dist.urls import shown_in
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2  # The file descriptor, which native code writes to directly.
 FILTER_S = 2.0  # At exit, the stderr filter gets at most this long to pass on what is still in its pipe.
 QUIET_S = 0.2  # It stops earlier if the pipe is empty after this long: a child process may keep it open for ever.
-Job = TypeVar("Job")
 
 
 class Console:
@@ -60,7 +60,12 @@ class Console:
     ) -> None:
         self.verbose, self.silent, self.embedded = verbose, silent, embedded
         self._rich = RichConsole(
-            stderr=True, force_terminal=terminal, highlight=False, emoji=False, soft_wrap=True, quiet=silent
+            file=cast(IO[str], _Stderr()),
+            force_terminal=terminal,
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
+            quiet=silent,
         )
 
     @property
@@ -78,7 +83,7 @@ class Console:
             yield _LineBar(self, title)
             return
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=self._rich, transient=True) as progress:
+        with Progress(*columns, _TimeLeft(), console=self._rich, transient=True) as progress:
             yield _RichBar(progress, title)
 
     @contextmanager
@@ -93,8 +98,34 @@ class Console:
     def table(self, rows: "Sequence[Sequence[str]]") -> None:
         """Prints rows of cells; the first row holds the column titles."""
         width = None if self.terminal else LOG_COLUMNS
-        wide = RichConsole(stderr=True, width=width, highlight=False, emoji=False, quiet=self.silent)
+        wide = RichConsole(file=cast(IO[str], _Stderr()), width=width, highlight=False, emoji=False, quiet=self.silent)
         wide.print(make_table(rows))
+
+
+class _Stderr:
+    """Python's stderr of the moment. A job goes on after it is closed or nobody reads it any more (`2>&1 | head`)."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return sys.stderr.isatty()
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
 
 
 class Bar:
@@ -112,6 +143,16 @@ class _RichBar(Bar):
 
     def update(self, *, done: float, total: float, note: str = "") -> None:
         self._progress.update(self._task, completed=done, total=total, note=note)
+
+
+class _TimeLeft(ProgressColumn):
+    """The forecast of a bar whose note has none."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        seconds, note = task.time_remaining, task.fields["note"]
+        return Text("" if not seconds or "left" in note else time_left(seconds))
 
 
 class _LineBar(Bar):
@@ -148,6 +189,11 @@ def make_table(rows: Sequence[Sequence[str]], *, title: str | None = None) -> Ta
     for row in rows[1:]:
         table.add_row(*(escape(cell) for cell in row))
     return table
+
+
+def time_left(seconds: float) -> str:
+    """Formats a forecast for display: `8 s left`, `3.5 min left`; never less than a second."""
+    return f"{max(round(seconds), 1)} s left" if seconds < 120 else f"{duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
@@ -211,70 +257,15 @@ class Stop:
         os.write(STDERR, line.encode())
 
 
-def parse(
-    recipes: Mapping[str, Callable[..., Job]],
-    *,
-    command: str,
-    default: str,
-    argv: Sequence[str],
-    also: str | None = None,
-) -> tuple[str, Job]:
-    """Parses a command line into a recipe and a job with the flags applied.
-
-    Args:
-        recipes: recipe name -> function that builds its job.
-        command: the program as the user called it, such as `python -m jobs.train`.
-        default: the recipe to use if the command line names none.
-        argv: the arguments.
-        also: extra help text, for flags that are handled before this is called.
-
-    Returns:
-        The recipe's name and the job.
-
-    Raises:
-        ConfigError: there is no such recipe.
-        SystemExit: 0 after `--help`, 2 for flags that tyro rejects.
-    """
-    arguments = list(argv)
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
-        name = default
-    else:
-        name = arguments.pop(0)
-    recipe = find_recipe(recipes, name)
-    if isinstance(recipe, type):  # A job without recipes; it may have required flags.
-        description = f"{recipe.__doc__}\n\n{also}" if also else None
-        config = (tyro.conf.OmitArgPrefixes,)
-        return name, tyro.cli(recipe, args=arguments, prog=command, description=description, config=config)
-    listing = "Recipes: " + ", ".join(recipes) + f" (default: {default})" + (f"\n\n{also}" if also else "")
-    job = tyro.cli(
-        type(recipe()),
-        default=recipe(),
-        args=arguments,
-        prog=f"{command} {name}",
-        description=f"{recipe.__doc__}\n\n{listing}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    return name, job
-
-
-def find_recipe(recipes: Mapping[str, Callable[..., Job]], name: str) -> Callable[..., Job]:
-    """The builder of a recipe's job.
-
-    Raises:
-        ConfigError: unknown name; the message lists all names and suggests a similar one.
-    """
-    if name not in recipes:
-        raise ConfigError(f"The recipes are {', '.join(recipes)}{suggestion(name, recipes)}. Received: {name!r}")
-    return recipes[name]
-
-
-def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
+def run(main: Callable[[], Mapping[str, Any]], *, job: str, fields: Container[str] = ()) -> NoReturn:
     """Runs a job, prints its JSON as the last line on stdout and ends the process with its exit code.
 
     Args:
         main: parses the command line, does the work and returns the keys of the JSON line.
         job: the job's name, the value of `job` in the JSON.
+        fields: names of the settings that messages show as flags.
     """
+    _open_streams()
     verbose = "--verbose" in sys.argv
     console = Console(verbose=verbose)
     try:
@@ -290,18 +281,29 @@ def run(main: Callable[[], Mapping[str, Any]], *, job: str) -> NoReturn:
         result, code = _failure(error), 1
         console.line(traceback.format_exc() if verbose else "unexpected error; --verbose shows the traceback")
     if "error" in result:
+        if code == ConfigError.exit_code:
+            result["error"] = spelled_as_typed(result["error"], fields)
         console.line(f"error: {result['error']}")
-    sys.stderr.flush()
-    print(shown_in(json.dumps({"job": job, **result})), flush=True)
+    answer(shown_in(json.dumps({"job": job, **result})))
     _leave(code)
 
 
+def answer(text: str) -> None:
+    """Prints text on stdout, unless that is closed or nobody reads it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
+def _open_streams() -> None:
+    """Opens what the caller has closed (`>&-`), so that no other file becomes stdout or stderr."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process runs
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - the same
+
+
 def _error_of_exit(end: SystemExit) -> MnistDistError:
-    """The error that made a package exit; an exit after `--help` is raised again."""
-    if end.code == 2:  # tyro has shown what is wrong, and what is allowed.
-        return ConfigError("wrong usage: a flag is unknown, missing or has a wrong value; stderr says which")
+    """The error that made a package exit; after `--help` the process ends."""
     if end.code != 1:
-        raise end
+        _leave(int(end.code or 0))
     # Ray's own SIGTERM handler exits with 1; it is active from `ray.init` until `Stop` installs its handlers again.
     message = f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
     return Interrupted(signal.SIGTERM, message)
@@ -437,7 +439,8 @@ class _Filter(threading.Thread):
         with open(self._read_end, "rb", closefd=False) as lines:
             for line in lines:
                 if not _NATIVE_LINE.match(line):
-                    os.write(self.original, line)
+                    with contextlib.suppress(OSError):  # Nobody reads it any more; what writes must not block.
+                        os.write(self.original, line)
 
     def end(self, *, close: bool = False) -> None:
         """Restores file descriptor 2 once everything that was written to it is passed on.

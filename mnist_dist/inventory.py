@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import tyro
-
 from mnist_dist import documents
+from mnist_dist.command_line import parse
 from mnist_dist.config import FeatureType
 from mnist_dist.console import Console
 from mnist_dist.documents import Document
@@ -290,11 +289,13 @@ def asked(command: str, argv: Sequence[str]) -> ListJob | None:
         argv: the arguments.
 
     Raises:
-        SystemExit: 0 after `--help`, 2 for any other flag that `--list` does not take.
+        ConfigError: a flag that `--list` does not take.
+        SystemExit: 0 after `--help`.
     """
     if ASK not in argv:
         return None
-    return tyro.cli(ListJob, args=[argument for argument in argv if argument != ASK], prog=f"{command} {ASK}")
+    arguments = [argument for argument in argv if argument != ASK]
+    return parse({"list": ListJob}, command=f"{command} {ASK}", default="list", argv=arguments)[1]
 
 
 def show(rows: Sequence[InventoryRow], *, job: ListJob, what: str, console: Console) -> dict[str, Any]:

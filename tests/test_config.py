@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mnist_dist.command_line import parse
 from mnist_dist.config import (
     DataConfig,
     DecodeConfig,
@@ -26,7 +27,6 @@ from mnist_dist.config import (
     differences,
     require,
 )
-from mnist_dist.console import parse
 from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.search_config import SearchJob
@@ -142,7 +142,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "hidden_units": 9,
         "dropout": 0.0,
     },
-    "phases": {"epochs": (3,), "learning_rate": (0.5,), "trainable": ("head",)},
+    "phases": {"epochs": (3,), "learning_rate": (0.5,), "trainable": ("head",), "phases": ("train",)},
     "optimizer": {
         "optimizer": "sgd",
         "momentum": 0.0,
@@ -206,7 +206,7 @@ def test_configurations_are_frozen() -> None:
 
 def test_one_value_is_spread_over_all_phases() -> None:
     config = PhasesConfig(epochs=(5,), learning_rate=(1e-3, 1e-4, 1e-5), trainable=("all",))
-    assert config.phases() == (
+    assert config.in_order() == (
         Phase(name="train", trainable="all", epochs=5, learning_rate=1e-3),
         Phase(name="fine-tune", trainable="all", epochs=5, learning_rate=1e-4),
         Phase(name="fine-tune", trainable="all", epochs=5, learning_rate=1e-5),
@@ -215,15 +215,42 @@ def test_one_value_is_spread_over_all_phases() -> None:
 
 def test_each_phase_takes_its_own_values_and_numbers_become_numbers() -> None:
     config = PhasesConfig(epochs=(2, 3, 7), learning_rate=(0.1, 0.2, 0.3), trainable=("head", "block4", "17"))
-    assert config.phases() == (
+    assert config.in_order() == (
         Phase(name="head", trainable="head", epochs=2, learning_rate=0.1),
         Phase(name="fine-tune", trainable="block4", epochs=3, learning_rate=0.2),
         Phase(name="fine-tune", trainable=17, epochs=7, learning_rate=0.3),
     )
 
 
+def test_phases_can_be_chosen_by_name() -> None:
+    config = PhasesConfig(epochs=(2, 3, 7), trainable=("head", "block4", "all"), phases=("fine-tune",))
+    assert [(phase.name, phase.epochs) for phase in config.in_order()] == [("fine-tune", 3), ("fine-tune", 7)]
+    with pytest.raises(
+        ConfigError, match=r"^phases must be among head, fine-tune \(did you mean head\?\)\. Received: "
+    ):
+        PhasesConfig(trainable=("head", "all"), phases=("haed",))
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        (PhasesConfig(epochs=(2,), trainable=("head", "all")), "2 phases x 2 = 4 epochs"),
+        (PhasesConfig(epochs=(5, 3), trainable=("head", "all")), "5 + 3 = 8 epochs"),
+        (PhasesConfig(epochs=(5, 3), trainable=("head", "all"), phases=("head",)), "5 epochs"),
+        (PhasesConfig(epochs=(1,)), "1 epoch"),
+    ],
+)
+def test_the_number_of_epochs_is_explained(config: PhasesConfig, total: str) -> None:
+    assert config.total() == total
+
+
+def test_fewer_values_than_phases_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must have one value per phase, or a single value for all"):
+        PhasesConfig(epochs=(2, 3), trainable=("head", "block4", "all"))
+
+
 def test_there_is_one_phase_by_default() -> None:
-    assert [phase.name for phase in PhasesConfig().phases()] == ["train"]
+    assert [phase.name for phase in PhasesConfig().in_order()] == ["train"]
 
 
 def test_every_field_that_decides_the_result_has_another_value_here() -> None:

@@ -18,7 +18,6 @@ import pytest
 from harness import run_command
 
 from mnist_dist import console
-from mnist_dist.config import FitConfig, PhasesConfig, TrainJob
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import ConfigError, ImageError, Interrupted, MnistDistError, ServiceError
 
@@ -63,23 +62,6 @@ print(os.environ.get("TF_CPP_MIN_LOG_LEVEL"), os.environ.get("RAY_DATA_DISABLE_P
 """
 
 
-def plain() -> TrainJob:
-    """python -m jobs.test plain: the defaults."""
-    return TrainJob()
-
-
-def long_run() -> TrainJob:
-    """python -m jobs.test long-run: more epochs."""
-    return TrainJob(phases=PhasesConfig(epochs=(90,)), fit=FitConfig(batch_size=7))
-
-
-RECIPES: Mapping[str, Callable[[], TrainJob]] = {"plain": plain, "long-run": long_run}
-
-
-def parse(*argv: str) -> tuple[str, TrainJob]:
-    return console.parse(RECIPES, command="python -m jobs.test", default="plain", argv=argv)
-
-
 def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -91,62 +73,7 @@ def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_name_the_default_recipe_is_taken() -> None:
-    assert parse() == ("plain", plain())
-    assert parse("--seed", "3") == ("plain", TrainJob(fit=FitConfig(seed=3)))
-
-
-def test_a_recipe_is_taken_by_its_name() -> None:
-    assert parse("long-run") == ("long-run", long_run())
-
-
-def test_flags_override_the_recipe_and_nothing_else() -> None:
-    flags = "--epochs 3 4 --trainable head block4 --dropout 0.25 --no-calibration --drop-duplicates --workers 2"
-    name, job = parse("long-run", *flags.split())
-    assert name == "long-run"
-    assert job.phases == PhasesConfig(epochs=(3, 4), trainable=("head", "block4"))
-    assert (job.model.dropout, job.run.calibration, job.data.drop_duplicates, job.run.workers) == (0.25, False, True, 2)
-    assert job.fit == long_run().fit
-
-
-def test_an_unknown_recipe_is_told_with_the_names_and_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"recipes are plain, long-run \(did you mean long-run\?\)\. .*: 'longrun'$"):
-        parse("longrun", "--seed", "1")
-    with pytest.raises(ConfigError, match=r"recipes are plain, long-run\. Received: 'zzz'$"):
-        parse("zzz")
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--batch-size x", "--batch-size"),
-        ("--batch-size 0", "batch_size must be at least 1 image. Received: batch_size=0"),
-        ("--optimizer adagrad", "adagrad"),
-        ("--no-such-flag 1", "--no-such-flag"),
-        ("--schedule cosine --plateau-patience 1", "plateau_patience needs schedule constant."),
-    ],
-)
-def test_a_wrong_flag_ends_with_2_and_says_what_is_allowed(
-    capsys: pytest.CaptureFixture[str], flags: str, words: str
-) -> None:
-    with pytest.raises(SystemExit, match=r"^2$"):
-        parse(*flags.split())
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert words in shown.err
-
-
-def test_the_help_shows_recipes_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        parse("long-run", "--help")
-    shown = capsys.readouterr().out
-    assert "python -m jobs.test long-run: more epochs." in shown
-    assert "Recipes: plain, long-run (default: plain)" in shown
-    assert "--batch-size" in shown
-    assert "(default: 7)" in shown
+# --- imports ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +245,7 @@ def test_a_signal_that_ray_takes_before_the_job_listens_ends_with_143(capsys: py
 # A job in whose last moment others still say something, and which has something to close.
 ENDS = """
 import atexit, logging, os, sys
-from mnist_dist import console
+from mnist_dist import command_line, console
 console.quiet(verbose=False)
 atexit.register(lambda: print("closed", file=sys.stderr))
 def main():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mnist_dist import console, recipes
+from mnist_dist import command_line, recipes
 from mnist_dist.config import TrainJob
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import backbone_size_px, check_model, check_trainable, find_backbone
@@ -41,7 +41,9 @@ def test_the_command_in_a_recipes_docstring_gives_its_job(name: str) -> None:
     flags = command_of(recipe)[4:]
     assert " ".join(program) == "python -m jobs.train"
     assert named == name
-    parsed = console.parse(TRAINING_RECIPES, command="python -m jobs.train", default="quickstart", argv=[name, *flags])
+    parsed = command_line.parse(
+        TRAINING_RECIPES, command="python -m jobs.train", default="quickstart", argv=[name, *flags]
+    )
     assert parsed == (name, with_flags(recipe(), flags))
 
 
@@ -64,7 +66,7 @@ def test_every_public_function_is_a_recipe_under_its_own_name() -> None:
 def test_a_recipe_fits_its_backbone(name: str) -> None:
     job = TRAINING_RECIPES[name]()
     backbone = check_model(job.model)
-    for phase in job.phases.phases():
+    for phase in job.phases.in_order():
         check_trainable(backbone, phase.trainable)
 
 
@@ -77,7 +79,7 @@ def test_each_phase_of_a_recipe_trains_more_than_the_one_before(name: str) -> No
     )
     classifier = build_classifier(replace(job.model, weights="none"), spec=spec, num_classes=3)
     trained = []
-    for phase in job.phases.phases():
+    for phase in job.phases.in_order():
         set_trainable(classifier, phase.trainable)
         trained.append(len(classifier.network.trainable_variables))
     assert trained == sorted(set(trained))

@@ -261,7 +261,7 @@ def test_a_stage_trains_what_its_proposal_says(
 ) -> None:
     phases = train_job(params_of(trained), SMALL, stage=stage).phases
     assert (phases.epochs, phases.learning_rate, phases.trainable) == (epochs, rates, trainable)
-    assert len(phases.phases()) == len(epochs)
+    assert len(phases.in_order()) == len(epochs)
 
 
 def test_a_training_job_carries_every_value_of_its_proposal() -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console
+from mnist_dist import command_line, console
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.evaluate_config import EvaluateJob
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses the command line, evaluates and shows a summary; returns the job's JSON keys."""
-    _, job = console.parse({"evaluate": EvaluateJob}, argv=arguments, command=program, default="evaluate")
+    _, job = command_line.parse({"evaluate": EvaluateJob}, argv=arguments, command=program, default="evaluate")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
     return run(job, shown)

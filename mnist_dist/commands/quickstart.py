@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mnist_dist import console
+from mnist_dist import command_line, console
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.recipes import quickstart
 from mnist_dist.sources.arrays import write_digits
@@ -27,7 +27,7 @@ class Quickstart:
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses the command line, trains, scores and suggests next steps; returns the job's JSON keys."""
-    _, options = console.parse({"quickstart": Quickstart}, argv=arguments, command=program, default="quickstart")
+    _, options = command_line.parse({"quickstart": Quickstart}, argv=arguments, command=program, default="quickstart")
     shown = console.Console(verbose=options.verbose)
     console.quiet(verbose=options.verbose)
     from mnist_dist.on_ray.cluster import connected  # After `quiet`: Ray reads the environment on import.

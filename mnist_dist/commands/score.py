@@ -6,7 +6,7 @@ mnist-dist score --list [--storage URI]: lists the prediction tables below a fol
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, inventory
+from mnist_dist import command_line, console, inventory
 from mnist_dist.config import ScoreJob
 
 _HOW_TO_READ = {
@@ -21,7 +21,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     listing = inventory.asked(program, arguments)
     if listing is not None:
         return show_tables(listing)
-    _, job = console.parse({"score": ScoreJob}, argv=arguments, command=program, default="score", also=inventory.HELP)
+    _, job = command_line.parse(
+        {"score": ScoreJob}, argv=arguments, command=program, default="score", also=inventory.HELP
+    )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
     result = run(job, shown)

@@ -6,7 +6,7 @@ mnist-dist search --list [--storage URI]: lists the searches in a storage.
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, inventory
+from mnist_dist import command_line, console, inventory
 from mnist_dist.recipes import SEARCH_RECIPES
 
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     listing = inventory.asked(program, arguments)
     if listing is not None:
         return show_searches(listing)
-    recipe, job = console.parse(
+    recipe, job = command_line.parse(
         SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=inventory.HELP
     )
     shown = console.Console(verbose=job.run.verbose)

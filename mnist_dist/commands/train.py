@@ -6,7 +6,7 @@ mnist-dist train --list [--storage URI]: lists the training runs in a storage.
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist import console, inventory
+from mnist_dist import command_line, console, inventory
 from mnist_dist.config import TrainJob
 from mnist_dist.recipes import TRAINING_RECIPES
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     listing = inventory.asked(program, arguments)
     if listing is not None:
         return show_runs(listing)
-    recipe, job = console.parse(
+    recipe, job = command_line.parse(
         TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=inventory.HELP
     )
     shown = console.Console(verbose=job.run.verbose)

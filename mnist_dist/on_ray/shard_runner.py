@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 import ray.data
 
-from mnist_dist.console import Bar
+from mnist_dist.console import Bar, time_left
 from mnist_dist.data.markers import FORESEEN, Attempt, Markers
 from mnist_dist.data.steady_speed import SteadySpeed
 from mnist_dist.errors import DecoderStuck, MnistDistError, ServiceError, WorkersFailed, first_line
@@ -225,7 +225,7 @@ class _Progress(Generic[Content]):
         note = f"{self._done + images:,} of {self._total:,} images"
         if self._first_answer_at and images:
             rate = images / max(time.monotonic() - self._first_answer_at, POLL_S)
-            note += f", {rate:,.0f}/s, {(self._total - self._done - images) / rate / 60:,.0f} min left"
+            note += f", {rate:,.0f}/s, {time_left((self._total - self._done - images) / rate)}"
         bar.update(done=self._done + images, total=self._total, note=f"{note}, {self._other:,} not ok")
 
     def _note(self, now: ShardProgress) -> None:

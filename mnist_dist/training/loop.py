@@ -83,12 +83,12 @@ class Trainer:
         """Trains the remaining phases, or until asked to stop."""
         for _ in self.epochs():
             pass
-        finished = self.state.phase == len(self.task.job.phases.phases())
+        finished = self.state.phase == len(self.task.job.phases.in_order())
         return Outcome(finished=finished, state=self.state, best=self.best)
 
     def epochs(self) -> Iterator[Epoch]:
         """Trains as `run` does, and yields each epoch when it ends."""
-        phases = self.task.job.phases.phases()
+        phases = self.task.job.phases.in_order()
         while self.state.phase < len(phases):
             index = self.state.phase
             yield from self._run_phase(phases[index])

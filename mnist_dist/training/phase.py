@@ -88,7 +88,7 @@ class PhaseRun:
         self._calls, self._clock = 0, 0.0
         classifier, fit = built.classifier, task.job.fit
         head_only = phase.trainable == "head"
-        before = task.job.phases.phases()[: state.phase]
+        before = task.job.phases.in_order()[: state.phase]
         backbone_unchanged = all(earlier.trainable == "head" for earlier in before)
         features = task.features if head_only and backbone_unchanged else None
         self.images = task.images if features is None else features

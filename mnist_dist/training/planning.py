@@ -102,7 +102,7 @@ def forecast_phases(
     """
     steps = sizes.train // job.fit.batch_size
     forecasts = []
-    for phase, epoch in zip(job.phases.phases(), epochs, strict=True):
+    for phase, epoch in zip(job.phases.in_order(), epochs, strict=True):
         epoch_s = epoch.train_s / epoch.steps * steps + epoch.validation_s / validated * sizes.validation + epoch.save_s
         forecasts.append(
             PhaseForecast(

@@ -223,7 +223,7 @@ def _epochs_planned(facts: RunFacts | None) -> int | None:
     if facts is None:
         return None
     phases = PhasesConfig(**{name: tuple(values) for name, values in facts.settings["phases"].items()})
-    return sum(phase.epochs for phase in phases.phases())
+    return sum(phase.epochs for phase in phases.in_order())
 
 
 def _accuracy_in_words(test: float | None, val: float | None) -> str:

@@ -137,7 +137,7 @@ class TrialProcess(tune.Trainable):
             validation=splits.val,
             test=splits.test[:0],
         )
-        heads_only = all(phase.trainable == "head" for phase in job.phases.phases())
+        heads_only = all(phase.trainable == "head" for phase in job.phases.in_order())
         features = None
         if prepared.features is not None and heads_only:
             images = features = replace(images, pixels=self._open_features(prepared.features))
@@ -165,7 +165,7 @@ class TrialProcess(tune.Trainable):
 
     def _report(self, seconds: float) -> Report:
         state, classifier = self._trainer.state, self._trainer.built.classifier
-        best, phases = state.best, self._config["job"].phases.phases()
+        best, phases = state.best, self._config["job"].phases.in_order()
         heads_only = all(phase.trainable == "head" for phase in phases)
         return Report(
             accuracy=best.val_accuracy,

@@ -106,7 +106,7 @@ def check_job(job: TrainJob) -> None:
     check_storage(job.run.storage, is_shared=job.run.storage_is_shared)
     check_outside(job.run.storage, job.data.data, name="storage")
     backbone = check_model(job.model)
-    for phase in job.phases.phases():
+    for phase in job.phases.in_order():
         check_trainable(backbone, phase.trainable)
     if backbone.imported is not None:
         _check_for_imported(job, backbone.imported)
@@ -281,7 +281,7 @@ class Training:
         self.session.console.line(
             f"{'Training' if is_new else 'Resuming'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
             f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
-            f"{' and a GPU' if mine.gpu else ''}, of {resources}"
+            f"{' and a GPU' if mine.gpu else ''}, of {resources}; {self.job.phases.total()}"
         )
 
     def train_on(
