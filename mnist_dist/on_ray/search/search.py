@@ -52,7 +52,16 @@ from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
-from mnist_dist.tuning.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
+from mnist_dist.tuning.space import (
+    architecture_of,
+    architectures_of,
+    backbone_job,
+    check_space,
+    describe,
+    fit_batches,
+    smallest_batch,
+    train_job,
+)
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 
 PATIENCE_S = 30.0  # a finalist that was asked to stop is killed after this long
@@ -191,9 +200,9 @@ class _Search:
                 resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
             )
             require(
-                per_finalist.workers <= min(self.job.space.batch_size),
+                per_finalist.workers <= smallest_batch(self.job),
                 "batch_size must be at least the number of workers of a finalist",
-                batch_size=min(self.job.space.batch_size),
+                batch_size=smallest_batch(self.job),
                 workers=per_finalist.workers,
             )
             data = self.prepare(facts, resources=resources)
@@ -252,12 +261,9 @@ class _Search:
         splits = _common_splits(
             list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
-        largest = max(job.space.batch_size)
-        require(
-            largest <= len(splits.train),
-            f"batch_size must be at most the number of training images ({len(splits.train):,})",
-            batch_size=largest,
-        )
+        self.job, left_out = fit_batches(job, images=len(splits.train))
+        for line in left_out:
+            self.console.line(line)
         with self._timed("features_s"):
             features = self._features(of_each, splits, resources=resources)
         return _Data(decoded=of_each, features=features, splits=splits)
