@@ -15,8 +15,9 @@ PACKAGE = "mnist_dist"
 # <- on_ray <- commands <- api, jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "urls", "config", "search_config", "recipes", "console", "side_thread", "processor", "keywords", "distributions"), 0
+        ("errors", "urls", "config", "distributions", "search_config", "recipes", "console", "side_thread"), 0
     ),
+    **dict.fromkeys(("processor", "keywords"), 0),
     "documents": 1,
     "store": 2,
     **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "import_config", "doctor_config"), 3),

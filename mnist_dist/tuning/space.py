@@ -11,7 +11,7 @@ as a proposal names it (`learning_rate`, or `vgg16.learning_rate` if that backbo
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -29,7 +29,7 @@ from mnist_dist.config import (
 from mnist_dist.distributions import Choice, Distribution
 from mnist_dist.errors import ConfigError
 from mnist_dist.models.backbones import check_model, check_trainable
-from mnist_dist.search_config import BackboneSpace, SearchJob
+from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob
 
 _MAX_VALUES = 20
 """The most values of one choice that are checked before the search begins."""
@@ -284,6 +284,46 @@ def _left_out(sizes: Distribution, left: Distribution) -> str:
     if isinstance(sizes, Choice):
         return f"{', '.join(str(size) for size in sizes.values if size not in left.grid())} left out"
     return f"drawn up to {max(left.grid())} instead of {sizes.high}"
+
+
+# --- one trial for each network --------------------------------------------------------------------------------------
+
+
+def one_of_each(job: SearchJob, *, batch_of: Callable[[Sequence[int]], int], epochs: int) -> SearchJob:
+    """The search as a grid with one trial for each architecture and way to train it, for a rehearsal or a forecast.
+
+    Args:
+        job: the search. Of its other settings, the middle one of their values is taken.
+        batch_of: chooses one of several batch sizes.
+        epochs: of a trial, and of each phase of a finalist.
+    """
+
+    def single(drawn: Mapping[str, Distribution]) -> dict[str, Distribution]:
+        choose = {"batch_size": batch_of}
+        return {name: Choice((choose.get(name, middle)(each.grid()),)) for name, each in drawn.items()}
+
+    spaces = job.space.backbones
+    backbones = [replace(each, cut_points=(middle(each.cut_points),), drawn=single(each.drawn)) for each in spaces]
+    space = replace(job.space, backbones=tuple(backbones), drawn=single(job.space.distributions()))
+    search = SearchConfig(
+        backbones=job.search.backbones,
+        weights=job.search.weights,
+        trials=sum(len(architectures_of(each)) * len(each.trained) for each in job.backbones),
+        algorithm="grid",
+        scheduler="none",
+        trial_epochs=epochs,
+        finalists=1,
+        finalist_epochs=epochs,
+        fine_tune_epochs=epochs,
+        precision=job.search.precision,
+        seed=job.search.seed,
+    )
+    return replace(job, space=space, search=search)
+
+
+def middle(values: Sequence[Any]) -> Any:
+    """The middle one of some values."""
+    return values[len(values) // 2]
 
 
 # --- ways to draw ----------------------------------------------------------------------------------------------------

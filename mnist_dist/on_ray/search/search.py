@@ -10,7 +10,7 @@ import functools
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,13 +92,11 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         Interrupted: a signal stopped the search; finished trials are kept.
     """
     began_at = time.time()
-    check_space(job)
-    for space in job.backbones:
-        for architecture in architectures_of(space):
-            check_job(backbone_job(architecture, job))
+    require(not (job.run.plan or job.run.dry_run), "plan_search makes the plan, dry_run the dry run", plan=job.run.plan)
+    check_search(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(join(absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
-    facts = _facts(job, recipe)
+    facts = facts_of(job, recipe)
     run.compare(facts)
     finished = run.result()
     if finished is not None:
@@ -111,19 +109,32 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
-        result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
+        result = Search(job, session, run=run, began_at=began_at).run_to_end(facts)
         session.confirm_lock()
         run.finish(result)
     return result
 
 
-def _facts(job: SearchJob, recipe: str) -> RunFacts:
+def check_search(job: SearchJob) -> None:
+    """Checks everything that needs no data, Ray or TensorFlow.
+
+    Raises:
+        ConfigError: for the first setting that is wrong.
+    """
+    check_space(job)
+    for space in job.backbones:
+        for architecture in architectures_of(space):
+            check_job(backbone_job(architecture, job))
+
+
+def facts_of(job: SearchJob, recipe: str) -> RunFacts:
+    """Everything that determines the result of a search."""
     features = job.run.feature_type if job.run.feature_cache else None
     return RunFacts(recipe=recipe, settings=job.settings(), features=features)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
+class SearchData:
     """The data on which all trials and finalists train."""
 
     decoded: Mapping[str, DecodedData]
@@ -162,18 +173,35 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     check_space(job)
     run = Run(join(absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
-        stage = _Search(job, session, run=run, began_at=time.time())
+        stage = Search(job, session, run=run, began_at=time.time())
         with connected(verbose=job.run.verbose, stop=session.stop) as resources:
             resources = stage.enter(resources)
-            data = stage.prepare(_facts(job, recipe), resources=resources)
+            data = stage.prepare(facts_of(job, recipe), resources=resources)
             trials = stage.try_all(data, resources=resources)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
 
 
-class _Search:
-    """One driver's attempt at a search."""
+class Search:
+    """One driver's attempt at a search.
 
-    def __init__(self, job: SearchJob, session: Session, *, run: Run, began_at: float) -> None:
+    Args:
+        job: what to search.
+        session: the job's session, which holds its lock.
+        run: the folder that keeps everything.
+        began_at: when the driver started, s since the Unix epoch.
+        split: the function that splits the decoded images.
+    """
+
+    def __init__(
+        self,
+        job: SearchJob,
+        session: Session,
+        *,
+        run: Run,
+        began_at: float,
+        split: Callable[..., Splits] = split,
+    ) -> None:
+        self._split = split
         self.job, self.session, self.run, self.console = job, session, run, session.console
         self.began_at, self.timing = began_at, dict[str, float]()
         self._stopping_since: float | None = None
@@ -243,7 +271,7 @@ class _Search:
 
     # --- data ---
 
-    def prepare(self, facts: RunFacts, *, resources: Resources) -> _Data:
+    def prepare(self, facts: RunFacts, *, resources: Resources) -> SearchData:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_data(job.data, console=self.console, store=store_for(job.store))
@@ -259,14 +287,14 @@ class _Search:
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
         of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
         splits = _common_splits(
-            list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
+            list(decoded.values()), self._split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
         self.job, left_out = fit_batches(job, images=len(splits.train))
         for line in left_out:
             self.console.line(line)
         with self._timed("features_s"):
             features = self._features(of_each, splits, resources=resources)
-        return _Data(decoded=of_each, features=features, splits=splits)
+        return SearchData(decoded=of_each, features=features, splits=splits)
 
     def _features(
         self, decoded: Mapping[str, DecodedData], splits: Splits, *, resources: Resources
@@ -285,7 +313,7 @@ class _Search:
 
     # --- trials ---
 
-    def try_all(self, data: _Data, *, resources: Resources) -> dict[int, Trial]:
+    def try_all(self, data: SearchData, *, resources: Resources) -> dict[int, Trial]:
         """Runs the first stage and returns all trials by number.
 
         Raises:
@@ -294,7 +322,7 @@ class _Search:
         with self._timed("trials_s"):
             return self._try(data, concurrent=_concurrent_trials(self.job, resources))
 
-    def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
+    def _try(self, data: SearchData, *, concurrent: int) -> dict[int, Trial]:
         records = self._records("trials")
         if self.run.read("trials.json", TrialsOver) is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
@@ -335,7 +363,7 @@ class _Search:
             )
         return known
 
-    def _measure(self, data: _Data, trials: Mapping[int, Trial], *, resources: Resources) -> dict[str, Speed]:
+    def _measure(self, data: SearchData, trials: Mapping[int, Trial], *, resources: Resources) -> dict[str, Speed]:
         """Measures how fast each architecture scores, one after the other, while nothing else runs."""
         known = self.run.read("speeds.json", dict[str, Speed]) or {}
         tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
@@ -360,7 +388,7 @@ class _Search:
 
     def _train_finalists(
         self,
-        data: _Data,
+        data: SearchData,
         trials: Mapping[int, Trial],
         speeds: Mapping[str, Speed],
         *,
@@ -450,7 +478,7 @@ class _Search:
         self._finalist_records.write(finalist)
 
     def _finalist_task(
-        self, data: _Data, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
+        self, data: SearchData, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
     ) -> FinalistTask:
         job = with_absolute_weights(train_job(trial.params, self.job, stage="finalist"))
         name = architecture_of(trial.params, self.job).name
@@ -471,7 +499,7 @@ class _Search:
     def _finalist_uri(self, trial: Trial) -> str:
         return join(self.run.uri, "finalists", f"{trial.number:06d}")
 
-    def _finish_winner(self, data: _Data, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
+    def _finish_winner(self, data: SearchData, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
         """Tests the winner, copies its bundle into the search's folder, and returns its test metrics."""
         finalist_bundle, bundle = join(self._finalist_uri(winner), "bundle"), join(self.run.uri, "bundle")
         if not ANYWHERE.exists(join(finalist_bundle, BUNDLE_FILE)):
@@ -483,7 +511,7 @@ class _Search:
                 ANYWHERE.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
         return dict(documents.read(ANYWHERE, join(bundle, BUNDLE_FILE), BundleInfo).test)
 
-    def _test(self, winner: Trial, data: _Data, *, per_finalist: Share) -> None:
+    def _test(self, winner: Trial, data: SearchData, *, per_finalist: Share) -> None:
         """Resumes the winner's run, of which only the test and the bundle remain."""
         board = make_board()
         task = self._finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
