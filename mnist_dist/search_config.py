@@ -53,7 +53,7 @@ class BackboneSpace:
     point on. `all`: trials and finalists train the whole network."""
     cut_points: tuple[str, ...] = ("all",)
     """fine-tune only: cut points of the backbone, how many first layers stay frozen, or `all`."""
-    drawn: Mapping[str, Distribution] = field(default_factory=dict)
+    drawn: Mapping[str, Distribution] = field(default_factory=dict, hash=False)
     """From a space file: what the trials of this backbone draw instead of what all trials share, by the setting."""
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class SearchSpace:
     """Augmentations to try for networks that are trained whole; a frozen backbone gets unchanged images."""
     batch_size: tuple[int, ...] = (64, 128, 256)
     """Images per step, summed over all workers. Those above the number of training images are left out."""
-    drawn: Annotated[Mapping[str, Distribution], tyro.conf.Suppress] = field(default_factory=dict)
+    drawn: Annotated[Mapping[str, Distribution], tyro.conf.Suppress] = field(default_factory=dict, hash=False)
     """From a space file: what all trials draw, by the setting; instead of the field of that name, or in addition."""
 
     def __post_init__(self) -> None:

@@ -298,9 +298,12 @@ def one_of_each(job: SearchJob, *, batch_of: Callable[[Sequence[int]], int], epo
         epochs: of a trial, and of each phase of a finalist.
     """
 
+    def one_of(name: str, distribution: Distribution) -> Choice:
+        values = distribution.grid()
+        return Choice((batch_of(values) if name == "batch_size" else middle(values),))
+
     def single(drawn: Mapping[str, Distribution]) -> dict[str, Distribution]:
-        choose = {"batch_size": batch_of}
-        return {name: Choice((choose.get(name, middle)(each.grid()),)) for name, each in drawn.items()}
+        return {name: one_of(name, each) for name, each in drawn.items()}
 
     spaces = job.space.backbones
     backbones = [replace(each, cut_points=(middle(each.cut_points),), drawn=single(each.drawn)) for each in spaces]

@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from mnist_dist.config import FitConfig, ModelConfig, OptimizerConfig, PhasesConfig
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig
 from mnist_dist.distributions import Choice, Distribution, Range
 from mnist_dist.errors import ConfigError, suggestion
 from mnist_dist.models.backbones import BACKBONES
@@ -212,7 +212,7 @@ def _read(uri: str) -> dict[str, Any]:
         return tomllib.loads(ANYWHERE.read_bytes(absolute(uri)).decode())
     except FileNotFoundError as err:
         raise ConfigError(
-            f"space must be a TOML file (docs/search.md); there is none. Received: space={uri!r}"
+            f"space names a TOML file (docs/search.md), and there is none. Received: space={uri!r}"
         ) from err
     except (IsADirectoryError, PermissionError) as err:
         raise ConfigError(f"space must be a TOML file that can be read: {err}. Received: space={uri!r}") from err
@@ -279,16 +279,21 @@ def _check_effects(space: SearchSpace, document: Mapping[str, Any]) -> None:
     """Raises ConfigError where a setting is stated that no trial would draw."""
     job = SearchJob(space=space)
     drawn: set[str] = set()
-    for backbone in space.backbones:
-        found = drawn_for(job, backbone)
-        values = {name: Choice((value,)) for name, value in UNLESS_DRAWN.items()}
-        values |= {name: each for name, (_, each) in found.items()} | {"trained": Choice(backbone.trained)}
+    for space_of in space.backbones:
+        found = drawn_for(job, space_of)
+        values: dict[str, Distribution] = {name: Choice((value,)) for name, value in UNLESS_DRAWN.items()}
+        values |= {name: each for name, (_, each) in found.items()} | {"trained": Choice(space_of.trained)}
         drawn |= {found[name][0] for name in found if _has_effect(name, values)}
-        if "fine-tune" in backbone.trained:
-            drawn.add(f"{backbone.backbone}.cut_points")
+        if "fine-tune" in space_of.trained:
+            drawn.add(f"{space_of.backbone}.cut_points")
     stated = [(name, name) for name in document if name in SETTINGS]
-    for backbone, table in _tables(document.get("backbones", [""])).items() if "backbones" in document else ():
-        stated += [(name, f"{backbone}.{name}") for name in table if name in (*SETTINGS, "cut_points")]
+    tables = _tables(document["backbones"]) if "backbones" in document else {}
+    stated += [
+        (name, f"{backbone}.{name}")
+        for backbone, table in tables.items()
+        for name in table
+        if name in (*SETTINGS, "cut_points")
+    ]
     for name, parameter in stated:
         if parameter not in drawn:
             condition = "trained = fine-tune" if name == "cut_points" else CONDITIONS.get(name)
@@ -309,9 +314,9 @@ def _unknown(name: str) -> str:
     if name in OF_BACKBONE:
         return f"{name} belongs to a backbone: write it below [backbones.NAME]"
     flag = f"--{name.replace('_', '-')}"
-    if name in {field.name for field in fields(SearchConfig)}:
+    if name in {field.name for config in (SearchConfig, DataConfig) for field in fields(config)}:
         return f"{name} is no part of the space: give it as the flag {flag}"
-    if any(name in {field.name for field in fields(config)} for config in _CONFIGS):
+    if name != "backbone" and name in {field.name for config in _CONFIGS for field in fields(config)}:
         return f"{name} is the same for all trials of a search, and no part of the space"
     names = ("backbones", *SETTINGS)
     return f"there is no {name}{suggestion(name, names)}; there are {', '.join(names)}"

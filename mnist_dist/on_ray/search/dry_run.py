@@ -69,7 +69,9 @@ def _in_small(job: SearchJob, scratch: str) -> tuple[SearchJob, int]:
 def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: int) -> Splits:
     """The splits with at most so many images each, from begin to end."""
     splits = split(decoded, data, console=console)
-    return replace(splits, **{name: _spread(getattr(splits, name), images) for name in ("train", "val", "test")})
+    return replace(
+        splits, train=_spread(splits.train, images), val=_spread(splits.val, images), test=_spread(splits.test, images)
+    )
 
 
 def _spread(rows: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:

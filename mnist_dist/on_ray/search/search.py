@@ -162,6 +162,8 @@ class FinalistTask:
     validated_only: bool
     search: Fence
     """The lock of the search, with which the finalist loses its own."""
+    steps_limit: int | None = None
+    """See `Training`."""
 
 
 def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -259,7 +261,7 @@ class Search:
             wait_s=config.wait_for_nodes_s,
         )
         self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, resources)))
-        _concurrent_trials(self.job, resources)
+        concurrent_trials(self.job, resources)
         return resources
 
     @contextmanager
@@ -286,7 +288,7 @@ class Search:
         by_key = {listed.plan.cache.key: listed for listed in plans.values()}
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
         of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
-        splits = _common_splits(
+        splits = common_splits(
             list(decoded.values()), self._split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
         self.job, left_out = fit_batches(job, images=len(splits.train))
@@ -320,7 +322,7 @@ class Search:
             WorkersFailed: no trial succeeded.
         """
         with self._timed("trials_s"):
-            return self._try(data, concurrent=_concurrent_trials(self.job, resources))
+            return self._try(data, concurrent=concurrent_trials(self.job, resources))
 
     def _try(self, data: SearchData, *, concurrent: int) -> dict[int, Trial]:
         records = self._records("trials")
@@ -412,10 +414,10 @@ class Search:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
                     validated_only = len(chosen) > 1
-                    task = self._finalist_task(
+                    task = self.finalist_task(
                         data, trial, per_finalist=per_finalist, board=board, validated_only=validated_only
                     )
-                    running[_start(task)] = (trial, board)
+                    running[start_finalist(task)] = (trial, board)
                 for future in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
                     self._record_finalist(running.pop(future)[0], future)
                 return not (waiting or running)
@@ -477,9 +479,10 @@ class Search:
             )
         self._finalist_records.write(finalist)
 
-    def _finalist_task(
+    def finalist_task(
         self, data: SearchData, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
     ) -> FinalistTask:
+        """The input of a finalist's process."""
         job = with_absolute_weights(train_job(trial.params, self.job, stage="finalist"))
         name = architecture_of(trial.params, self.job).name
         return FinalistTask(
@@ -514,8 +517,8 @@ class Search:
     def _test(self, winner: Trial, data: SearchData, *, per_finalist: Share) -> None:
         """Resumes the winner's run, of which only the test and the bundle remain."""
         board = make_board()
-        task = self._finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
-        wait_for([_start(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
+        task = self.finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
+        wait_for([start_finalist(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
 
     # --- results ---
 
@@ -573,7 +576,7 @@ def _gpus_per_trial(job: SearchJob, resources: Resources) -> float:
     return requested if requested is not None else 0.25 if resources.gpus else 0.0
 
 
-def _concurrent_trials(job: SearchJob, resources: Resources) -> int:
+def concurrent_trials(job: SearchJob, resources: Resources) -> int:
     """How many trials fit at once; more would starve each other (ray-project/ray#54305).
 
     Raises:
@@ -589,7 +592,7 @@ def _concurrent_trials(job: SearchJob, resources: Resources) -> int:
     return min(room, job.run.concurrent_trials or room, job.search.trials)
 
 
-def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
+def common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
     """The splits without the images that are unreadable at any of the input sizes."""
     if not any(data.bad for data in decoded):
         return splits
@@ -600,7 +603,7 @@ def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
     )
 
 
-def _start(task: FinalistTask) -> Any:
+def start_finalist(task: FinalistTask) -> Any:
     """Starts a finalist in its own process on this node. Ray Train places its workers."""
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(train_finalist).remote(task)
 
@@ -611,7 +614,9 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
     console = Console(verbose=task.job.run.verbose, terminal=False)
     with Stop(console) as stop, _patient_lock(task.run, within=task.search) as lock:
         session = Session(console=console, stop=stop, lock=lock)
-        training = Training(task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at)
+        training = Training(
+            task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at, steps_limit=task.steps_limit
+        )
         metrics = training.train_on(
             task.splits,
             task.features,
