@@ -8,7 +8,7 @@ SIGINT (Ctrl-C, a notebook's stop button) saves the progress and raises `Interru
 KeyboardInterrupt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -51,11 +51,15 @@ def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> Tr
 
 
 @takes_fields_of(SearchJob)
-def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -> SearchResult:
+def search(
+    recipe: str = "search-digits", *, space: Uri | Mapping[str, Any] | None = None, show: bool = False, **flags: Any
+) -> SearchResult:
     """Searches backbones and hyperparameters, as `mnist-dist search` does.
 
     Args:
         recipe: named settings that the flags override; see `mnist_dist.recipes.SEARCH_RECIPES`.
+        space: the search space: a TOML file, or a dict of the same form (docs/search.md). What it leaves out is as in
+            the recipe, and flags override it.
         show: report progress on stderr.
         **flags: the flags of the command, such as `data`, `trials`, `storage`, `name`.
 
@@ -64,9 +68,10 @@ def search(recipe: str = "search-digits", *, show: bool = False, **flags: Any) -
     """
     job = job_of(SearchJob, flags, base=find_recipe(SEARCH_RECIPES, recipe)())
     with _shown(show, verbose=job.run.verbose) as shown:
-        from mnist_dist.on_ray.search.search import search as run
+        from mnist_dist.commands.search import run, with_stated_space
 
-        return SearchResult(run(job, recipe=recipe, console=shown))
+        job = with_stated_space(job, space, recipe=recipe, given=flags)
+        return SearchResult(run(job, recipe, shown))
 
 
 @takes_fields_of(ScoreJob)

@@ -1,12 +1,13 @@
 """The configuration of a hyperparameter search: the space, the algorithm and the resources.
 
 Owns: the fields of a search, as `config.py` owns those of training and scoring. Does not own: drawing from the space
-(`search/space.py`) or the named searches (`recipes.py`).
+(`tuning/space.py`), the file that states one (`tuning/space_file.py`) or the named searches (`recipes.py`).
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -22,11 +23,15 @@ from mnist_dist.config import (
     may_be_bundle,
     require,
 )
+from mnist_dist.distributions import Choice, Distribution, Range
 from mnist_dist.errors import suggestion
 from mnist_dist.urls import shown_values
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
+CHOICES = ("hidden_units", "dropout", "optimizer", "label_smoothing", "augmentation", "batch_size")
+RATES = ("learning_rate", "fine_tune_learning_rate", "weight_decay")
+"""The fields of `SearchSpace` that list values, and those that are the ends of a range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class BackboneSpace:
     point on. `all`: trials and finalists train the whole network."""
     cut_points: tuple[str, ...] = ("all",)
     """fine-tune only: cut points of the backbone, how many first layers stay frozen, or `all`."""
+    drawn: Mapping[str, Distribution] = field(default_factory=dict, hash=False)
+    """From a space file: what the trials of this backbone draw instead of what all trials share, by the setting."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "image_size_px", "pooling", "trained", "cut_points"):
@@ -77,21 +84,32 @@ class SearchSpace:
     augmentation: tuple[Augmentation, ...] = ("none",)
     """Augmentations to try for networks that are trained whole; a frozen backbone gets unchanged images."""
     batch_size: tuple[int, ...] = (64, 128, 256)
-    """Images per step, summed over all workers."""
+    """Images per step, summed over all workers. Those above the number of training images are left out."""
+    drawn: Annotated[Mapping[str, Distribution], tyro.conf.Suppress] = field(default_factory=dict, hash=False)
+    """From a space file: what all trials draw, by the setting; instead of the field of that name, or in addition."""
 
     def __post_init__(self) -> None:
-        choices = ("hidden_units", "dropout", "optimizer", "label_smoothing", "augmentation", "batch_size")
-        for name in choices:
+        for name in CHOICES:
             require(bool(getattr(self, name)), f"{name} needs at least one value", **{name: ()})
-        for name in ("learning_rate", "fine_tune_learning_rate", "weight_decay"):
+        for name in RATES:
             low, high = getattr(self, name)
             require(0 < low <= high, f"{name} must be a lowest and a highest value above 0", **{name: (low, high)})
+
+    def distributions(self) -> dict[str, Distribution]:
+        """What all trials draw, by the setting."""
+        choices = {name: Choice(getattr(self, name)) for name in CHOICES}
+        ends = {name: getattr(self, name) for name in RATES}
+        rates = {name: Range(low=low, high=high, log=True) for name, (low, high) in ends.items()}
+        return {**choices, **rates, **self.drawn}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """How to search the space."""
 
+    space: str | None = None
+    """File or object with the search space (TOML; docs/search.md). What it leaves out is as in the recipe; flags win
+    over it. A search keeps what the file says, not where it lies."""
     backbones: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--backbone",))] = ()
     """Search only these: names of the recipe's backbones, and folders or bucket prefixes of bundles that `import`
     wrote, whose features heads are trained on. Empty: all of the recipe's."""
@@ -136,9 +154,15 @@ class SearchRunConfig(SharedRunConfig):
     """GPUs per trial, fractions allowed. None: a quarter if the cluster has GPUs, else 0."""
     concurrent_trials: int | None = None
     """Trials to run at the same time. None: as many as fit. With 1, the same seed proposes the same trials."""
+    dry_run: bool = False
+    """Check everything, train a step of one trial per network and of a finalist; keep nothing."""
+    plan: bool = False
+    """Measure features, trials and finalists on a sample in a scratch storage on the cluster, report the bottleneck and
+    how long the whole search would take, and keep nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not (self.plan and self.dry_run), "choose either plan or dry_run", plan=True, dry_run=True)
         trials, gpus = self.concurrent_trials, self.gpus_per_trial
         require(trials is None or trials > 0, "concurrent_trials must be positive", concurrent_trials=trials)
         require(self.cpus_per_trial > 0, "cpus_per_trial must be positive", cpus_per_trial=self.cpus_per_trial)
@@ -178,7 +202,7 @@ class SearchJob:
     def settings(self) -> dict[str, Any]:
         """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
-        del values["store"], values["run"]
+        del values["store"], values["run"], values["search"]["space"]
         return dict(values)
 
     def settings_hash(self) -> str:

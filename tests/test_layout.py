@@ -14,7 +14,7 @@ PACKAGE = "mnist_dist"
 # ground floor <- store <- images <- sources <- data <- models <- engines <- training, tuning, scoring <- evaluation
 # <- on_ray <- commands <- api, jobs, benchmarks
 FLOORS = {
-    **dict.fromkeys(("errors", "urls", "config", "search_config", "recipes", "flags", "console"), 0),
+    **dict.fromkeys(("errors", "urls", "config", "distributions", "search_config", "recipes", "flags", "console"), 0),
     **dict.fromkeys(("command_help", "command_line", "side_thread", "processor", "keywords"), 0),
     "documents": 1,
     "store": 2,

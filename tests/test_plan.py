@@ -177,10 +177,12 @@ def test_an_epoch_is_its_steps_its_validation_and_its_checkpoint() -> None:
 
 def test_the_sizes_of_the_splits_are_those_that_the_data_brings_and_the_rest_by_share() -> None:
     job = TrainJob(data=DataConfig(validation_fraction=0.1, test_fraction=0.2))
-    assert sizes_of(pa.chunked_array([pa.nulls(1_000, pa.string())]), job) == Sizes(train=700, validation=100, test=200)
+    assert sizes_of(pa.chunked_array([pa.nulls(1_000, pa.string())]), job.data) == Sizes(
+        train=700, validation=100, test=200
+    )
     given = pa.chunked_array([["train"] * 800 + ["test"] * 150 + ["val"] * 50])
-    assert sizes_of(given, job) == Sizes(train=800, validation=50, test=150)
-    assert sizes_of(pa.chunked_array([["train"] * 800 + ["test"] * 150]), job) == Sizes(
+    assert sizes_of(given, job.data) == Sizes(train=800, validation=50, test=150)
+    assert sizes_of(pa.chunked_array([["train"] * 800 + ["test"] * 150]), job.data) == Sizes(
         train=720, validation=80, test=150
     )
 

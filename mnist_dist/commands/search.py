@@ -3,11 +3,15 @@
 mnist-dist search --list [--storage URI]: lists the searches in a storage.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mnist_dist import command_line, console, inventory
 from mnist_dist.recipes import SEARCH_RECIPES
+from mnist_dist.search_config import SearchJob
+
+if TYPE_CHECKING:
+    from mnist_dist.tuning.space_file import Stated
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
@@ -20,9 +24,10 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     )
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    from mnist_dist.on_ray.search.search import search  # After `quiet`: Ray reads the environment on import.
-
-    result = search(job, recipe=recipe, console=shown)
+    job = with_stated_space(job, job.search.space, recipe=recipe, given=names_of_flags(arguments))
+    result = run(job, recipe, shown)
+    if job.run.plan or job.run.dry_run:
+        return result
     best = result["best"]
     shown.line(
         f"winner: trial {best['trial']}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
@@ -31,6 +36,36 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         f"report: {result['bundle']}/report.html"
     )
     return result
+
+
+def names_of_flags(arguments: Sequence[str]) -> set[str]:
+    """The names of the flags on a command line, as fields: `hidden_units` of `--hidden-units`."""
+    flags = (each.partition("=")[0] for each in arguments if each.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def with_stated_space(job: SearchJob, stated: "Stated | None", *, recipe: str, given: Collection[str]) -> SearchJob:
+    """The job with the space of a file, or of a dict of the same form; see `with_space`. None: as it is."""
+    if stated is None:
+        return job
+    from mnist_dist.tuning.space_file import with_space  # Imported here because it imports Optuna.
+
+    return with_space(job, stated, base=console.find_recipe(SEARCH_RECIPES, recipe)(), given=given)
+
+
+def run(job: SearchJob, recipe: str, shown: console.Console) -> dict[str, Any]:
+    """Searches, forecasts or rehearses; returns the job's JSON keys. Ray is imported here, after `quiet`."""
+    if job.run.plan:
+        from mnist_dist.on_ray.search.plan import plan_search
+
+        return plan_search(job, recipe=recipe, console=shown)
+    if job.run.dry_run:
+        from mnist_dist.on_ray.search.dry_run import dry_run
+
+        return dry_run(job, recipe=recipe, console=shown)
+    from mnist_dist.on_ray.search.search import search
+
+    return search(job, recipe=recipe, console=shown)
 
 
 def show_searches(listing: inventory.ListJob) -> dict[str, Any]:

@@ -27,6 +27,17 @@ PARAMETERS = {
     "cut_point": pa.string(),
     "fine_tune_learning_rate": pa.float64(),
 }
+OF_SPACE_FILES = {
+    "momentum": pa.float64(),
+    "schedule": pa.string(),
+    "warmup_steps": pa.int32(),
+    "clip_norm": pa.float64(),
+    "class_weights": pa.string(),
+    "plateau_patience": pa.int32(),
+    "plateau_factor": pa.float64(),
+    "early_stopping_patience": pa.int32(),
+}
+"""What trials draw only where a space file says so."""
 SCHEMA = pa.schema(
     [
         ("rank", pa.int32()),
@@ -49,6 +60,7 @@ SCHEMA = pa.schema(
         ("image_size_px", pa.int32()),
         ("pooling", pa.string()),
         *PARAMETERS.items(),
+        *OF_SPACE_FILES.items(),
     ]
 )
 """Columns of the Parquet file. `parameters`: of the whole network. `train_s`: seconds. `pareto`: no other trial is as
@@ -110,7 +122,7 @@ def _of_trial(trial: Trial, architecture: Architecture, speed: Speed | None) -> 
     if parameters is not None and params.get("trained") != "all":
         parameters = parameters + speed.backbone_parameters if speed else None
     return {
-        **{name: params.get(name) for name in PARAMETERS},
+        **{name: params.get(name) for name in (*PARAMETERS, *OF_SPACE_FILES)},
         **{name: value for name, value in asdict(architecture).items() if name != "weights"},
         "architecture": architecture.name,
         "trial": trial.number,
@@ -169,7 +181,8 @@ def _settings(row: Mapping[str, Any]) -> str:
     dropout = f", dropout {row['dropout']:g}" if row["dropout"] else ""
     smoothing = f", smoothing {row['label_smoothing']:g}" if row["label_smoothing"] else ""
     rate = f"{row['optimizer']} {row['learning_rate']:.2g}{decay}"
-    return f"{row['trained']}, {rate}, batch {row['batch_size']}{hidden}{dropout}{smoothing}"
+    more = "".join(f", {name.replace('_', ' ')} {row[name]}" for name in OF_SPACE_FILES if row[name] is not None)
+    return f"{row['trained']}, {rate}, batch {row['batch_size']}{hidden}{dropout}{smoothing}{more}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -3,13 +3,15 @@
 A proposal is a flat mapping of parameter names to values. A parameter of one backbone carries the backbone's name
 (`vgg16.pooling`), so it is never drawn for another. A parameter without effect (the weight decay of an optimizer that
 has none) is not drawn.
+
+Words: a *setting* is a field of a training job that trials may differ in (`learning_rate`); a *parameter* is a setting
+as a proposal names it (`learning_rate`, or `vgg16.learning_rate` if that backbone has a distribution of its own).
 """
 
 import dataclasses
 import itertools
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -24,8 +26,10 @@ from mnist_dist.config import (
     SharedRunConfig,
     TrainJob,
 )
+from mnist_dist.distributions import Choice, Distribution
+from mnist_dist.errors import ConfigError
 from mnist_dist.models.backbones import check_model, check_trainable
-from mnist_dist.search_config import BackboneSpace, SearchJob
+from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob
 
 _MAX_VALUES = 20
 """The most values of one choice that are checked before the search begins."""
@@ -37,11 +41,41 @@ Stage = Literal["trial", "finalist"]
 class Draw(Protocol):
     """Draws a value for each requested parameter, by name."""
 
-    def choice(self, name: str, values: Sequence[Any]) -> Any:
-        """Draws one of the values."""
+    def draw(self, name: str, distribution: Distribution) -> Any:
+        """Draws a value of a distribution that has several."""
 
-    def log_uniform(self, name: str, low: float, high: float) -> float:
-        """Draws a number between the two ends."""
+
+@dataclass(frozen=True)
+class Condition:
+    """When a setting has an effect: another one has this value, or (None) any value but None."""
+
+    setting: str
+    value: str | None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value of the other setting meets it."""
+        return value is not None if self.value is None else bool(value == self.value)
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.value}" if self.value else f"a {self.setting}"
+
+
+CONDITIONS = {
+    "fine_tune_learning_rate": Condition("trained", "fine-tune"),
+    "augmentation": Condition("trained", "all"),
+    "weight_decay": Condition("optimizer", "adamw"),
+    "momentum": Condition("optimizer", "sgd"),
+    "plateau_patience": Condition("schedule", "constant"),
+    "plateau_factor": Condition("plateau_patience", None),
+}
+SETTINGS = (
+    *("fine_tune_learning_rate", "augmentation", "hidden_units", "dropout", "label_smoothing", "batch_size"),
+    *("learning_rate", "optimizer", "weight_decay", "momentum", "schedule", "warmup_steps", "clip_norm"),
+    *("class_weights", "plateau_patience", "plateau_factor", "early_stopping_patience"),
+)
+"""All settings, in the order in which they are drawn: a condition comes before what depends on it."""
+UNLESS_DRAWN = {"schedule": OptimizerConfig.schedule}
+"""What conditions see of settings that a space need not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +133,33 @@ def architectures_of(space: BackboneSpace) -> list[Architecture]:
     ]
 
 
+def drawn_for(job: SearchJob, backbone: BackboneSpace) -> dict[str, tuple[str, Distribution]]:
+    """Setting -> parameter and distribution for the trials of a backbone, with or without effect."""
+    shared = {name: (name, each) for name, each in job.space.distributions().items()}
+    return shared | {name: (f"{backbone.backbone}.{name}", each) for name, each in backbone.drawn.items()}
+
+
 def propose(job: SearchJob, draw: Draw) -> Params:
     """Draws one configuration."""
-    space, params = job.space, Params()
+    params = Params()
 
-    def choice(name: str, values: Sequence[Any]) -> Any:
-        params[name] = draw.choice(name, values) if len(values) > 1 else values[0]
+    def take(name: str, distribution: Distribution) -> Any:
+        values = distribution.grid()
+        params[name] = draw.draw(name, distribution) if len(values) > 1 else values[0]
         return params[name]
 
-    def log_uniform(name: str, ends: tuple[float, float]) -> None:
-        params[name] = draw.log_uniform(name, *ends) if ends[0] < ends[1] else ends[0]
-
     by_name = {each.backbone: each for each in job.backbones}
-    backbone = by_name[choice("backbone", list(by_name))]
+    backbone = by_name[take("backbone", Choice(tuple(by_name)))]
     for name in ("alpha", "image_size_px", "pooling"):
-        choice(f"{backbone.backbone}.{name}", getattr(backbone, name))
-    trained = choice(f"{backbone.backbone}.trained", backbone.trained)
+        take(f"{backbone.backbone}.{name}", Choice(getattr(backbone, name)))
+    trained = take(f"{backbone.backbone}.trained", Choice(backbone.trained))
     if trained == "fine-tune":
-        choice(f"{backbone.backbone}.cut_point", backbone.cut_points)
-        log_uniform("fine_tune_learning_rate", space.fine_tune_learning_rate)
-    if trained == "all":
-        choice("augmentation", space.augmentation)
-    for name in ("hidden_units", "dropout", "label_smoothing", "batch_size"):
-        choice(name, getattr(space, name))
-    log_uniform("learning_rate", space.learning_rate)
-    if choice("optimizer", space.optimizer) == "adamw":
-        log_uniform("weight_decay", space.weight_decay)
+        take(f"{backbone.backbone}.cut_point", Choice(backbone.cut_points))
+    drawn, values = drawn_for(job, backbone), {**UNLESS_DRAWN, "trained": trained}
+    for setting in SETTINGS:
+        condition = CONDITIONS.get(setting)
+        if setting in drawn and (condition is None or condition.holds(values.get(condition.setting))):
+            values[setting] = take(*drawn[setting])
     return params
 
 
@@ -149,31 +184,28 @@ def train_job(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Tra
         job: the search.
         stage: a `trial` trains the head on the frozen backbone, or the whole network; a `finalist` also fine-tunes.
     """
-    search, model = job.search, architecture_of(params, job).model()
-    optimizer = OptimizerConfig(
-        optimizer=params["optimizer"],
-        weight_decay=params.get("weight_decay", 0.0),
-        label_smoothing=params["label_smoothing"],
-    )
+    own = f"{params['backbone']}."
+    values = {name.removeprefix(own): value for name, value in params.items()}
+    model = architecture_of(params, job).model()
+    fit = FitConfig(precision=job.search.precision, seed=job.search.seed, best_metric="val_accuracy")
     return TrainJob(
         data=job.data,
-        model=replace(model, hidden_units=params["hidden_units"], dropout=params["dropout"]),
-        phases=_phases(params, job, stage=stage),
-        optimizer=optimizer,
-        fit=FitConfig(
-            batch_size=params["batch_size"],
-            augmentation=params.get("augmentation", "none"),
-            precision=search.precision,
-            seed=search.seed,
-            best_metric="val_accuracy",
-        ),
+        model=replace(model, hidden_units=values["hidden_units"], dropout=values["dropout"]),
+        phases=_phases(values, job, stage=stage),
+        optimizer=OptimizerConfig(**_settings_of(OptimizerConfig, values)),
+        fit=replace(fit, **_settings_of(FitConfig, values)),
         run=_run_config(job),
     )
 
 
+def _settings_of(config: type[OptimizerConfig] | type[FitConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(config)}.intersection(SETTINGS)
+    return {name: values[name] for name in names & values.keys()}
+
+
 def backbone_job(architecture: Architecture, job: SearchJob) -> TrainJob:
     """A job with the frozen backbone of an architecture, for computing features and measuring speed."""
-    fit = FitConfig(batch_size=min(job.space.batch_size), precision=job.search.precision, seed=job.search.seed)
+    fit = FitConfig(precision=job.search.precision, seed=job.search.seed)
     phases = PhasesConfig(trainable=("head",))
     return TrainJob(data=job.data, model=architecture.model(), phases=phases, fit=fit, run=_run_config(job))
 
@@ -194,9 +226,8 @@ def describe(params: Mapping[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _phases(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> PhasesConfig:
-    search, trained = job.search, params[f"{params['backbone']}.trained"]
-    rate = params["learning_rate"]
+def _phases(values: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> PhasesConfig:
+    search, trained, rate = job.search, values["trained"], values["learning_rate"]
     if trained == "all":
         epochs = search.trial_epochs if stage == "trial" else search.finalist_epochs
         return PhasesConfig(epochs=(epochs,), learning_rate=(rate,), trainable=("all",))
@@ -204,9 +235,101 @@ def _phases(params: Mapping[str, Any], job: SearchJob, *, stage: Stage) -> Phase
         return PhasesConfig(epochs=(search.trial_epochs,), learning_rate=(rate,), trainable=("head",))
     return PhasesConfig(
         epochs=(search.trial_epochs, search.fine_tune_epochs),
-        learning_rate=(rate, params["fine_tune_learning_rate"]),
-        trainable=("head", params[f"{params['backbone']}.cut_point"]),
+        learning_rate=(rate, values["fine_tune_learning_rate"]),
+        trainable=("head", values["cut_point"]),
     )
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def smallest_batch(job: SearchJob) -> int:
+    """The smallest batch size of the space."""
+    return int(min(min(drawn_for(job, each)["batch_size"][1].grid()) for each in job.backbones))
+
+
+def fit_batches(job: SearchJob, *, images: int) -> tuple[SearchJob, list[str]]:
+    """The search without the batch sizes above the number of training images, and a line for each change.
+
+    Raises:
+        ConfigError: no batch size is left.
+    """
+    lines: list[str] = []
+
+    def fitted(name: str, sizes: Distribution) -> Distribution:
+        left = sizes.at_most(images)
+        if left is None:
+            raise ConfigError(
+                f"batch_size must be at most the number of training images ({images:,}): give a smaller --batch-size. "
+                f"Received: {name}={sizes.grid()}"
+            )
+        if left != sizes:
+            lines.append(f"{name} {_left_out(sizes, left)}: {images:,} training images")
+        return left
+
+    searched = {each.backbone for each in job.backbones}
+    backbones = tuple(
+        replace(each, drawn={**each.drawn, "batch_size": fitted(f"{each.backbone}.batch_size", sizes)})
+        if (sizes := each.drawn.get("batch_size")) and each.backbone in searched
+        else each
+        for each in job.space.backbones
+    )
+    drawn = dict(job.space.drawn)
+    if any("batch_size" not in each.drawn for each in job.backbones):
+        drawn["batch_size"] = fitted("batch_size", job.space.distributions()["batch_size"])
+    return replace(job, space=replace(job.space, backbones=backbones, drawn=drawn)), lines
+
+
+def _left_out(sizes: Distribution, left: Distribution) -> str:
+    if isinstance(sizes, Choice):
+        return f"{', '.join(str(size) for size in sizes.values if size not in left.grid())} left out"
+    return f"drawn up to {max(left.grid())} instead of {sizes.high}"
+
+
+# --- one trial for each network --------------------------------------------------------------------------------------
+
+
+def one_of_each(job: SearchJob, *, batch_of: Callable[[Sequence[int]], int], epochs: int) -> SearchJob:
+    """The search as a grid with one trial for each architecture and way to train it, for a rehearsal or a forecast.
+
+    Args:
+        job: the search. Of its other settings, the middle one of their values is taken.
+        batch_of: chooses one of several batch sizes.
+        epochs: of a trial, and of each phase of a finalist.
+    """
+
+    def one_of(name: str, distribution: Distribution) -> Choice:
+        values = distribution.grid()
+        return Choice((batch_of(values) if name == "batch_size" else middle(values),))
+
+    def single(drawn: Mapping[str, Distribution]) -> dict[str, Distribution]:
+        return {name: one_of(name, each) for name, each in drawn.items()}
+
+    spaces = job.space.backbones
+    backbones = [replace(each, cut_points=(middle(each.cut_points),), drawn=single(each.drawn)) for each in spaces]
+    space = replace(job.space, backbones=tuple(backbones), drawn=single(job.space.distributions()))
+    search = SearchConfig(
+        backbones=job.search.backbones,
+        weights=job.search.weights,
+        trials=sum(len(architectures_of(each)) * len(each.trained) for each in job.backbones),
+        algorithm="grid",
+        scheduler="none",
+        trial_epochs=epochs,
+        finalists=1,
+        finalist_epochs=epochs,
+        fine_tune_epochs=epochs,
+        precision=job.search.precision,
+        seed=job.search.seed,
+    )
+    return replace(job, space=space, search=search)
+
+
+def middle(values: Sequence[Any]) -> Any:
+    """The middle one of some values."""
+    return values[len(values) // 2]
+
+
+# --- ways to draw ----------------------------------------------------------------------------------------------------
 
 
 class _NthDraw:
@@ -215,11 +338,9 @@ class _NthDraw:
     def __init__(self, backbone: str, place: int) -> None:
         self._backbone, self._place = backbone, place
 
-    def choice(self, name: str, values: Sequence[Any]) -> Any:
+    def draw(self, name: str, distribution: Distribution) -> Any:
+        values = distribution.grid()
         return self._backbone if name == "backbone" else values[self._place % len(values)]
-
-    def log_uniform(self, name: str, low: float, high: float) -> float:
-        return (low, high)[self._place % 2]
 
 
 class OptunaDraw:
@@ -228,15 +349,17 @@ class OptunaDraw:
     def __init__(self, trial: optuna.Trial) -> None:
         self._trial = trial
 
-    def choice(self, name: str, values: Sequence[Any]) -> Any:
-        return self._trial.suggest_categorical(name, list(values))
-
-    def log_uniform(self, name: str, low: float, high: float) -> float:
-        return self._trial.suggest_float(name, low, high, log=True)
+    def draw(self, name: str, distribution: Distribution) -> Any:
+        if isinstance(distribution, Choice):
+            return self._trial.suggest_categorical(name, list(distribution.values))
+        low, high, step, log = distribution.low, distribution.high, distribution.step, distribution.log
+        if distribution.is_whole:
+            return self._trial.suggest_int(name, int(low), int(high), step=int(step or 1), log=log)
+        return self._trial.suggest_float(name, low, high, step=step, log=log)
 
 
 class GridDraw:
-    """Walks through all combinations: the values of choices, both ends and the geometric middle of ranges.
+    """Walks through all combinations: the values of choices, both ends and the middle of ranges.
 
     Earlier choices decide which parameters follow, so a combination is a path through a tree.
     """
@@ -260,15 +383,13 @@ class GridDraw:
             index, count = self._path.pop()
             self._path.append((index + 1, count))
 
-    def choice(self, name: str, values: Sequence[Any]) -> Any:
+    def draw(self, name: str, distribution: Distribution) -> Any:
+        values = distribution.grid()
         if self._depth == len(self._path):
             self._path.append((0, len(values)))
         index = self._path[self._depth][0]
         self._depth += 1
         return values[index]
-
-    def log_uniform(self, name: str, low: float, high: float) -> float:
-        return float(self.choice(name, (low, math.sqrt(low * high), high)))
 
 
 class Proposer:

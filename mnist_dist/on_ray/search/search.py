@@ -10,7 +10,7 @@ import functools
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +52,16 @@ from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
-from mnist_dist.tuning.space import architecture_of, architectures_of, backbone_job, check_space, describe, train_job
+from mnist_dist.tuning.space import (
+    architecture_of,
+    architectures_of,
+    backbone_job,
+    check_space,
+    describe,
+    fit_batches,
+    smallest_batch,
+    train_job,
+)
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
 
 PATIENCE_S = 30.0  # a finalist that was asked to stop is killed after this long
@@ -83,13 +92,11 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         Interrupted: a signal stopped the search; finished trials are kept.
     """
     began_at = time.time()
-    check_space(job)
-    for space in job.backbones:
-        for architecture in architectures_of(space):
-            check_job(backbone_job(architecture, job))
+    require(not (job.run.plan or job.run.dry_run), "plan_search makes the plan, dry_run the dry run", plan=job.run.plan)
+    check_search(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(join(absolute(job.run.storage), name), begun_by=TRIAL_RECORD)
-    facts = _facts(job, recipe)
+    facts = facts_of(job, recipe)
     run.compare(facts)
     finished = run.result()
     if finished is not None:
@@ -102,19 +109,32 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         finished = run.result()  # another driver may have finished it while this one waited for the lock
         if finished is not None:
             return finished
-        result = _Search(job, session, run=run, began_at=began_at).run_to_end(facts)
+        result = Search(job, session, run=run, began_at=began_at).run_to_end(facts)
         session.confirm_lock()
         run.finish(result)
     return result
 
 
-def _facts(job: SearchJob, recipe: str) -> RunFacts:
+def check_search(job: SearchJob) -> None:
+    """Checks everything that needs no data, Ray or TensorFlow.
+
+    Raises:
+        ConfigError: for the first setting that is wrong.
+    """
+    check_space(job)
+    for space in job.backbones:
+        for architecture in architectures_of(space):
+            check_job(backbone_job(architecture, job))
+
+
+def facts_of(job: SearchJob, recipe: str) -> RunFacts:
+    """Everything that determines the result of a search."""
     features = job.run.feature_type if job.run.feature_cache else None
     return RunFacts(recipe=recipe, settings=job.settings(), features=features)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
+class SearchData:
     """The data on which all trials and finalists train."""
 
     decoded: Mapping[str, DecodedData]
@@ -142,6 +162,8 @@ class FinalistTask:
     validated_only: bool
     search: Fence
     """The lock of the search, with which the finalist loses its own."""
+    steps_limit: int | None = None
+    """See `Training`."""
 
 
 def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -153,18 +175,35 @@ def run_first_stage(job: SearchJob, *, recipe: str, console: Console) -> dict[st
     check_space(job)
     run = Run(join(absolute(job.run.storage), job.run.name or recipe), begun_by=TRIAL_RECORD)
     with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
-        stage = _Search(job, session, run=run, began_at=time.time())
+        stage = Search(job, session, run=run, began_at=time.time())
         with connected(verbose=job.run.verbose, stop=session.stop) as resources:
             resources = stage.enter(resources)
-            data = stage.prepare(_facts(job, recipe), resources=resources)
+            data = stage.prepare(facts_of(job, recipe), resources=resources)
             trials = stage.try_all(data, resources=resources)
     return {**stage.timing, "trials": len(trials), "val_accuracy": usable(trials.values())[0].val_accuracy}
 
 
-class _Search:
-    """One driver's attempt at a search."""
+class Search:
+    """One driver's attempt at a search.
 
-    def __init__(self, job: SearchJob, session: Session, *, run: Run, began_at: float) -> None:
+    Args:
+        job: what to search.
+        session: the job's session, which holds its lock.
+        run: the folder that keeps everything.
+        began_at: when the driver started, s since the Unix epoch.
+        split: the function that splits the decoded images.
+    """
+
+    def __init__(
+        self,
+        job: SearchJob,
+        session: Session,
+        *,
+        run: Run,
+        began_at: float,
+        split: Callable[..., Splits] = split,
+    ) -> None:
+        self._split = split
         self.job, self.session, self.run, self.console = job, session, run, session.console
         self.began_at, self.timing = began_at, dict[str, float]()
         self._stopping_since: float | None = None
@@ -191,9 +230,9 @@ class _Search:
                 resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
             )
             require(
-                per_finalist.workers <= min(self.job.space.batch_size),
+                per_finalist.workers <= smallest_batch(self.job),
                 "batch_size must be at least the number of workers of a finalist",
-                batch_size=min(self.job.space.batch_size),
+                batch_size=smallest_batch(self.job),
                 workers=per_finalist.workers,
             )
             data = self.prepare(facts, resources=resources)
@@ -222,7 +261,7 @@ class _Search:
             wait_s=config.wait_for_nodes_s,
         )
         self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, resources)))
-        _concurrent_trials(self.job, resources)
+        concurrent_trials(self.job, resources)
         return resources
 
     @contextmanager
@@ -234,7 +273,7 @@ class _Search:
 
     # --- data ---
 
-    def prepare(self, facts: RunFacts, *, resources: Resources) -> _Data:
+    def prepare(self, facts: RunFacts, *, resources: Resources) -> SearchData:
         """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_data(job.data, console=self.console, store=store_for(job.store))
@@ -249,18 +288,15 @@ class _Search:
         by_key = {listed.plan.cache.key: listed for listed in plans.values()}
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
         of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
-        splits = _common_splits(
-            list(decoded.values()), split(of_each[self.architectures[0].name], job.data, console=self.console)
+        splits = common_splits(
+            list(decoded.values()), self._split(of_each[self.architectures[0].name], job.data, console=self.console)
         )
-        largest = max(job.space.batch_size)
-        require(
-            largest <= len(splits.train),
-            f"batch_size must be at most the number of training images ({len(splits.train):,})",
-            batch_size=largest,
-        )
+        self.job, left_out = fit_batches(job, images=len(splits.train))
+        for line in left_out:
+            self.console.line(line)
         with self._timed("features_s"):
             features = self._features(of_each, splits, resources=resources)
-        return _Data(decoded=of_each, features=features, splits=splits)
+        return SearchData(decoded=of_each, features=features, splits=splits)
 
     def _features(
         self, decoded: Mapping[str, DecodedData], splits: Splits, *, resources: Resources
@@ -279,16 +315,16 @@ class _Search:
 
     # --- trials ---
 
-    def try_all(self, data: _Data, *, resources: Resources) -> dict[int, Trial]:
+    def try_all(self, data: SearchData, *, resources: Resources) -> dict[int, Trial]:
         """Runs the first stage and returns all trials by number.
 
         Raises:
             WorkersFailed: no trial succeeded.
         """
         with self._timed("trials_s"):
-            return self._try(data, concurrent=_concurrent_trials(self.job, resources))
+            return self._try(data, concurrent=concurrent_trials(self.job, resources))
 
-    def _try(self, data: _Data, *, concurrent: int) -> dict[int, Trial]:
+    def _try(self, data: SearchData, *, concurrent: int) -> dict[int, Trial]:
         records = self._records("trials")
         if self.run.read("trials.json", TrialsOver) is None:
             trials = Trials(self.job, records, ends_at=self.ends_at)
@@ -329,7 +365,7 @@ class _Search:
             )
         return known
 
-    def _measure(self, data: _Data, trials: Mapping[int, Trial], *, resources: Resources) -> dict[str, Speed]:
+    def _measure(self, data: SearchData, trials: Mapping[int, Trial], *, resources: Resources) -> dict[str, Speed]:
         """Measures how fast each architecture scores, one after the other, while nothing else runs."""
         known = self.run.read("speeds.json", dict[str, Speed]) or {}
         tried = {architecture_of(trial.params, self.job).name for trial in usable(trials.values())}
@@ -354,7 +390,7 @@ class _Search:
 
     def _train_finalists(
         self,
-        data: _Data,
+        data: SearchData,
         trials: Mapping[int, Trial],
         speeds: Mapping[str, Speed],
         *,
@@ -378,10 +414,10 @@ class _Search:
                     trial, board = waiting.pop(0), make_board()
                     self.console.line(f"finalist {trial.number}: {describe(trial.params)}")
                     validated_only = len(chosen) > 1
-                    task = self._finalist_task(
+                    task = self.finalist_task(
                         data, trial, per_finalist=per_finalist, board=board, validated_only=validated_only
                     )
-                    running[_start(task)] = (trial, board)
+                    running[start_finalist(task)] = (trial, board)
                 for future in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
                     self._record_finalist(running.pop(future)[0], future)
                 return not (waiting or running)
@@ -443,9 +479,10 @@ class _Search:
             )
         self._finalist_records.write(finalist)
 
-    def _finalist_task(
-        self, data: _Data, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
+    def finalist_task(
+        self, data: SearchData, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
     ) -> FinalistTask:
+        """The input of a finalist's process."""
         job = with_absolute_weights(train_job(trial.params, self.job, stage="finalist"))
         name = architecture_of(trial.params, self.job).name
         return FinalistTask(
@@ -465,7 +502,7 @@ class _Search:
     def _finalist_uri(self, trial: Trial) -> str:
         return join(self.run.uri, "finalists", f"{trial.number:06d}")
 
-    def _finish_winner(self, data: _Data, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
+    def _finish_winner(self, data: SearchData, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
         """Tests the winner, copies its bundle into the search's folder, and returns its test metrics."""
         finalist_bundle, bundle = join(self._finalist_uri(winner), "bundle"), join(self.run.uri, "bundle")
         if not ANYWHERE.exists(join(finalist_bundle, BUNDLE_FILE)):
@@ -477,11 +514,11 @@ class _Search:
                 ANYWHERE.upload_folder(Path(scratch), bundle, last=BUNDLE_FILE)
         return dict(documents.read(ANYWHERE, join(bundle, BUNDLE_FILE), BundleInfo).test)
 
-    def _test(self, winner: Trial, data: _Data, *, per_finalist: Share) -> None:
+    def _test(self, winner: Trial, data: SearchData, *, per_finalist: Share) -> None:
         """Resumes the winner's run, of which only the test and the bundle remain."""
         board = make_board()
-        task = self._finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
-        wait_for([_start(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
+        task = self.finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
+        wait_for([start_finalist(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
 
     # --- results ---
 
@@ -539,7 +576,7 @@ def _gpus_per_trial(job: SearchJob, resources: Resources) -> float:
     return requested if requested is not None else 0.25 if resources.gpus else 0.0
 
 
-def _concurrent_trials(job: SearchJob, resources: Resources) -> int:
+def concurrent_trials(job: SearchJob, resources: Resources) -> int:
     """How many trials fit at once; more would starve each other (ray-project/ray#54305).
 
     Raises:
@@ -555,7 +592,7 @@ def _concurrent_trials(job: SearchJob, resources: Resources) -> int:
     return min(room, job.run.concurrent_trials or room, job.search.trials)
 
 
-def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
+def common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
     """The splits without the images that are unreadable at any of the input sizes."""
     if not any(data.bad for data in decoded):
         return splits
@@ -566,7 +603,7 @@ def _common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:
     )
 
 
-def _start(task: FinalistTask) -> Any:
+def start_finalist(task: FinalistTask) -> Any:
     """Starts a finalist in its own process on this node. Ray Train places its workers."""
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(train_finalist).remote(task)
 
@@ -577,7 +614,9 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
     console = Console(verbose=task.job.run.verbose, terminal=False)
     with Stop(console) as stop, _patient_lock(task.run, within=task.search) as lock:
         session = Session(console=console, stop=stop, lock=lock)
-        training = Training(task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at)
+        training = Training(
+            task.job, session, recipe="finalist", run=Run(task.run), began_at=began_at, steps_limit=task.steps_limit
+        )
         metrics = training.train_on(
             task.splits,
             task.features,

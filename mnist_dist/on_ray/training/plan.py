@@ -77,7 +77,7 @@ class _Plan:
 
     def __init__(self, job: TrainJob, listed: Listed, session: Session, *, recipe: str) -> None:
         self._job, self._session, self._recipe = job, session, recipe
-        self._sizes = sizes_of(listed.source.table["split"], job)
+        self._sizes = sizes_of(listed.source.table["split"], job.data)
         self._sample = self._sampled(listed)
         phases = replace(job.phases, epochs=(EPOCHS,))
         fit = replace(job.fit, early_stopping_patience=None, plateau_patience=None)
@@ -87,11 +87,11 @@ class _Plan:
         """Measures the sample and returns the plan. `ready_s`: the time that listing and connecting took."""
         first, result = self._run(FIRST_STEPS)
         decode_s, features_rate = first.decode_core_s / len(self._sample.source.table), first.features_images_per_s
-        training, epochs = first, _epochs_of(result)
+        training, epochs = first, epochs_of(result)
         slowest_s = max(epoch.train_s for epoch in epochs)
         if slowest_s < ENOUGH_S and epochs[0].steps == FIRST_STEPS:
             training, result = self._run(round(FIRST_STEPS * WANTED_S / slowest_s))
-            epochs = _epochs_of(result)
+            epochs = epochs_of(result)
         sizes, batch, steps = self._sizes, self._job.fit.batch_size, epochs[0].steps
         validated = min(result["validation_images"], steps * batch)
         phases = forecast_phases(self._job, epochs, sizes=sizes, validated=validated)
@@ -176,18 +176,18 @@ class _Plan:
         line(f"expected: {duration(plan['expected_seconds'])} from start to end; memory: {memory} per worker")
 
 
-def _epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
+def epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
     """The times of each phase's last epoch."""
     return list(result["epoch_times"][EPOCHS - 1 :: EPOCHS])
 
 
-def sizes_of(given: pa.ChunkedArray, job: TrainJob) -> Sizes:
+def sizes_of(given: pa.ChunkedArray, data: DataConfig) -> Sizes:
     """The number of images in each split, from the splits named in the data. Includes unreadable images."""
     counts = {item["values"]: item["counts"] for item in given.value_counts().to_pylist()}
     val, test = counts.get("val", 0), counts.get("test", 0)
     rest = len(given) - val - test
-    new_test = 0 if test else round(rest * job.data.test_fraction)
-    new_val = 0 if val else round(rest * job.data.validation_fraction)
+    new_test = 0 if test else round(rest * data.test_fraction)
+    new_val = 0 if val else round(rest * data.validation_fraction)
     return Sizes(train=rest - new_val - new_test, validation=val + new_val, test=test + new_test)
 
 

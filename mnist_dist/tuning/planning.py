@@ -1,0 +1,133 @@
+"""The forecast of a search from what its networks cost on a sample.
+
+Owns: the arithmetic. Does not own: running the sample (`on_ray/search/plan.py`).
+
+Before a search, nobody knows which networks the sampler will prefer: every backbone counts the same, and so does
+every size, width and way to train within a backbone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnist_dist.search_config import SearchConfig, SearchJob
+from mnist_dist.tuning.space import architectures_of
+
+REDUCTION = 3
+"""asha: one in this many trials that reach a rung continues; the first rung is at this to the power of -2."""
+Way = tuple[str, str]
+"""An architecture's name, and how it is trained: `head`, `fine-tune` or `all`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialCost:
+    """What a trial costs."""
+
+    setup_s: float
+    """To build the network and compile its step."""
+    epoch_s: float
+    """An epoch on all images, with validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the parts of a search cost."""
+
+    start_s: float
+    """Until the cluster is there and the images are listed."""
+    decoding_s: float
+    features_s: Mapping[str, float]
+    """Features of an architecture, by its name."""
+    process_s: float
+    """To start a process with TensorFlow."""
+    trials: Mapping[Way, TrialCost]
+    finalists_s: Mapping[Way, float]
+    """A finalist from its start to its end."""
+    test_s: float
+    """The test of the winner, and its bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchForecast:
+    """How long a search will take."""
+
+    parts: Mapping[str, float]
+    """`decoding`, `features`, `trials`, `finalists`, s."""
+    trials_at_most_s: float
+    """The trials, if none of them is stopped early."""
+    seconds: float
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+def chances(job: SearchJob) -> dict[Way, float]:
+    """How likely a trial is of each architecture and way to train it."""
+    found = dict[Way, float]()
+    for space in job.backbones:
+        ways = [(each.name, trained) for each in architectures_of(space) for trained in space.trained]
+        found |= {way: 1 / (len(job.backbones) * len(ways)) for way in ways}
+    return found
+
+
+def mean_epochs(search: SearchConfig) -> float:
+    """Epochs of a mean trial. With asha: of trials whose order of merit is random, and the same in each epoch."""
+    most = search.trial_epochs
+    if search.scheduler != "asha":
+        return float(most)
+    first = max(1, most // REDUCTION**2)
+    rungs = [first * REDUCTION**power for power in range(math.ceil(math.log(most / first, REDUCTION)))]
+    reached: dict[int, list[float]] = {rung: [] for rung in rungs}
+    total = 0
+    for merit in np.random.default_rng(0).random(search.trials):
+        stopped = None
+        for rung, merits in reached.items():
+            is_behind = bool(merits) and merit < np.percentile(merits, 100 * (1 - 1 / REDUCTION))
+            merits.append(float(merit))
+            if is_behind:
+                stopped = rung
+                break
+        total += stopped or most
+    return total / search.trials
+
+
+def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int) -> SearchForecast:
+    """Forecasts a search.
+
+    Args:
+        job: the search.
+        costs: what its parts cost.
+        concurrent: how many trials run at the same time.
+        at_once: how many finalists do.
+    """
+    likely, trials = chances(job), job.search.trials
+    rounds = math.ceil(trials / concurrent)
+
+    def all_trials_s(epochs: float) -> float:
+        mean_s = sum(likely[way] * (cost.setup_s + epochs * cost.epoch_s) for way, cost in costs.trials.items())
+        return costs.process_s + rounds * mean_s
+
+    features_s = sum((_is_tried(name, likely, trials) * seconds for name, seconds in costs.features_s.items()), 0.0)
+    mean_finalist_s = sum(likely[way] * seconds for way, seconds in costs.finalists_s.items())
+    finalists = min(trials, job.search.finalists)
+    parts = {
+        "decoding": costs.decoding_s,
+        "features": features_s,
+        "trials": all_trials_s(mean_epochs(job.search)),
+        "finalists": math.ceil(finalists / at_once) * mean_finalist_s,
+    }
+    at_most_s = all_trials_s(job.search.trial_epochs)
+    if job.search.hours is not None:
+        left_s = max(0.0, job.search.hours * 3600 - costs.start_s - costs.decoding_s - features_s)
+        parts["trials"], at_most_s = min(parts["trials"], left_s), min(at_most_s, left_s)
+    seconds = costs.start_s + sum(parts.values()) + costs.test_s
+    return SearchForecast(parts=parts, trials_at_most_s=at_most_s, seconds=seconds)
+
+
+def _is_tried(name: str, likely: Mapping[Way, float], trials: int) -> float:
+    """How likely it is that any trial needs the features of an architecture."""
+    chance = sum(each for (architecture, trained), each in likely.items() if architecture == name and trained != "all")
+    return 1 - (1 - chance) ** trials
