@@ -77,16 +77,17 @@ class SpentTime:
             return []
 
     @contextmanager
-    def counting(self, *, began: float) -> Iterator[None]:
+    def counting(self, *, began: float, every_s: float = SECONDS_BETWEEN_WRITES) -> Iterator[None]:
         """Records the time within the block, by a thread.
 
         Args:
             began: when this driver began (`time.monotonic`).
+            every_s: seconds between two records.
         """
         is_over = threading.Event()
 
         def count() -> None:
-            while not is_over.wait(SECONDS_BETWEEN_WRITES):
+            while not is_over.wait(every_s):
                 self._try_to_write(time.monotonic() - began)
 
         thread = threading.Thread(target=count, daemon=True, name="spent-time")

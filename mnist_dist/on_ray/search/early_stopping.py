@@ -72,8 +72,8 @@ class EarlyStopping(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if not self._counts(trial, result):
-            return TrialScheduler.CONTINUE
-        return self._rule_of[trial.trial_id].on_trial_result(tune_controller, trial, result)
+            return str(TrialScheduler.CONTINUE)
+        return str(self._rule_of[trial.trial_id].on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if self._counts(trial, result):
