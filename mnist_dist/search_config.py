@@ -118,12 +118,18 @@ class SearchConfig:
     trials: int = 30
     """Number of configurations to try."""
     hours: float | None = None
-    """Start no more trials after this many hours. None: no limit."""
+    """Hours for the whole search, summed over all times it is resumed, finalists included: trials end early enough for
+    the finalists, as far as the trials allow to forecast them. A finalist is never cut off. None: no limit."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
     """tpe: Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). grid: all combinations; of a range, its
     ends and its middle."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha: stop trials early that lag behind (Li et al. 2018)."""
+    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """Which trials to stop early. asha: at 1/9 and 1/3 of the epochs, those not among the best third (Li et al. 2018).
+    hyperband: asynchronous HyperBand; asha that begins later for some trials (Li et al. 2017). median: those below the
+    median of the others at the same epoch (Golovin et al. 2017)."""
+    grace_steps: int = 500
+    """A trial takes at least this many steps before it may be stopped early, whatever its batch size: networks with
+    BatchNorm are slow starters."""
     trial_epochs: int = 10
     """Epochs of a trial that is not stopped early."""
     finalists: int = 3
@@ -136,8 +142,13 @@ class SearchConfig:
     """Precision of the training step, as in training."""
     seed: int = 0
     """Seed of the proposed configurations and of every trial's weights and batches."""
+    like: str | None = None
+    """tpe only: an earlier search, as the name of its folder in `--storage` or as a URI. The sampler knows the results
+    of its finished trials from the start, if the space holds them; they are no trials of this search."""
 
     def __post_init__(self) -> None:
+        require(self.grace_steps >= 0, "grace_steps must be 0 or above", grace_steps=self.grace_steps)
+        require(self.like is None or self.algorithm == "tpe", "like needs algorithm='tpe'", algorithm=self.algorithm)
         for name in ("trials", "trial_epochs", "finalists", "finalist_epochs", "fine_tune_epochs"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
         require(self.hours is None or self.hours > 0, "hours must be positive", hours=self.hours)

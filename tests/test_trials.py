@@ -1,7 +1,8 @@
 """trials: their records, their order, their errors; and what comes next, also after a driver was killed."""
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,139 @@ def test_trials_of_a_killed_driver_that_never_ran_again_are_not_left_running(tmp
     again = opened(tmp_path)
     again.end_all()
     assert [trial.status for trial in TrialRecords(str(tmp_path)).read().values()] == ["done", "failed", "failed"]
+
+
+# --- trials that wait for features ---
+
+FROZEN = SearchJob(
+    space=SearchSpace(
+        backbones=(
+            BackboneSpace(backbone="mlp", trained=("all",)),
+            BackboneSpace(backbone="mobilenet", alpha=(0.25,)),
+            BackboneSpace(backbone="cnn", trained=("all",)),
+            BackboneSpace(backbone="vgg16", image_size_px=(32,)),
+        )
+    ),
+    search=SearchConfig(trials=12, seed=5),
+)
+
+
+def waiting(folder: Path, *, concurrent: int, computed: Sequence[str] = (), fence: int = 17) -> Trials:
+    """Trials of which those of `mobilenet` and `vgg16` need features of that name."""
+    return Trials(
+        FROZEN,
+        TrialRecords(str(folder), fence=fence),
+        ends_at=NEVER,
+        concurrent=concurrent,
+        features_of=lambda params: params["backbone"] if params["backbone"] in ("mobilenet", "vgg16") else None,
+        computed=computed,
+    )
+
+
+def begun(trials: Trials) -> list[int]:
+    """The numbers of all trials that can begin now."""
+    return [trial.number for trial in iter(trials.next, None)]
+
+
+def test_trials_without_features_begin_at_once_and_those_that_need_them_wait(tmp_path: Path) -> None:
+    trials = waiting(tmp_path, concurrent=4)
+    assert begun(trials) == [0, 2]
+    assert trials.waiting == {1: "mobilenet", 3: "vgg16"}
+    assert trials.running == {0, 2}
+    assert [trial.status for trial in TrialRecords(str(tmp_path)).read().values()] == ["running"] * 4
+
+
+def test_places_that_become_free_are_left_to_the_features(tmp_path: Path) -> None:
+    trials = waiting(tmp_path, concurrent=2)
+    first = trials.next()
+    assert first is not None
+    assert begun(trials) == []
+    assert (trials.waiting, trials.wanted) == ({1: "mobilenet"}, "mobilenet")
+    trials.end(0, report(0.5))
+    assert begun(trials) == []
+    assert len(trials.known) == 2
+
+
+def test_a_trial_begins_when_its_features_are_computed(tmp_path: Path) -> None:
+    trials = waiting(tmp_path, concurrent=4)
+    begun(trials)
+    trials.features_computed("vgg16")
+    assert begun(trials) == [3]
+    assert (trials.waiting, trials.wanted) == ({1: "mobilenet"}, "mobilenet")
+    trials.features_computed("mobilenet")
+    assert begun(trials)[0] == 1
+    assert (trials.waiting, trials.wanted) == ({}, None)
+
+
+def test_computed_features_are_waited_for_by_nobody(tmp_path: Path) -> None:
+    trials = waiting(tmp_path, concurrent=4, computed=("vgg16", "mobilenet"))
+    assert begun(trials) == list(range(12))
+
+
+def test_features_that_cannot_be_computed_fail_their_trials_alone(tmp_path: Path) -> None:
+    trials = waiting(tmp_path, concurrent=1, computed=("mobilenet",))
+    for _ in range(3):
+        run_one(trials)
+    assert begun(trials) == []
+    trials.features_failed("vgg16", "not finite")
+    begun(trials)
+    found = TrialRecords(str(tmp_path)).read()
+    assert len(found) == 12
+    of_vgg16 = [trial for trial in found.values() if trial.params["backbone"] == "vgg16"]
+    assert [(trial.status, trial.error) for trial in of_vgg16] == [("failed", "features of vgg16: not finite")] * len(
+        of_vgg16
+    )
+    assert sum(trial.status == "failed" for trial in found.values()) == len(of_vgg16) >= 1
+
+
+def test_a_trial_that_waited_when_its_driver_died_is_run_by_the_next_one(tmp_path: Path) -> None:
+    killed = waiting(tmp_path, concurrent=4)
+    begun(killed)
+    proposed = {number: trial.params for number, trial in killed.known.items()}
+    again = waiting(tmp_path, concurrent=4, computed=("vgg16", "mobilenet"), fence=18)
+    first = [again.next() for _ in range(4)]
+    assert {trial.number: trial.params for trial in first if trial} == proposed
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 4])
+def test_a_search_that_is_killed_while_it_computes_features_proposes_what_an_undisturbed_one_proposes(
+    tmp_path: Path, killed_after: int
+) -> None:
+    undisturbed = waiting(tmp_path / "undisturbed", concurrent=1, computed=("vgg16", "mobilenet"))
+    while len(undisturbed.known) < 12:
+        run_one(undisturbed)
+    killed = waiting(tmp_path / "killed", concurrent=1)
+    for _ in range(killed_after):
+        run_or_compute(killed)
+    killed.next()
+    again = waiting(tmp_path / "killed", concurrent=1)
+    while sum(trial.status == "done" for trial in again.known.values()) < 12:
+        run_or_compute(again)
+    assert again.known == undisturbed.known
+
+
+def run_or_compute(trials: Trials) -> None:
+    """Runs the next trial, or computes the features that it waits for."""
+    trial = trials.next()
+    if trial is not None:
+        trials.end(trial.number, report(accuracy_of(trial.number)))
+    elif trials.wanted is not None:
+        trials.features_computed(trials.wanted)
+
+
+# --- the budget ---
+
+
+def test_trials_end_when_the_finalists_need_the_time_that_is_left(tmp_path: Path) -> None:
+    needed_s = 0.0
+    trials = Trials(
+        JOB,
+        TrialRecords(str(tmp_path), fence=17),
+        ends_at=time.monotonic() + 3_600,
+        reserve_s=lambda known: needed_s * sum(trial.status == "done" for trial in known.values()),
+    )
+    run_one(trials)
+    assert not trials.over
+    needed_s = 3_700.0
+    assert trials.over
+    assert trials.next() is None

@@ -50,7 +50,7 @@ def with_stated_space(job: SearchJob, stated: "Stated | None", *, recipe: str, g
         return job
     from mnist_dist.tuning.space_file import with_space  # Imported here because it imports Optuna.
 
-    return with_space(job, stated, base=console.find_recipe(SEARCH_RECIPES, recipe)(), given=given)
+    return with_space(job, stated, base=command_line.find_recipe(SEARCH_RECIPES, recipe)(), given=given)
 
 
 def run(job: SearchJob, recipe: str, shown: console.Console) -> dict[str, Any]:

@@ -40,7 +40,9 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
-_NUMBERED = re.compile(r"(?:run|attempt|trials/\d{6}|finalists/\d{6})-(\d{6,})(?:\.json$|/)")  # A search is a run, too.
+_NUMBERED = re.compile(
+    r"(?:run|like|spent|attempt|trials/\d{6}|finalists/\d{6})-(\d{6,})(?:\.json$|/)"
+)  # A search is a run, too.
 ATTEMPT = re.compile(r"(attempt-(\d+))/")
 CHECKPOINT = re.compile(r"attempt-(?P<fence>\d+)/checkpoint-(?P<steps>\d+)/" + re.escape(STATE_FILE) + "$")
 

@@ -358,6 +358,19 @@ class OptunaDraw:
         return self._trial.suggest_float(name, low, high, step=step, log=log)
 
 
+class TypicalDraw:
+    """Draws one backbone with settings that usually work: the first value of a choice, the middle of a range."""
+
+    def __init__(self, backbone: str) -> None:
+        self._backbone = backbone
+
+    def draw(self, name: str, distribution: Distribution) -> Any:
+        values = distribution.grid()
+        if name == "backbone":
+            return self._backbone
+        return values[0] if isinstance(distribution, Choice) else middle(values)
+
+
 class GridDraw:
     """Walks through all combinations: the values of choices, both ends and the middle of ranges.
 
@@ -392,22 +405,49 @@ class GridDraw:
         return values[index]
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownResult:
+    """A proposal of another search, and what it came to."""
+
+    params: Params
+    val_accuracy: float
+
+
+def is_in_space(params: Params, job: SearchJob) -> bool:
+    """Whether a space could have given these values: the same parameters, each with a value that may be drawn."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.enqueue_trial(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna warns of a number outside of its range, and raises for a choice.
+        try:
+            return propose(job, OptunaDraw(study.ask())) == params
+        except (ValueError, UserWarning):
+            return False
+
+
 class Proposer:
     """Proposes configurations by number: a function of the seed, the number and the results of earlier trials.
 
+    The first ones try each backbone once, with settings that usually work (`TypicalDraw`): without a result of its own
+    a backbone may never be drawn. A grid covers all of them by itself.
+
     Args:
         job: the search.
+        earlier: results of another search, which the sampler knows from the start. Their backbones count as tried.
 
     Raises:
         ConfigError: the space has a wrong setting.
     """
 
-    def __init__(self, job: SearchJob) -> None:
+    def __init__(self, job: SearchJob, *, earlier: Sequence[KnownResult] = ()) -> None:
         self._job = job
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self._grid = list(itertools.islice(GridDraw().proposals(job), job.search.trials)) if self._is_grid else []
         self._open: dict[int, optuna.Trial] = {}
+        tried = {result.params["backbone"] for result in earlier}
+        self._first = [] if self._is_grid else [each.backbone for each in job.backbones if each.backbone not in tried]
+        self._learn(earlier)
 
     @property
     def _is_grid(self) -> bool:
@@ -418,6 +458,11 @@ class Proposer:
         """The number of configurations to propose."""
         return len(self._grid) if self._is_grid else self._job.search.trials
 
+    @property
+    def untried(self) -> list[str]:
+        """The backbones that get no trial at first, because there are fewer trials than backbones."""
+        return self._first[self.count :]
+
     def propose(self, number: int, known: Params | None = None) -> Params:
         """Returns the configuration with a number; call with 0, 1, 2 and so on.
 
@@ -427,6 +472,8 @@ class Proposer:
         """
         if self._is_grid:
             return self._grid[number]
+        if known is None and number < len(self._first):
+            known = propose(self._job, TypicalDraw(self._first[number]))
         if known is not None:
             self._study.enqueue_trial(known)
         self._study.sampler = self._sampler(number)
@@ -448,6 +495,16 @@ class Proposer:
             return
         state = optuna.trial.TrialState.COMPLETE if value is not None else optuna.trial.TrialState.FAIL
         self._study.tell(self._open.pop(number), value, state=state)
+
+    def _learn(self, earlier: Sequence[KnownResult]) -> None:
+        """Tells the sampler results that are no trials of this search."""
+        sampler, self._study.sampler = self._study.sampler, optuna.samplers.RandomSampler(seed=0)  # It draws nothing.
+        for result in earlier if not self._is_grid else ():
+            self._study.enqueue_trial(result.params)
+            trial = self._study.ask()
+            propose(self._job, OptunaDraw(trial))
+            self._study.tell(trial, result.val_accuracy)
+        self._study.sampler = sampler
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """A fresh sampler for each number, so that no state is lost when a driver is killed."""

@@ -3,6 +3,8 @@
 ```
 <storage>/<name>/
 run-000017.json          recipe, settings and data: written first, compared when the search resumes
+like-000017.json         what is known from an earlier search (warm_start.py)
+spent-000017.json        seconds that the driver with this lock's number has worked (budget.py)
 trials/000012-000017.json  a trial, from the moment it is proposed; trials.json: all trials have ended
 finalists/000012-000017.json  a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
 speeds.json              ms per image and parameters of each architecture

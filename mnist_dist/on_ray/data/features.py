@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,13 @@ def resolve_on_workers(precision: Precision, *, backbone: str, actors: Actors) -
 
 
 def compute_missing(
-    plan: FeaturePlan, session: Session, *, actors: Actors, title: str = "features", compare: bool | None = None
+    plan: FeaturePlan,
+    session: Session,
+    *,
+    actors: Actors,
+    title: str = "features",
+    compare: bool | None = None,
+    beside: bool = False,
 ) -> float | None:
     """Computes the missing shards and finishes the cache; gives the images/s (None: nothing missing).
 
@@ -64,6 +71,8 @@ def compute_missing(
         actors: the actors to use.
         title: of the progress bar.
         compare: whether to look for an engine that is faster than the reference. None: where that is worth it.
+        beside: other work holds the CPUs and is about to end. The actors share them: they reserve no CPU on Ray, where
+            they would wait for that work.
 
     Raises:
         Interrupted: SIGINT or SIGTERM.
@@ -78,13 +87,14 @@ def compute_missing(
         if compare is None:
             compare = is_worth_comparing(plan)
         compares = compare and len(missing) == cache.shards and not actors.gpus
-        engine = _engine(plan, session, actors=actors, title=title, compares=compares)
+        reserved = replace(actors, cpus=0.0) if beside else actors
+        engine = _engine(plan, session, actors=actors, reserved_cpus=reserved.cpus, title=title, compares=compares)
         work = ShardWork(
             worker=FeatureWorker(plan, engine, cpus=max(1, int(actors.cpus)), gpu=actors.gpus > 0),
             done=lambda: set(range(cache.shards)) - set(cache.missing()),
             folder=cache.root,
             max_deaths=MAX_DEATHS,
-            actors=actors,
+            actors=reserved,
         )
         done = cache.rows - sum(len(plan.rows_of(shard)) for shard in missing)
         reports = run_shards(work, missing, session, title=title, done=done, total=cache.rows).reports
@@ -95,7 +105,9 @@ def compute_missing(
     return images_per_s
 
 
-def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, compares: bool) -> FeatureEngine:
+def _engine(
+    plan: FeaturePlan, session: Session, *, actors: Actors, reserved_cpus: float, title: str, compares: bool
+) -> FeatureEngine:
     """The engine of all shards of these features: the one that an earlier driver began with, else the fastest that
     agrees. With several nodes, one with room for an actor compares them, as the driver's may have another CPU."""
     known = kept_engine(plan)
@@ -108,7 +120,7 @@ def _engine(plan: FeaturePlan, session: Session, *, actors: Actors, title: str, 
     if resources().nodes == 1:
         chosen = choose_engine(plan, local_dir=node_folder(), cpus=cpus, session=session)
     else:
-        task = ray.remote(num_cpus=actors.cpus, max_retries=0)(_choose).remote(plan, cpus)
+        task = ray.remote(num_cpus=reserved_cpus, max_retries=0)(_choose).remote(plan, cpus)
         (chosen,) = wait_for([task], session, title=title, expected_s=USUAL_CHOICE_S)
     session.console.line(f"{title}: {describe(chosen)}")
     session.confirm_lock()

@@ -21,7 +21,7 @@ import ray
 
 from mnist_dist import documents
 from mnist_dist.config import ModelConfig, TrainJob, require
-from mnist_dist.console import Console, Stop, command_line
+from mnist_dist.console import Console, Stop, command_line, duration
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
@@ -40,7 +40,7 @@ from mnist_dist.on_ray.data.prepare import (
     split,
 )
 from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
-from mnist_dist.on_ray.search.tuning import Trials, run_trials
+from mnist_dist.on_ray.search.tuning import Trials, TrialWork, run_trials
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
@@ -51,8 +51,10 @@ from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
+from mnist_dist.tuning.budget import SpentTime, finalists_s
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.tuning.space import (
+    Params,
     architecture_of,
     architectures_of,
     backbone_job,
@@ -63,6 +65,7 @@ from mnist_dist.tuning.space import (
     train_job,
 )
 from mnist_dist.tuning.trials import Trial, TrialRecords, TrialsOver, distinct_errors, usable
+from mnist_dist.tuning.warm_start import WarmStart, read_warm_start, warm_start_name
 
 PATIENCE_S = 30.0  # a finalist that was asked to stop is killed after this long
 LOCK_PATIENCE_S = 70.0  # more than the 60 s after which a lock that nobody renews is taken over
@@ -71,6 +74,7 @@ TRIAL_RECORD = re.compile(r"trials/\d{6}-(?P<fence>\d{6,})\.json")
 SPEED_BATCH_SIZE = 32
 SPEED_S = 1.0
 USUAL_SPEED_S = 10.0  # to measure one architecture, with the import of TensorFlow; only the progress bar uses it
+FINE_TUNE_PASSES = 3  # a step forwards and backwards through a whole backbone takes about three times a step forwards
 USUAL_TEST_S = 30.0  # to test the winner; only the progress bar uses it
 
 
@@ -140,7 +144,7 @@ class SearchData:
     decoded: Mapping[str, DecodedData]
     """By the architecture's name."""
     features: Mapping[str, FeaturePlan]
-    """Computed features, by the architecture's name."""
+    """The features of frozen backbones, by the architecture's name. They are computed when a trial first needs them."""
     splits: Splits
 
 
@@ -205,10 +209,13 @@ class Search:
     ) -> None:
         self._split = split
         self.job, self.session, self.run, self.console = job, session, run, session.console
-        self.began_at, self.timing = began_at, dict[str, float]()
+        self.began_at, self.timing = began_at, {"features_s": 0.0}
+        self._began = time.monotonic()
         self._stopping_since: float | None = None
-        hours = job.search.hours
-        self.ends_at = time.monotonic() + hours * 3600 if hours is not None else float("inf")
+        self._warm_start: WarmStart | None = None
+        self._spent = SpentTime(uri=run.uri, fence=session.fence)
+        self._images_per_s: dict[str, float] = {}
+        """Speed of computing features in this driver, by the architecture's name."""
         self.architectures = [architecture for space in job.backbones for architecture in architectures_of(space)]
 
     @functools.cached_property
@@ -224,7 +231,8 @@ class Search:
     def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
         """Takes the remaining steps and returns the result."""
         config = self.job.run
-        with connected(verbose=config.verbose, stop=self.session.stop) as resources:
+        self._warm_start = self._find_warm_start(facts)
+        with connected(verbose=config.verbose, stop=self.session.stop) as resources, ExitStack() as counted:
             resources = self.enter(resources)
             per_finalist = share(
                 resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
@@ -236,7 +244,8 @@ class Search:
                 workers=per_finalist.workers,
             )
             data = self.prepare(facts, resources=resources)
-            trials = self.try_all(data, resources=resources)
+            counted.enter_context(self._spent.counting(began=self._began))
+            trials = self.try_all(data, resources=resources, at_once=_finalists_at_once(per_finalist, resources))
             speeds = self._measure(data, trials, resources=resources)
             with self._timed("finalists_s"):
                 finalists = self._train_finalists(data, trials, speeds, per_finalist=per_finalist, resources=resources)
@@ -274,7 +283,7 @@ class Search:
     # --- data ---
 
     def prepare(self, facts: RunFacts, *, resources: Resources) -> SearchData:
-        """Decodes the images for each input size, splits them once, and computes the frozen backbones' features."""
+        """Decodes the images for each input size, splits them once, and plans the frozen backbones' features."""
         job, root = self.job, self.job.run.storage
         source = open_data(job.data, console=self.console, store=store_for(job.store))
         plans = {each.name: plan_data(source, job.data, each.model(), root=root) for each in self.architectures}
@@ -285,6 +294,10 @@ class Search:
             replace(facts, records="-".join(key[:16] for key in keys)), fence=self.session.fence.number
         )
         self.console.line(f"{'Searching' if is_new else 'Resuming'} {self.run.uri}, on {resources}")
+        if self._warm_start is not None:
+            self.console.line(str(self._warm_start))
+            if is_new:
+                self.run.write(warm_start_name(self.session.fence.number), self._warm_start)
         by_key = {listed.plan.cache.key: listed for listed in plans.values()}
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
         of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
@@ -294,11 +307,22 @@ class Search:
         self.job, left_out = fit_batches(job, images=len(splits.train))
         for line in left_out:
             self.console.line(line)
-        with self._timed("features_s"):
-            features = self._features(of_each, splits, resources=resources)
+        features = self._plan_features(of_each, splits, resources=resources)
         return SearchData(decoded=of_each, features=features, splits=splits)
 
-    def _features(
+    def _find_warm_start(self, facts: RunFacts) -> WarmStart | None:
+        """What the sampler knows from an earlier search: as kept when this search began, else read there.
+
+        Raises:
+            ConfigError: see `read_warm_start`.
+        """
+        if self.job.search.like is None:
+            return None
+        is_begun = self.run.compare(facts)
+        kept = self.run.read(warm_start_name(self.run.begun_by_number()), WarmStart) if is_begun else None
+        return kept or read_warm_start(self.job)
+
+    def _plan_features(
         self, decoded: Mapping[str, DecodedData], splits: Splits, *, resources: Resources
     ) -> dict[str, FeaturePlan]:
         plans = {}
@@ -308,26 +332,71 @@ class Search:
             for each in architectures_of(space):
                 job = with_absolute_weights(backbone_job(each, self.job))
                 plans[each.name] = plan_job_features(job, decoded[each.name], splits, have=resources)
-        for name, plan in plans.items():
-            actors = feature_actors(resources, backbone=plan.model.backbone)
-            compute_missing(plan, self.session, actors=actors, title=f"features of {name}")
         return plans
+
+    def _compute_features(
+        self, plan: FeaturePlan, name: str, session: Session, *, resources: Resources, beside: bool = False
+    ) -> None:
+        """Computes what is missing of the features of an architecture; `beside`: while trials run."""
+        began, actors = time.monotonic(), feature_actors(resources, backbone=plan.model.backbone)
+        try:
+            rate = compute_missing(plan, session, actors=actors, title=f"features of {name}", beside=beside)
+        finally:
+            self.timing["features_s"] += round(time.monotonic() - began, 2)
+        if rate is not None:
+            self._images_per_s[name] = rate
 
     # --- trials ---
 
-    def try_all(self, data: SearchData, *, resources: Resources) -> dict[int, Trial]:
+    def try_all(self, data: SearchData, *, resources: Resources, at_once: int = 1) -> dict[int, Trial]:
         """Runs the first stage and returns all trials by number.
+
+        Args:
+            data: the prepared data.
+            resources: of the cluster.
+            at_once: how many finalists will run at the same time.
 
         Raises:
             WorkersFailed: no trial succeeded.
         """
-        with self._timed("trials_s"):
-            return self._try(data, concurrent=concurrent_trials(self.job, resources))
+        began = time.monotonic()
+        known = self._try(data, resources=resources, at_once=at_once)
+        self.timing["trials_s"] = round(time.monotonic() - began - self.timing["features_s"], 2)
+        return known
 
-    def _try(self, data: SearchData, *, concurrent: int) -> dict[int, Trial]:
-        records = self._records("trials")
+    def _trials(self, data: SearchData, *, concurrent: int, at_once: int) -> Trials:
+        """The trials as far as they are recorded."""
+        hours, ends_at = self.job.search.hours, float("inf")
+        if hours is not None:
+            spent_s = self._spent.earlier_s(since=self.run.begun_by_number())
+            ends_at = self._began + hours * 3600 - spent_s
+            left = duration(max(0.0, ends_at - time.monotonic()))
+            self.console.line(f"time: {left} of {duration(hours * 3600)} left, finalists included")
+        return Trials(
+            self.job,
+            self._records("trials"),
+            ends_at=ends_at,
+            concurrent=concurrent,
+            features_of=functools.partial(_features_of, job=self.job, plans=data.features),
+            computed=[name for name, plan in data.features.items() if plan.cache.is_finished()],
+            earlier=self._warm_start.results if self._warm_start is not None else (),
+            reserve_s=lambda known: finalists_s(
+                known.values(),
+                self.job,
+                at_once=at_once,
+                fine_tune_epoch_s=lambda trial: self._fine_tune_epoch_s(trial, data),
+            ),
+        )
+
+    def _fine_tune_epoch_s(self, trial: Trial, data: SearchData) -> float:
+        """Forecasts a fine-tuning epoch by the speed of computing features; 0 if another driver computed them."""
+        rate = self._images_per_s.get(architecture_of(trial.params, self.job).name)
+        return FINE_TUNE_PASSES * len(data.splits.train) / rate if rate else 0.0
+
+    def _try(self, data: SearchData, *, resources: Resources, at_once: int) -> dict[int, Trial]:
         if self.run.read("trials.json", TrialsOver) is None:
-            trials = Trials(self.job, records, ends_at=self.ends_at)
+            concurrent = concurrent_trials(self.job, resources)
+            trials = self._trials(data, concurrent=concurrent, at_once=at_once)
             task = TrialTask(
                 prepared={
                     name: Prepared(records=decoded.plan, features=data.features.get(name))
@@ -338,20 +407,24 @@ class Search:
                 gpu=bool(self.job.run.gpus_per_trial),
             )
             self.console.line(f"trials: {trials.count}, {concurrent} at a time")
-            run_trials(
-                self.job,
-                trials,
-                task,
-                self.session,
+            if trials.untried:
+                self.console.line(f"  fewer trials than backbones: {', '.join(trials.untried)} will not be tried")
+            work = TrialWork(
+                job=self.job,
+                task=task,
                 uri=self.run.uri,
                 concurrent=concurrent,
+                compute=lambda name, session, beside: self._compute_features(
+                    data.features[name], name, session, resources=resources, beside=beside
+                ),
             )
+            run_trials(work, trials, self.session)
             known = trials.known
             if usable(known.values()):
                 self.session.confirm_lock()
                 self.run.write("trials.json", TrialsOver(len(known)))
         else:
-            known = records.read()
+            known = self._records("trials").read()
         errors = distinct_errors(known.values())
         for words, count in errors[:NAMED_ERRORS]:
             self.console.line(f"{count} trial(s) failed: {words}")
@@ -360,8 +433,9 @@ class Search:
             raise WorkersFailed(
                 f"None of the {len(known)} trials succeeded: {shown}"
                 if known
-                else f"The time (--hours {self.job.search.hours:g}) ran out before the first trial. Decoded images and "
-                "computed features are kept."
+                else f"The time (--hours {self.job.search.hours:g}) ran out before the first trial; it counts over all "
+                "runs of this command. Take another --name and more --hours; decoded images and computed features are "
+                "kept."
             )
         return known
 
@@ -405,7 +479,11 @@ class Search:
         done = self._finalist_records.read()
         chosen = usable(trials.values())[: self.job.search.finalists]
         remaining = [trial for trial in chosen if trial.number not in done]
-        room = max(1, resources.room(per_finalist.cpus, gpus=float(per_finalist.gpu)) // per_finalist.workers)
+        room = _finalists_at_once(per_finalist, resources)
+        for trial in chosen:  # Only a cache that was deleted meanwhile has anything missing.
+            name = _features_of(trial.params, job=self.job, plans=data.features)
+            if name is not None:
+                self._compute_features(data.features[name], name, self.session, resources=resources)
         waiting, running = list(remaining), dict[Any, tuple[Trial, Any]]()
         with self.console.view("finalists") as view:
 
@@ -590,6 +668,16 @@ def concurrent_trials(job: SearchJob, resources: Resources) -> int:
             f"Received: cpus_per_trial={cpus:g}, gpus_per_trial={gpus:g}"
         )
     return min(room, job.run.concurrent_trials or room, job.search.trials)
+
+
+def _finalists_at_once(per_finalist: Share, resources: Resources) -> int:
+    return max(1, resources.room(per_finalist.cpus, gpus=float(per_finalist.gpu)) // per_finalist.workers)
+
+
+def _features_of(params: Params, *, job: SearchJob, plans: Mapping[str, FeaturePlan]) -> str | None:
+    """The name of the architecture whose features a trial needs; None: it needs none."""
+    name = architecture_of(params, job).name
+    return name if name in plans and train_job(params, job, stage="trial").uses_features else None
 
 
 def common_splits(decoded: list[DecodedData], splits: Splits) -> Splits:

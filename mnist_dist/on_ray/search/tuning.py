@@ -6,16 +6,17 @@ a killed search resumes from the records, not from Ray Tune's state.
 
 import os
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from mnist_dist.console import View
-from mnist_dist.errors import MnistDistError, ServiceError, WorkersFailed, first_line
-from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, REPORT, Report, TrialProcess, TrialTask
+from mnist_dist.console import Stop, View, duration
+from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ServiceError, WorkersFailed, first_line
+from mnist_dist.on_ray.search.early_stopping import EarlyStopping, config_of
+from mnist_dist.on_ray.search.trial import ACCURACY, REPORT, Report, TrialProcess, TrialTask, is_outage
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session
@@ -23,33 +24,54 @@ from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.arrow_files import ray_storage
 from mnist_dist.store.uris import join
-from mnist_dist.tuning.space import Proposer, architecture_of, describe, train_job
+from mnist_dist.tuning.space import KnownResult, Params, Proposer, architecture_of, describe, train_job
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, usable
 
 SHOWN_TRIALS = 8
-REDUCTION = 3
-"""asha: one in this many trials that reach a rung continues, as in Li et al. 2018 (arXiv:1810.05934)."""
 TITLES = ["trial", "status", "epochs", "accuracy", "loss", "configuration"]
 DIED = "the trial's process died (out of memory, or its node was lost)"
 OVER = "the time ran out before the first epoch"
 
 
-class Trials:
-    """The trials of a search: the recorded ones, the running ones, and the next one.
+def _no_features(params: Params) -> None:
+    return None
 
-    Ray Tune calls from its own thread, one call at a time; the main thread only reads and asks to stop.
+
+class Trials:
+    """The trials of a search: the recorded ones, the running ones, those that wait for features, and the next one.
+
+    Ray Tune calls from its own thread, one call at a time; the main thread only reads, asks to stop, and says which
+    features are computed. A trial that waits for features is already proposed and recorded. From then on, places that
+    become free stay free, so that the computation soon has the machine to itself.
 
     Args:
         job: the search.
         records: the stored records of the trials.
-        ends_at: no trial starts after this time (`time.monotonic`).
+        ends_at: trials and finalists should have ended by this time (`time.monotonic`).
+        concurrent: the most trials to run at once.
+        features_of: the name of the features that a proposal needs, or None.
+        computed: names of the features that are computed.
+        earlier: results of another search.
+        reserve_s: how long the finalists would take if these trials were all, s.
     """
 
-    def __init__(self, job: SearchJob, records: TrialRecords, *, ends_at: float) -> None:
-        self._job, self._records, self._ends_at = job, records, ends_at
+    def __init__(
+        self,
+        job: SearchJob,
+        records: TrialRecords,
+        *,
+        ends_at: float,
+        concurrent: int = 1,
+        features_of: Callable[[Params], str | None] = _no_features,
+        computed: Sequence[str] = (),
+        earlier: Sequence[KnownResult] = (),
+        reserve_s: Callable[[Mapping[int, Trial]], float] = lambda known: 0.0,
+    ) -> None:
+        self._job, self._records, self._ends_at, self._reserve_s = job, records, ends_at, reserve_s
+        self._concurrent, self._features_of, self._computed = concurrent, features_of, set(computed)
         self.known = records.read()
-        self._proposer = Proposer(job)
-        self.count = self._proposer.count
+        self._proposer = Proposer(job, earlier=earlier)
+        self.count, self.untried = self._proposer.count, self._proposer.untried
         self._to_rerun: list[int] = []
         for number, trial in self.known.items():
             self._proposer.propose(number, trial.params)
@@ -58,28 +80,86 @@ class Trials:
             else:
                 self._proposer.tell(number, trial.val_accuracy)
         self.running: set[int] = set()
+        self.waiting: dict[int, str] = {}
+        """Number of a trial that waits -> the name of the features that it needs."""
+        self._free = 0
+        """While trials wait: how many places may still be filled."""
+        self._failed_features: dict[str, str] = {}
         self.stopped = False
         self.error: Exception | None = None
         """The error that ends the search, kept here because Ray Tune swallows errors raised in its thread."""
         self.done_here = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune stores a copy that is never read."""
+        return {}
+
     @property
     def over(self) -> bool:
         """Whether to start no more trials and to end the running ones."""
-        return self.stopped or time.monotonic() > self._ends_at
+        return self.stopped or self.left_s < 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left for trials; infinite without a limit."""
+        left = self._ends_at - time.monotonic()
+        return left if left in (float("inf"), float("-inf")) else left - self._reserve_s(dict(self.known))
+
+    @property
+    def wanted(self) -> str | None:
+        """The name of features that a trial waits for and that nobody has computed or failed to compute."""
+        known = self._computed | self._failed_features.keys()
+        return next((name for name in tuple(self.waiting.values()) if name not in known), None)
+
+    def features_computed(self, name: str) -> None:
+        """Lets the trials start that wait for these features."""
+        self._computed.add(name)
+
+    def features_failed(self, name: str, error: str) -> None:
+        """Lets the trials fail that need these features."""
+        self._failed_features[name] = error
 
     def next(self) -> Trial | None:
-        """The trial to start now, or None if there are no more."""
-        if self.over or not (self._to_rerun or len(self.known) < self.count):
-            return None
+        """The trial to start now. None: there is none, or only such that wait for features (`waiting`)."""
+        while not self.over and (trial := self._take()) is not None:
+            name = self._features_of(trial.params)
+            if name in self._failed_features:
+                self._fail(trial, f"features of {name}: {self._failed_features[name]}")
+            elif name is None or name in self._computed:
+                self.running.add(trial.number)
+                return trial
+            else:
+                self._wait(trial, name)
+        return None
+
+    def _take(self) -> Trial | None:
+        """A trial whose features are no longer computed, an unfinished one, or a new one."""
+        for number, name in self.waiting.items():
+            if name in self._computed or name in self._failed_features:
+                del self.waiting[number]
+                return self.known[number]
+        if self.waiting:
+            self._free -= 1
+            if self._free < 0:
+                return None
         if self._to_rerun:
             trial = self.known[self._to_rerun.pop(0)]
-        else:
+        elif len(self.known) < self.count:
             number = len(self.known)
             trial = Trial(number=number, params=self._proposer.propose(number))
+        else:
+            return None
         self._put(trial)
-        self.running.add(trial.number)
         return trial
+
+    def _wait(self, trial: Trial, name: str) -> None:
+        if not self.waiting:
+            self._free = self._concurrent - len(self.running) - 1
+        self.waiting[trial.number] = name
+
+    def _fail(self, trial: Trial, error: str) -> None:
+        self._put(replace(trial, status="failed", error=error))
+        self._proposer.tell(trial.number, None)
 
     def note(self, number: int, report: Report) -> None:
         """Notes an epoch in memory, without writing a record."""
@@ -160,11 +240,12 @@ class _TrialSource(Searcher):
     def suggest(self, trial_id: str) -> Any:
         trial = self._trials.next()
         if trial is None:
-            return Searcher.FINISHED
+            is_later = self._trials.waiting and self._trials.running and not self._trials.over
+            return None if is_later else Searcher.FINISHED  # Then no idle process holds what features may need.
         self._numbers[trial_id] = trial.number
         architecture = architecture_of(trial.params, self._job).name
         job = train_job(trial.params, self._job, stage="trial")
-        return {"architecture": architecture, "job": with_absolute_weights(job)}
+        return {**config_of(trial), "architecture": architecture, "job": with_absolute_weights(job)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._trials.note(self._numbers[trial_id], result[REPORT])
@@ -195,45 +276,144 @@ class _StopWhenOver(tune.Stopper):
         return self._trials.over
 
 
-def run_trials(
-    job: SearchJob,
-    trials: Trials,
-    task: TrialTask,
-    session: Session,
-    *,
-    uri: str,
-    concurrent: int,
-) -> None:
-    """Runs the remaining trials.
+class _TimeOver(MnistDistError):
+    """The time for trials ran out while features were computed."""
+
+
+class _StopOrOver(Stop):
+    """The signals of a job, or the end of the time for trials."""
+
+    def __init__(self, session: Session, trials: Trials) -> None:
+        super().__init__(session.console)
+        self._session, self._trials = session, trials
+
+    def check(self) -> None:
+        self._session.stop.check()
+        if self._trials.over:
+            raise _TimeOver("the time for trials is over")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialWork:
+    """What a search needs to run trials.
 
     Args:
         job: the search.
-        trials: all trials of the search.
         task: the input of every trial.
-        session: the session of the search.
         uri: URI of the search's folder.
         concurrent: the most trials to run at once.
+        compute: computes features by name. `beside`: while trials run that hold the CPUs.
+    """
+
+    job: SearchJob
+    task: TrialTask
+    uri: str
+    concurrent: int
+    compute: Callable[[str, Session, bool], None]
+
+
+def run_trials(work: TrialWork, trials: Trials, session: Session) -> None:
+    """Runs the remaining trials, and computes features when the first of them needs them.
+
+    Ray Tune runs until no trial is left, or all that are left wait for features; then it runs again.
+
+    Args:
+        work: what to run.
+        trials: all trials of the search.
+        session: the session of the search.
 
     Raises:
         Interrupted: a signal came; the same command runs the unfinished trials again.
         LockLost: another driver took over the lock.
+        ServiceError: the storage failed.
         WorkersFailed: Ray Tune failed, or a trial could not be recorded.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = (
         "1"  # Ray Tune would write a folder of logs per trial that nobody reads
     )
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # Ray Tune's own state is never restored, so it is rarely saved
-    files, path = ray_storage(uri, ANYWHERE)
-    tuner = tune.Tuner(
+    began = time.monotonic()
+    while True:
+        _run_round(work, trials, session, began=began)
+        if trials.over or not trials.waiting:
+            break
+        _compute_wanted(work, trials, session, beside=False)
+        _raise_failure(trials, session)
+    trials.end_all()
+
+
+def _run_round(work: TrialWork, trials: Trials, session: Session, *, began: float) -> None:
+    """Runs Ray Tune once, to its end."""
+    fit = SideThread(_tuner(work, trials).fit, name="ray-tune")
+    fit.start()
+    try:
+        while not fit.ended(0):
+            with session.console.view("search") as view:
+                session.watch(
+                    lambda timeout_s: fit.ended(timeout_s) or _is_worth_computing(trials),
+                    show=lambda: _show(view, trials, seconds=time.monotonic() - began),
+                    on_signal=trials.stop,
+                )
+            if _is_worth_computing(trials):
+                _compute_wanted(work, trials, session, beside=True)
+    finally:
+        trials.stopped = trials.stopped or fit.is_alive()  # so that Ray Tune's thread starts no more trials
+    _raise_failure(trials, session)
+    ANYWHERE.delete_tree(join(work.uri, "tune"))
+    if fit.error is not None:
+        words = first_line(fit.error)
+        raise WorkersFailed(f"Ray Tune failed: {type(fit.error).__name__}: {words}") from fit.error
+
+
+def _is_worth_computing(trials: Trials) -> bool:
+    """Whether to compute features beside running trials. When none runs, Ray Tune ends first and frees its CPUs."""
+    return trials.wanted is not None and bool(trials.running) and not trials.over
+
+
+def _raise_failure(trials: Trials, session: Session) -> None:
+    session.stop.check()
+    if isinstance(trials.error, MnistDistError):
+        raise trials.error
+    if trials.error is not None:
+        raise WorkersFailed(f"trials could not be recorded: {trials.error}") from trials.error
+
+
+def _compute_wanted(work: TrialWork, trials: Trials, session: Session, *, beside: bool) -> None:
+    """Computes all features that trials wait for; a signal, an outage or the end of the time ends the trials."""
+    limited = replace(session, stop=_StopOrOver(session, trials))
+    while (name := trials.wanted) is not None and not trials.over:
+        try:
+            work.compute(name, limited, beside)
+        except (Interrupted, _TimeOver):
+            trials.stop()
+        except (Locked, LockLost):
+            raise
+        except (MnistDistError, OSError) as error:
+            words = first_line(error)
+            if is_outage(error):
+                trials.fail(ServiceError(f"features of {name}: {words}"))
+            else:
+                session.console.line(f"features of {name} failed: {words}")
+                trials.features_failed(name, words)
+        else:
+            trials.features_computed(name)
+
+
+def _tuner(work: TrialWork, trials: Trials) -> tune.Tuner:
+    files, path = ray_storage(work.uri, ANYWHERE)
+    job = work.job
+    stopping = EarlyStopping(job, train_images=len(work.task.splits.train))
+    stopping.resume(trials.known.values())
+    return tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(TrialProcess, task=task),
+            tune.with_parameters(TrialProcess, task=work.task),
             {"CPU": job.run.cpus_per_trial, "GPU": job.run.gpus_per_trial or 0},
         ),
         tune_config=tune.TuneConfig(
             search_alg=_TrialSource(job, trials),
-            scheduler=_scheduler(job),
+            scheduler=stopping,
             num_samples=-1,
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=work.concurrent,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -244,42 +424,6 @@ def run_trials(
             stop=_StopWhenOver(trials),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
-    )
-    fit = SideThread(tuner.fit, name="ray-tune")
-    began = time.monotonic()
-    fit.start()
-    try:
-        with session.console.view("search") as view:
-            session.watch(
-                fit.ended,
-                show=lambda: _show(view, trials, seconds=time.monotonic() - began),
-                on_signal=trials.stop,
-            )
-    finally:
-        trials.stopped = trials.stopped or fit.is_alive()  # so that Ray Tune's thread starts no more trials
-    session.stop.check()
-    if isinstance(trials.error, MnistDistError):
-        raise trials.error
-    if trials.error is not None:
-        raise WorkersFailed(f"trials could not be recorded: {trials.error}") from trials.error
-    ANYWHERE.delete_tree(join(uri, "tune"))
-    if fit.error is not None:
-        words = first_line(fit.error)
-        raise WorkersFailed(f"Ray Tune failed: {type(fit.error).__name__}: {words}") from fit.error
-    trials.end_all()
-
-
-def _scheduler(job: SearchJob) -> TrialScheduler:
-    if job.search.scheduler == "none":
-        return FIFOScheduler()
-    epochs = job.search.trial_epochs
-    return AsyncHyperBandScheduler(
-        time_attr=EPOCHS,
-        metric=ACCURACY,
-        mode="max",
-        max_t=epochs,
-        grace_period=max(1, epochs // REDUCTION**2),
-        reduction_factor=REDUCTION,
     )
 
 
@@ -292,9 +436,11 @@ def _show(view: View, trials: Trials, *, seconds: float) -> None:
     summary = f"{len(ended)} of {trials.count} trials done, {len(running_now)} running, {failed} failed"
     if best:
         summary += f", best {best[0].val_accuracy:.4f} (trial {best[0].number})"
+    if trials.waiting:
+        summary += f", {len(trials.waiting)} waiting for features"
     if trials.done_here:
-        left = (trials.count - len(ended)) * seconds / trials.done_here
-        summary += f", {left / 60:.0f} min left" if left >= 60 else f", {left:.0f} s left"
+        left = min((trials.count - len(ended)) * seconds / trials.done_here, trials.left_s)
+        summary += f", {duration(left)} left" if left >= 1 else ""
     running = [known[number] for number in running_now][:SHOWN_TRIALS]
     shown = usable(ended)[: SHOWN_TRIALS - len(running)] + running
     view.update(summary=summary, rows=[TITLES, *(_row(trial) for trial in shown)])

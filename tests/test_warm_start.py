@@ -1,0 +1,88 @@
+"""warm start: what an earlier search found is known to the sampler of a new one, however that search fares later."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_dist.errors import ConfigError
+from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.tuning.space import Proposer
+from mnist_dist.tuning.trials import Trial, TrialRecords
+from mnist_dist.tuning.warm_start import read_warm_start
+
+SPACE = SearchSpace(
+    backbones=(BackboneSpace(backbone="mlp", trained=("all",)), BackboneSpace(backbone="cnn", trained=("all",)))
+)
+
+
+def searched(storage: Path, *, like: str | None = None, **space: Any) -> SearchJob:
+    return SearchJob(
+        space=replace(SPACE, **space),
+        search=SearchConfig(trials=6, seed=2, like=like),
+        run=SearchRunConfig(storage=str(storage)),
+    )
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """A search `first`: trials 0 to 5, of which 3 failed and 5 runs, and one of a search before it."""
+    job = searched(tmp_path)
+    proposer = Proposer(job)
+    records = TrialRecords(str(tmp_path / "first" / "trials"), fence=7)
+    for number in range(6):
+        params = proposer.propose(number)
+        status: Any = {3: "failed", 5: "running"}.get(number, "done")
+        accuracy = None if status == "failed" else 0.5 + number / 100
+        records.write(Trial(number=number, params=params, status=status, val_accuracy=accuracy))
+        proposer.tell(number, accuracy)
+    TrialRecords(str(tmp_path / "first" / "trials"), fence=5).write(
+        Trial(number=9, params=params, status="done", val_accuracy=0.9)
+    )
+    (tmp_path / "first" / "run-000006.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_finished_trials_of_an_earlier_search_are_known_in_their_order(storage: Path) -> None:
+    known = read_warm_start(searched(storage, like="first"))
+    assert [result.val_accuracy for result in known.results] == [0.5, 0.51, 0.52, 0.54]
+    assert (known.search, known.outside) == (str(storage / "first"), 0)
+    assert str(known) == f"known from {storage / 'first'}: 4 trials"
+
+
+def test_a_path_names_an_earlier_search_of_another_storage(storage: Path, tmp_path: Path) -> None:
+    job = searched(tmp_path / "elsewhere", like=f"{storage}/first")
+    assert len(read_warm_start(job).results) == 4
+
+
+def test_trials_outside_of_the_new_space_are_left_out_and_counted(storage: Path) -> None:
+    every = read_warm_start(searched(storage, like="first"))
+    known = read_warm_start(searched(storage, like="first", backbones=SPACE.backbones[:1]))
+    assert {result.params["backbone"] for result in known.results} == {"mlp"}
+    assert len(known.results) + known.outside == len(every.results)
+    assert known.outside > 0
+    assert f"{known.outside} more lie outside of this space" in str(known)
+
+
+@pytest.mark.parametrize(
+    ("like", "space", "message"),
+    [
+        ("second", {}, r"^--like needs the folder of a search with finished trials; .*second has none"),
+        (
+            "first",
+            {"hidden_units": (77,)},
+            r"^none of the 4 finished trials of .*first lies in the space .*like='first'$",
+        ),
+    ],
+)
+def test_an_earlier_search_that_teaches_nothing_is_refused(
+    storage: Path, like: str, space: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_warm_start(searched(storage, like=like, **space))
+
+
+def test_only_a_sampler_that_learns_takes_an_earlier_search() -> None:
+    with pytest.raises(ConfigError, match=r"^like needs algorithm='tpe'\. Received: algorithm='random'$"):
+        SearchConfig(like="first", algorithm="random")
