@@ -15,7 +15,11 @@ PACKAGE = "mnist_dist"
 # <- on_ray <- commands <- api, jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "urls", "config", "search_config", "recipes", "console", "side_thread", "processor", "keywords"), 0
+        (
+            *("errors", "urls", "config", "search_config", "recipes", "console", "side_thread", "processor"),
+            *("keywords", "environment"),
+        ),
+        0,
     ),
     "documents": 1,
     "store": 2,

@@ -8,7 +8,6 @@ is a failed check; a check that cannot be made is skipped, with the reason.
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.cluster import check_storage, connected
 from mnist_dist.on_ray.doctor import checks
 from mnist_dist.on_ray.doctor.checks import IN_PLACE_OF, Check, Expected, Pins, Status, named
-from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
+from mnist_dist.on_ray.doctor.facts import KERAS_TIMEOUT_S, Facts, Question, gather
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, temporary_name
@@ -142,20 +141,12 @@ def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Chec
     address = os.environ.get("RAY_ADDRESS", "")
     with ExitStack() as stack:
         try:
-            _knock(address)
             cluster = stack.enter_context(connected(verbose=job.verbose, stop=session.stop))
         except (OSError, RuntimeError, ValueError, RayError) as err:  # These are what ray.init raises.
             return _no_ray(address, err), {}
         found = f"Ray {ray.__version__}, {cluster}, {f'at {address}' if address else 'private'}"
         remedy = "no worker node is up; try again when there are some"
         return Check("warning" if cluster.cpus == 0 else "ok", found, remedy), ask_nodes(question, session)
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nothing listens at `host:port`; Ray itself would try for a minute."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _no_ray(address: str, err: Exception) -> Check:
