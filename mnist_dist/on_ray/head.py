@@ -10,6 +10,7 @@ thread asks first: a TCP connection, gRPC's standard health check, and one call 
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -35,31 +36,39 @@ _SERVING = b"\x08\x01"
 _WITH_TOKEN = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
-def await_head(address: str, *, stop: Stop | None) -> None:
+def await_head(
+    address: str, *, stop: Stop | None, ask: Callable[[str], None] | None = None, give_up_s: float = GIVE_UP_S
+) -> None:
     """Waits until the head of a cluster has answered; a signal ends the waiting.
 
     Args:
         address: the `host:port` in `RAY_ADDRESS`.
         stop: notes signals; None: Python's own handlers.
+        ask: asks the head in a thread; None: `ask_head`.
+        give_up_s: longest wait, s.
 
     Raises:
         ConfigError: no head answers within half a minute, or it does not accept this process' token.
         Interrupted: SIGINT or SIGTERM.
     """
-    asking, deadline = SideThread(lambda: ask_head(address), name="asking"), time.monotonic() + GIVE_UP_S
+    asking, deadline = SideThread(lambda: (ask or ask_head)(address), name="asking"), time.monotonic() + give_up_s
     asking.start()
     while not asking.ended(POLL_S):
         if stop is not None:
             stop.check()
         if time.monotonic() > deadline:
-            raise _unreachable(address, f"no answer within {GIVE_UP_S:.0f} s")
+            raise _unreachable(address, f"no answer within {give_up_s:g} s")
     if stop is not None:
         stop.check()
     asking.result()
 
 
-def ask_head(address: str) -> None:
+def ask_head(address: str, *, answer_s: float = ANSWER_S) -> None:
     """Asks the head of a cluster whether it is well, and whether it accepts this process' token.
+
+    Args:
+        address: its `host:port`.
+        answer_s: how long it may take to answer each question, s.
 
     Raises:
         ConfigError: it does not answer, is not the head of a cluster, or does not accept the token.
@@ -71,14 +80,14 @@ def ask_head(address: str) -> None:
         raise _unreachable(address, first_line(err)) from err
     if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return  # Its calls need Ray's certificates.
-    code, answer = _call(address, _HEALTH)
+    code, answer = _call(address, _HEALTH, answer_s=answer_s)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        raise _unreachable(address, f"it accepts connections, but did not answer within {ANSWER_S:.0f} s")
+        raise _unreachable(address, f"it accepts connections, but did not answer within {answer_s:g} s")
     if answer != _SERVING:
         raise _unreachable(address, "what listens there is not the head of a Ray cluster (its port is 6379 by default)")
     if is_token_sent() and own_token() is None:
         return  # Ray says so itself, or finds a token elsewhere, as on Kubernetes.
-    if _call(address, _WITH_TOKEN, token=own_token())[0] is grpc.StatusCode.UNAUTHENTICATED:
+    if _call(address, _WITH_TOKEN, answer_s=answer_s, token=own_token())[0] is grpc.StatusCode.UNAUTHENTICATED:
         raise _refused(address)
 
 
@@ -104,13 +113,13 @@ def token_file() -> Path:
     return Path(os.environ.get(RAY_AUTH_TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
 
 
-def _call(address: str, method: str, *, token: str | None = None) -> tuple[grpc.StatusCode, bytes]:
+def _call(address: str, method: str, *, answer_s: float, token: str | None = None) -> tuple[grpc.StatusCode, bytes]:
     """The status and the answer of a call with an empty request."""
     metadata = (("authorization", f"Bearer {token}"),) if token else None
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # As Ray's own channels.
         try:
             call = channel.unary_unary(method)
-            return grpc.StatusCode.OK, bytes(call(b"", timeout=ANSWER_S, metadata=metadata))
+            return grpc.StatusCode.OK, bytes(call(b"", timeout=answer_s, metadata=metadata))
         except grpc.RpcError as err:
             return err.code(), b""
 
