@@ -29,7 +29,7 @@ from mnist_dist.config import FeatureType
 from mnist_dist.console import Console
 from mnist_dist.documents import Document
 from mnist_dist.errors import MnistDistError, StorageError, first_line
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.base import Store
 from mnist_dist.store.lock import Holder, holder_of
 from mnist_dist.store.uris import absolute, join
@@ -221,6 +221,7 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]
         StorageError: the storage does not exist or cannot be listed.
         ServiceError: the storage failed.
     """
+    check_access([uri])
     root = absolute(uri)
     try:
         top = _open("", root, max_names=None)

@@ -15,7 +15,7 @@ PACKAGE = "mnist_dist"
 # <- on_ray <- commands <- api, jobs, benchmarks
 FLOORS = {
     **dict.fromkeys(("errors", "urls", "config", "distributions", "search_config", "recipes", "flags", "console"), 0),
-    **dict.fromkeys(("command_help", "command_line", "side_thread", "processor", "keywords"), 0),
+    **dict.fromkeys(("command_help", "command_line", "environment", "side_thread", "processor", "keywords"), 0),
     "documents": 1,
     "store": 2,
     **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "import_config", "doctor_config"), 3),

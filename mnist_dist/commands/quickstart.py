@@ -6,6 +6,8 @@ from typing import Any
 
 from mnist_dist import command_line, console
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
+from mnist_dist.console import Stop
+from mnist_dist.environment import TRAINING_BACKENDS
 from mnist_dist.recipes import quickstart
 from mnist_dist.sources.arrays import write_digits
 from mnist_dist.store.anywhere import ANYWHERE
@@ -30,17 +32,19 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     _, options = command_line.parse({"quickstart": Quickstart}, argv=arguments, command=program, default="quickstart")
     shown = console.Console(verbose=options.verbose)
     console.quiet(verbose=options.verbose)
-    from mnist_dist.on_ray.cluster import connected  # After `quiet`: Ray reads the environment on import.
+    from mnist_dist.on_ray.cluster import check_environment, connected  # After `quiet`: Ray reads the environment.
     from mnist_dist.on_ray.scoring.score import score
     from mnist_dist.on_ray.training.train import train
 
     job = quickstart()
     job = replace(job, run=replace(job.run, storage=options.storage, name="quickstart", verbose=options.verbose))
-    with connected(verbose=options.verbose):
+    check_environment(backends=TRAINING_BACKENDS)
+    with Stop(shown) as stop, connected(verbose=options.verbose, stop=stop):
         trained = train(job, recipe="quickstart", console=shown)
         images = join(trained["run_dir"], "digits.tar")
         if not ANYWHERE.exists(images):  # A new archive would count as changed input when scoring resumes.
             write_digits(images, count=SCORED_IMAGES)
+        stop.check()
         scoring = ScoreJob(
             bundle=trained["bundle"],
             inputs=InputConfig(input=(images,)),

@@ -34,6 +34,7 @@ from mnist_dist.engines.calibration import Probabilities, calibration_of
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, check_installed, local_folder
+from mnist_dist.environment import SCORING_BACKENDS, check_keras
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.models.onnx_file import has_cuda
@@ -126,6 +127,7 @@ def open_engine(
     """
     size = choice.batch_size(batch_size)
     if choice.uri is None and not bundle.is_onnx:
+        check_keras(SCORING_BACKENDS)
         engine = KerasEngine(bundle, batch_size=size, embeddings=embeddings, cpus=cpus)
         engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))
         return engine
@@ -333,6 +335,8 @@ def _checked(
         return known
     names = ", ".join(choice.name for choice in missing)
     session.console.line(f"converting and checking the model (once per bundle): {names}")
+    if not bundle.is_onnx:
+        check_keras(SCORING_BACKENDS)
     with tempfile.TemporaryDirectory(prefix="mnist_dist-engines-") as scratch:
         conversion = Conversion(
             bundle=bundle,

@@ -23,12 +23,13 @@ from mnist_dist.engines.calibration import calibration_of
 from mnist_dist.engines.choice import own_engine, packages_of
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.formats import FORMATS, check_installed
+from mnist_dist.environment import check_keras
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.models.onnx_file import Tensor
 from mnist_dist.session import Session, locked_session
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.uris import is_remote, join
 
 EXPORT_FILE = "export.json"
@@ -85,6 +86,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
         MnistDistError: the conversion or the runtime failed, or the difference is above the tolerance; no files are
             left.
     """
+    check_access((job.bundle, job.output))
     bundle, output = load_bundle(job.bundle), job.output_uri
     export = _finished(job, bundle)
     if export is None:
@@ -105,6 +107,8 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
 
 def _check_format(job: ExportJob, bundle: Bundle) -> None:
     check_has_classes(bundle.info)
+    if not bundle.is_onnx:
+        check_keras()
     require(
         not bundle.is_onnx or job.format in OF_ONNX,
         "an imported ONNX model exports to onnx and openvino",

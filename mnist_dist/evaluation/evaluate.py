@@ -32,7 +32,7 @@ from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.scoring.thresholds import thresholds_csv
 from mnist_dist.session import Session
 from mnist_dist.sources.places import place_of
-from mnist_dist.store.anywhere import ANYWHERE, store_for
+from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.base import names_in
 from mnist_dist.store.uris import join
 
@@ -130,6 +130,8 @@ def check_named(job: EvaluateJob) -> None:
         DataError: the labels or the table to compare with do not exist.
         ConfigError: the output holds foreign files.
     """
+    check_access((job.predictions, job.compare, job.bundle, job.output))
+    check_access((job.labels, *job.input), store=store_for(job.store))
     foreign = [name for name in names_in(ANYWHERE, job.output_uri) if name not in _OWN]
     if foreign:
         raise ConfigError(

@@ -26,6 +26,7 @@ from mnist_dist import documents
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.steps import Report, run_step
+from mnist_dist.environment import check_keras
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check
@@ -44,7 +45,7 @@ from mnist_dist.models.bundle import (
     write_model_bundle,
 )
 from mnist_dist.session import Session, locked_session
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.urls import shown, shown_values
 
@@ -94,7 +95,10 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         Locked, Interrupted: as for every job; nothing is written.
     """
     began = time.monotonic()
+    check_access((job.source, job.output, job.checkpoint, job.classes, job.expect, job.check_images, job.calibration))
     source = find_source(job.source)
+    if source.kind == "keras":
+        check_keras()
     _check_outside(job)
     parent, _, name = job.output_uri.rpartition("/")
     with (

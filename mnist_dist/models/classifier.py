@@ -42,6 +42,7 @@ from mnist_dist.models.backbones import (
     published_weights_url,
 )
 from mnist_dist.models.bundle import BUNDLE_FILE, load_bundle
+from mnist_dist.models.weights import FILE_SUFFIXES, check_weights, download_error
 from mnist_dist.store.anywhere import ANYWHERE
 
 logger = logging.getLogger(__name__)
@@ -303,33 +304,19 @@ def fetch_published_weights(config: ModelConfig) -> None:
         try:
             Path(keras.utils.get_file(part, url, cache_subdir="models", force_download=True)).replace(path)
         except Exception as err:  # Keras raises a plain Exception where the download fails
-            raise _download_error(row, config, size_px=size_px, err=err) from err
-
-
-def _download_error(row: Backbone, config: ModelConfig, *, size_px: int, err: Exception) -> WeightsError:
-    url = published_weights_url(row, alpha=config.alpha, image_size_px=size_px)
-    return WeightsError(
-        f"cannot download the ImageNet weights of {row.name} ({err}). Without a network, put the file "
-        f"{url.rsplit('/', 1)[-1]} from {url} into {keras_models_folder()}, or set weights to a file, "
-        f"a bundle or none. Received: weights='imagenet'"
-    )
+            raise download_error(config, err) from err
 
 
 def _build_from_imagenet(row: Backbone, config: ModelConfig, *, shape: Shape) -> keras.Model:
     try:
         return row.build(shape, config.alpha, "imagenet")
     except Exception as err:  # Keras raises a plain Exception where the download fails
-        raise _download_error(row, config, size_px=shape[0], err=err) from err
+        raise download_error(config, err) from err
 
 
 def _load_weights(backbone: keras.Model, weights: str, *, name: str) -> None:
-    if not ANYWHERE.exists(weights):
-        raise WeightsError(
-            f"weights for {name}: no such file or bundle. Allowed are imagenet, none, a .weights.h5 file "
-            f"(keras.Model.save_weights of the network without its top) or the folder of a bundle. "
-            f"Received: weights={weights!r}"
-        )
-    if weights.endswith((".h5", ".hdf5")):
+    check_weights(weights, backbone=name)
+    if weights.endswith(FILE_SUFFIXES):
         _load_weights_file_at(backbone, weights, name=name)
     else:
         _load_weights_of_bundle(backbone, weights, name=name)

@@ -1,26 +1,31 @@
 """The Ray cluster that a job runs on, and its resources.
 
-Does not own the number and size of actors (`actors`). A job runs on the cluster of its submission or of
-`RAY_ADDRESS`, else on a private local one that ends with the job, and never on another cluster found on this machine.
+Does not own the number and size of actors (`actors`), or whether a cluster answers (`head`). A job runs on the cluster
+of its submission or of `RAY_ADDRESS`, else on a private local one that ends with the job, and never on another cluster
+found on this machine.
 """
 
 import contextlib
 import importlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_dist.config import RunConfig
-from mnist_dist.console import Stop
-from mnist_dist.errors import ConfigError, ResourceError
+from mnist_dist.console import Console, Stop, command_line
+from mnist_dist.environment import RAY_ADDRESS, check_keras, check_socket_path, ray_address
+from mnist_dist.errors import ConfigError, Interrupted, ResourceError, first_line
+from mnist_dist.on_ray.head import RAY_AUTH_MODE, TOKEN_REMEDY, await_head
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.uris import is_absolute, is_remote
@@ -74,6 +79,11 @@ def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None 
         verbose: show Ray's own output.
         stop: takes back the signal handlers that Ray replaced.
         meanwhile: a module to import while Ray starts.
+
+    Raises:
+        ConfigError: `RAY_ADDRESS` names no cluster that answers and accepts this process' token, or a private Ray
+            cannot make its sockets.
+        Interrupted: SIGINT or SIGTERM before Ray has started.
     """
     if ray.is_initialized():
         if stop is not None:
@@ -81,26 +91,76 @@ def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None 
         yield resources()
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
-    is_private = "RAY_ADDRESS" not in os.environ
+    address = ray_address()
     loading = SideThread(lambda: meanwhile and importlib.import_module(meanwhile), name="loading")
     loading.start()
-    ray.init(
-        address="local" if is_private else os.environ["RAY_ADDRESS"],
-        log_to_driver=verbose,
-        logging_level="INFO" if verbose else "ERROR",
-        include_dashboard=False if is_private else None,
-    )
+    _start(address, verbose=verbose, stop=stop)
     try:
         if stop is not None:
             stop.take_signals()
         loading.join()  # The import sets up loggers. If it failed, the next import of the module raises the error.
-        if is_private:
+        if address is None:
             _end_autoscaler()
         if not verbose:
             logging.getLogger("ray.data").setLevel(logging.ERROR)  # It logs several lines per dataset.
         yield resources()
     finally:
         ray.shutdown()
+
+
+def _start(address: str | None, *, verbose: bool, stop: Stop | None) -> None:
+    """Connects to a cluster, or starts a private Ray; see `connected` for what it raises."""
+    if address is None:
+        check_socket_path()
+    else:
+        await_head(address, stop=stop)
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "ERROR",
+            include_dashboard=None if address else False,
+        )
+    except AuthenticationError as err:
+        raise ConfigError(f"{err.message}: {TOKEN_REMEDY}. Received: {RAY_ADDRESS}={address!r}") from err
+    except (OSError, ValueError) as err:
+        if address is None:
+            raise ConfigError(
+                f"a private Ray cannot start here: {first_line(err)}. It writes its files to RAY_TMPDIR or TMPDIR, and "
+                f"a token to ~/.ray/auth_token unless {RAY_AUTH_MODE}=disabled"
+            ) from err
+        raise ConfigError(
+            f"the Ray cluster cannot be joined: {first_line(err.__cause__ or err)}. Is there a node of it on this "
+            f"machine? Received: {RAY_ADDRESS}={address!r}"
+        ) from err
+    except SystemExit as end:  # Ray's own handler of SIGTERM, which is active from `ray.init` until `take_signals`.
+        raise Interrupted(
+            signal.SIGTERM, f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
+        ) from end
+
+
+def check_environment(console: Console | None = None, *, backends: Sequence[str] = ()) -> None:
+    """Checks what can be known of the environment before Ray starts and before any work.
+
+    Args:
+        console: of the job; with it, a cluster must answer. None: only the form of its address is checked.
+        backends: the backends on which the job can run Keras; empty: it does not run Keras. Workers of a cluster have
+            settings of their own, which they check themselves.
+
+    Raises:
+        ConfigError: see `environment` and `head`.
+        Interrupted: a signal arrived while the cluster was asked.
+    """
+    if ray.is_initialized():
+        return
+    address = ray_address()
+    if address is None:
+        check_socket_path()
+        if backends:
+            check_keras(backends)
+    elif console is not None:
+        with Stop(console) as stop:
+            await_head(address, stop=stop)
 
 
 def _end_autoscaler() -> None:
@@ -129,7 +189,7 @@ def await_nodes(have: Resources, session: Session, *, count: int, cpus: float, g
         Interrupted: SIGINT or SIGTERM.
     """
     deadline = time.monotonic() + wait_s
-    if wait_s == 0 or have.room(cpus, gpus=gpus) >= count or "RAY_ADDRESS" not in os.environ:
+    if wait_s == 0 or have.room(cpus, gpus=gpus) >= count or RAY_ADDRESS not in os.environ:
         return have  # A private Ray does not grow.
     session.console.line(
         f"waiting up to {wait_s:g} s for room for {count} x {cpus:g} CPU, {gpus:g} GPU; the cluster has {have}"

@@ -1,7 +1,7 @@
 """One store in front of all kinds of stores: each URI goes to the store of its scheme."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +14,7 @@ from mnist_dist.store.gcs import GcsStore
 from mnist_dist.store.https import HttpsStore
 from mnist_dist.store.local import LocalStore
 from mnist_dist.store.s3 import S3Store
-from mnist_dist.store.uris import AZURE, GCS, S3, scheme_of, shown
+from mnist_dist.store.uris import AZURE, GCS, S3, check_form, scheme_of, shown
 from mnist_dist.urls import WEB
 
 
@@ -95,6 +95,9 @@ class Anywhere(Store):
     def upload_folder(self, local: Path, uri: str, *, last: str | None = None) -> None:
         self.of(uri).upload_folder(local, uri, last=last)
 
+    def check_access(self, uri: str) -> None:
+        self.of(uri).check_access(uri)
+
     def delete_leftovers(self, uri: str) -> None:
         self.of(uri).delete_leftovers(uri)
 
@@ -125,6 +128,24 @@ def store_for(config: StoreConfig) -> Anywhere:
     s3 = S3Store(anonymous=config.s3_anonymous, requester_pays=config.s3_requester_pays)
     cloud = {S3: s3, GCS: GcsStore(), AZURE: AzureStore()}
     return Anywhere({"": LocalStore(), **cloud, **dict.fromkeys(WEB, web)}, config)
+
+
+def check_access(uris: Iterable[str | None], *, store: Store | None = None) -> None:
+    """Checks the places that a job names, before any work: their form, and that there are credentials for them.
+
+    Args:
+        uris: what the flags name; None: nothing.
+        store: the store they are read or written with; None: that of a job's own files.
+
+    Raises:
+        StorageError: a place is misspelt, its scheme is unknown, or this process has no credentials for it.
+    """
+    firsts = dict[str, str]()  # Looking for credentials may take seconds, so each kind of store is asked once.
+    for uri in filter(None, uris):
+        check_form(uri)
+        firsts.setdefault(scheme_of(uri), uri)
+    for uri in firsts.values():
+        (store or ANYWHERE).check_access(uri)
 
 
 ANYWHERE = store_for(StoreConfig())

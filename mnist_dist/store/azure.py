@@ -38,6 +38,10 @@ RETRIES = 4
 _BACKOFF_S, _BACKOFF_BASE = 1, 2
 _PAGE = 5000  # The service's limit of objects per page.
 _COPY_LOOK_S = 0.5
+CREDENTIALS_REMEDY = (
+    "Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or "
+    "AZURE_STORAGE_SAS_TOKEN; without these two, `az login` or a managed identity gives the credentials"
+)
 _SCOPE = "https://storage.azure.com/.default"
 _WRITER = "mnist_dist_writer"
 """Metadata that names the call of `create_bytes` that made an object; Azure allows no hyphens."""
@@ -220,6 +224,13 @@ class AzureStore(Store):
         with self._client(uri) as client:
             return uri, client.object_store_options()
 
+    def check_access(self, uri: str) -> None:
+        try:
+            with self._client(uri):
+                pass
+        except ServiceError as err:
+            raise StorageError(f"{err}. Received: {uri!r}") from None
+
     # --- errors ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -332,8 +343,7 @@ def _account_url() -> str:
 def _credential(sas_token: str) -> Any:
     account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not account:
-        names = "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME"
-        raise ServiceError(f"there are no credentials for {AZURE}://. Set {names}. Received: neither")
+        raise ServiceError(f"there are no credentials for {AZURE}://. {CREDENTIALS_REMEDY}")
     key = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY")
     if key:
         return {"account_name": account, "account_key": key}

@@ -210,6 +210,13 @@ class Store(ABC):
         """
         raise StorageError(f"a Delta table cannot be kept in this store. Received: {shown(uri)!r}")
 
+    def check_access(self, uri: str) -> None:  # noqa: B027 (not every store has credentials)
+        """Checks, without asking the service, that this process has credentials for an object.
+
+        Raises:
+            StorageError: it has none, or they cannot be read; the message says how to give them.
+        """
+
     def forget_clients(self) -> None:  # noqa: B027 (not every store has clients)
         """Drops connections, so that the next call reads the environment's settings again."""
 

@@ -32,6 +32,10 @@ from mnist_dist.store.uris import GCS, bucket_and_key
 
 RETRY_S = 45.0
 """A request is tried again for this long, s."""
+CREDENTIALS_REMEDY = (
+    "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, log in with `gcloud auth application-default login`, or run "
+    "where a service account is attached"
+)
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _PAGE = 1000  # The service's limit of objects per page.
 _WRITER = "mnist-dist-writer"
@@ -197,6 +201,13 @@ class GcsStore(Store):
         below = [_uri(blob) for blob in self._blobs_below(uri)]
         own = [entry.uri for entry in object_at(self, uri, is_folder=bool(below))]
         delete_all(self.delete, own + below)
+
+    def check_access(self, uri: str) -> None:
+        try:
+            with self._client(uri):
+                pass
+        except ServiceError as err:
+            raise StorageError(f"{err}. {CREDENTIALS_REMEDY}. Received: {uri!r}") from None
 
     # --- errors ------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,11 @@ _CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
+CREDENTIALS_REMEDY = (
+    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, if there is one), name a profile of "
+    "~/.aws in AWS_PROFILE, or run where an instance role gives credentials; images in public buckets need none with "
+    "--s3-anonymous"
+)
 _CREDENTIAL_CALLS = ("AssumeRole", "CreateToken", "GetRoleCredentials", "GetSessionToken")  # Calls of STS and SSO.
 _OBJECT_CODES = frozenset({"InvalidRequest", "InvalidURI", "KeyTooLongError"})
 """Errors of a single object, for example one that is encrypted with a customer's key."""
@@ -227,6 +232,19 @@ class S3Store(Store):
                 failed_uri = f"{S3}://{bucket}/{failure['Key']}"
                 raise PermissionError(errno.EACCES, f"not deleted ({failure.get('Code')})", failed_uri)
 
+    def check_access(self, uri: str) -> None:
+        from botocore.exceptions import BotoCoreError
+
+        if self._options["anonymous"]:
+            return
+        try:
+            if self._of_this_process().has_credentials():
+                return
+            found = "there are no credentials for S3"
+        except BotoCoreError as err:  # For example a profile that does not exist.
+            found = f"the credentials for S3 cannot be read: {err}"
+        raise StorageError(f"{found}. {CREDENTIALS_REMEDY}. Received: {uri!r}")
+
     # --- clients -----------------------------------------------------------------------------------------------------
 
     @property
@@ -273,6 +291,10 @@ class _Clients:
         self._fast: FastReads | None = None
         self._lock = threading.Lock()
 
+    def has_credentials(self) -> bool:
+        """Whether the AWS default chain finds any."""
+        return self._session.get_credentials() is not None
+
     def object_store_options(self) -> dict[str, str]:
         """Endpoint, region and the credentials of this moment, under the names that `object_store` gives them."""
         found = self._session.get_credentials()
@@ -317,7 +339,7 @@ def _address(uri: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _errors(uri: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
     try:
@@ -326,6 +348,8 @@ def _errors(uri: str) -> Iterator[None]:
         raise StorageError(f"{uri}: {err}") from err
     except ClientError as err:
         raise _meaning(err, uri) from err
+    except NoCredentialsError as err:
+        raise ServiceError(f"{uri}: there are no credentials for S3. {CREDENTIALS_REMEDY}") from err
     except (BotoCoreError, RetriesExceededError, S3DownloadFailedError) as err:
         raise ServiceError(f"{uri}: {err}") from err
     except (FileNotFoundError, PermissionError) as err:  # Raised for a credentials file, not for an object.

@@ -6,6 +6,7 @@ more parts, which are percent-encoded already: `https://user:password@host/path?
 Owns: the forms of a URI. Does not own: reading or writing (`base`), or what of a URL may be shown (`urls`).
 """
 
+import difflib
 import os
 import re
 import urllib.parse
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 S3, GCS, AZURE, MEMORY = "s3", "gs", "az", "memory"
 REMOTE = (S3, GCS, AZURE, *WEB, MEMORY)
 """Schemes of the stores whose objects are not local files."""
+_OTHER_NAMES = {"s3a": S3, "s3n": S3, "gcs": GCS, "abfs": AZURE, "abfss": AZURE, "wasbs": AZURE, "azure": AZURE}
+"""Names that other tools give to these schemes."""
+_MISSPELT = re.compile(
+    rf"(?P<scheme>{'|'.join((S3, GCS, AZURE, *WEB, *_OTHER_NAMES))})(:/?|//)(?P<rest>[^/].*)", re.IGNORECASE
+)
 _FILE = "file://"
 _NAME_CHARACTERS = 100  # Bounds what a temporary name keeps of a name; file systems allow 255 bytes.
 
@@ -38,8 +44,36 @@ def scheme_of(uri: str) -> str:
         return ""
     if scheme not in REMOTE:
         known = f"a local path, {_FILE}/path, {S3}://bucket/prefix, {GCS}://bucket/prefix or {AZURE}://container/prefix"
-        raise StorageError(f"storage must be {known} (https:// can only be read). Received: {shown(uri)!r}")
+        meant = _meant(scheme)
+        hint = f" (did you mean {meant}://?)" if meant else ""
+        raise StorageError(f"storage must be {known} (https:// can only be read){hint}. Received: {shown(uri)!r}")
     return scheme
+
+
+def _meant(scheme: str) -> str | None:
+    """The known scheme that an unknown one stands for; None: nobody knows."""
+    names = {name: name for name in REMOTE if name != MEMORY} | _OTHER_NAMES
+    near = difflib.get_close_matches(scheme.lower(), names, n=1)
+    return names[near[0]] if near else None
+
+
+def check_form(uri: str) -> None:
+    """Checks that a place named by a person is a URI, or a path that does not look like a misspelt one.
+
+    Raises:
+        StorageError: it has too few slashes (`s3:/bucket`), or names no bucket.
+    """
+    if is_remote(uri):
+        bucket_and_key(uri)
+        return
+    misspelt = _MISSPELT.match(uri)
+    if misspelt is not None and not os.path.exists(uri):
+        scheme = misspelt["scheme"].lower()
+        meant = f"{_OTHER_NAMES.get(scheme, scheme)}://{misspelt['rest']}"
+        raise StorageError(
+            f"this reads as a local path, and there is none (did you mean {shown(meant)}? pathlib.Path drops a slash). "
+            f"Received: {shown(uri)!r}"
+        )
 
 
 def is_web(uri: str) -> bool:

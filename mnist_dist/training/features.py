@@ -24,6 +24,7 @@ import pyarrow as pa
 from mnist_dist.config import FeatureType, ModelConfig
 from mnist_dist.data.cache import Cache, ShardRows, column_of
 from mnist_dist.data.records import RecordPlan
+from mnist_dist.environment import check_keras
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.pixels import Pixels, padded
 from mnist_dist.models.backbones import Shape, backbone_shape, find_backbone, is_imported
@@ -156,6 +157,7 @@ class KerasFeatures:
     batch_size, calls_at_once = BATCH_SIZE, 1
 
     def __init__(self, plan: FeaturePlan) -> None:
+        check_keras()
         from mnist_dist.engines.engine import compile_model
         from mnist_dist.models.classifier import build_classifier, fetch_published_weights
 

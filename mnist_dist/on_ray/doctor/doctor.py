@@ -8,7 +8,6 @@ is a failed check; a check that cannot be made is skipped, with the reason.
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,13 +24,23 @@ import mnist_dist
 from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.doctor_config import DoctorJob
+from mnist_dist.environment import RAY_ADDRESS, RAY_TMPDIR
 from mnist_dist.errors import ChecksFailed, ConfigError, first_line
 from mnist_dist.models.backbones import backbone_size_px, check_model, published_weights_url
 from mnist_dist.models.bundle import BUNDLE_FILE
 from mnist_dist.on_ray.cluster import check_storage, connected
 from mnist_dist.on_ray.doctor import checks
 from mnist_dist.on_ray.doctor.checks import IN_PLACE_OF, Check, Expected, Pins, Status, named
-from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
+from mnist_dist.on_ray.doctor.facts import KERAS_TIMEOUT_S, Facts, Question, gather
+from mnist_dist.on_ray.head import (
+    RAY_AUTH_MODE,
+    RAY_AUTH_TOKEN,
+    RAY_AUTH_TOKEN_PATH,
+    TOKEN_REMEDY,
+    is_token_sent,
+    own_token,
+    token_file,
+)
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, temporary_name
@@ -116,6 +125,7 @@ def _checks(job: DoctorJob, question: Question, pins: Pins, session: Session) ->
     yield named(reached, "ray", ALL)
     if not answers:  # Without nodes, the driver's machine is checked in full.
         driver = gather(question, with_keras=True)
+    yield named(ray_token(), "ray token", DRIVER)
     yield named(storage_for(job, nodes=max(1, len(answers))), "storage", ALL)
     expected = Expected(question=question, driver=driver, pins=pins)
     for node, answer in {DRIVER: driver, **answers}.items():
@@ -139,10 +149,9 @@ def _probe(question: Question, driver: Facts) -> Iterator[Question]:
 
 def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Check, dict[str, Facts | str]]:
     """Checks that Ray can be reached, and collects the answers of its nodes."""
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = os.environ.get(RAY_ADDRESS)
     with ExitStack() as stack:
         try:
-            _knock(address)
             cluster = stack.enter_context(connected(verbose=job.verbose, stop=session.stop))
         except (OSError, RuntimeError, ValueError, RayError) as err:  # These are what ray.init raises.
             return _no_ray(address, err), {}
@@ -151,17 +160,13 @@ def _ask_ray(job: DoctorJob, question: Question, session: Session) -> tuple[Chec
         return Check("warning" if cluster.cpus == 0 else "ok", found, remedy), ask_nodes(question, session)
 
 
-def _knock(address: str) -> None:
-    """Raises OSError if nothing listens at `host:port`; Ray itself would try for a minute."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _no_ray(address: str, err: Exception) -> Check:
-    if address:
+def _no_ray(address: str | None, err: Exception) -> Check:
+    if address is not None:
         remedy = "unset RAY_ADDRESS to run on this machine alone, or start the cluster it names (ray start --head)"
-        return Check("failed", f"RAY_ADDRESS={address}: {first_line(err)}", remedy)
+        return Check("failed", first_line(err), remedy)
+    if isinstance(err, ConfigError):
+        remedy = f"set {RAY_TMPDIR} to a short path of a folder that can be written, such as {RAY_TMPDIR}=/tmp"
+        return Check("failed", first_line(err), remedy)
     remedy = "look at the logs in /tmp/ray/session_latest/logs, at free memory and disk, and at who uses Ray's ports"
     return Check("failed", f"a private Ray: {first_line(err)}", remedy)
 
@@ -207,6 +212,22 @@ def _answer_of(reference: Any, timeout_s: float) -> Facts | str:
     except RayError as err:  # If the task raised, the last line of the text has the reason.
         return str(err).strip().splitlines()[-1]
     return facts
+
+
+def ray_token() -> Check:
+    """Says whether this process sends a token to a cluster, and whether Ray would ask for one here."""
+    file, is_cluster = token_file(), RAY_ADDRESS in os.environ
+    if is_token_sent():
+        found = f"sent to a cluster, from {file}, {RAY_AUTH_TOKEN_PATH} or {RAY_AUTH_TOKEN}"
+        missing = is_cluster and own_token() is None
+        return Check("failed" if missing else "ok", f"{found}{': there is none' if missing else ''}", TOKEN_REMEDY)
+    if RAY_AUTH_MODE not in os.environ and file.is_file():
+        return Check(
+            "ok",
+            f"none is sent, but {file} is there: a cluster that `ray start` begins here asks for it, and RAY_ADDRESS "
+            f"and `ray job submit` then need {RAY_AUTH_MODE}=token",
+        )
+    return Check("ok", "none is sent")
 
 
 # --- checks of all nodes together, or of the driver alone ------------------------------------------------------------

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -24,8 +23,10 @@ from typing import Any
 
 import psutil
 
+from mnist_dist.environment import KERAS_BACKEND
 from mnist_dist.errors import first_line
 from mnist_dist.models.backbones import keras_models_folder
+from mnist_dist.models.weights import published_weights_problem
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import bucket_and_key, is_on_s3, is_remote
 
@@ -131,7 +132,7 @@ def gather(question: Question, *, with_keras: bool) -> Facts:
     s3 = _s3_facts(on_s3[0]) if on_s3 else None
     return Facts(
         versions=_versions(question.packages),
-        keras_backend=os.environ.get("KERAS_BACKEND", ""),
+        keras_backend=os.environ.get(KERAS_BACKEND, ""),
         storage_problem=_reached(question.storage, s3, lambda: ANYWHERE.check_writable(question.storage)),
         unseen={name: _reached(uri, s3, functools.partial(_see, uri)) for name, uri in question.places.items()},
         s3=s3,
@@ -139,7 +140,7 @@ def gather(question: Question, *, with_keras: bool) -> Facts:
         disks=_disks(question.storage),
         gpu_devices=sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")),
         weights_folder=str(keras_models_folder()),
-        weights_problem=None if question.weights_url is None else _weights_problem(question.weights_url),
+        weights_problem=None if question.weights_url is None else published_weights_problem(question.weights_url),
         keras=_keras_facts() if with_keras else None,
     )
 
@@ -211,13 +212,6 @@ def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:
             usage = shutil.disk_usage(existing)
             disks.setdefault(os.stat(existing).st_dev, (str(existing), (usage.total, usage.free)))
     return dict(disks.values())
-
-
-def _weights_problem(url: str) -> str:
-    if (keras_models_folder() / url.rpartition("/")[2]).is_file():
-        return ""
-    request = urllib.request.Request(url, method="HEAD")
-    return _tried(lambda: urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S).close())
 
 
 def _s3_facts(uri: str) -> S3Facts:

@@ -15,21 +15,18 @@ from mnist_dist.config import ScoreJob
 from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
-from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
+from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
-from mnist_dist.on_ray.scoring.engine import check_job_storage
-from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring
+from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, checked
 from mnist_dist.on_ray.scoring.stages import means_of, total_times
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.selection import Selection, select_images
-from mnist_dist.scoring.thresholds import with_thresholds
 from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
-from mnist_dist.sources.places import check_outside
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, parent_of
 
@@ -59,11 +56,8 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         Interrupted: a signal arrived.
     """
     began_at = time.time()
-    check_job_storage(job, nodes=1)
-    check_outside(job.output, job.inputs.input, name="output")
-    bundle, output = load_bundle(job.bundle), Output(absolute(job.output))
-    check_has_classes(bundle.info)
-    job = with_thresholds(job, bundle.info)
+    job, bundle = checked(job)
+    output = Output(absolute(job.output))
     with (
         scratch_storage(parent_of(output.uri), is_shared=job.run.storage_is_shared, name="plan") as root,
         locked_session(console, lock_uri=join(root, "lock"), what=root) as session,

@@ -26,11 +26,12 @@ from mnist_dist.console import Console
 from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
+from mnist_dist.environment import KERAS_BACKEND, SCORING_BACKENDS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.on_ray.actors import Actors, await_actors, choose_actors
-from mnist_dist.on_ray.cluster import Resources, connected
+from mnist_dist.on_ray.cluster import Resources, check_environment, connected
 from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, ScoreTask, ScoringWorker
 from mnist_dist.on_ray.scoring.checks import check_found, check_room
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
@@ -64,14 +65,13 @@ from mnist_dist.session import Session, locked_session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.sources.places import check_outside
-from mnist_dist.store.anywhere import ANYWHERE, store_for
+from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import absolute, join
 
 if TYPE_CHECKING:
     from mnist_dist.on_ray.shard_runner import ShardReport
 
 WITH_RAY_DATA = "mnist_dist.on_ray.shard_runner"  # imported while Ray starts
-KERAS_BACKEND = "KERAS_BACKEND"  # environment variable that Keras defines
 LIST_BEFORE_RAY_S = 1.0  # If listing takes longer than this, Ray starts in the meantime.
 SHOWN_DIFFERENCES = 20  # of the settings; the thresholds of classes may be many
 SHOWN_SUFFIXES = 5  # file suffixes shown with their counts on the console
@@ -97,11 +97,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
     """
     began_at = time.time()
     require(not job.run.plan, "a plan is made by plan_score", plan=True)
-    check_job_storage(job, nodes=1)
-    check_outside(job.output, job.inputs.input, name="output")
-    bundle = load_bundle(job.bundle)
-    check_has_classes(bundle.info)
-    job = with_thresholds(job, bundle.info)
+    job, bundle = checked(job)
     output = Output(absolute(job.output))
     if job.run.dry_run:
         return _dry_run(job, bundle, output, console=console)
@@ -117,6 +113,22 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
             scoring.session = session
             result = scoring.run_to_end()
     return result
+
+
+def checked(job: ScoreJob) -> tuple[ScoreJob, Bundle]:
+    """Checks a job before anything is listed or locked; gives it with its thresholds, and its opened bundle.
+
+    Raises:
+        ConfigError: a place, the bundle, the thresholds or the environment cannot be used.
+    """
+    check_access((job.bundle, job.output))
+    check_access(job.inputs.input, store=store_for(job.store))
+    check_job_storage(job, nodes=1)
+    check_outside(job.output, job.inputs.input, name="output")
+    bundle = load_bundle(job.bundle)
+    check_has_classes(bundle.info)
+    check_environment(backends=() if bundle.is_onnx else SCORING_BACKENDS)
+    return with_thresholds(job, bundle.info), bundle
 
 
 def _schema(job: ScoreJob, bundle: Bundle, *, carried: pa.Schema) -> pa.Schema:

@@ -43,10 +43,10 @@ from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
 from mnist_dist.on_ray.search.tuning import Trials, TrialWork, run_trials
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
-from mnist_dist.on_ray.training.train import Training, check_job, with_absolute_weights
+from mnist_dist.on_ray.training.train import Training, check_job, check_ready, with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session
-from mnist_dist.store.anywhere import ANYWHERE, store_for
+from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
@@ -106,6 +106,9 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
     if finished is not None:
         console.line(f"{run.uri} is finished. To search again, choose another --name or --seed.")
         return finished
+    check_ready(
+        [architecture.model() for space in job.backbones for architecture in architectures_of(space)], console=console
+    )
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(
         console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s, above=run.max_number
@@ -125,6 +128,7 @@ def check_search(job: SearchJob) -> None:
     Raises:
         ConfigError: for the first setting that is wrong.
     """
+    check_access((job.run.storage, *(space.backbone for space in job.backbones if is_imported(space.backbone))))
     check_space(job)
     for space in job.backbones:
         for architecture in architectures_of(space):

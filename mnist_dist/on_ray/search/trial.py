@@ -15,6 +15,7 @@ from ray import tune
 from mnist_dist.config import TrainJob
 from mnist_dist.data.records import RecordPlan, Records, open_records
 from mnist_dist.data.splits import Splits
+from mnist_dist.environment import check_keras
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
@@ -112,6 +113,7 @@ class TrialProcess(tune.Trainable):
         self._epochs = iter(())
 
     def _begin(self) -> None:
+        check_keras()
         import keras
 
         from mnist_dist.training.feed import World

@@ -12,6 +12,7 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from mnist_dist.console import Bar, Console
+from mnist_dist.environment import check_keras
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
@@ -127,6 +128,7 @@ def readable(error: BaseException) -> MnistDistError:
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
+    check_keras()  # Before Keras is imported, because the import itself fails on a backend that is not installed.
     from mnist_dist.on_ray.training.worker import work  # imports TensorFlow, which the driver must not
 
     return work(config["task"])

@@ -20,7 +20,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError
 from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
-from mnist_dist.on_ray.training.train import Training, check_job
+from mnist_dist.on_ray.training.train import Training, check_job, check_ready
 from mnist_dist.session import Session, locked_session
 from mnist_dist.sources.source import taken
 from mnist_dist.store.anywhere import store_for
@@ -59,6 +59,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     """
     began = time.monotonic()
     check_job(job)
+    check_ready([job.model], console=console)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store_for(job.store))
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,

@@ -7,22 +7,33 @@ checkpoint of an earlier attempt if the driver was killed, else from the start. 
 """
 
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mnist_dist.config import DataConfig, TrainJob, require
+from mnist_dist.config import DataConfig, ModelConfig, TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
+from mnist_dist.environment import RAY_ADDRESS, TRAINING_BACKENDS
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import check_model, check_trainable, is_imported
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo, load_bundle
-from mnist_dist.on_ray.cluster import Resources, Share, await_workers, check_storage, connected, share
+from mnist_dist.models.weights import NAMED_WEIGHTS, check_published_weights, check_weights
+from mnist_dist.on_ray.cluster import (
+    Resources,
+    Share,
+    await_workers,
+    check_environment,
+    check_storage,
+    connected,
+    share,
+)
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
     DecodedData,
@@ -39,14 +50,13 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session
 from mnist_dist.sources.places import check_outside
-from mnist_dist.store.anywhere import ANYWHERE, store_for
+from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run, attempt_name
 
 log = logging.getLogger(__name__)
 
-NAMED_WEIGHTS = ("imagenet", "none")
 DRY_RUN_IMAGES = 5_000  # enough for every split to contain every class, few enough to decode in seconds
 
 
@@ -81,6 +91,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     if finished is not None:
         console.line(f"{run.uri} is finished. To train again, choose another --name or --seed.")
         return finished
+    check_ready([job.model], console=console)
     store = store_for(job.store)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store)
     ANYWHERE.check_writable(job.run.storage)
@@ -103,6 +114,7 @@ def check_job(job: TrainJob) -> None:
     Raises:
         ConfigError: for the first setting that is wrong.
     """
+    check_named_places(job)
     check_storage(job.run.storage, is_shared=job.run.storage_is_shared)
     check_outside(job.run.storage, job.data.data, name="storage")
     backbone = check_model(job.model)
@@ -110,17 +122,45 @@ def check_job(job: TrainJob) -> None:
         check_trainable(backbone, phase.trainable)
     if backbone.imported is not None:
         _check_for_imported(job, backbone.imported)
-    weights = job.model.weights
-    require(
-        weights in NAMED_WEIGHTS or ANYWHERE.exists(weights),
-        "weights must be imagenet, none, or the path or URI of an existing .weights.h5 file or bundle",
-        weights=weights,
-    )
+    check_weights(job.model.weights, backbone=job.model.backbone)
     require(
         not (job.fit.tensorboard and is_remote(job.run.storage)),
         "tensorboard needs local storage",
         storage=job.run.storage,
     )
+
+
+def check_named_places(job: TrainJob) -> None:
+    """Checks the form of the places that a job names, and that there are credentials for them.
+
+    Raises:
+        StorageError: see `check_access`.
+    """
+    weights, backbone = job.model.weights, job.model.backbone
+    check_access(
+        (
+            job.run.storage,
+            weights if weights not in NAMED_WEIGHTS else None,
+            backbone if is_imported(backbone) else None,
+        )
+    )
+    check_access((*job.data.data, job.data.data_dir), store=store_for(job.store))
+
+
+def check_ready(models: Iterable[ModelConfig], *, console: Console) -> None:
+    """Checks, before anything is listed, what a training needs of its surroundings.
+
+    On a cluster, the workers' nodes may have published weights and settings of Keras that this machine has not: there,
+    each worker checks its own.
+
+    Raises:
+        ConfigError: see `check_environment`.
+        WeightsError: see `check_published_weights`.
+        Interrupted: a signal arrived while a cluster was asked.
+    """
+    check_environment(console, backends=TRAINING_BACKENDS)
+    if RAY_ADDRESS not in os.environ:
+        check_published_weights(models)
 
 
 def _check_for_imported(job: TrainJob, backbone: BundleInfo) -> None:
@@ -168,6 +208,7 @@ def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: in
 def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """Runs one step of each phase in scratch storage, which is deleted afterwards."""
     check_job(job)
+    check_ready([job.model], console=console)
     ANYWHERE.check_writable(job.run.storage)
     began_at = time.time()
     max_images = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
