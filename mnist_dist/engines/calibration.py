@@ -75,12 +75,12 @@ def range_rows(count: int) -> Rows:
     return rows[_spread(len(rows), wanted)]
 
 
-def unseen_by_ranges(bundle: Bundle) -> npt.NDArray[np.bool_]:
-    """Which of the compared images int8 may be judged by, `bool [N]`: those from which it has no ranges; all, where
+def unseen_by_ranges(bundle: Bundle) -> npt.NDArray[np.bool_] | None:
+    """Which of the compared images int8 is judged by, `bool [N]`: those from which it has no ranges. None: all, since
     there are too few to divide them."""
     count = _rows(bundle)
     if count < FEW_ROWS:
-        return np.ones(count or RANDOM_IMAGES, np.bool_)
+        return None
     return ~np.isin(_spread(count, MAX_IMAGES), range_rows(count))
 
 
