@@ -575,9 +575,21 @@ class EngineConfig:
     GPUs if onnxruntime-gpu is installed, is converted for `openvino`, and has no `keras`. auto: the fastest engine that
     agrees."""
     precision: EnginePrecision | Literal["auto"] = "auto"
-    """`float32`, or with OpenVINO `bfloat16` or `int8`. auto: float32, or bfloat16 if it was measured to agree."""
+    """`float32`, or with OpenVINO `bfloat16` or `int8`. auto: float32, or what was measured to agree: bfloat16, or int8
+    if an earlier job asked for it. Asked for by name, a precision may lose 1 point of accuracy, and differ in the top
+    class of 2 % of the images; see `accept_accuracy_loss`."""
+    accept_accuracy_loss: float | None = None
+    """Takes the precision that is asked for by name if it loses at most so many points of accuracy on the bundle's
+    calibration images. Where these have no labels, or there are none, or for several labels per image: if it differs in
+    the predicted classes of at most this percentage of the images. None: up to 1 point and 2 % of top classes."""
 
     def __post_init__(self) -> None:
+        points = self.accept_accuracy_loss
+        require(
+            points is None or 0 <= points <= 100,
+            "accept_accuracy_loss must be in [0, 100] points",
+            accept_accuracy_loss=points,
+        )
         require(
             self.precision in ("auto", "float32") or self.engine in ("auto", "openvino"),
             "bfloat16 and int8 need engine openvino",

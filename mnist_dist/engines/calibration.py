@@ -1,7 +1,10 @@
-"""The images on which engines are compared: the bundle's own (`calibration.parquet`), or random ones if it has none.
+"""The images on which engines are compared and from which int8 gets its ranges: the bundle's own
+(`calibration.parquet`), or random ones if it has none.
 
 Owns: which images these are (the same in every process) and how they are read. Does not own: writing them
-(`on_ray/training/bundling.py`), or the comparison (`conversion`).
+(`on_ray/training/bundling.py`), the comparison or the quantization (`conversion`).
+
+The images of the ranges are others than those on which int8 is compared, as long as there are enough of both.
 """
 
 # B = batch, N = all images, H = height px, W = width px, C = channels, K = classes
@@ -22,10 +25,13 @@ from mnist_dist.models.bundle import CALIBRATION_FILE, Bundle
 
 MAX_IMAGES = 1_000  # of the bundle's images; more are thinned out evenly
 RANDOM_IMAGES = 256  # used where the bundle has none
+RANGE_IMAGES = 300  # from which int8 gets its ranges; more changed nothing (docs/measurements.md)
+FEW_ROWS = 100  # a table of fewer rows is not divided: it serves for both
 
 Source = Literal["calibration", "random"]
 Probabilities = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 
 
 def calibration_of(bundle: Bundle) -> tuple[Source, int]:
@@ -39,16 +45,43 @@ def calibration_of(bundle: Bundle) -> tuple[Source, int]:
 
 
 def calibration_images(bundle: Bundle, *, batch_size: int, max_images: int = MAX_IMAGES) -> Iterator[Pixels]:
-    """The images in batches, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
+    """The compared images in batches, `uint8 [b, H, W, C]` with b up to `batch_size`, the same in every process.
 
     Args:
         bundle: an opened bundle.
         batch_size: images per batch.
         max_images: total number; evenly spaced rows are taken where the bundle has more.
     """
-    images = _own_images(bundle, max_images) if _rows(bundle) else _random_images(bundle, max_images)
-    while batch := list(itertools.islice(images, batch_size)):
-        yield np.stack(batch)
+    count = _rows(bundle)
+    images = _own_images(bundle, _spread(count, max_images)) if count else _random_images(bundle, max_images)
+    return _batches(images, batch_size)
+
+
+def range_images(bundle: Bundle, *, batch_size: int) -> Iterator[Pixels]:
+    """The images from which int8 gets its ranges, in batches as those of `calibration_images`."""
+    count = _rows(bundle)
+    images = _own_images(bundle, range_rows(count)) if count else _random_images(bundle, RANDOM_IMAGES)
+    return _batches(images, batch_size)
+
+
+def range_rows(count: int) -> Rows:
+    """Rows of a table of `count` images from which int8 gets its ranges: of those that are not compared, where there
+    are enough, else a quarter of all."""
+    if count < FEW_ROWS:
+        return np.arange(count)
+    unused = np.setdiff1d(np.arange(count), _spread(count, MAX_IMAGES))
+    wanted = min(RANGE_IMAGES, count // 4)
+    rows = unused if len(unused) >= wanted else np.arange(count)
+    return rows[_spread(len(rows), wanted)]
+
+
+def unseen_by_ranges(bundle: Bundle) -> npt.NDArray[np.bool_] | None:
+    """Which of the compared images int8 is judged by, `bool [N]`: those from which it has no ranges. None: all, since
+    there are too few to divide them."""
+    count = _rows(bundle)
+    if count < FEW_ROWS:
+        return None
+    return ~np.isin(_spread(count, MAX_IMAGES), range_rows(count))
 
 
 def calibration_labels(bundle: Bundle) -> Labels | None:
@@ -59,7 +92,7 @@ def calibration_labels(bundle: Bundle) -> Labels | None:
     if not _rows(bundle) or "label" not in pq.read_schema(path).names:
         return None
     labels = pq.read_table(path, columns=["label"])["label"].to_numpy()
-    return np.asarray(labels[_spread(bundle, MAX_IMAGES)], np.int64)
+    return np.asarray(labels[_spread(len(labels), MAX_IMAGES)], np.int64)
 
 
 def predict_calibration(bundle: Bundle, engine: Engine, report: Report) -> Probabilities:
@@ -92,16 +125,20 @@ def _rows(bundle: Bundle) -> int:
     return count
 
 
-def _spread(bundle: Bundle, max_images: int) -> npt.NDArray[np.int64]:
-    """Indices of the table's rows that are used."""
-    count = _rows(bundle)
+def _spread(count: int, max_images: int) -> Rows:
+    """Up to `max_images` of the numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, max_images)).astype(np.int64)
 
 
-def _own_images(bundle: Bundle, max_images: int) -> Iterator[Pixels]:
+def _batches(images: Iterator[Pixels], batch_size: int) -> Iterator[Pixels]:
+    while batch := list(itertools.islice(images, batch_size)):
+        yield np.stack(batch)
+
+
+def _own_images(bundle: Bundle, rows: Rows) -> Iterator[Pixels]:
     import pyarrow.parquet as pq
 
-    wanted, row = set(_spread(bundle, max_images).tolist()), 0
+    wanted, row = set(rows.tolist()), 0
     with pq.ParquetFile(bundle.path / CALIBRATION_FILE) as file:
         for batch in file.iter_batches(256, columns=["pixels"]):
             for value in batch.column("pixels"):

@@ -30,7 +30,7 @@ import numpy as np
 from mnist_dist import documents, processor
 from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
 from mnist_dist.console import Console
-from mnist_dist.engines.calibration import Probabilities, calibration_of
+from mnist_dist.engines.calibration import Probabilities, calibration_of, unseen_by_ranges
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, check_installed, local_folder
@@ -43,9 +43,13 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 
 MAX_DIFFERENCE = 1e-4  # largest difference of a probability in float32
-MIN_AGREEMENT = 0.995  # smallest share of images with the same top class in bfloat16
-MAX_LOSS = 0.002  # largest loss of accuracy in bfloat16
-FEW_IMAGES = 1_000  # with fewer images than this, no top class may differ in bfloat16
+MIN_AGREEMENT = 0.995  # smallest share of images with the same top class, of a reduced precision that `auto` takes
+MAX_LOSS = 0.002  # ... and its largest loss of accuracy
+FEW_IMAGES = 1_000  # ... and with fewer images than this, no top class may differ
+NAMED_POINTS = 1.0  # largest loss of accuracy of a reduced precision that is asked for by name, points
+NAMED_DIFFERING = 2.0  # ... and its largest share of images with another top class, %
+ROUNDING = 1e-9  # of a percentage that was computed from counts
+NO_IMAGES = "the bundle has no calibration images to compare on"
 CALL_SIZES = (4, 32)  # images per call to try: small calls stay in a core's cache, large ones have less overhead
 OWN_NAMES = {"keras": "Keras", "onnx": "ONNX Runtime"}  # of the engines that run a bundle's own file
 NO_CUDA = (
@@ -89,7 +93,7 @@ class EngineChoice:
     def __str__(self) -> str:
         if self.check is None or self.is_own:
             return self.name
-        return f"{self.name} (same top class as {self.own_name} for {self.check.agreement:.2%})"
+        return f"{self.name} (same {self.check.judged_by} as {self.own_name} for {self.check.agreement:.2%})"
 
     def batch_size(self, largest: int) -> int:
         """Images per call, at most `largest`; Keras takes any number."""
@@ -194,7 +198,7 @@ def candidates(
 
 
 def why_not(choice: EngineChoice) -> str | None:
-    """Why an engine must not be chosen automatically; None: it agrees with the own one in float32 well enough."""
+    """Why `auto` must not choose an engine; None: it agrees with the own one in float32 well enough."""
     check = choice.check
     if choice.is_own:
         return None
@@ -205,15 +209,50 @@ def why_not(choice: EngineChoice) -> str | None:
         is_same = check.max_abs_difference <= MAX_DIFFERENCE
         return None if is_same else f"a probability differs by {check.max_abs_difference:.2g}"
     if check.source != "calibration":
-        return "the bundle has no calibration images to compare on"
+        return NO_IMAGES
     if math.isnan(check.max_abs_difference):
         return "a probability is NaN"
     if check.images < FEW_IMAGES:
-        return None if check.agreement == 1 else f"the top class of {1 - check.agreement:.2%} of the few images differs"
+        return None if check.agreement == 1 else _differing(check, "few images")
     if not check.agreement >= MIN_AGREEMENT:
-        return f"the top class of {1 - check.agreement:.2%} of the images differs"
+        return _differing(check)
     loss = check.accuracy_loss
     return None if loss is None or loss <= MAX_LOSS else f"accuracy is {100 * loss:.2f} points lower"
+
+
+def why_refused(choice: EngineChoice, *, accept_points: float | None = None) -> str | None:
+    """Why a reduced precision that was asked for by name must not be used; None: it loses no more than is allowed.
+
+    Args:
+        choice: a checked engine.
+        accept_points: the accepted loss of accuracy, in points; without labels, the accepted share of images whose
+            predicted classes differ, %. None: `NAMED_POINTS` and `NAMED_DIFFERING`.
+    """
+    check = choice.check
+    assert check is not None
+    if math.isnan(check.max_abs_difference):
+        return "a probability is NaN"
+    if accept_points is None and check.source != "calibration":
+        return NO_IMAGES
+    differing, points = 100 * (1 - check.agreement), check.lost_points
+    if accept_points is None:
+        is_allowed = (points or 0) <= NAMED_POINTS + ROUNDING and differing <= NAMED_DIFFERING + ROUNDING
+    else:
+        is_allowed = (differing if points is None else points) <= accept_points + ROUNDING
+    return None if is_allowed else _lost(check)
+
+
+def _lost(check: Check) -> str:
+    images = f"{check.images:,} {'calibration' if check.source == 'calibration' else 'random'} images"
+    differing = _differing(check, images)
+    return (
+        differing if check.lost_points is None else f"{differing} and accuracy is {check.lost_points:.2f} points lower"
+    )
+
+
+def _differing(check: Check, images: str = "images") -> str:
+    verb = "differ" if check.multi_label else "differs"
+    return f"the {check.judged_by} of {1 - check.agreement:.2%} of the {images} {verb}"
 
 
 def fastest(checked: Iterable[EngineChoice], *, own: EngineChoice = EngineChoice()) -> EngineChoice:
@@ -221,7 +260,7 @@ def fastest(checked: Iterable[EngineChoice], *, own: EngineChoice = EngineChoice
     speeds = {
         choice: choice.check.images_per_s / _WORTH.get(choice.engine, 1.0)
         for choice in checked
-        if choice.check is not None and choice.precision != "int8" and why_not(choice) is None
+        if choice.check is not None and why_not(choice) is None
     }
     return max(speeds, key=speeds.__getitem__, default=own)
 
@@ -270,11 +309,11 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
         check_installed(f"engine {choice.engine} in {choice.precision}", packages_of(choice))
     all_caches = [_Cache(join(place, bundle.info.model_id[:16]), request.cpus, own) for place in request.places]
     caches = _readable(all_caches)
-    known = [caches[0].known(choice) for choice in fitting] if caches else fitting
+    known = _known(caches[0], fitting, requested) if caches else fitting
     if not all(choice.check for choice in known) and (is_explicit or request.worth_it):
         try:
             cache = _writable(caches, all_caches)
-            known = _checked(bundle, request, cache, [cache.known(choice) for choice in fitting], session=session)
+            known = _checked(bundle, request, cache, _known(cache, fitting, requested), session=session)
         except (StepFailed, StorageError) as failure:
             if is_explicit:
                 raise
@@ -282,8 +321,17 @@ def prepare_engine(bundle: Bundle, request: EngineRequest, *, session: Session) 
             return own
     checked = [choice for choice in known if choice.check]
     if is_explicit and (len(checked) == 1 or all(why_not(choice) for choice in checked)):
-        return _as_requested(checked[0], session.console)
+        return _as_requested(checked[0], requested, session.console)
     return fastest(checked, own=own) if any(not choice.is_own for choice in checked) else own
+
+
+def _known(cache: "_Cache", fitting: Iterable[EngineChoice], requested: EngineConfig) -> list[EngineChoice]:
+    """The engines with what is kept of their checks; for `auto` also int8, if a job that asked for it checked it."""
+    known = [cache.known(choice) for choice in fitting]
+    if requested.precision != "auto" or requested.engine not in ("auto", "openvino"):
+        return known
+    int8 = cache.known(EngineChoice(engine="openvino", precision="int8", own=cache.own.engine))
+    return [*known, int8] if int8.check else known
 
 
 def packages_of(choice: EngineChoice) -> tuple[str, ...]:
@@ -312,18 +360,42 @@ def _writable(caches: Iterable["_Cache"], all_caches: Iterable["_Cache"]) -> "_C
     raise StorageError(f"converted models need a folder that can be read and written. Received: {names}")
 
 
-def _as_requested(choice: EngineChoice, console: Console) -> EngineChoice:
-    """The requested engine, with a note where it differs from the own one; raises ConfigError if so in float32."""
+def _as_requested(choice: EngineChoice, requested: EngineConfig, console: Console) -> EngineChoice:
+    """The requested engine, with a note where `auto` would not take it; raises ConfigError if it loses too much."""
     why = why_not(choice)
-    if why is not None and choice.precision == "float32":
+    if why is not None and (choice.precision == "float32" or requested.precision == "auto"):
         raise ConfigError(
             f"{choice.engine} does not agree with {choice.own_name} ({why}). Received: engine={choice.engine!r}"
         )
     if choice.precision == "bfloat16" and not processor.has_bfloat16():
         console.line("this CPU has no bfloat16: OpenVINO computes in float32 instead")
+    if choice.precision != "float32":
+        _check_loss(choice, requested)
     if why is not None:
         console.line(f"using {choice.name} as requested, although {why}")
     return choice
+
+
+def _check_loss(choice: EngineChoice, requested: EngineConfig) -> None:
+    """Raises ConfigError if a precision that was asked for by name loses more than is allowed."""
+    accepted, check = requested.accept_accuracy_loss, choice.check
+    why = why_refused(choice, accept_points=accepted)
+    if why is None or check is None:
+        return
+    lost = 100 * (1 - check.agreement) if check.lost_points is None else check.lost_points
+    limits = f"{NAMED_POINTS:g} point of accuracy and {NAMED_DIFFERING:g}% of the images are allowed"
+    allowed = limits if accepted is None else f"--accept-accuracy-loss {accepted:g} allows less"
+    enough = f"--accept-accuracy-loss {max(0, math.ceil(10 * lost - ROUNDING) / 10):g}"
+    remedy = (
+        f"--precision auto takes the fastest that agrees, --precision float32 loses nothing, {enough} takes it as it is"
+    )
+    if why == NO_IMAGES:
+        allowed = f"by random pixels, {_lost(check)}"
+        remedy += "; import the model again with --calibration FOLDER, or train it with --calibration, to measure it"
+    raise ConfigError(
+        f"{choice.name} does not predict what {choice.own_name} predicts: {why}; {allowed}. {remedy}. "
+        f"Received: precision={requested.precision!r}"
+    )
 
 
 def _checked(
@@ -373,7 +445,9 @@ def _check(choice: EngineChoice, conversion: Conversion, cache: "_Cache", *, ref
         conversion.quantize(cache.folder(replace(choice, precision="float32")), conversion.scratch / "int8")
         cache.publish(choice, conversion.scratch / "int8")
     answers = conversion.by_file(cache.folder(choice), choice.engine, precision=choice.precision, call_sizes=CALL_SIZES)
-    check = compare(reference, answers, multi_label=conversion.bundle.info.multi_label)
+    bundle = conversion.bundle
+    judged = unseen_by_ranges(bundle) if choice.precision == "int8" else None
+    check = compare(reference, answers, multi_label=bundle.info.multi_label, judged=judged)
     choice = cache.keep(choice, check)
     why = why_not(choice)
     conversion.session.console.line(

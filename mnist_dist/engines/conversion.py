@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mnist_dist.config import DEFAULT_THRESHOLD, EnginePrecision
 from mnist_dist.engines.annotation import annotate, save_openvino
@@ -30,10 +31,10 @@ from mnist_dist.engines.calibration import (
     Labels,
     Probabilities,
     Source,
-    calibration_images,
     calibration_labels,
     calibration_of,
     predict_calibration,
+    range_images,
 )
 from mnist_dist.engines.engine import (
     Engine,
@@ -55,7 +56,6 @@ from mnist_dist.session import Session
 
 AS_FAST = 0.97  # a smaller call with this share of the best speed is preferred: it needs less memory
 MIN_CALL_S = 0.001  # ... unless calls follow each other faster: each costs the job about 0.15 ms of Python
-QUANTIZED_IMAGES = 300  # calibration images from which NNCF derives the int8 ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,34 @@ class Check:
     images_per_s: float
     images_per_call: int
     """Images per call at which `images_per_s` was measured."""
+    multi_label: bool = False
+    """Each class has a probability of its own."""
+
+    @property
+    def judged_by(self) -> str:
+        """What has to be the same, in texts."""
+        return "predicted classes" if self.multi_label else "top class"
+
+    @property
+    def lost_points(self) -> float | None:
+        """The loss of accuracy in points; None where it is not known."""
+        return None if self.accuracy_loss is None else 100 * self.accuracy_loss
 
 
-def compare(reference: Probabilities, answers: Answers, *, multi_label: bool = False) -> Check:
+def compare(
+    reference: Probabilities,
+    answers: Answers,
+    *,
+    multi_label: bool = False,
+    judged: npt.NDArray[np.bool_] | None = None,
+) -> Check:
     """Compares a model's predictions with those of the bundle's own engine.
 
     Args:
         reference: of the bundle's own engine.
         answers: of the model.
         multi_label: each class has a probability of its own.
+        judged: which of the images count, `bool [N]`; None: all.
 
     Raises:
         StepFailed: the shapes of the probabilities differ.
@@ -108,6 +127,9 @@ def compare(reference: Probabilities, answers: Answers, *, multi_label: bool = F
     if probabilities.shape != reference.shape:
         expected, shape = list(reference.shape), list(probabilities.shape)
         raise StepFailed(f"the converted model must give {expected} probabilities. Received: {shape}")
+    if judged is not None:
+        reference, probabilities = reference[judged], probabilities[judged]
+        labels = None if labels is None else labels[judged]
     reference_top, top = reference.argmax(axis=1), probabilities.argmax(axis=1)
     same = reference_top == top
     if multi_label:
@@ -122,6 +144,7 @@ def compare(reference: Probabilities, answers: Answers, *, multi_label: bool = F
         accuracy_loss=loss,
         images_per_s=answers.images_per_s,
         images_per_call=answers.images_per_call,
+        multi_label=multi_label,
     )
 
 
@@ -291,7 +314,7 @@ def _quantize(bundle: Bundle, uri: str, target: Path, report: Report) -> None:
     import nncf
 
     size = bundle.fixed_batch or 1
-    images = [padded(batch, size) for batch in calibration_images(bundle, batch_size=size, max_images=QUANTIZED_IMAGES)]
+    images = [padded(batch, size) for batch in range_images(bundle, batch_size=size)]
     with local_folder(uri) as source:
         model = openvino_core().read_model(source / FORMATS["openvino"].file)
         quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))

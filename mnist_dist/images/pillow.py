@@ -198,6 +198,17 @@ def open_bmp(data: bytes, spec: ImageSpec | None, *, kind: str) -> Opened:
     return _opened(image, 1, decode)
 
 
+def upright_pixels(image: Image.Image) -> Pixels:
+    """Pixels `uint8 [h, w, 1 or 3]` of an image that somebody opened or made, upright, over white; it stays as it is.
+
+    Raises:
+        Exception: whatever Pillow raises.
+    """
+    image.load()
+    stored = image.copy() if image.mode == "P" else image  # A palette with transparency would be replaced.
+    return rotate(_pixels(stored), _orientation(image))
+
+
 @functools.cache
 def prepare() -> None:
     """Makes settings that are global to the process, at the first image rather than on import."""

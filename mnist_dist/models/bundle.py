@@ -34,10 +34,11 @@ import numpy.typing as npt
 from mnist_dist import documents
 from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError
-from mnist_dist.images.decoder import decode_image
-from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
+from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.models.inputs import Image, input_pixels
+from mnist_dist.models.native_log import starting_quietly
 from mnist_dist.models.onnx_file import (
     FEATURES,
     PROBABILITIES,
@@ -70,9 +71,6 @@ CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
 FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle
 PREDICT_BATCH = 32
-
-Image = str | os.PathLike[str] | npt.NDArray[Any]
-"""A file (path or `s3://` URI), or pixels in 0-255: `uint8` or float, `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +165,7 @@ class Bundle:
     def __init__(self, path: Path, info: BundleInfo) -> None:
         self.path = path
         self.info = info
+        self._is_started = False
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, model_id={self.info.model_id[:12]!r})"
@@ -242,37 +241,52 @@ class Bundle:
     def predict(self, image: Image) -> Prediction: ...
 
     @overload
-    def predict(self, image: list[Any]) -> list[Prediction]: ...
+    def predict(self, image: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
 
-    def predict(self, image: Image | list[Any]) -> Prediction | list[Prediction]:
-        """Class, confidence and probabilities of an image, or of each of a list of images.
+    def predict(self, image: Image | list[Any] | tuple[Any, ...]) -> Prediction | list[Prediction]:
+        """Class, confidence and probabilities of an image, or of each image of a batch.
 
         Args:
-            image: a file, pixels in 0-255, or a list of either; any size, resized as in training.
+            image: a path or URI, the bytes of a file, a file opened in binary mode, a PIL image, or an array of pixels
+                in 0-255; or a list or tuple of any of these, of any length. Of any size, resized as in training.
+
+        Returns:
+            A `Prediction`; for a list or tuple a list of them, in its order.
 
         Raises:
-            ConfigError: an array is not an image: wrong dtype, shape or range; or the model has no classes.
-            FileNotFoundError, PermissionError: a file cannot be read.
-            ImageError: a file cannot be decoded.
+            ConfigError: this is no image: a wrong type, or an array of a wrong dtype, shape or range; or the model has
+                no classes.
+            FileNotFoundError, PermissionError, ServiceError: a file cannot be read.
+            ImageError: a file cannot be decoded. An error of one image is an error of the batch; it says which one.
         """
-        if isinstance(image, str | os.PathLike | np.ndarray):
-            return self._predict([image])[0]
-        return self._predict(image)
+        if isinstance(image, list | tuple):
+            return self._predict(image)
+        return self._predict([image])[0]
 
     def _predict(self, images: Sequence[Image]) -> list[Prediction]:
         check_has_classes(self.info)
         size, predictions = PREDICT_BATCH, list[Prediction]()
-        if self.is_onnx:
-            size = session_batch(self.session) or size
         for start in range(0, len(images), size):
-            pixels = np.stack([_pixels(image, self.info.spec) for image in images[start : start + size]])
-            predictions.extend(self._prediction(row) for row in self._probabilities(pixels))
+            pixels = [self._input(images, number) for number in range(start, min(start + size, len(images)))]
+            predictions.extend(self._prediction(row) for row in self._probabilities(np.stack(pixels)))
         return predictions
 
+    def _input(self, images: Sequence[Image], number: int) -> Pixels:
+        place = f"images[{number}]: " if len(images) > 1 else ""
+        return input_pixels(images[number], self.info.spec, place=place)
+
     def _probabilities(self, pixels: Pixels) -> npt.NDArray[np.float32]:
-        if self.is_onnx:
-            return run_session(self.session, pixels, [PROBABILITIES])[0]
-        return np.asarray(self.model(pixels, training=False))
+        with contextlib.nullcontext() if self._is_started else starting_quietly():
+            probabilities = self._run(pixels)
+        self._is_started = True
+        return probabilities
+
+    def _run(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        if not self.is_onnx:
+            return np.asarray(self.model(pixels, training=False))
+        size = session_batch(self.session) or len(pixels)
+        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        return np.concatenate([run_session(self.session, part, [PROBABILITIES])[0] for part in parts])
 
     def _prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
         index, names = int(probabilities.argmax()), self.info.class_names
@@ -482,36 +496,6 @@ def _decode_info(data: bytes, *, requested: str) -> BundleInfo:
     if not info.model_id:
         raise BundleError(f"{file} has no model_id, the sha256 of {info.model_file}. Received: {requested!r}")
     return info
-
-
-def _pixels(image: Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
-    """The image as the model's input, `uint8 [H, W, C]`."""
-    if not isinstance(image, np.ndarray):
-        return decode_image(ANYWHERE.read_bytes(os.fspath(image)), spec).pixels
-    return resize_pixels(match_channels(_checked_pixels(image), spec.channels), spec)
-
-
-def _checked_pixels(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The array as `uint8 [H, W, C]`; raises ConfigError where it is not an image."""
-    expected = "an image is uint8 or float, 0-255, of shape [H, W], [H, W, 1] or [H, W, 3]"
-    received = f"Received: {image.dtype} of shape {list(image.shape)}"
-    right_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
-    right_dtype = image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating)
-    if not right_shape or not right_dtype or image.size == 0:
-        hint = "; for several images pass a list" if image.ndim == 4 else ""
-        raise ConfigError(f"{expected}{hint}. {received}")
-    if image.dtype != np.uint8:
-        _check_range(image, f"{expected}. {received}")
-    pixels: npt.NDArray[np.uint8] = np.rint(image).astype(np.uint8)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def _check_range(image: npt.NDArray[Any], message: str) -> None:
-    low, high = image.min(), image.max()
-    if not (np.isfinite(image).all() and low >= 0 and high <= 255):
-        raise ConfigError(f"{message} with values from {low} to {high}")
-    if 0 < high <= 1:  # The model would see a black image and predict a class for it without any error.
-        raise ConfigError(f"{message} with values from {low} to {high}: multiply by 255")
 
 
 def _num_imported_features(layers: Sequence[Mapping[str, Any]]) -> int:

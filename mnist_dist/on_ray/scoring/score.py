@@ -265,7 +265,8 @@ class Scoring:
     def _differences(self, origin: Origin, *, but: tuple[str, ...] = ()) -> list[str]:
         own = {"model_id": self.bundle.info.model_id, **self.job.settings()}
         known = {"model_id": origin.model_id, **ScoreJob.completed(origin.settings)}
-        for name, value in asdict(self.job.engine).items():
+        for name in ("engine", "precision"):
+            value = getattr(self.job.engine, name)
             if value != "auto":
                 own[name], known[name] = value, getattr(origin, name)
         if origin.engine == "keras":
@@ -303,7 +304,7 @@ class Scoring:
             with connected(verbose=self.job.run.verbose, stop=self.session.stop, meanwhile=WITH_RAY_DATA) as resources:
                 resources = await_actors(resources, self.job.run, self.session)
                 actors = choose_actors(resources, self.job.run)
-                engine = self.choose_engine(_engine_of(unfinished.plan), actors, resources, images=rows)
+                engine = self.choose_engine(self._engine_of(unfinished.plan), actors, resources, images=rows)
                 self._score(unfinished, engine, actors, resources)
         return self._commit(unfinished)
 
@@ -407,12 +408,16 @@ class Scoring:
         """The engine to use for a new generation: that of the existing rows, if they are kept."""
         if before is None or self.job.mode == "fresh":
             return self.job.engine
-        existing = _engine_of(self._summary(before))
+        existing = self._engine_of(self._summary(before))
         if existing.engine == self._own_engine.engine and self.job.engine.engine == "auto":
             self.session.console.line(
                 f"the table keeps its engine, {existing.engine}; --mode fresh chooses the engine again"
             )
         return existing
+
+    def _engine_of(self, origin: Origin) -> EngineConfig:
+        """The engine that made the rows."""
+        return replace(self.job.engine, engine=origin.engine, precision=origin.precision)
 
     def choose_engine(self, asked: EngineConfig, actors: Actors, have: Resources, *, images: int) -> EngineChoice:
         """Chooses the engine, and converts the model if that saves time for so many images."""
@@ -669,8 +674,3 @@ class Scoring:
 def _keras_backend() -> str:
     """The Keras backend of this job."""
     return os.environ.get(KERAS_BACKEND) or "tensorflow"
-
-
-def _engine_of(origin: Origin) -> EngineConfig:
-    """The engine that made the rows."""
-    return EngineConfig(engine=origin.engine, precision=origin.precision)
