@@ -37,7 +37,7 @@ from mnist_dist.sources.choice import (
     row_of_entry,
     row_of_line,
 )
-from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.columns import LABEL, LABEL_FLAG, SPLIT, Wanted, check_header
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
@@ -133,7 +133,7 @@ def list_inputs(
     """
     clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column)
+    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column, config.uri_column)
     return _Search(config, wanted, stdin=stdin, progress=progress, store=store).listing()
 
 
@@ -260,7 +260,10 @@ class _Search:
     def _read_columns(self, places: Sequence[Place]) -> None:
         """Checks what can be carried before anything is listed, where only lists can have columns."""
         for place in places:
-            self._columns.update(columns_of(place, store=self._store))
+            columns = columns_of(place, uri_column=self._wanted.uri_column, store=self._store)
+            if columns and self._wanted.label_column not in (None, LABEL):  # it was asked for
+                check_header(place.uri, columns, {LABEL_FLAG: str(self._wanted.label_column)})
+            self._columns.update(columns)
         if all(place.is_listed for place in places):
             self._check_carried()
 
@@ -298,7 +301,7 @@ class _Search:
         entries = matching(place.uri, store=store) if place.kind == "glob" else store.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
-            raise not_there(place.name, place.uri)
+            raise not_there(place.name, place.uri, store=store)
         files: list[Entry] = []
         rows = self._rows(itertools.chain([first] if first else [], entries), place, files)
         table = image_table.table_of(rows)

@@ -81,7 +81,9 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
 
 def input_config(config: DataConfig) -> InputConfig:
     """The data of a training as the inputs of a listing."""
-    return InputConfig(input=config.data, image_column=config.image_column, data_dir=config.data_dir)
+    return InputConfig(
+        input=config.data, image_column=config.image_column, uri_column=config.uri_column, data_dir=config.data_dir
+    )
 
 
 def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, config: DataConfig) -> ImageSpec:
