@@ -1,18 +1,33 @@
 """The context of every long step of a job: the user's console, the signals and the lock.
 
 Owns: the loop that waits for work in another thread or process while it shows progress, handles signals and watches
-the lock. Does not own: the work.
+the lock; when the job began. Does not own: the work.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import psutil
 
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ServiceError
 from mnist_dist.store.lock import Fence, Lock
 
 POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
+
+
+def started_at(console: Console) -> float:
+    """When the job began, s since the Unix epoch, for `seconds` in the JSON line: with the command's process, which
+    imports for seconds before it does anything; in the user's own process, now."""
+    now = time.time()
+    return now if console.embedded else min(now, psutil.Process().create_time())
+
+
+def seconds_since(began_at: float) -> float:
+    """The seconds since a time from `started_at`, as the JSON line has them."""
+    return round(time.time() - began_at, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +38,14 @@ class Session:
     stop: Stop
     lock: Lock | None = None
     """Guards what the job changes; None if it changes nothing."""
+    shown: set[str] = field(default_factory=set)
+    """The lines of `once`."""
+
+    def once(self, text: str) -> None:
+        """Prints a line, unless this session has printed it before: several steps may meet the same damaged image."""
+        if text not in self.shown:
+            self.shown.add(text)
+            self.console.line(text)
 
     @property
     def fence(self) -> Fence:

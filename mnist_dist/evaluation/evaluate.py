@@ -32,7 +32,7 @@ from mnist_dist.evaluation.truth import Truth, find_truth, is_label_file, label_
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.scoring.thresholds import thresholds_csv
-from mnist_dist.session import Session
+from mnist_dist.session import Session, seconds_since, started_at
 from mnist_dist.sources.places import check_outside, not_there, place_of
 from mnist_dist.store.anywhere import ANYWHERE, store_for
 from mnist_dist.store.base import names_in
@@ -91,9 +91,10 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         report: writes the page; None: no page.
 
     Returns:
-        The keys of the job's JSON line: report, output, images, and accuracy, accuracy_low, accuracy_high, macro_f1,
-        log_loss, ece; of a multi-label table mean_average_precision, micro_f1, macro_f1, exact_match, hamming_loss and
-        thresholds (the URI of the file). All but the first three are null without labels, or without their columns.
+        The keys of the job's JSON line: report, output, images, seconds, and accuracy, accuracy_low, accuracy_high,
+        macro_f1, log_loss, ece; of a multi-label table mean_average_precision, micro_f1, macro_f1, exact_match,
+        hamming_loss and thresholds (the URI of the file). All but the first four are null without labels, or without
+        their columns.
 
     Raises:
         DataError: there is no finished table, or the labels cannot be read.
@@ -101,6 +102,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         BundleError, ConfigError, PermissionError, ServiceError, StorageError: an input or the output cannot be used.
         Interrupted: SIGINT or SIGTERM.
     """
+    began_at = started_at(console)
     check_named(job)
     with Stop(console) as stop:
         session = Session(console=console, stop=stop)
@@ -129,7 +131,8 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
             notes=tuple(_notes(table, truth, metrics, comparison, matches)),
         )
         stop.check()
-        return _finish(evaluation, console=console, report=report)
+        result = _finish(evaluation, console=console, report=report)
+        return {**result, "seconds": seconds_since(began_at)}
 
 
 def check_named(job: EvaluateJob) -> None:

@@ -32,7 +32,7 @@ from mnist_dist.on_ray.cluster import check_storage, connected
 from mnist_dist.on_ray.doctor import checks
 from mnist_dist.on_ray.doctor.checks import IN_PLACE_OF, Check, Expected, Pins, Status, named
 from mnist_dist.on_ray.doctor.facts import CONNECT_TIMEOUT_S, KERAS_TIMEOUT_S, Facts, Question, gather
-from mnist_dist.session import Session
+from mnist_dist.session import Session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, temporary_name
 
@@ -60,6 +60,7 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
         ConfigError: there is no such backbone, or it has no such weights.
         ChecksFailed: at least one check failed; its result has the same keys.
     """
+    began_at = started_at(console)
     pins = checks.read_pins(Path(mnist_dist.__file__).parents[1])
     question = _question(job, pins)
     console.line("checking this machine and all nodes of Ray; this takes up to two minutes")
@@ -71,6 +72,7 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
     names: dict[str, Status] = {"ok": "ok", "warnings": "warning", "failed": "failed", "skipped": "skipped"}
     result: dict[str, Any] = {name: sum(check.status == status for check in every) for name, status in names.items()}
     console.line(", ".join(f"{count} {name}" for name, count in result.items()))
+    result["seconds"] = seconds_since(began_at)
     if job.json:
         result["checks"] = [asdict(check) for check in every]
     failed = [f"{check.name} on {check.node}" for check in every if check.status == "failed"]
