@@ -4,10 +4,12 @@ Owns: the loop that waits for work in another thread or process while it shows p
 the lock; when the job began. Does not own: the work.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -16,13 +18,25 @@ from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, Ser
 from mnist_dist.store.lock import Fence, Lock
 
 POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
+_START_TICKS = 19  # in /proc/PID/stat, counted from the field after the name
 
 
 def started_at(console: Console) -> float:
     """When the job began, s since the Unix epoch, for `seconds` in the JSON line: with the command's process, which
     imports for seconds before it does anything; in the user's own process, now."""
     now = time.time()
-    return now if console.embedded else min(now, psutil.Process().create_time())
+    return now if console.embedded else now - max(0.0, _process_age_s())
+
+
+def _process_age_s() -> float:
+    """How long this process has run. psutil knows the start to a second only: the kernel tells the time of its own
+    start in whole seconds."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started_s = int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+    except (OSError, AttributeError, IndexError, ValueError):  # Not Linux.
+        return time.time() - psutil.Process().create_time()
 
 
 def seconds_since(began_at: float) -> float:

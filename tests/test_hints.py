@@ -87,7 +87,7 @@ def test_the_quickstart_proposes_commands_that_exist(tmp_path: Path) -> None:
         job, *arguments = shlex.split(line.removeprefix("python -m jobs."), comments=True)
         jobs.append(job)
         if arguments != ["--help"]:
-            console.parse(recipes[job], command=job, default="", argv=arguments)
+            console.parse(recipes[job], command=job, default=job, argv=arguments)
     assert jobs == ["score", "train", "train", "search", "score"]
 
 
@@ -129,7 +129,7 @@ print(time.time() - started_at(Console()), time.time() - started_at(Console(embe
     before = time.time()
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     whole_s, own_s = map(float, done.stdout.split())
-    assert own_s < whole_s <= time.time() - before + 0.1  # the kernel counts in hundredths
+    assert own_s < whole_s <= time.time() - before + 0.02  # the kernel counts in hundredths
     assert seconds_since(started_at(Recorder())) > 0
 
 
