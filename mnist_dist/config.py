@@ -100,7 +100,9 @@ class DataConfig:
     """The column of Parquet files that holds the images: encoded bytes, or structs with `bytes`. None: found by its
     type."""
     label_column: str = "label"
-    """The column of lists and Parquet files that holds class names or class numbers."""
+    """The column of lists and Parquet files that holds class names, class numbers, or true and false."""
+    uri_column: str = "uri"
+    """The column of lists (Parquet, CSV) that holds the URIs."""
     channels: Literal["auto", "1", "3"] = "auto"
     """Channels to keep: 1 (grey) or 3 (RGB). auto: 1 if a sample of the images is all grey, else 3."""
     resize: ResizeRule = "stretch"
@@ -488,6 +490,8 @@ class InputConfig:
     image_column: str | None = None
     """The column of Parquet files that holds the images: encoded bytes, or structs with `bytes`. None: found by its
     type."""
+    uri_column: str = "uri"
+    """The column of lists (Parquet, CSV) that holds the URIs."""
     data_dir: str | None = None
     """The files of named data sets such as `mnist`: a folder of idx files (plain or .gz) or an .npz file. None: Keras
     downloads them."""

@@ -6,6 +6,7 @@ MnistDistError                exit 1: the work started and could not be finished
 ├── Judged                    the work is done, but the result is not good enough
 │   ├── TooManyBadImages      more bad images than --max-bad-fraction allows, or no good one
 │   └── ChecksFailed          at least one check of `jobs.doctor` failed
+├── LabelsUnmatched           the given labels belong to no image of the table, or are none of its classes
 ├── TrainingDiverged          the loss is not a number
 ├── StepFailed                a process that converts or checks a model failed
 ├── WorkersFailed             a worker died more often than --max-failures allows
@@ -78,6 +79,10 @@ class TooManyBadImages(Judged):
 
 class ChecksFailed(Judged):
     """At least one check of the set-up failed; the message says which and on which node."""
+
+
+class LabelsUnmatched(MnistDistError):
+    """The given labels belong to no image of the table, or none of them is a class; the message says what would fit."""
 
 
 class StepFailed(MnistDistError):

@@ -4,11 +4,13 @@ Owns: the fields of the job, as `config.py` owns those of training and scoring.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mnist_dist.config import StoreConfig, require
 from mnist_dist.store.uris import absolute, join
 
 LABEL_COLUMN = "label"
+Match = Literal["uri", "path", "name", "stem"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,16 @@ class EvaluateJob:
     """Images to score first with `bundle`, into `<output>/predictions`; the same forms as for scoring. From lists
     (Parquet, CSV) the label column is copied into the table."""
     labels: str | None = None
-    """Parquet, CSV or TSV file with the columns `uri` and `label`, or the labelled images themselves, in any form that
-    can be trained on. None: the label column of the table, the labels of `input`, or else the images' folders."""
+    """Parquet, CSV or TSV file with `uri_column` and `label_column`, or the labelled images themselves, in any form
+    that can be trained on. None: the label column of the table, the labels of `input`, or else the images' folders."""
+    match: Match = "uri"
+    """How `labels` find their images. uri: the whole URI. path: the end of the image's path; leading folders that all
+    labels share are left out as far as needed. name: the file name. stem: the file name without its suffix."""
     label_column: str = LABEL_COLUMN
-    """Column of the table with the true labels, if it was carried: class names or class numbers."""
+    """Column with the true labels, of the label file, else of the table, if it was carried: class names, class numbers,
+    or true and false."""
+    uri_column: str = "uri"
+    """Column with the URIs, paths or names of the images, of the label file, else of the lists in `input`."""
     label_separator: str | None = None
     """Multi-label tables: what stands between the labels of an image where they are one text (`;`, `|`). None: the
     labels are lists, or a file has a row for each."""
@@ -52,6 +60,10 @@ class EvaluateJob:
         )
         require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
         require(bool(self.label_column), "label_column must be a column name", label_column=self.label_column)
+        require(bool(self.uri_column), "uri_column must be a column name", uri_column=self.uri_column)
+        require(
+            self.match == "uri" or self.labels is not None, "match needs labels", match=self.match, labels=self.labels
+        )
         require(self.label_separator != "", "label_separator must not be empty", label_separator=self.label_separator)
         require(self.top >= 0, "top must be 0 or a number of images", top=self.top)
         table, output = self.table_uri, self.output_uri

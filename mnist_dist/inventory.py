@@ -32,6 +32,7 @@ from mnist_dist.errors import MnistDistError, StorageError, first_line
 from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.base import Store
 from mnist_dist.store.lock import Holder, holder_of
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import absolute, join
 
 State = Literal["finished", "running", "stopped", "failed", "new", "unreadable"]
@@ -226,7 +227,7 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]
     try:
         top = _open("", root, max_names=None)
     except OSError as err:
-        raise StorageError(f"the storage cannot be listed: {err}. Received: {uri!r}") from err
+        raise StorageError(f"the storage cannot be listed: {err}{what_is_there(root)}. Received: {uri!r}") from err
     row = _row_or_damage(top, row_of)
     if row is not None:
         return [row]

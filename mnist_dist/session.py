@@ -1,18 +1,47 @@
 """The context of every long step of a job: the user's console, the signals and the lock.
 
 Owns: the loop that waits for work in another thread or process while it shows progress, handles signals and watches
-the lock. Does not own: the work.
+the lock; when the job began. Does not own: the work.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
 
 from mnist_dist.console import Console, Stop
 from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ServiceError
 from mnist_dist.store.lock import Fence, Lock
 
 POLL_S = 0.5  # Bounds the delay until a signal or a new progress value is noticed; the end of work is noticed at once.
+_START_TICKS = 19  # in /proc/PID/stat, counted from the field after the name
+
+
+def started_at(console: Console) -> float:
+    """When the job began, s since the Unix epoch, for `seconds` in the JSON line: with the command's process, which
+    imports for seconds before it does anything; in the user's own process, now."""
+    now = time.time()
+    return now if console.embedded else now - max(0.0, _process_age_s())
+
+
+def _process_age_s() -> float:
+    """How long this process has run. psutil knows the start to a second only: the kernel tells the time of its own
+    start in whole seconds."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started_s = int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+    except (OSError, AttributeError, IndexError, ValueError):  # Not Linux.
+        return time.time() - psutil.Process().create_time()
+
+
+def seconds_since(began_at: float) -> float:
+    """The seconds since a time from `started_at`, as the JSON line has them."""
+    return round(time.time() - began_at, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +52,14 @@ class Session:
     stop: Stop
     lock: Lock | None = None
     """Guards what the job changes; None if it changes nothing."""
+    shown: set[str] = field(default_factory=set)
+    """The lines of `once`."""
+
+    def once(self, text: str) -> None:
+        """Prints a line, unless this session has printed it before: several steps may meet the same damaged image."""
+        if text not in self.shown:
+            self.shown.add(text)
+            self.console.line(text)
 
     @property
     def fence(self) -> Fence:

@@ -213,9 +213,9 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str,
 
 
 def test_a_folder_without_bundle_json_is_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"the bundle's folder does not exist. Received: '.*absent'"):
+    with pytest.raises(BundleError, match=r"the bundle's folder does not exist; .* is empty. Received: '.*absent'"):
         load_bundle(tmp_path / "absent")
-    with pytest.raises(BundleError, match=r"is not a bundle: it has no bundle.json. Received: '.*'"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no bundle.json; .* is empty. Received: '.*'"):
         load_bundle(tmp_path)
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "bundle.json").touch()

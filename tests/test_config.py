@@ -121,6 +121,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "data_dir": "idx",
         "image_column": "picture",
         "label_column": "class",
+        "uri_column": "path",
         "channels": "3",
         "resize": "crop",
         "validation_fraction": 0.2,

@@ -463,8 +463,8 @@ def test_a_csv_row_without_a_uri_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("l.csv", b"path,label\n/a,1\n", "one column 'uri'. Received: columns path, label"),
-        ("l.csv", b"uri,uri\n/a,/b\n", "one column 'uri'. Received: columns uri, uri"),
+        ("l.csv", b"path,label\n/a,1\n", "no column 'uri'; use --uri-column path. Received: columns path, label"),
+        ("l.csv", b"uri,uri\n/a,/b\n", "'uri' occurs 2 times, so rename one. Received: columns uri, uri"),
         ("l.csv", b"", "not a readable csv file"),
         ("l.csv", b"uri,a\n/x\n", "not a readable csv file"),
         ("l.parquet", b"no parquet", "not a readable parquet file"),
@@ -493,7 +493,7 @@ def test_a_damaged_parquet_file_has_a_reason_of_one_line(tmp_path: Path) -> None
 
 def test_a_parquet_list_has_a_column_of_strings(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"a\.parquet: a list must have one column 'uri'\. Received: columns path, label"
+        DataError, match=r"a\.parquet: there is no column 'uri'; use --uri-column path\. Received: columns path"
     ):
         found(write_parquet(f"{tmp_path}/a.parquet", path=["/a"], label=[1]))
     with pytest.raises(DataError, match=r"b\.parquet: the column 'uri' must hold strings\. Received: int64"):
@@ -588,7 +588,9 @@ def test_names_of_carried_columns_may_hold_spaces_and_commas(tmp_path: Path) -> 
 def test_a_wanted_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
     manifest = write_text(f"{tmp_path}/a.csv", "uri,day,day\n/a.png,1,2\n")
     assert len(found(manifest).table) == 1
-    with pytest.raises(DataError, match=r"a\.csv: each column .*'day' occurs 2 times\. Received: columns day, day"):
+    with pytest.raises(
+        DataError, match=r"a\.csv: each column .*'day' occurs 2 times, so .* Received: columns day, day"
+    ):
         found(manifest, carry=("day",))
 
 

@@ -343,7 +343,7 @@ def test_labels_are_read_in_every_form(tmp_path: Path, name: str, content: Any, 
     result, lines, values = run(predictions=table, labels=str(path), label_separator=separator)
     assert (values["metrics"]["labelled"], values["metrics"]["evaluated"]) == (3, 3)
     assert (result["exact_match"], result["mean_average_precision"]) == (1.0, 1.0)
-    assert f"note: 1 images have no label in {path}" in lines
+    assert any(line.startswith(f"note: 1 images have no label in {path}") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -365,12 +365,12 @@ def test_labels_may_be_a_carried_column(tmp_path: Path, labels: pa.Array, separa
 @pytest.mark.parametrize(
     ("labels", "separator", "error", "message"),
     [
-        (pa.array([[0.5]], pa.list_(pa.float32())), None, DataError, r"or lists\. Received: list<.*float>"),
+        (pa.array([[0.5]], pa.list_(pa.float32())), None, DataError, r"or lists of these\. Received: list<.*float>"),
         (
             pa.array([0.5]),
             None,
             DataError,
-            r"class names \(string\) or numbers \(integer\), or lists\. Received: double",
+            r"true and false \(boolean\), or lists of these\. Received: double",
         ),
         (pa.array([["ant"]]), ";", ConfigError, r"has no text that label_separator splits\. Received: list"),
         (pa.array([1]), ";", ConfigError, r"has no text that label_separator splits\. Received: int64"),
@@ -394,7 +394,7 @@ def test_a_separator_without_labels_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_labels_that_is_not_there_is_named(tmp_path: Path) -> None:
     table = table_of(tmp_path / "t", np.array([[0.9, 0.1, 0.1]], np.float32))
-    with pytest.raises(DataError, match=r"gone\.csv: there is no such file"):
+    with pytest.raises(DataError, match=r"there is no such file; .* holds t/\. Received: labels='.*gone\.csv'"):
         run(predictions=table, labels=str(tmp_path / "gone.csv"))
-    with pytest.raises(DataError, match=r"there is no such file\. Received: labels='.*gone\.csv'"):
+    with pytest.raises(DataError, match=r"there is no such file; .*\. Received: labels='.*gone\.csv'"):
         label_sets_file(str(tmp_path / "gone.csv"), None)

@@ -1237,9 +1237,9 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         ({"input": "ftp://bucket/images"}, StorageError, r"Received: 'ftp://bucket/images'"),
         ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: input='.*absent'"),
         ({"input": "{tmp}/empty"}, DataError, r"empty"),
-        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: a list must have one column 'uri'.*columns name, label"),
+        ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: there is no column 'uri'; use --uri-column name\. Rec"),
         ({"carry": ("fold",)}, DataError, r"carry must name columns of the lists .*Received: carry=fold"),
-        ({"bundle": "{tmp}/absent"}, BundleError, r"the bundle's folder does not exist. Received: '.*absent'"),
+        ({"bundle": "{tmp}/absent"}, BundleError, r"the bundle's folder does not exist; .* Received: '.*absent'"),
         ({"bundle": "{tmp}/damaged"}, BundleError, r"not the file that the bundle was written with: expected sha256"),
         pytest.param(  # a manifest may carry such a column: refused when it is listed, and Ray is there
             {"table": TableConfig(columns=("score",))},

@@ -279,7 +279,10 @@ def test_a_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], r"train, which has a, b\. Received: test/c"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/b/1.png"], "only val/ and test/ may stand.*extra"),
         (["a/1.png", "a/2.png"], r"at least two classes\. Received: \('a',\)"),
-        (["1.png", "2.png"], "must be in one subfolder per class, .*Received: 2 images without a class"),
+        (
+            ["1.png", "2.png"],
+            "must be in one subfolder per class .*Received: 2 images without a class, no subfolders",
+        ),
         (["a/1.txt", "b/2.csv"], r"image suffixes are \.jpg, .*1 \.txt \(.*1 \.csv \("),
     ],
 )

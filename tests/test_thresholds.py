@@ -97,7 +97,7 @@ def test_a_file_that_does_not_fit_says_why(tmp_path: Path, name: str, content: s
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no such file\. Received: threshold='.*gone\.csv'"):
+    with pytest.raises(ConfigError, match=r"there is no such file; .* is empty\. Received: threshold='.*gone\.csv'"):
         read_thresholds(str(tmp_path / "gone.csv"), NAMES)
 
 

@@ -29,6 +29,11 @@ def some_rows(**other: Any) -> pa.Table:
     return scored_rows(URIS, one_hot([0, 1, 1, 0], 3), NAMES, **other)
 
 
+def known_labels(path: str) -> KnownLabels:
+    """The labels of a file, found by URI."""
+    return KnownLabels(label_file(path))
+
+
 def batch_of(**columns: Any) -> pa.RecordBatch:
     return pa.record_batch(columns)
 
@@ -96,7 +101,7 @@ def test_another_bundle_or_none_is_refused(tmp_path: Path) -> None:
     other = write_bundle_info(tmp_path / "b", ("x", "y", "z"), model_id="model-2")
     with pytest.raises(DataError, match=r"the model model-1 made the table. Received: bundle '.*b', model model-2"):
         open_table(table, bundle=other)
-    with pytest.raises(BundleError, match=r"there is no such folder\. Received: '.*gone'"):
+    with pytest.raises(BundleError, match=r"the bundle's folder does not exist; .* holds b/, t/\. Received: '.*gone'"):
         open_table(table, bundle=str(tmp_path / "gone"))
 
 
@@ -154,7 +159,7 @@ def test_the_first_source_that_there_is_is_taken(tmp_path: Path) -> None:
 def test_a_column_of_other_things_is_refused(tmp_path: Path) -> None:
     rows = some_rows(carried=pa.table({"label": np.zeros(4)}))
     table = open_table(write_scored(tmp_path / "t", rows), bundle=None)
-    with pytest.raises(DataError, match=r"'label' of the table holds class names .* or numbers .*Received: double"):
+    with pytest.raises(DataError, match=r"'label' of the table holds class names .*, class numbers .*Received: double"):
         find_truth(table, labels=None, label_column="label")
 
 
@@ -182,7 +187,7 @@ def labels_path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_labels_are_found_by_uri(labels_path: str) -> None:
-    truth = label_file(labels_path)
+    truth = known_labels(labels_path)
     assert len(truth) == 3
     assert truth.labels(batch_of(uri=[*URIS, "x"])).to_pylist() == [None, "010", None, "007", None]
 
@@ -190,28 +195,30 @@ def test_labels_are_found_by_uri(labels_path: str) -> None:
 def test_labels_on_s3_are_read(s3: str) -> None:
     ANYWHERE.write_bytes(f"{s3}/labels.csv", b"uri,label\na.png,ant\n/b.tar!x/b.png,bee\n")
     uris = [absolute("a.png"), "/b.tar!x/b.png"]  # a relative path is what scoring makes of it
-    assert label_file(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
+    assert known_labels(f"{s3}/labels.csv").labels(batch_of(uri=uris)).to_pylist() == ["ant", "bee"]
 
 
 def test_numbers_and_categories_in_parquet_are_labels(tmp_path: Path) -> None:
     for number, labels in enumerate((pa.array([2, 0]), pa.array(["2", "0"]).dictionary_encode())):
         path = str(tmp_path / f"{number}.parquet")
         pq.write_table(pa.table({"uri": ["/a", "/b"], "label": labels}), path)
-        assert label_file(path).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["0", "2"]
+        assert known_labels(path).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["0", "2"]
 
 
 def test_an_empty_file_labels_nothing(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("uri,label\n")
-    assert label_file(str(tmp_path / "labels.csv")).labels(batch_of(uri=["/a"])).to_pylist() == [None]
+    assert known_labels(str(tmp_path / "labels.csv")).labels(batch_of(uri=["/a"])).to_pylist() == [None]
 
 
 def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,ant\n")
-    assert label_file(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
+    assert known_labels(str(path)).labels(batch_of(uri=["/b", "/a"])).to_pylist() == ["bee", "ant"]
     path.write_text("uri,label\n/a,ant\n/b,bee\n/a,bee\n")
-    with pytest.raises(DataError, match=r"an image has one label. Received: two labels, in rows 1 and 3"):
-        label_file(str(path))
+    with pytest.raises(
+        DataError, match=r"an image has one label. Received: two labels, in rows 1 and 3.*: '/a' is 'ant' and '/a' is"
+    ):
+        known_labels(str(path))
 
 
 @pytest.mark.parametrize(
@@ -220,24 +227,24 @@ def test_the_same_label_twice_is_one_and_two_labels_are_refused(tmp_path: Path) 
         (
             "labels.csv",
             "uri,class\n/a,b\n",
-            "exactly one column each named uri and label; check label. Received: columns uri, c",
+            "there is no column 'label'; use --label-column class. Received: columns uri, class",
         ),
-        ("labels.csv", "uri,label,label\n/a,b,c\n", "exactly one column each named uri and label; check label"),
-        ("labels.csv", "uri,label\n/a,b,c\n", "cannot be read as a label file"),
-        ("labels.csv", "", "cannot be read as a label file"),
-        ("labels.parquet", "uri,label\n", "cannot be read as a label file"),
-        ("labels.txt", "/a ant\n", "labels is a .parquet, .csv or .tsv file. Received: .*labels.txt"),
+        ("labels.csv", "uri,label,label\n/a,b,c\n", "'label' occurs 2 times, so rename one"),
+        ("labels.csv", "uri,label\n/a,b,c\n", "not a readable (csv|parquet) file"),
+        ("labels.csv", "", "not a readable (csv|parquet) file"),
+        ("labels.parquet", "uri,label\n", "not a readable (csv|parquet) file"),
+        ("labels.txt", "/a ant\n", "labels is a .parquet, .csv or .tsv file, or labelled images. Received: "),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        label_file(str(tmp_path / name))
+        known_labels(str(tmp_path / name))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no such file. Received: labels='.*gone.csv'"):
-        label_file(str(tmp_path / "gone.csv"))
+    with pytest.raises(DataError, match=r"there is no such file; .* is empty. Received: labels='.*gone.csv'"):
+        known_labels(str(tmp_path / "gone.csv"))
 
 
 def test_folders_that_are_numbers_are_no_class_numbers() -> None:
@@ -254,7 +261,7 @@ def test_labels_that_look_like_nothing_are_labels(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("uri,label\n/a,NA\n/b,null\n/c,\n")
     batch = pa.RecordBatch.from_pydict({"uri": ["/a", "/b", "/c"]})
-    assert label_file(str(path)).labels(batch).to_pylist() == ["NA", "null", None]
+    assert known_labels(str(path)).labels(batch).to_pylist() == ["NA", "null", None]
 
 
 # --- the innermost folder that is a class, and labelled images ------------------------------------------------------
@@ -292,5 +299,5 @@ def test_labels_of_unlabelled_images_are_no_labels(tmp_path: Path) -> None:
     scored = open_table(write_scored(tmp_path / "t", some_rows()), bundle=None)
     truth = find_truth(scored, labels=None, label_column="label", scored=(str(tmp_path / "a.parquet"),))
     assert isinstance(truth, Folders)
-    with pytest.raises(DataError, match="there is no column 'label'; set label_column"):
+    with pytest.raises(DataError, match="there is no column 'label'; use --label-column image"):
         find_truth(scored, labels=str(tmp_path / "a.parquet"), label_column="label")

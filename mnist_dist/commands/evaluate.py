@@ -35,9 +35,12 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
     from mnist_dist.sources.places import columns_of, place_of
 
     check_named(job)
-    has_labels = job.labels is None and all(job.label_column in columns_of(place_of(name)) for name in job.input)
+    uri_column = job.uri_column if job.labels is None else InputConfig.uri_column
+    has_labels = job.labels is None and all(
+        job.label_column in columns_of(place_of(name), uri_column=uri_column) for name in job.input
+    )
     carry = (job.label_column,) if has_labels else ()
-    inputs = InputConfig(input=job.input, carry=carry, image_column=job.image_column)
+    inputs = InputConfig(input=job.input, carry=carry, image_column=job.image_column, uri_column=uri_column)
     run = ScoreRunConfig(verbose=job.verbose)
     scoring = ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, store=job.store, run=run)
     score(scoring, console=shown)

@@ -1,5 +1,6 @@
 """mnist-dist import SOURCE --output BUNDLE: turns a model that was trained elsewhere into a bundle."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     result = import_model(job, console=shown)
     scoring = "score --input YOUR_IMAGES --output predictions --bundle"
     use = "train --trainable head --backbone" if job.backbone_only else scoring
-    shown.line(f"bundle: {result['output']}\n  {_sibling(program, use)} {result['output']}")
+    shown.line(f"bundle: {result['output']}\n  {_sibling(program, use)} {shlex.quote(result['output'])}")
     return result
 
 

@@ -1,14 +1,17 @@
 """python -m jobs.quickstart: trains a small CNN on scikit-learn's digits with two Ray Train workers, then scores."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mnist_dist import command_line, console
+from mnist_dist.commands.score import how_to_read
 from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.console import Stop
 from mnist_dist.environment import TRAINING_BACKENDS
 from mnist_dist.recipes import quickstart
+from mnist_dist.session import seconds_since, started_at
 from mnist_dist.sources.arrays import write_digits
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -38,6 +41,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 
     job = quickstart()
     job = replace(job, run=replace(job.run, storage=options.storage, name="quickstart", verbose=options.verbose))
+    began_at = started_at(shown)
     check_environment(backends=TRAINING_BACKENDS)
     with Stop(shown) as stop, connected(verbose=options.verbose, stop=stop):
         trained = train(job, recipe="quickstart", console=shown)
@@ -53,11 +57,13 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         )
         scored = score(scoring, console=shown)
     shown.line(_what_was_made(trained, scored, command=program.removesuffix("quickstart")))
-    return {**trained, "predictions": scored["output"], "images_scored": scored["images"]}
+    made = {"predictions": scored["output"], "images_scored": scored["images"], "seconds": seconds_since(began_at)}
+    return {**trained, **made}
 
 
 def _what_was_made(trained: dict[str, Any], scored: dict[str, Any], *, command: str) -> str:
     bundle, output = trained["bundle"], scored["output"]
+    typed = shlex.quote(bundle)
     return f"""
 Made: a classifier of handwritten digits, {trained["test_accuracy"]:.1%} correct on {trained["test_images"]} unseen \
 digits, and a table with its prediction for each of {scored["images"]} images.
@@ -67,9 +73,9 @@ digits, and a table with its prediction for each of {scored["images"]} images.
   {output}/table/*.parquet       uri, status, predicted_class, confidence, probabilities, ...
 
 Try next:
-  python -c "import mnist_dist; print(mnist_dist.read_predictions('{output}').to_pandas())"
-  {command}score --bundle {bundle} --input YOUR_IMAGES --output predictions
-  {command}train mnist-cnn --data-dir FOLDER      MNIST from its idx files
-  {command}train folder-mobilenet-v2 --data FOLDER      your own images, one subfolder per class
-  {command}search search-digits      search networks and their settings
+{chr(10).join(how_to_read(output))}
+  {command}score --bundle {typed} --input YOUR_IMAGES --output predictions
+  {command}train mnist-cnn --data-dir FOLDER  # MNIST from its idx files
+  {command}train folder-mobilenet-v2 --data FOLDER  # your own images, one subfolder per class
+  {command}search search-digits  # search networks and their settings
   {command}score --help"""

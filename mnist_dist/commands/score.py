@@ -3,17 +3,19 @@
 mnist-dist score --list [--storage URI]: lists the prediction tables below a folder or prefix.
 """
 
+import importlib.util
+import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import command_line, console, inventory
 from mnist_dist.config import ScoreJob
+from mnist_dist.store.uris import is_remote, join
 
-_HOW_TO_READ = {
-    "parquet": "  duckdb -c \"SELECT predicted_class, count(*) FROM '{output}/table/*.parquet' GROUP BY 1\"\n"
-    "  python -c \"import pandas; print(pandas.read_parquet('{output}/table'))\"",
-    "delta": "  python -c \"import deltalake; print(deltalake.DeltaTable('{output}/delta').to_pyarrow_table())\"",
-}
+_CLASS = "predicted_class"
+_SHOWN = ("uri", _CLASS, "confidence")
+_SHOWN_OF_SETS = ("uri", "predicted_classes", "confidences")
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     console.quiet(verbose=job.run.verbose)
     result = run(job, shown)
     if not (job.run.plan or job.run.dry_run):
-        shown.line(f"table: {result['output']}\n{_HOW_TO_READ[job.table.table_format].format(**result)}")
+        shown.line("\n".join([f"table: {result['output']}", *how_to_read(result["output"])]))
     return result
 
 
@@ -41,6 +43,47 @@ def run(job: ScoreJob, shown: console.Console) -> dict[str, Any]:
     from mnist_dist.on_ray.scoring.score import score
 
     return score(job, console=shown)
+
+
+def how_to_read(output: str) -> list[str]:
+    """Commands that show a finished table, with what is installed here.
+
+    Args:
+        output: URI of the scoring job's output.
+    """
+    from mnist_dist.scoring.predictions import DELTA, TABLE, read_mark, table_schema  # Here: they load pyarrow.
+
+    mark, names = read_mark(output), table_schema(output).names
+    shown = _SHOWN_OF_SETS if _SHOWN_OF_SETS[1] in names else _SHOWN
+    columns = _literal([name for name in shown if name in names])
+    is_delta = mark is not None and mark.folder == DELTA
+    if is_delta:
+        opened = f"deltalake.DeltaTable({_literal(join(output, DELTA))})"
+        read = f"import deltalake; table = {opened}.to_pandas(columns={columns})"
+    elif is_remote(output):  # pandas would need a package for each kind of bucket
+        opened = f"mnist_dist.read_predictions({_literal(output)}, columns={columns})"
+        read = f"import mnist_dist; table = {opened}.to_pandas()"
+    else:
+        read = f"import pandas; table = pandas.read_parquet({_literal(join(output, TABLE))}, columns={columns})"
+    lines = [_python(f"{read}; print(table.head(10).to_string())")]
+    if _CLASS in names and not is_delta and not is_remote(output) and importlib.util.find_spec("duckdb") is not None:
+        lines.append(_python(f"import duckdb; duckdb.sql({_literal(_counting(join(output, TABLE)))}).show()"))
+    return lines
+
+
+def _counting(folder: str) -> str:
+    """SQL for how often each class was predicted."""
+    files = f"{folder}/*.parquet".replace("'", "''")
+    return f"SELECT {_CLASS}, count(*) AS images FROM '{files}' GROUP BY 1 ORDER BY 2 DESC"
+
+
+def _python(program: str) -> str:
+    return f"  python -c {shlex.quote(program)}"
+
+
+def _literal(value: Any) -> str:
+    """A Python literal in double quotes, since single ones stand around the program."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def show_tables(listing: inventory.ListJob) -> dict[str, Any]:

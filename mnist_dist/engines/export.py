@@ -28,7 +28,7 @@ from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
 from mnist_dist.models.onnx_file import Tensor
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.uris import is_remote, join
 
@@ -74,7 +74,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
 
     Returns:
         Keys of the job's JSON line: `output`, `path` (what a runtime opens), `format`, `model_id`, `size_bytes`,
-        `own_images_per_s` and the fields of `Check`.
+        `own_images_per_s`, `seconds` and the fields of `Check`.
 
     Raises:
         BundleError: there is no bundle, or its calibration images cannot be read.
@@ -86,6 +86,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
         MnistDistError: the conversion or the runtime failed, or the difference is above the tolerance; no files are
             left.
     """
+    began_at = started_at(console)
     check_access((job.bundle, job.output))
     bundle, output = load_bundle(job.bundle), job.output_uri
     export = _finished(job, bundle)
@@ -102,6 +103,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
         "path": join(output, export.file),
         **{key: getattr(export, key) for key in ("format", "model_id", "size_bytes", "own_images_per_s")},
         **msgspec.to_builtins(export.check),
+        "seconds": seconds_since(began_at),
     }
 
 

@@ -7,9 +7,10 @@ the caller passes in.
 The table is streamed. Nothing is kept between runs; the same command computes the same files again.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,20 +19,21 @@ import pyarrow as pa
 
 from mnist_dist.config import require
 from mnist_dist.console import Console, Stop
-from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.errors import ConfigError, DataError, LabelsUnmatched, suggestion
+from mnist_dist.evaluate_config import EvaluateJob, Match
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
 from mnist_dist.evaluation.label_sets import find_label_sets
+from mnist_dist.evaluation.matching import Known, Matches
 from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
 from mnist_dist.evaluation.multi_label import MULTI_LABEL_COLUMNS, MultiLabelAccumulator, MultiLabelMetrics
 from mnist_dist.evaluation.set_codes import score_pairs
 from mnist_dist.evaluation.tables import ScoredTable, open_table
-from mnist_dist.evaluation.truth import Truth, find_truth
+from mnist_dist.evaluation.truth import Truth, find_truth, is_label_file, label_columns
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.scoring.thresholds import thresholds_csv
-from mnist_dist.session import Session
-from mnist_dist.sources.places import place_of
+from mnist_dist.session import Session, seconds_since, started_at
+from mnist_dist.sources.places import check_outside, not_there, place_of
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.base import names_in
 from mnist_dist.store.uris import join
@@ -42,6 +44,8 @@ METRICS_FILE, CLASSIFICATION_REPORT_FILE = "metrics.json", "classification_repor
 THRESHOLDS_FILE = "thresholds.csv"
 """Of a multi-label table: the thresholds with the highest F1, for `score --threshold`."""
 _OWN = frozenset({METRICS_FILE, CLASSIFICATION_REPORT_FILE, THRESHOLDS_FILE, "figures", "predictions", REPORT_FILE})
+_RULES: tuple[Match, ...] = ("uri", "path", "name", "stem")
+"""The strictest first."""
 _WORST_CLASSES = 5
 _NAMED = 3  # Examples in a note, such as unknown labels or duplicates.
 
@@ -87,15 +91,18 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         report: writes the page; None: no page.
 
     Returns:
-        The keys of the job's JSON line: report, output, images, and accuracy, accuracy_low, accuracy_high, macro_f1,
-        log_loss, ece; of a multi-label table mean_average_precision, micro_f1, macro_f1, exact_match, hamming_loss and
-        thresholds (the URI of the file). All but the first three are null without labels, or without their columns.
+        The keys of the job's JSON line: report, output, images, seconds, and accuracy, accuracy_low, accuracy_high,
+        macro_f1, log_loss, ece; of a multi-label table mean_average_precision, micro_f1, macro_f1, exact_match,
+        hamming_loss and thresholds (the URI of the file). All but the first four are null without labels, or without
+        their columns.
 
     Raises:
         DataError: there is no finished table, or the labels cannot be read.
+        LabelsUnmatched: the given labels belong to no image, or none of them is a class.
         BundleError, ConfigError, PermissionError, ServiceError, StorageError: an input or the output cannot be used.
         Interrupted: SIGINT or SIGTERM.
     """
+    began_at = started_at(console)
     check_named(job)
     with Stop(console) as stop:
         session = Session(console=console, stop=stop)
@@ -103,8 +110,12 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
         second = open_table(job.compare, bundle=None) if job.compare is not None else None
         truth = _find_truth(job, table)
         table = replace(table, classes=replace(table.classes, by_number=not truth.guessed))
+        if job.labels is not None and table.rows and truth.known is not None and not truth.known.finds_any(table):
+            raise LabelsUnmatched(_why_unmatched(job, table, truth.known))
         ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
+        _check_classes(table, truth, metrics)
+        matches = _matches(table, truth, metrics)
         has_truth = metrics.labelled > 0
         comparison = None
         if second is not None:
@@ -117,10 +128,11 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
             metrics=metrics,
             classification_report=classification_report(metrics) if isinstance(metrics, Metrics) else None,
             comparison=comparison,
-            notes=tuple(_notes(table, truth, metrics, comparison)),
+            notes=tuple(_notes(table, truth, metrics, comparison, matches)),
         )
         stop.check()
-        return _finish(evaluation, console=console, report=report)
+        result = _finish(evaluation, console=console, report=report)
+        return {**result, "seconds": seconds_since(began_at)}
 
 
 def check_named(job: EvaluateJob) -> None:
@@ -138,10 +150,13 @@ def check_named(job: EvaluateJob) -> None:
             "output must be a new folder, or one that an evaluation has made. Received: "
             f"{job.output_uri!r}, which holds {', '.join(foreign[:_NAMED])}"
         )
-    if job.labels is not None:
+    if job.labels is not None and is_label_file(job.labels):
+        label_columns(job.labels, label_column=job.label_column, uri_column=job.uri_column)
+    elif job.labels is not None:
         place = place_of(job.labels, store=store_for(job.store))
         if place.kind == "tree" and not ANYWHERE.exists(place.uri):
-            raise DataError(f"there is no such file. Received: labels={job.labels!r}")
+            raise not_there(place.name, place.uri)
+        check_outside(job.output_uri, [job.labels], name="output")
     if job.compare is not None:
         open_table(job.compare, bundle=None)
 
@@ -154,6 +169,8 @@ def _find_truth(job: EvaluateJob, table: ScoredTable) -> Truth:
             labels=job.labels,
             scored=job.input,
             label_column=job.label_column,
+            uri_column=job.uri_column,
+            match=job.match,
             separator=job.label_separator,
             store=store,
         )
@@ -162,7 +179,63 @@ def _find_truth(job: EvaluateJob, table: ScoredTable) -> Truth:
         f"label_separator needs a multi-label table; each image of {table.uri} has one class",
         label_separator=job.label_separator,
     )
-    return find_truth(table, labels=job.labels, scored=job.input, label_column=job.label_column, store=store)
+    return find_truth(
+        table,
+        labels=job.labels,
+        scored=job.input,
+        label_column=job.label_column,
+        uri_column=job.uri_column,
+        match=job.match,
+        store=store,
+    )
+
+
+def _why_unmatched(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
+    """One URI of each side, and which other rule would find labels."""
+    found = known.matches(table)
+    if not found.labels:
+        return f"{known.labels.name}: there are no labels in it. Received: labels={job.labels!r}"
+    return (
+        f"{known.labels.name}: none of its {found.labels:,} labels belongs to an image of {table.uri}. An image is"
+        f" {found.without!r}, a label is of {found.example!r}. {_would_match(job, table, known)}."
+        f" Received: labels={job.labels!r}, match={job.match!r}"
+    )
+
+
+def _would_match(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
+    """The strictest of the rules that find most labels."""
+    counts: dict[Match, int] = {}
+    for match in (rule for rule in _RULES if rule != job.match):
+        with contextlib.suppress(DataError):  # Ambiguous by this rule.
+            other = _find_truth(replace(job, match=match), table).known
+            counts[match] = other.matches(table).matched if other is not None else 0
+    best = max(counts, key=lambda match: counts[match], default=None)
+    if best is not None and counts[best]:
+        return f"{counts[best]:,} of {table.rows:,} rows match with --match {best}"
+    names = known.labels.columns
+    columns = f"; --uri-column may name another column: {', '.join(names)}" if names else ""
+    return f"None matches with --match {', '.join(rule for rule in _RULES if rule != job.match)} either{columns}"
+
+
+def _check_classes(table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics) -> None:
+    """Raises LabelsUnmatched if labels were given and none of them is a class."""
+    if truth.guessed or not metrics.labelled or metrics.known:
+        return
+    names = [name for code, name in enumerate(table.classes.names) if code not in table.classes.unnamed]
+    unknown = " (others have no known name; give --bundle DIR)" if table.classes.unnamed else ""
+    raise LabelsUnmatched(
+        f"{truth.source}: none of the labels of {metrics.labelled:,} images is a class of the model. Labels are"
+        f" {_some(metrics.unknown, names)}; the classes are {_some(names)}{unknown}"
+    )
+
+
+def _matches(table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics) -> Matches | None:
+    """How labels and images belong together, where not each has the other; None: there is nothing to say of it."""
+    known = truth.known
+    if known is None or truth.guessed or not metrics.labelled:
+        return None
+    is_whole = metrics.labelled == metrics.images == len(known.index.order)
+    return None if is_whole else known.matches(table)
 
 
 def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Session) -> Metrics | MultiLabelMetrics:
@@ -325,7 +398,11 @@ def _percent(share: float | None) -> str:
 
 
 def _notes(
-    table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics, comparison: Comparison | None
+    table: ScoredTable,
+    truth: Truth,
+    metrics: Metrics | MultiLabelMetrics,
+    comparison: Comparison | None,
+    matches: Matches | None = None,
 ) -> Iterable[str]:
     unnamed = table.classes.unnamed
     if not metrics.labelled:
@@ -335,9 +412,12 @@ def _notes(
             else f"no labels: {truth.source} has no label for any of the images, hence no accuracy"
         )
     elif metrics.labelled < metrics.images:
-        yield f"{metrics.images - metrics.labelled:,} images have no label in {truth.source}"
+        example = f", such as {matches.without!r}" if matches is not None and matches.without is not None else ""
+        yield f"{metrics.images - metrics.labelled:,} images have no label in {truth.source}{example}"
+    if matches is not None:
+        yield from _notes_of_matches(matches, duplicates=metrics.duplicates)
     if metrics.unknown_labels:
-        labels = _some(metrics.unknown)
+        labels = _some(metrics.unknown, table.classes.names)
         yield f"{metrics.unknown_labels:,} images have a label that is no class, and are not counted: {labels}"
     if unnamed and (metrics.labelled or truth.guessed):
         yield (
@@ -357,6 +437,13 @@ def _notes(
         yield from _notes_of(comparison)
 
 
+def _notes_of_matches(matches: Matches, *, duplicates: int) -> Iterable[str]:
+    if matches.unused:
+        yield f"{matches.unused:,} of {matches.labels:,} labels belong to no image, such as that of {matches.example!r}"
+    if matches.shared > duplicates:
+        yield f"{matches.shared:,} images share the label of another, since their names are alike; see --match"
+
+
 def _notes_of(comparison: Comparison) -> Iterable[str]:
     if comparison.first_model == comparison.second_model:
         yield f"both tables come from the same model, {comparison.first_model[:12]}"
@@ -372,6 +459,8 @@ def _notes_of(comparison: Comparison) -> Iterable[str]:
         yield f"{comparison.common - comparison.compared:,} images in both tables lack a prediction in at least one"
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str], known: Sequence[str] = ()) -> str:
+    """A few names, each with the known one that is like it, if any."""
     listed = list(names)
-    return ", ".join(map(repr, listed[:_NAMED])) + (", ..." if len(listed) > _NAMED else "")
+    shown = (f"{name!r}{suggestion(name, known)}" for name in listed[:_NAMED])
+    return ", ".join(shown) + (", ..." if len(listed) > _NAMED else "")

@@ -49,7 +49,8 @@ class Classes:
         """Maps each label to its class number.
 
         A label is the name of a class. A whole number also matches a name of the same value: `7` is `007`. If no name
-        is a number, a whole number is a class number.
+        is a number, a whole number is a class number. `true` and `false`, in any case, are the class of this name, of
+        the name yes or no, or of two classes the one that is called, or has the number, 1 or 0.
 
         Args:
             labels: `string [n]`.
@@ -70,7 +71,24 @@ class Classes:
             codes |= {str(code): code for code in range(len(self.names))}
         elif numbers and len(set(numbers.values())) == len(numbers):  # Otherwise `7` could be `07` or `007`.
             codes = {number: codes[name] for name, number in numbers.items()} | codes
+        codes = _codes_of_booleans(codes, is_two=len(self.names) == 2) | codes
         return pa.array(list(codes), pa.string()), pa.array(list(codes.values()), pa.int64())
+
+
+def _codes_of_booleans(codes: Mapping[str, int], *, is_two: bool) -> dict[str, int]:
+    """The classes that `true` and `false` mean, by the ways in which programs write these.
+
+    Args:
+        codes: class numbers by label.
+        is_two: whether there are two classes, which 1 and 0 are then the numbers of.
+    """
+    by_case = {name.lower(): code for name, code in reversed(list(codes.items()))}
+    found: dict[str, int] = {}
+    for word, same in (("true", ("true", "yes", "1")), ("false", ("false", "no", "0"))):
+        name = next((name for name in same if name in by_case and (is_two or not name.isdigit())), None)
+        if name is not None:
+            found |= dict.fromkeys((word, word.capitalize(), word.upper()), by_case[name])
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

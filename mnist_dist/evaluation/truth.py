@@ -1,14 +1,15 @@
 """Finds the labels of the images in a prediction table.
 
 Owns: where labels come from, in this order: what the user names (a label file, or any labelled images), a carried
-column of the table, the images that were scored just before, the folders of the images. Does not own: which class a
-label means (`tables.Classes`), or images with several labels (`label_sets`).
+column of the table, the images that were scored just before, the folders of the images. Does not own: which label
+belongs to which image (`matching`), which class a label means (`tables.Classes`), or images with several labels
+(`label_sets`).
 """
 
 import contextlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Sequence
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +20,29 @@ import pyarrow.parquet as pq
 
 from mnist_dist.config import InputConfig
 from mnist_dist.errors import ConfigError, DataError
-from mnist_dist.evaluate_config import LABEL_COLUMN
+from mnist_dist.evaluate_config import LABEL_COLUMN, Match
+from mnist_dist.evaluation.matching import BY_URI, Known, Labels, Rule, rule_of
 from mnist_dist.evaluation.tables import ScoredTable
-from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
+from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex
 from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.sources.choice import row_of_line
+from mnist_dist.sources.columns import LABEL_FLAG, URI, URI_FLAG, check_header, clean
 from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.sources.listing import list_inputs
+from mnist_dist.sources.lists import header_of, open_csv, trimmed
 from mnist_dist.sources.parquet import PARQUET_SUFFIX, holds_images
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import absolute, are_remote
 
 # n = rows of a batch
 
 _URI, _LABEL = "uri", "label"
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+LABEL_KINDS = "class names (string), class numbers (integer), or true and false (boolean)"
+"""What a column of labels may hold, for messages."""
+_LABEL_FILES = (PARQUET_SUFFIX, ".csv", ".tsv")
+_STRICTER: dict[Match, str] = {"path": "uri", "name": "path", "stem": "name, or path,"}
 _ENDINGS = "|".join(suffix.replace(".", r"\.") for suffix in ARCHIVE_SUFFIXES)
 _INSIDE_ARCHIVE = rf"(?is)^.*?({_ENDINGS}){SEPARATOR}"
 _FOLDER = r"(?s)(?:^|/)(?P<folder>[^/]+)/[^/]*$"
@@ -50,6 +58,10 @@ class Truth(Protocol):
     columns: tuple[str, ...]
     """Columns of the table that it needs."""
 
+    @property
+    def known(self) -> Known | None:
+        """The labels by URI, if these were given; None: every image brings its own."""
+
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
         """`string [n]`: the label of each row, a class name or number; null if it has none. For a multi-label table
         `list<string> [n]` (see `label_sets`)."""
@@ -60,6 +72,8 @@ def find_truth(
     *,
     labels: str | None,
     label_column: str,
+    uri_column: str = URI,
+    match: Match = "uri",
     scored: Sequence[str] = (),
     store: Store = ANYWHERE,
 ) -> Truth:
@@ -67,24 +81,30 @@ def find_truth(
 
     Args:
         table: the scored table.
-        labels: a Parquet, CSV or TSV file with `uri` and `label`, or labelled images, as for training.
-        label_column: a carried column of the table; of labelled Parquet files and lists the column of the labels.
+        labels: a Parquet, CSV or TSV file, or labelled images, as for training.
+        label_column: a carried column of the table; of a label file, of Parquet files and lists that of the labels.
+        uri_column: the column of a label file, or of lists, with the URIs.
+        match: how the labels find their images.
         scored: the inputs that were scored for this evaluation.
         store: where labelled images are.
 
     Raises:
         ConfigError: a column other than the default one was named and does not exist.
-        DataError: the file or the column holds no labels.
+        DataError: the file or the column holds no labels, or an image has two.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if labels is not None:
-        return label_file(labels) if is_label_file(labels) else labels_of_images((labels,), label_column, store=store)
+        if is_label_file(labels):
+            given = label_file(labels, label_column=label_column, uri_column=uri_column)
+        else:
+            given = labels_of_images((labels,), label_column, uri_column, store=store)
+        return KnownLabels(given, rule_of(match, given, table))
     if label_column in table.schema.names:
         return CarriedColumn(table.schema, label_column)
     with contextlib.suppress(DataError):  # Nothing says that the images have labels.
-        of_images = _list_labels(scored, label_column, store) if scored else COLUMNS.empty_table()
+        of_images = _list_labels(scored, label_column, uri_column, store) if scored else COLUMNS.empty_table()
         if pc.any(pc.is_valid(of_images["archive"])).as_py():
-            return KnownLabels("the labels beside the images", _lines_of(of_images), guessed=True)
+            return KnownLabels(_labels_in("the labels beside the images", of_images), guessed=True)
     if label_column != LABEL_COLUMN:
         raise ConfigError(
             f"{table.uri} has the columns {', '.join(table.schema.names)}. Received: label_column={label_column!r}"
@@ -102,6 +122,7 @@ class Folders:
 
     source = "the folders of the images"
     guessed = True
+    known = None
     columns: tuple[str, ...] = (_URI,)
 
     def __init__(self, class_names: Collection[str]) -> None:
@@ -132,17 +153,18 @@ class CarriedColumn:
     """Takes the labels from a column of the table.
 
     Raises:
-        DataError: it holds neither class names nor class numbers.
+        DataError: it holds neither class names, class numbers, nor true and false.
     """
 
     guessed = False
+    known = None
 
     def __init__(self, schema: pa.Schema, name: str) -> None:
         self.source = f"the column {name!r} of the table"
         self.columns: tuple[str, ...] = (name,)
         kind = schema.field(name).type
         if not is_label(kind.value_type if pa.types.is_dictionary(kind) else kind):
-            raise DataError(f"{self.source} holds class names (string) or numbers (integer). Received: {kind}")
+            raise DataError(f"{self.source} holds {LABEL_KINDS}. Received: {kind}")
 
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
         """See `Truth`."""
@@ -154,8 +176,8 @@ class KnownLabels:
     """Labels by URI. Uses 16 bytes of memory per row, twice that while they are sorted.
 
     Args:
-        source: name of the source, for display.
-        lines: URIs and labels, `string [n]` each.
+        given: the labels, as text.
+        rule: how they find their images.
         guessed: see `Truth`.
 
     Raises:
@@ -164,15 +186,15 @@ class KnownLabels:
 
     columns: tuple[str, ...] = (_URI,)
 
-    def __init__(self, source: str, lines: Iterable[tuple[pa.Array, pa.Array]], *, guessed: bool = False) -> None:
-        self.source, self.guessed = source, guessed
+    def __init__(self, given: Labels, rule: Rule = BY_URI, *, guessed: bool = False) -> None:
+        self.source, self.guessed = given.name, guessed
         hashes: list[Hashes] = []
         codes: list[npt.NDArray[np.int32]] = []
         codes_by_label: dict[str, int] = {}
-        for uris, labels in lines:
-            hashes.append(uri_hashes(uris))
+        for uris, labels in given.read(rule.match != "uri"):
+            hashes.append(rule.of_labels(uris))
             codes.append(_codes_of(labels, codes_by_label))
-        self._index = UriIndex(hashes)
+        self.known = Known(given, rule, UriIndex(hashes))
         self._codes: npt.NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *codes])
         self._labels = pa.array(list(codes_by_label), pa.string())
         self._check_one_label_each()
@@ -182,59 +204,80 @@ class KnownLabels:
 
     def labels(self, batch: pa.RecordBatch) -> pa.Array:
         """See `Truth`."""
-        places = self._index.places(uri_hashes(batch[_URI]))
+        places = self.known.places(batch[_URI])
         codes = np.where(places >= 0, self._codes[places], -1) if len(self) else places
         return self._labels.take(pa.array(codes, mask=codes < 0))
 
     def _check_one_label_each(self) -> None:
-        same = self._index.hashes[1:] == self._index.hashes[:-1]
-        sorted_codes = self._codes[self._index.order]
+        index = self.known.index
+        same = index.hashes[1:] == index.hashes[:-1]
+        sorted_codes = self._codes[index.order]
         conflicts = np.flatnonzero(same & (sorted_codes[1:] != sorted_codes[:-1]))
         if len(conflicts):
-            rows = self._index.order[conflicts[0] : conflicts[0] + 2] + 1
-            raise DataError(
-                f"{self.source}: an image has one label. Received: two labels, in rows {rows[0]} and {rows[1]} "
-                "(counted from 1, without the header)"
-            )
+            raise two_labels(self.known, index.order[conflicts[0] : conflicts[0] + 2].tolist())
 
 
-def label_file(uri: str) -> KnownLabels:
-    """Takes the labels from a file.
+def two_labels(known: Known, rows: Sequence[int]) -> DataError:
+    """The error for two rows that give an image different labels."""
+    match = known.rule.match
+    shown = " and ".join(f"{uri!r} is {label!r}" for uri, label in known.labels.named(rows, match))
+    why = "an image has one label"
+    if match in _STRICTER:
+        why = f"by --match {match} these are the same image; --match {_STRICTER[match]} may tell them apart"
+    numbers = " and ".join(str(row + 1) for row in rows)
+    return DataError(
+        f"{known.labels.name}: {why}. Received: two labels, in rows {numbers} (counted from 1, without the header):"
+        f" {shown}"
+    )
+
+
+def label_file(uri: str, *, label_column: str = LABEL_COLUMN, uri_column: str = URI) -> Labels:
+    """The labels of a file, as text.
 
     Args:
-        uri: Parquet, CSV or TSV with the columns `uri` and `label`. Relative paths start at the working directory.
+        uri: Parquet, CSV or TSV. Relative paths in it start at the working directory.
+        label_column: the column of the labels.
+        uri_column: the column of the URIs.
 
     Raises:
-        DataError: there is no such file, it is not such a file, or it has two labels for an image.
+        DataError: there is no such file, it is not such a file, or it lacks a column.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    try:
-        return KnownLabels(uri, ((uris, _text(uri, labels)) for uris, labels in label_lines(uri)))
-    except FileNotFoundError as err:
-        raise DataError(f"there is no such file. Received: labels={uri!r}") from err
+    columns = label_columns(uri, label_column=label_column, uri_column=uri_column)
+
+    def read(as_written: bool) -> Iterator[tuple[pa.Array, pa.Array]]:
+        lines = label_lines(uri, label_column=label_column, uri_column=uri_column, as_written=as_written)
+        return ((uris, _text(f"{uri}: the column {label_column!r}", labels)) for uris, labels in lines)
+
+    return Labels(uri, read, columns)
 
 
-def labels_of_images(inputs: Sequence[str], label_column: str, *, store: Store = ANYWHERE) -> KnownLabels:
-    """Takes the labels from images: folders, WebDataset shards, Parquet files and everything else that is trained on.
+def labels_of_images(
+    inputs: Sequence[str], label_column: str, uri_column: str = URI, *, store: Store = ANYWHERE
+) -> Labels:
+    """The labels of images: folders, WebDataset shards, Parquet files and everything else that is trained on.
 
     Raises:
         DataError: the images are unknown or have no classes.
         PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    return KnownLabels(", ".join(inputs[:3]), _lines_of(_list_labels(inputs, label_column, store)))
+    return _labels_in(", ".join(inputs[:3]), _list_labels(inputs, label_column, uri_column, store))
 
 
-def _list_labels(inputs: Sequence[str], label_column: str, store: Store) -> pa.Table:
-    return list_inputs(InputConfig(input=tuple(inputs)), label_column=label_column, store=store).table
+def _list_labels(inputs: Sequence[str], label_column: str, uri_column: str, store: Store) -> pa.Table:
+    config = InputConfig(input=tuple(inputs), uri_column=uri_column)
+    return list_inputs(config, label_column=label_column, store=store).table
 
 
-def _lines_of(table: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:
-    return ((batch[_URI], batch[_LABEL]) for batch in table.select([_URI, _LABEL]).to_batches())
+def _labels_in(name: str, table: pa.Table) -> Labels:
+    """The labels of listed images, whose URIs are as scoring writes them."""
+    batches = table.select([_URI, _LABEL]).to_batches()
+    return Labels(name, lambda as_written: ((batch[_URI], batch[_LABEL]) for batch in batches))
 
 
 def is_label_file(uri: str) -> bool:
     """Whether `--labels` names a file of labels rather than labelled images."""
-    is_table = uri.lower().endswith((PARQUET_SUFFIX, *_SEPARATORS))
+    is_table = uri.lower().endswith(_LABEL_FILES)
     return is_table and not (uri.lower().endswith(PARQUET_SUFFIX) and holds_images(absolute(uri), None))
 
 
@@ -247,54 +290,77 @@ def _codes_of(labels: pa.Array, codes_by_label: dict[str, int]) -> npt.NDArray[n
     return codes
 
 
-def label_lines(uri: str) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Reads a Parquet, CSV or TSV file: URIs in the form that tables have, and the column `label`, which is text with
-    null for what is empty unless the file is Parquet.
+def label_columns(uri: str, *, label_column: str, uri_column: str) -> tuple[str, ...]:
+    """The columns of a label file.
+
+    Raises:
+        DataError, PermissionError, ServiceError, StorageError: see `label_file`.
+    """
+    if not uri.lower().endswith(_LABEL_FILES):
+        raise DataError(f"--labels is a .parquet, .csv or .tsv file, or labelled images. Received: {uri!r}")
+    try:
+        with _readable(uri):
+            names = [clean(name) for name in header_of(uri)]
+    except FileNotFoundError as err:
+        raise DataError(f"there is no such file{what_is_there(uri)}. Received: labels={uri!r}") from err
+    check_header(uri, names, {URI_FLAG: uri_column, LABEL_FLAG: label_column})
+    return tuple(names)
+
+
+def label_lines(
+    uri: str, *, label_column: str = LABEL_COLUMN, uri_column: str = URI, as_written: bool = False
+) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """Reads URIs and labels from a Parquet, CSV or TSV file; labels are text with null for what is empty unless the
+    file is Parquet.
+
+    Args:
+        uri, label_column, uri_column: see `label_file`.
+        as_written: leave the URIs as they are; else they get the form that tables have.
 
     Raises:
         DataError, FileNotFoundError, PermissionError, ServiceError, StorageError: see `label_file`.
     """
-    ending = next((suffix for suffix in (PARQUET_SUFFIX, *_SEPARATORS) if uri.lower().endswith(suffix)), None)
-    if ending is None:
-        raise DataError(f"--labels is a .parquet, .csv or .tsv file. Received: {uri!r}")
+    written = {clean(name): name for name in header_of(uri)}
+    names = [written[uri_column], written[label_column]]
+    batches = _parquet_batches if uri.lower().endswith(PARQUET_SUFFIX) else _csv_batches
     with _readable(uri), ANYWHERE.open_binary(uri) as stream:
-        if ending == PARQUET_SUFFIX:
-            with pq.ParquetFile(stream) as file:
-                _check_names(uri, file.schema_arrow.names)
-                for batch in file.iter_batches(columns=[_URI, _LABEL]):
-                    yield _absolute(batch[_URI].cast(pa.string())), batch[_LABEL]
-            return
-        options = pc_csv.ConvertOptions(  # As strings, `007` stays `007`.
-            column_types={_URI: pa.string(), _LABEL: pa.string()}, strings_can_be_null=True, null_values=[""]
-        )
-        parsing = pc_csv.ParseOptions(delimiter=_SEPARATORS[ending], newlines_in_values=True)
-        with pc_csv.open_csv(stream, parse_options=parsing, convert_options=options) as reader:
-            _check_names(uri, reader.schema.names)
-            for batch in reader:
-                yield _absolute(batch[_URI]), batch[_LABEL]
+        for batch in batches(stream, uri, names):
+            uris, labels = batch[names[0]].cast(pa.string()), batch[names[1]]
+            if uris.null_count:
+                raise DataError(f"{uri}: each row must have a {uri_column}. Received: null")
+            uris = uris if names[0] == uri_column else trimmed(uris)
+            yield uris if as_written else _absolute(uris), labels
 
 
-def _check_names(uri: str, names: list[str]) -> None:
-    if missing := [name for name in (_URI, _LABEL) if names.count(name) != 1]:
-        raise DataError(
-            f"{uri}: a label file has exactly one column each named uri and label; check {', '.join(missing)}. "
-            f"Received: columns {', '.join(names) or 'none'}"
-        )
+def _parquet_batches(stream: BinaryIO, uri: str, names: list[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(stream) as file:
+        yield from file.iter_batches(columns=names)
 
 
-def _text(uri: str, labels: pa.Array) -> pa.Array:
+def _csv_batches(stream: BinaryIO, uri: str, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Text, without the blanks around labels: `007` stays `007`, and an empty value is null."""
+    options = pc_csv.ConvertOptions(
+        include_columns=names,
+        column_types=dict.fromkeys(names, pa.string()),
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    with open_csv(stream, uri, convert=options) as reader:
+        for batch in reader:
+            yield batch.set_column(1, names[1], trimmed(batch[names[1]]))
+
+
+def _text(place: str, labels: pa.Array) -> pa.Array:
     plain = labels.dictionary_decode() if pa.types.is_dictionary(labels.type) else labels
     if not is_label(plain.type):
-        raise DataError(
-            f"{uri}: the column label holds class names (string) or numbers (integer). Received: {plain.type}"
-        )
+        raise DataError(f"{place} holds {LABEL_KINDS}. Received: {plain.type}")
     return plain.cast(pa.string())
 
 
 def is_label(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds class names or numbers; a column without a value does, too."""
+    """Whether a column of this type holds class names, numbers, or true and false; one without a value does, too."""
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return bool(texts or pa.types.is_integer(kind) or pa.types.is_null(kind))
+    return bool(texts or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
 def _absolute(uris: pa.Array) -> pa.Array:
@@ -305,8 +371,6 @@ def _absolute(uris: pa.Array) -> pa.Array:
     )
     if pc.all(plain, skip_nulls=False).as_py():
         return uris
-    if uris.null_count:
-        raise DataError("each row of a label file has a uri. Received: null")
     return pa.array([row_of_line(uri).uri for uri in uris.to_pylist()], pa.string())
 
 

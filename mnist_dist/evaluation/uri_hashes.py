@@ -4,6 +4,8 @@ Owns: the hash, and the sorted index over the hashes. Among n URIs, any two shar
 n² / 2^65: 3e-6 for 10 million. The hash is Python's SipHash; its key differs between processes, so never store a hash.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,7 +17,12 @@ Hashes = npt.NDArray[np.int64]
 
 def uri_hashes(uris: pa.Array) -> Hashes:
     """Hashes URIs; `int64 [n]`."""
-    return np.fromiter(map(hash, uris.to_pylist()), np.int64, len(uris))
+    return text_hashes(uris.to_pylist())
+
+
+def text_hashes(texts: Sequence[str | None]) -> Hashes:
+    """Hashes texts; `int64 [n]`."""
+    return np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
 def repeated(parts: list[Hashes]) -> tuple[int, Hashes]:
@@ -45,6 +52,12 @@ class UriIndex:
     def repeated(self) -> int:
         """Number of duplicates: all but the first of each URI."""
         return int((self.hashes[1:] == self.hashes[:-1]).sum())
+
+    @property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """The positions of the first of each URI, in the order of the hashes."""
+        starts = np.append(True, self.hashes[1:] != self.hashes[:-1])[: len(self.hashes)]
+        return self.order[starts]
 
     def places(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         """Looks up m URIs; `int64 [m]`: their positions, -1 for those not in the index."""

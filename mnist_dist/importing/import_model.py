@@ -13,7 +13,6 @@ import hashlib
 import json
 import pickle
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +43,7 @@ from mnist_dist.models.bundle import (
     read_bundle_info,
     write_model_bundle,
 )
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.urls import shown, shown_values
@@ -94,7 +93,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         MnistDistError: the bundle does not predict what the original predicts, or a step failed; nothing is written.
         Locked, Interrupted: as for every job; nothing is written.
     """
-    began = time.monotonic()
+    began_at = started_at(console)
     check_access((job.source, job.output, job.checkpoint, job.classes, job.expect, job.check_images, job.calibration))
     source = find_source(job.source)
     if source.kind == "keras":
@@ -115,7 +114,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
             record = _Import(job, local, given, Path(scratch), session).run()
         else:
             console.line(f"{job.output_uri} is this model already")
-    return _result(job, record, seconds=time.monotonic() - began)
+    return _result(job, record, seconds=seconds_since(began_at))
 
 
 def _result(job: ImportJob, record: ImportRecord, *, seconds: float) -> dict[str, Any]:

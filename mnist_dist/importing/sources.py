@@ -17,6 +17,7 @@ from mnist_dist.errors import ConfigError
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.foreign import Foreign
 from mnist_dist.store.anywhere import ANYWHERE, store_for
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import absolute, is_remote, join
 
 Open = Callable[[ImportJob, Path, Report], Foreign]
@@ -92,7 +93,7 @@ def find_source(name: str) -> Source:
     for source in SOURCES:
         if suffix in source.suffixes:
             if not ANYWHERE.exists(uri):
-                raise ConfigError(f"there is no such file. Received: {name!r}")
+                raise ConfigError(f"there is no such file{what_is_there(uri)}. Received: {name!r}")
             return source
         if any(all(ANYWHERE.exists(join(uri, *member.split("/"))) for member in members) for members in source.members):
             return source
@@ -102,7 +103,7 @@ def find_source(name: str) -> Source:
             f"Received: {name!r}"
         )
     exists = any(True for _ in ANYWHERE.scan_entries(uri)) if not ANYWHERE.exists(uri) else True
-    found = "this is none of them" if exists else "there is no such file or folder"
+    found = f"{'this is none of them' if exists else 'there is no such file or folder'}{what_is_there(uri)}"
     raise ConfigError(f"a model to import is {kinds}; {found}. Received: {name!r}")
 
 

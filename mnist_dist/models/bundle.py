@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from mnist_dist import documents
 from mnist_dist.config import DEFAULT_THRESHOLD, Activation
-from mnist_dist.errors import BundleError, ConfigError, DataError
+from mnist_dist.errors import BundleError, ConfigError, DataError, StorageError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.history import Epoch, history_csv
@@ -50,7 +50,8 @@ from mnist_dist.models.onnx_file import (
     session_batch,
 )
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Store
+from mnist_dist.store.base import Level, Store
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import absolute, is_remote, join, temporary_name
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
 FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle
 PREDICT_BATCH = 32
+_MAX_NAMES = 1_000  # of a folder that is no bundle, which may be a bucket of millions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,7 +416,7 @@ def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bund
     """
     requested = os.fspath(uri)
     path = _download(requested, store) if is_remote(requested) else Path(absolute(requested))
-    info = _read_info(path, requested=requested)
+    info = _read_info(path, requested=requested, store=store)
     model_file = path / info.model_file
     digest = _sha256(model_file) if model_file.is_file() else "no such file"
     if digest != info.model_id:
@@ -439,9 +441,7 @@ def read_bundle_info(uri: str, *, store: Store = ANYWHERE) -> BundleInfo:
     try:
         data = store.read_bytes(join(absolute(uri), BUNDLE_FILE))
     except FileNotFoundError as err:
-        is_gone = not is_remote(uri) and not os.path.exists(absolute(uri))
-        why = "there is no such folder" if is_gone else f"this is not a bundle: it has no {BUNDLE_FILE}"
-        raise BundleError(f"{why}. Received: {uri!r}") from err
+        raise _no_bundle(uri, store) from err
     return _decode_info(data, requested=uri)
 
 
@@ -451,31 +451,47 @@ def _download(uri: str, store: Store) -> Path:
     try:
         store.download_folder(uri, path)
     except FileNotFoundError as err:
-        raise BundleError(f"there is no bundle{_import_hint(uri)}. Received: {uri!r}") from err
+        raise _no_bundle(uri, store) from err
     return path
 
 
-def _import_hint(requested: str, path: Path | None = None) -> str:
+def _no_bundle(requested: str, store: Store) -> BundleError:
+    """The error for a folder without `bundle.json`, which says what is there and how it becomes a bundle."""
+    uri = absolute(requested)
+    level = _level_of(uri, store)
+    names = {*level.folders, *level.files} if level is not None else set[str]()
+    if "bundle" in names and store.exists(join(uri, "bundle", BUNDLE_FILE)):
+        hint = f" (did you mean {join(requested, 'bundle')}?)"
+    else:
+        hint = _import_hint(requested, names) or what_is_there(uri, store=store)
+    if level is None:
+        is_file = store.exists(uri)
+        why = "a bundle is a folder, no file" if is_file else "the bundle's folder does not exist"
+        return BundleError(f"{why}{hint}. Received: {requested!r}")
+    why = "is unfinished" if names & {KERAS_FILE, ONNX_FILE} else "is not a bundle"
+    return BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {requested!r}")
+
+
+def _level_of(uri: str, store: Store) -> Level | None:
+    try:
+        return store.list_level(uri, max_names=_MAX_NAMES)
+    except (OSError, StorageError):
+        return None
+
+
+def _import_hint(requested: str, names: Collection[str]) -> str:
     """How a foreign model becomes a bundle, where it seems to be one."""
-    marks = ("saved_model.pb", "config.json", *(f"model{suffix}" for suffix in FOREIGN_SUFFIXES))
-    is_foreign = requested.endswith(FOREIGN_SUFFIXES) or (path and any((path / name).exists() for name in marks))
-    if not is_foreign:
+    marks = {"saved_model.pb", "config.json", *(f"model{suffix}" for suffix in FOREIGN_SUFFIXES)}
+    if not requested.lower().endswith(FOREIGN_SUFFIXES) and not marks & set(names):
         return ""
     return f"; a model from elsewhere becomes one by: mnist-dist import {requested} --output BUNDLE"
 
 
-def _read_info(path: Path, *, requested: str) -> BundleInfo:
+def _read_info(path: Path, *, requested: str, store: Store) -> BundleInfo:
     file = path / BUNDLE_FILE
-    if file.is_file():
-        return _decode_info(file.read_bytes(), requested=requested)
-    hint = _import_hint(requested, path)
-    if not path.is_dir():
-        why = "a bundle is a folder, no file" if path.is_file() else "the bundle's folder does not exist"
-        raise BundleError(f"{why}{hint}. Received: {requested!r}")
-    if (path / "bundle" / BUNDLE_FILE).exists():
-        hint = f" (did you mean {requested.rstrip('/')}/bundle?)"
-    why = "is unfinished" if any((path / name).exists() for name in (KERAS_FILE, ONNX_FILE)) else "is not a bundle"
-    raise BundleError(f"the folder {why}: it has no {BUNDLE_FILE}{hint}. Received: {requested!r}")
+    if not file.is_file():
+        raise _no_bundle(requested, store)
+    return _decode_info(file.read_bytes(), requested=requested)
 
 
 def _decode_info(data: bytes, *, requested: str) -> BundleInfo:

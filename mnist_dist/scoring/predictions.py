@@ -29,6 +29,7 @@ from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.sources.image_table import OTHER_FILE, with_columns
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import absolute, join
 
 # n = rows of a shard, s = rows of these with status ok, K = classes, D = features of an embedding
@@ -462,7 +463,8 @@ def _require_mark(root: str, store: Store) -> Mark:
             f"resumes it. Received: {root!r}"
         )
     output = root.removesuffix(f"/{TABLE}").removesuffix(f"/{DELTA}")
-    hint = f" (did you mean {output}?)" if output != root and read_mark(output, store=store) is not None else ""
+    is_inside = output != root and read_mark(output, store=store) is not None
+    hint = f" (did you mean {output}?)" if is_inside else what_is_there(root, store=store)
     raise DataError(f"there is no prediction table (no {TABLES}/*/{MARK}){hint}. Received: {root!r}")
 
 

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist.config import DEFAULT_THRESHOLD, ScoreJob
-from mnist_dist.errors import ConfigError, first_line
+from mnist_dist.errors import ConfigError, first_line, suggestion
 from mnist_dist.models.bundle import BundleInfo
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
+from mnist_dist.store.surroundings import what_is_there
 
 CLASS, THRESHOLD = "class", "threshold"
 """The columns of a file of thresholds."""
@@ -79,7 +80,9 @@ def read_thresholds(uri: str, class_names: Sequence[str], *, store: Store = ANYW
     try:
         pairs = list(read(store.read_bytes(uri)))
     except FileNotFoundError as err:
-        raise ConfigError(f"there is no such file. Received: threshold={uri!r}") from err
+        raise ConfigError(
+            f"there is no such file{what_is_there(uri, store=store)}. Received: threshold={uri!r}"
+        ) from err
     except (ValueError, KeyError, pa.ArrowException, csv.Error) as err:
         raise ConfigError(
             f"{uri}: thresholds are columns {CLASS} and {THRESHOLD}, or JSON {{class: threshold}}: {first_line(err)}"
@@ -127,12 +130,15 @@ _READERS = {".csv": _csv, ".parquet": _parquet, ".json": _json}
 
 def _check_classes(uri: str, names: Sequence[str], class_names: Sequence[str]) -> None:
     known, found = set(class_names), set(names)
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
     wrong = {
         "lacks": [name for name in class_names if name not in found],
-        "has the unknown": [name for name in dict.fromkeys(names) if name not in known],
+        "has the unknown": unknown,
         "has several thresholds for": [name for name, count in Counter(names).items() if count > 1],
     }
     lines = [f"it {what} {_some(which)}" for what, which in wrong.items() if which]
+    hinted = [f"{name!r}{hint}" for name in unknown if (hint := suggestion(name, class_names))]
+    lines += hinted[:1]
     if lines:
         raise ConfigError(
             f"{uri}: there must be one threshold for each of the {len(class_names)} classes; {'; '.join(lines)}. "

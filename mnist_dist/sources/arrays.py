@@ -30,7 +30,8 @@ from mnist_dist.sources import image_table
 from mnist_dist.sources.columns import LABEL, SPLIT
 from mnist_dist.sources.image_table import ImageRow
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import absolute, join
+from mnist_dist.store.surroundings import what_is_there
+from mnist_dist.store.uris import absolute, join, parent_of
 
 _DIGIT_NAMES = tuple("0123456789")
 # Source: the README of zalandoresearch/fashion-mnist, section Labels
@@ -307,7 +308,8 @@ def _read_first(uris: Sequence[str], place: str) -> tuple[bytes, str]:
         except PermissionError as err:
             raise DataError(f"{place}: permission to read {uri} was denied: {err.strerror}") from err
     names = ", ".join(uri.rpartition("/")[2] for uri in uris)
-    raise DataError(f"{place}: found none of the files {names}")
+    there = what_is_there(uris[0] if len(uris) == 1 else parent_of(absolute(uris[0])))
+    raise DataError(f"{place}: found none of the files {names}{there}")
 
 
 def _check_part(place: str, part: ArrayPart, num_classes: int) -> None:

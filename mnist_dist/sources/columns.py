@@ -1,11 +1,12 @@
 """Which columns of lists and Parquet files are read beside the images, and under which names.
 
-Owns: the carried columns, and the labels and splits as text. Does not own: reading the files (`lists`, `parquet`), or
-what a label means (`labels`).
+Owns: the carried columns, the labels and splits as text, and what a header that lacks a column probably means. Does not
+own: reading the files (`lists`, `parquet`), or what a label means (`labels`).
 """
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,6 +16,16 @@ from mnist_dist.errors import DataError
 
 LABEL, SPLIT = "label", "split"
 """Columns of a labelled listing: the class of each image and its split, as text; null: not known."""
+URI = "uri"
+URI_FLAG, LABEL_FLAG = "--uri-column", "--label-column"
+_USUAL = {
+    URI_FLAG: (
+        *("uri", "filename", "file_name", "file", "path", "filepath", "file_path", "image_path", "image", "img"),
+        *("image_name", "image_file", "image_id", "url", "id", "name"),
+    ),
+    LABEL_FLAG: ("label", "class", "target", "category", "class_name", "classname", "labels", "y", "species"),
+}
+"""What other people call these columns, in lower case, the surest first."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Wanted:
     """The column of Parquet files that holds the images. None: see `parquet.image_column_of`."""
     label_column: str | None = None
     """The column that holds the labels. None: labels are not wanted."""
+    uri_column: str = URI
+    """The column of lists that holds the URIs."""
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The wanted columns among `names`."""
@@ -34,14 +47,61 @@ class Wanted:
         return [name for name in dict.fromkeys([*self.carried, *labels]) if name in names]
 
 
+def clean(name: str) -> str:
+    """The name of a column without the blanks and the byte order mark that some programs write around it."""
+    return name.strip("\ufeff \t\r\n")
+
+
 def check_unique(place: str, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Raises DataError if a file has two columns of a wanted name."""
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:
         raise DataError(
-            f"{place}: each column must have a name of its own; {twice[0]!r} occurs {names.count(twice[0])} times."
-            f" Received: columns {', '.join(names)}"
+            f"{place}: each column must have a name of its own; {twice[0]!r} occurs {names.count(twice[0])} times,"
+            f" so rename one. Received: columns {', '.join(names)}"
         )
+
+
+def check_header(place: str, names: Sequence[str], wanted: Mapping[str, str]) -> None:
+    """Checks that a file has the wanted columns, each of them once.
+
+    Args:
+        place: the file, for messages.
+        names: its columns, `clean`.
+        wanted: the column of each flag, such as `{"--uri-column": "uri"}`.
+
+    Raises:
+        DataError: a column is missing or occurs twice; the message says which flags name what the file has.
+    """
+    missing = {flag: name for flag, name in wanted.items() if name not in names}
+    if missing:
+        what = " and no column ".join(map(repr, missing.values()))
+        raise DataError(
+            f"{place}: there is no column {what}; {_remedy(names, missing, wanted)}."
+            f" Received: columns {', '.join(names) or 'none'}"
+        )
+    check_unique(place, names, list(wanted.values()))
+
+
+def _remedy(names: Sequence[str], missing: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """What to do about missing columns: the flags that name similar ones, or another separator."""
+    separator = next((mark for mark in ";\t|," if len(names) == 1 and mark in names[0]), None)
+    if separator is not None:
+        return f"its columns seem to be separated by {separator!r}; write it with commas as .csv, or with tabs as .tsv"
+    used = {name for flag, name in wanted.items() if flag not in missing}
+    found = {flag: _usual(flag, [name for name in names if name not in used], wanted[flag]) for flag in missing}
+    left = [name for name in names if name not in used and name not in found.values()]
+    unknown = [flag for flag, name in found.items() if name is None]
+    if len(unknown) == len(left) == 1:
+        found[unknown[0]] = left[0]
+    flags = [f"{flag} {shlex.quote(name)}" for flag, name in found.items() if name is not None]
+    return f"use {' '.join(flags)}" if flags else f"name it by {' and '.join(missing)}"
+
+
+def _usual(flag: str, names: Sequence[str], wanted: str) -> str | None:
+    """The column that is called like the wanted one in other case, or as such columns usually are."""
+    by_case = {name.lower(): name for name in reversed(names)}
+    return next((by_case[name] for name in (wanted.lower(), *_USUAL[flag]) if name in by_case), None)
 
 
 def plain(values: pa.Array) -> pa.Array:

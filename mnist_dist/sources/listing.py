@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.config import InputConfig, require
-from mnist_dist.errors import DataError
+from mnist_dist.errors import DataError, StorageError
 from mnist_dist.images.formats import IMAGE_SUFFIXES
 from mnist_dist.sources import arrays, image_table, labels, lists, parquet
 from mnist_dist.sources.choice import (
@@ -37,7 +37,7 @@ from mnist_dist.sources.choice import (
     row_of_entry,
     row_of_line,
 )
-from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.columns import LABEL, LABEL_FLAG, SPLIT, Wanted, check_header
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
@@ -45,6 +45,7 @@ from mnist_dist.sources.places import Place, columns_of, errors_of, matching, no
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
+from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import are_remote
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ _AHEAD = 16  # containers, or pieces of a list, that are opened before they are 
 _PIECE_LINES = 1_000  # lines of a list that a thread looks up at a time
 _PROGRESS_ENTRIES = 1_000  # files between two reports of progress
 _MAX_SHOWN = 10  # inputs or folders in a message
+_MAX_NAMES = 1_000  # of a folder that is looked at for a message
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def list_inputs(
     """
     clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column)
+    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column, config.uri_column)
     return _Search(config, wanted, stdin=stdin, progress=progress, store=store).listing()
 
 
@@ -233,7 +235,9 @@ class _Search:
             _check_one_label(rows)
         if not len(rows):
             all_files = self._wanted.label_column is None
-            raise DataError(_no_images(self._config, self._left_out, self._unlabelled, all_files=all_files))
+            if self._unlabelled:
+                raise DataError(self._without_classes(places))
+            raise DataError(_no_images(self._config, self._left_out, all_files=all_files, store=store))
         # A single folder or glob has no duplicates, so the search for them is skipped.
         unique = image_table.first_of_each(image_table.with_claims(rows)) if may_repeat else rows
         table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
@@ -255,12 +259,26 @@ class _Search:
             is_labelled=self._wanted.label_column is not None,
         )
 
+    def _without_classes(self, places: Sequence[Place]) -> str:
+        """What was found in place of classes, and what is expected."""
+        folders = [place.uri for place in places if place.kind == "tree" and _has_no_folders(place.uri, self._store)]
+        flat = f", no subfolders in {', '.join(folders[:_MAX_SHOWN])}" if folders else ""
+        columns = f", the columns {', '.join(sorted(self._columns))}" if self._columns else ""
+        return (
+            "images must be in one subfolder per class (FOLDER/CLASS/IMAGE), or have a label beside them or in a column"
+            f" ({LABEL_FLAG}). Received: {self._unlabelled:,} images without a class{flat}{columns},"
+            f" input={self._config.input[:_MAX_SHOWN]}"
+        )
+
     # --- columns -----------------------------------------------------------------------------------------------------
 
     def _read_columns(self, places: Sequence[Place]) -> None:
         """Checks what can be carried before anything is listed, where only lists can have columns."""
         for place in places:
-            self._columns.update(columns_of(place, store=self._store))
+            columns = columns_of(place, uri_column=self._wanted.uri_column, store=self._store)
+            if columns and self._wanted.label_column not in (None, LABEL):  # it was asked for
+                check_header(place.uri, columns, {LABEL_FLAG: str(self._wanted.label_column)})
+            self._columns.update(columns)
         if all(place.is_listed for place in places):
             self._check_carried()
 
@@ -298,7 +316,7 @@ class _Search:
         entries = matching(place.uri, store=store) if place.kind == "glob" else store.scan_entries(place.uri)
         first = next(entries, None)
         if first is None and not os.path.isdir(place.uri):
-            raise not_there(place.name, place.uri)
+            raise not_there(place.name, place.uri, store=store)
         files: list[Entry] = []
         rows = self._rows(itertools.chain([first] if first else [], entries), place, files)
         table = image_table.table_of(rows)
@@ -463,16 +481,19 @@ def _with_splits_of_inputs(places: Sequence[Place], tables: Sequence[pa.Table]) 
 # --- no images -------------------------------------------------------------------------------------------------------
 
 
-def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], unlabelled: int, *, all_files: bool) -> str:
-    if unlabelled:
-        return (
-            "images must be in one subfolder per class, or have a label beside them or in a column."
-            f" Received: {unlabelled:,} images without a class, input={config.input[:_MAX_SHOWN]}"
-        )
+def _has_no_folders(uri: str, store: Store) -> bool:
+    """Whether a folder holds files alone."""
+    try:
+        return not store.list_level(uri, max_names=_MAX_NAMES).folders
+    except (OSError, StorageError):  # A file, or a prefix that is no folder.
+        return False
+
+
+def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], *, all_files: bool, store: Store) -> str:
     parts = itertools.islice(left_out.items(), _MAX_SHOWN)
     shown = [f"{name}: {part.described(all_files=all_files) or 'nothing'}" for name, part in parts]
     shown += [f"and {len(left_out) - _MAX_SHOWN} more inputs"] if len(left_out) > _MAX_SHOWN else []
     return (
         f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}. Left out:"
-        f" {'; '.join(shown)}. Received: input={config.input[:_MAX_SHOWN]}"
+        f" {'; '.join(shown)}{what_is_there(config.input[0], store=store)}. Received: input={config.input[:_MAX_SHOWN]}"
     )

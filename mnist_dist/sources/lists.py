@@ -1,6 +1,6 @@
 """Reads the user's lists of URIs, a batch of lines at a time.
 
-Owns: the formats (Parquet and CSV with a column `uri`, text with one URI per line), and rejecting invalid lists. Does
+Owns: the formats (Parquet and CSV with a column of URIs, text with one URI per line), and rejecting invalid lists. Does
 not own: what a URI means (`listing`).
 
 Contract: text stays text (`0007`, `NA`, `1.10`), and typed columns of Parquet keep their type. UTF-8, and UTF-16 or
@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, first_line
 from mnist_dist.sources import columns
-from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.columns import LABEL, SPLIT, URI, URI_FLAG, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.sources.parquet import PARQUET_SUFFIX
 from mnist_dist.store.anywhere import ANYWHERE
@@ -30,7 +31,6 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import is_web
 from mnist_dist.urls import path_and_query
 
-URI_COLUMN = "uri"
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _TEXT_SUFFIXES = (".txt", ".lst")
 LIST_SUFFIXES = (PARQUET_SUFFIX, *_SEPARATORS, *_TEXT_SUFFIXES)
@@ -59,28 +59,38 @@ def is_list(uri: str) -> bool:
     return _name(uri).endswith(LIST_SUFFIXES)
 
 
-def column_names(uri: str, *, store: Store = ANYWHERE) -> tuple[str, ...]:
-    """The columns of a list other than `uri`; a text file has none.
+def column_names(uri: str, *, uri_column: str = URI, store: Store = ANYWHERE) -> tuple[str, ...]:
+    """The columns of a list other than that of the URIs; a text file has none.
 
     Raises:
-        DataError: the file does not have the format of its suffix, or has no column `uri`.
+        DataError: the file does not have the format of its suffix, or not one column of this name.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
     if _name(uri).endswith(_TEXT_SUFFIXES):
         return ()
+    names = [columns.clean(name) for name in header_of(uri, store=store)]
+    columns.check_header(uri, names, {URI_FLAG: uri_column})
+    return tuple(name for name in names if name != uri_column)
+
+
+def header_of(uri: str, *, store: Store = ANYWHERE) -> list[str]:
+    """The names of the columns of a Parquet, CSV or TSV file, as they are written.
+
+    Raises:
+        DataError: the file does not have the format of its suffix.
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
+    """
     with _readable(uri), store.open_binary(uri) as stream:
         if _name(uri).endswith(PARQUET_SUFFIX):
-            schema = pq.read_schema(stream)
-        else:
-            reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
-            with pc_csv.open_csv(stream, read_options=reading, parse_options=_parse_options(uri)) as reader:
-                schema = reader.schema
-    names = [name for name in schema.names if name != URI_COLUMN]
-    if len(names) != len(schema.names) - 1:
-        raise DataError(
-            f"{uri}: a list must have one column {URI_COLUMN!r}. Received: columns {', '.join(schema.names) or 'none'}"
-        )
-    return tuple(names)
+            return list(pq.read_schema(stream).names)
+        with open_csv(stream, uri) as reader:
+            return list(reader.schema.names)
+
+
+def open_csv(stream: BinaryIO, uri: str, *, convert: pc_csv.ConvertOptions | None = None) -> pc_csv.CSVStreamingReader:
+    """Opens a CSV or TSV file in whatever encoding it is, to be read a block at a time."""
+    reading = pc_csv.ReadOptions(encoding=_encoding(uri, stream))
+    return pc_csv.open_csv(stream, read_options=reading, parse_options=_parse_options(uri), convert_options=convert)
 
 
 def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[Lines]:
@@ -95,7 +105,7 @@ def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[
         DataError: the file does not have the format of its suffix, or a row lacks its URI or label.
         FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
     """
-    names = column_names(uri, store=store)
+    names = column_names(uri, uri_column=wanted.uri_column, store=store)
     with store.open_binary(uri) as stream:
         if _name(uri).endswith(_TEXT_SUFFIXES):
             # a file name may hold any bytes; surrogateescape keeps them
@@ -109,7 +119,9 @@ def read_list(uri: str, wanted: Wanted, *, store: Store = ANYWHERE) -> Iterator[
         with _readable(uri):
             is_parquet = _name(uri).endswith(PARQUET_SUFFIX)
             read = _parquet_batches if is_parquet else _csv_batches
-            yield from _lines_of(uri, read(stream, uri, [URI_COLUMN, *chosen]), wanted)
+            written = {columns.clean(name): name for name in header_of(uri, store=store)}
+            used = {name: written[name] for name in (wanted.uri_column, *chosen)}
+            yield from _lines_of(uri, read(stream, uri, list(used.values())), wanted, used)
 
 
 def read_text(lines: Iterable[str]) -> Iterator[Lines]:
@@ -158,15 +170,26 @@ def _parse_options(uri: str) -> pc_csv.ParseOptions:
     return pc_csv.ParseOptions(delimiter=separator, newlines_in_values=True)
 
 
-def _lines_of(uri: str, batches: Iterable[pa.RecordBatch], wanted: Wanted) -> Iterator[Lines]:
+def _lines_of(uri: str, batches: Iterable[pa.RecordBatch], wanted: Wanted, used: Mapping[str, str]) -> Iterator[Lines]:
+    """The lines of batches; `used` are the columns by name, as they are written. Blanks around the name of a column
+    stand around its values, too."""
     before = 0
     is_text = not _name(uri).endswith(PARQUET_SUFFIX)
     for batch in batches:
-        values = {name: columns.plain(batch[name]) for name in batch.schema.names}
-        uris = _uris(uri, values.pop(URI_COLUMN), before)
+        values = {name: columns.plain(batch[written]) for name, written in used.items()}
+        uris = _uris(uri, wanted.uri_column, values.pop(wanted.uri_column), before)
+        if used[wanted.uri_column] != wanted.uri_column:
+            uris = [text.strip() for text in uris]
         beside = {name: _text(array) if is_text else array for name, array in values.items()}
+        beside = {name: array if used[name] == name else trimmed(array) for name, array in beside.items()}
         yield Lines(uris, _labelled(uri, beside, wanted, before))
         before += len(batch)
+
+
+def trimmed(values: pa.Array) -> pa.Array:
+    """Text without the blanks around it; other values as they are."""
+    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    return pc.utf8_trim_whitespace(values) if is_text else values
 
 
 def _labelled(uri: str, beside: dict[str, pa.Array], wanted: Wanted, before: int) -> dict[str, pa.Array]:
@@ -188,18 +211,16 @@ def _text(values: pa.Array) -> pa.Array:
         return pa.array([value.decode("utf-8", "backslashreplace") for value in values.to_pylist()], pa.string())
 
 
-def _uris(uri: str, values: pa.Array, before: int) -> list[str]:
+def _uris(uri: str, column: str, values: pa.Array, before: int) -> list[str]:
     """The URIs; bytes that are not UTF-8 become surrogates, as in the name of a file."""
     if values.type not in (pa.string(), pa.large_string(), pa.binary()):
-        raise DataError(f"{uri}: the column {URI_COLUMN!r} must hold strings. Received: {values.type}")
+        raise DataError(f"{uri}: the column {column!r} must hold strings. Received: {values.type}")
     uris: list[str | None] = values.to_pylist()
     if values.type == pa.binary():
         uris = [None if value is None else value.decode("utf-8", "surrogateescape") for value in values.to_pylist()]
     for number, text in enumerate(uris, start=before + 1):
         if text is None or not text.strip():
-            raise DataError(
-                f"{uri}: each row must have a {URI_COLUMN}. Received: {text!r} in row {number}, counted from 1"
-            )
+            raise DataError(f"{uri}: each row must have a {column}. Received: {text!r} in row {number}, counted from 1")
     return [text or "" for text in uris]
 
 

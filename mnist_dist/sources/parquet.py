@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, ImageError, first_line
 from mnist_dist.sources import columns
-from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.columns import LABEL, LABEL_FLAG, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
 from mnist_dist.sources.members import bare, image_errors
 from mnist_dist.store.anywhere import ANYWHERE
@@ -219,11 +219,8 @@ def _checked_image_column(uri: str, schema: pa.Schema, wanted: Wanted) -> str:
     image = image_column_of(schema, wanted.image_column)
     if image is None:
         raise ImageError("unsupported", f"no column of encoded images among {', '.join(schema.names)}")
-    if wanted.label_column is not None and wanted.label_column not in schema.names:
-        raise DataError(
-            f"{uri}: there is no column {wanted.label_column!r}; set label_column."
-            f" Received: columns {', '.join(schema.names)}"
-        )
+    if wanted.label_column is not None:
+        columns.check_header(uri, schema.names, {LABEL_FLAG: wanted.label_column})
     columns.check_unique(uri, schema.names, [image])
     kind = schema.field(image).type
     if not (_is_binary(kind) or _has_bytes(kind)):

@@ -18,13 +18,15 @@ from typing import Literal
 
 import pyarrow as pa
 
-from mnist_dist.errors import ConfigError, DataError, first_line
+from mnist_dist.errors import ConfigError, DataError, first_line, suggestion
 from mnist_dist.sources import lists, parquet
 from mnist_dist.sources.archives import split_member
 from mnist_dist.sources.arrays import NAMED_ARRAYS
+from mnist_dist.sources.columns import URI
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
-from mnist_dist.store.uris import absolute, is_file_uri, is_remote, is_web, shown
+from mnist_dist.store.surroundings import what_is_there
+from mnist_dist.store.uris import absolute, is_bucket, is_file_uri, is_remote, is_web, shown
 from mnist_dist.urls import path_and_query
 
 Kind = Literal["stdin", "line", "list", "arrays", "glob", "tree"]
@@ -89,7 +91,18 @@ def check_outside(folder: str, inputs: Iterable[str], *, name: str) -> None:
     written = absolute(folder)
     for uri in inputs:
         if uri not in (STDIN, *NAMED_ARRAYS) and _would_list(uri, written):
-            raise ConfigError(f"the {name} must lie outside of the input {uri!r}. Received: {name}={folder!r}")
+            raise ConfigError(
+                f"the {name} must lie outside of the input {uri!r}, where the next run would list what is written"
+                f"{_beside(uri, name)}. Received: {name}={folder!r}"
+            )
+
+
+def _beside(uri: str, name: str) -> str:
+    """A folder to write to instead."""
+    root = _literal_folder(absolute(uri)) if _MAGIC.search(uri) else absolute(uri)
+    if root in ("", "/") or is_bucket(root):
+        return ""
+    return f"; a folder beside it will do: --{name} {root}-{'predictions' if name == 'output' else 'runs'}"
 
 
 def _would_list(uri: str, folder: str) -> bool:
@@ -100,7 +113,7 @@ def _would_list(uri: str, folder: str) -> bool:
     return deep or bool(matches) or f"{folder}/".startswith(f"{pattern}/")
 
 
-def columns_of(place: Place, *, store: Store = ANYWHERE) -> tuple[str, ...]:
+def columns_of(place: Place, *, uri_column: str = URI, store: Store = ANYWHERE) -> tuple[str, ...]:
     """The columns of a list that can be carried; other inputs have none before they are opened.
 
     Raises:
@@ -108,7 +121,9 @@ def columns_of(place: Place, *, store: Store = ANYWHERE) -> tuple[str, ...]:
         ServiceError, StorageError: see `store.base`.
     """
     with errors_of(place.name):
-        return lists.column_names(place.uri, store=store) if place.kind == "list" else ()
+        if place.kind != "list":
+            return ()
+        return lists.column_names(place.uri, uri_column=uri_column, store=store)
 
 
 def matching(pattern: str, *, store: Store = ANYWHERE) -> Iterator[Entry]:
@@ -136,12 +151,13 @@ def errors_of(name: str) -> Iterator[None]:
         raise DataError(f"this input cannot be listed: {first_line(err)}. Received: input={shown(name)!r}") from err
 
 
-def not_there(name: str, uri: str) -> DataError:
-    """The error for an input that does not exist."""
-    known = ", ".join(NAMED_ARRAYS)
+def not_there(name: str, uri: str, *, store: Store = ANYWHERE) -> DataError:
+    """The error for an input that does not exist, which says what does."""
+    known = f"{', '.join(NAMED_ARRAYS)}{suggestion(name, NAMED_ARRAYS)}"
+    there = what_is_there(_literal_folder(uri) if _MAGIC.search(name) else uri, store=store)
     return DataError(
-        f"{uri}: there is no such file, folder or prefix, no match for a glob, and no data set of this name ({known})."
-        f" Received: input={name!r}"
+        f"{uri}: there is no such file, folder or prefix, no match for a glob, and no data set of this name ({known})"
+        f"{there}. Received: input={name!r}"
     )
 
 

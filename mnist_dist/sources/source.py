@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnist_dist.config import DataConfig, InputConfig, require
-from mnist_dist.errors import DataError, ImageError
+from mnist_dist.errors import DataError, ImageError, StorageError
 from mnist_dist.images.decoder import probe_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
@@ -29,13 +29,14 @@ from mnist_dist.sources.listing import Listing, list_inputs, with_etags
 from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
-from mnist_dist.store.uris import absolute
+from mnist_dist.store.uris import absolute, join
 
 _log = logging.getLogger(__name__)
 _PROBED_IMAGES = 64
 _PROBED_BYTES = 256 * 2**20
 _SMALL_SIDE_PX = 64
-_MAX_SHOWN = 3  # inputs in the name of a source
+_MAX_SHOWN = 3  # inputs in the name of a source, classes in a message
+_MAX_NAMES = 1_000  # of a folder that is looked at for a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
     source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
     source = replace(source, table=with_etags(source.table, store=store))  # A changed image must be decoded again.
     if len(source.class_names) < 2:
-        raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
+        hint = _classes_below(config, source.class_names, store)
+        raise DataError(f"{source.name}: a classifier needs at least two classes{hint}. Received: {source.class_names}")
     counts = {item["values"]: item["counts"] for item in pc.value_counts(source.table[SPLIT]).to_pylist()}
     _log.info("%s: %d images, %d classes, splits %s", source.name, len(source.table), len(source.class_names), counts)
     return source
@@ -81,7 +83,9 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
 
 def input_config(config: DataConfig) -> InputConfig:
     """The data of a training as the inputs of a listing."""
-    return InputConfig(input=config.data, image_column=config.image_column, data_dir=config.data_dir)
+    return InputConfig(
+        input=config.data, image_column=config.image_column, uri_column=config.uri_column, data_dir=config.data_dir
+    )
 
 
 def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, config: DataConfig) -> ImageSpec:
@@ -118,6 +122,18 @@ def taken(source: Source, rows: list[int]) -> Source:
     columns = [image_table.taken(source.table[name], numbers) for name in source.table.column_names]
     pixels = None if source.pixels is None else source.pixels[rows]
     return replace(source, table=pa.table(columns, schema=source.table.schema), pixels=pixels)
+
+
+def _classes_below(config: DataConfig, class_names: tuple[str, ...], store: Store) -> str:
+    """Where the classes may be, if the only one is a folder that holds folders."""
+    if len(config.data) > 1 or len(class_names) != 1 or config.data[0] in arrays.NAMED_ARRAYS:
+        return ""
+    below = join(absolute(config.data[0]), class_names[0])
+    try:
+        folders = store.list_level(below, max_names=_MAX_NAMES).folders
+    except (OSError, StorageError):  # The class is no folder.
+        return ""
+    return f" (did you mean {below}, which holds {', '.join(folders[:_MAX_SHOWN])}?)" if len(folders) > 1 else ""
 
 
 def _shown(name: str) -> str:

@@ -146,9 +146,9 @@ def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, sessi
     """Prints the first unreadable images and gives their number; raises TooManyBadImages if there are too many."""
     bad = bad_records(index)
     if bad:
-        session.console.line(f"{len(bad):,} unreadable images are left out")
+        session.once(f"{len(bad):,} unreadable images are left out")
     for uri, status, error in bad[:NAMED_BAD_IMAGES]:
-        session.console.line(f"  {uri}: {status}: {error}")
+        session.once(f"  {uri}: {status}: {error}")
     if len(bad) <= data.max_bad_fraction * index.num_rows:
         return len(bad)
     if any(status in NOT_THE_IMAGES_FAULT for _, status, _ in bad):

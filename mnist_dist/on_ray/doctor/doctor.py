@@ -41,7 +41,7 @@ from mnist_dist.on_ray.head import (
     own_token,
     token_file,
 )
-from mnist_dist.session import Session
+from mnist_dist.session import Session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, temporary_name
 
@@ -69,6 +69,7 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
         ConfigError: there is no such backbone, or it has no such weights.
         ChecksFailed: at least one check failed; its result has the same keys.
     """
+    began_at = started_at(console)
     pins = checks.read_pins(Path(mnist_dist.__file__).parents[1])
     question = _question(job, pins)
     console.line("checking this machine and all nodes of Ray; this takes up to two minutes")
@@ -80,6 +81,7 @@ def examine(job: DoctorJob, *, console: Console) -> dict[str, Any]:
     names: dict[str, Status] = {"ok": "ok", "warnings": "warning", "failed": "failed", "skipped": "skipped"}
     result: dict[str, Any] = {name: sum(check.status == status for check in every) for name, status in names.items()}
     console.line(", ".join(f"{count} {name}" for name, count in result.items()))
+    result["seconds"] = seconds_since(began_at)
     if job.json:
         result["checks"] = [asdict(check) for check in every]
     failed = [f"{check.name} on {check.node}" for check in every if check.status == "failed"]

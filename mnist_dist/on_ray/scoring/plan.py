@@ -25,7 +25,7 @@ from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample
 from mnist_dist.scoring.selection import Selection, select_images
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import absolute, join, parent_of
@@ -55,7 +55,7 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         WorkersFailed: workers died on the same shard more than `max_failures` times.
         Interrupted: a signal arrived.
     """
-    began_at = time.time()
+    began_at = started_at(console)
     job, bundle = checked(job)
     output = Output(absolute(job.output))
     with (
@@ -66,9 +66,9 @@ def plan_score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         table = plan.select_images(output).table
         if not len(table):
             console.line(f"{output.uri}: there is nothing to score")
-            return {"output": output.uri, "images": 0, "plan": True, "seconds": round(time.time() - began_at, 2)}
+            return {"output": output.uri, "images": 0, "plan": True, "seconds": seconds_since(began_at)}
         result = plan.result(table)
-    return {"plan": True, "output": output.uri, **result, "seconds": round(time.time() - began_at, 2)}
+    return {"plan": True, "output": output.uri, **result, "seconds": seconds_since(began_at)}
 
 
 class _Plan:
@@ -174,7 +174,7 @@ class _Plan:
         lines = (
             f"decoding: {expected.decode_images_per_s_per_core:,.0f} images/s per core{bad}; "
             f"model: {expected.model_images_per_s:,.0f} images/s on all actors",
-            f"bottleneck: {expected.bottleneck}; {expected.balance:,.2g} decoding core(s) per {unit} would balance it",
+            f"bottleneck: {expected.bottleneck}; {_balance(expected.balance, unit)}",
             f"expected: {run.images_per_s:,.0f} images/s, {duration(seconds)} for {images:,} images "
             f"({duration(expected.scoring_s)} scoring, {duration(expected.commit_s)} committing)",
             f"memory: {filesize.decimal(self._memory_bytes)} per actor, driver {filesize.decimal(driver_bytes)}; "
@@ -183,3 +183,17 @@ class _Plan:
         )
         for line in lines:
             self._session.console.line(line)
+
+
+def _balance(cores: float, unit: str) -> str:
+    """How many cores decode what a unit of the model takes; below one, for how many units a core does."""
+    if cores < 1:
+        return f"one core decodes enough for {_count(1 / cores, unit)}"
+    return f"decoding for one {unit} takes {_count(cores, 'core')}"
+
+
+def _count(number: float, unit: str) -> str:
+    """`one core`, `2.5 cores`, `59 GPUs`, `12 cores of the model`."""
+    shown = (f"{number:,.1f}" if number < 9.95 else f"{number:,.0f}").removesuffix(".0")
+    first, space, rest = unit.partition(" ")
+    return f"one {unit}" if shown == "1" else f"{shown} {first}s{space}{rest}"

@@ -10,7 +10,6 @@ the input again (`commit.resume`). Otherwise a finished table is returned, or a 
 
 import os
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -61,7 +60,7 @@ from mnist_dist.scoring.predictions import NOT_BAD, Mark, count_bad, prediction_
 from mnist_dist.scoring.scorer import SHARDS_AT_ONCE
 from mnist_dist.scoring.selection import Selection, select_images
 from mnist_dist.scoring.thresholds import with_thresholds
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.side_thread import SideThread
 from mnist_dist.sources.listing import Listing, list_inputs
 from mnist_dist.sources.places import check_outside
@@ -95,7 +94,7 @@ def score(job: ScoreJob, *, console: Console) -> dict[str, Any]:
         WorkersFailed: workers died on the same shard more than `max_failures` times.
         Interrupted: a signal arrived; finished shards are kept.
     """
-    began_at = time.time()
+    began_at = started_at(console)
     require(not job.run.plan, "a plan is made by plan_score", plan=True)
     job, bundle = checked(job)
     output = Output(absolute(job.output))
@@ -168,7 +167,7 @@ def _check_format(job: ScoreJob, output: Output, before: Committed) -> None:
 
 def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console) -> dict[str, Any]:
     """Lists the input and reports what would be scored; writes nothing."""
-    began = time.monotonic()
+    began_at = started_at(console)
     listing = list_inputs(job.inputs, store=store_for(job.store))
     _schema(job, bundle, carried=carried_schema(listing.table))
     _show_listing(listing, console)
@@ -184,7 +183,7 @@ def _dry_run(job: ScoreJob, bundle: Bundle, output: Output, *, console: Console)
         "errors": 0,
         "skipped": 0,
         "images_per_s": None,
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": seconds_since(began_at),
         "dry_run": True,
     }
 
@@ -628,7 +627,7 @@ class Scoring:
             "skipped": mark.rows - self.scored,
             "images_per_s": self._images_per_s(),
             "steady_images_per_s": self.steady_images_per_s and round(self.steady_images_per_s, 2),
-            "seconds": round(time.time() - self.began_at, 2),
+            "seconds": seconds_since(self.began_at),
             "statuses": statuses,
             "generation": mark.number,
             "model_id": mark.model_id,

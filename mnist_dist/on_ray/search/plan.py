@@ -50,7 +50,7 @@ from mnist_dist.on_ray.training.plan import (
 )
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search_config import SearchJob
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.source import Source, taken
 from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.uris import join
@@ -88,7 +88,7 @@ def plan_search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, A
         WorkersFailed: a network could not be trained.
         Interrupted: a signal stopped the plan.
     """
-    began = time.monotonic()
+    began_at = started_at(console)
     check_search(job)
     source = open_data(job.data, console=console, store=store_for(job.store))
     with (
@@ -98,9 +98,9 @@ def plan_search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, A
     ):
         scratch_job = replace(job, run=replace(job.run, storage=root, name="plan", plan=False, max_failures=0))
         plan = _Plan(scratch_job, source, session, resources=resources)
-        result = plan.result(ready_s=time.monotonic() - began)
+        result = plan.result(ready_s=seconds_since(began_at))
     console.line("Plan finished. Nothing was kept.")
-    return {**result, "seconds": round(time.monotonic() - began, 2)}
+    return {**result, "seconds": seconds_since(began_at)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, check_ready, with_absolute_weights
 from mnist_dist.search_config import SearchJob
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
@@ -95,7 +95,7 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         WorkersFailed: all trials failed, or all finalists.
         Interrupted: a signal stopped the search; finished trials are kept.
     """
-    began_at = time.time()
+    began_at = started_at(console)
     require(not (job.run.plan or job.run.dry_run), "plan_search makes the plan, dry_run the dry run", plan=job.run.plan)
     check_search(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
@@ -649,7 +649,7 @@ class Search:
             },
             "leaderboard": self._leaderboard,
             **self.timing,
-            "seconds": round(time.time() - self.began_at, 2),
+            "seconds": seconds_since(self.began_at),
         }
 
 

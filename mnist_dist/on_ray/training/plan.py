@@ -21,7 +21,7 @@ from mnist_dist.errors import ConfigError
 from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
 from mnist_dist.on_ray.training.train import Training, check_job, check_ready
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.source import taken
 from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.uris import join
@@ -57,7 +57,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
         WorkersFailed: a worker failed.
         Interrupted: a signal stopped the plan.
     """
-    began = time.monotonic()
+    began_at = started_at(console)
     check_job(job)
     check_ready([job.model], console=console)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store_for(job.store))
@@ -68,9 +68,9 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     ):
         scratch_job = replace(job, run=replace(job.run, storage=root, name="plan", max_failures=0))
         plan = _Plan(scratch_job, listed, session, recipe=recipe)
-        result = plan.result(ready_s=time.monotonic() - began)
+        result = plan.result(ready_s=seconds_since(began_at))
     console.line("Plan finished. Nothing was kept.")
-    return {**result, "seconds": round(time.monotonic() - began, 2)}
+    return {**result, "seconds": seconds_since(began_at)}
 
 
 class _Plan:
@@ -170,11 +170,18 @@ class _Plan:
                 f"{duration(phase['epoch_s'])} per epoch, {duration(phase['seconds'])} for {phase['epochs']} epochs"
             )
         cores = plan["cpus_per_gpu"] or balance
-        unit = " per GPU" if plan["cpus_per_gpu"] else ""
-        also = f"; with {cores:,.2g} core(s){unit} decoding takes as long as the rest" if balance else ""
+        also = f"; {_balance(cores, ' per GPU' if plan['cpus_per_gpu'] else '')}" if balance else ""
         line(f"bottleneck: {plan['bottleneck']}{also}")
         memory = filesize.decimal(plan["worker_memory_bytes"])
         line(f"expected: {duration(plan['expected_seconds'])} from start to end; memory: {memory} per worker")
+
+
+def _balance(cores: float, unit: str) -> str:
+    """With how many cores decoding takes as long as the rest; below one, how much shorter it is with one."""
+    shown = (f"{cores:,.1f}" if cores < 9.95 else f"{cores:,.0f}").removesuffix(".0")
+    if cores < 0.95:
+        return f"with one core{unit} decoding takes 1/{1 / cores:,.0f} of the time of the rest"
+    return f"with {'one core' if shown == '1' else f'{shown} cores'}{unit} decoding takes as long as the rest"
 
 
 def epochs_of(result: dict[str, Any]) -> list[EpochTimes]:

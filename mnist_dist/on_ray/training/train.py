@@ -48,7 +48,7 @@ from mnist_dist.on_ray.data.prepare import (
 from mnist_dist.on_ray.training.attempt import Attempt
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
-from mnist_dist.session import Session, locked_session
+from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.places import check_outside
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import absolute, is_remote, join
@@ -82,7 +82,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     require(not job.run.plan, "plan_train makes the plan", plan=True)
     if job.run.dry_run:
         return _dry_run(job, recipe=recipe, console=console)
-    began_at = time.time()
+    began_at = started_at(console)
     check_job(job)
     name = job.run.name or f"{recipe}-{job.settings_hash()}"
     run = Run(join(absolute(job.run.storage), name))
@@ -210,7 +210,7 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     check_job(job)
     check_ready([job.model], console=console)
     ANYWHERE.check_writable(job.run.storage)
-    began_at = time.time()
+    began_at = started_at(console)
     max_images = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
     limit = min(job.data.limit, max_images) if job.data.limit else max_images
     with scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="dry-run") as scratch:
@@ -395,7 +395,7 @@ class Training:
             "test_images": len(splits.test),
             "bad_images": bad,
             "duplicates": splits.duplicates,
-            "seconds": round(earlier_s + time.time() - self.began_at, 2),
+            "seconds": round(earlier_s + seconds_since(self.began_at), 2),
         }
 
 
