@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import console, inventory
+from mnist_dist.commands.recipe_choice import DEFAULT_SEARCH, check_fits, flags_of
 from mnist_dist.recipes import SEARCH_RECIPES
 
 
@@ -16,8 +17,9 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     if listing is not None:
         return show_searches(listing)
     recipe, job = console.parse(
-        SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=inventory.HELP
+        SEARCH_RECIPES, argv=arguments, command=program, default=DEFAULT_SEARCH, also=inventory.HELP
     )
+    check_fits(recipe, job.data, job.store, flags=flags_of(arguments))
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
     from mnist_dist.on_ray.search.search import search  # After `quiet`: Ray reads the environment on import.

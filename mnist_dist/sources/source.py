@@ -34,8 +34,11 @@ from mnist_dist.store.uris import absolute
 _log = logging.getLogger(__name__)
 _PROBED_IMAGES = 64
 _PROBED_BYTES = 256 * 2**20
-_SMALL_SIDE_PX = 64
 _MAX_SHOWN = 3  # inputs in the name of a source
+SMALL_SIDE_PX = 64
+"""Images of at most this size on both sides are small: they are trained on as they are, not as photographs."""
+Probe = tuple[int, int, int]
+"""Width and height in px, and channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
     probes = _probe_array(array) if array is not None else _probe_files(source, config.max_pixels)
     width_px, height_px = min(probe[:2] for probe in probes)
     uniform = all(probe[:2] == (width_px, height_px) for probe in probes)
-    largest_px = _SMALL_SIDE_PX if scratch_size else min(_SMALL_SIDE_PX, backbone_size_px)
+    largest_px = SMALL_SIDE_PX if scratch_size else min(SMALL_SIDE_PX, backbone_size_px)
     keeps_aspect = width_px == height_px or scratch_size or config.resize == "stretch"  # The device only stretches.
     if not uniform or not keeps_aspect or max(width_px, height_px) > largest_px:
         width_px = height_px = backbone_size_px
@@ -159,25 +162,45 @@ def _limited(source: Source, config: DataConfig) -> Source:
     return taken(source, sorted(rows))
 
 
-def _probe_array(pixels: Pixels) -> list[tuple[int, int, int]]:
+def _probe_array(pixels: Pixels) -> list[Probe]:
     _, height, width, channels = pixels.shape
     return [(width, height, channels)]
 
 
-def _probe_files(source: Source, max_pixels: int) -> list[tuple[int, int, int]]:
-    """Width, height and channels of some images, evenly spread over those that may be readable."""
-    readable = np.flatnonzero(pc.is_null(source.table["status"]).to_numpy())
-    count = min(_PROBED_IMAGES, len(readable))
+def _probe_files(source: Source, max_pixels: int) -> list[Probe]:
+    probes, errors = probe_some(source.table, count=_PROBED_IMAGES, max_pixels=max_pixels, store=source.store)
+    if not probes:
+        first = errors[0] if errors else source.table["error"].drop_null()[0].as_py()
+        raise DataError(f"{source.name}: none of {len(errors)} probed images can be read. Received: {first}")
+    return probes
+
+
+def probe_some(
+    table: pa.Table, *, count: int, max_pixels: int, store: Store = ANYWHERE
+) -> tuple[list[Probe], list[ImageError]]:
+    """Reads the headers of some images, evenly spread over those that may be readable.
+
+    Args:
+        table: the rows of the images, `image_table.COLUMNS`.
+        count: how many.
+        max_pixels: larger images are not probed.
+        store: where they are read from.
+
+    Returns:
+        The probes in the order of the table, and why the others have none.
+
+    Raises:
+        ServiceError, StorageError: see `store.base`.
+    """
+    readable = np.flatnonzero(pc.is_null(table["status"]).to_numpy())
+    count = min(count, len(readable))
     rows = readable[np.linspace(0, len(readable) - 1, count).astype(np.int64)] if count else readable
     probes, errors = [], []
-    for data in read_in_order(source.table.take(pa.array(rows)), max_bytes=_PROBED_BYTES, store=source.store):
+    for data in read_in_order(table.take(pa.array(rows)), max_bytes=_PROBED_BYTES, store=store):
         try:
             if isinstance(data, ImageError):
                 raise data
             probes.append(probe_image(data, max_pixels=max_pixels))
         except ImageError as err:
             errors.append(err)
-    if not probes:
-        first = errors[0] if errors else source.table["error"].drop_null()[0].as_py()
-        raise DataError(f"{source.name}: none of {count} probed images can be read. Received: {first}")
-    return probes
+    return probes, errors
