@@ -38,7 +38,7 @@ from mnist_dist.sources.choice import (
     row_of_entry,
     row_of_line,
 )
-from mnist_dist.sources.columns import LABEL, SPLIT, Wanted
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT, Wanted
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
@@ -64,8 +64,9 @@ class Listing:
     """The images that the inputs name, and counts of what was left out."""
 
     table: pa.Table
-    """`COLUMNS`, then the carried columns, or `label` and `split` of a labelled listing. Each URI occurs once. Inputs
-    keep their order; each is sorted by URI, and members come in the order of their archive."""
+    """`COLUMNS`, then the carried columns, or in a labelled listing `label`, `split` and (if a column of groups is
+    wanted) `group`. Each URI occurs once. Inputs keep their order; each is sorted by URI, and members come in the order
+    of their archive."""
     by_suffix: Mapping[str, int]
     """Number of images by lower-case file suffix (`.jpg`), the most frequent first."""
     archives: int
@@ -84,6 +85,8 @@ class Listing:
     """The folders, prefixes, archives and files among the inputs that were listed as a whole."""
     class_names: tuple[tuple[str, ...], ...]
     """The class names, by class number, that Parquet files and named data sets declare; without duplicates."""
+    columns: tuple[str, ...] = ()
+    """Columns of the lists and Parquet files, beside URIs and images."""
     is_labelled: bool = False
     """Whether the listing has classes: that of a training, which does not take files of all names."""
 
@@ -112,6 +115,7 @@ def list_inputs(
     config: InputConfig,
     *,
     label_column: str | None = None,
+    group_column: str | None = None,
     reserved: Iterable[str] = (),
     stdin: TextIO | None = None,
     progress: Callable[[int], None] | None = None,
@@ -123,6 +127,7 @@ def list_inputs(
     Args:
         config: the inputs, and which of their files to take.
         label_column: list the classes and splits as well; this column of lists and Parquet files holds the labels.
+        group_column: list the values of this column as `group`, too, where lists and Parquet files have it.
         reserved: column names that may not be carried, besides those of `COLUMNS`.
         stdin: the stream to read for the input `-`. None: the stdin of the process.
         progress: called now and then with the number of images listed so far.
@@ -136,7 +141,7 @@ def list_inputs(
     """
     clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column)
+    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column, group_column)
     return _Search(config, wanted, stdin=stdin, progress=progress, max_images=max_images, store=store).listing()
 
 
@@ -230,7 +235,8 @@ class _Search:
         self._check_carried()
         if self._wanted.label_column is not None:
             tables = _with_splits_of_inputs(places, self._labelled(places, tables))
-        beside = self._wanted.carried if self._wanted.label_column is None else (LABEL, SPLIT)
+        labelled = (LABEL, SPLIT) if self._wanted.group_column is None else (LABEL, SPLIT, GROUP)
+        beside = self._wanted.carried if self._wanted.label_column is None else labelled
         rows = image_table.told_apart(image_table.joined(tables, beside))
         may_repeat = len(places) > 1 or places[0].is_listed
         if may_repeat and self._wanted.label_column is not None:
@@ -256,6 +262,7 @@ class _Search:
             empty_folders=tuple(self._empty_folders),
             roots=tuple(place.root for place in places if place.kind in ("tree", "glob")),
             class_names=tuple(self._class_names),
+            columns=tuple(sorted(self._columns)),
             is_labelled=self._wanted.label_column is not None,
         )
 

@@ -12,6 +12,7 @@ Named data sets are small and already decoded: where one is all there is, its pi
 import hashlib
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +24,8 @@ from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.decoder import probe_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.sources import arrays, image_table, labels
-from mnist_dist.sources.columns import LABEL, SPLIT
+from mnist_dist.sources import arrays, groups, image_table, labels
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags
 from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
@@ -50,8 +51,8 @@ class Source:
     class_names: tuple[str, ...]
     """Class names; a label is an index into them."""
     table: pa.Table
-    """One row per record: `image_table.COLUMNS`, then `label` (int32; -1: an unreadable record without a class) and
-    `split` (null, `train`, `val` or `test`)."""
+    """One row per record: `image_table.COLUMNS`, then `label` (int32; -1: an unreadable record without a class),
+    `split` (null, `train`, `val` or `test`) and, if images are grouped, `group` (null: it is on its own)."""
     notes: tuple[str, ...] = ()
     """What a person should know about what was opened, ignored and left out."""
     store: Store = ANYWHERE
@@ -68,12 +69,17 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
         store: where the data is.
 
     Raises:
-        DataError: the data is unknown, empty or corrupt, has only one class, or its splits contradict each other.
+        DataError: the data is unknown, empty or corrupt, has only one class, its splits contradict each other, or no
+            image has a group.
         ServiceError, StorageError: see `store.base`.
     """
-    listing = list_inputs(input_config(config), label_column=config.label_column, store=store)
+    listing = list_inputs(
+        input_config(config), label_column=config.label_column, group_column=config.group_by, store=store
+    )
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
     source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
+    if config.group_by is not None:
+        source = _grouped(source, config.group_by, listing.columns)
     source = replace(source, table=with_etags(source.table, store=store))  # A changed image must be decoded again.
     if len(source.class_names) < 2:
         raise DataError(f"{source.name}: a classifier needs at least two classes. Received: {source.class_names}")
@@ -133,6 +139,14 @@ def _coded(name: str, listing: Listing, pixels: Pixels | None) -> Source:
     codes = labels.codes_of(table[LABEL], class_names)
     table = table.set_column(table.schema.get_field_index(LABEL), LABEL, codes)
     return Source(name=name, class_names=class_names, table=table, notes=tuple(listing.notes()), pixels=pixels)
+
+
+def _grouped(source: Source, group_by: str, columns: Sequence[str]) -> Source:
+    """The source with the group of each record, and a note of how many there are."""
+    found = groups.groups_of(source.table, group_by, columns=columns)
+    number = source.table.schema.get_field_index(GROUP)
+    table = source.table.set_column(number, GROUP, pa.chunked_array([found]))
+    return replace(source, table=table, notes=(*source.notes, *groups.notes(table, group_by)))
 
 
 def _pixels(config: DataConfig) -> Pixels | None:
