@@ -1,4 +1,4 @@
-"""python -m benchmarks train|score|search|race|features|reference|listing|decode|imported [--flags]: measures figures."""
+"""python -m benchmarks WHAT [--flags]: measures figures; WHAT is a name of `BENCHMARKS`."""
 
 import sys
 from collections.abc import Callable, Mapping

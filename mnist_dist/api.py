@@ -28,11 +28,12 @@ Uri = str | PathLike[str]
 
 
 @takes_fields_of(TrainJob)
-def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> TrainResult:
+def train(recipe: str | None = None, *, show: bool = False, **flags: Any) -> TrainResult:
     """Fine-tunes a classifier, as `mnist-dist train` does.
 
     Args:
-        recipe: named settings that the flags override; see `mnist_dist.recipes.TRAINING_RECIPES`.
+        recipe: named settings that the flags override; see `mnist_dist.recipes.TRAINING_RECIPES`. None: one that fits
+            `data`, or `quickstart` without data.
         show: report progress on stderr.
         **flags: the flags of the command, such as `data`, `backbone`, `epochs`, `storage`, `name`, `workers`.
 
@@ -43,11 +44,19 @@ def train(recipe: str = "quickstart", *, show: bool = False, **flags: Any) -> Tr
         Interrupted: a signal arrived; everything is saved.
         MnistDistError: see `errors`.
     """
-    job = job_of(TrainJob, flags, base=find_recipe(TRAINING_RECIPES, recipe)())
-    with _shown(show, verbose=job.run.verbose) as shown:
+
+    def build(name: str | None) -> TrainJob:
+        return job_of(TrainJob, flags, base=find_recipe(TRAINING_RECIPES, name or "quickstart")())
+
+    from mnist_dist.commands.recipe_choice import choose_training
+
+    chosen = choose_training(build, recipe=recipe, flags=flags)
+    with _shown(show, verbose=chosen.job.run.verbose) as shown:
         from mnist_dist.commands.train import run
 
-        return TrainResult(run(job, recipe, shown))
+        if chosen.why is not None:
+            shown.line(chosen.why)
+        return TrainResult(run(chosen.job, chosen.recipe, shown))
 
 
 @takes_fields_of(SearchJob)
@@ -67,6 +76,9 @@ def search(
         ConfigError, ResumeConflict, Locked, Interrupted, MnistDistError: see `train`.
     """
     job = job_of(SearchJob, flags, base=find_recipe(SEARCH_RECIPES, recipe)())
+    from mnist_dist.commands.recipe_choice import check_fits
+
+    check_fits(recipe, job.data, job.store, flags=flags)
     with _shown(show, verbose=job.run.verbose) as shown:
         from mnist_dist.commands.search import run, with_stated_space
 

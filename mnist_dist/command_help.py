@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from mnist_dist.flags import Flag, flags_of, typed
+from mnist_dist.recipes import RECIPE_INFOS
 
 MAX_COLUMNS = 100  # Longer lines are hard to read.
 _INDENT = 6
@@ -56,20 +57,24 @@ def _usage(flags: Sequence[Flag], command: str, *, has_recipes: bool) -> str:
 
 
 def _recipes(recipes: Mapping[str, Callable[..., Any]], *, default: str) -> str:
+    """A line for each recipe: what it is, what it needs and about how long it takes."""
     width = max(map(len, recipes)) + 2
-    lines = [f"  {name:<{width}}{_first_sentence(recipe)}" for name, recipe in recipes.items()]
-    return "\n".join([f"Recipes (this help shows the defaults of {default}):", *lines])
+    lines = [f"  {name:<{width}}{_about(name, recipe)}" for name, recipe in recipes.items()]
+    title = f"Recipes, with what they need and about how long they take on 2 cores (below: the flags of {default}):"
+    return "\n".join([title, *lines])
+
+
+def _about(name: str, recipe: Callable[..., Any]) -> str:
+    info = RECIPE_INFOS.get(name)
+    if info is None:
+        return " ".join((inspect.getdoc(recipe) or "").split())
+    return "; ".join(part for part in (info.summary, f"needs {info.needs}", info.takes) if part)
 
 
 def _described(recipe: Callable[..., Any], command: str) -> str:
     """The docstring of a recipe or job, with the command as it was called."""
     text = inspect.getdoc(recipe) or ""
     return re.sub(r"^python -m jobs\.\w+", command, text)
-
-
-def _first_sentence(recipe: Callable[..., Any]) -> str:
-    text = " ".join((inspect.getdoc(recipe) or "").split())
-    return text.partition(": ")[2].split(". ")[0]
 
 
 def _filled(text: str, columns: int) -> str:

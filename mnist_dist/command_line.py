@@ -75,6 +75,12 @@ def find_recipe(recipes: Mapping[str, Callable[..., Job]], name: str) -> Callabl
     return recipes[name]
 
 
+def given_fields(arguments: Sequence[str]) -> frozenset[str]:
+    """The fields whose flags are on a command line: `hidden_units` of `--hidden-units`."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return frozenset(flag.removeprefix("--").replace("-", "_") for flag in flags)
+
+
 def _parsed(kind: type[Job], base: Job | None, arguments: list[str], *, command: str) -> Job:
     flags, said = flags_of(kind), io.StringIO()
     default: Any = {} if base is None else {"default": base}

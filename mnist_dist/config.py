@@ -111,6 +111,10 @@ class DataConfig:
     """Fraction of the training images held out to choose the best epoch, in (0, 1)."""
     test_fraction: float = 0.1
     """Fraction of all images held out for the final test if the data has no test split, in (0, 1)."""
+    group_by: str | None = None
+    """Keep images that belong together in one split, such as crops of one photograph or images of one patient: `folder`
+    (the folder of each image), a column of the lists and Parquet files, or a regular expression that is searched for in
+    each URI, whose first group (or whole match) names the group. None: each image is on its own."""
     drop_duplicates: bool = False
     """Drop training images whose pixels also occur in validation or test, and validation images that occur in test."""
     max_bad_fraction: float = 0.01
@@ -144,6 +148,7 @@ class DataConfig:
             "max_bad_fraction must be in [0, 1]",
             max_bad_fraction=self.max_bad_fraction,
         )
+        require(self.group_by != "", "group_by must be folder, a column or a regular expression", group_by="")
         require(self.limit is None or self.limit >= 1, "limit must be at least 1 image", limit=self.limit)
         require(self.skip >= 0, "skip must be 0 or a number of images", skip=self.skip)
         _ = self.limits  # It checks its own values.

@@ -1,13 +1,43 @@
 """Named training jobs and searches. Each docstring states the command and the result to expect.
 
-A recipe is a starting point: a flag can override every field.
+A recipe is a starting point: a flag can override every field. `RECIPE_INFOS` says what each needs, for help texts and
+for `commands/recipe_choice.py`, which picks the recipe that fits the data.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
+
+RecipeData = Literal["included", "mnist", "small images", "images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeInfo:
+    """What a recipe is, in a line for help texts, and which data it is made for."""
+
+    summary: str
+    """At most 60 characters."""
+    data: RecipeData
+    """`included` and `mnist` name their data themselves, `small images` and `images` need `--data`. All but `images`
+    are for images of at most 64 px."""
+    takes: str = ""
+    """How long it takes on two cores, in words; empty: not measured, or it depends on the data."""
+
+    @property
+    def needs(self) -> str:
+        """What to give it, in words."""
+        return _NEEDS[self.data]
+
+
+_NEEDS: dict[RecipeData, str] = {
+    "included": "nothing",
+    "mnist": "MNIST (--data-dir FOLDER, or a download)",
+    "small images": "images of up to 64 px (--data)",
+    "images": "images (--data)",
+}
 
 
 def quickstart() -> TrainJob:
@@ -113,6 +143,16 @@ def mnist_conv_transfer() -> TrainJob:
     )
 
 
+def folder_cnn_bn() -> TrainJob:
+    """python -m jobs.train folder-cnn-bn --data FOLDER: three convolutions with BatchNorm, trained from scratch
+    on small images at their own size, in grey or colour."""
+    return TrainJob(
+        model=ModelConfig(backbone="cnn_bn"),
+        phases=PhasesConfig(epochs=(30,)),
+        fit=FitConfig(batch_size=64, early_stopping_patience=8, plateau_patience=3),
+    )
+
+
 def folder_mobilenet_v2() -> TrainJob:
     """python -m jobs.train folder-mobilenet-v2 --data FOLDER: MobileNetV2 at 224 px with ImageNet weights: first
     the head, then the last blocks."""
@@ -144,6 +184,7 @@ TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
     "mnist-mobilenet-v2-tuned": mnist_mobilenet_v2_tuned,
     "mnist-conv-base": mnist_conv_base,
     "mnist-conv-transfer": mnist_conv_transfer,
+    "folder-cnn-bn": folder_cnn_bn,
     "folder-mobilenet-v2": folder_mobilenet_v2,
     "folder-vgg16": folder_vgg16,
 }
@@ -234,3 +275,24 @@ SEARCH_RECIPES: dict[str, Callable[[], SearchJob]] = {
     "search-vgg16-head": search_vgg16_head,
     "search-backbones": search_backbones,
 }
+
+RECIPE_INFOS: dict[str, RecipeInfo] = {
+    "quickstart": RecipeInfo(summary="small CNN on the included digits, two workers", data="included", takes="30 s"),
+    "mnist-mlp": RecipeInfo(summary="784-128-64-10, 98.7 %", data="mnist", takes="45 s"),
+    "mnist-cnn": RecipeInfo(summary="two convolutions, 99.4 %", data="mnist", takes="2 min"),
+    "mnist-cnn-bn": RecipeInfo(summary="three convolutions with BatchNorm, 99.5 %", data="mnist", takes="4.5 min"),
+    "mnist-vgg16": RecipeInfo(summary="VGG16 at 224 px, frozen, with a new head", data="mnist"),
+    "mnist-vgg16-finetune": RecipeInfo(summary="VGG16 at 224 px: head, then blocks 4 and 5; for GPUs", data="mnist"),
+    "mnist-mobilenet-v2": RecipeInfo(summary="MobileNetV2 at 32 px as published: head, then the rest", data="mnist"),
+    "mnist-mobilenet-v2-tuned": RecipeInfo(summary="MobileNetV2 at 32 px, all layers, augmented", data="mnist"),
+    "mnist-conv-base": RecipeInfo(summary="three convolutions, trained on half of MNIST", data="mnist"),
+    "mnist-conv-transfer": RecipeInfo(summary="a new head on mnist-conv-base, on the other half", data="mnist"),
+    "folder-cnn-bn": RecipeInfo(summary="small images: three convolutions, from scratch", data="small images"),
+    "folder-mobilenet-v2": RecipeInfo(summary="photographs: MobileNetV2, head, then the last blocks", data="images"),
+    "folder-vgg16": RecipeInfo(summary="photographs: VGG16, head, then the last block", data="images"),
+    "search-digits": RecipeInfo(summary="8 trials of small networks on the included digits", data="included"),
+    "search-mnist": RecipeInfo(summary="30 trials of small and pretrained networks", data="mnist"),
+    "search-vgg16-head": RecipeInfo(summary="100 heads on VGG16's features at 224 px", data="mnist"),
+    "search-backbones": RecipeInfo(summary="photographs: 300 trials, eight backbones; for GPUs", data="images"),
+}
+"""By the names of all recipes, of trainings and searches."""

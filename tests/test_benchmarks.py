@@ -53,8 +53,8 @@ from benchmarks.score_table import (
     summary,
     table,
 )
-from mnist_dist.config import DecodeConfig, DecodeQuality, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.command_line import parse
+from mnist_dist.config import DecodeConfig, DecodeQuality, EngineConfig, InputConfig, ScoreJob
 from mnist_dist.console import Console
 from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice

@@ -12,7 +12,7 @@ import pytest
 from harness import ROOT, Recorder
 from scored import multi_label_rows, one_hot, scored_rows, write_scored
 
-from mnist_dist import console
+from mnist_dist import command_line
 from mnist_dist.commands.quickstart import _what_was_made
 from mnist_dist.commands.score import how_to_read
 from mnist_dist.config import ScoreJob, TableConfig
@@ -87,7 +87,7 @@ def test_the_quickstart_proposes_commands_that_exist(tmp_path: Path) -> None:
         job, *arguments = shlex.split(line.removeprefix("python -m jobs."), comments=True)
         jobs.append(job)
         if arguments != ["--help"]:
-            console.parse(recipes[job], command=job, default=job, argv=arguments)
+            command_line.parse(recipes[job], command=job, default=job, argv=arguments)
     assert jobs == ["score", "train", "train", "search", "score"]
 
 

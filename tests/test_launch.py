@@ -23,8 +23,8 @@ from ray.autoscaler._private.resource_demand_scheduler import _default_utilizati
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from mnist_dist.config import ScoreJob
 from mnist_dist.command_line import parse
+from mnist_dist.config import ScoreJob
 from mnist_dist.on_ray.doctor.doctor import sent_sizes
 
 MAX_BYTES = 4 * 2**20  # of what travels with a job

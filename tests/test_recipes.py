@@ -1,6 +1,7 @@
 """recipes: each builds, is what its command says, and fits its backbone."""
 
 import dataclasses
+import inspect
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +58,7 @@ def test_every_public_function_is_a_recipe_under_its_own_name() -> None:
     functions = {
         function.__name__.replace("_", "-"): function
         for function in vars(recipes).values()
-        if getattr(function, "__module__", None) == recipes.__name__
+        if inspect.isfunction(function) and function.__module__ == recipes.__name__
     }
     assert functions == {**TRAINING_RECIPES, **SEARCH_RECIPES}
 

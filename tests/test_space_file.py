@@ -12,7 +12,7 @@ import pytest
 from harness import run_command
 
 from mnist_dist.api import search
-from mnist_dist.commands.search import names_of_flags
+from mnist_dist.command_line import given_fields
 from mnist_dist.config import TrainJob
 from mnist_dist.distributions import Choice, Range
 from mnist_dist.errors import ConfigError
@@ -156,7 +156,7 @@ def test_flags_win_over_the_file_also_over_what_a_backbone_draws() -> None:
 
 def test_flags_are_known_by_the_names_of_their_fields() -> None:
     typed = ["search-digits", "--hidden-units", "0", "64", "--learning_rate=1e-3", "--seed", "-1"]
-    assert names_of_flags(typed) == {"hidden_units", "learning_rate", "seed"}
+    assert given_fields(typed) == {"hidden_units", "learning_rate", "seed"}
 
 
 def test_a_search_is_what_its_file_says_and_not_where_it_lies(tmp_path: Path) -> None:

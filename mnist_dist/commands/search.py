@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mnist_dist import command_line, console, inventory
+from mnist_dist.command_line import given_fields
+from mnist_dist.commands.recipe_choice import DEFAULT_SEARCH, check_fits
 from mnist_dist.recipes import SEARCH_RECIPES
 from mnist_dist.search_config import SearchJob
 
@@ -20,11 +22,12 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     if listing is not None:
         return show_searches(listing)
     recipe, job = command_line.parse(
-        SEARCH_RECIPES, argv=arguments, command=program, default="search-digits", also=inventory.HELP
+        SEARCH_RECIPES, argv=arguments, command=program, default=DEFAULT_SEARCH, also=inventory.HELP
     )
+    check_fits(recipe, job.data, job.store, flags=given_fields(arguments))
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    job = with_stated_space(job, job.search.space, recipe=recipe, given=names_of_flags(arguments))
+    job = with_stated_space(job, job.search.space, recipe=recipe, given=given_fields(arguments))
     result = run(job, recipe, shown)
     if job.run.plan or job.run.dry_run:
         return result
@@ -36,12 +39,6 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         f"report: {result['bundle']}/report.html"
     )
     return result
-
-
-def names_of_flags(arguments: Sequence[str]) -> set[str]:
-    """The names of the flags on a command line, as fields: `hidden_units` of `--hidden-units`."""
-    flags = (each.partition("=")[0] for each in arguments if each.startswith("--"))
-    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def with_stated_space(job: SearchJob, stated: "Stated | None", *, recipe: str, given: Collection[str]) -> SearchJob:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import command_line, console, inventory
+from mnist_dist.command_line import given_fields
+from mnist_dist.commands.recipe_choice import DEFAULT_TRAINING, Chosen, choose_training
 from mnist_dist.config import TrainJob
 from mnist_dist.recipes import TRAINING_RECIPES
 
@@ -16,12 +18,13 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     listing = inventory.asked(program, arguments)
     if listing is not None:
         return show_runs(listing)
-    recipe, job = command_line.parse(
-        TRAINING_RECIPES, argv=arguments, command=program, default="quickstart", also=inventory.HELP
-    )
+    chosen = _chosen(arguments, program)
+    job = chosen.job
     shown = console.Console(verbose=job.run.verbose)
     console.quiet(verbose=job.run.verbose)
-    result = run(job, recipe, shown)
+    if chosen.why is not None:
+        shown.line(chosen.why)
+    result = run(job, chosen.recipe, shown)
     if job.run.plan:
         return result
     shown.line(
@@ -31,6 +34,19 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
     return result
+
+
+def _chosen(arguments: Sequence[str], program: str) -> Chosen:
+    """Parses the command line; where it names no recipe, a second time with the one that fits its data."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+
+    def build(recipe: str | None) -> TrainJob:
+        argv = arguments if named or recipe is None else [recipe, *arguments]
+        return command_line.parse(
+            TRAINING_RECIPES, argv=argv, command=program, default=DEFAULT_TRAINING, also=inventory.HELP
+        )[1]
+
+    return choose_training(build, recipe=arguments[0] if named else None, flags=given_fields(arguments))
 
 
 def run(job: TrainJob, recipe: str, shown: console.Console) -> dict[str, Any]:

@@ -4,22 +4,27 @@ Owns: the rule. Does not own: reading or decoding. Contract: splits that the dat
 taken from the training images, class by class: sorted by the sha256 of their decoded pixels, the first fraction goes to
 test and the next to validation. So file names and their order do not matter, and images with the same pixels, which are
 neighbours in that order, always land in the same split. The records of a split are in that order, too.
+
+Groups of records that belong together (`grouping.py`) stay in one split; only the assignment differs, not the order.
 """
 
 # N = records
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mnist_dist.config import DataConfig
+from mnist_dist.data.grouping import HeldOut, Split, hold_out_groups, numbered
 from mnist_dist.errors import DataError
 
 _log = logging.getLogger(__name__)
-_TRAIN, _VAL, _TEST = range(3)
+_TRAIN, _VAL, _TEST = Split.TRAIN, Split.VAL, Split.TEST
 _CODES = {None: _TRAIN, "train": _TRAIN, "val": _VAL, "test": _TEST}
 _NAMED_DUPLICATES = 5
 Bools = npt.NDArray[np.bool_]
@@ -41,6 +46,10 @@ class Splits:
     """The first few duplicates: URI of the duplicate, and of the image that it repeats."""
     dropped: int
     """Number of duplicates that were removed; 0 unless `drop_duplicates` is set."""
+    spanning: int = 0
+    """Groups with images in more than one split, because the data defines those splits."""
+    spanning_pair: tuple[str, str] = ("", "")
+    """URIs of two images of the first such group."""
 
 
 def assign_splits(
@@ -52,6 +61,7 @@ def assign_splits(
     uris: Sequence[str],
     class_names: Sequence[str],
     config: DataConfig,
+    groups: Sequence[str | None] | None = None,
 ) -> Splits:
     """Assigns every readable record to one split.
 
@@ -63,18 +73,23 @@ def assign_splits(
         uris: N URIs, for messages.
         class_names: names of the labels.
         config: gives the fractions, and whether to drop duplicates.
+        groups: N names; records of the same name stay in one split, None is on its own. None: all are.
 
     Raises:
         DataError: a split is empty, or fewer than two classes are left to train on; the message gives the counts.
     """
     splits = np.array([_CODES[name] for name in given], np.int8)
     ids = np.unique(digests, return_inverse=True)[1].astype(np.int64)  # Ids ascend with the digests.
-    held_out = _HeldOut(
+    held_out = HeldOut(
         test=0.0 if (splits == _TEST).any() else config.test_fraction,
         val=0.0 if (splits == _VAL).any() else config.validation_fraction,
     )
     pool = np.flatnonzero(readable & (splits == _TRAIN))
-    splits[pool] = _hold_out(labels[pool].astype(np.int64), ids[pool], held_out)
+    numbers = None if groups is None else numbered(groups)
+    if numbers is None:
+        splits[pool] = _hold_out(labels[pool].astype(np.int64), ids[pool], held_out)
+    else:
+        splits[pool] = hold_out_groups(labels[pool], digests[pool], numbers[pool], held_out)
 
     repeats = _find_repeats(splits, ids, readable)
     pairs = _pairs(repeats, splits, ids, readable, uris)
@@ -84,19 +99,57 @@ def assign_splits(
     order = np.lexsort((labels, ids))
     train, val, test = (order[(kept & (splits == code))[order]] for code in (_TRAIN, _VAL, _TEST))
     result = Splits(train, val, test, len(repeats), pairs, len(repeats) if config.drop_duplicates else 0)
-    _check(result, labels, readable, class_names)
+    if numbers is not None:
+        result = replace(result, **_spanning(splits, numbers, readable, uris))
+    _check(result, labels, readable, class_names, config=config, groups=numbers)
     return result
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """Fraction of each class that each split takes; 0 if the data defines the split."""
+def check_groups(groups: pa.ChunkedArray, given: pa.ChunkedArray, labels: pa.ChunkedArray, *, group_by: str) -> None:
+    """Checks, before anything is decoded, that there can be enough groups for all splits.
 
-    test: float
-    val: float
+    Args:
+        groups: `string [N]`, the group of each record; null: it is on its own.
+        given: `string [N]`, the split of each record that the data defines; null: none.
+        labels: integer `[N]`.
+        group_by: what makes the groups.
+
+    Raises:
+        DataError: there are too few, or each class is a single group; the message gives the counts.
+    """
+    splits = given.to_pylist()
+    missing = [name for name in ("val", "test") if name not in splits]
+    rows = np.array([name in (None, "train") for name in splits], np.bool_)
+    numbers = numbered(groups.to_pylist())[rows]
+    pairs = np.unique(np.stack([labels.to_numpy()[rows], numbers]), axis=1)
+    of_class = np.bincount(pairs[0][pairs[0] >= 0])
+    count = len(np.unique(numbers))
+    if missing and (count <= len(missing) or of_class.max(initial=0) < 2):
+        raise DataError(_too_few(count, of_class, group_by))
 
 
-def _hold_out(labels: Ints, ids: Ints, held_out: _HeldOut) -> npt.NDArray[np.int8]:
+def _too_few(count: int, of_class: Ints, group_by: str) -> str:
+    return (
+        "training, validation and test need at least one group each, and a class at least two to be in two of them; "
+        f"choose a group_by that makes more groups. Received: group_by={group_by!r}, which makes {count:,} groups, "
+        f"{of_class.max(initial=0):,} of the class with the most"
+    )
+
+
+def _spanning(splits: npt.NDArray[np.int8], groups: Ints, readable: Bools, uris: Sequence[str]) -> dict[str, Any]:
+    """The fields of `Splits` about groups that are in more than one split."""
+    rows = np.flatnonzero(readable)
+    order = rows[np.lexsort((splits[rows], groups[rows]))]
+    starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else order
+    firsts, lasts = order[starts], order[np.r_[starts[1:], len(order)] - 1] if len(order) else order
+    spanning = np.flatnonzero(splits[firsts] != splits[lasts])
+    if not len(spanning):
+        return {}
+    first, last = firsts[spanning[0]], lasts[spanning[0]]
+    return {"spanning": len(spanning), "spanning_pair": (uris[first], uris[last])}
+
+
+def _hold_out(labels: Ints, ids: Ints, held_out: HeldOut) -> npt.NDArray[np.int8]:
     """Splits of the pool's records, `int8 [N]`.
 
     A group of equal images goes to the split that its middle falls into, which for single images rounds the fraction.
@@ -148,9 +201,22 @@ def _pairs(
     return tuple(pairs)
 
 
-def _check(splits: Splits, labels: npt.NDArray[np.int32], readable: Bools, class_names: Sequence[str]) -> None:
+def _check(
+    splits: Splits,
+    labels: npt.NDArray[np.int32],
+    readable: Bools,
+    class_names: Sequence[str],
+    *,
+    config: DataConfig,
+    groups: Ints | None,
+) -> None:
     counts = f"train={len(splits.train)}, val={len(splits.val)}, test={len(splits.test)}"
     received = f"Received: {counts}, unreadable={int((~readable).sum())}, duplicates dropped={splits.dropped}"
+    if groups is not None and not (len(splits.train) and len(splits.val) and len(splits.test)):
+        pairs = np.unique(np.stack([labels[readable], groups[readable]]), axis=1)
+        raise DataError(
+            _too_few(len(np.unique(pairs[1])), np.bincount(pairs[0]), config.group_by or "") + f", {counts}"
+        )
     if not (len(splits.train) and len(splits.val) and len(splits.test)):
         raise DataError(f"train, val and test each need at least one image. {received}")
     trained = np.bincount(labels[splits.train], minlength=len(class_names)) > 0

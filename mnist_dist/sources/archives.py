@@ -84,11 +84,12 @@ def split_member(uri: str) -> tuple[str, str] | None:
     return None
 
 
-def index_archive(uri: str, *, store: Store = ANYWHERE) -> ArchiveIndex:
+def index_archive(uri: str, *, max_members: int | None = None, store: Store = ANYWHERE) -> ArchiveIndex:
     """Lists an archive: a tar from its headers, a zip from its directory, a compressed tar by reading all of it once.
 
     Args:
         uri: URI of the archive.
+        max_members: read a tar no further than this many members. None: list all.
         store: where it lies.
 
     Returns:
@@ -104,7 +105,7 @@ def index_archive(uri: str, *, store: Store = ANYWHERE) -> ArchiveIndex:
             if entry.size_bytes == 0:
                 raise ImageError("empty", "the archive has no bytes")
             with store.open_binary(uri) as file:
-                _list_archive(file, entry, listing)
+                _list_archive(file, entry, listing, max_members)
     except ImageError as err:
         problem = bare(err)
     _follow_links(uri, listing, store)
@@ -183,19 +184,19 @@ def _known_problem(member: Member, max_bytes: int) -> ImageError | None:
 # --- kinds and listing -----------------------------------------------------------------------------------------------
 
 
-def _list_archive(file: BinaryIO, entry: Entry, listing: Listing) -> None:
+def _list_archive(file: BinaryIO, entry: Entry, listing: Listing, max_members: int | None) -> None:
     magic = file.read(_MAGIC_BYTES)
     file.seek(0)
     unpacked = _unpacked(file, magic)
     if unpacked is not None:
         with unpacked as stream:
-            list_tar(TarSource(stream), "stream", listing)
-            while stream.read(_DRAIN_BYTES):  # The checksum stands at the end of a gzip file.
+            list_tar(TarSource(stream), "stream", listing, max_members=max_members)
+            while max_members is None and stream.read(_DRAIN_BYTES):  # The checksum stands at the end of a gzip file.
                 pass
     elif _is_zip(magic, entry.uri):
         list_zip(file, entry.size_bytes, listing)
     else:
-        list_tar(SeekableTarSource(file, entry.size_bytes), "tar", listing)
+        list_tar(SeekableTarSource(file, entry.size_bytes), "tar", listing, max_members=max_members)
 
 
 def _is_zip(magic: bytes, uri: str) -> bool:

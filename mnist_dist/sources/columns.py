@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from mnist_dist.errors import DataError
 
-LABEL, SPLIT = "label", "split"
-"""Columns of a labelled listing: the class of each image and its split, as text; null: not known."""
+LABEL, SPLIT, GROUP = "label", "split", "group"
+"""Columns of a labelled listing: the class of each image, its split and its group, as text; null: not known."""
 URI = "uri"
 URI_FLAG, LABEL_FLAG = "--uri-column", "--label-column"
 _USUAL = {
@@ -40,11 +40,13 @@ class Wanted:
     """The column that holds the labels. None: labels are not wanted."""
     uri_column: str = URI
     """The column of lists that holds the URIs."""
+    group_column: str | None = None
+    """With labels: the column that holds groups, where a file has it."""
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The wanted columns among `names`."""
-        labels = [] if self.label_column is None else [self.label_column, SPLIT]
-        return [name for name in dict.fromkeys([*self.carried, *labels]) if name in names]
+        labels = [] if self.label_column is None else [self.label_column, SPLIT, self.group_column]
+        return [name for name in dict.fromkeys([*self.carried, *labels]) if name is not None and name in names]
 
 
 def clean(name: str) -> str:
@@ -141,6 +143,19 @@ def text_labels(place: str, values: pa.Array, names: Sequence[str] | None, *, be
             " from 0"
         )
     return texts
+
+
+def text_groups(place: str, values: pa.Array) -> pa.Array:
+    """Groups as text, `string [n]`; null where there is none.
+
+    Raises:
+        DataError: the column holds lists or structs.
+    """
+    values = plain(values)
+    if pa.types.is_nested(values.type):
+        raise DataError(f"{place} must hold one value per image to group by. Received: {values.type}")
+    texts = values.cast(pa.string())
+    return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
 def declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

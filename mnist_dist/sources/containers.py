@@ -58,7 +58,14 @@ class _Contents:
 
 
 def open_container(
-    uri: str, asked: pa.Table, choice: Choice, wanted: Wanted, *, named: bool = True, store: Store = ANYWHERE
+    uri: str,
+    asked: pa.Table,
+    choice: Choice,
+    wanted: Wanted,
+    *,
+    named: bool = True,
+    max_members: int | None = None,
+    store: Store = ANYWHERE,
 ) -> Opened:
     """Opens a container, and returns its rows in place of those that wait for it.
 
@@ -69,6 +76,7 @@ def open_container(
         choice: which members of archives are taken.
         wanted: what is read beside the images.
         named: whether the user named it. A Parquet file without images that only lies in a folder is left out.
+        max_members: read a tar no further than this many members. None: list all.
         store: the store of the container.
 
     Returns:
@@ -87,7 +95,7 @@ def open_container(
         contents = _parquet(uri, address, wanted, store, named=named)
     else:
         is_whole = bool(pc.any(pc.equal(uris, uri)).as_py())
-        contents = _archive(uri, address, choice, wanted, store, whole=is_whole)
+        contents = _archive(uri, address, choice, wanted, store, whole=is_whole, max_members=max_members)
     table, origins = _selected(uri, uris, contents)
     for name in beside:
         values, field = image_table.taken(asked[name], origins), asked.schema.field(name)
@@ -122,8 +130,17 @@ def _failed(uris: Iterable[str], counts: Opened, problem: ImageError) -> pa.Tabl
 # --- archives --------------------------------------------------------------------------------------------------------
 
 
-def _archive(uri: str, address: str | None, choice: Choice, wanted: Wanted, store: Store, *, whole: bool) -> _Contents:
-    index = index_archive(address or uri, store=store)
+def _archive(
+    uri: str,
+    address: str | None,
+    choice: Choice,
+    wanted: Wanted,
+    store: Store,
+    *,
+    whole: bool,
+    max_members: int | None,
+) -> _Contents:
+    index = index_archive(address or uri, max_members=max_members, store=store)
     labels = member_labels(index, store=store) if wanted.label_column is not None else {}
     left_out = LeftOut()
     names = [member.name for member in index.members]

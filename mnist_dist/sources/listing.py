@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -37,7 +38,7 @@ from mnist_dist.sources.choice import (
     row_of_entry,
     row_of_line,
 )
-from mnist_dist.sources.columns import LABEL, LABEL_FLAG, SPLIT, Wanted, check_header
+from mnist_dist.sources.columns import GROUP, LABEL, LABEL_FLAG, SPLIT, Wanted, check_header
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
@@ -65,8 +66,9 @@ class Listing:
     """The images that the inputs name, and counts of what was left out."""
 
     table: pa.Table
-    """`COLUMNS`, then the carried columns, or `label` and `split` of a labelled listing. Each URI occurs once. Inputs
-    keep their order; each is sorted by URI, and members come in the order of their archive."""
+    """`COLUMNS`, then the carried columns, or in a labelled listing `label`, `split` and (if a column of groups is
+    wanted) `group`. Each URI occurs once. Inputs keep their order; each is sorted by URI, and members come in the order
+    of their archive."""
     by_suffix: Mapping[str, int]
     """Number of images by lower-case file suffix (`.jpg`), the most frequent first."""
     archives: int
@@ -85,6 +87,8 @@ class Listing:
     """The folders, prefixes, archives and files among the inputs that were listed as a whole."""
     class_names: tuple[tuple[str, ...], ...]
     """The class names, by class number, that Parquet files and named data sets declare; without duplicates."""
+    columns: tuple[str, ...] = ()
+    """Columns of the lists and Parquet files, beside URIs and images."""
     is_labelled: bool = False
     """Whether the listing has classes: that of a training, which does not take files of all names."""
 
@@ -113,9 +117,11 @@ def list_inputs(
     config: InputConfig,
     *,
     label_column: str | None = None,
+    group_column: str | None = None,
     reserved: Iterable[str] = (),
     stdin: TextIO | None = None,
     progress: Callable[[int], None] | None = None,
+    max_images: int | None = None,
     store: Store = ANYWHERE,
 ) -> Listing:
     """Lists all images that `config.input` names.
@@ -123,9 +129,11 @@ def list_inputs(
     Args:
         config: the inputs, and which of their files to take.
         label_column: list the classes and splits as well; this column of lists and Parquet files holds the labels.
+        group_column: list the values of this column as `group`, too, where lists and Parquet files have it.
         reserved: column names that may not be carried, besides those of `COLUMNS`.
         stdin: the stream to read for the input `-`. None: the stdin of the process.
         progress: called now and then with the number of images listed so far.
+        max_images: a quick look: at most this many files, lines or members of each input, and one container.
         store: where the inputs are.
 
     Raises:
@@ -135,8 +143,10 @@ def list_inputs(
     """
     clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    wanted = Wanted(tuple(dict.fromkeys(config.carry)), config.image_column, label_column, config.uri_column)
-    return _Search(config, wanted, stdin=stdin, progress=progress, store=store).listing()
+    wanted = Wanted(
+        tuple(dict.fromkeys(config.carry)), config.image_column, label_column, config.uri_column, group_column
+    )
+    return _Search(config, wanted, stdin=stdin, progress=progress, max_images=max_images, store=store).listing()
 
 
 def list_uris(uris: Sequence[str], *, store: Store = ANYWHERE) -> pa.Table:
@@ -191,7 +201,7 @@ class _Search:
 
     Args:
         wanted: what is read beside the images.
-        config, stdin, progress, store: as for `list_inputs`.
+        config, stdin, progress, max_images, store: as for `list_inputs`.
     """
 
     def __init__(
@@ -201,9 +211,10 @@ class _Search:
         *,
         stdin: TextIO | None,
         progress: Callable[[int], None] | None,
+        max_images: int | None,
         store: Store,
     ) -> None:
-        self._config, self._wanted, self._store = config, wanted, store
+        self._config, self._wanted, self._store, self._max_images = config, wanted, store, max_images
         self._choice = Choice.of(config)
         self._stdin = stdin
         self._progress = progress or (lambda images: None)
@@ -228,7 +239,8 @@ class _Search:
         self._check_carried()
         if self._wanted.label_column is not None:
             tables = _with_splits_of_inputs(places, self._labelled(places, tables))
-        beside = self._wanted.carried if self._wanted.label_column is None else (LABEL, SPLIT)
+        labelled = (LABEL, SPLIT) if self._wanted.group_column is None else (LABEL, SPLIT, GROUP)
+        beside = self._wanted.carried if self._wanted.label_column is None else labelled
         rows = image_table.told_apart(image_table.joined(tables, beside))
         may_repeat = len(places) > 1 or places[0].is_listed
         if may_repeat and self._wanted.label_column is not None:
@@ -256,6 +268,7 @@ class _Search:
             empty_folders=tuple(self._empty_folders),
             roots=tuple(place.root for place in places if place.kind in ("tree", "glob")),
             class_names=tuple(self._class_names),
+            columns=tuple(sorted(self._columns)),
             is_labelled=self._wanted.label_column is not None,
         )
 
@@ -319,7 +332,7 @@ class _Search:
             raise not_there(place.name, place.uri, store=store)
         files: list[Entry] = []
         rows = self._rows(itertools.chain([first] if first else [], entries), place, files)
-        table = image_table.table_of(rows)
+        table = image_table.table_of(itertools.islice(rows, self._max_images))
         if not self._is_parquet_data(files):
             if files:
                 self._left_out[place.name].add(NO_IMAGES, files[0].uri, len(files))
@@ -361,7 +374,7 @@ class _Search:
         return any(parquet.holds_images(entry.uri, column, store=self._store) for entry in files)
 
     def _named(self, place: Place) -> pa.Table:
-        batches = [self._batch(lines, place) for lines in self._lines(place)]
+        batches = [self._batch(lines, place) for lines in _first_lines(self._lines(place), self._max_images)]
         return pa.Table.from_batches(batches) if batches else COLUMNS.empty_table()
 
     def _lines(self, place: Place) -> Iterator[Lines]:
@@ -387,10 +400,17 @@ class _Search:
 
     def _with_contents(self, table: pa.Table, place: Place) -> pa.Table:
         """Replaces the rows that wait for a container by the rows of its images."""
+        if self._max_images is not None:
+            table = _with_one_container(table)
         pieces, done = [], 0
-        named = place.is_listed
         work = functools.partial(
-            _open_run, table=table, choice=self._choice, wanted=self._wanted, named=named, store=self._store
+            _open_run,
+            table=table,
+            choice=self._choice,
+            wanted=self._wanted,
+            named=place.is_listed,
+            max_members=self._max_images,
+            store=self._store,
         )
         for run, opened in map_in_threads(work, image_table.waiting_runs(table), threads=_THREADS, ahead=_AHEAD):
             pieces += [table.slice(done, run.start - done), opened.table]
@@ -400,7 +420,7 @@ class _Search:
         pieces = [piece for piece in pieces if len(piece)] or [table.slice(0, 0)]
         joined = pieces[0] if len(pieces) == 1 else image_table.concatenated(pieces)
         loose = self._beside.get(place.name, 0)
-        if loose > len(joined):
+        if loose > len(joined) and self._max_images is None:
             raise DataError(
                 f"{place.name} holds {loose:,} pictures and Parquet files of {len(joined):,} images; name the pictures"
                 f" or the files, for example with a glob. Received: input={place.name!r}"
@@ -443,10 +463,35 @@ def _root_of_list(table: pa.Table) -> str:
 
 
 def _open_run(
-    run: WaitingRows, *, table: pa.Table, choice: Choice, wanted: Wanted, named: bool, store: Store
+    run: WaitingRows,
+    *,
+    table: pa.Table,
+    choice: Choice,
+    wanted: Wanted,
+    named: bool,
+    store: Store,
+    max_members: int | None = None,
 ) -> tuple[WaitingRows, Opened]:
     asked = table.slice(run.start, run.stop - run.start)
-    return run, open_container(run.archive, asked, choice, wanted, named=named, store=store)
+    opened = open_container(run.archive, asked, choice, wanted, named=named, max_members=max_members, store=store)
+    return run, opened
+
+
+def _first_lines(lines: Iterator[Lines], count: int | None) -> Iterator[Lines]:
+    """At most the first `count` lines; None: all."""
+    if count is None:
+        return lines
+    first = itertools.islice(lines, 1)
+    return (Lines(line.uris[:count], {name: each[:count] for name, each in line.beside.items()}) for line in first)
+
+
+def _with_one_container(table: pa.Table) -> pa.Table:
+    """The rows without those that wait for another container than the first."""
+    runs = list(image_table.waiting_runs(table))
+    kept = np.ones(len(table), np.bool_)
+    for run in runs[1:]:
+        kept[run.start : run.stop] = run.archive == runs[0].archive
+    return table.filter(pa.array(kept))
 
 
 def _rows_of_lines(lines: Sequence[str]) -> list[ImageRow]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, first_line
 from mnist_dist.sources import columns
-from mnist_dist.sources.columns import LABEL, SPLIT, URI, URI_FLAG, Wanted
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT, URI, URI_FLAG, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.sources.parquet import PARQUET_SUFFIX
 from mnist_dist.store.anywhere import ANYWHERE
@@ -51,7 +51,7 @@ class Lines:
 
     uris: Sequence[str]
     beside: Mapping[str, pa.Array] = field(default_factory=dict)
-    """One value per line for each carried column and, in a labelled listing, `label` and `split`."""
+    """One value per line for each carried column and, in a labelled listing, `label`, `split` and `group`."""
 
 
 def is_list(uri: str) -> bool:
@@ -200,6 +200,8 @@ def _labelled(uri: str, beside: dict[str, pa.Array], wanted: Wanted, before: int
     if wanted.label_column in beside:
         place = f"{uri}: column {wanted.label_column!r}"
         found[LABEL] = columns.text_labels(place, beside[wanted.label_column], None, before=before)
+    if wanted.group_column in beside:
+        found[GROUP] = columns.text_groups(f"{uri}: column {wanted.group_column!r}", beside[wanted.group_column])
     return found
 
 

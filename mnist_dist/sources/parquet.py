@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, ImageError, first_line
 from mnist_dist.sources import columns
-from mnist_dist.sources.columns import LABEL, LABEL_FLAG, SPLIT, Wanted
+from mnist_dist.sources.columns import GROUP, LABEL, LABEL_FLAG, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
 from mnist_dist.sources.members import bare, image_errors
 from mnist_dist.store.anywhere import ANYWHERE
@@ -185,6 +185,10 @@ def _beside(
         labels = _read_column(uri, file, wanted.label_column)
         place = f"{uri}: column {wanted.label_column!r}"
         found[LABEL] = pa.chunked_array([columns.text_labels(place, labels.combine_chunks(), named)], pa.string())
+        if wanted.group_column in file.schema_arrow.names:
+            groups = _read_column(uri, file, wanted.group_column).combine_chunks()
+            texts = columns.text_groups(f"{uri}: column {wanted.group_column!r}", groups)
+            found[GROUP] = pa.chunked_array([texts], pa.string())
         if SPLIT in file.schema_arrow.names:
             splits = _read_column(uri, file, SPLIT)
             if pa.types.is_string(splits.type) or pa.types.is_large_string(splits.type):

@@ -12,6 +12,7 @@ Named data sets are small and already decoded: where one is all there is, its pi
 import hashlib
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +24,8 @@ from mnist_dist.errors import DataError, ImageError, StorageError
 from mnist_dist.images.decoder import probe_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.sources import arrays, image_table, labels
-from mnist_dist.sources.columns import LABEL, SPLIT
+from mnist_dist.sources import arrays, groups, image_table, labels
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags
 from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
@@ -34,9 +35,12 @@ from mnist_dist.store.uris import absolute, join
 _log = logging.getLogger(__name__)
 _PROBED_IMAGES = 64
 _PROBED_BYTES = 256 * 2**20
-_SMALL_SIDE_PX = 64
 _MAX_SHOWN = 3  # inputs in the name of a source, classes in a message
 _MAX_NAMES = 1_000  # of a folder that is looked at for a message
+SMALL_SIDE_PX = 64
+"""Images of at most this size on both sides are small: they are trained on as they are, not as photographs."""
+Probe = tuple[int, int, int]
+"""Width and height in px, and channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,8 @@ class Source:
     class_names: tuple[str, ...]
     """Class names; a label is an index into them."""
     table: pa.Table
-    """One row per record: `image_table.COLUMNS`, then `label` (int32; -1: an unreadable record without a class) and
-    `split` (null, `train`, `val` or `test`)."""
+    """One row per record: `image_table.COLUMNS`, then `label` (int32; -1: an unreadable record without a class),
+    `split` (null, `train`, `val` or `test`) and, if images are grouped, `group` (null: it is on its own)."""
     notes: tuple[str, ...] = ()
     """What a person should know about what was opened, ignored and left out."""
     store: Store = ANYWHERE
@@ -66,12 +70,17 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
         store: where the data is.
 
     Raises:
-        DataError: the data is unknown, empty or corrupt, has only one class, or its splits contradict each other.
+        DataError: the data is unknown, empty or corrupt, has only one class, its splits contradict each other, or no
+            image has a group.
         ServiceError, StorageError: see `store.base`.
     """
-    listing = list_inputs(input_config(config), label_column=config.label_column, store=store)
+    listing = list_inputs(
+        input_config(config), label_column=config.label_column, group_column=config.group_by, store=store
+    )
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
     source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
+    if config.group_by is not None:
+        source = _grouped(source, config.group_by, listing.columns)
     source = replace(source, table=with_etags(source.table, store=store))  # A changed image must be decoded again.
     if len(source.class_names) < 2:
         hint = _classes_below(config, source.class_names, store)
@@ -108,7 +117,7 @@ def image_spec(source: Source, *, backbone_size_px: int, scratch_size: bool, con
     probes = _probe_array(array) if array is not None else _probe_files(source, config.max_pixels)
     width_px, height_px = min(probe[:2] for probe in probes)
     uniform = all(probe[:2] == (width_px, height_px) for probe in probes)
-    largest_px = _SMALL_SIDE_PX if scratch_size else min(_SMALL_SIDE_PX, backbone_size_px)
+    largest_px = SMALL_SIDE_PX if scratch_size else min(SMALL_SIDE_PX, backbone_size_px)
     keeps_aspect = width_px == height_px or scratch_size or config.resize == "stretch"  # The device only stretches.
     if not uniform or not keeps_aspect or max(width_px, height_px) > largest_px:
         width_px = height_px = backbone_size_px
@@ -148,6 +157,14 @@ def _coded(name: str, listing: Listing, pixels: Pixels | None) -> Source:
     return Source(name=name, class_names=class_names, table=table, notes=tuple(listing.notes()), pixels=pixels)
 
 
+def _grouped(source: Source, group_by: str, columns: Sequence[str]) -> Source:
+    """The source with the group of each record, and a note of how many there are."""
+    found = groups.groups_of(source.table, group_by, columns=columns)
+    number = source.table.schema.get_field_index(GROUP)
+    table = source.table.set_column(number, GROUP, pa.chunked_array([found]))
+    return replace(source, table=table, notes=(*source.notes, *groups.notes(table, group_by)))
+
+
 def _pixels(config: DataConfig) -> Pixels | None:
     if len(config.data) > 1 or config.data[0] not in arrays.NAMED_ARRAYS:
         return None
@@ -175,25 +192,45 @@ def _limited(source: Source, config: DataConfig) -> Source:
     return taken(source, sorted(rows))
 
 
-def _probe_array(pixels: Pixels) -> list[tuple[int, int, int]]:
+def _probe_array(pixels: Pixels) -> list[Probe]:
     _, height, width, channels = pixels.shape
     return [(width, height, channels)]
 
 
-def _probe_files(source: Source, max_pixels: int) -> list[tuple[int, int, int]]:
-    """Width, height and channels of some images, evenly spread over those that may be readable."""
-    readable = np.flatnonzero(pc.is_null(source.table["status"]).to_numpy())
-    count = min(_PROBED_IMAGES, len(readable))
+def _probe_files(source: Source, max_pixels: int) -> list[Probe]:
+    probes, errors = probe_some(source.table, count=_PROBED_IMAGES, max_pixels=max_pixels, store=source.store)
+    if not probes:
+        first = errors[0] if errors else source.table["error"].drop_null()[0].as_py()
+        raise DataError(f"{source.name}: none of {len(errors)} probed images can be read. Received: {first}")
+    return probes
+
+
+def probe_some(
+    table: pa.Table, *, count: int, max_pixels: int, store: Store = ANYWHERE
+) -> tuple[list[Probe], list[ImageError]]:
+    """Reads the headers of some images, evenly spread over those that may be readable.
+
+    Args:
+        table: the rows of the images, `image_table.COLUMNS`.
+        count: how many.
+        max_pixels: larger images are not probed.
+        store: where they are read from.
+
+    Returns:
+        The probes in the order of the table, and why the others have none.
+
+    Raises:
+        ServiceError, StorageError: see `store.base`.
+    """
+    readable = np.flatnonzero(pc.is_null(table["status"]).to_numpy())
+    count = min(count, len(readable))
     rows = readable[np.linspace(0, len(readable) - 1, count).astype(np.int64)] if count else readable
     probes, errors = [], []
-    for data in read_in_order(source.table.take(pa.array(rows)), max_bytes=_PROBED_BYTES, store=source.store):
+    for data in read_in_order(table.take(pa.array(rows)), max_bytes=_PROBED_BYTES, store=store):
         try:
             if isinstance(data, ImageError):
                 raise data
             probes.append(probe_image(data, max_pixels=max_pixels))
         except ImageError as err:
             errors.append(err)
-    if not probes:
-        first = errors[0] if errors else source.table["error"].drop_null()[0].as_py()
-        raise DataError(f"{source.name}: none of {count} probed images can be read. Received: {first}")
-    return probes
+    return probes, errors

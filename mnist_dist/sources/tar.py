@@ -139,18 +139,21 @@ class SeekableTarSource(TarSource):
         self._position = self._seekable.seek(max(self._position, min(position, self._size_bytes)))
 
 
-def list_tar(source: TarSource, packing: Literal["tar", "stream"], listing: Listing) -> None:
+def list_tar(
+    source: TarSource, packing: Literal["tar", "stream"], listing: Listing, *, max_members: int | None = None
+) -> None:
     """Lists the files and links of a tar.
 
     Args:
         source: the tar at its start.
         packing: `tar` for a plain one, `stream` for a compressed one.
         listing: gets the members, those before any damage too.
+        max_members: stop after this many. None: list all.
 
     Raises:
         ImageError: the headers end neither at an end mark nor at the end of the archive.
     """
-    for ordinal, info in enumerate(_headers(source)):
+    for ordinal, info in enumerate(itertools.islice(_headers(source), max_members)):
         offset = ordinal if packing == "stream" else info.offset_data
         if info.islnk() or info.issym():
             _list_link(info, packing, offset, listing)

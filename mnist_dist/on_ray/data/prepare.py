@@ -15,7 +15,7 @@ import pyarrow as pa
 from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
 from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
-from mnist_dist.data.splits import Splits, assign_splits
+from mnist_dist.data.splits import Splits, assign_splits, check_groups
 from mnist_dist.errors import TooManyBadImages
 from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
 from mnist_dist.on_ray.cluster import Resources, check_storage
@@ -23,6 +23,7 @@ from mnist_dist.on_ray.data.features import feature_actors, resolve_on_workers
 from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.session import Session
 from mnist_dist.sources.arrays import NAMED_ARRAYS
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -66,8 +67,14 @@ def list_data(data: DataConfig, model: ModelConfig, *, root: str, console: Conso
 
 
 def open_data(data: DataConfig, *, console: Console, store: Store = ANYWHERE) -> Source:
-    """Lists the images and prints their number."""
+    """Lists the images and prints their number.
+
+    Raises:
+        DataError: see `open_source`; or there are too few groups for three splits.
+    """
     source = open_source(data, store=store)
+    if data.group_by is not None:
+        check_groups(source.table[GROUP], source.table[SPLIT], source.table[LABEL], group_by=data.group_by)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
     for note in source.notes:
         console.line(f"  {note}")
@@ -175,7 +182,13 @@ def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits
         uris=index["uri"].to_pylist(),
         class_names=decoded.source.class_names,
         config=data,
+        groups=None if data.group_by is None else decoded.source.table[GROUP].to_pylist(),
     )
+    if splits.spanning:
+        first, second = splits.spanning_pair
+        console.line(
+            f"{splits.spanning} groups are in two of the splits that the data defines, such as {first} and {second}"
+        )
     if splits.duplicates:
         duplicate, first = splits.duplicate_pairs[0]
         removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
