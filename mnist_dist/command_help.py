@@ -60,7 +60,7 @@ def _recipes(recipes: Mapping[str, Callable[..., Any]], *, default: str) -> str:
     """A line for each recipe: what it is, what it needs and about how long it takes."""
     width = max(map(len, recipes)) + 2
     lines = [f"  {name:<{width}}{_about(name, recipe)}" for name, recipe in recipes.items()]
-    title = f"Recipes, with what they need and about how long they take on 2 cores (below: the flags of {default}):"
+    title = f"Recipes, with what they need and how long they take on 2 cores; the defaults below are those of {default}:"
     return "\n".join([title, *lines])
 
 
@@ -83,10 +83,15 @@ def _filled(text: str, columns: int) -> str:
     for block in text.split("\n\n"):
         lines = block.split("\n")
         if any(line.startswith("  ") for line in lines[1:]) and not block.startswith("usage"):
-            filled.append("\n".join(_wrapped_row(line, columns) for line in lines))
+            rows = [_wrapped_row(line, columns) if line.startswith("  ") else _joined(line, columns) for line in lines]
+            filled.append("\n".join(rows))
         else:
-            filled.append(textwrap.fill(" ".join(block.split()), columns, break_long_words=False))
+            filled.append(_joined(block, columns))
     return "\n\n".join(filled)
+
+
+def _joined(text: str, columns: int) -> str:
+    return textwrap.fill(" ".join(text.split()), columns, break_long_words=False)
 
 
 def _wrapped_row(line: str, columns: int) -> str:

@@ -34,7 +34,7 @@ class RecipeInfo:
 
 _NEEDS: dict[RecipeData, str] = {
     "included": "nothing",
-    "mnist": "MNIST (--data-dir FOLDER, or a download)",
+    "mnist": "MNIST (--data-dir)",
     "small images": "images of up to 64 px (--data)",
     "images": "images (--data)",
 }
