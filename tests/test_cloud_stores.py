@@ -291,7 +291,7 @@ def test_missing_credentials_are_a_service_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
     with pytest.raises(ServiceError, match=r"gs://b/x: the credentials cannot be read: .*missing\.json"):
         GcsStore(0.1).read_bytes("gs://b/x")
-    with pytest.raises(ServiceError, match="Set AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME"):
+    with pytest.raises(ServiceError, match="Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with"):
         AzureStore(0).read_bytes("az://b/x")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=secretive")
     with pytest.raises(ServiceError, match="az://b/x: the Azure settings cannot be used") as raised:

@@ -25,7 +25,7 @@ import ray
 from harness import ROOT, Command, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
-from mnist_dist import environment, inventory
+from mnist_dist import inventory
 from mnist_dist.config import InputConfig, ModelConfig, ScoreJob, StoreConfig, TrainJob
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice, open_engine
@@ -164,7 +164,7 @@ class Listener:
 def head(*, token: str | None = None, health: bytes = b"\x08\x01") -> Iterator[str]:
     """A gRPC server that answers as the head of a cluster does; gives its address."""
 
-    class Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+    class Handler(grpc.GenericRpcHandler):
         def service(self, details: Any) -> Any:
             sent = dict(details.invocation_metadata).get("authorization")
 
@@ -242,7 +242,7 @@ def test_asking_ends_though_the_name_of_the_host_is_looked_up_for_ever() -> None
     over = threading.Event()
     try:
         with pytest.raises(ConfigError, match=r"no answer within 0\.05 s.*RAY_ADDRESS='slow\.example:6379'"):
-            await_head("slow.example:6379", stop=None, ask=lambda _: over.wait() and None, give_up_s=0.05)
+            await_head("slow.example:6379", stop=None, ask=lambda _: over.wait(), give_up_s=0.05)
     finally:
         over.set()
 
@@ -253,7 +253,7 @@ def test_a_signal_ends_the_asking() -> None:
     stop.signal_number = signal.SIGTERM
     try:
         with pytest.raises(Interrupted, match="run the same command to resume") as caught:
-            await_head("slow.example:6379", stop=stop, ask=lambda _: over.wait() and None)
+            await_head("slow.example:6379", stop=stop, ask=lambda _: over.wait())
     finally:
         over.set()
     assert caught.value.exit_code == 143
@@ -579,11 +579,11 @@ def test_a_backend_that_no_job_can_use_is_refused(backend: str, monkeypatch: pyt
 
 def test_jax_scores_and_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     check_keras(SCORING_BACKENDS)
     with pytest.raises(ConfigError, match=r"runs Keras on tensorflow .*KERAS_BACKEND='jax'$"):
         check_keras(TRAINING_BACKENDS)
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"jax is not installed on .*pip install jax, or unset KERAS_BACKEND"):
         check_keras(SCORING_BACKENDS)
 
@@ -892,6 +892,7 @@ def test_published_weights_come_from_the_cache_or_from_a_server_that_answers(
     assert published_weights_problem(nobody) == ""
 
 
+PUBLISHED: Any = {"backbone": "vgg16", "weights": "imagenet"}
 VGG16 = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
 
@@ -923,13 +924,10 @@ def test_imagenet_weights_without_a_network_end_a_job_before_it_writes(
     assert not (tmp_path / "s").exists()
 
 
-PUBLISHED = {"backbone": "vgg16", "weights": "imagenet"}
-
-
 def test_imagenet_weights_in_the_cache_need_no_network(offline: Path) -> None:
     offline.mkdir(parents=True)
     (offline / VGG16).touch()
-    check_published_weights([ModelConfig(**PUBLISHED), ModelConfig(backbone="cnn")])  # type: ignore[arg-type]
+    check_published_weights([ModelConfig(**PUBLISHED), ModelConfig(backbone="cnn")])
 
 
 def test_weights_that_the_nodes_of_a_cluster_may_have_are_left_to_them(
@@ -937,7 +935,7 @@ def test_weights_that_the_nodes_of_a_cluster_may_have_are_left_to_them(
 ) -> None:
     with head() as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        check_ready([ModelConfig(**PUBLISHED)], console=Recorder())  # type: ignore[arg-type]
+        check_ready([ModelConfig(**PUBLISHED)], console=Recorder())
 
 
 def test_a_download_that_failed_in_keras_names_the_url_once() -> None:
@@ -946,10 +944,10 @@ def test_a_download_that_failed_in_keras_names_the_url_once() -> None:
         f"URL fetch failure on {url}: None -- [Errno 111] Connection refused",
         "[Errno 111] Connection refused",
     ):
-        error = download_error(ModelConfig(**PUBLISHED), Exception(reason))  # type: ignore[arg-type]
+        error = download_error(ModelConfig(**PUBLISHED), Exception(reason))
         assert str(error).startswith("cannot download the ImageNet weights of vgg16 ([Errno 111] Connection refused). ")
         assert str(error).count(url) == 1
-    refused = download_error(ModelConfig(**PUBLISHED), Exception(f"URL fetch failure on {url}: 403 -- Forbidden"))  # type: ignore[arg-type]
+    refused = download_error(ModelConfig(**PUBLISHED), Exception(f"URL fetch failure on {url}: 403 -- Forbidden"))
     assert "of vgg16 (403 -- Forbidden)." in str(refused)
 
 

@@ -37,7 +37,7 @@ _WITH_TOKEN = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
 def await_head(
-    address: str, *, stop: Stop | None, ask: Callable[[str], None] | None = None, give_up_s: float = GIVE_UP_S
+    address: str, *, stop: Stop | None, ask: Callable[[str], object] | None = None, give_up_s: float = GIVE_UP_S
 ) -> None:
     """Waits until the head of a cluster has answered; a signal ends the waiting.
 
