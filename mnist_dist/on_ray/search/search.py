@@ -346,7 +346,7 @@ class Search:
         try:
             rate = compute_missing(plan, session, actors=actors, title=f"features of {name}", beside=beside)
         finally:
-            self.timing["features_s"] += round(time.monotonic() - began, 2)
+            self.timing["features_s"] = round(self.timing["features_s"] + time.monotonic() - began, 2)
         if rate is not None:
             self._images_per_s[name] = rate
 
