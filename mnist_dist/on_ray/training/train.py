@@ -354,6 +354,7 @@ class Training:
             "test_images": len(splits.test),
             "bad_images": bad,
             "duplicates": splits.duplicates,
+            "near_duplicates": splits.near_duplicates,
             "seconds": round(earlier_s + time.time() - self.began_at, 2),
         }
 
