@@ -3,9 +3,10 @@
 Owns: the key (everything that the pixels depend on), and what a shard and the index hold. Does not own: where
 `decode_shard` runs (`on_ray` maps it over the missing shards), or the splits.
 
-A shard has the columns pixels, status, error and digest. Beside the shards lies `index.parquet`: uri, label, split,
-status, error and digest of all records, in row order. An image that cannot be decoded becomes a row with a status and
-zero pixels, never an exception.
+A shard has the columns pixels, status, error and digest, and thumbnail where images are large enough for one. Beside
+the shards lie `index.parquet`: uri, label, split, status, error and digest of all records, in row order, and
+`thumbnails.parquet`, which only the check for near-duplicates reads. An image that cannot be decoded becomes a row with
+a status and zero pixels, never an exception.
 """
 
 # N = records, n = records of a shard, H = height px, W = width px, C = channels
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 from mnist_dist.config import DecodeConfig
 from mnist_dist.data.cache import Cache, ShardRows, check_free_space, column_of
 from mnist_dist.data.decoding import Collector, DecodePool, Threads
+from mnist_dist.data.near_duplicates import MIN_SIDE_PX, thumbnails_of
 from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
 from mnist_dist.images.spec import ImageSpec
@@ -35,14 +38,15 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, is_remote, join
 
 _log = logging.getLogger(__name__)
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 _SHARD_BYTES = 32 * 2**20
 _MIN_ROWS, _MAX_ROWS = 64, 65_536
 _DECODE_THREADS = 2  # of a task, which has one core: reading waits for storage
-_INDEX = "index.parquet"
+_INDEX, _THUMBNAILS = "index.parquet", "thumbnails.parquet"
 _OK = "ok"
 _KEY_COLUMNS, _KEY_ROWS = ("uri", "label", "split", "size_bytes", "etag"), 100_000
 _DESCRIBED = ("status", "error", "digest")
+_THUMBNAIL = "thumbnail"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +151,15 @@ def finish(plan: RecordPlan, source: Source) -> None:
     cache.check_complete()
     _log.info("%d decoded images are in %s", cache.rows, cache.root)
     index = source.table.select(["uri", "label", "split"])
-    tables = (cache.read(shard, _DESCRIBED) for shard in range(cache.shards))
+    has_thumbnails = min(plan.spec.height_px, plan.spec.width_px) >= MIN_SIDE_PX
+    wanted = (*_DESCRIBED, _THUMBNAIL) if has_thumbnails else _DESCRIBED
+    tables = (cache.read(shard, wanted) for shard in range(cache.shards))
     described = pa.concat_tables(table.take(np.arange(len(table))) for table in tables)  # Copies drop the pixels.
     for name in _DESCRIBED:
         index = index.append_column(name, described[name])
-    buffer = io.BytesIO()
-    pq.write_table(index, buffer)
-    cache.store.write_bytes(join(cache.root, _INDEX), buffer.getvalue())
+    if has_thumbnails:
+        _write(cache, _THUMBNAILS, described.select([_THUMBNAIL]))
+    _write(cache, _INDEX, index)
     cache.finish(plan.spec)
 
 
@@ -187,6 +193,19 @@ def read_index(cache: Cache) -> pa.Table:
     return index
 
 
+def read_thumbnails(plan: RecordPlan) -> npt.NDArray[np.uint8] | None:
+    """The thumbnails of finished records (`near_duplicates.thumbnails_of`), `uint8 [N, 256]`; None: there are none.
+
+    Raises:
+        FileNotFoundError, PermissionError, ServiceError, StorageError: see `store.base`.
+    """
+    if min(plan.spec.height_px, plan.spec.width_px) < MIN_SIDE_PX:
+        return None
+    data = plan.cache.store.read_bytes(join(plan.cache.root, _THUMBNAILS))
+    table = pq.read_table(pa.BufferReader(data))
+    return np.frombuffer(b"".join(table[_THUMBNAIL].to_pylist()), np.uint8).reshape(len(table), -1)
+
+
 def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
     """Hex sha256 of the class names and of the digests and labels of the readable records, in the order of both."""
     readable = index.filter(pc.equal(index["status"], _OK)).sort_by([("digest", "ascending"), ("label", "ascending")])
@@ -210,6 +229,12 @@ def _fitted(pixels: Pixels, spec: ImageSpec) -> Pixels:
     return fitted if is_same else np.stack([resize_pixels(image, spec) for image in fitted])
 
 
+def _write(cache: Cache, name: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    cache.store.write_bytes(join(cache.root, name), buffer.getvalue())
+
+
 def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageError]) -> None:
     failed = [errors.get(row) for row in range(len(pixels))]
     shape = repr(plan.spec.shape).encode()
@@ -219,6 +244,9 @@ def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageEr
         "error": pa.array([error.message if error else None for error in failed], pa.string()),
         "digest": pa.array([hashlib.sha256(shape + image.tobytes()).hexdigest() for image in pixels], pa.string()),
     }
+    thumbnails = thumbnails_of(pixels)
+    if thumbnails.shape[1]:
+        columns[_THUMBNAIL] = pa.array([each.tobytes() for each in thumbnails], pa.binary(thumbnails.shape[1]))
     plan.cache.put(shard, pa.table(columns))
 
 

@@ -50,6 +50,15 @@ class Splits:
     """Groups with images in more than one split, because the data defines those splits."""
     spanning_pair: tuple[str, str] = ("", "")
     """URIs of two images of the first such group."""
+    near_duplicates: int = 0
+    """Validation and test images that look like an image of an earlier split; `near_duplicates.py` finds them."""
+
+    def codes(self, count: int) -> npt.NDArray[np.int8]:
+        """The split of each of `count` records, `int8 [N]`, in the order of `grouping.Split`; -1: none."""
+        codes = np.full(count, -1, np.int8)
+        for split, rows in ((_TRAIN, self.train), (_VAL, self.val), (_TEST, self.test)):
+            codes[rows] = split
+        return codes
 
 
 def assign_splits(

@@ -7,14 +7,22 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from mnist_dist.config import DataConfig, ModelConfig, TrainJob
 from mnist_dist.console import Console
-from mnist_dist.data.records import RecordPlan, bad_records, fingerprint, plan_records, read_index
+from mnist_dist.data.near_duplicates import find_near_duplicates
+from mnist_dist.data.records import (
+    RecordPlan,
+    bad_records,
+    fingerprint,
+    plan_records,
+    read_index,
+    read_thumbnails,
+)
 from mnist_dist.data.splits import Splits, assign_splits, check_groups
 from mnist_dist.errors import TooManyBadImages
 from mnist_dist.models.backbones import backbone_size_px, check_size, find_backbone
@@ -168,7 +176,7 @@ def _judge_bad_images(index: pa.Table, plan: RecordPlan, data: DataConfig, sessi
 
 
 def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits:
-    """Splits the readable images.
+    """Splits the readable images, and warns of what occurs in two splits, or nearly.
 
     Raises:
         ConfigError: a split or a class would be empty.
@@ -193,7 +201,24 @@ def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits
         duplicate, first = splits.duplicate_pairs[0]
         removed = "removed from the earlier one" if splits.dropped else "kept (--drop-duplicates removes them)"
         console.line(f"{splits.duplicates} images occur in two splits, such as {duplicate} and {first}: {removed}")
-    return splits
+    return replace(splits, near_duplicates=_count_near_duplicates(decoded, splits, console=console))
+
+
+def _count_near_duplicates(decoded: DecodedData, splits: Splits, *, console: Console) -> int:
+    """Warns of images that look like one of another split, and gives their number."""
+    thumbnails = read_thumbnails(decoded.plan)
+    if thumbnails is None:
+        return 0
+    near = find_near_duplicates(thumbnails, splits.codes(len(thumbnails)), decoded.index["digest"].to_pylist())
+    if near is None:
+        return 0
+    later, earlier = (decoded.index["uri"][row].as_py() for row in near.pair)
+    console.line(
+        f"warning: {near.count:,} images of validation or test look like one of another split (resized, encoded again "
+        f"or cut a little), such as {later} and {earlier}. Results on them say little about new images: --group-by "
+        "keeps what belongs together in one split; --drop-duplicates removes only what is equal."
+    )
+    return near.count
 
 
 def plan_job_features(job: TrainJob, decoded: DecodedData, splits: Splits, *, have: Resources) -> FeaturePlan:

@@ -395,6 +395,7 @@ class Training:
             "test_images": len(splits.test),
             "bad_images": bad,
             "duplicates": splits.duplicates,
+            "near_duplicates": splits.near_duplicates,
             "seconds": round(earlier_s + seconds_since(self.began_at), 2),
         }
 
