@@ -263,7 +263,6 @@ def search_backbones() -> SearchJob:
     ]
     backbones[0] = replace(backbones[0], alpha=(0.5, 1.0, 1.4), image_size_px=(160, 224))
     return SearchJob(
-        data=DataConfig(data=("images",)),
         space=SearchSpace(backbones=tuple(backbones), hidden_units=(0, 128, 256, 512)),
         search=SearchConfig(trials=300, trial_epochs=20, finalists=5, fine_tune_epochs=10),
     )

@@ -126,6 +126,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "resize": "crop",
         "validation_fraction": 0.2,
         "test_fraction": 0.3,
+        "group_by": "folder",
         "drop_duplicates": True,
         "max_bad_fraction": 0.5,
         "max_pixels": 7,

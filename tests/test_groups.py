@@ -124,6 +124,13 @@ def test_a_large_group_is_trained_on() -> None:
     assert "large" in train
 
 
+def test_groups_far_larger_than_a_split_are_trained_on() -> None:
+    sizes = [40, 30, 8, 7, 6, 5, 4]
+    groups = [f"size-{size}" for size in sizes for _ in range(size)]
+    train, _, _ = names_of(split(range(100), [0, 1] * 50, groups), groups)
+    assert {"size-40", "size-30"} <= train
+
+
 def test_an_image_without_a_group_is_on_its_own() -> None:
     groups: list[str | None] = [None] * 50 + ["a"] * 10
     splits = split(range(60), [0, 1] * 30, groups)

@@ -1,6 +1,5 @@
 """The recipe that fits the data: picked where none is named, refused where it does not fit; nothing is trained here."""
 
-import itertools
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,11 @@ from PIL import Image
 
 import mnist_dist
 from mnist_dist.commands import recipe_choice, search, train
-from mnist_dist.config import DataConfig, TrainJob
+from mnist_dist.config import DataConfig, InputConfig, TrainJob
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.recipes import RECIPE_INFOS, SEARCH_RECIPES, TRAINING_RECIPES
 from mnist_dist.sources import look
+from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.look import Look, look_at
 
 SIZES = {"small": (12, 10), "cifar": (32, 32), "limit": (64, 64), "photos": (100, 75), "x-rays": (90, 120)}
@@ -198,7 +198,7 @@ def test_only_the_first_of_many_files_are_listed(data: Callable[[str], str], mon
     folder = Path(data("photos"))
     write_images(folder / "later", (20, 20), count=30)
     monkeypatch.setattr(look, "LISTED_IMAGES", 5)
-    listed = look.list_inputs
+    listed = list_inputs
     tables: list[int] = []
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
@@ -235,6 +235,8 @@ def test_one_archive_is_opened_and_not_to_its_end(
         (shards / "0.tar").write_bytes(whole[: len(whole) * 3 // 4] + b"x" * (len(whole) // 4))
     monkeypatch.setattr(look, "LISTED_IMAGES", 2)
     assert look_at(DataConfig(data=(str(shards),))) == Look(32, 32, 3)
+    listing = list_inputs(InputConfig(input=(str(shards),)), max_images=2)
+    assert (listing.archives, listing.table["status"].to_pylist()) == (1, [None, None])
 
 
 def test_parquet_files_and_mixtures_are_looked_at(data: Callable[[str], str], tmp_path: Path) -> None:
@@ -260,7 +262,8 @@ def test_every_recipe_says_in_a_line_what_it_is_and_needs() -> None:
 
 
 def test_what_a_recipe_needs_is_what_it_trains_on() -> None:
-    for name, build in itertools.chain(TRAINING_RECIPES.items(), SEARCH_RECIPES.items()):
+    recipes: dict[str, Callable[[], Any]] = {**TRAINING_RECIPES, **SEARCH_RECIPES}
+    for name, build in recipes.items():
         data: DataConfig = build().data
         named = {"included": ("digits",), "mnist": ("mnist",)}.get(RECIPE_INFOS[name].data)
         assert named is None or data.data == named, name

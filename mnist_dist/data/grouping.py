@@ -138,7 +138,9 @@ class _Placement:
     def _need(self, split: Split, classes: dict[int, int]) -> float:
         """How far the split is below its fraction, with half of the group in it."""
         wanted, has = self._wanted[split], self._has[split]
-        return sum(count * (1 - (has[label] + count / 2) / wanted[label]) for label, count in classes.items())
+        parts = (count * (1 - (has[label] + count / 2) / wanted[label]) for label, count in classes.items())
+        return float(sum(parts))
 
     def _room(self, split: Split) -> float:
-        return 1 - sum(self._has[split]) / sum(self._wanted[split])
+        """The part of the split's fraction of all classes that is still free."""
+        return float(1 - sum(self._has[split]) / sum(self._wanted[split]))

@@ -53,7 +53,7 @@ def thumbnails_of(pixels: Pixels) -> npt.NDArray[np.uint8]:
         return np.empty((count, 0), np.uint8)
     size = (THUMBNAIL_PX, THUMBNAIL_PX)
     small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA).reshape(-1, channels) for image in pixels]
-    return np.rint(np.stack(small).mean(axis=2)).astype(np.uint8)
+    return np.asarray(np.rint(np.stack(small).mean(axis=2)), np.uint8)
 
 
 def find_near_duplicates(

@@ -185,7 +185,7 @@ def _beside(
         labels = _read_column(uri, file, wanted.label_column)
         place = f"{uri}: column {wanted.label_column!r}"
         found[LABEL] = pa.chunked_array([columns.text_labels(place, labels.combine_chunks(), named)], pa.string())
-        if wanted.group_column in file.schema_arrow.names:
+        if wanted.group_column is not None and wanted.group_column in file.schema_arrow.names:
             groups = _read_column(uri, file, wanted.group_column).combine_chunks()
             texts = columns.text_groups(f"{uri}: column {wanted.group_column!r}", groups)
             found[GROUP] = pa.chunked_array([texts], pa.string())
