@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from harness import ROOT, Recorder
-from scored import multi_label_rows, one_hot, scored_rows, write_scored
+from scored import multi_label_rows, one_hot, scored_rows, write_mark, write_scored
 
 from mnist_dist import console
 from mnist_dist.commands.quickstart import _what_was_made
@@ -23,6 +23,7 @@ from mnist_dist.on_ray.data.prepare import _judge_bad_images
 from mnist_dist.on_ray.scoring.plan import _balance
 from mnist_dist.on_ray.training.plan import _balance as _balance_of_training
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.scoring.predictions import Mark
 from mnist_dist.session import Session, seconds_since, started_at
 
 URIS = ["/photos/it's/1.png", "/photos/ä/2.png", "/photos/a b/3.png"]
@@ -66,6 +67,16 @@ def test_a_table_in_a_bucket_is_read_without_packages_for_it(s3: str, tmp_path: 
     ANYWHERE.upload_folder(Path(local), f"{s3}/t")
     (line,) = how_to_read(f"{s3}/t")
     assert "bee" in typed(line)
+
+
+def test_a_delta_table_is_read_as_one(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake", reason="needs deltalake (pip install -e '.[dev]')")
+    rows = scored_rows(URIS, one_hot([0, 1, 1], 2), NAMES)
+    deltalake.write_deltalake(str(tmp_path / "delta"), rows)
+    files = tuple(path.name for path in (tmp_path / "delta").glob("*.parquet"))
+    write_mark(str(tmp_path), Mark(number=1, files=files, rows=3, model_id="m", failed=False, table_format="delta"))
+    (line,) = how_to_read(str(tmp_path))
+    assert typed(line).count("bee") == 2
 
 
 def test_duckdb_is_proposed_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
