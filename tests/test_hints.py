@@ -7,19 +7,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from harness import ROOT, Recorder
-from scored import multi_label_rows, one_hot, scored_rows, write_scored
+from scored import multi_label_rows, one_hot, scored_rows, write_mark, write_scored
 
 from mnist_dist import command_line
 from mnist_dist.commands.quickstart import _what_was_made
 from mnist_dist.commands.score import how_to_read
-from mnist_dist.config import ScoreJob, TableConfig
+from mnist_dist.config import DataConfig, ScoreJob, TableConfig
 from mnist_dist.console import Stop
+from mnist_dist.on_ray.data.prepare import _judge_bad_images
 from mnist_dist.on_ray.scoring.plan import _balance
 from mnist_dist.on_ray.training.plan import _balance as _balance_of_training
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.scoring.predictions import Mark
 from mnist_dist.session import Session, seconds_since, started_at
 
 URIS = ["/photos/it's/1.png", "/photos/ä/2.png", "/photos/a b/3.png"]
@@ -65,6 +69,16 @@ def test_a_table_in_a_bucket_is_read_without_packages_for_it(s3: str, tmp_path: 
     assert "bee" in typed(line)
 
 
+def test_a_delta_table_is_read_as_one(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake", reason="needs deltalake (pip install -e '.[dev]')")
+    rows = scored_rows(URIS, one_hot([0, 1, 1], 2), NAMES)
+    deltalake.write_deltalake(str(tmp_path / "delta"), rows)
+    files = tuple(path.name for path in (tmp_path / "delta").glob("*.parquet"))
+    write_mark(str(tmp_path), Mark(number=1, files=files, rows=3, model_id="m", failed=False, table_format="delta"))
+    (line,) = how_to_read(str(tmp_path))
+    assert typed(line).count("bee") == 2
+
+
 def test_duckdb_is_proposed_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = write_scored(tmp_path / "t", scored_rows(URIS, one_hot([0, 1, 1], 2), NAMES))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -78,7 +92,7 @@ def test_the_quickstart_proposes_commands_that_exist(tmp_path: Path) -> None:
     trained = {"bundle": bundle, "test_accuracy": 0.9, "test_images": 9, "report": f"{bundle}/report.html"}
     text = _what_was_made(trained, {"output": output, "images": 3}, command="python -m jobs.")
     lines = [line.strip() for line in text.partition("Try next:\n")[2].splitlines()]
-    recipes = {"train": TRAINING_RECIPES, "search": SEARCH_RECIPES, "score": {"score": ScoreJob}}
+    recipes: dict[str, Any] = {"train": TRAINING_RECIPES, "search": SEARCH_RECIPES, "score": {"score": ScoreJob}}
     jobs = []
     for line in lines:
         if line.startswith("python -c "):
@@ -133,9 +147,13 @@ print(time.time() - started_at(Console()), time.time() - started_at(Console(embe
     assert seconds_since(started_at(Recorder())) > 0
 
 
-def test_the_same_damaged_image_is_named_once_in_a_job() -> None:
+def test_a_damaged_image_is_named_once_though_several_steps_meet_it() -> None:
     said = Recorder()
     session = Session(console=said, stop=Stop(said))
-    for line in ("  a.png: empty: no bytes", "  b.png: empty: no bytes", "  a.png: empty: no bytes"):
-        session.once(line)
-    assert said.lines == ["  a.png: empty: no bytes", "  b.png: empty: no bytes"]
+    index = pa.table(
+        {"uri": ["a.png", "b.png", "c.png"], "status": ["empty", "ok", "failed"], "error": ["x", None, "y"]}
+    )
+    plan: Any = None  # it is needed only where there are too many
+    for _ in range(2):
+        assert _judge_bad_images(index, plan, DataConfig(max_bad_fraction=1.0), session) == 2
+    assert said.lines == ["2 unreadable images are left out", "  a.png: empty: x", "  c.png: failed: y"]

@@ -157,6 +157,7 @@ def test_a_rule_needs_labels() -> None:
     [
         (["cat/1.png,cat", "bee/3.png,bee"], "2 of 3 rows match with --match path"),
         (["q/1.png,cat", "2.png,cat", "z/3.png,bee"], "3 of 3 rows match with --match name"),
+        (["1.png,cat", "3.png,bee"], "2 of 3 rows match with --match name"),
         (["1,cat", "2,cat", "3,bee"], "3 of 3 rows match with --match stem"),
         (
             ["x,cat"],
@@ -172,10 +173,11 @@ def test_labels_of_no_image_are_an_error_that_says_what_would_match(
         run(table, labels)
     assert caught.value.exit_code == 1
     assert not isinstance(caught.value, ConfigError)
-    first = Path(lines[0].partition(",")[0]).absolute()
+    first = lines[0].partition(",")[0]
     assert str(caught.value) == (
         f"{labels}: none of its {len(lines)} labels belongs to an image of {table}. An image is {URIS[0]!r}, a label is"
-        f" of {str(first)!r}. {hint}. Received: labels={str(labels)!r}, match='uri'"
+        f" of {str(Path(first).absolute())!r}, written as {first!r}. {hint}. Received: labels={str(labels)!r},"
+        " match='uri'"
     )
     assert not Path(f"{table}-evaluation").exists()
 
@@ -189,6 +191,11 @@ def test_a_rule_that_is_ambiguous_is_not_proposed(tmp_path: Path) -> None:
 def test_an_empty_file_of_labels_is_an_error(tmp_path: Path, table: str) -> None:
     with pytest.raises(LabelsUnmatched, match=r"there are no labels in it\. Received: labels="):
         run(table, csv_of(tmp_path))
+
+
+def test_labels_that_are_all_empty_are_an_error(tmp_path: Path, table: str) -> None:
+    with pytest.raises(LabelsUnmatched, match=r"the labels of all images are empty; --label-column names another"):
+        run(table, csv_of(tmp_path, f"{URIS[0]},"))
 
 
 def test_labels_that_are_no_class_are_an_error_that_suggests_one(tmp_path: Path, table: str) -> None:

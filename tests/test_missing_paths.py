@@ -215,13 +215,6 @@ def test_a_folder_around_the_class_folders_is_noticed(home: Path) -> None:
         open_source(DataConfig(data=(str(home),)))
 
 
-def test_a_folder_without_images_says_what_it_holds(home: Path) -> None:
-    for path in (home / "photos").rglob("*.png"):
-        path.rename(path.with_suffix(".raw"))
-    with pytest.raises(DataError, match=rf"no images were found; .*; {home}/photos holds cat/, dog/\. Received"):
-        list_inputs(InputConfig(input=(str(home / "photos"),)))
-
-
 @pytest.mark.parametrize(
     ("uri", "name", "remedy"),
     [

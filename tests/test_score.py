@@ -1300,7 +1300,7 @@ def test_the_command_ends_with_one_line_of_json_and_the_exit_code(
     assert code == 0, err
     assert {"job", "output", "images", "ok", "errors", "skipped", "images_per_s", "seconds"} <= set(result)
     assert (result["job"], result["images"], result["errors"], result["skipped"]) == ("score", 17, 4, 0)
-    assert "FROM" in err
+    assert "pandas.read_parquet(" in err
     assert not NOISE.search(err), NOISE.findall(err)
     assert without_time(rows_of(tmp_path / "table")) == without_time(rows_of(scored.job.output))
 

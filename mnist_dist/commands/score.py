@@ -67,14 +67,10 @@ def how_to_read(output: str) -> list[str]:
         read = f"import pandas; table = pandas.read_parquet({_literal(join(output, TABLE))}, columns={columns})"
     lines = [_python(f"{read}; print(table.head(10).to_string())")]
     if _CLASS in names and not is_delta and not is_remote(output) and importlib.util.find_spec("duckdb") is not None:
-        lines.append(_python(f"import duckdb; duckdb.sql({_literal(_counting(join(output, TABLE)))}).show()"))
+        files = _literal(join(output, TABLE, "*.parquet"))
+        counted = f'duckdb.read_parquet({files}).aggregate("{_CLASS}, count(*) AS images")'
+        lines.append(_python(f"import duckdb; {counted}.show()"))
     return lines
-
-
-def _counting(folder: str) -> str:
-    """SQL for how often each class was predicted."""
-    files = f"{folder}/*.parquet".replace("'", "''")
-    return f"SELECT {_CLASS}, count(*) AS images FROM '{files}' GROUP BY 1 ORDER BY 2 DESC"
 
 
 def _python(program: str) -> str:

@@ -114,7 +114,7 @@ def evaluate(job: EvaluateJob, *, console: Console, report: Report | None = None
             raise LabelsUnmatched(_why_unmatched(job, table, truth.known))
         ANYWHERE.check_writable(job.output_uri)
         metrics = _measure(job, table, truth, session)
-        _check_classes(table, truth, metrics)
+        _check_labels(job, table, truth, metrics)
         matches = _matches(table, truth, metrics)
         has_truth = metrics.labelled > 0
         comparison = None
@@ -197,7 +197,7 @@ def _why_unmatched(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
         return f"{known.labels.name}: there are no labels in it. Received: labels={job.labels!r}"
     return (
         f"{known.labels.name}: none of its {found.labels:,} labels belongs to an image of {table.uri}. An image is"
-        f" {found.without!r}, a label is of {found.example!r}. {_would_match(job, table, known)}."
+        f" {found.without!r}, a label is of {found.example}. {_would_match(job, table, known)}."
         f" Received: labels={job.labels!r}, match={job.match!r}"
     )
 
@@ -208,7 +208,8 @@ def _would_match(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
     for match in (rule for rule in _RULES if rule != job.match):
         with contextlib.suppress(DataError):  # Ambiguous by this rule.
             other = _find_truth(replace(job, match=match), table).known
-            counts[match] = other.matches(table).matched if other is not None else 0
+            if other is not None and other.rule.depths != (1,):  # By path, these are names; that rule follows.
+                counts[match] = other.matches(table).matched
     best = max(counts, key=lambda match: counts[match], default=None)
     if best is not None and counts[best]:
         return f"{counts[best]:,} of {table.rows:,} rows match with --match {best}"
@@ -217,8 +218,13 @@ def _would_match(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
     return f"None matches with --match {', '.join(rule for rule in _RULES if rule != job.match)} either{columns}"
 
 
-def _check_classes(table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics) -> None:
-    """Raises LabelsUnmatched if labels were given and none of them is a class."""
+def _check_labels(job: EvaluateJob, table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics) -> None:
+    """Raises LabelsUnmatched if labels were given and all of them are empty, or none is a class."""
+    if job.labels is not None and metrics.images and not metrics.labelled:
+        raise LabelsUnmatched(
+            f"{truth.source}: the labels of all images are empty; --label-column names another column."
+            f" Received: labels={job.labels!r}, label_column={job.label_column!r}"
+        )
     if truth.guessed or not metrics.labelled or metrics.known:
         return
     names = [name for code, name in enumerate(table.classes.names) if code not in table.classes.unnamed]
@@ -439,7 +445,7 @@ def _notes(
 
 def _notes_of_matches(matches: Matches, *, duplicates: int) -> Iterable[str]:
     if matches.unused:
-        yield f"{matches.unused:,} of {matches.labels:,} labels belong to no image, such as that of {matches.example!r}"
+        yield f"{matches.unused:,} of {matches.labels:,} labels belong to no image, such as that of {matches.example}"
     if matches.shared > duplicates:
         yield f"{matches.shared:,} images share the label of another, since their names are alike; see --match"
 

@@ -58,6 +58,8 @@ class Labels:
                 if before <= row < before + len(uris):
                     found[row] = (uris[row - before].as_py(), labels[row - before].as_py())
             before += len(uris)
+            if len(found) == len(set(rows)):
+                break
         return [found[row] for row in rows]
 
 
@@ -126,10 +128,23 @@ class Known:
                 without = batch[_URI][int((places < 0).argmax())].as_py()
         firsts = self.index.firsts
         unused = firsts[~used[firsts]]
-        example = self.labels.named([int(unused.min())], self.rule.match)[0][0] if len(unused) else None
         return Matches(
-            images=table.rows, matched=matched, labels=len(firsts), unused=len(unused), without=without, example=example
+            images=table.rows,
+            matched=matched,
+            labels=len(firsts),
+            unused=len(unused),
+            without=without,
+            example=self._example(unused),
         )
+
+    def _example(self, unused: npt.NDArray[np.int64]) -> str | None:
+        """The first of some labels: its URI, and how it is written where that differs."""
+        if not len(unused):
+            return None
+        first = [int(unused.min())]
+        written = self.labels.named(first, "name")[0][0]
+        compared = self.labels.named(first, self.rule.match)[0][0]
+        return repr(written) if compared == written else f"{compared!r}, written as {written!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +161,7 @@ class Matches:
     without: str | None
     """The first image without a label."""
     example: str | None
-    """The first label without an image, as written."""
+    """The first label without an image, for display."""
 
     @property
     def shared(self) -> int:

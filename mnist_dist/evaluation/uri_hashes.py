@@ -57,7 +57,8 @@ class UriIndex:
     def firsts(self) -> npt.NDArray[np.int64]:
         """The positions of the first of each URI, in the order of the hashes."""
         starts = np.append(True, self.hashes[1:] != self.hashes[:-1])[: len(self.hashes)]
-        return self.order[starts]
+        firsts: npt.NDArray[np.int64] = self.order[starts]
+        return firsts
 
     def places(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         """Looks up m URIs; `int64 [m]`: their positions, -1 for those not in the index."""

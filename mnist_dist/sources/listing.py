@@ -46,7 +46,6 @@ from mnist_dist.sources.places import Place, columns_of, errors_of, matching, no
 from mnist_dist.sources.threads import map_in_threads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry, Store
-from mnist_dist.store.surroundings import what_is_there
 from mnist_dist.store.uris import are_remote
 
 _log = logging.getLogger(__name__)
@@ -249,7 +248,7 @@ class _Search:
             all_files = self._wanted.label_column is None
             if self._unlabelled:
                 raise DataError(self._without_classes(places))
-            raise DataError(_no_images(self._config, self._left_out, all_files=all_files, store=store))
+            raise DataError(_no_images(self._config, self._left_out, all_files=all_files))
         # A single folder or glob has no duplicates, so the search for them is skipped.
         unique = image_table.first_of_each(image_table.with_claims(rows)) if may_repeat else rows
         table = unique if self._config.sample is None else image_table.sample_of(unique, self._config.sample)
@@ -534,11 +533,11 @@ def _has_no_folders(uri: str, store: Store) -> bool:
         return False
 
 
-def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], *, all_files: bool, store: Store) -> str:
+def _no_images(config: InputConfig, left_out: Mapping[str, LeftOut], *, all_files: bool) -> str:
     parts = itertools.islice(left_out.items(), _MAX_SHOWN)
     shown = [f"{name}: {part.described(all_files=all_files) or 'nothing'}" for name, part in parts]
     shown += [f"and {len(left_out) - _MAX_SHOWN} more inputs"] if len(left_out) > _MAX_SHOWN else []
     return (
         f"no images were found; image suffixes are {', '.join(IMAGE_SUFFIXES)}. Left out:"
-        f" {'; '.join(shown)}{what_is_there(config.input[0], store=store)}. Received: input={config.input[:_MAX_SHOWN]}"
+        f" {'; '.join(shown)}. Received: input={config.input[:_MAX_SHOWN]}"
     )
