@@ -60,7 +60,7 @@ def _recipes(recipes: Mapping[str, Callable[..., Any]], *, default: str) -> str:
     """A line for each recipe: what it is, what it needs and about how long it takes."""
     width = max(map(len, recipes)) + 2
     lines = [f"  {name:<{width}}{_about(name, recipe)}" for name, recipe in recipes.items()]
-    title = f"Recipes, with what they need and how long they take on 2 cores; the defaults below are those of {default}:"
+    title = f"Recipes, with what they need and how long they take on 2 cores (the defaults below: of {default}):"
     return "\n".join([title, *lines])
 
 

@@ -87,7 +87,7 @@ class Curve(keras.callbacks.Callback):
 
     @property
     def is_over(self) -> bool:
-        return time.time() - self.began > RACE["seconds"]
+        return bool(time.time() - self.began > RACE["seconds"])
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         accuracy = (logs or {})["val_accuracy"]
