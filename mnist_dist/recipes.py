@@ -173,6 +173,16 @@ def folder_vgg16() -> TrainJob:
     )
 
 
+def folder_fine_tune() -> TrainJob:
+    """python -m jobs.train folder-fine-tune --data FOLDER --backbone densenet121: any backbone with ImageNet weights, at
+    its native size: first the head, then all layers."""
+    return replace(
+        folder_mobilenet_v2(),
+        model=ModelConfig(backbone="resnet50", weights="imagenet", dropout=0.2),
+        phases=PhasesConfig(epochs=(5, 5), learning_rate=(1e-3, 1e-5), trainable=("head", "all")),
+    )
+
+
 TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
     "quickstart": quickstart,
     "mnist-mlp": mnist_mlp,
@@ -187,6 +197,7 @@ TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
     "folder-cnn-bn": folder_cnn_bn,
     "folder-mobilenet-v2": folder_mobilenet_v2,
     "folder-vgg16": folder_vgg16,
+    "folder-fine-tune": folder_fine_tune,
 }
 
 
@@ -289,6 +300,7 @@ RECIPE_INFOS: dict[str, RecipeInfo] = {
     "folder-cnn-bn": RecipeInfo(summary="small images: three convolutions, from scratch", data="small images"),
     "folder-mobilenet-v2": RecipeInfo(summary="photographs: MobileNetV2, head, then the last blocks", data="images"),
     "folder-vgg16": RecipeInfo(summary="photographs: VGG16, head, then the last block", data="images"),
+    "folder-fine-tune": RecipeInfo(summary="photographs: any --backbone, head, then all layers", data="images"),
     "search-digits": RecipeInfo(summary="8 trials of small networks on the included digits", data="included"),
     "search-mnist": RecipeInfo(summary="30 trials of small and pretrained networks", data="mnist"),
     "search-vgg16-head": RecipeInfo(summary="100 heads on VGG16's features at 224 px", data="mnist"),

@@ -832,11 +832,11 @@ def test_paths_that_are_there_or_look_like_paths_are_fine(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("weights", "there"),
     [
-        ("w/cnn.weight.h5", r"{0}/w has cnn\.weights\.h5, other\.h5 \(did you mean cnn\.weights\.h5\?\)"),
-        ("w/deep/x.h5", r"there is no folder {0}/w/deep; {0}/w has cnn\.weights\.h5, other\.h5"),
-        ("v/x.h5", r"there is no folder {0}/v; {0} has empty, w"),
-        ("emty/x.h5", r"there is no folder {0}/emty \(did you mean empty\?\); {0} has empty, w"),
-        ("empty/x.h5", r"{0}/empty has no files"),
+        ("w/cnn.weight.h5", r"{0}/w holds cnn\.weights\.h5, other\.h5 \(did you mean {0}/w/cnn\.weights\.h5\?\)"),
+        ("w/deep/x.h5", r"{0}/w holds cnn\.weights\.h5, other\.h5"),
+        ("v/x.h5", r"{0} holds empty/, w/"),
+        ("emty/x.h5", r"{0} holds empty/, w/ \(did you mean {0}/empty\?\)"),
+        ("empty/x.h5", r"{0}/empty is empty"),
     ],
 )
 def test_weights_that_are_not_there_say_what_is(
@@ -847,7 +847,7 @@ def test_weights_that_are_not_there_say_what_is(
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
     uri = str(tmp_path / weights)
-    said = rf"^weights for cnn: there is no such file or bundle; {there.format(re.escape(str(tmp_path)))}\. Allowed .*"
+    said = rf"^the weights for cnn are no file or bundle; {there.format(re.escape(str(tmp_path)))}\. Allowed .*"
     for job in (
         lambda: check_weights(uri, backbone="cnn"),
         lambda: train(training(tmp_path / "s", backbone="cnn", weights=uri), recipe="a", console=Recorder()),
@@ -860,7 +860,7 @@ def test_weights_that_are_not_there_say_what_is(
 
 def test_a_misspelt_name_of_weights_comes_with_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match=r"no such file or bundle \(did you mean imagenet\?\);"):
+    with pytest.raises(WeightsError, match=r"no file or bundle \(did you mean imagenet\?\);"):
         check_weights("imagnet", backbone="vgg16")
 
 

@@ -40,9 +40,10 @@ TENSORFLOW = {
     f"{PACKAGE}.training.precision",
     "benchmarks.train",
     "benchmarks.peers.model",
+    "benchmarks.peers.race_networks",
     "benchmarks.peers.tf_data",
 }
-RAY_OF_PEERS = {"benchmarks.peers.onnx_ray", "benchmarks.peers.ray_recipe", "benchmarks.peers.start"}
+RAY_OF_PEERS = {f"benchmarks.peers.{name}" for name in ("onnx_ray", "race_ray_tune", "ray_recipe", "start")}
 """What is measured beside us, written as its own users would."""
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
 

@@ -230,7 +230,7 @@ def test_an_input_that_is_not_there_is_named(root: str) -> None:
     put(root, "a.png")
     for name in ("nowhere", "nowhere.csv", "nowhere.tar", "b*.png", "**/c.png"):
         with pytest.raises(
-            DataError, match=r"there is no such file, folder or prefix.*Received: input='.*/(nowh|b\*|\*\*/c)"
+            DataError, match=r"there is no such file, folder or prefix.*Received: '.*/(nowh|b\*|\*\*/c)"
         ):
             found(root, f"{root}/{name}")
 
@@ -261,7 +261,7 @@ def search(*names: str, scan: Iterable[Entry] | Exception, progress: Callable[[i
 def test_a_bucket_that_may_not_be_listed_is_named() -> None:
     denied = PermissionError(errno.EACCES, "access denied (AccessDenied)", "s3://closed/a")
     with pytest.raises(
-        DataError, match=r"no permission to list this input: .*access denied.*Received: input='s3://closed/a'"
+        DataError, match=r"no permission to list this input: .*access denied.*Received: 's3://closed/a'"
     ):
         search("s3://closed/a", scan=denied)
 
@@ -392,7 +392,7 @@ def test_stdin_gives_a_uri_a_line(root: str) -> None:
 
 
 def test_stdin_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be listed: .*utf-8.*Received: input='-'"):
+    with pytest.raises(DataError, match=r"cannot be listed: .*utf-8.*Received: '-'"):
         list_inputs(InputConfig(input=("-",)), stdin=io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
 
 

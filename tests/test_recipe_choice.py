@@ -95,7 +95,13 @@ def test_the_same_command_finds_its_run_again_after_a_few_images_more(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("backbone", "recipe"), [("vgg16", "folder-vgg16"), ("mobilenet_v2", "folder-mobilenet-v2"), ("cnn", "quickstart")]
+    ("backbone", "recipe"),
+    [
+        ("vgg16", "folder-vgg16"),
+        ("mobilenet_v2", "folder-mobilenet-v2"),
+        ("xception", "folder-fine-tune"),
+        ("cnn", "folder-cnn-bn"),
+    ],
 )
 def test_a_backbone_that_is_named_decides_which_recipe_it_is(
     data: Callable[[str], str], backbone: str, recipe: str
@@ -112,6 +118,11 @@ def test_a_recipe_for_small_images_is_refused_for_photographs(data: Callable[[st
     )
     with pytest.raises(ConfigError, match=words):
         chosen(recipe, "--data", data("photos"))
+
+
+def test_a_misspelt_backbone_is_reported_before_the_data_is_looked_at() -> None:
+    with pytest.raises(ConfigError, match=r"backbone must be one of .*Did you mean vgg16\? Received: backbone='vgg61'"):
+        chosen("--data", "no-such-folder", "--backbone", "vgg61")
 
 
 @pytest.mark.parametrize("flags", [("--backbone", "mobilenet_v2"), ("--image-size-px=96",)])

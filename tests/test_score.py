@@ -1235,7 +1235,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
         ({"output": "{tmp}/file"}, StorageError, "cannot be written"),
         ({"output": "ftp://bucket/table"}, StorageError, r"s3://bucket/prefix.*Received: 'ftp://bucket/table'"),
         ({"input": "ftp://bucket/images"}, StorageError, r"Received: 'ftp://bucket/images'"),
-        ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: input='.*absent'"),
+        ({"input": "{tmp}/absent"}, DataError, r"no such file, folder or prefix.*Received: '.*absent'"),
         ({"input": "{tmp}/empty"}, DataError, r"empty"),
         ({"input": "{tmp}/names.csv"}, DataError, r"names.csv: there is no column 'uri'; use --uri-column name\. Rec"),
         ({"carry": ("fold",)}, DataError, r"carry must name columns of the lists .*Received: carry=fold"),

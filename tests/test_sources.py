@@ -293,7 +293,7 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path, names: list[str],
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no data set of this name \(digits, mnist, .*input='minst'"):
+    with pytest.raises(DataError, match=r"no data set of this name \(did you mean mnist\?\).*Received: 'minst'"):
         open_source(DataConfig(data=("minst",)))
     with pytest.raises(DataError, match=r"no images were found; .*: nothing"):
         open_source(DataConfig(data=(str(tmp_path),)))

@@ -4,8 +4,9 @@ Owns: the rule, and what is said about it. Does not own: the look at the data (`
 
 The rule. Without `--data`, the default recipe trains on the included digits. With it, images of at most 64 px get a
 small network that is trained from scratch at their own size, in grey or colour, and all larger ones a network with
-ImageNet weights. A network that the flags choose (`--backbone`) is taken from the recipe that has it; where none has
-it, the settings are those of the default recipe. A named recipe for small images is refused for larger ones, unless
+ImageNet weights. A network that the flags choose (`--backbone`) is taken from the recipe that has it; any other one
+with ImageNet weights is fine-tuned as a whole, one without them is trained from scratch, and an imported bundle has the
+settings of the default recipe. A named recipe for small images is refused for larger ones, unless
 the flags choose the network or its size.
 
 Contract: the choice depends on the flags and on the data alone, so the same command finds its run again.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from mnist_dist.config import DataConfig, StoreConfig, TrainJob, require
 from mnist_dist.errors import ConfigError
+from mnist_dist.models.backbones import find_backbone
 from mnist_dist.recipes import RECIPE_INFOS, TRAINING_RECIPES
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.sources.look import Look, look_at
@@ -24,7 +26,7 @@ from mnist_dist.store.uris import shown
 
 DEFAULT_TRAINING, DEFAULT_SEARCH = "quickstart", "search-digits"
 FOR_ARRAYS = {("digits",): DEFAULT_TRAINING, ("mnist",): "mnist-cnn-bn"}
-FOR_SMALL_IMAGES = ("folder-cnn-bn",)
+FROM_SCRATCH, FINE_TUNED = "folder-cnn-bn", "folder-fine-tune"
 FOR_PHOTOGRAPHS = ("folder-mobilenet-v2", "folder-vgg16")
 """The first is picked, unless the flags name the backbone of another one."""
 _CHOOSE_NETWORK = frozenset({"backbone", "backbones", "image_size_px", "space"})
@@ -49,7 +51,7 @@ def choose_training(build: Callable[[str | None], TrainJob], *, recipe: str | No
         flags: names of the fields that the user gave.
 
     Raises:
-        ConfigError: no such recipe, or it does not fit the data.
+        ConfigError: no such recipe or backbone, or the recipe does not fit the data.
         DataError: there is no such data.
         ServiceError, StorageError: see `store.base`.
     """
@@ -99,21 +101,28 @@ def _pick(job: TrainJob, flags: Collection[str]) -> tuple[str, str]:
     """The recipe that fits the data, and why."""
     if job.data.data in FOR_ARRAYS:
         return FOR_ARRAYS[job.data.data], f"data set {job.data.data[0]}"
+    backbone = job.model.backbone if "backbone" in flags else None
+    if backbone is not None:
+        find_backbone(backbone)  # A misspelt one is the first thing to say.
     look = look_at(job.data, store=store_for(job.store))
     if look is None:
         raise ConfigError(
             "none of the images that were looked at can be read, so no recipe can be picked; name one: `train RECIPE`."
             f" Received: data={tuple(map(shown, job.data.data[:3]))}"
         )
-    backbone = job.model.backbone if "backbone" in flags else None
     return _recipe_for(look, backbone), str(look) if backbone is None else f"{look}, backbone {shown(backbone)}"
 
 
 def _recipe_for(look: Look, backbone: str | None) -> str:
-    fitting = FOR_SMALL_IMAGES if look.are_small else FOR_PHOTOGRAPHS
     if backbone is None:
-        return fitting[0]
-    return next((name for name in fitting if TRAINING_RECIPES[name]().model.backbone == backbone), DEFAULT_TRAINING)
+        return FROM_SCRATCH if look.are_small else FOR_PHOTOGRAPHS[0]
+    row = find_backbone(backbone)
+    if row.imported is not None:
+        return DEFAULT_TRAINING
+    if row.weights_published is None:
+        return FROM_SCRATCH
+    named = (name for name in FOR_PHOTOGRAPHS if TRAINING_RECIPES[name]().model.backbone == backbone)
+    return next(named, FINE_TUNED)
 
 
 def _fitting(recipe: str) -> str:

@@ -14,7 +14,7 @@ from mnist_dist.errors import BundleError, WeightsError, first_line, suggestion
 from mnist_dist.models.backbones import backbone_size_px, find_backbone, keras_models_folder, published_weights_url
 from mnist_dist.models.bundle import BUNDLE_FILE, read_bundle_info
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.uris import absolute, is_web, parent_of
+from mnist_dist.store.surroundings import what_is_there
 
 NAMED_WEIGHTS = IMAGENET, NONE = ("imagenet", "none")
 FILE_SUFFIXES = (".h5", ".hdf5")
@@ -24,7 +24,6 @@ ALLOWED = (
 )
 ANSWER_S = 5.0
 """How long the server of published weights may take to connect, and to answer, s."""
-_SHOWN_NAMES = 8
 _REASON = re.compile(r"URL fetch failure on \S+: (None -- )?(?P<reason>.+)", re.DOTALL)
 
 
@@ -42,48 +41,20 @@ def check_weights(weights: str, *, backbone: str) -> None:
         return
     if not ANYWHERE.exists(weights):
         raise WeightsError(
-            f"weights for {backbone}: there is no such file or bundle{suggestion(weights, NAMED_WEIGHTS)}; "
-            f"{_what_is_there(weights)}. {ALLOWED}. Received: weights={weights!r}"
+            f"the weights for {backbone} are no file or bundle{suggestion(weights, NAMED_WEIGHTS)}"
+            f"{what_is_there(weights)}. {ALLOWED}. Received: weights={weights!r}"
         )
     if not weights.endswith(FILE_SUFFIXES):
         try:
             read_bundle_info(weights)
         except BundleError as err:
             raise WeightsError(
-                f"weights for {backbone} are neither a .h5 file nor a bundle (a folder with {BUNDLE_FILE}): {err}"
+                f"the weights for {backbone} are neither a .h5 file nor a bundle (a folder with {BUNDLE_FILE}): {err}"
             ) from err
-
-
-def _what_is_there(weights: str) -> str:
-    """What lies beside a missing file, or which of its folders is the first that is missing."""
-    uri = absolute(weights)
-    if is_web(uri):
-        return "its server has no such file"
-    folder, missing = parent_of(uri), uri
-    while (names := _names_in(folder)) is None and parent_of(folder) not in ("", folder):
-        folder, missing = parent_of(folder), folder
-    names = names or []
-    if missing != uri:
-        return f"there is no folder {missing}{suggestion(_name_of(missing), names)}; {folder} has {_some(names)}"
-    return f"{folder} has {_some(names)}{suggestion(_name_of(uri), names)}"
-
-
-def _names_in(folder: str) -> list[str] | None:
-    """The names in a folder without the hidden ones; None: there is no such folder."""
-    try:
-        level = ANYWHERE.list_level(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return sorted(name for name in {*level.folders, *level.files} if not name.startswith("."))
 
 
 def _name_of(uri: str) -> str:
     return uri.rpartition("/")[2]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return (", ".join(names[:_SHOWN_NAMES]) or "no files") + more
 
 
 def check_published_weights(models: Iterable[ModelConfig]) -> None:

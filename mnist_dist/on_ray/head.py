@@ -20,7 +20,7 @@ from mnist_dist.environment import RAY_ADDRESS
 from mnist_dist.errors import ConfigError, first_line
 from mnist_dist.side_thread import SideThread
 
-CONNECT_S, ANSWER_S = 8.0, 8.0
+CONNECT_S, ANSWER_S = 8.0, 15.0
 """How long a head may take to accept a connection, and to answer a call, s."""
 GIVE_UP_S = 25.0
 """How long all questions may take, s: the name of a host may take longer than any of the others."""

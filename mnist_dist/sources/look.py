@@ -16,7 +16,7 @@ from mnist_dist.errors import DataError
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.source import SMALL_SIDE_PX, input_config, open_source, probe_some
-from mnist_dist.store.anywhere import ANYWHERE
+from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.base import Store
 
 LISTED_IMAGES = 1_000
@@ -56,12 +56,13 @@ def look_at(config: DataConfig, *, store: Store = ANYWHERE) -> Look | None:
 
     Raises:
         DataError: there is no such data, or no images.
-        ServiceError, StorageError: see `store.base`.
+        ServiceError, StorageError: see `store.base` and `check_access`.
     """
     inputs = tuple(name for name in config.data if name not in NAMED_ARRAYS)
     if not inputs:
         side_px = 8 if set(config.data) == {_DIGITS} else _OTHER_ARRAYS
         return Look(side_px, side_px, 1)
+    check_access(inputs, store=store)
     try:
         wanted = input_config(DataConfig(data=inputs, image_column=config.image_column))
         listing = list_inputs(wanted, max_images=LISTED_IMAGES, store=store)

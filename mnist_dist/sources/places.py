@@ -146,18 +146,17 @@ def errors_of(name: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as err:
-        raise DataError(f"no permission to list this input: {err}. Received: input={shown(name)!r}") from err
+        raise DataError(f"no permission to list this input: {err}. Received: {shown(name)!r}") from err
     except (OSError, UnicodeDecodeError, pa.ArrowException) as err:
-        raise DataError(f"this input cannot be listed: {first_line(err)}. Received: input={shown(name)!r}") from err
+        raise DataError(f"this input cannot be listed: {first_line(err)}. Received: {shown(name)!r}") from err
 
 
 def not_there(name: str, uri: str, *, store: Store = ANYWHERE) -> DataError:
     """The error for an input that does not exist, which says what does."""
-    known = f"{', '.join(NAMED_ARRAYS)}{suggestion(name, NAMED_ARRAYS)}"
     there = what_is_there(_literal_folder(uri) if _MAGIC.search(name) else uri, store=store)
     return DataError(
-        f"{uri}: there is no such file, folder or prefix, no match for a glob, and no data set of this name ({known})"
-        f"{there}. Received: input={name!r}"
+        f"{uri}: there is no such file, folder or prefix, no match for a glob, and no data set of this name"
+        f"{suggestion(name, NAMED_ARRAYS)}{there}. Received: {name!r}"
     )
 
 

@@ -128,6 +128,7 @@ def check_search(job: SearchJob) -> None:
     Raises:
         ConfigError: for the first setting that is wrong.
     """
+    check_access((*job.data.data, job.data.data_dir), store=store_for(job.store))
     check_access((job.run.storage, *(space.backbone for space in job.backbones if is_imported(space.backbone))))
     check_space(job)
     for space in job.backbones:
