@@ -174,8 +174,8 @@ def folder_vgg16() -> TrainJob:
 
 
 def folder_fine_tune() -> TrainJob:
-    """python -m jobs.train folder-fine-tune --data FOLDER --backbone densenet121: any backbone with ImageNet weights, at
-    its native size: first the head, then all layers."""
+    """python -m jobs.train folder-fine-tune --data FOLDER --backbone densenet121: any backbone with ImageNet weights,
+    at its native size: first the head, then all layers."""
     return replace(
         folder_mobilenet_v2(),
         model=ModelConfig(backbone="resnet50", weights="imagenet", dropout=0.2),
