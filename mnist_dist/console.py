@@ -105,27 +105,33 @@ class Console:
 class _Stderr:
     """Python's stderr of the moment. A job goes on after it is closed or nobody reads it any more (`2>&1 | head`)."""
 
+    @property
+    def _file(self) -> Any:
+        """A progress bar of rich puts a proxy in the place of stderr, which would write to the console that writes
+        here."""
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(text)
+            self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
+            self._file.flush()
 
     def isatty(self) -> bool:
         try:
-            return sys.stderr.isatty()
+            return bool(self._file.isatty())
         except (OSError, ValueError, AttributeError):
             return False
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return int(self._file.fileno())
 
     @property
     def encoding(self) -> str:
-        return getattr(sys.stderr, "encoding", None) or "utf-8"
+        return getattr(self._file, "encoding", None) or "utf-8"
 
 
 class Bar:
