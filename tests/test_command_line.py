@@ -192,7 +192,7 @@ def test_the_help_shows_recipes_and_the_defaults_of_the_one_named(capsys: pytest
         parse("long-run", "--help")
     shown = capsys.readouterr().out
     assert shown.startswith("usage: mnist-dist test [RECIPE] [--flags]\n\nmnist-dist test long-run: more epochs.")
-    assert "  plain     the defaults" in shown
+    assert "\n  plain     python -m jobs.test plain: the defaults.\n" in shown
     assert "Images per step, summed over all workers (the global batch). (default: 7)" in " ".join(shown.split())
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run_command
 
 from mnist_dist import console
 from mnist_dist.console import Console, Stop
@@ -261,13 +260,6 @@ def test_nothing_is_lost_at_the_end(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert json.loads(done.stdout) == {"job": "test", "images": 1}
     assert sorted(done.stderr.splitlines()) == ["ERROR library: logged", "closed", "said by a library"]
-
-
-def test_wrong_flags_end_with_a_json_line_too() -> None:
-    code, result, err = run_command("jobs.train", "quickstart", "--batch-size", "x")
-    assert (code, result["job"], result["error_type"]) == (2, "train", "ConfigError")
-    assert "wrong usage" in result["error"]
-    assert "--batch-size" in err
 
 
 @pytest.mark.parametrize(
