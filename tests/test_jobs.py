@@ -92,7 +92,7 @@ def test_wrong_usage_is_told_before_any_work(tmp_path: Path, flags: tuple[str, .
 def test_a_value_out_of_range_is_told_with_its_flag(flag: str, value: str) -> None:
     code, _, err = run_command("jobs.train", "quickstart", flag, value)
     assert code == 2
-    assert f"Received: {flag.removeprefix('--').replace('-', '_')}=" in " ".join(err.replace("│", " ").split())
+    assert f"Received: {flag} " in err
 
 
 @pytest.mark.parametrize(

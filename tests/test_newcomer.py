@@ -58,7 +58,6 @@ MISTAKES = [
     ("score --bundle b --input s3://bucket/x --output s3://bucket/y", "StorageError", "AWS_ACCESS_KEY_ID"),
     ("evaluate --predictions {here}/tabel", "DataError", "did you mean {here}/table?"),
     ("evaluate --predictions {here}/table --labels {here}/columns.csv", "DataError", "--uri-column filename"),
-    ("evaluate --predictions {here}/table --labels {here}/classes.csv", "DataError", "did you mean cat?"),
     ("search --space {here}/names.csv", "ConfigError", "TOML"),
 ]
 
@@ -84,6 +83,13 @@ def test_labels_by_file_name_end_with_1_and_the_flag_that_matches_them(here: Pat
         "mnist_dist", "evaluate", "--predictions", table, "--labels", labels, "--match", "name"
     )
     assert (code, result["accuracy"]) == (0, 1.0)
+
+
+def test_labels_of_no_class_end_with_1_and_the_class_that_was_meant(here: Path) -> None:
+    table, labels = str(here / "table"), str(here / "classes.csv")
+    code, result, _ = run_command("mnist_dist", "evaluate", "--predictions", table, "--labels", labels)
+    assert (code, result["error_type"]) == (1, "LabelsUnmatched")
+    assert "'cta' (did you mean cat?)" in result["error"]
 
 
 def test_a_dead_address_of_ray_ends_with_2_and_names_the_variable(dead_address: str, tmp_path: Path) -> None:
