@@ -34,8 +34,8 @@ def help_of_job(
         also: an extra paragraph.
     """
     columns, flags = min(shutil.get_terminal_size().columns, MAX_COLUMNS), flags_of(kind)
-    parts = [_usage(flags, command, has_recipes=base is not None), _described(recipes[name], command)]
-    if base is not None:
+    parts = [_usage(flags, command, has_recipes=len(recipes) > 1), _described(recipes[name], command)]
+    if len(recipes) > 1:
         parts.append(_recipes(recipes, default=name))
     if also:
         parts.append(also)
@@ -67,7 +67,7 @@ def _recipes(recipes: Mapping[str, Callable[..., Any]], *, default: str) -> str:
 def _about(name: str, recipe: Callable[..., Any]) -> str:
     info = RECIPE_INFOS.get(name)
     if info is None:
-        return " ".join((inspect.getdoc(recipe) or "").split())
+        return " ".join((inspect.getdoc(recipe) or "").split("\n\n")[0].split())
     return "; ".join(part for part in (info.summary, f"needs {info.needs}", info.takes) if part)
 
 
