@@ -5,10 +5,14 @@ Owns: the two kinds and their arithmetic. Does not own: who draws (`tuning/space
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mnist_dist.config import require
+
+MAX_STEPS = 100
+"""The most values that are counted out of a range, each of which costs features and a measurement of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ class Range:
         if self.step is None:
             return
         require(not self.log, "choose either step or log", step=self.step, log=True)
-        require(self.step > 0, "step must be above 0", step=self.step)
+        require(0 < self.step < math.inf, "step must be above 0", step=self.step)
+        require(
+            (self.high - self.low) / self.step < sys.maxsize, "step is too small for this range", **ends, step=self.step
+        )
         last = self._on_step(self.high)
         require(
             math.isclose(last, self.high),
@@ -71,10 +78,15 @@ class Range:
         """All values of a range with a step.
 
         Raises:
-            ConfigError: it has none, so the values cannot be counted.
+            ConfigError: it has none, so the values cannot be counted; or they are too many.
         """
         require(self.step is not None, "a range needs a step here", low=self.low, high=self.high)
         count = round((self.high - self.low) / (self.step or 1))
+        require(
+            count < MAX_STEPS,
+            f"a range has at most {MAX_STEPS} values here, not {count + 1:,}: take a larger step",
+            step=self.step,
+        )
         return tuple(self._on_step(self.low + place * (self.step or 1)) for place in range(count + 1))
 
     def at_most(self, limit: int) -> "Range | None":

@@ -129,7 +129,9 @@ def _flags_in(text: str, field: str) -> str:
 
 
 def _keywords(received: str) -> dict[str, Any]:
-    """The names and values of `a=1, b='x'`; empty if it is anything else."""
+    """The names and values of `a=1, b='x'`; empty if it is anything else, such as `a = 1` of a file."""
+    if not re.match(r"\w+=", received):
+        return {}
     try:
         call = ast.parse(f"f({received})", mode="eval").body
         keywords = call.keywords if isinstance(call, ast.Call) and not call.args else []

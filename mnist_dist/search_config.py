@@ -148,7 +148,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require(self.grace_steps >= 0, "grace_steps must be 0 or above", grace_steps=self.grace_steps)
-        require(self.like is None or self.algorithm == "tpe", "like needs algorithm='tpe'", algorithm=self.algorithm)
+        knows = self.like is None or self.algorithm == "tpe"
+        require(knows, "like needs --algorithm tpe", like=self.like, algorithm=self.algorithm)
         for name in ("trials", "trial_epochs", "finalists", "finalist_epochs", "fine_tune_epochs"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
         require(self.hours is None or self.hours > 0, "hours must be positive", hours=self.hours)

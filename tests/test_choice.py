@@ -410,8 +410,8 @@ def test_engines_of_a_multi_label_model_are_judged_by_sets(light: Bundle, tmp_pa
     steps.differ = 0.6  # The top class stays at 0.4, and is reached no more.
     for multi_label, agreement in ((False, 1.0), (True, 0.0)):
         bundle = Bundle(light.path, replace(light.info, multi_label=multi_label))
-        flags = {"engine": "openvino", "precision": "bfloat16", "accept_accuracy_loss": 100.0}
-        found = prepare(bundle, tmp_path / str(multi_label), **flags)
+        place = tmp_path / str(multi_label)
+        found = prepare(bundle, place, engine="openvino", precision="bfloat16", accept_accuracy_loss=100.0)
         assert found.check is not None
         assert (found.check.agreement, found.check.accuracy_loss is None) == (agreement, multi_label)
 

@@ -131,6 +131,10 @@ def test_required_flags_that_are_missing_are_named() -> None:
         ("The recipes are plain. Received: 'plian'", "The recipes are plain. Received: 'plian'"),
         ("other. Received: train=0, val=3", "other. Received: train=0, val=3"),
         (
+            "space.toml: batch_size must be at least 1 image. Received: batch_size = 0",
+            "space.toml: batch_size must be at least 1 image. Received: batch_size = 0",
+        ),
+        (
             "limit is a word of this. Received: file with limit=3",
             "limit is a word of this. Received: file with limit=3",
         ),

@@ -78,7 +78,8 @@ def test_what_a_precision_asked_for_by_name_may_lose(
 
 @pytest.mark.parametrize("precision", REDUCED)
 def test_auto_is_stricter_than_a_name(precision: EnginePrecision) -> None:
-    for facts in ({"agreement": 0.994}, {"accuracy_loss": 0.003}):
+    lossy: list[dict[str, Any]] = [{"agreement": 0.994}, {"accuracy_loss": 0.003}]
+    for facts in lossy:
         found = choice(precision=precision, speed=900.0, **facts)
         assert why_refused(found) is None
         assert fastest([found, choice(speed=100.0)]).precision == "float32"
@@ -133,7 +134,7 @@ def test_only_images_that_are_judged_count() -> None:
     labels = np.asarray([0, 1, 2, 2])
     answers = Answers(probabilities=found, labels=labels, source="calibration", images_per_s=7.0, images_per_call=4)
     check = compare(reference, answers, judged=np.asarray([True, True, True, False]))
-    assert (check.images, check.agreement, check.accuracy_loss) == (3, pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert [check.images, check.agreement, check.accuracy_loss] == pytest.approx([3, 2 / 3, 1 / 3])
     same = compare(reference, answers, judged=np.asarray([True, False, True, False]))
     assert (same.images, same.max_abs_difference, same.agreement) == (2, 0.0, 1.0)
 
@@ -195,8 +196,7 @@ def test_a_precision_that_loses_too_much_is_refused_with_what_takes_it(
     with pytest.raises(ConfigError, match=allowed):
         prepare(bundle, tmp_path / "engines", precision=precision, accept_accuracy_loss=42.2)
     console = Recorder()
-    flags = {"precision": precision, "accept_accuracy_loss": 42.3}
-    found = prepare(bundle, tmp_path / "engines", console=console, **flags)
+    found = prepare(bundle, tmp_path / "engines", console=console, precision=precision, accept_accuracy_loss=42.3)
     assert found.precision == precision
     assert console.lines[-1].startswith(f"using openvino {precision} as requested, although the top class of 42.30%")
 
@@ -277,8 +277,7 @@ def test_of_several_labels_per_image_the_sets_are_named(bundle: Bundle, tmp_path
     )
     with pytest.raises(ConfigError, match=expected):
         prepare(several, tmp_path / "engines", precision="bfloat16")
-    console, flags = Recorder(), {"precision": "bfloat16", "accept_accuracy_loss": 3.0}
-    found = prepare(several, tmp_path / "engines", console=console, **flags)
+    found = prepare(several, tmp_path / "engines", precision="bfloat16", accept_accuracy_loss=3.0)
     assert str(found) == "openvino bfloat16 (same predicted classes as Keras for 97.00%)"
     assert found.check is not None
     assert found.check.accuracy_loss is None

@@ -84,5 +84,5 @@ def test_an_earlier_search_that_teaches_nothing_is_refused(
 
 
 def test_only_a_sampler_that_learns_takes_an_earlier_search() -> None:
-    with pytest.raises(ConfigError, match=r"^like needs algorithm='tpe'\. Received: algorithm='random'$"):
+    with pytest.raises(ConfigError, match=r"^like needs --algorithm tpe\. Received: like='first', algorithm='random'$"):
         SearchConfig(like="first", algorithm="random")

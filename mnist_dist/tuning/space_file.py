@@ -16,6 +16,7 @@ learning_rate = [1e-3, 1e-4]                              # its trials draw from
 """
 
 import json
+import math
 import re
 import tomllib
 import types
@@ -28,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, require
 from mnist_dist.distributions import Choice, Distribution, Range
 from mnist_dist.errors import ConfigError, suggestion
 from mnist_dist.models.backbones import BACKBONES
@@ -45,6 +46,8 @@ OF_BACKBONE = ("weights", "alpha", "image_size_px", "pooling", "trained", "cut_p
 PARTS_OF_RANGE = ("low", "high", "step", "log")
 _CONFIGS = (ModelConfig, OptimizerConfig, FitConfig)
 _RECEIVED = re.compile(r"(\w+)=")
+_BARE_KEY = re.compile(r"[\w-]+", re.ASCII)
+_MAX_WHOLE = 2**31 - 1  # The leaderboard has whole numbers of 32 bits.
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,13 @@ class _Setting:
         return value
 
     def _check_range(self, value: Any) -> None:
+        if type(value) is int and value > _MAX_WHOLE:
+            raise ConfigError(f"{self.name} must be at most {_MAX_WHOLE:,}. Received: {_shown(self.name, value)}")
+        require(type(value) is not float or math.isfinite(value), f"{self.name} must be finite", **{self.name: value})
         condition = CONDITIONS.get(self.name)
         needed = {condition.setting: condition.value} if condition and self.config is OptimizerConfig else {}
         if self.config is PhasesConfig:
-            PhasesConfig(learning_rate=(value,))
+            require(value > 0, f"{self.name} must be above 0", **{self.name: value})
         elif self.config is not BackboneSpace:
             self.config(**{self.name: value}, **needed)
 
@@ -138,8 +144,14 @@ class _Setting:
             parts = {name: msgspec.convert(given[name], bool if name == "log" else kind) for name in given}
         except msgspec.ValidationError as err:
             raise ConfigError(f"{self.allowed}; log is true or false. {received}") from err
-        try:
+        with self._named_range(received):
             return Range(**{**parts, "low": self.value(parts["low"]), "high": self.value(parts["high"])})
+
+    @contextmanager
+    def _named_range(self, received: str) -> Iterator[None]:
+        """Puts the setting before the message of an error, and shows the whole range."""
+        try:
+            yield
         except ConfigError as err:
             words = str(err).partition(". Received: ")[0].removeprefix(f"{self.name} ")
             raise ConfigError(f"{self.name}: {words}. {received}") from err
@@ -158,7 +170,8 @@ class _Setting:
                 f"{self.name} takes a list, or a range with a step, as each value has features and a speed of its own. "
                 f"Received: {_shown(self.name, given)}"
             )
-        return distribution.steps()
+        with self._named_range(f"Received: {_shown(self.name, given)}"):
+            return distribution.steps()
 
 
 def _settings() -> dict[str, _Setting]:
@@ -214,10 +227,12 @@ def _read(uri: str) -> dict[str, Any]:
         raise ConfigError(
             f"space names a TOML file (docs/search.md), and there is none. Received: space={uri!r}"
         ) from err
-    except (IsADirectoryError, PermissionError) as err:
+    except OSError as err:
         raise ConfigError(f"space must be a TOML file that can be read: {err}. Received: space={uri!r}") from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ConfigError(f"{uri} is not TOML: {err}") from err
+    except (RecursionError, ValueError) as err:  # tomllib lets them out: too many brackets, or too many digits.
+        raise ConfigError(f"{uri} holds a value that cannot be read: {err}") from err
 
 
 def _stated_space(document: Mapping[str, Any], recipe: SearchSpace) -> SearchSpace:
@@ -244,13 +259,13 @@ def _stated_space(document: Mapping[str, Any], recipe: SearchSpace) -> SearchSpa
 
 def _tables(given: Any) -> Mapping[str, Mapping[str, Any]]:
     """The tables of the backbones, which may be listed by name alone."""
+    received = f"Received: {_shown('backbones', given)}"
     if isinstance(given, list | tuple) and all(isinstance(name, str) for name in given):
+        if len(set(given)) < len(given):
+            raise ConfigError(f"backbones names one twice. {received}")
         given = {name: {} for name in given}
     if not isinstance(given, Mapping) or not given or not all(isinstance(table, Mapping) for table in given.values()):
-        raise ConfigError(
-            "backbones takes a list of names, or a table for each, such as [backbones.cnn]. "
-            f"Received: {_shown('backbones', given)}"
-        )
+        raise ConfigError(f"backbones takes a list of names, or a table for each, such as [backbones.cnn]. {received}")
     return given
 
 
@@ -258,7 +273,8 @@ def _stated_backbone(name: str, table: Mapping[str, Any], recipe: BackboneSpace 
     settings, own, names = _settings(), _of_backbone(), ", ".join((*OF_BACKBONE, *SETTINGS))
     values: dict[str, Any] = {}
     drawn = dict(recipe.drawn) if recipe else {}
-    with _named(f"[backbones.{name}]"):
+    with _named(f"[backbones.{_key(name)}]"):
+        require("\0" not in name, "the name of a backbone has no NUL", backbone=name)
         for key, given in table.items():
             if key in settings:
                 drawn[key] = settings[key].distribution(given)
@@ -268,7 +284,7 @@ def _stated_backbone(name: str, table: Mapping[str, Any], recipe: BackboneSpace 
                 values[key] = own[key].values(given)
             else:
                 hint = suggestion(key, (*OF_BACKBONE, *SETTINGS))
-                raise ConfigError(f"there is no {key}{hint}; there are {names}. Received: {_shown(key, given)}")
+                raise ConfigError(f"there is no {_key(key)}{hint}; there are {names}. Received: {_shown(key, given)}")
     if recipe is None:  # What nobody trained is not kept frozen.
         whole = values.get("weights", UNSET) == UNSET and name in BACKBONES
         values = {"trained": ("all",) if whole else ("head",), **values}
@@ -319,12 +335,17 @@ def _unknown(name: str) -> str:
     if name != "backbone" and name in {field.name for config in _CONFIGS for field in fields(config)}:
         return f"{name} is the same for all trials of a search, and no part of the space"
     names = ("backbones", *SETTINGS)
-    return f"there is no {name}{suggestion(name, names)}; there are {', '.join(names)}"
+    return f"there is no {_key(name)}{suggestion(name, names)}; there are {', '.join(names)}"
 
 
 def _shown(name: str, value: Any) -> str:
     """A key and its value, as in the file."""
-    return f"{name} = {_in_toml(value)}"
+    return f"{_key(name)} = {_in_toml(value)}"
+
+
+def _key(name: str) -> str:
+    """A key as TOML writes it: in quotes, unless it is a plain word."""
+    return name if _BARE_KEY.fullmatch(name) else json.dumps(name)
 
 
 def _in_toml(value: Any) -> str:
@@ -344,3 +365,5 @@ def _named(place: str) -> Iterator[None]:
         words, received, value = str(err).partition("Received: ")
         value = _RECEIVED.sub(r"\1 = ", value)
         raise ConfigError(f"{place}: {words}{received}{value}") from err
+    except RecursionError as err:
+        raise ConfigError(f"{place}: tables or lists are nested too deeply") from err
