@@ -176,3 +176,9 @@ def test_records_of_small_images_keep_no_thumbnails(tmp_path: Path) -> None:
     finish(plan, source)
     assert read_thumbnails(plan) is None
     assert not list(tmp_path.rglob(records._THUMBNAILS))
+
+
+def test_of_very_many_images_a_sample_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "MAX_COMPARED", 3)
+    assert near_duplicates._compared(np.arange(10, 20)).tolist() == [10, 14, 19]
+    assert near_duplicates._compared(np.arange(3)).tolist() == [0, 1, 2]
