@@ -49,7 +49,7 @@ def in_memory(*names: str) -> Anywhere:
     ("name", "said"),
     [
         ("photso", "{0} holds photos/, labels.csv (did you mean {0}/photos?)"),
-        ("Photos", "{0} holds photos/, labels.csv (did you mean {0}/photos?)"),
+        ("PHOTOS", "{0} holds photos/, labels.csv (did you mean {0}/photos?)"),
         ("photso/cat", "{0} holds photos/, labels.csv (did you mean {0}/photos/cat?)"),
         ("photso/cow", "{0} holds photos/, labels.csv (did you mean {0}/photos?)"),
         ("label.csv", "{0} holds photos/, labels.csv (did you mean {0}/labels.csv?)"),

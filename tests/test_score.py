@@ -1228,7 +1228,7 @@ def test_two_jobs_on_one_output_are_refused(table: ScoreJob) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"output": "{photos}/table"}, ConfigError, r"outside of the input .*photos'\. Received: output="),
+        ({"output": "{photos}/table"}, ConfigError, r"outside of the input .*--output .*photos-predictions\. Rec"),
         ({"output": "{photos}"}, ConfigError, r"outside of the input"),
         ({"output": "{photos}/00.png"}, ConfigError, r"outside of the input"),
         ({"output": "{tmp}/file/table"}, StorageError, r"cannot be written: .*Received: '.*file/table'"),
