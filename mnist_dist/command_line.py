@@ -54,7 +54,8 @@ def parse(
         SystemExit: 0 after `--help`.
     """
     arguments = list(argv)
-    name = default if not arguments or arguments[0].startswith("-") else arguments.pop(0)
+    is_named = len(recipes) > 1 and bool(arguments) and not arguments[0].startswith("-")
+    name = arguments.pop(0) if is_named else default
     recipe = find_recipe(recipes, name)
     base = None if isinstance(recipe, type) else recipe()
     kind = cast(type[Job], recipe if base is None else type(base))

@@ -226,7 +226,7 @@ def test_a_bundle_of_another_architecture_names_the_first_difference(tmp_path: P
 
 
 def test_weights_that_are_missing_or_nothing_of_the_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no such file or bundle; .* Allowed are imagenet, none, .*'nowhere.h5'"):
+    with pytest.raises(WeightsError, match=r"are no file or bundle; .* Allowed are imagenet, none, .*'nowhere.h5'"):
         build(weights="nowhere.h5")
     with pytest.raises(WeightsError, match=r"neither a .h5 file nor a bundle .*bundle.json"):
         build(weights=str(tmp_path))

@@ -105,9 +105,7 @@ def test_required_flags_that_are_missing_are_named() -> None:
     with pytest.raises(ConfigError, match=r"^required and missing: --bundle, --input \(mnist-dist score --help"):
         command_line.parse({"score": ScoreJob}, command="mnist-dist score", default="score", argv=["--output", "o"])
     with pytest.raises(ConfigError, match=r"^required and missing: SOURCE \(mnist-dist import --help"):
-        command_line.parse(
-            {"import": ImportJob}, command="mnist-dist import", default="import", argv=["import", "--output", "o"]
-        )
+        command_line.parse({"import": ImportJob}, command="mnist-dist import", default="import", argv=["--output", "o"])
 
 
 @pytest.mark.parametrize(
@@ -152,6 +150,11 @@ def test_messages_show_settings_as_they_are_typed(message: str, shown: str) -> N
         ("train --batch-size 0", "--batch-size must be at least 1 image. Received: --batch-size 0"),
         ("train --list --stroage x", "there is no flag of that name (did you mean --storage?). Received: --stroage"),
         ("score", "required and missing: --bundle, --output, --input (mnist-dist score --help describes them)"),
+        ("score photos", "required and missing: --bundle, --output, --input (mnist-dist score --help describes them)"),
+        (
+            "doctor photos",
+            "an argument without a flag is not expected here (mnist-dist doctor --help). Received: photos",
+        ),
         ("--completion ksh", "there is a completion for bash and zsh. Received: 'ksh'"),
     ],
 )

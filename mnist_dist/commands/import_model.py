@@ -10,7 +10,7 @@ from mnist_dist.import_config import ImportJob
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     """Parses the command line, imports and says what to do with the bundle; returns the job's JSON keys."""
-    _, job = command_line.parse({"import": ImportJob}, argv=["import", *arguments], command=program, default="import")
+    _, job = command_line.parse({"import": ImportJob}, argv=arguments, command=program, default="import")
     shown = console.Console(verbose=job.verbose)
     console.quiet(verbose=job.verbose)
     from mnist_dist.importing.import_model import import_model
