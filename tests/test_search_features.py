@@ -127,3 +127,18 @@ def test_a_resumed_search_knows_what_an_earlier_one_found_though_that_is_deleted
     console = Recorder()
     assert search(job, recipe="test", console=console)["trials"] == 3
     assert any(line == f"known from {tmp_path / 'first'}: 2 trials" for line in console.lines)
+
+
+def test_what_an_earlier_search_found_with_batches_that_do_not_fit_is_left_out(tmp_path: Path) -> None:
+    def with_batches(name: str, *, limit: int, sizes: tuple[int, ...], **fields: Any) -> SearchJob:
+        job = small_search(tmp_path, MLP, run={"name": name, "concurrent_trials": 1}, **fields)
+        return replace(job, data=DataConfig(limit=limit), space=replace(job.space, batch_size=sizes))
+
+    search(with_batches("first", limit=600, sizes=(30, 40, 300), trials=8), recipe="test", console=Recorder())
+    tried = [trial.params["batch_size"] for trial in records(tmp_path, "first").values()]
+    assert 0 < tried.count(300) < 8
+    console = Recorder()
+    job = with_batches("second", limit=200, sizes=(30, 40, 300), trials=1, like="first")
+    assert search(job, recipe="test", console=console)["trials"] == 1
+    known = f"known from {tmp_path / 'first'}: {8 - tried.count(300)} trials; {tried.count(300)} more lie outside"
+    assert any(line.startswith(known) for line in console.lines)
