@@ -15,7 +15,7 @@ import pytest
 from harness import Recorder, private_ray
 
 from mnist_dist.config import DataConfig
-from mnist_dist.errors import Interrupted
+from mnist_dist.errors import Interrupted, WorkersFailed
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
 from mnist_dist.tuning.trials import Trial, TrialRecords
@@ -117,6 +117,15 @@ def test_the_hours_count_over_resumes(tmp_path: Path) -> None:
     result = search(job, recipe="test", console=console)
     assert result["trials"] == len(records(tmp_path)) < 30
     assert any(line == "time: 0.0 s of 60.0 min left, finalists included" for line in console.lines)
+
+
+def test_hours_that_end_before_any_trial_has_a_result_say_so_though_one_was_begun(tmp_path: Path) -> None:
+    job = small_search(tmp_path, MOBILENET, trials=3, hours=1.0)
+    interrupted(job, when=lambda: records(tmp_path))
+    (spent,) = tmp_path.glob("run/spent-*.json")
+    spent.write_text(json.dumps({"seconds": 3600.0}))
+    with pytest.raises(WorkersFailed, match=r"^The time \(--hours 1\) ran out before a trial had a result"):
+        search(job, recipe="test", console=Recorder())
 
 
 def test_a_resumed_search_knows_what_an_earlier_one_found_though_that_is_deleted(tmp_path: Path) -> None:

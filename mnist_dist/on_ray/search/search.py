@@ -446,10 +446,10 @@ class Search:
             shown = "; ".join(f"{count} x {words}" for words, count in errors[:NAMED_ERRORS])
             raise WorkersFailed(
                 f"None of the {len(known)} trials succeeded: {shown}"
-                if known
-                else f"The time (--hours {self.job.search.hours:g}) ran out before the first trial; it counts over all "
-                "runs of this command. Take another --name and more --hours; decoded images and computed features are "
-                "kept."
+                if errors
+                else f"The time (--hours {self.job.search.hours:g}) ran out before a trial had a result; it counts "
+                "over all runs of this command. Take another --name and more --hours; decoded images and computed "
+                "features are kept."
             )
         return known
 
