@@ -192,7 +192,9 @@ def test_a_search_whose_trials_all_fail_counts_their_distinct_errors_and_runs_no
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
 def test_a_budget_that_ends_before_the_first_trial_says_so(tmp_path: Path) -> None:
-    with pytest.raises(WorkersFailed, match=r"The time \(--hours 1e-09\) ran out before the first trial") as caught:
+    with pytest.raises(
+        WorkersFailed, match=r"The time \(--hours 1e-09\) ran out before a trial had a result"
+    ) as caught:
         search(small_search(tmp_path, hours=1e-9), recipe="test", console=Recorder())
     assert caught.value.exit_code == 1
     assert records(tmp_path) == {}

@@ -15,7 +15,7 @@ import pytest
 from harness import Recorder, private_ray
 
 from mnist_dist.config import DataConfig
-from mnist_dist.errors import Interrupted
+from mnist_dist.errors import Interrupted, WorkersFailed
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
 from mnist_dist.tuning.trials import Trial, TrialRecords
@@ -119,6 +119,15 @@ def test_the_hours_count_over_resumes(tmp_path: Path) -> None:
     assert any(line == "time: 0.0 s of 60.0 min left, finalists included" for line in console.lines)
 
 
+def test_hours_that_end_before_any_trial_has_a_result_say_so_though_one_was_begun(tmp_path: Path) -> None:
+    job = small_search(tmp_path, MOBILENET, trials=3, hours=1.0)
+    interrupted(job, when=lambda: records(tmp_path))
+    (spent,) = tmp_path.glob("run/spent-*.json")
+    spent.write_text(json.dumps({"seconds": 3600.0}))
+    with pytest.raises(WorkersFailed, match=r"^The time \(--hours 1\) ran out before a trial had a result"):
+        search(job, recipe="test", console=Recorder())
+
+
 def test_a_resumed_search_knows_what_an_earlier_one_found_though_that_is_deleted(tmp_path: Path) -> None:
     search(small_search(tmp_path, MLP, trials=2, run={"name": "first"}), recipe="test", console=Recorder())
     job = small_search(tmp_path, MLP, trials=3, seed=3, like="first", run={"concurrent_trials": 1})
@@ -127,3 +136,18 @@ def test_a_resumed_search_knows_what_an_earlier_one_found_though_that_is_deleted
     console = Recorder()
     assert search(job, recipe="test", console=console)["trials"] == 3
     assert any(line == f"known from {tmp_path / 'first'}: 2 trials" for line in console.lines)
+
+
+def test_what_an_earlier_search_found_with_batches_that_do_not_fit_is_left_out(tmp_path: Path) -> None:
+    def with_batches(name: str, *, limit: int, sizes: tuple[int, ...], **fields: Any) -> SearchJob:
+        job = small_search(tmp_path, MLP, run={"name": name, "concurrent_trials": 1}, **fields)
+        return replace(job, data=DataConfig(limit=limit), space=replace(job.space, batch_size=sizes))
+
+    search(with_batches("first", limit=600, sizes=(30, 40, 300), trials=8), recipe="test", console=Recorder())
+    tried = [trial.params["batch_size"] for trial in records(tmp_path, "first").values()]
+    assert 0 < tried.count(300) < 8
+    console = Recorder()
+    job = with_batches("second", limit=200, sizes=(30, 40, 300), trials=1, like="first")
+    assert search(job, recipe="test", console=console)["trials"] == 1
+    known = f"known from {tmp_path / 'first'}: {8 - tried.count(300)} trials; {tried.count(300)} more lie outside"
+    assert any(line.startswith(known) for line in console.lines)

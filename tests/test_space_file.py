@@ -13,9 +13,10 @@ from harness import run_command
 
 from mnist_dist.api import search
 from mnist_dist.command_line import given_fields
-from mnist_dist.config import TrainJob
+from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.distributions import Choice, Range
 from mnist_dist.errors import ConfigError
+from mnist_dist.on_ray.search.dry_run import _in_small
 from mnist_dist.recipes import search_digits, search_mnist
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.store.anywhere import ANYWHERE
@@ -443,10 +444,12 @@ def test_a_forecast_adds_up_the_parts() -> None:
 
 
 def test_a_forecast_ends_with_the_hours() -> None:
-    job = replace(TWO, search=replace(TWO.search, hours=100 / 3600))
+    job = replace(TWO, search=replace(TWO.search, hours=300 / 3600))
     found = forecast(job, costs(features_s={}), concurrent=1, at_once=1)
-    assert found.parts["trials"] == pytest.approx(97)
-    assert found.trials_at_most_s == pytest.approx(97)
+    assert found.parts["finalists"] == pytest.approx(120)
+    assert found.parts["trials"] == pytest.approx(177)  # The hours include the finalists.
+    assert found.trials_at_most_s == pytest.approx(177)
+    assert found.seconds == pytest.approx(300 + 4)
 
 
 def test_early_stopping_shortens_the_mean_trial_and_more_so_of_many() -> None:
@@ -462,6 +465,33 @@ def test_early_stopping_shortens_the_mean_trial_and_more_so_of_many() -> None:
         < found.trials_at_most_s
         == forecast(TWO, costs(), concurrent=1, at_once=1).parts["trials"]
     )
+
+
+def test_each_way_to_stop_trials_early_shortens_the_mean_trial_but_none_within_the_grace_period() -> None:
+    search = replace(TWO.search, trials=2_000)
+    asha, hyperband, median = (
+        mean_epochs(replace(search, scheduler=scheduler)) for scheduler in ("asha", "hyperband", "median")
+    )
+    assert asha < hyperband < 9
+    assert median < 9
+    for scheduler in ("asha", "hyperband", "median"):
+        epochs = [mean_epochs(replace(search, scheduler=scheduler), grace_epochs=grace) for grace in (1, 5, 10, 50)]
+        assert 1 < epochs[0] < epochs[1] < epochs[2] == epochs[3] == 10
+        assert epochs[1] > 5
+
+
+def test_a_forecast_knows_the_grace_period() -> None:
+    job = replace(TWO, search=replace(TWO.search, scheduler="asha"))
+    short, long = (forecast(job, costs(), concurrent=1, at_once=1, grace_epochs=epochs) for epochs in (1, 10))
+    assert short.parts["trials"] < short.trials_at_most_s == long.parts["trials"] == long.trials_at_most_s
+
+
+def test_a_dry_run_takes_as_many_images_as_a_batch_needs_whatever_the_fractions() -> None:
+    data = DataConfig(validation_fraction=0.3, test_fraction=0.35)
+    small, images = _in_small(replace(search_digits(), data=data, space=replace(TWO.space, batch_size=(4_000,))), "")
+    assert images == 4_000
+    assert small.data.limit is not None
+    assert small.data.limit * (1 - 0.3 - 0.35) >= 4_000
 
 
 # --- real ones -------------------------------------------------------------------------------------------------------

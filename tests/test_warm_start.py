@@ -4,11 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from harness import Recorder
 
 from mnist_dist.errors import ConfigError
+from mnist_dist.on_ray.search.dry_run import dry_run
+from mnist_dist.on_ray.search.plan import plan_search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
-from mnist_dist.tuning.space import Proposer
+from mnist_dist.tuning.space import Proposer, fit_batches
 from mnist_dist.tuning.trials import Trial, TrialRecords
 from mnist_dist.tuning.warm_start import read_warm_start
 
@@ -63,6 +67,31 @@ def test_trials_outside_of_the_new_space_are_left_out_and_counted(storage: Path)
     assert len(known.results) + known.outside == len(every.results)
     assert known.outside > 0
     assert f"{known.outside} more lie outside of this space" in str(known)
+
+
+def test_trials_with_batches_above_the_images_are_left_out_before_the_sampler_learns(storage: Path) -> None:
+    job = searched(storage, like="first")
+    known = read_warm_start(job)
+    first, *rest = known.results
+    large = replace(first, params={**first.params, "batch_size": 256})
+    fitting, _ = fit_batches(job, images=200)
+    left = replace(known, results=(large, *rest)).within(fitting)
+    assert (left.results, left.outside) == (tuple(rest), 1)
+    Proposer(fitting, earlier=left.results).propose(0)
+    with pytest.raises(ConfigError, match=r"^none of the 4 finished trials .*drop --like\. Received: like='first'$"):
+        left.within(replace(job, space=replace(job.space, batch_size=(17,))))
+
+
+@pytest.mark.parametrize("rehearse", [plan_search, dry_run])
+def test_a_plan_and_a_dry_run_refuse_an_earlier_search_that_is_none(storage: Path, rehearse: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^--like needs the folder of a search .*second has none"):
+        rehearse(searched(storage, like="second"), recipe="test", console=Recorder())
+
+
+def test_nothing_of_the_sampler_is_logged(storage: Path) -> None:
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    read_warm_start(searched(storage, like="first"))
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ from mnist_dist.search_config import SearchConfig, SearchJob
 from mnist_dist.tuning.space import architectures_of
 
 REDUCTION = 3
-"""asha: one in this many trials that reach a rung continues; the first rung is at this to the power of -2."""
+"""asha, hyperband: one in this many trials that reach a rung continues, as in Li et al. 2018 (arXiv:1810.05934). The
+first rung is at this to the power of -2."""
+MIN_SAMPLES = 3
+"""median: the other trials that must have reached the epoch."""
 Way = tuple[str, str]
 """An architecture's name, and how it is trained: `head`, `fine-tune` or `all`."""
 
@@ -73,28 +76,54 @@ def chances(job: SearchJob) -> dict[Way, float]:
     return found
 
 
-def mean_epochs(search: SearchConfig) -> float:
-    """Epochs of a mean trial. With asha: of trials whose order of merit is random, and the same in each epoch."""
-    most = search.trial_epochs
-    if search.scheduler != "asha":
-        return float(most)
-    first = max(1, most // REDUCTION**2)
-    rungs = [first * REDUCTION**power for power in range(math.ceil(math.log(most / first, REDUCTION)))]
-    reached: dict[int, list[float]] = {rung: [] for rung in rungs}
+def mean_epochs(search: SearchConfig, *, grace_epochs: int = 0) -> float:
+    """Epochs of a mean trial, if the order of merit of the trials is random, and the same in each epoch.
+
+    Args:
+        search: decides which trials are stopped early.
+        grace_epochs: no trial is stopped before this epoch.
+    """
+    rules = [_compared_after(epochs, grace_epochs, search) for epochs in _rungs(search)]
+    sizes = np.array([REDUCTION**place / (place + 1) for place in reversed(range(len(rules)))])
+    random = np.random.default_rng(0)
+    merits, chosen = random.random(search.trials), random.choice(len(rules), search.trials, p=sizes / sizes.sum())
+    is_median = search.scheduler == "median"
+    percentile, needed = (50.0, MIN_SAMPLES) if is_median else (100 * (1 - 1 / REDUCTION), 1)
     total = 0
-    for merit in np.random.default_rng(0).random(search.trials):
-        stopped = None
-        for rung, merits in reached.items():
-            is_behind = bool(merits) and merit < np.percentile(merits, 100 * (1 - 1 / REDUCTION))
-            merits.append(float(merit))
+    for merit, rule in zip(merits, chosen, strict=True):
+        total += search.trial_epochs
+        for epoch, others in rules[rule].items():
+            is_behind = len(others) >= needed and merit < np.percentile(others, percentile)
+            others.append(float(merit))
             if is_behind:
-                stopped = rung
+                total += epoch - search.trial_epochs
                 break
-        total += stopped or most
     return total / search.trials
 
 
-def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int) -> SearchForecast:
+def _rungs(search: SearchConfig) -> list[list[int]]:
+    """For each rule that a trial may follow: after which epochs it may be stopped."""
+    first = max(1, search.trial_epochs // REDUCTION**2)
+    powers = math.log(search.trial_epochs / first, REDUCTION)
+    rungs = [first * REDUCTION**power for power in range(math.ceil(powers))]
+    match search.scheduler:
+        case "none":
+            return [[]]
+        case "median":
+            return [[1]]
+        case "asha":
+            return [rungs]
+        case "hyperband":
+            return [rungs[place:] for place in range(1 + int(powers + 1e-9))]
+
+
+def _compared_after(epochs: list[int], grace_epochs: int, search: SearchConfig) -> dict[int, list[float]]:
+    """The epochs after which trials are compared, each with the merits that were seen there."""
+    later = sorted({max(epoch, grace_epochs) for epoch in epochs})
+    return {epoch: [] for epoch in later if epoch < search.trial_epochs}
+
+
+def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int, grace_epochs: int = 0) -> SearchForecast:
     """Forecasts a search.
 
     Args:
@@ -102,6 +131,7 @@ def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int) -> 
         costs: what its parts cost.
         concurrent: how many trials run at the same time.
         at_once: how many finalists do.
+        grace_epochs: no trial is stopped early before this epoch.
     """
     likely, trials = chances(job), job.search.trials
     rounds = math.ceil(trials / concurrent)
@@ -116,12 +146,13 @@ def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int) -> 
     parts = {
         "decoding": costs.decoding_s,
         "features": features_s,
-        "trials": all_trials_s(mean_epochs(job.search)),
+        "trials": all_trials_s(mean_epochs(job.search, grace_epochs=grace_epochs)),
         "finalists": math.ceil(finalists / at_once) * mean_finalist_s,
     }
     at_most_s = all_trials_s(job.search.trial_epochs)
     if job.search.hours is not None:
-        left_s = max(0.0, job.search.hours * 3600 - costs.start_s - costs.decoding_s - features_s)
+        others_s = costs.start_s + sum(seconds for name, seconds in parts.items() if name != "trials")
+        left_s = max(0.0, job.search.hours * 3600 - others_s)
         parts["trials"], at_most_s = min(parts["trials"], left_s), min(at_most_s, left_s)
     seconds = costs.start_s + sum(parts.values()) + costs.test_s
     return SearchForecast(parts=parts, trials_at_most_s=at_most_s, seconds=seconds)

@@ -415,6 +415,7 @@ class KnownResult:
 
 def is_in_space(params: Params, job: SearchJob) -> bool:
     """Whether a space could have given these values: the same parameters, each with a value that may be drawn."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     study.enqueue_trial(params)
     with warnings.catch_warnings():

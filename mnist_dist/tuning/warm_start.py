@@ -7,7 +7,7 @@
 The number is that of `run-000017.json`. A resumed search reads this file, and never the earlier search again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mnist_dist.config import require
 from mnist_dist.errors import ConfigError
@@ -33,6 +33,21 @@ class WarmStart:
         left_out = f"; {self.outside} more lie outside of this space" if self.outside else ""
         return f"known from {self.search}: {len(self.results)} trials{left_out}"
 
+    def within(self, job: SearchJob) -> "WarmStart":
+        """What of it the space of a search holds.
+
+        Raises:
+            ConfigError: nothing.
+        """
+        inside = tuple(result for result in self.results if is_in_space(result.params, job))
+        outside = self.outside + len(self.results) - len(inside)
+        if not inside:
+            raise ConfigError(
+                f"none of the {outside} finished trials of {self.search} lies in the space of this search, which can "
+                f"learn nothing from them; drop --like. Received: like={job.search.like!r}"
+            )
+        return replace(self, results=inside, outside=outside)
+
 
 def warm_start_name(number: int) -> str:
     """The name of the file in the folder of a search that was begun under a lock of this number."""
@@ -55,18 +70,12 @@ def read_warm_start(job: SearchJob) -> WarmStart:
         f"--like needs the folder of a search with finished trials; {uri} has none (`search --list` shows searches)",
         like=job.search.like,
     )
-    inside = [trial for trial in finished if is_in_space(trial.params, job)]
-    if not inside:
-        raise ConfigError(
-            f"none of the {len(finished)} finished trials of {uri} lies in the space of this search, which can learn "
-            f"nothing from them; drop --like. Received: like={job.search.like!r}"
-        )
     results = [
         KnownResult(params=trial.params, val_accuracy=trial.val_accuracy)
-        for trial in sorted(inside, key=lambda trial: trial.number)
+        for trial in sorted(finished, key=lambda trial: trial.number)
         if trial.val_accuracy is not None
     ]
-    return WarmStart(search=uri, results=tuple(results), outside=len(finished) - len(inside))
+    return WarmStart(search=uri, results=tuple(results), outside=0).within(job)
 
 
 def _uri(like: str, *, storage: str) -> str:

@@ -3,6 +3,7 @@
 Owns: what makes it small, and the judgement. Does not own: the search (`search.py`).
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from mnist_dist.store.uris import join
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.space import describe, drawn_for, one_of_each
 from mnist_dist.tuning.trials import TrialRecords
+from mnist_dist.tuning.warm_start import read_warm_start
 
 
 def dry_run(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def dry_run(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """
     began_at = time.time()
     check_search(job)
+    if job.search.like is not None:
+        read_warm_start(job)
     ANYWHERE.check_writable(job.run.storage)
     with scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="dry-run") as scratch:
         small, images = _in_small(job, scratch)
@@ -61,7 +65,8 @@ def _in_small(job: SearchJob, scratch: str) -> tuple[SearchJob, int]:
     """The search with a step in each epoch, and the number of images for that."""
     small = one_of_each(job, batch_of=min, epochs=1)
     images = max(drawn_for(small, each)["batch_size"][1].grid()[0] for each in small.backbones)
-    most = max(DRY_RUN_IMAGES, 2 * images)
+    training_fraction = 1 - job.data.validation_fraction - job.data.test_fraction
+    most = max(DRY_RUN_IMAGES, math.ceil(2 * images / training_fraction))
     data = replace(job.data, limit=min(job.data.limit or most, most))
     return replace(small, data=data, run=replace(job.run, storage=scratch, name="dry-run", dry_run=False)), images
 

@@ -16,12 +16,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from mnist_dist.on_ray.search.trial import ACCURACY, EPOCHS, REPORT
 from mnist_dist.search_config import SearchJob
+from mnist_dist.tuning.planning import MIN_SAMPLES, REDUCTION
 from mnist_dist.tuning.trials import Trial
-
-REDUCTION = 3
-"""One in this many trials that reach a rung continues, as in Li et al. 2018 (arXiv:1810.05934)."""
-MIN_SAMPLES = 3
-"""median: the other trials that must have reached the epoch."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ compiles the step. The sample is repeated to the number of images that there wil
 it takes to measure it.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,8 +61,18 @@ from mnist_dist.training.host import Position
 from mnist_dist.training.planning import EpochTimes, TimedHost, forecast_phases
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.planning import Costs, SearchForecast, TrialCost, Way, forecast
-from mnist_dist.tuning.space import GridDraw, Params, architecture_of, fit_batches, middle, one_of_each, train_job
+from mnist_dist.tuning.space import (
+    GridDraw,
+    Params,
+    architecture_of,
+    fit_batches,
+    middle,
+    one_of_each,
+    smallest_batch,
+    train_job,
+)
 from mnist_dist.tuning.trials import Trial
+from mnist_dist.tuning.warm_start import read_warm_start
 
 MAX_SAMPLE = 8_192
 ENOUGH_S = 1.0  # if the steps of an epoch take less, it is measured again with more steps
@@ -90,6 +101,8 @@ def plan_search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, A
     """
     began_at = started_at(console)
     check_search(job)
+    if job.search.like is not None:
+        read_warm_start(job)
     source = open_data(job.data, console=console, store=store_for(job.store))
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,
@@ -152,7 +165,9 @@ class _Plan:
         )
         room = self._resources.room(self._per_finalist.cpus, gpus=float(self._per_finalist.gpu))
         at_once = max(1, room // self._per_finalist.workers)
-        found = forecast(self._job, costs, concurrent=concurrent, at_once=at_once)
+        steps_per_epoch = max(1, self._sizes.train // smallest_batch(self._small))
+        grace_epochs = math.ceil(self._job.search.grace_steps / steps_per_epoch)
+        found = forecast(self._job, costs, concurrent=concurrent, at_once=at_once, grace_epochs=grace_epochs)
         self._report(found, costs, concurrent=concurrent)
         return {
             "plan": True,
@@ -302,9 +317,8 @@ class _Plan:
         for name in ("decoding", "features"):
             if found.parts[name]:
                 line(f"{name}: {duration(found.parts[name])}, once")
-        early = f" (at most {duration(found.trials_at_most_s)}, if none is stopped early)" * (
-            search.scheduler != "none"
-        )
+        at_most = f" (at most {duration(found.trials_at_most_s)}, if none is stopped early)"
+        early = at_most if found.trials_at_most_s > found.parts["trials"] else ""
         line(f"trials: {search.trials}, {concurrent} at a time: {duration(found.parts['trials'])}{early}")
         line(f"finalists: {search.finalists}: {duration(found.parts['finalists'])}")
         line(f"bottleneck: {found.bottleneck}")

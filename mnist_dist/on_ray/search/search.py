@@ -299,10 +299,6 @@ class Search:
             replace(facts, records="-".join(key[:16] for key in keys)), fence=self.session.fence.number
         )
         self.console.line(f"{'Searching' if is_new else 'Resuming'} {self.run.uri}, on {resources}")
-        if self._warm_start is not None:
-            self.console.line(str(self._warm_start))
-            if is_new:
-                self.run.write(warm_start_name(self.session.fence.number), self._warm_start)
         by_key = {listed.plan.cache.key: listed for listed in plans.values()}
         decoded = {key: decode(listed, job.data, self.session) for key, listed in by_key.items()}
         of_each = {name: decoded[listed.plan.cache.key] for name, listed in plans.items()}
@@ -312,6 +308,7 @@ class Search:
         self.job, left_out = fit_batches(job, images=len(splits.train))
         for line in left_out:
             self.console.line(line)
+        self._keep_warm_start(is_new=is_new)
         features = self._plan_features(of_each, splits, resources=resources)
         return SearchData(decoded=of_each, features=features, splits=splits)
 
@@ -326,6 +323,19 @@ class Search:
         is_begun = self.run.compare(facts)
         kept = self.run.read(warm_start_name(self.run.begun_by_number()), WarmStart) if is_begun else None
         return kept or read_warm_start(self.job)
+
+    def _keep_warm_start(self, *, is_new: bool) -> None:
+        """Keeps what the sampler knows, before the first trial. Without batch sizes the space may hold less of it.
+
+        Raises:
+            ConfigError: it holds nothing of it.
+        """
+        if self._warm_start is None:
+            return
+        self._warm_start = self._warm_start.within(self.job)
+        self.console.line(str(self._warm_start))
+        if is_new:
+            self.run.write(warm_start_name(self.session.fence.number), self._warm_start)
 
     def _plan_features(
         self, decoded: Mapping[str, DecodedData], splits: Splits, *, resources: Resources
@@ -437,10 +447,10 @@ class Search:
             shown = "; ".join(f"{count} x {words}" for words, count in errors[:NAMED_ERRORS])
             raise WorkersFailed(
                 f"None of the {len(known)} trials succeeded: {shown}"
-                if known
-                else f"The time (--hours {self.job.search.hours:g}) ran out before the first trial; it counts over all "
-                "runs of this command. Take another --name and more --hours; decoded images and computed features are "
-                "kept."
+                if errors
+                else f"The time (--hours {self.job.search.hours:g}) ran out before a trial had a result; it counts "
+                "over all runs of this command. Take another --name and more --hours; decoded images and computed "
+                "features are kept."
             )
         return known
 
