@@ -211,7 +211,7 @@ class Conversion:
             float32_share: share of the convolutions, the first ones, that stay in float32, 0-1.
 
         Returns:
-            How many convolutions stay in float32: 0 of a model that has none.
+            How many convolutions stay in float32. 0 although some should: the model has none, and nothing is made.
         """
         step = partial(_quantize, self._model(), uri, target, float32_share)
         kept: int = run_step(step, title="openvino int8", session=self.session)
@@ -336,6 +336,8 @@ def _quantize(bundle: Bundle, uri: str, target: Path, float32_share: float, repo
     with local_folder(uri) as source:
         model = openvino_core().read_model(source / FORMATS["openvino"].file)
         names = _first_convolutions(model, float32_share)
+        if float32_share and not names:
+            return 0
         ignored = nncf.IgnoredScope(names=names)
         quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images), ignored_scope=ignored)
     target.mkdir()
