@@ -269,7 +269,7 @@ def test_an_onnx_bundle_is_quantized(tmp_path: Path, steps: Steps, batch_size: i
     if importlib.util.find_spec("nncf") is None:
         pytest.skip("needs nncf (pip install -e '.[export]'); runs where it is installed")
     bundle = small_bundle(tmp_path / "bundle", batch_size=batch_size)
-    found = prepare(bundle, tmp_path / "engines", precision="int8")
+    found = prepare(bundle, tmp_path / "engines", precision="int8", accept_accuracy_loss=100.0)
     assert found.check is not None
     assert found.check.agreement > 0.6  # by chance 0.3: the largest class has as many images
     assert found.check.max_abs_difference > 1e-4

@@ -146,21 +146,41 @@ IMAGES, JUDGED = 1_300, 1_000
 
 
 class Steps(FakeSteps):
-    """Steps whose reduced precisions predict another class for some images; Keras is always right."""
+    """Steps whose reduced precisions predict another class for some images; Keras is always right. The model has
+    `convolutions`; int8 with the first of them in float32 is wrong for `wrong_with[how many]` images, if that is given.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.wrong: dict[str, int] = {}
+        self.wrong_with: dict[int, int] = {}
+        self.convolutions = 0
+        self.breaks_at: int | None = None
 
     def __call__(self, step: Any, *, title: str, session: Session) -> Any:
+        if step.func.__name__ == "_quantize":
+            return self.quantize(title, *step.args[2:])
         answers = super().__call__(step, title=title, session=session)
         if not isinstance(answers, Answers):
             return answers
+        if title == "openvino int8":
+            kept = int((Path(step.args[1]) / "kept").read_text())
+            answers = replace(answers, float32_convolutions=kept)
+            self.wrong[title] = self.wrong_with.get(kept, self.wrong.get(title, 0))
         classes = labels_of(IMAGES)[np.linspace(0, IMAGES - 1, JUDGED).astype(int)]
         labels = classes if answers.source == "calibration" else None
         found = classes.copy()
         found[: self.wrong.get(title, 0)] += 1
         return replace(answers, probabilities=np.eye(8, dtype=np.float32)[found], labels=labels)
+
+    def quantize(self, title: str, target: Path, share: float) -> int:
+        kept = round(share * self.convolutions)
+        self.done.append(f"{title}, {kept} in float32")
+        if kept == self.breaks_at:
+            raise StepFailed("no such layer")
+        self.write(target, "openvino")
+        (target / "kept").write_text(str(kept))
+        return kept
 
 
 @pytest.fixture
@@ -253,12 +273,67 @@ def test_int8_that_auto_must_not_take_is_taken_by_name_only(bundle: Bundle, tmp_
     assert prepare(bundle, tmp_path / "engines").precision == "float32"
 
 
+@pytest.mark.parametrize(
+    ("wrong_with", "tried", "taken"),
+    [
+        ({0: 2}, [0], 0),
+        ({0: 3, 2: 2}, [0, 2], 2),
+        ({0: 30, 2: 6, 6: 2}, [0, 2, 6], 6),
+        ({0: 45, 2: 10, 6: 9}, [0, 2, 6], 2),  # The rest of them is not worth its time.
+        ({0: 45, 2: 16, 6: 10}, [0, 2, 6], 6),
+        ({0: 9, 2: 8, 6: 7}, [0, 2, 6], 0),
+    ],
+)
+def test_where_int8_loses_too_much_its_first_convolutions_stay_in_float32(
+    bundle: Bundle, tmp_path: Path, steps: Steps, wrong_with: dict[int, int], tried: list[int], taken: int
+) -> None:
+    needs("nncf")
+    steps.convolutions, steps.wrong_with = 12, wrong_with
+    console = Recorder()
+    found = prepare(bundle, tmp_path / "engines", precision="int8", console=console)
+    quantized = [f"openvino int8, {count} in float32" for count in tried]
+    assert [title for title in steps.done if "in float32" in title] == quantized
+    assert found.check is not None
+    assert (found.check.float32_convolutions, found.check.agreement) == (taken, 1 - wrong_with[taken] / 1_000)
+    assert found.name == (f"openvino int8 with {taken} convolutions in float32" if taken else "openvino int8")
+    assert (Path(str(found.uri)) / "kept").read_text() == str(taken)
+    assert sum(line.startswith("  openvino int8") for line in console.lines) == len(tried)
+    assert prepare(bundle, tmp_path / "engines", precision="int8") == found
+    assert found.noted()["engine_check"]["float32_convolutions"] == taken
+
+
+def test_int8_that_nothing_mends_is_refused_with_what_was_kept(bundle: Bundle, tmp_path: Path, steps: Steps) -> None:
+    needs("nncf")
+    steps.convolutions, steps.wrong_with = 6, {0: 400, 1: 90, 3: 300}
+    expected = (
+        r"openvino int8 with 1 convolution in float32 does not predict what Keras predicts: the top class of 9.00% .*"
+        r"--accept-accuracy-loss 9 takes it as it is. Received: precision='int8'"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        prepare(bundle, tmp_path / "engines", precision="int8")
+
+
+def test_what_cannot_be_mended_is_kept_as_it_is(bundle: Bundle, tmp_path: Path, steps: Steps) -> None:
+    needs("nncf")
+    steps.wrong_with = {0: 10}
+    without_convolutions = prepare(bundle, tmp_path / "none", precision="int8")
+    assert steps.done.count("openvino int8") == 1  # compared once
+    steps.convolutions, steps.breaks_at = 12, 2
+    console = Recorder()
+    broken = prepare(bundle, tmp_path / "broken", precision="int8", console=console)
+    for found in (without_convolutions, broken):
+        assert found.check is not None
+        assert (found.check.float32_convolutions, found.check.agreement) == (0, 0.99)
+    assert "  openvino int8 with layers in float32: left out (no such layer)" in console.lines
+
+
 @pytest.mark.parametrize("precision", REDUCED)
 def test_without_calibration_images_no_precision_can_be_judged(
     bundle: Bundle, tmp_path: Path, steps: Steps, precision: EnginePrecision
 ) -> None:
     needs("nncf")
     (bundle.path / "calibration.parquet").unlink()
+    steps.convolutions = 12
     expected = (
         r"the bundle has no calibration images to compare on; by random pixels, the top class of 0.00% .* differs. "
         r".*--accept-accuracy-loss 0 takes it as it is; import the model again with --calibration FOLDER"
@@ -267,6 +342,7 @@ def test_without_calibration_images_no_precision_can_be_judged(
         prepare(bundle, tmp_path / "engines", precision=precision)
     found = prepare(bundle, tmp_path / "engines", precision=precision, accept_accuracy_loss=0.0)
     assert found.precision == precision
+    assert not any(title.endswith(("2 in float32", "6 in float32")) for title in steps.done)  # nothing says what helps
 
 
 def test_of_several_labels_per_image_the_sets_are_named(bundle: Bundle, tmp_path: Path, steps: Steps) -> None:

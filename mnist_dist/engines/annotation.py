@@ -1,6 +1,7 @@
 """What a converted file says about itself: the classes, the model, and how an image becomes its input.
 
-Owns: these entries, in ONNX's `metadata_props` and OpenVINO's `rt_info`; the other formats have no place for them.
+Owns: these entries, in ONNX's `metadata_props` and OpenVINO's `rt_info`; the other formats have no place for them. A
+model in int8 also says how many of its convolutions compute in float32.
 Does not own: the files (`conversion`). Imports `onnx` or `openvino` when it is called, in the processes that convert.
 """
 
@@ -12,6 +13,8 @@ from typing import Any
 
 from mnist_dist.engines.formats import FORMATS, openvino_core
 from mnist_dist.models.bundle import BundleInfo
+
+FLOAT32_CONVOLUTIONS = "float32_convolutions"
 
 
 def entries(info: BundleInfo) -> dict[str, str]:
@@ -35,6 +38,18 @@ def annotate(folder: Path, format: str, info: BundleInfo) -> None:
         _annotate_onnx(folder / FORMATS[format].file, info)
     elif format == "openvino":
         _annotate_openvino(folder, info)
+
+
+def note_float32_convolutions(model: Any, count: int) -> None:
+    """Writes into a model of OpenVINO in int8 how many convolutions compute in float32."""
+    model.set_rt_info(str(count), [FLOAT32_CONVOLUTIONS])
+
+
+def float32_convolutions(folder: Path) -> int:
+    """What `note_float32_convolutions` wrote into the model of this folder; 0: nothing."""
+    model = openvino_core().read_model(folder / FORMATS["openvino"].file)
+    path = [FLOAT32_CONVOLUTIONS]
+    return int(model.get_rt_info(path).astype(str)) if model.has_rt_info(path) else 0
 
 
 def _annotate_onnx(file: Path, info: BundleInfo) -> None:

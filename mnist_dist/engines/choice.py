@@ -49,6 +49,8 @@ FEW_IMAGES = 1_000  # ... and with fewer images than this, no top class may diff
 NAMED_POINTS = 1.0  # largest loss of accuracy of a reduced precision that is asked for by name, points
 NAMED_DIFFERING = 2.0  # ... and its largest share of images with another top class, %
 ROUNDING = 1e-9  # of a percentage that was computed from counts
+FLOAT32_SHARES = (1 / 6, 1 / 2)  # of the convolutions, tried where int8 throughout loses more (docs/measurements.md)
+WORTH_FLOAT32 = 0.005  # ... each has to agree for this much more of the images, since it is slower
 NO_IMAGES = "the bundle has no calibration images to compare on"
 CALL_SIZES = (4, 32)  # images per call to try: small calls stay in a core's cache, large ones have less overhead
 OWN_NAMES = {"keras": "Keras", "onnx": "ONNX Runtime"}  # of the engines that run a bundle's own file
@@ -88,7 +90,9 @@ class EngineChoice:
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.precision}"
+        kept = self.check.float32_convolutions if self.check else 0
+        but = f" with {kept} convolution{'s' if kept > 1 else ''} in float32" if kept else ""
+        return f"{self.engine} {self.precision}{but}"
 
     def __str__(self) -> str:
         if self.check is None or self.is_own:
@@ -440,16 +444,55 @@ def _checked(
 
 
 def _check(choice: EngineChoice, conversion: Conversion, cache: "_Cache", *, reference: Probabilities) -> EngineChoice:
-    """Converts (int8) and checks an engine, and returns the choice with the result."""
+    """Converts (int8) and checks an engine, stores the result and returns the choice with it."""
     if choice.precision == "int8" and not cache.has_model(choice):
-        conversion.quantize(cache.folder(replace(choice, precision="float32")), conversion.scratch / "int8")
-        cache.publish(choice, conversion.scratch / "int8")
-    answers = conversion.by_file(cache.folder(choice), choice.engine, precision=choice.precision, call_sizes=CALL_SIZES)
-    bundle = conversion.bundle
+        made = _best_int8(choice, conversion, cache, reference=reference)
+        cache.publish(choice, Path(made.uri or ""))
+    else:
+        made = _compared(replace(choice, uri=cache.folder(choice)), conversion, reference=reference)
+    assert made.check is not None
+    return cache.keep(choice, made.check)
+
+
+def _best_int8(
+    choice: EngineChoice, conversion: Conversion, cache: "_Cache", *, reference: Probabilities
+) -> EngineChoice:
+    """Quantizes a model, in a scratch folder: all of it, and where `auto` must not take that, all but its first
+    convolutions. Those are what int8 fails at in networks whose weights were not trained for the images.
+
+    Source: Sheng et al., A Quantization-Friendly Separable Convolution for MobileNets, arXiv:1803.08607.
+
+    Returns:
+        The first that `auto` may take; where there is none, the one that agrees best, and clearly better than one with
+        less in float32.
+    """
+    source, made = cache.folder(replace(choice, precision="float32")), dict[EngineChoice, float]()
+    for number, share in enumerate((0.0, *FLOAT32_SHARES)):
+        folder = conversion.scratch / f"int8-{number}"
+        try:
+            kept = conversion.quantize(source, folder, float32_share=share)
+            if share and not kept:
+                break
+            found = _compared(replace(choice, uri=str(folder)), conversion, reference=reference)
+        except StepFailed as failure:
+            if not made:
+                raise
+            conversion.session.console.line(f"  {choice.name} with layers in float32: left out ({first_line(failure)})")
+            break
+        if found.check is None or why_not(found) in (None, NO_IMAGES):
+            return found
+        made[found] = found.check.agreement - number * WORTH_FLOAT32
+    return max(made, key=made.__getitem__)
+
+
+def _compared(choice: EngineChoice, conversion: Conversion, *, reference: Probabilities) -> EngineChoice:
+    """Runs the model in the folder `uri` of a choice, shows how it compares, and returns the choice with the result."""
+    uri, bundle = choice.uri or "", conversion.bundle
+    answers = conversion.by_file(uri, choice.engine, precision=choice.precision, call_sizes=CALL_SIZES)
     judged = unseen_by_ranges(bundle) if choice.precision == "int8" else None
-    check = compare(reference, answers, multi_label=bundle.info.multi_label, judged=judged)
-    choice = cache.keep(choice, check)
-    why = why_not(choice)
+    choice = replace(choice, check=compare(reference, answers, multi_label=bundle.info.multi_label, judged=judged))
+    check, why = choice.check, why_not(choice)
+    assert check is not None
     conversion.session.console.line(
         f"  {choice.name}: {check.images_per_s:,.0f} images/s, same top class for {check.agreement:.2%}, probabilities "
         f"differ by at most {check.max_abs_difference:.2g}{f': not chosen automatically ({why})' if why else ''}"

@@ -13,10 +13,11 @@ crash in a step is a `StepFailed`.
 # B = batch, N = images that are compared, H = height px, W = width px, C = channels, K = classes
 
 import contextlib
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import DEFAULT_THRESHOLD, EnginePrecision
-from mnist_dist.engines.annotation import annotate, save_openvino
+from mnist_dist.engines.annotation import annotate, float32_convolutions, note_float32_convolutions, save_openvino
 from mnist_dist.engines.calibration import (
     Labels,
     Probabilities,
@@ -72,6 +73,8 @@ class Answers:
     input_name: str = ""
     """The input's name in the converted file."""
     output_name: str = ""
+    float32_convolutions: int = 0
+    """See `Check`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,8 @@ class Check:
     """Images per call at which `images_per_s` was measured."""
     multi_label: bool = False
     """Each class has a probability of its own."""
+    float32_convolutions: int = 0
+    """In int8: as many convolutions, the first ones, compute in float32."""
 
     @property
     def judged_by(self) -> str:
@@ -145,6 +150,7 @@ def compare(
         images_per_s=answers.images_per_s,
         images_per_call=answers.images_per_call,
         multi_label=multi_label,
+        float32_convolutions=answers.float32_convolutions,
     )
 
 
@@ -196,9 +202,20 @@ class Conversion:
         step = partial(_ask_file, self._model(), uri, format, precision, call_sizes, self.cpus)
         return run_step(step, title=f"{format} {precision}", session=self.session)
 
-    def quantize(self, uri: str, target: Path) -> None:
-        """Quantizes OpenVINO's float32 model in the folder `uri` to int8."""
-        run_step(partial(_quantize, self._model(), uri, target), title="openvino int8", session=self.session)
+    def quantize(self, uri: str, target: Path, *, float32_share: float) -> int:
+        """Quantizes OpenVINO's float32 model in the folder `uri` to int8.
+
+        Args:
+            uri: the folder of the float32 model.
+            target: the folder of the int8 model, which is made.
+            float32_share: share of the convolutions, the first ones, that stay in float32, 0-1.
+
+        Returns:
+            How many convolutions stay in float32. 0 although some should: the model has none, and nothing is made.
+        """
+        step = partial(_quantize, self._model(), uri, target, float32_share)
+        kept: int = run_step(step, title="openvino int8", session=self.session)
+        return kept
 
     def _model(self) -> Bundle:
         """The bundle without a loaded model, so that it can be pickled."""
@@ -262,7 +279,8 @@ def _ask_file(
     report: Report,
 ) -> Answers:
     with local_folder(uri) as folder:
-        return _file_answers(bundle, folder, format, precision, call_sizes, cpus, report)
+        answers = _file_answers(bundle, folder, format, precision, call_sizes, cpus, report)
+        return replace(answers, float32_convolutions=float32_convolutions(folder)) if precision == "int8" else answers
 
 
 def _file_answers(
@@ -309,18 +327,31 @@ def _answers(
     )
 
 
-def _quantize(bundle: Bundle, uri: str, target: Path, report: Report) -> None:
-    """Quantizes after training, with NNCF, from the calibration images."""
+def _quantize(bundle: Bundle, uri: str, target: Path, float32_share: float, report: Report) -> int:
+    """Quantizes after training, with NNCF, from the calibration images; returns how many convolutions it left out."""
     import nncf
 
     size = bundle.fixed_batch or 1
     images = [padded(batch, size) for batch in range_images(bundle, batch_size=size)]
     with local_folder(uri) as source:
         model = openvino_core().read_model(source / FORMATS["openvino"].file)
-        quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
+        names = _first_convolutions(model, float32_share)
+        if float32_share and not names:
+            return 0
+        ignored = nncf.IgnoredScope(names=names)
+        quantized = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images), ignored_scope=ignored)
     target.mkdir()
+    note_float32_convolutions(quantized, len(names))
     save_openvino(quantized, target)
     report(len(images), len(images))
+    return len(names)
+
+
+def _first_convolutions(model: Any, share: float) -> list[str]:
+    """The names of this share of a model's convolutions, in the order in which they compute; rounded up."""
+    kinds = ("Convolution", "GroupConvolution")
+    names = [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in kinds]
+    return names[: math.ceil(share * len(names))]
 
 
 def _no_telemetry() -> None:
