@@ -248,11 +248,13 @@ def test_a_fresh_process_prints_nothing(bundle: Bundle) -> None:
     assert json.loads(done.stdout) == [3, True, True]
 
 
+@pytest.mark.slow  # TensorFlow in a process of its own
 def test_afterwards_everything_is_printed_as_before(plain: Bundle) -> None:
     done = in_fresh_process(plain, "and more")
     assert done.stderr.splitlines() == ["from C", "from Python", "from logging"]
 
 
+@pytest.mark.slow  # the same
 def test_who_asks_for_everything_sees_it(plain: Bundle) -> None:
     done = in_fresh_process(plain, **{LEVEL: "0"})
     assert done.returncode == 0
