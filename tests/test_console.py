@@ -244,7 +244,7 @@ def test_a_signal_that_ray_takes_before_the_job_listens_ends_with_143(capsys: py
 # A job in whose last moment others still say something, and which has something to close.
 ENDS = """
 import atexit, logging, os, sys
-from mnist_dist import command_line, console
+from mnist_dist import console
 console.quiet(verbose=False)
 atexit.register(lambda: print("closed", file=sys.stderr))
 def main():
@@ -274,3 +274,14 @@ def test_quiet_silences_others_unless_the_environment_says_otherwise(
     verbose: bool, environment: dict[str, str], expected: str
 ) -> None:
     assert python(QUIET.format(verbose=verbose), **environment).stdout == expected
+
+
+# --- durations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "1 s left"), (0.4, "1 s left"), (59.6, "60 s left"), (119.9, "120 s left"), (150, "2.5 min left")],
+)
+def test_a_forecast_is_in_seconds_below_two_minutes_and_never_zero(seconds: float, shown: str) -> None:
+    assert console.time_left(seconds) == shown

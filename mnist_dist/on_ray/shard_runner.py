@@ -225,7 +225,8 @@ class _Progress(Generic[Content]):
         note = f"{self._done + images:,} of {self._total:,} images"
         if self._first_answer_at and images:
             rate = images / max(time.monotonic() - self._first_answer_at, POLL_S)
-            note += f", {rate:,.0f}/s, {time_left((self._total - self._done - images) / rate)}"
+            left = self._total - self._done - images
+            note += f", {rate:,.0f}/s" + (f", {time_left(left / rate)}" if left else "")
         bar.update(done=self._done + images, total=self._total, note=f"{note}, {self._other:,} not ok")
 
     def _note(self, now: ShardProgress) -> None:

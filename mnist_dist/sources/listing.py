@@ -99,7 +99,7 @@ class Listing:
     def notes(self) -> list[str]:
         """What a person should know about what was opened, ignored and left out."""
         counts = {
-            "in {:,} archives and Parquet files": self.archives,
+            "in {:,} archive(s) or Parquet file(s)": self.archives,
             "{:,} duplicates ignored": self.named_twice,
             "{:,} archive members replaced by later members of the same name": self.duplicate_members,
             "{:,} images without a class skipped": self.unlabelled,
