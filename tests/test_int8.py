@@ -28,8 +28,8 @@ WIDE = 1_000.0  # how much larger the first channel is than the others, after th
 
 
 def lopsided_model(convolutions: int) -> onnx.ModelProto:
-    """`uint8 [N, H, W, C]` -> which of two channels is brighter. The first convolution, by channel, makes the third
-    channel so large that the steps of int8 swallow the two; the second one takes it back, the others do nothing."""
+    """`uint8 [N, H, W, C]` -> which of two channels is brighter. The first convolution, by channel, makes the first
+    channel so large that the steps of int8 swallow the others; the second one takes it back, the rest does nothing."""
     mix = np.eye(3, dtype=np.float32)
     scale = np.asarray([WIDE, 1, 1], np.float32)
     kernels = [scale, mix / scale, *[mix] * (convolutions - 2)]

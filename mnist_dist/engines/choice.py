@@ -464,7 +464,7 @@ def _best_int8(
 
     Returns:
         The first that `auto` may take; where there is none, the one that agrees best, and clearly better than one with
-        less in float32.
+        less in float32. More of it is tried only as long as the result would be refused by name.
     """
     source, made = cache.folder(replace(choice, precision="float32")), dict[EngineChoice, float]()
     for number, share in enumerate((0.0, *FLOAT32_SHARES)):
@@ -479,9 +479,12 @@ def _best_int8(
                 raise
             conversion.session.console.line(f"  {choice.name} with layers in float32: left out ({first_line(failure)})")
             break
-        if found.check is None or why_not(found) in (None, NO_IMAGES):
+        assert found.check is not None
+        if why_not(found) in (None, NO_IMAGES):
             return found
         made[found] = found.check.agreement - number * WORTH_FLOAT32
+        if share and why_refused(found) is None:
+            break
     return max(made, key=made.__getitem__)
 
 
