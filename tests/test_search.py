@@ -316,7 +316,7 @@ def test_the_leaderboard_counts_the_whole_network_once_with_and_without_features
         (("--backbones", "cnnn"), "did you mean cnn"),
         (("--weights", "mlp"), "weights must be given as backbone=PATH"),
         (("--weights", "cnn=imagenet"), "weights for cnn must be none"),
-        (("--learning-rate", "0.01", "0.001"), "learning_rate must be a lowest and a highest value"),
+        (("--learning-rate", "0.01", "0.001"), "--learning-rate must be a lowest and a highest value"),
         (("--trials", "0"), "trials must be at least 1"),
     ],
 )
