@@ -5,15 +5,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import an_epoch
+from harness import Recorder, an_epoch
 
-from mnist_dist.errors import ServiceError
+from mnist_dist.console import Stop
+from mnist_dist.errors import MnistDistError, ServiceError, WeightsError, WorkersFailed
 from mnist_dist.on_ray.search.trial import Report
-from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials
+from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials, _compute_wanted, _is_worth_computing
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
+from mnist_dist.session import Session
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, distinct_errors, usable
 
 NEVER = math.inf
@@ -410,6 +413,29 @@ def test_features_that_cannot_be_computed_fail_their_trials_alone(tmp_path: Path
         of_vgg16
     )
     assert sum(trial.status == "failed" for trial in found.values()) == len(of_vgg16) >= 1
+
+
+@pytest.mark.parametrize(("error", "tries"), [(WorkersFailed("died"), 2), (WeightsError("no weights"), 1)])
+def test_features_whose_processes_die_beside_trials_are_computed_again_alone(
+    error: MnistDistError, tries: int, tmp_path: Path
+) -> None:
+    trials, tried = waiting(tmp_path, concurrent=4, computed=("vgg16",)), list[bool]()
+
+    def compute(name: str, session: Session, beside: bool) -> None:
+        tried.append(beside)
+        if beside:
+            raise error
+
+    work: Any = SimpleNamespace(compute=compute)
+    session = Session(console=Recorder(), stop=Stop(Recorder()))
+    begun(trials)
+    assert _is_worth_computing(trials)
+    _compute_wanted(work, trials, session, beside=True)
+    assert not _is_worth_computing(trials)
+    _compute_wanted(work, trials, session, beside=False)
+    assert tried == [True, False][:tries]
+    begun(trials)
+    assert (trials.known[1].status == "failed") == (tries == 1)
 
 
 def test_a_trial_that_waited_when_its_driver_died_is_run_by_the_next_one(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Trials:
         self._free = 0
         """While trials wait: how many places may still be filled."""
         self._failed_features: dict[str, str] = {}
+        self._needing_room: set[str] = set()
         self.stopped = False
         self.error: Exception | None = None
         """The error that ends the search, kept here because Ray Tune swallows errors raised in its thread."""
@@ -108,12 +109,24 @@ class Trials:
     @property
     def wanted(self) -> str | None:
         """The name of features that a trial waits for and that nobody has computed or failed to compute."""
-        known = self._computed | self._failed_features.keys()
+        return self._wanted(besides=set())
+
+    @property
+    def wanted_beside(self) -> str | None:
+        """The same, of the features that may be computed while trials run."""
+        return self._wanted(besides=self._needing_room)
+
+    def _wanted(self, *, besides: set[str]) -> str | None:
+        known = self._computed | self._failed_features.keys() | besides
         return next((name for name in tuple(self.waiting.values()) if name not in known), None)
 
     def features_computed(self, name: str) -> None:
         """Lets the trials start that wait for these features."""
         self._computed.add(name)
+
+    def features_need_room(self, name: str) -> None:
+        """Leaves these features until no trial runs."""
+        self._needing_room.add(name)
 
     def features_failed(self, name: str, error: str) -> None:
         """Lets the trials fail that need these features."""
@@ -367,7 +380,7 @@ def _run_round(work: TrialWork, trials: Trials, session: Session, *, began: floa
 
 def _is_worth_computing(trials: Trials) -> bool:
     """Whether to compute features beside running trials. When none runs, Ray Tune ends first and frees its CPUs."""
-    return trials.wanted is not None and bool(trials.running) and not trials.over
+    return trials.wanted_beside is not None and bool(trials.running) and not trials.over
 
 
 def _raise_failure(trials: Trials, session: Session) -> None:
@@ -379,9 +392,12 @@ def _raise_failure(trials: Trials, session: Session) -> None:
 
 
 def _compute_wanted(work: TrialWork, trials: Trials, session: Session, *, beside: bool) -> None:
-    """Computes all features that trials wait for; a signal, an outage or the end of the time ends the trials."""
+    """Computes all features that trials wait for; a signal, an outage or the end of the time ends the trials.
+
+    Processes that die beside trials may lack memory: these features are computed again when no trial runs.
+    """
     limited = replace(session, stop=_StopOrOver(session, trials))
-    while (name := trials.wanted) is not None and not trials.over:
+    while (name := trials.wanted_beside if beside else trials.wanted) is not None and not trials.over:
         try:
             work.compute(name, limited, beside)
         except (Interrupted, _TimeOver):
@@ -392,6 +408,9 @@ def _compute_wanted(work: TrialWork, trials: Trials, session: Session, *, beside
             words = first_line(error)
             if is_outage(error):
                 trials.fail(ServiceError(f"features of {name}: {words}"))
+            elif beside and isinstance(error, WorkersFailed):
+                session.console.line(f"features of {name} failed beside trials and wait for their end: {words}")
+                trials.features_need_room(name)
             else:
                 session.console.line(f"features of {name} failed: {words}")
                 trials.features_failed(name, words)
