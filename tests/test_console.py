@@ -33,13 +33,16 @@ with Stop(Console()) as stop:
     print("still here", flush=True)
 """
 
-# A process that gets a signal while it writes a line.
+# A process that gets a signal while it writes a line; it ends as a job does, which passes on what was written last.
 IN_A_LINE = """
-from mnist_dist.console import Console, Stop, quiet
-quiet(verbose=False)
-with Stop(Console(terminal=False)) as stop:
-    Console(terminal=False).line("x" * 1_000_000)
-    assert stop.signal_number
+from mnist_dist import console
+console.quiet(verbose=False)
+def main():
+    with console.Stop(console.Console(terminal=False)) as stop:
+        console.Console(terminal=False).line("x" * 1_000_000)
+        assert stop.signal_number
+    return {}
+console.run(main, job="test")
 """
 
 # Which of the heavy packages a process has loaded once it has shown its help.

@@ -3,6 +3,7 @@
 Every case runs the real command in a process of its own, without Ray: what is wrong is found before it starts.
 """
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,11 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "error_type", "remedy"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_ends_with_2_and_says_what_to_do(command: str, error_type: str, remedy: str, here: Path) -> None:
+def test_a_mistake_ends_with_2_and_says_what_to_do(
+    command: str, error_type: str, remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)  # Other tests have a server, and credentials for it.
     arguments = [word.format(here=here) for word in command.split()]
     without = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "", "AWS_SHARED_CREDENTIALS_FILE": ""}
     code, result, err = run_command("mnist_dist", *arguments, **without)
