@@ -22,7 +22,8 @@ from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import build_augmentation
 from mnist_dist.models.classifier import build_classifier, set_trainable
 
-RACE: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+RACE: dict[str, Any] = json.loads(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].startswith("{") else {}
+"""The argument; empty in a worker of Ray, whose arguments are Ray's."""
 
 
 class Arrays:
@@ -63,7 +64,7 @@ def compiled(choice: dict[str, Any], arrays: Arrays) -> keras.Model:
     one_hot = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=choice["label_smoothing"])
     classifier.network.compile(
         optimizer=_optimizer(choice),
-        loss=lambda labels, logits: one_hot(tf.one_hot(tf.cast(tf.squeeze(labels), tf.int32), 10), logits),
+        loss=lambda labels, logits: one_hot(tf.one_hot(tf.cast(tf.reshape(labels, [-1]), tf.int32), 10), logits),
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     )
     return classifier.network
