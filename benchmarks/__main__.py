@@ -1,14 +1,17 @@
 """python -m benchmarks WHAT [--flags]: measures figures; WHAT is a name of `BENCHMARKS`."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-from benchmarks import decode, features, imported, listing, race, reference, score, search, train
+from benchmarks import decode, features, feed, imported, listing, model, race, reference, score, search, train
 from benchmarks.decode import DecodeBenchmark
 from benchmarks.features import FeaturesBenchmark
+from benchmarks.feed import FeedBenchmark
 from benchmarks.imported import ImportedBenchmark
 from benchmarks.listing import ListingBenchmark
+from benchmarks.model import ModelBenchmark
 from benchmarks.race import RaceBenchmark
 from benchmarks.reference import ReferenceBenchmark
 from benchmarks.score import ScoreBenchmark
@@ -16,20 +19,11 @@ from benchmarks.search import SearchBenchmark
 from benchmarks.train import TrainBenchmark
 from mnist_dist import command_line, console
 
-Benchmark = (
-    TrainBenchmark
-    | ScoreBenchmark
-    | SearchBenchmark
-    | RaceBenchmark
-    | FeaturesBenchmark
-    | ReferenceBenchmark
-    | ListingBenchmark
-    | DecodeBenchmark
-    | ImportedBenchmark
-)
-BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
+BENCHMARKS: Mapping[str, type[Any]] = {
     "train": TrainBenchmark,
     "score": ScoreBenchmark,
+    "model": ModelBenchmark,
+    "feed": FeedBenchmark,
     "search": SearchBenchmark,
     "race": RaceBenchmark,
     "features": FeaturesBenchmark,
@@ -38,40 +32,24 @@ BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "decode": DecodeBenchmark,
     "imported": ImportedBenchmark,
 }
+"""What to measure, by name; each module has `measure` and `table`."""
+MODULES: Mapping[str, ModuleType] = {
+    each.__name__: each
+    for each in (train, score, model, feed, search, race, features, reference, listing, decode, imported)
+}
 
 
 def main() -> dict[str, Any]:
     """Parses the command line, measures and prints the table; returns the job's JSON keys."""
     _, benchmark = command_line.parse(BENCHMARKS, argv=sys.argv[1:], command="python -m benchmarks", default="train")
-    shown = console.Console(verbose=benchmark.verbose)
+    module, shown = MODULES[type(benchmark).__module__], console.Console(verbose=benchmark.verbose)
     console.quiet(verbose=benchmark.verbose)
-    if isinstance(benchmark, ScoreBenchmark):
-        result = score.measure(benchmark, console=shown)
-        shown.line(score.table(result))
-    elif isinstance(benchmark, SearchBenchmark):
-        result = search.measure(benchmark, console=shown)
-        shown.line(search.table(result))
-    elif isinstance(benchmark, RaceBenchmark):
-        result = race.measure(benchmark, console=shown)
-        shown.line(race.table(result))
-    elif isinstance(benchmark, FeaturesBenchmark):
-        result = features.measure(benchmark, console=shown)
-        shown.line(features.table(result))
-    elif isinstance(benchmark, ReferenceBenchmark):
-        result = reference.measure(benchmark, console=shown)
-        shown.line(reference.table(result))
-    elif isinstance(benchmark, ListingBenchmark):
-        result = listing.measure(benchmark, console=shown)
-        shown.table(listing.table(result))
-    elif isinstance(benchmark, DecodeBenchmark):
-        result = decode.measure(benchmark, console=shown)
-        shown.line(decode.table(result))
-    elif isinstance(benchmark, ImportedBenchmark):
-        result = imported.measure(benchmark, console=shown)
-        shown.line(imported.table(result))
+    result: dict[str, Any] = module.measure(benchmark, console=shown)
+    found = module.table(result)
+    if isinstance(found, str):
+        shown.line(found)
     else:
-        result = train.measure(benchmark, console=shown)
-        shown.line(train.table(result))
+        shown.table(found)
     return result
 
 

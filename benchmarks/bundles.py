@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import mnist_dist
 from mnist_dist import processor
-from mnist_dist.config import EngineConfig, ModelConfig
+from mnist_dist.config import ModelConfig
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.session import Session
 
 Origin = Literal["trained", "exported", "built"]

@@ -41,9 +41,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist import processor
-from mnist_dist.config import InputConfig, require
+from mnist_dist.config import require
 from mnist_dist.console import Console
 from mnist_dist.errors import MnistDistError
+from mnist_dist.score_config import InputConfig
 from mnist_dist.scoring.generations import MANIFEST, Output, Plan
 from mnist_dist.scoring.manifest import MIN_SHARD, Manifest, choose_shard_size, write_manifest
 from mnist_dist.scoring.parts import LISTED

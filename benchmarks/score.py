@@ -39,11 +39,12 @@ from benchmarks.programs import last_json, peak_memory_bytes, run_program
 from benchmarks.score_table import TITLES, Figures, Round, beside_trained, ratios, summary
 from benchmarks.score_table import table as table  # `__main__` prints it.
 from mnist_dist import processor
-from mnist_dist.config import DecodeQuality, EngineConfig, require
+from mnist_dist.config import DecodeQuality, require
 from mnist_dist.console import Console
 from mnist_dist.data.steady_speed import SETTLING
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError, MnistDistError
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.scoring.generations import SUMMARY_COPY
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join

@@ -15,13 +15,14 @@ from typing import Any
 
 from mnist_dist import console
 from mnist_dist.command_line import find_recipe
-from mnist_dist.config import ScoreJob, TrainJob
+from mnist_dist.config import TrainJob
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.import_config import ImportJob
 from mnist_dist.keywords import job_of, takes_fields_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
 from mnist_dist.results import EvaluateResult, ExportResult, ImportResult, ScoreResult, SearchResult, TrainResult
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.search_config import SearchJob
 
 Uri = str | PathLike[str]

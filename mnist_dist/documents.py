@@ -9,8 +9,6 @@ the class does not have are ignored; missing fields take their default.
 import json
 from typing import Any, Protocol, TypeVar
 
-import msgspec
-
 from mnist_dist.errors import DataError
 
 Document = TypeVar("Document")
@@ -18,6 +16,8 @@ Document = TypeVar("Document")
 
 def encode(document: Any) -> bytes:
     """Encodes a dataclass (or JSON values) as indented JSON."""
+    import msgspec
+
     return (json.dumps(msgspec.to_builtins(document), indent=2) + "\n").encode()
 
 
@@ -32,6 +32,8 @@ def decode(data: bytes, kind: type[Document], *, uri: str) -> Document:
     Raises:
         DataError: the data is not JSON, or a field is missing or has the wrong type.
     """
+    import msgspec
+
     try:
         return msgspec.convert(json.loads(data), kind)
     except (ValueError, msgspec.ValidationError) as err:

@@ -17,8 +17,10 @@ from mnist_dist.urls import WEB, shown
 
 RAY_ADDRESS, RAY_TMPDIR, TMPDIR = "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"
 KERAS_BACKEND, KERAS_HOME = "KERAS_BACKEND", "KERAS_HOME"
-TRAINING_BACKENDS = ("tensorflow",)
-SCORING_BACKENDS = ("tensorflow", "jax")
+KERAS_BACKENDS = ("tensorflow", "jax")
+"""On which models are trained and scored."""
+CONVERSION_BACKENDS = ("tensorflow",)
+"""On which models are imported and exported."""
 KERAS_DEFAULTS = {"backend": "tensorflow", "image_data_format": "channels_last", "floatx": "float32"}
 """The settings of Keras that all models here are made for."""
 MAX_PORT = 65_535
@@ -91,7 +93,7 @@ def _longest_socket(folder: str) -> str:
     return os.path.join(folder, "ray", session, "sockets", "plasma_store")
 
 
-def check_keras(backends: Sequence[str] = TRAINING_BACKENDS) -> None:
+def check_keras(backends: Sequence[str] = KERAS_BACKENDS) -> None:
     """Checks the settings with which this process, and processes with its environment, would import Keras.
 
     Args:
@@ -122,16 +124,30 @@ def check_keras(backends: Sequence[str] = TRAINING_BACKENDS) -> None:
 
 def _check_named_backend(named: str, backends: Sequence[str]) -> None:
     if named not in backends:
-        scoring = f" ({', '.join(SCORING_BACKENDS)} for scoring)" if tuple(backends) != SCORING_BACKENDS else ""
+        others = [f"{name} for training and scoring" for name in KERAS_BACKENDS if name not in backends]
         raise ConfigError(
-            f"this job runs Keras on {' or '.join(backends)}{scoring}: unset {KERAS_BACKEND}, or set it to "
-            f"{backends[0]}. Received: {KERAS_BACKEND}={named!r}"
+            f"this job runs Keras on {' or '.join(backends)}{f' ({others[0]})' if others else ''}: unset "
+            f"{KERAS_BACKEND}, or set it to {backends[0]}. Received: {KERAS_BACKEND}={named!r}"
         )
-    if importlib.util.find_spec(named) is None:
+    _check_installed(named, f"unset {KERAS_BACKEND}", f"{KERAS_BACKEND}={named!r}")
+
+
+def _check_installed(backend: str, remedy: str, received: str) -> None:
+    if importlib.util.find_spec(backend) is None:
         raise ConfigError(
-            f"{named} is not installed on {platform.node()}: pip install {named}, or unset {KERAS_BACKEND}. "
-            f"Received: {KERAS_BACKEND}={named!r}"
+            f"{backend} is not installed on {platform.node()}: pip install {backend}, or {remedy}. Received: {received}"
         )
+
+
+def use_keras_on(backend: str) -> None:
+    """Lets this process import Keras on a backend; call it before the import.
+
+    Raises:
+        ConfigError: the backend is not installed, or see `check_keras`.
+    """
+    _check_installed(backend, "leave out --backend", f"backend={backend!r}")
+    os.environ[KERAS_BACKEND] = backend
+    check_keras()
 
 
 def keras_file() -> Path:

@@ -237,7 +237,7 @@ def search_mnist() -> SearchJob:
                 ),
                 BackboneSpace(backbone="vgg16", weights="imagenet", image_size_px=(64,), pooling=("avg", "flatten")),
             ),
-            augmentation=("none", "digits"),
+            augmentation=("digits", "none"),
         ),
     )
 

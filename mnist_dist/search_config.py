@@ -133,7 +133,8 @@ class SearchConfig:
     trial_epochs: int = 10
     """Epochs of a trial that is not stopped early."""
     finalists: int = 3
-    """How many of the best trials Ray Train then trains fully; the best of these wins."""
+    """How many of the best trials Ray Train then trains fully; the best of these wins. With `hours` only as many as are
+    forecast to fit into a quarter of the time, but at least one."""
     finalist_epochs: int = 15
     """Epochs of a finalist whose whole network is trained."""
     fine_tune_epochs: int = 5

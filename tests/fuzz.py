@@ -192,7 +192,7 @@ def _read_archive(uri: str) -> str:
 
 def _listed(path: str, label_column: str | None) -> str:
     """Reads what a job would."""
-    from mnist_dist.config import InputConfig
+    from mnist_dist.score_config import InputConfig
     from mnist_dist.sources.listing import list_inputs
     from mnist_dist.sources.reading import read_in_order
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import TableConfig
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.score_config import TableConfig
 from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.scoring.generations import Description, Plan, Summary
 from mnist_dist.scoring.predictions import MARK, Mark, Outcomes, prediction_rows, prediction_schema, table_uri

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mnist_dist.config import ScoreRunConfig
 from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.actors import choose_actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.scoring.engine import places
+from mnist_dist.score_config import ScoreRunConfig
 
 
 @pytest.mark.parametrize(

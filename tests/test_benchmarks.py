@@ -54,7 +54,7 @@ from benchmarks.score_table import (
     table,
 )
 from mnist_dist.command_line import parse
-from mnist_dist.config import DecodeConfig, DecodeQuality, EngineConfig, InputConfig, ScoreJob
+from mnist_dist.config import DecodeConfig, DecodeQuality
 from mnist_dist.console import Console
 from mnist_dist.data.decoding import DecodePool, Threads
 from mnist_dist.engines.choice import EngineChoice
@@ -67,6 +67,7 @@ from mnist_dist.importing.foreign import Facts, Foreign
 from mnist_dist.importing.recipe import recipe_of
 from mnist_dist.keywords import job_of
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.score_config import EngineConfig, InputConfig, ScoreJob
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join

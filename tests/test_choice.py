@@ -21,7 +21,7 @@ from test_calibration import write_table
 from test_score_kills import SHARD, Job, rows_of, squares
 
 from mnist_dist import documents, processor
-from mnist_dist.config import EngineConfig, EngineName, EnginePrecision, ModelConfig
+from mnist_dist.config import EngineName, EnginePrecision, ModelConfig
 from mnist_dist.console import Stop
 from mnist_dist.engines import conversion
 from mnist_dist.engines.calibration import MAX_IMAGES, calibration_images, calibration_labels
@@ -48,6 +48,7 @@ from mnist_dist.errors import BundleError, ConfigError, ServiceError, StepFailed
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, BundleInfo, load_bundle, write_bundle
 from mnist_dist.models.classifier import build_classifier
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 

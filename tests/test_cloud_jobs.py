@@ -18,22 +18,11 @@ from harness import CLASSES, Recorder, private_ray, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import load_bundle, read_predictions
-from mnist_dist.config import (
-    DataConfig,
-    FitConfig,
-    InputConfig,
-    ModelConfig,
-    PhasesConfig,
-    RunConfig,
-    ScoreJob,
-    ScoreRunConfig,
-    TableConfig,
-    TableFormat,
-    TrainJob,
-)
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.on_ray.training.train import train
+from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry

@@ -13,12 +13,13 @@ from harness import ROOT, run_command
 from mnist_dist import command_line
 from mnist_dist.command_help import completion_script, help_of_job
 from mnist_dist.commands import JOBS, kinds
-from mnist_dist.config import FitConfig, PhasesConfig, ScoreJob, TrainJob
+from mnist_dist.config import FitConfig, PhasesConfig, TrainJob
 from mnist_dist.errors import ConfigError
 from mnist_dist.flags import flags_of, spelled_as_typed
 from mnist_dist.import_config import ImportJob
 from mnist_dist.models.backbones import BACKBONES
 from mnist_dist.recipes import TRAINING_RECIPES
+from mnist_dist.score_config import ScoreJob
 
 FIELDS = {flag.field for flag in flags_of(TrainJob)}
 

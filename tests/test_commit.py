@@ -24,9 +24,10 @@ import pytest
 from harness import Watched
 from scored import described_by, plan_of
 
-from mnist_dist.config import FeatureType, TableConfig, TableFormat
+from mnist_dist.config import FeatureType
 from mnist_dist.errors import ConfigError, DataError, LockLost, MnistDistError
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import TableConfig, TableFormat
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.generations import Committed, Generation, Output, Plan
 from mnist_dist.scoring.manifest import write_manifest

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]
 from scored import one_hot, scored_rows, write_scored
 
-from mnist_dist.config import TableConfig
 from mnist_dist.errors import DataError
 from mnist_dist.evaluation.comparison import Comparison, compare_tables, mcnemar
 from mnist_dist.evaluation.tables import open_table
 from mnist_dist.evaluation.truth import Folders, Truth
+from mnist_dist.score_config import TableConfig
 
 NAMES = ("ant", "bee", "cat")
 

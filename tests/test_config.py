@@ -14,21 +14,19 @@ from mnist_dist.config import (
     DataConfig,
     DecodeConfig,
     FitConfig,
-    InputConfig,
     ModelConfig,
     OptimizerConfig,
     Phase,
     PhasesConfig,
     RunConfig,
-    ScoreJob,
     StoreConfig,
-    TableConfig,
     TrainJob,
     differences,
     require,
 )
 from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.score_config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.search_config import SearchJob
 
 NAN = float("nan")
@@ -73,7 +71,13 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
         {"epochs": (1, 2), "learning_rate": (0.1, 0.2, 0.3)},
         r"one value per phase.*epochs=\(1, 2\), learning_rate=\(0\.1, 0\.2, 0\.3\), trainable=\('all',\)$",
     ),
-    (PhasesConfig, {"epochs": (3, 0)}, r"^epochs must be at least 1 in each phase\. Received: epochs=\(3, 0\)$"),
+    (
+        PhasesConfig,
+        {"epochs": (3, 0), "trainable": ("head", "all")},
+        r"^epochs must be at least 1 in each phase\. Received: epochs=\(3, 0\)$",
+    ),
+    (PhasesConfig, {"epochs": (3, 1)}, r"^epochs has one value per phase, but there is one phase; .*=\(3, 1\)$"),
+    (PhasesConfig, {"phases": ("head",)}, r"^the only phase is train\. Received: phases=\('head',\)$"),
     (PhasesConfig, {"learning_rate": (1.0, 0.0)}, r"^learning_rate must be positive in each phase\. .*\(1\.0, 0\.0\)$"),
     (PhasesConfig, {"learning_rate": (float("inf"),)}, r"^learning_rate must be positive in each phase"),
     (PhasesConfig, {"learning_rate": (NAN,)}, r"^learning_rate must be positive in each phase"),

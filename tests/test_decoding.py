@@ -15,11 +15,12 @@ import pytest
 from corpus import DANGERS, H, W, colour_png, danger, encoded, flat_png, manifest_rows, slow_pgm, tar_of
 from PIL import Image
 
-from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import SETTLED_IMAGES, Collector, DecodePool, Taken, Threads, Times
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES
 from mnist_dist.store.base import Entry

@@ -34,10 +34,10 @@ from test_commit import (
     steps_of,
 )
 
-from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StorageError
 from mnist_dist.evaluation.tables import open_table
 from mnist_dist.inventory import rows_below
+from mnist_dist.score_config import TableConfig, TableFormat
 from mnist_dist.scoring.commit import rejudge
 from mnist_dist.scoring.delta import APPLICATION, DeltaLog, Part, check_output, delta_schema
 from mnist_dist.scoring.generations import Output

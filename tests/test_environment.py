@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -26,16 +27,17 @@ from harness import ROOT, Command, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import inventory
-from mnist_dist.config import InputConfig, ModelConfig, ScoreJob, StoreConfig, TrainJob
+from mnist_dist.config import ModelConfig, StoreConfig, TrainJob
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.export import export_bundle
 from mnist_dist.environment import (
-    SCORING_BACKENDS,
-    TRAINING_BACKENDS,
+    CONVERSION_BACKENDS,
+    KERAS_BACKENDS,
     check_keras,
     check_socket_path,
     ray_address,
+    use_keras_on,
 )
 from mnist_dist.errors import ConfigError, Interrupted, MnistDistError, ServiceError, StorageError, WeightsError
 from mnist_dist.evaluate_config import EvaluateJob
@@ -52,10 +54,11 @@ from mnist_dist.on_ray.scoring.plan import plan_score
 from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.on_ray.search.trial import TrialProcess
-from mnist_dist.on_ray.training.attempt import _worker_loop
+from mnist_dist.on_ray.training.backend import resolve_backend, start_backend
 from mnist_dist.on_ray.training.plan import plan_train
 from mnist_dist.on_ray.training.train import check_ready, train
 from mnist_dist.recipes import quickstart
+from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import BackboneSpace, SearchJob
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import check_form, scheme_of
@@ -479,7 +482,7 @@ def test_the_folder_of_a_cluster_is_its_own_affair(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TMPDIR", folder_of(90))
     with head() as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        check_environment(Recorder(), backends=TRAINING_BACKENDS)
+        check_environment(Recorder(), backends=CONVERSION_BACKENDS)
 
 
 LONGEST = """
@@ -570,22 +573,22 @@ def test_a_backend_that_no_job_can_use_is_refused(backend: str, monkeypatch: pyt
     monkeypatch.setenv("KERAS_BACKEND", backend)
     with pytest.raises(
         ConfigError,
-        match=rf"runs Keras on tensorflow \(tensorflow, jax for scoring\): unset .*KERAS_BACKEND='{backend}'$",
+        match=rf"runs Keras on tensorflow \(jax for training and scoring\): unset .*KERAS_BACKEND='{backend}'$",
     ):
-        check_keras()
+        check_keras(CONVERSION_BACKENDS)
     with pytest.raises(ConfigError, match=rf"runs Keras on tensorflow or jax: unset .*KERAS_BACKEND='{backend}'$"):
-        check_keras(SCORING_BACKENDS)
+        check_keras(KERAS_BACKENDS)
 
 
-def test_jax_scores_and_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jax_trains_and_scores_and_does_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    check_keras(SCORING_BACKENDS)
+    check_keras(KERAS_BACKENDS)
     with pytest.raises(ConfigError, match=r"runs Keras on tensorflow .*KERAS_BACKEND='jax'$"):
-        check_keras(TRAINING_BACKENDS)
+        check_keras(CONVERSION_BACKENDS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"jax is not installed on .*pip install jax, or unset KERAS_BACKEND"):
-        check_keras(SCORING_BACKENDS)
+        check_keras(KERAS_BACKENDS)
 
 
 @pytest.mark.parametrize("home", ["/home/a", None])
@@ -642,8 +645,8 @@ def test_settings_of_this_machine_do_not_matter_where_workers_are_elsewhere(
 @pytest.mark.parametrize(
     "work",
     [
-        lambda bundle: _worker_loop({"task": None}),
-        lambda bundle: TrialProcess._begin(None),  # type: ignore[arg-type]
+        lambda bundle: start_backend("tensorflow"),
+        lambda bundle: TrialProcess.setup(None, {}, SimpleNamespace(backend="tensorflow")),  # type: ignore[arg-type]
         lambda bundle: KerasFeatures(None),  # type: ignore[arg-type]
         lambda bundle: open_engine(EngineChoice(), load_bundle(str(bundle)), batch_size=2),
     ],
@@ -652,9 +655,26 @@ def test_settings_of_this_machine_do_not_matter_where_workers_are_elsewhere(
 def test_workers_check_their_own_settings(
     work: Callable[[Path], Any], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_settings(tmp_path, monkeypatch, backend="torch")
-    with pytest.raises(ConfigError, match=r"says otherwise.*Received: backend='torch'$"):
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    write_settings(tmp_path, monkeypatch, image_data_format="channels_first")
+    with pytest.raises(ConfigError, match=r"says otherwise.*Received: image_data_format='channels_first'$"):
         work(bundle)
+
+
+def test_a_backend_by_flag_wins_over_the_variable_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_backend("auto", gpu=False) == "tensorflow"
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    assert resolve_backend("auto", gpu=False) == "jax"
+    assert resolve_backend("tensorflow", gpu=False) == "tensorflow"
+    write_settings(tmp_path, monkeypatch, backend="torch")
+    start_backend("tensorflow")
+    assert os.environ["KERAS_BACKEND"] == "tensorflow"
+
+
+def test_a_backend_that_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"jax is not installed on .*: pip install jax, or leave out --backend"):
+        use_keras_on("jax")
 
 
 # --- credentials -----------------------------------------------------------------------------------------------------

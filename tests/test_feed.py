@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mnist_dist.data.batches import epoch_order
+from mnist_dist.data.batches import augmentation_draws, epoch_order, step_seeds
 from mnist_dist.training.feed import (
     EvaluationBatch,
     Images,
@@ -19,7 +19,6 @@ from mnist_dist.training.feed import (
     World,
     ahead,
     evaluation_batches,
-    step_seeds,
     train_chunk,
 )
 
@@ -59,6 +58,7 @@ def chunk(
         batch_size=BATCH,
         seed=11,
         world=world or World(),
+        augmented=True,
     )
 
 
@@ -72,7 +72,9 @@ def test_a_chunk_holds_the_images_of_its_steps_in_order(images: Images, order: n
     assert found.labels.tolist() == rows.tolist()
     assert np.array_equal(found.pixels, images.pixels[rows])
     assert [found.pixels.dtype, found.labels.dtype, found.seeds.dtype] == ["uint8", "int32", "uint32"]
-    assert np.array_equal(found.seeds, step_seeds(11, steps=range(101, 104), rank=0))
+    assert np.array_equal(found.seeds, step_seeds(11, steps=range(101, 104)))
+    draws = augmentation_draws(11, steps=range(101, 104), batch_size=BATCH, images=slice(0, BATCH))
+    assert np.array_equal(found.draws, draws)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
@@ -83,6 +85,8 @@ def test_the_slices_of_all_ranks_are_the_global_batch(
     parts = [chunk(images, order, range(STEPS), world=World(rank=r, workers=workers)) for r in range(workers)]
     assert np.array_equal(np.concatenate([part.labels for part in parts], axis=1), whole.labels)
     assert np.array_equal(np.concatenate([part.pixels for part in parts], axis=1), whole.pixels)
+    assert np.array_equal(np.concatenate([part.draws for part in parts], axis=1), whole.draws)
+    assert all(np.array_equal(part.seeds, whole.seeds) for part in parts)
 
 
 @pytest.mark.parametrize("world", [World(), World(rank=1, workers=3)])
@@ -93,7 +97,7 @@ def test_any_cut_of_the_steps_gives_the_same_batches(
     for places in itertools.chain.from_iterable(itertools.combinations(range(1, STEPS), n) for n in range(STEPS)):
         edges = (0, *places, STEPS)
         parts = [chunk(images, order, range(a, b), world=world) for a, b in itertools.pairwise(edges)]
-        for name in ("pixels", "labels", "seeds"):
+        for name in ("pixels", "labels", "seeds", "draws"):
             together = np.concatenate([getattr(part, name) for part in parts])
             assert np.array_equal(together, getattr(whole, name)), (edges, name)
 
@@ -104,21 +108,27 @@ def test_an_epoch_of_whole_batches_visits_no_image_twice(images: Images, order: 
     assert set(seen) <= set(TRAIN.tolist())
 
 
-def test_seeds_are_a_function_of_seed_step_and_rank() -> None:
-    steps = range(40, 60)
-    assert step_seeds(5, steps=steps, rank=2).shape == (20, 2)
-    assert np.array_equal(step_seeds(5, steps=steps, rank=2), step_seeds(5, steps=steps, rank=2))
-    assert np.array_equal(step_seeds(5, steps=range(50, 60), rank=2), step_seeds(5, steps=steps, rank=2)[10:])
+def test_seeds_and_draws_are_a_function_of_seed_and_step() -> None:
+    steps, later = range(40, 60), range(50, 60)
+    assert step_seeds(5, steps=steps).shape == (20, 2)
+    assert np.array_equal(step_seeds(5, steps=later), step_seeds(5, steps=steps)[10:])
+    draws = augmentation_draws(5, steps=steps, batch_size=9, images=slice(2, 7))
+    assert draws.shape == (20, 5, 8)
+    assert draws.dtype == np.float32
+    assert np.array_equal(augmentation_draws(5, steps=later, batch_size=9, images=slice(2, 7)), draws[10:])
+
+
+def test_draws_fill_their_range_and_do_not_repeat() -> None:
+    draws = augmentation_draws(5, steps=range(200), batch_size=30, images=slice(0, 30))
+    assert -1 <= draws.min() < -0.999
+    assert 0.999 < draws.max() < 1
+    assert abs(float(draws.mean())) < 0.01
+    assert len(np.unique(draws.reshape(-1, 8), axis=0)) == 200 * 30
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
-def test_no_two_steps_and_ranks_of_a_run_share_a_seed(seed: int) -> None:
-    seeds = [step_seeds(seed, steps=range(700), rank=rank) for rank in range(5)]
-    assert len(np.unique(np.concatenate(seeds), axis=0)) == 5 * 700
-
-
-def test_neighbouring_runs_share_no_seed() -> None:
-    seeds = [step_seeds(seed, steps=range(700), rank=0) for seed in range(3)]
+def test_no_two_steps_of_a_run_or_of_its_neighbour_share_a_seed(seed: int) -> None:
+    seeds = [step_seeds(each, steps=range(700)) for each in (seed, seed + 1, seed + 2)]
     assert len(np.unique(np.concatenate(seeds), axis=0)) == 3 * 700
 
 

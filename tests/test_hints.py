@@ -17,12 +17,13 @@ from scored import multi_label_rows, one_hot, scored_rows, write_mark, write_sco
 from mnist_dist import command_line
 from mnist_dist.commands.quickstart import _what_was_made
 from mnist_dist.commands.score import how_to_read
-from mnist_dist.config import DataConfig, ScoreJob, TableConfig
+from mnist_dist.config import DataConfig
 from mnist_dist.console import Stop
 from mnist_dist.on_ray.data.prepare import _judge_bad_images
 from mnist_dist.on_ray.scoring.plan import _balance
 from mnist_dist.on_ray.training.plan import _balance as _balance_of_training
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.score_config import ScoreJob, TableConfig
 from mnist_dist.scoring.predictions import Mark
 from mnist_dist.session import Session, seconds_since, started_at
 

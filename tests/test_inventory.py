@@ -17,11 +17,12 @@ from harness import Recorder, an_epoch, run_command, s3_client
 from scored import described_by, one_hot, plan_of, scored_rows
 
 from mnist_dist import inventory
-from mnist_dist.config import PhasesConfig, TableConfig, TrainJob
+from mnist_dist.config import PhasesConfig, TrainJob
 from mnist_dist.documents import encode
 from mnist_dist.errors import ConfigError, StorageError
 from mnist_dist.inventory import Folder, InventoryRow, ListJob, RunFacts, ago, facts_name, facts_names, rows_below
 from mnist_dist.models.history import history_csv
+from mnist_dist.score_config import TableConfig
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import SUMMARY, Generation, Output
 from mnist_dist.scoring.manifest import write_manifest
@@ -286,7 +287,7 @@ def test_a_search_whose_finalists_all_failed_has_failed(tmp_path: Path) -> None:
 def test_trials_that_ended_early_are_all_there_are(tmp_path: Path) -> None:
     run = begun_search(str(tmp_path), "first")
     put_trials(run, "done", "stopped")
-    run.write("trials.json", TrialsOver(2))
+    run.write("trials.json", TrialsOver(2, (1,)))
     assert the_search(str(tmp_path)).progress == "2 of 2 trials"
 
 

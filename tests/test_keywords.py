@@ -12,11 +12,12 @@ import tyro
 
 from mnist_dist import keywords
 from mnist_dist.api import evaluate, export, score, search, train
-from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TrainJob
+from mnist_dist.config import TrainJob
 from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportJob
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES, mnist_cnn
+from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig, TableConfig
 from mnist_dist.search_config import SearchJob
 
 SCORE = {"bundle": "b", "input": "i", "output": "o"}

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist.config import DataConfig, InputConfig
+from mnist_dist.config import DataConfig
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.archives import index_archive
 from mnist_dist.sources.labels import class_names_of, common_folder, splits_of_names
 from mnist_dist.sources.listing import list_inputs

@@ -24,8 +24,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from mnist_dist.command_line import parse
-from mnist_dist.config import ScoreJob
 from mnist_dist.on_ray.doctor.doctor import sent_sizes
+from mnist_dist.score_config import ScoreJob
 
 MAX_BYTES = 4 * 2**20  # of what travels with a job
 TRAVELS = {"mnist_dist", "jobs", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}

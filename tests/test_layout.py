@@ -16,6 +16,7 @@ PACKAGE = "mnist_dist"
 FLOORS = {
     **dict.fromkeys(("errors", "urls", "config", "distributions", "search_config", "recipes", "flags", "console"), 0),
     **dict.fromkeys(("command_help", "command_line", "environment", "side_thread", "processor", "keywords"), 0),
+    "score_config": 0,
     "documents": 1,
     "store": 2,
     **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "import_config", "doctor_config"), 3),
@@ -36,12 +37,23 @@ TENSORFLOW = {
     f"{PACKAGE}.engines.graphs",
     f"{PACKAGE}.importing.saved_models",
     f"{PACKAGE}.importing.tensorflow_images",
-    f"{PACKAGE}.training.step",
+    f"{PACKAGE}.on_ray.training.backend",
     f"{PACKAGE}.training.precision",
+    f"{PACKAGE}.training.tensorflow_step",
+    "benchmarks.feed",
+    "benchmarks.peers.compute",
     "benchmarks.train",
     "benchmarks.peers.model",
     "benchmarks.peers.race_networks",
     "benchmarks.peers.tf_data",
+}
+JAX = {
+    f"{PACKAGE}.engines.engine",
+    f"{PACKAGE}.on_ray.training.backend",
+    f"{PACKAGE}.training.jax_step",
+    f"{PACKAGE}.training.precision",
+    "benchmarks.feed",
+    "benchmarks.peers.compute",
 }
 RAY_OF_PEERS = {f"benchmarks.peers.{name}" for name in ("onnx_ray", "race_ray_tune", "ray_recipe", "start")}
 """What is measured beside us, written as its own users would."""
@@ -167,6 +179,7 @@ def test_no_scheme_is_tested_for_outside_of_the_stores() -> None:
 
 def test_tensorflow_is_imported_where_the_picture_says() -> None:
     assert importers("tensorflow") == TENSORFLOW
+    assert importers("jax") == JAX
 
 
 def test_data_and_the_ground_floor_load_neither_tensorflow_nor_keras() -> None:

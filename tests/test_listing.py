@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnist_dist.config import InputConfig
 from mnist_dist.errors import ConfigError, DataError, ImageError, ServiceError, StorageError
 from mnist_dist.images.formats import IMAGE_SUFFIXES
+from mnist_dist.score_config import InputConfig
 from mnist_dist.scoring.selection import RESERVED
 from mnist_dist.sources import arrays, image_table
 from mnist_dist.sources.choice import BESIDE, HIDDEN, HIDDEN_PARQUET, NO_IMAGES, NO_SUFFIX
@@ -942,7 +942,7 @@ def test_many_small_batches_become_few() -> None:
 LISTS_MANY = """
 import sys, time
 from pathlib import Path
-from mnist_dist.config import InputConfig
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Entry

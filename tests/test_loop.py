@@ -18,13 +18,14 @@ from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.training.backends import open_computation
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Images, World, train_chunk
 from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask, class_weights
-from mnist_dist.training.step import StepConfig, TrainStep, make_optimizer, make_strategy
+from mnist_dist.training.step import StepConfig, Trained, make_optimizer
 
 # H = height px, W = width px
 COUNT, TRAIN, VALIDATION, H, W = 150, 121, 16, 8, 9
@@ -157,19 +158,25 @@ def test_the_loop_takes_the_steps_that_the_pure_functions_name(images: Images, t
     trainer, _, _ = run(task, tmp_path)
     network = build_classifier(task.job.model, spec=task.spec, num_classes=3, seed=5).network
     for epoch, rate in enumerate((0.05, 0.02)):
-        step = TrainStep(
-            make_strategy(1),
+        trained = Trained(
             network=network,
             optimizer=make_optimizer(MOMENTUM, network.trainable_variables),
-            augmentation=None,
             config=StepConfig(batch_size=11, class_weights=np.ones(3, np.float32)),
         )
+        step = open_computation(World()).train_step(trained)
         order = epoch_order(TRAIN, seed=5, epoch=epoch)
         first = 11 * epoch
         chunk = train_chunk(
-            images, order, steps=range(11), first_global_step=first, batch_size=11, seed=5, world=World()
+            images,
+            order,
+            steps=range(11),
+            first_global_step=first,
+            batch_size=11,
+            seed=5,
+            world=World(),
+            augmented=False,
         )
-        step(chunk, rates=np.full(11, rate, np.float32))
+        step(step.place(chunk), rates=np.full(11, rate, np.float32))
     assert relative_difference(trainer.network.get_weights(), network.get_weights()) <= 1e-6
 
 
@@ -273,7 +280,7 @@ def test_the_head_phase_leaves_the_backbone_as_it_was(images: Images, tmp_path: 
 
 
 def test_early_stopping_ends_its_phase_and_the_next_one_begins_afresh(images: Images, tmp_path: Path) -> None:
-    phases = PhasesConfig(epochs=(9, 2), learning_rate=(STILL,))
+    phases = PhasesConfig(epochs=(9, 2), learning_rate=(STILL, STILL))
     fit = FitConfig(batch_size=11, early_stopping_patience=2)
     _, outcome, notes = run(small_task(images, phases=phases, fit=fit), tmp_path)
     assert outcome.finished
@@ -312,7 +319,9 @@ def test_tensorboard_reads_what_is_written(images: Images, tmp_path: Path) -> No
 
 def test_the_history_file_has_no_epoch_twice_after_a_restore(images: Images, tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
-    task = small_task(images, phases=PhasesConfig(epochs=(2, 1)), files=LogFiles(history=str(path)))
+    task = small_task(
+        images, phases=PhasesConfig(epochs=(2, 1), trainable=("all", "all")), files=LogFiles(history=str(path))
+    )
     first = run(task, tmp_path / "first")[2]
     assert path.read_bytes() == history_csv(first.lines)
     again = run(task, tmp_path / "again", restored=first.checkpoints()[0])[1]
@@ -445,7 +454,7 @@ def test_a_finished_run_is_left_as_it_is(whole: Whole, tmp_path: Path) -> None:
 def test_a_run_with_momentum_and_a_cosine_goes_on_where_it_was(images: Images, tmp_path: Path) -> None:
     task = small_task(
         images,
-        phases=PhasesConfig(epochs=(2, 1)),
+        phases=PhasesConfig(epochs=(2, 1), trainable=("all", "all")),
         optimizer=OptimizerConfig(optimizer="sgd", momentum=0.9, schedule="cosine", warmup_steps=5),
         fit=FitConfig(batch_size=2, seed=5),
     )

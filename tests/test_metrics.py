@@ -12,7 +12,6 @@ import pytest
 from scored import one_hot, scored_rows
 from sklearn import metrics as sklearn_metrics
 
-from mnist_dist.config import TableConfig
 from mnist_dist.errors import DataError
 from mnist_dist.evaluation.metrics import (
     METRIC_COLUMNS,
@@ -22,6 +21,7 @@ from mnist_dist.evaluation.metrics import (
     wilson_interval,
 )
 from mnist_dist.evaluation.tables import Classes
+from mnist_dist.score_config import TableConfig
 
 # n = images, K = classes
 

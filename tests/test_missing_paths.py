@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scored import one_hot, scored_rows, write_bundle_info, write_scored
 
-from mnist_dist.config import DataConfig, InputConfig
+from mnist_dist.config import DataConfig
 from mnist_dist.errors import BundleError, ConfigError, DataError, MnistDistError, ServiceError, StorageError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import check_named
@@ -14,6 +14,7 @@ from mnist_dist.evaluation.tables import open_table
 from mnist_dist.importing.sources import find_source
 from mnist_dist.inventory import rows_below
 from mnist_dist.models.bundle import load_bundle, read_bundle_info
+from mnist_dist.score_config import InputConfig
 from mnist_dist.scoring.thresholds import read_thresholds
 from mnist_dist.sources.arrays import read_arrays
 from mnist_dist.sources.listing import list_inputs

@@ -53,7 +53,7 @@ MISTAKES = [
     ("train --data {here}/photos --weights {here}/best.h5", "WeightsError", "{here} holds "),
     ("train --data s3:/bucket/photos", "StorageError", "did you mean s3://bucket/photos?"),
     ("train --epochs 1 2 --trainable head block4 all", "ConfigError", "--epochs, --learning-rate and --trainable must"),
-    ("train --phases haed", "ConfigError", "--phases must be among train"),
+    ("train --phases haed", "ConfigError", "the only phase is train. Received: --phases haed"),
     ("score --bundle {here}/model.keras --input {here}/photos --output {here}/o", "BundleError", "mnist-dist import"),
     ("score --bundle b --input {here}/photos --output {here}/photos/o", "ConfigError", "{here}/photos-predictions"),
     ("score --bundle b --input s3://bucket/x --output s3://bucket/y", "StorageError", "AWS_ACCESS_KEY_ID"),

@@ -15,17 +15,16 @@ from mnist_dist.config import (
     DataConfig,
     DecodeConfig,
     FitConfig,
-    InputConfig,
     ModelConfig,
     OptimizerConfig,
     PhasesConfig,
     RunConfig,
-    ScoreJob,
     TrainJob,
 )
 from mnist_dist.data.records import RecordPlan, decode_shard, fingerprint, finish, plan_records, read_index
 from mnist_dist.data.splits import Splits, assign_splits
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.scoring.predictions import read_predictions
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.training.checkpoints import read_checkpoint

@@ -18,7 +18,7 @@ from onnx_models import NAMES, NUM_FEATURES, SPEC, small_bundle, some_pixels
 from test_score_kills import SHARD, Job, rows_of, squares
 
 from mnist_dist import processor
-from mnist_dist.config import EngineConfig, EngineName
+from mnist_dist.config import EngineName
 from mnist_dist.console import Stop
 from mnist_dist.engines import choice as choices
 from mnist_dist.engines import conversion
@@ -41,6 +41,7 @@ from mnist_dist.errors import ConfigError, MnistDistError, StepFailed
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.models.onnx_file import CPU, CUDA, FEATURES, PROBABILITIES, declared, has_cuda
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.session import Session
 
 # N = images that a fixed batch takes

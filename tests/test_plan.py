@@ -15,17 +15,7 @@ from corpus import manifest_rows
 from harness import Recorder, an_epoch, write_spread_bundle
 from PIL import Image
 
-from mnist_dist.config import (
-    DataConfig,
-    FitConfig,
-    InputConfig,
-    ModelConfig,
-    PhasesConfig,
-    RunConfig,
-    ScoreJob,
-    ScoreRunConfig,
-    TrainJob,
-)
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.console import duration
 from mnist_dist.data.decoding import Times
 from mnist_dist.data.sampling import spread_rows
@@ -38,6 +28,7 @@ from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.scoring.stages import means_of
 from mnist_dist.on_ray.training.plan import plan_train, sample_splits, sizes_of
 from mnist_dist.on_ray.training.train import train
+from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
 from mnist_dist.training.checkpoints import Checkpoint, State
 from mnist_dist.training.host import Position

@@ -13,7 +13,7 @@ from test_choice import NAN, choice, needs, prepare
 from test_choice import Steps as FakeSteps
 
 from mnist_dist import processor
-from mnist_dist.config import EngineConfig, EnginePrecision
+from mnist_dist.config import EnginePrecision
 from mnist_dist.engines import conversion
 from mnist_dist.engines.calibration import (
     FEW_ROWS,
@@ -28,6 +28,7 @@ from mnist_dist.engines.choice import fastest, why_refused
 from mnist_dist.engines.conversion import Answers, compare
 from mnist_dist.errors import ConfigError, StepFailed
 from mnist_dist.models.bundle import Bundle
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.session import Session
 
 # N = compared images, K = classes

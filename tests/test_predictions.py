@@ -21,8 +21,9 @@ import pytest
 from scored import write_mark
 
 import mnist_dist
-from mnist_dist.config import FeatureType, TableConfig
+from mnist_dist.config import FeatureType
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.score_config import TableConfig
 from mnist_dist.scoring.predictions import (
     CONTRACT,
     MARK,

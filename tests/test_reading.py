@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import manifest_rows, tar_of
 
-from mnist_dist.config import InputConfig
 from mnist_dist.errors import ImageError, ServiceError, StorageError
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import parquet
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import TINY_AT_ONCE, TINY_BYTES, Encoded, plan_reads

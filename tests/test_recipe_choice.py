@@ -13,9 +13,10 @@ from PIL import Image
 
 import mnist_dist
 from mnist_dist.commands import recipe_choice, search, train
-from mnist_dist.config import DataConfig, InputConfig, TrainJob
+from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.recipes import RECIPE_INFOS, SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import look
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.look import Look, look_at

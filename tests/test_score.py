@@ -34,16 +34,7 @@ from PIL import Image
 from scored import one_hot, plan_of, scored_rows, write_scored
 
 from mnist_dist import load_bundle
-from mnist_dist.config import (
-    DecodeConfig,
-    EngineConfig,
-    FeatureType,
-    InputConfig,
-    ScoreJob,
-    ScoreRunConfig,
-    TableConfig,
-    TableFormat,
-)
+from mnist_dist.config import DecodeConfig, FeatureType
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import (
@@ -64,6 +55,7 @@ from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.scoring.score import Scoring, score
+from mnist_dist.score_config import EngineConfig, InputConfig, ScoreJob, ScoreRunConfig, TableConfig, TableFormat
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import write_manifest
 from mnist_dist.scoring.predictions import CONTRACT, read_predictions

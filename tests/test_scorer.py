@@ -19,13 +19,14 @@ import pyarrow as pa
 import pytest
 from corpus import DANGERS, H, W, colour_png, danger, every_format, manifest_rows, slow_pgm, tar_of
 
-from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Threads
 from mnist_dist.engines.engine import Outputs
 from mnist_dist.errors import ImageError, StorageError
 from mnist_dist.images.decoder import Decoded, decode_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import InputConfig
 from mnist_dist.scoring import scorer as module
 from mnist_dist.scoring.predictions import Outcomes
 from mnist_dist.scoring.scorer import Scorer

@@ -8,7 +8,7 @@ from typing import Any
 
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.store.lock import Lock
-from mnist_dist.tuning.budget import FINALIST_START_S, SpentTime, finalists_s
+from mnist_dist.tuning.budget import FINALIST_START_S, SpentTime, choose_finalists, finalists_s
 from mnist_dist.tuning.space import TypicalDraw, propose
 from mnist_dist.tuning.trials import Trial
 
@@ -80,6 +80,22 @@ def test_finalists_are_forecast_from_the_seconds_per_epoch_of_the_best_trials() 
     assert forecast(worst, best, finalists=1) == FINALIST_START_S + 40 * 2.0
     assert forecast(worst, second, best) == 2 * FINALIST_START_S + 40 * (2.0 + 1.0)
     assert forecast(worst, second, best, at_once=2) == FINALIST_START_S + 40 * 2.0
+
+
+def test_with_hours_as_many_finalists_are_chosen_as_fit_into_a_quarter_of_them() -> None:
+    trials = [trial(0, "mlp", 0.9), trial(1, "mlp", 0.8), trial(2, "mlp", 0.7)]  # each takes 80 s and its start
+
+    def chosen(hours: float | None, *, at_once: int = 1) -> list[int]:
+        job = replace(JOB, search=replace(JOB.search, finalists=2, hours=hours))
+        best = choose_finalists(trials, job, at_once=at_once, fine_tune_epoch_s=lambda trial: 0.0)
+        return [each.number for each in best]
+
+    two_s = 2 * (FINALIST_START_S + 80)
+    assert chosen(None) == [0, 1]
+    assert chosen(4.01 * two_s / 3600) == [0, 1]
+    assert chosen(3.99 * two_s / 3600) == [0]
+    assert chosen(3.99 * two_s / 3600, at_once=2) == [0, 1]
+    assert chosen(0.001) == [0]
 
 
 def test_fine_tuning_is_forecast_on_top_of_the_epochs_of_the_head() -> None:

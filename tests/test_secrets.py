@@ -21,9 +21,10 @@ from harness import CLASSES, SPEC, Command, write_spread_bundle
 from PIL import Image
 from web import Page, WebServer, running_web_server
 
-from mnist_dist.config import DataConfig, InputConfig, ModelConfig, ScoreJob, StoreConfig, TrainJob, differences
+from mnist_dist.config import DataConfig, ModelConfig, StoreConfig, TrainJob, differences
 from mnist_dist.console import Console, command_line
 from mnist_dist.errors import ServiceError
+from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import SearchJob
 from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.https import HttpsStore

@@ -13,8 +13,8 @@ import pytest
 from corpus import colour_png, tar_of
 from scored import described_by, plan_of
 
-from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import DataError
+from mnist_dist.score_config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.scoring.commit import commit
 from mnist_dist.scoring.generations import Committed, Output
 from mnist_dist.scoring.manifest import Manifest, write_manifest

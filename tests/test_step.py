@@ -1,7 +1,11 @@
-"""step: the train step against NumPy, the evaluator against scikit-learn; one worker (several: test_train.py)."""
+"""step: the train step against NumPy, the evaluator against scikit-learn; one worker (several: test_train.py).
+
+The contract of both backends: these tests run on TensorFlow, and once more on JAX (test_jax.py).
+"""
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -11,21 +15,21 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist.config import Augmentation, ModelConfig, OptimizerConfig
+from mnist_dist.data.batches import augmentation_draws, step_seeds
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.augmentation import build_augmentation
+from mnist_dist.models.augmentation import find_preset
 from mnist_dist.models.classifier import build_classifier, set_trainable
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World, step_seeds
+from mnist_dist.training.backends import open_computation
+from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
 from mnist_dist.training.step import (
     HITS,
     LOSS,
     STOP,
     Evaluator,
     StepConfig,
-    TrainStep,
+    Trained,
     make_optimizer,
-    make_strategy,
     slowest_worker_s,
-    sum_over_workers,
 )
 
 # S = steps, B = batch, H = height px, W = width px, C = channels, K = classes
@@ -44,12 +48,18 @@ def chunk() -> TrainChunk:
     return TrainChunk(
         pixels=random.integers(0, 256, (S, B, H, W, C), dtype=np.uint8),
         labels=random.integers(0, K, (S, B), dtype=np.int32),
-        seeds=step_seeds(9, steps=range(S), rank=0),
+        seeds=step_seeds(9, steps=range(S)),
+        draws=augmentation_draws(9, steps=range(S), batch_size=B, images=slice(0, B)),
     )
 
 
 def part(chunk: TrainChunk, steps: slice = slice(None), images: slice = slice(None)) -> TrainChunk:
-    return TrainChunk(pixels=chunk.pixels[steps, images], labels=chunk.labels[steps, images], seeds=chunk.seeds[steps])
+    return TrainChunk(
+        pixels=chunk.pixels[steps, images],
+        labels=chunk.labels[steps, images],
+        seeds=chunk.seeds[steps],
+        draws=chunk.draws[steps, images],
+    )
 
 
 def softmax_regression() -> keras.Model:
@@ -60,16 +70,21 @@ def softmax_regression() -> keras.Model:
     return keras.Model(pixels, keras.layers.Dense(K, bias_initializer="random_normal")(x))
 
 
-def train_step(network: keras.Model, *, augmentation: Augmentation = "none", **options: Any) -> TrainStep:
-    """A train step with SGD, or `optimizer`; other options are of `StepConfig`."""
+def train_step(network: keras.Model, *, augmentation: Augmentation = "none", **options: Any) -> Callable[..., Any]:
+    """A train step with SGD, or `optimizer`, that takes chunks as they are; other options are of `StepConfig`."""
     config = options.pop("optimizer", OptimizerConfig(optimizer="sgd", momentum=0.0))
-    return TrainStep(
-        make_strategy(1),
+    trained = Trained(
         network=network,
         optimizer=make_optimizer(config, network.trainable_variables),
-        augmentation=build_augmentation(augmentation, spec=SPEC),
+        augmentation=find_preset(augmentation),
         config=StepConfig(**{"batch_size": B, "class_weights": EQUAL, **options}),
     )
+    step = open_computation(World()).train_step(trained)
+    return lambda chunk, **options: step(step.place(chunk), **options)
+
+
+def evaluator_of(network: keras.Model) -> Evaluator:
+    return open_computation(World()).evaluator(network)
 
 
 class NumpyRegression:
@@ -190,16 +205,16 @@ def test_the_updates_of_the_slices_add_up_to_that_of_the_batch(chunk: TrainChunk
     assert relative_difference(total, whole) < 1e-4
 
 
-def test_dropout_and_augmentation_are_a_function_of_the_seeds(chunk: TrainChunk) -> None:
-    def weights_after(seeds: npt.NDArray[np.uint32]) -> Weights:
+def test_dropout_is_a_function_of_the_seeds_and_augmentation_of_the_draws(chunk: TrainChunk) -> None:
+    def weights_after(other: TrainChunk) -> Weights:
         network = small_cnn()
-        step = train_step(network, augmentation="digits")
-        step(TrainChunk(pixels=chunk.pixels, labels=chunk.labels, seeds=seeds), rates=LOW_RATES)
+        train_step(network, augmentation="digits")(other, rates=LOW_RATES)
         return list(network.get_weights())
 
-    expected = weights_after(chunk.seeds)
-    assert relative_difference(weights_after(chunk.seeds.copy()), expected) <= 1e-6
-    assert relative_difference(weights_after(step_seeds(9, steps=range(S), rank=1)), expected) > 1e-4
+    expected = weights_after(chunk)
+    assert relative_difference(weights_after(part(chunk)), expected) <= 1e-6
+    assert relative_difference(weights_after(replace(chunk, seeds=step_seeds(8, steps=range(S)))), expected) > 1e-4
+    assert relative_difference(weights_after(replace(chunk, draws=chunk.draws[::-1])), expected) > 1e-4
 
 
 def test_what_is_frozen_is_left_alone(chunk: TrainChunk) -> None:
@@ -250,7 +265,7 @@ def evaluation_batch(count: int, *, padding: int = 0) -> EvaluationBatch:
 
 def test_evaluated_sums_are_those_of_scikit_learn() -> None:
     network, batch = small_cnn(), evaluation_batch(23)
-    loss, hits, images = Evaluator(make_strategy(1), network)(batch)
+    loss, hits, images = evaluator_of(network)(batch)
     predicted = np.asarray(keras.ops.softmax(network(batch.pixels.astype(np.float32), training=False)))
     predicted = predicted.astype(np.float64) / predicted.sum(axis=1, keepdims=True, dtype=np.float64)
     assert images == 23
@@ -260,7 +275,7 @@ def test_evaluated_sums_are_those_of_scikit_learn() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    evaluator = Evaluator(make_strategy(1), small_cnn())
+    evaluator = evaluator_of(small_cnn())
     padded = evaluation_batch(11, padding=4)
     real = EvaluationBatch(pixels=padded.pixels[:7], labels=padded.labels[:7], weights=padded.weights[:7])
     assert evaluator(padded) == pytest.approx(evaluator(real), rel=1e-6)
@@ -269,7 +284,7 @@ def test_padding_does_not_count() -> None:
 
 def test_evaluation_changes_nothing_and_drops_nothing() -> None:
     network, batch = small_cnn(), evaluation_batch(5)
-    before, evaluator = network.get_weights(), Evaluator(make_strategy(1), network)
+    before, evaluator = network.get_weights(), evaluator_of(network)
     sums = evaluator(batch)
     assert sums.dtype == np.float64
     assert evaluator(batch).tolist() == sums.tolist()
@@ -281,5 +296,5 @@ def test_evaluation_changes_nothing_and_drops_nothing() -> None:
 
 def test_the_sum_over_one_worker_is_its_own() -> None:
     values = np.array([0.1, 1e-17, 3e300])
-    assert sum_over_workers(make_strategy(1), values).tolist() == values.tolist()
-    assert slowest_worker_s(make_strategy(1), 0.75, world=World()) == 0.75
+    assert open_computation(World()).sum_over_workers(values).tolist() == values.tolist()
+    assert slowest_worker_s(open_computation(World()), 0.75, world=World()) == 0.75

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnist_dist.config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.score_config import InputConfig, ScoreJob, TableConfig
 from mnist_dist.scoring.thresholds import read_thresholds, shortest, thresholds_csv, with_thresholds
 
 NAMES = ("ant", "bee, wild", "cat")

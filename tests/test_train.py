@@ -1,12 +1,14 @@
 """The training job on Ray: equality over workers, what survives a kill, what is refused."""
 
 import contextlib
+import functools
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import numpy as np
@@ -19,9 +21,11 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from mnist_dist import load_bundle
 from mnist_dist.config import (
+    Augmentation,
     DataConfig,
     DecodeConfig,
     FitConfig,
+    KerasBackend,
     ModelConfig,
     OptimizerConfig,
     PhasesConfig,
@@ -38,6 +42,7 @@ from mnist_dist.errors import (
     StorageError,
     TooManyBadImages,
     TrainingDiverged,
+    WorkersFailed,
 )
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.on_ray.data.prepare import list_data
@@ -111,13 +116,24 @@ def predictions_of_test(storage: Path, bundle: str) -> tuple[npt.NDArray[np.int3
     return labels[splits.test], probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
-def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
+BACKENDS = pytest.mark.parametrize("backend", get_args(KerasBackend))
+
+
+def on_backend(job: TrainJob, backend: KerasBackend) -> TrainJob:
+    return replace(job, run=replace(job.run, backend=backend))
+
+
+@BACKENDS
+@pytest.mark.parametrize("augmentation", ["none", pytest.param("digits", marks=pytest.mark.chaos)])
+def test_1_2_and_3_workers_reach_the_same_weights(
+    tmp_path: Path, augmentation: Augmentation, backend: KerasBackend
+) -> None:
     """With seed 0 or 1 the last bit decides a maximum of a pooling layer, and the weights part there: so they do in one
     process whose gradients are summed over two halves of each batch (6e-3 and 9e-5 after 50 steps; seed 2: 3e-7)."""
     results = {}
     for workers in (1, 2, 3):
-        fit = FitConfig(batch_size=50, precision="float32", seed=2)
-        job = small_job(tmp_path, workers=workers, name=f"w{workers}", fit=fit)
+        fit = FitConfig(batch_size=50, precision="float32", seed=2, augmentation=augmentation)
+        job = on_backend(small_job(tmp_path, workers=workers, name=f"w{workers}", fit=fit), backend)
         results[workers] = train(job, recipe="test", console=Recorder())
     steps = read_checkpoint(Path(Run(str(tmp_path / "w1")).newest_checkpoint() or "")).state.global_step
     assert steps == 50
@@ -131,12 +147,52 @@ def test_1_2_and_3_workers_reach_the_same_weights(tmp_path: Path) -> None:
     assert results[3]["test_accuracy"] == accuracy_score(labels, probabilities.argmax(axis=1))
 
 
-def test_synchronised_batch_norm_reaches_the_same_weights_on_1_2_and_3_workers(tmp_path: Path) -> None:
+def test_both_backends_reach_the_same_weights_and_write_the_same_bundle(tmp_path: Path) -> None:
+    bundles = {}
+    for backend in get_args(KerasBackend):
+        job = small_job(tmp_path, name=backend, fit=FitConfig(batch_size=50, precision="float32", seed=2))
+        bundles[backend] = load_bundle(train(on_backend(job, backend), recipe="test", console=Recorder())["bundle"])
+    ours, theirs = (final_weights(tmp_path, backend) for backend in bundles)
+    assert largest_difference(theirs, ours) <= 1e-4
+    tensorflow, jax = bundles.values()
+    assert [layer.name for layer in jax.model.layers] == [layer.name for layer in tensorflow.model.layers]
+    pixels = np.random.default_rng(0).integers(0, 256, (9, *jax.info.spec.shape), dtype=np.uint8)
+    assert np.asarray(jax.model(pixels)) == pytest.approx(np.asarray(tensorflow.model(pixels)), abs=1e-4)
+
+
+@pytest.mark.parametrize("order", [("tensorflow", "jax"), ("jax", "tensorflow")])
+def test_a_checkpoint_of_one_backend_resumes_on_the_other(
+    tmp_path: Path, order: tuple[KerasBackend, KerasBackend]
+) -> None:
+    """Momentum, warm-up and augmentation make any state that is lost show."""
+    fit = FitConfig(batch_size=50, precision="float32", seed=2, augmentation="digits")
+    job = small_job(tmp_path, epochs=4, fit=fit, optimizer=replace(PLAIN_SGD, schedule="cosine", warmup_steps=7))
+    job = replace(job, run=replace(job.run, max_failures=0))
+    first, second = order
+    whole = replace(job, run=replace(job.run, name="whole", backend=second))
+    train(whole, recipe="test", console=Recorder())
+    console = Recorder("epoch 2", lambda: train_workers()[0].kill())
+    with pytest.raises(WorkersFailed, match="worker"):
+        train(on_backend(job, first), recipe="test", console=console)
+    begun = Run(str(tmp_path / "run")).newest_checkpoint()
+    assert begun is not None
+    steps, of_optimizer = read_checkpoint(Path(begun)).state.global_step, read_checkpoint(Path(begun)).optimizer
+    assert 50 <= steps < 100
+    assert int(of_optimizer[0]) == steps
+    train(on_backend(job, second), recipe="test", console=Recorder())
+    assert largest_difference(final_weights(tmp_path), final_weights(tmp_path, "whole")) <= 1e-4
+
+
+@BACKENDS
+def test_batch_norm_of_the_whole_batch_reaches_the_same_weights_on_1_2_and_3_workers(
+    tmp_path: Path, backend: KerasBackend
+) -> None:
     for workers in (1, 2, 3):
-        job = small_job(tmp_path, workers=workers, name=f"w{workers}", epochs=1)
+        job = on_backend(small_job(tmp_path, workers=workers, name=f"w{workers}", epochs=1), backend)
         job = replace(
             job,
             data=DataConfig(limit=660),
+            fit=FitConfig(batch_size=48, precision="float32"),
             model=ModelConfig(backbone="cnn_bn", dropout=0.0),
             optimizer=OptimizerConfig(optimizer="sgd", momentum=0.0),
         )
@@ -163,11 +219,16 @@ def shaken_job(storage: Path, name: str) -> TrainJob:
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[npt.NDArray[Any]]:
-    storage = tmp_path_factory.mktemp("undisturbed")
-    train(shaken_job(storage, "run"), recipe="test", console=Recorder())
-    return final_weights(storage)
+@functools.cache
+def undisturbed_weights(backend: KerasBackend) -> tuple[npt.NDArray[Any], ...]:
+    with tempfile.TemporaryDirectory() as storage:
+        train(on_backend(shaken_job(Path(storage), "run"), backend), recipe="test", console=Recorder())
+        return tuple(final_weights(Path(storage)))
+
+
+@pytest.fixture
+def undisturbed() -> list[npt.NDArray[Any]]:
+    return list(undisturbed_weights("tensorflow"))
 
 
 def train_workers() -> list[psutil.Process]:
@@ -180,15 +241,23 @@ def train_workers() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.chaos)])
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, undisturbed: list[npt.NDArray[Any]], rank: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "rank"),
+    [
+        ("tensorflow", 0),
+        pytest.param("tensorflow", 1, marks=pytest.mark.chaos),
+        ("jax", 1),
+        pytest.param("jax", 0, marks=pytest.mark.chaos),
+    ],
+)
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, backend: KerasBackend, rank: int) -> None:
     def kill() -> None:
         sorted(train_workers(), key=lambda p: p.pid)[rank].kill()
 
     console = Recorder("epoch 3", kill)
-    result = train(shaken_job(tmp_path, "run"), recipe="test", console=console)
+    result = train(on_backend(shaken_job(tmp_path, "run"), backend), recipe="test", console=console)
     assert result["epochs"] == SHAKEN_EPOCHS
-    assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+    assert largest_difference(final_weights(tmp_path), list(undisturbed_weights(backend))) <= 1e-5
 
 
 def test_workers_that_die_too_often_end_the_job(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from scored import MODEL, described_by, one_hot, plan_of, scored_rows, write_bundle_info, write_scored
 
-from mnist_dist.config import TableConfig
 from mnist_dist.errors import BundleError, ConfigError, DataError
 from mnist_dist.evaluation.tables import NO_LABEL, UNKNOWN_LABEL, Classes, open_table
 from mnist_dist.evaluation.truth import CarriedColumn, Folders, KnownLabels, find_truth, folder_names, label_file
+from mnist_dist.score_config import TableConfig
 from mnist_dist.scoring.commit import table_metadata
 from mnist_dist.scoring.predictions import MARK, table_uri
 from mnist_dist.store.anywhere import ANYWHERE

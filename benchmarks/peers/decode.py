@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from benchmarks.peers.task import Stamps, Task
 from mnist_dist import processor
-from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import AwaitedSink, DecodePool, Taken, Threads
 from mnist_dist.errors import ImageError
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.listing import list_inputs
 
 

@@ -43,7 +43,9 @@ def train(config: dict[str, Any]) -> None:
     race_networks.RACE.update(config["race"])  # not ours: this module is sent to the workers by value
     arrays, choice = Arrays(), choice_of(config)
     model = compiled(choice, arrays)
-    batches = arrays.batches(batch_size=choice["batch_size"], augmentation=choice["augmentation"], seed=config["race"]["seed"])
+    batches = arrays.batches(
+        batch_size=choice["batch_size"], augmentation=choice["augmentation"], seed=config["race"]["seed"]
+    )
 
     class Report(keras.callbacks.Callback):
         best = 0.0
@@ -57,7 +59,13 @@ def train(config: dict[str, Any]) -> None:
                     checkpoint = tune.Checkpoint.from_directory(folder)
                 tune.report({ACCURACY: metrics[ACCURACY], "at": time.time()}, checkpoint=checkpoint)
 
-    model.fit(batches, validation_data=arrays.validation, epochs=config["race"]["trial_epochs"], verbose=0, callbacks=[Report()])
+    model.fit(
+        batches,
+        validation_data=arrays.validation,
+        epochs=config["race"]["trial_epochs"],
+        verbose=0,
+        callbacks=[Report()],
+    )
 
 
 def main() -> None:

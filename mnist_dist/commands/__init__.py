@@ -61,12 +61,13 @@ def _run(job: str, arguments: list[str], *, program: str) -> NoReturn:
 def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
     """Job -> its dataclass and its recipes."""
     from mnist_dist.commands.quickstart import Quickstart  # All of them here, since a process runs one job only.
-    from mnist_dist.config import ScoreJob, TrainJob
+    from mnist_dist.config import TrainJob
     from mnist_dist.doctor_config import DoctorJob
     from mnist_dist.evaluate_config import EvaluateJob
     from mnist_dist.export_config import ExportJob
     from mnist_dist.import_config import ImportJob
     from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+    from mnist_dist.score_config import ScoreJob
     from mnist_dist.search_config import SearchJob
 
     return {

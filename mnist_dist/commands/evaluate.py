@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import command_line, console
-from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:

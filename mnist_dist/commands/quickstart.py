@@ -7,10 +7,10 @@ from typing import Any
 
 from mnist_dist import command_line, console
 from mnist_dist.commands.score import how_to_read
-from mnist_dist.config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.console import Stop
-from mnist_dist.environment import TRAINING_BACKENDS
+from mnist_dist.environment import KERAS_BACKENDS
 from mnist_dist.recipes import quickstart
+from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.session import seconds_since, started_at
 from mnist_dist.sources.arrays import write_digits
 from mnist_dist.store.anywhere import ANYWHERE
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     job = quickstart()
     job = replace(job, run=replace(job.run, storage=options.storage, name="quickstart", verbose=options.verbose))
     began_at = started_at(shown)
-    check_environment(backends=TRAINING_BACKENDS)
+    check_environment(backends=KERAS_BACKENDS)
     with Stop(shown) as stop, connected(verbose=options.verbose, stop=stop):
         trained = train(job, recipe="quickstart", console=shown)
         images = join(trained["run_dir"], "digits.tar")

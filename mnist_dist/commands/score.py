@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_dist import command_line, console, inventory
-from mnist_dist.config import ScoreJob
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.store.uris import is_remote, join
 
 _CLASS = "predicted_class"

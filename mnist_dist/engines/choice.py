@@ -28,16 +28,17 @@ import msgspec
 import numpy as np
 
 from mnist_dist import documents, processor
-from mnist_dist.config import EngineConfig, EngineName, EnginePrecision
+from mnist_dist.config import EngineName, EnginePrecision
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import Probabilities, calibration_of, unseen_by_ranges
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.engine import Engine, KerasEngine
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine, check_installed, local_folder
-from mnist_dist.environment import SCORING_BACKENDS, check_keras
+from mnist_dist.environment import KERAS_BACKENDS, check_keras
 from mnist_dist.errors import ConfigError, DataError, MnistDistError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.models.onnx_file import has_cuda
+from mnist_dist.score_config import EngineConfig
 from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -135,7 +136,7 @@ def open_engine(
     """
     size = choice.batch_size(batch_size)
     if choice.uri is None and not bundle.is_onnx:
-        check_keras(SCORING_BACKENDS)
+        check_keras(KERAS_BACKENDS)
         engine = KerasEngine(bundle, batch_size=size, embeddings=embeddings, cpus=cpus)
         engine(np.zeros((1, *bundle.info.spec.shape), np.uint8))
         return engine
@@ -412,7 +413,7 @@ def _checked(
     names = ", ".join(choice.name for choice in missing)
     session.console.line(f"converting and checking the model (once per bundle): {names}")
     if not bundle.is_onnx:
-        check_keras(SCORING_BACKENDS)
+        check_keras(KERAS_BACKENDS)
     with tempfile.TemporaryDirectory(prefix="mnist_dist-engines-") as scratch:
         conversion = Conversion(
             bundle=bundle,

@@ -8,6 +8,7 @@ not own: reading the pixels, or using the outputs.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,9 +124,10 @@ def _is_on_jax() -> bool:
 
 
 def use_cpus(cpus: int | None) -> None:
-    """Limits TensorFlow, before its first use, to this many cores (None: all) and to the GPU memory that it needs. JAX
-    is configured by its own variables (`XLA_FLAGS`, `XLA_PYTHON_CLIENT_PREALLOCATE`)."""
+    """Limits TensorFlow or JAX, before its first use, to this many cores (None: all) and to the GPU memory that it
+    needs."""
     if _is_on_jax():
+        _use_cpus_on_jax(cpus)
         return
     import tensorflow as tf
 
@@ -135,8 +137,19 @@ def use_cpus(cpus: int | None) -> None:
         tf.config.experimental.set_memory_growth(device, True)
 
 
+def _use_cpus_on_jax(cpus: int | None) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if cpus is not None:
+        os.environ["NPROC"] = str(max(1, cpus))  # the size of XLA's thread pool on CPUs
+
+
 def hide_gpus() -> None:
-    """Hides the machine's GPUs from TensorFlow; call before its first use."""
+    """Hides the machine's GPUs from TensorFlow or JAX; call before its first use."""
+    if _is_on_jax():
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        return
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -166,7 +179,7 @@ def _compile_on_jax(model: Any) -> Any:
     variables = (model.trainable_variables, model.non_trainable_variables)
     weights = [[variable.value for variable in group] for group in variables]
 
-    @jax.jit
+    @jax.jit  # type: ignore[untyped-decorator]
     def call(trainable: Any, others: Any, pixels: Any) -> Any:
         outputs, _ = model.stateless_call(trainable, others, pixels.astype(model.inputs[0].dtype), training=False)
         return jax.tree.leaves(outputs)

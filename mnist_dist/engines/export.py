@@ -23,7 +23,7 @@ from mnist_dist.engines.calibration import calibration_of
 from mnist_dist.engines.choice import own_engine, packages_of
 from mnist_dist.engines.conversion import Check, Conversion, compare, versions_of
 from mnist_dist.engines.formats import FORMATS, check_installed
-from mnist_dist.environment import check_keras
+from mnist_dist.environment import CONVERSION_BACKENDS, check_keras
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
@@ -110,7 +110,7 @@ def export_bundle(job: ExportJob, *, console: Console) -> dict[str, Any]:
 def _check_format(job: ExportJob, bundle: Bundle) -> None:
     check_has_classes(bundle.info)
     if not bundle.is_onnx:
-        check_keras()
+        check_keras(CONVERSION_BACKENDS)
     require(
         not bundle.is_onnx or job.format in OF_ONNX,
         "an imported ONNX model exports to onnx and openvino",

@@ -219,7 +219,13 @@ def _would_match(job: EvaluateJob, table: ScoredTable, known: Known) -> str:
 
 
 def _check_labels(job: EvaluateJob, table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetrics) -> None:
-    """Raises LabelsUnmatched if labels were given and all of them are empty, or none is a class."""
+    """Raises DataError if nothing was scored, and LabelsUnmatched if labels were given and all of them are empty, or
+    none is a class."""
+    if table.rows and not metrics.images:
+        raise DataError(
+            f"there is nothing to evaluate: none of the {table.rows:,} rows of {table.uri} has the status ok; their "
+            "column `error` says why"
+        )
     if job.labels is not None and metrics.images and not metrics.labelled:
         raise LabelsUnmatched(
             f"{truth.source}: the labels of all images are empty; --label-column names another column."

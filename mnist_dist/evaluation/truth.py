@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from mnist_dist.config import InputConfig
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import LABEL_COLUMN, Match
 from mnist_dist.evaluation.matching import BY_URI, Known, Labels, Rule, rule_of
 from mnist_dist.evaluation.tables import ScoredTable
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.sources.choice import row_of_line
 from mnist_dist.sources.columns import LABEL_FLAG, URI, URI_FLAG, check_header, clean

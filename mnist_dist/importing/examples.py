@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 import pyarrow as pa
 
-from mnist_dist.config import DecodeConfig, InputConfig
+from mnist_dist.config import DecodeConfig
 from mnist_dist.errors import ImageError
 from mnist_dist.images.decoder import probe_image
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.reading import read_in_order
 

@@ -25,7 +25,7 @@ from mnist_dist import documents
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.steps import Report, run_step
-from mnist_dist.environment import check_keras
+from mnist_dist.environment import CONVERSION_BACKENDS, check_keras
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.comparison import Checked, CheckTask, Compared, check
@@ -97,7 +97,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
     check_access((job.source, job.output, job.checkpoint, job.classes, job.expect, job.check_images, job.calibration))
     source = find_source(job.source)
     if source.kind == "keras":
-        check_keras()
+        check_keras(CONVERSION_BACKENDS)
     _check_outside(job)
     parent, _, name = job.output_uri.rpartition("/")
     with (

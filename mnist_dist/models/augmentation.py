@@ -1,13 +1,11 @@
-"""Augmentation: a separate model in front of the network, and the seeding of all randomness in a training step.
+"""Augmentation, as a pure function of images and random numbers, and the seeding of all other randomness in a step.
 
-Owns: the presets, and setting the state of a model's random number generators from outside. Does not own: when that
-happens (at each training step, by the step itself). An augmentation is never saved: random layers run in training mode
-by default, so a model saved with them would augment when it is called as `model(x)`.
+Owns: the presets, and setting the state of a model's random number generators from outside. Does not own: which numbers
+an image gets (`data/batches.py`: those of its position in the global batch), or when a step reseeds its network.
 
-Contract: after `reseed(generators, (seed, global step, rank))` at the start of a step, everything random in the step
-(augmentation, dropout) is a function of these numbers. No random state needs saving, and a resumed run repeats the
-draws. This works in a `tf.function`, and in the replica context of a `tf.distribute` strategy: the states are variables
-without aggregation, so each replica sets and advances its own.
+Contract: everything random in a step is a function of the run's seed, the global step and the position of an image in
+the global batch (augmentation) or of the rank (dropout). No random state needs saving, and a resumed run repeats the
+draws. The same numbers give the same augmentation on every backend of Keras, and with any number of workers.
 
 Speed: rotation, shift and zoom are one affine transform, one pass over the pixels. Three Keras layers
 (`RandomRotation`, `RandomTranslation`, `RandomZoom`) take three passes and are several times slower.
@@ -25,15 +23,13 @@ from keras import ops
 
 from mnist_dist.config import Augmentation
 from mnist_dist.errors import ConfigError
-from mnist_dist.images.spec import ImageSpec
 
-MASK_32_BITS = 0xFFFFFFFF
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """Ranges of rotation, shift, zoom and flip; each is drawn uniformly per image.
+    """Rotation, shift, zoom and flip in one bilinear transform; each is drawn uniformly per image.
 
     Args:
         rotation_degrees: largest rotation, either way.
@@ -49,10 +45,30 @@ class Affine:
     flip: bool = False
     fill: str = "nearest"
 
+    def __call__(self, images: Any, draws: Any) -> Any:
+        """`float32 [B, H, W, C]` and `float32 [B, 5]` in [-1, 1) -> the images transformed."""
+        matrices = self._matrices(draws, *images.shape[1:3])
+        return ops.image.affine_transform(images, matrices, interpolation="bilinear", fill_mode=self.fill)
+
+    def _matrices(self, draws: Any, height_px: int, width_px: int) -> Any:
+        """Per image, the affine map from new to old pixel positions, about the centre: `float32 [B, 8]`."""
+        angle, right, down, zoom, mirror = ops.unstack(draws, num=5, axis=1)
+        radians = angle * math.radians(self.rotation_degrees)
+        nearest, farthest = self.zoom
+        size = (nearest + farthest) / 2 + zoom * (farthest - nearest) / 2
+        sign = ops.where(mirror < 0, -1.0, 1.0) if self.flip else ops.ones_like(mirror)
+        cosine, sine = size * ops.cos(radians), size * ops.sin(radians)
+        xx, xy, yx, yy = cosine * sign, -sine, sine * sign, cosine
+        centre_x, centre_y = (width_px - 1) / 2, (height_px - 1) / 2
+        x0 = centre_x - xx * centre_x - xy * centre_y + right * self.shift * width_px
+        y0 = centre_y - yx * centre_x - yy * centre_y + down * self.shift * height_px
+        zero = ops.zeros_like(xx)
+        return ops.stack([xx, xy, x0, yx, yy, y0, zero, zero], axis=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """Ranges of the colour changes; each is drawn uniformly per image.
+    """Changes of saturation, contrast and brightness, clipped to 0-255; each is drawn uniformly per image.
 
     Args:
         brightness: largest value added, either way, as a share of 255.
@@ -64,6 +80,17 @@ class Colour:
     contrast: float = 0.0
     saturation: float = 0.0
 
+    def __call__(self, images: Any, draws: Any) -> Any:
+        """`float32 [B, H, W, C]` and `float32 [B, 3]` in [-1, 1) -> the images changed."""
+        brightness, contrast, saturation = ops.unstack(draws[:, :, None, None, None], num=3, axis=1)
+        x = images
+        if x.shape[-1] == 3:
+            grey = ops.sum(x * ops.convert_to_tensor(GREY_OF_RGB), axis=-1, keepdims=True)
+            x = grey + (x - grey) * (1 + saturation * self.saturation)
+        mean = ops.mean(x, axis=(1, 2, 3), keepdims=True)
+        x = mean + (x - mean) * (1 + contrast * self.contrast)
+        return ops.clip(x + brightness * self.brightness * 255, 0.0, 255.0)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -71,6 +98,19 @@ class Preset:
 
     affine: Affine
     colour: Colour | None = None
+
+    def __call__(self, images: Any, draws: Any) -> Any:
+        """Augments a batch.
+
+        Args:
+            images: `float32 [B, H, W, C]`, 0-255.
+            draws: `float32 [B, 8]` in [-1, 1): the random numbers of each image.
+
+        Returns:
+            `float32 [B, H, W, C]`, 0-255.
+        """
+        x = self.affine(images, draws[:, :5])
+        return x if self.colour is None else self.colour(x, draws[:, 5:])
 
 
 PRESETS: dict[Augmentation, Preset | None] = {
@@ -84,91 +124,20 @@ PRESETS: dict[Augmentation, Preset | None] = {
 }
 
 
-def build_augmentation(preset: Augmentation, *, spec: ImageSpec) -> keras.Model | None:
-    """The augmentation of that name, or None for `none`.
-
-    Args:
-        preset: `none`; `digits`: rotation, shift, zoom; `photos`: flip, crop, shift, rotation, colours.
-        spec: size and channels of the images.
-
-    Returns:
-        A model `float32 [B, H, W, C]`, 0-255 -> the same. It augments whatever `training` is.
+def find_preset(name: Augmentation) -> Preset | None:
+    """The preset of that name: `digits` (rotation, shift, zoom), `photos` (flip, crop, shift, rotation, colours), or
+    None for `none`.
 
     Raises:
         ConfigError: there is no such preset.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"augmentation must be one of {', '.join(PRESETS)}. Received: augmentation={preset!r}")
-    chosen = PRESETS[preset]
-    if chosen is None:
-        return None
-    pixels = keras.Input((spec.height_px, spec.width_px, spec.channels), dtype="float32", name="pixels")
-    x = RandomAffine(chosen.affine)(pixels)
-    if chosen.colour is not None:
-        x = RandomColour(chosen.colour)(x)
-    return keras.Model(pixels, x, name=f"augment_{preset}")
-
-
-class RandomAffine(keras.layers.Layer):
-    """Rotates, shifts, zooms and mirrors each image of a batch in one bilinear transform."""
-
-    def __init__(self, affine: Affine) -> None:
-        super().__init__(dtype="float32", name="affine")
-        self.affine = affine
-        self.seed_generator = keras.random.SeedGenerator(0)
-
-    def call(self, images: Any) -> Any:
-        """`float32 [B, H, W, C]` -> the same."""
-        matrices = self._matrices(ops.shape(images)[0], *images.shape[1:3])
-        return ops.image.affine_transform(images, matrices, interpolation="bilinear", fill_mode=self.affine.fill)
-
-    def _matrices(self, batch: Any, height_px: int, width_px: int) -> Any:
-        """Per image, the affine map from new to old pixel positions, about the centre: `float32 [B, 8]`."""
-        angle, right, down, zoom, mirror = ops.unstack(
-            keras.random.uniform((5, batch), -1.0, 1.0, seed=self.seed_generator), num=5
-        )
-        radians = angle * math.radians(self.affine.rotation_degrees)
-        nearest, farthest = self.affine.zoom
-        size = (nearest + farthest) / 2 + zoom * (farthest - nearest) / 2
-        sign = ops.where(mirror < 0, -1.0, 1.0) if self.affine.flip else ops.ones_like(mirror)
-        cosine, sine = size * ops.cos(radians), size * ops.sin(radians)
-        xx, xy, yx, yy = cosine * sign, -sine, sine * sign, cosine
-        centre_x, centre_y = (width_px - 1) / 2, (height_px - 1) / 2
-        x0 = centre_x - xx * centre_x - xy * centre_y + right * self.affine.shift * width_px
-        y0 = centre_y - yx * centre_x - yy * centre_y + down * self.affine.shift * height_px
-        zero = ops.zeros_like(xx)
-        return ops.stack([xx, xy, x0, yx, yy, y0, zero, zero], axis=1)
-
-
-class RandomColour(keras.layers.Layer):
-    """Changes saturation, contrast and brightness of each image of a batch, clipped to 0-255."""
-
-    def __init__(self, colour: Colour) -> None:
-        super().__init__(dtype="float32", name="colour")
-        self.colour = colour
-        self.seed_generator = keras.random.SeedGenerator(0)
-
-    def call(self, images: Any) -> Any:
-        """`float32 [B, H, W, C]` -> the same."""
-        shape = (3, ops.shape(images)[0], 1, 1, 1)
-        brightness, contrast, saturation = ops.unstack(
-            keras.random.uniform(shape, -1.0, 1.0, seed=self.seed_generator), num=3
-        )
-        x = images
-        if x.shape[-1] == 3:
-            grey = ops.sum(x * ops.convert_to_tensor(GREY_OF_RGB), axis=-1, keepdims=True)
-            x = grey + (x - grey) * (1 + saturation * self.colour.saturation)
-        mean = ops.mean(x, axis=(1, 2, 3), keepdims=True)
-        x = mean + (x - mean) * (1 + contrast * self.colour.contrast)
-        return ops.clip(x + brightness * self.colour.brightness * 255, 0.0, 255.0)
+    if name not in PRESETS:
+        raise ConfigError(f"augmentation must be one of {', '.join(PRESETS)}. Received: augmentation={name!r}")
+    return PRESETS[name]
 
 
 def seed_generators(*models: keras.Model | None) -> list[keras.random.SeedGenerator]:
-    """All random number generators of the models' layers, without duplicates, in the same order for equal models.
-
-    Args:
-        models: augmentation, network; None is skipped, since `build_augmentation` may return it.
-    """
+    """All random number generators of the models' layers, without duplicates, in the same order for equal models."""
     generators: dict[int, keras.random.SeedGenerator] = {}
     for model in models:
         for layer in _layers_of(model):
@@ -187,30 +156,15 @@ def _layers_of(layer: Any) -> Iterator[Any]:
 
 
 def reseed(generators: Sequence[keras.random.SeedGenerator], seed: Any) -> None:
-    """Sets each generator's state to a hash of `seed` and of its index in the list.
+    """Gives each generator a state of its own.
+
+    A state is two words, of which each draw advances the second one; the index of a generator is added to the first.
 
     Args:
         generators: from `seed_generators`, in that order.
-        seed: integers from 0 to 2**32 - 1 of any integer type, a tensor or a sequence: `(seed, global step, rank)`, or
-            two numbers derived from them. Adjacent numbers give unrelated streams.
+        seed: two words, unrelated to those of any other step, such as `data/batches.step_seeds` gives; a tensor or a
+            sequence of integers.
     """
-    if not generators:
-        return
-    words = ops.unstack(ops.cast(ops.convert_to_tensor(seed), "int64"))
-    states = ops.reshape(ops.arange(2 * len(generators), dtype="int64"), (len(generators), 2))
-    for word in words:
-        states = _mix(ops.bitwise_xor(_mix(states), ops.bitwise_and(word, MASK_32_BITS)))
-    for generator, state in zip(generators, ops.unstack(states, num=len(generators)), strict=True):
-        generator.state.assign(state)
-
-
-def _mix(x: Any) -> Any:
-    """A permutation of 32-bit words in which each input bit changes half of the output bits.
-
-    The factor is below 2**31, so the products fit in int64. Source: Thomas Mueller,
-    https://stackoverflow.com/a/12996028 (as in the H2 database).
-    """
-    x = ops.bitwise_and(x + 0x9E3779B9, MASK_32_BITS)  # Without it, 0 would stay 0.
-    for _ in range(2):
-        x = ops.bitwise_and(ops.bitwise_xor(ops.right_shift(x, 16), x) * 0x45D9F3B, MASK_32_BITS)
-    return ops.bitwise_xor(ops.right_shift(x, 16), x)
+    for index, generator in enumerate(generators):
+        words = ops.cast(ops.convert_to_tensor(seed), generator.state.dtype)
+        generator.state.assign(words + ops.convert_to_tensor([index, 0], generator.state.dtype))

@@ -131,7 +131,7 @@ def _cnn_bn(shape: Shape, alpha: float, weights: Literal["imagenet"] | None = No
     from keras import layers
 
     def batch_norm(name: str) -> keras.layers.Layer:
-        return layers.BatchNormalization(synchronized=True, name=name)  # Statistics over all replicas keep them equal.
+        return layers.BatchNormalization(synchronized=_is_synchronized(), name=name)
 
     return keras.Sequential(
         [
@@ -188,8 +188,16 @@ class _Application:
         application = getattr(keras.applications, self.function)(**options)
         for layer in application.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
-                layer.synchronized = True  # Trained layers need it, so that replicas stay equal.
+                layer.synchronized = _is_synchronized()
         return application
+
+
+def _is_synchronized() -> bool:
+    """Whether BatchNorm must be told to take its statistics over all workers, which keeps their weights equal. On JAX a
+    training step is one program over all workers, whose statistics always are of the whole batch."""
+    import keras
+
+    return bool(keras.backend.backend() == "tensorflow")
 
 
 # CAFFE, MINUS_ONE_TO_ONE and TORCH are the modes of Keras Applications' `preprocess_input` for RGB pixels in 0-255

@@ -565,7 +565,7 @@ def _check_model(model: "keras.Model", info: BundleInfo) -> None:
 
 
 def _unsynchronize(model: "keras.Model") -> None:
-    """Switches synchronised BatchNorm off: only TensorFlow loads it, and a finished model does not train."""
+    """Switches synchronised BatchNorm off: only TensorFlow runs it, and a finished model does not train."""
     for layer in all_layers(model):
         if getattr(layer, "synchronized", False):
             layer.synchronized = False

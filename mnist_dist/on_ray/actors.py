@@ -5,9 +5,9 @@ Does not own the cluster's resources (`cluster`). Does not import Ray Data, whic
 
 from dataclasses import dataclass
 
-from mnist_dist.config import ScoreRunConfig
 from mnist_dist.errors import ResourceError
 from mnist_dist.on_ray.cluster import Resources, await_nodes, share
+from mnist_dist.score_config import ScoreRunConfig
 from mnist_dist.session import Session
 
 MAX_CPUS = 0.9  # The largest actors are taken that use this share of the CPUs which the best size would use.

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import MAX_ROWS_PER_FILE, TableFormat
 from mnist_dist.errors import MnistDistError
+from mnist_dist.score_config import MAX_ROWS_PER_FILE, TableFormat
 from mnist_dist.scoring.delta import DeltaLog, Part, delta_schema
 from mnist_dist.scoring.generations import (
     MANIFEST,

@@ -38,10 +38,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import EngineName, EnginePrecision, Geometry, TableFormat
+from mnist_dist.config import EngineName, EnginePrecision, Geometry
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import TableFormat
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,

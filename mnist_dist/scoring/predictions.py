@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnist_dist import documents
-from mnist_dist.config import TableConfig, TableFormat
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.score_config import TableConfig, TableFormat
 from mnist_dist.sources.image_table import OTHER_FILE, with_columns
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnist_dist.config import InputConfig, ScoreJob
+from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.scoring.generations import MANIFEST, Committed, Output
 from mnist_dist.scoring.manifest import SHARD
 from mnist_dist.scoring.parts import LISTED

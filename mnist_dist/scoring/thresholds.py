@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist.config import DEFAULT_THRESHOLD, ScoreJob
+from mnist_dist.config import DEFAULT_THRESHOLD
 from mnist_dist.errors import ConfigError, first_line, suggestion
 from mnist_dist.models.bundle import BundleInfo
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.surroundings import what_is_there

@@ -15,9 +15,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mnist_dist.config import InputConfig
 from mnist_dist.errors import StorageError
 from mnist_dist.images.formats import IMAGE_SUFFIXES
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import parquet
 from mnist_dist.sources.archives import SEPARATOR, is_archive, split_member
 from mnist_dist.sources.image_table import ImageRow

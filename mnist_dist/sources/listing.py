@@ -23,9 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist.config import InputConfig, require
+from mnist_dist.config import require
 from mnist_dist.errors import DataError, StorageError
 from mnist_dist.images.formats import IMAGE_SUFFIXES
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import arrays, image_table, labels, lists, parquet
 from mnist_dist.sources.choice import (
     BESIDE,

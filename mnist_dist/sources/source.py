@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist.config import DataConfig, InputConfig, require
+from mnist_dist.config import DataConfig, require
 from mnist_dist.errors import DataError, ImageError, StorageError
 from mnist_dist.images.decoder import probe_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import arrays, groups, image_table, labels
 from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags

@@ -1,7 +1,8 @@
 """Batches for the step: which images each worker gets in each step, prepared ahead of time.
 
-Owns: the division of a global batch into workers' slices, the seeds of each step, and the thread that gathers pixels
-while the device computes. Does not own: the order of images (`data/batches.py`). Pixels stay uint8 at stored size.
+Owns: gathering each worker's slice of a global batch with its random numbers, and the thread that does so while the
+device computes. Does not own: order, slices and numbers themselves (`data/batches.py`). Pixels stay uint8 at stored
+size.
 
 B = global batch, b = this worker's slice of it, S = steps in one call, H, W = stored height and width in px,
 C = channels.
@@ -17,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.data.batches import rank_slice
+from mnist_dist.data.batches import augmentation_draws, rank_slice, step_seeds
 
 Item = TypeVar("Item")
 
@@ -61,12 +62,14 @@ class TrainChunk:
     """The input of one call: S steps of this worker.
 
     `pixels` is `uint8 [S, b, H, W, C]` (or features, `[S, b, D]`), `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]`
-    (unique over all steps and workers of a run).
+    (the same for all workers), `draws` `float32 [S, b, 8]` in [-1, 1) (by the position in the global batch; `[S, b, 0]`
+    without augmentation).
     """
 
     pixels: npt.NDArray[Any]
     labels: npt.NDArray[np.int32]
     seeds: npt.NDArray[np.uint32]
+    draws: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -82,11 +85,6 @@ class EvaluationBatch:
     weights: npt.NDArray[np.float32]
 
 
-def step_seeds(seed: int, *, steps: range, rank: int) -> npt.NDArray[np.uint32]:
-    """Seeds `uint32 [len(steps), 2]` for dropout and augmentation: a function of (seed, global step, rank) alone."""
-    return np.stack([np.random.SeedSequence((seed, step, rank)).generate_state(2) for step in steps])
-
-
 def train_chunk(
     images: Images,
     order: npt.NDArray[np.int64],
@@ -96,6 +94,7 @@ def train_chunk(
     batch_size: int,
     seed: int,
     world: World,
+    augmented: bool,
 ) -> TrainChunk:
     """Gathers this worker's slices for several steps of an epoch.
 
@@ -107,14 +106,21 @@ def train_chunk(
         batch_size: B.
         seed: the run's seed.
         world: the worker that gets the slices.
+        augmented: whether the images are augmented, and need random numbers.
     """
     own = rank_slice(batch_size, rank=world.rank, workers=world.workers)
     batches = order[steps.start * batch_size : steps.stop * batch_size].reshape(len(steps), batch_size)
     rows = images.train[batches[:, own]]
+    global_steps = range(first_global_step, first_global_step + len(steps))
     return TrainChunk(
         pixels=images.pixels[rows],
         labels=images.labels[rows],
-        seeds=step_seeds(seed, steps=range(first_global_step, first_global_step + len(steps)), rank=world.rank),
+        seeds=step_seeds(seed, steps=global_steps),
+        draws=(
+            augmentation_draws(seed, steps=global_steps, batch_size=batch_size, images=own)
+            if augmented
+            else np.zeros((*rows.shape, 0), np.float32)
+        ),
     )
 
 

@@ -23,14 +23,15 @@ import numpy.typing as npt
 from mnist_dist.config import Phase, require
 from mnist_dist.data.batches import epoch_order
 from mnist_dist.errors import TrainingDiverged
-from mnist_dist.models.augmentation import build_augmentation
+from mnist_dist.models.augmentation import find_preset
 from mnist_dist.models.classifier import Classifier, build_classifier, build_head_alone
 from mnist_dist.models.history import Epoch
+from mnist_dist.training.backends import open_computation
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
-from mnist_dist.training.feed import EvaluationBatch, Images, TrainChunk, World, ahead, evaluation_batches, train_chunk
+from mnist_dist.training.feed import EvaluationBatch, Images, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
-from mnist_dist.training.phase import Built, PhaseRun, TrainTask
-from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor, make_strategy, sum_over_workers
+from mnist_dist.training.phase import Built, PhaseRun, Placed, TrainTask
+from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class Trainer:
             batch_size=job.fit.batch_size,
         )
         self.task, self.host, self.world = task, host, world
-        self.strategy = make_strategy(world.workers)
-        with self.strategy.scope():
+        self.computation = open_computation(world)
+        with self.computation.scope():
             classifier = _build(task)
-            augmentation = build_augmentation(job.fit.augmentation, spec=task.spec)
+        augmentation = find_preset(job.fit.augmentation)
         self.network = classifier.network
-        self.built = Built(strategy=self.strategy, classifier=classifier, augmentation=augmentation, world=world)
+        self.built = Built(computation=self.computation, classifier=classifier, augmentation=augmentation, world=world)
         self.state = State()
         self.earlier_s = 0.0
         self.best: Arrays = self._weights()
@@ -97,12 +98,11 @@ class Trainer:
 
     def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
         """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images."""
-        evaluator = Evaluator(self.strategy, network)
-        return self._evaluate(evaluator, self.task.images, indices)
+        return self._evaluate(self.computation.evaluator(network), self.task.images, indices)
 
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
         """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
-        predictor = Predictor(self.strategy, network)
+        predictor = self.computation.predictor(network)
         batches = evaluation_batches(
             self.task.images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
         )
@@ -151,25 +151,25 @@ class Trainer:
         run.callbacks.on_epoch_begin(self.state.epochs_done)
         run.start_clock()
         with closing(ahead(self._chunks(run))) as chunks:
-            for chunk in chunks:
-                reports = run.take(chunk)
+            for placed in chunks:
+                reports = run.take(placed)
                 self._count(run.phase, reports)
                 wish = self.host.progress(self._position(run))
                 run.wish_to_stop = run.wish_to_stop or wish
                 run.stops = bool(reports[-1, STOP] > 0)
                 if run.stops and self.state.step < self.task.steps_per_epoch:
                     return False
-                if self._is_due(len(chunk)):
+                if self._is_due(len(reports)):
                     self._save(run)
         return True
 
-    def _chunks(self, run: PhaseRun) -> Iterator[Callable[[], TrainChunk]]:
+    def _chunks(self, run: PhaseRun) -> Iterator[Callable[[], Placed]]:
         fit, start = self.task.job.fit, self.state.step
         first = self.state.global_step - start
         order = epoch_order(len(run.images.train), seed=fit.seed, epoch=self.state.epochs_done)
         while start < self.task.steps_per_epoch:
             steps = range(start, min(start + run.steps_per_call, self.task.steps_per_epoch))
-            yield partial(
+            gather = partial(
                 train_chunk,
                 run.images,
                 order,
@@ -178,7 +178,9 @@ class Trainer:
                 batch_size=fit.batch_size,
                 seed=fit.seed,
                 world=self.world,
+                augmented=run.augmentation is not None,
             )
+            yield partial(run.place, gather)
             start = steps.stop
 
     def _count(self, phase: Phase, reports: npt.NDArray[np.float32]) -> None:
@@ -248,7 +250,7 @@ class Trainer:
         with closing(ahead(batches)) as ready:
             for batch in ready:
                 sums += evaluator(batch)
-        loss, hits, images = sum_over_workers(self.strategy, sums)
+        loss, hits, images = self.computation.sum_over_workers(sums)
         return {"loss": float(loss / images), "accuracy": float(hits / images)}
 
     def _position(self, run: PhaseRun) -> Position:

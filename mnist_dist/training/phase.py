@@ -5,8 +5,9 @@ Owns: what each phase creates anew. Does not own: the order of epochs, validatio
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -14,13 +15,14 @@ import numpy.typing as npt
 
 from mnist_dist.config import Phase, TrainJob
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.augmentation import Preset
 from mnist_dist.models.classifier import Classifier, set_trainable
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import Images, TrainChunk, World
 from mnist_dist.training.schedule import learning_rates
-from mnist_dist.training.step import Evaluator, StepConfig, Strategy, TrainStep, make_optimizer, slowest_worker_s
+from mnist_dist.training.step import Computation, StepConfig, Trained, make_optimizer, slowest_worker_s
 
 SECONDS_PER_CALL = 0.25  # long enough to hide the cost of a call, short enough to stop and show progress promptly
 MAX_STEPS_PER_CALL = 20
@@ -55,12 +57,20 @@ class TrainTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A chunk on the devices: `content` is the step's own."""
+
+    steps: int
+    content: Any
+
+
+@dataclass(frozen=True, kw_only=True)
 class Built:
     """What a worker builds once and all phases share."""
 
-    strategy: Strategy
+    computation: Computation
     classifier: Classifier
-    augmentation: keras.Model | None
+    augmentation: Preset | None
     world: World
 
 
@@ -94,14 +104,14 @@ class PhaseRun:
         self.images = task.images if features is None else features
         self.network = classifier.head if head_only else classifier.network
         frozen = classifier.features if head_only and features is None else None
-        with built.strategy.scope():
+        self.augmentation = built.augmentation if features is None else None
+        with built.computation.scope():
             set_trainable(classifier, phase.trainable)
             self.optimizer = make_optimizer(task.job.optimizer, self.network.trainable_variables)
-            self._step = TrainStep(
-                built.strategy,
+            trained = Trained(
                 network=self.network,
                 optimizer=self.optimizer,
-                augmentation=built.augmentation if features is None else None,
+                augmentation=self.augmentation,
                 frozen=frozen,
                 config=StepConfig(
                     batch_size=fit.batch_size,
@@ -110,28 +120,34 @@ class PhaseRun:
                     clip_norm=task.job.optimizer.clip_norm,
                 ),
             )
-            self.evaluator = Evaluator(built.strategy, self.network, frozen=frozen)
+            self._step = built.computation.train_step(trained)
+            self.evaluator = built.computation.evaluator(self.network, frozen=frozen)
         self.last_rate = self.rate()
         self.callbacks = self._start_callbacks(restored)
 
-    def take(self, chunk: TrainChunk) -> npt.NDArray[np.float32]:
+    def place(self, gather: Callable[[], TrainChunk]) -> Placed:
+        """Gathers a chunk and moves it to the devices; the feed's thread does this ahead of the steps."""
+        chunk = gather()
+        return Placed(steps=len(chunk), content=self._step.place(chunk))
+
+    def take(self, chunk: Placed) -> npt.NDArray[np.float32]:
         """Takes the chunk's steps. The second call's duration decides how many steps later calls take."""
         start = self.state.epoch * self.task.steps_per_epoch + self.state.step
         rates = learning_rates(
             self.rate(),
             config=self.task.job.optimizer,
-            steps=range(start, start + len(chunk)),
+            steps=range(start, start + chunk.steps),
             phase_steps=self.epochs * self.task.steps_per_epoch,
         )
         began = time.perf_counter()
-        reports = self._step(chunk, rates=rates, stop=self.wish_to_stop)
+        reports = self._step(chunk.content, rates=rates, stop=self.wish_to_stop)
         seconds = time.perf_counter() - began
         self._calls += 1
         self.last_rate = float(rates[-1])
-        self._time(len(chunk))
+        self._time(chunk.steps)
         if self._calls == 2:
-            slowest = slowest_worker_s(self._built.strategy, seconds, world=self._built.world)
-            self.steps_per_call = max(1, min(MAX_STEPS_PER_CALL, round(SECONDS_PER_CALL * len(chunk) / slowest)))
+            slowest = slowest_worker_s(self._built.computation, seconds, world=self._built.world)
+            self.steps_per_call = max(1, min(MAX_STEPS_PER_CALL, round(SECONDS_PER_CALL * chunk.steps / slowest)))
         return reports
 
     def start_clock(self) -> None:

@@ -20,6 +20,12 @@ def resolve_precision(precision: Precision, *, backbone: str, gpu: bool) -> Lite
 
 def _gpu_has_bfloat16() -> bool:
     """Whether the GPU's CUDA compute capability is at least 8.0."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 8
     import tensorflow as tf
 
     device = tf.config.list_physical_devices("GPU")[0]

@@ -1,10 +1,10 @@
-"""The compiled work of training: the train step, the evaluation step, and sums over the workers.
+"""The compiled work of training, behind one interface for each of Keras' backends.
 
-The only module of `training` that computes with TensorFlow itself (`precision` only asks it what the GPU can do).
-Contract of the train step, for any number of workers:
+Owns: the interface, and what both backends compute alike, in `keras.ops`. Does not own: differentiating, compiling and
+summing over workers (`tensorflow_step`, `jax_step`). Contract of the train step, for any number of workers:
 
-- the loss is the sum over this worker's slice, divided by the *global* batch, so that the sum of the gradients over the
-  workers is the gradient of the whole batch;
+- the loss is the sum over the global batch, divided by its size, so that the sum of the gradients over the workers is
+  the gradient of the whole batch;
 - gradients are summed over the workers, and only then clipped (a Keras optimizer would clip before the sum);
 - loss, hits and requests to stop are summed in the same exchange, so every worker sees the same numbers and takes the
   same decisions in the same step.
@@ -13,40 +13,21 @@ S = steps in one call, b = this worker's slice of the batch, H, W = height and w
 K = classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
+from keras import ops
 
 from mnist_dist.config import OptimizerConfig
-from mnist_dist.models.augmentation import reseed, seed_generators
+from mnist_dist.models.augmentation import Preset, reseed, seed_generators
 from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
 
-Strategy = tf.distribute.Strategy
 LOSS, HITS, STOP = range(3)  # columns of a step's report
-
-
-def make_strategy(workers: int) -> tf.distribute.Strategy:
-    """The default strategy for one worker; synchronous all-reduce for several (TF_CONFIG must be set)."""
-    return tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else tf.distribute.get_strategy()
-
-
-def make_optimizer(config: OptimizerConfig, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
-    """An optimizer built for these variables; call it inside `strategy.scope()`. The step sets its learning rate."""
-    optimizer: keras.optimizers.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(learning_rate=0.0, momentum=config.momentum)
-    elif config.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(learning_rate=0.0)
-    else:
-        optimizer = keras.optimizers.AdamW(learning_rate=0.0, weight_decay=config.weight_decay)
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    optimizer.build(variables)
-    return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,48 +40,40 @@ class StepConfig:
     clip_norm: float | None = None
 
 
-class TrainStep:
-    """Runs S optimizer steps in one call.
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a train step works on.
 
     Args:
-        strategy: from `make_strategy`; the network and the optimizer were built in its scope.
         network: `float32 [b, H, W, C]` in 0-255, or `float32 [b, D]` features -> logits `float32 [b, K]`.
         optimizer: built for `network.trainable_variables`.
-        augmentation: `float32 [b, H, W, C]` -> the same, or None.
+        augmentation: of the images, or None.
         frozen: `float32 [b, H, W, C]` -> the features `[b, D]` that the network takes, always in inference mode. None:
             the network takes the chunks' content directly.
         config: batch size and loss.
     """
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        *,
-        network: keras.Model,
-        optimizer: keras.optimizers.Optimizer,
-        augmentation: keras.Model | None,
-        config: StepConfig,
-        frozen: keras.Model | None = None,
-    ) -> None:
-        self._strategy = strategy
-        self._network = network
-        self._frozen = frozen
-        self._optimizer = optimizer
-        self._augmentation = augmentation
-        self._config = config
-        self._variables = list(network.trainable_variables)
-        models = [network] if augmentation is None else [network, augmentation]
-        self._generators = seed_generators(*models)
-        self._class_weights = tf.constant(config.class_weights)
-        self._call = _compiled(self._steps)
+    network: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    config: StepConfig
+    augmentation: Preset | None = None
+    frozen: keras.Model | None = None
+
+
+class TrainStep(Protocol):
+    """Runs S optimizer steps in one call."""
+
+    def place(self, chunk: TrainChunk, /) -> Any:
+        """Moves images, labels and random numbers of S steps to the devices. May be called from another thread, while
+        earlier steps are taken."""
 
     def __call__(
-        self, chunk: TrainChunk, *, rates: npt.NDArray[np.float32], stop: bool = False
+        self, placed: Any, /, *, rates: npt.NDArray[np.float32], stop: bool = False
     ) -> npt.NDArray[np.float32]:
-        """Takes the chunk's steps.
+        """Takes the steps.
 
         Args:
-            chunk: images, labels and seeds of S steps.
+            placed: from `place`.
             rates: `float32 [S]`, the learning rate of each.
             stop: whether this worker asks to stop after the call.
 
@@ -108,116 +81,121 @@ class TrainStep:
             `float32 [S, 3]`, equal on all workers: mean loss of the global batch, correct predictions in it, number of
             workers that ask to stop.
         """
-        wish = np.float32(stop)
-        reports = self._call(chunk.pixels, chunk.labels, chunk.seeds, rates, wish)
-        return np.asarray(reports)
-
-    def _steps(self, pixels: Any, labels: Any, seeds: Any, rates: Any, stop: Any) -> Any:
-        count = tf.shape(rates)[0]
-
-        def take(index: Any, reports: Any) -> tuple[Any, Any]:
-            step = (pixels[index], labels[index], seeds[index], stop)
-            gradients, report = self._strategy.run(self._forward_backward, args=step)
-            self._optimizer.learning_rate.assign(rates[index])
-            self._optimizer.apply_gradients(zip(self._clip(gradients), self._variables, strict=True))
-            return index + 1, reports.write(index, report)
-
-        begin = (tf.constant(0), tf.TensorArray(tf.float32, size=count, element_shape=[3]))
-        _, reports = tf.while_loop(lambda index, _: index < count, take, begin)
-        return reports.stack()
-
-    def _forward_backward(self, pixels: Any, labels: Any, seed: Any, stop: Any) -> tuple[list[Any], Any]:
-        reseed(self._generators, seed)
-        inputs = tf.cast(pixels, tf.float32)
-        if self._augmentation is not None:
-            inputs = self._augmentation(inputs, training=True)
-        inputs = _features(inputs, self._frozen)
-        with tf.GradientTape() as tape:
-            logits = self._network(inputs, training=True)
-            loss = tf.reduce_sum(self._losses(labels, logits)) / self._config.batch_size
-        gradients = tape.gradient(loss, self._variables)
-        hits = tf.reduce_sum(tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32))
-        report = tf.stack([loss, hits, stop])
-        *gradients, report = tf.distribute.get_replica_context().all_reduce("SUM", [*gradients, report])
-        return gradients, report
-
-    def _losses(self, labels: Any, logits: Any) -> Any:
-        classes = self._class_weights.shape[0]
-        smoothing = self._config.label_smoothing
-        targets = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-        losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-        return losses * tf.gather(self._class_weights, labels)
-
-    def _clip(self, gradients: list[Any]) -> list[Any]:
-        if self._config.clip_norm is None:
-            return gradients
-        return list(tf.clip_by_global_norm(gradients, self._config.clip_norm)[0])
 
 
-class Evaluator:
-    """Sums of loss and hits of a network over a split, exact over all workers. Arguments as for `TrainStep`."""
+class Evaluator(Protocol):
+    """Sums loss and hits of a network over a batch of this worker."""
 
-    def __init__(
-        self, strategy: tf.distribute.Strategy, network: keras.Model, *, frozen: keras.Model | None = None
-    ) -> None:
-        self._strategy = strategy
-        self._network = network
-        self._frozen = frozen
-        self._call = _compiled(self._step)
-
-    def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float64]:
-        """Returns the sums `float64 [3]` of one batch of this worker: cross-entropy (nats), hits, images."""
-        return np.asarray(self._call(batch.pixels, batch.labels, batch.weights))
-
-    def _step(self, pixels: Any, labels: Any, weights: Any) -> Any:
-        return self._strategy.run(self._sums, args=(pixels, labels, weights))
-
-    def _sums(self, pixels: Any, labels: Any, weights: Any) -> Any:
-        inputs = _features(tf.cast(pixels, tf.float32), self._frozen)
-        logits = self._network(inputs, training=False)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        hits = tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32)
-        columns = tf.cast(tf.stack([losses, hits, tf.ones_like(losses)]), tf.float64)
-        return tf.reduce_sum(columns * tf.cast(weights, tf.float64), axis=1)
+    def __call__(self, batch: EvaluationBatch, /) -> npt.NDArray[np.float64]:
+        """`float64 [3]`: cross-entropy (nats), hits, images."""
 
 
-class Predictor:
+class Predictor(Protocol):
     """Computes the logits of a network."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, network: keras.Model) -> None:
-        self._strategy, self._network = strategy, network
-        self._call = _compiled(lambda pixels: strategy.run(self._logits, args=(pixels,)))
-
-    def __call__(self, batch: EvaluationBatch) -> npt.NDArray[np.float32]:
+    def __call__(self, batch: EvaluationBatch, /) -> npt.NDArray[np.float32]:
         """`float32 [images, K]` of one batch of this worker, without its padding."""
-        return np.asarray(self._call(batch.pixels))[batch.weights > 0]
-
-    def _logits(self, pixels: Any) -> Any:
-        return self._network(tf.cast(pixels, tf.float32), training=False)
 
 
-def _compiled(call: Callable[..., Any]) -> Any:
-    """Compiles without autograph: there is nothing to convert, and its temporary files outlive a killed worker."""
-    return tf.function(call, jit_compile=False, reduce_retracing=True, autograph=False)
+class Computation(Protocol):
+    """A backend of Keras as one of the workers of a run. Every worker must make the same calls in the same order."""
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Models and optimizers must be built within it."""
+
+    def train_step(self, trained: Trained) -> TrainStep:
+        """Compiles the train step.
+
+        Raises:
+            ConfigError: the workers cannot share batches of this size.
+        """
+
+    def evaluator(self, network: keras.Model, *, frozen: keras.Model | None = None) -> Evaluator:
+        """Compiles the evaluation; see `Trained` for the arguments."""
+
+    def predictor(self, network: keras.Model) -> Predictor:
+        """Compiles the prediction."""
+
+    def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """`float64 [n]`, summed over all workers."""
 
 
-def _features(inputs: Any, frozen: keras.Model | None) -> Any:
-    return inputs if frozen is None else tf.cast(frozen(inputs, training=False), tf.float32)
+def make_optimizer(config: OptimizerConfig, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
+    """An optimizer built for these variables; call it inside `Computation.scope`. The step sets its learning rate."""
+    optimizer: keras.optimizers.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(learning_rate=0.0, momentum=config.momentum)
+    elif config.optimizer == "adam":
+        optimizer = keras.optimizers.Adam(learning_rate=0.0)
+    else:
+        optimizer = keras.optimizers.AdamW(learning_rate=0.0, weight_decay=config.weight_decay)
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer.build(variables)
+    return optimizer
 
 
-def sum_over_workers(strategy: tf.distribute.Strategy, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """`float64 [n]` summed over all workers; every worker must call this in the same order."""
+class Forward:
+    """The forward pass of a train step, for a backend to differentiate."""
 
-    def total(local: Any) -> Any:
-        placed = tf.identity(local)  # places it on a device: the reduction refuses an argument, which has none
-        return tf.distribute.get_replica_context().all_reduce("SUM", placed)
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+        self._generators = seed_generators(trained.network)
+        self._class_weights = trained.config.class_weights
 
-    summed = _compiled(lambda local: strategy.run(total, args=(local,)))
-    return np.asarray(summed(tf.constant(values, tf.float64)))
+    def inputs(self, pixels: Any, draws: Any) -> Any:
+        """What the network takes: `float32 [b, H, W, C]` after augmentation, or `float32 [b, D]`."""
+        inputs = ops.cast(pixels, "float32")
+        if self._trained.augmentation is not None:
+            inputs = self._trained.augmentation(inputs, draws)
+        return features(inputs, self._trained.frozen)
+
+    def losses_and_logits(self, inputs: Any, labels: Any, seed: Any) -> tuple[Any, Any]:
+        """Loss of each image, `float32 [b]`, and the logits `float32 [b, K]`, in training mode."""
+        reseed(self._generators, seed)
+        logits = self._trained.network(inputs, training=True)
+        classes, smoothing = self._class_weights.shape[0], self._trained.config.label_smoothing
+        targets = ops.one_hot(labels, classes, dtype="float32") * (1 - smoothing) + smoothing / classes
+        losses = ops.categorical_crossentropy(targets, logits, from_logits=True)
+        return losses * ops.take(self._class_weights, labels), logits
+
+    def clipped(self, gradients: Sequence[Any]) -> list[Any]:
+        """The gradients, scaled down to `clip_norm` where their global norm is larger.
+
+        Source: Pascanu et al. 2013, On the difficulty of training recurrent neural networks, algorithm 1.
+        """
+        clip = self._trained.config.clip_norm
+        if clip is None:
+            return list(gradients)
+        norm = ops.sqrt(sum(ops.sum(ops.square(gradient)) for gradient in gradients))
+        scale = clip / ops.maximum(norm, clip)
+        return [gradient * scale for gradient in gradients]
 
 
-def slowest_worker_s(strategy: tf.distribute.Strategy, seconds: float, *, world: World) -> float:
+def hits_of(logits: Any, labels: Any) -> Any:
+    """`float32 [b]`: 1 where the top class is the label."""
+    return ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), labels), "float32")
+
+
+def losses_and_hits(network: keras.Model, frozen: keras.Model | None, pixels: Any, labels: Any) -> Any:
+    """Cross-entropy (nats) and hits of each image in inference mode, `float32 [2, b]`."""
+    logits = network(features(ops.cast(pixels, "float32"), frozen), training=False)
+    losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    return ops.stack([losses, hits_of(logits, labels)])
+
+
+def weighted_sums(per_image: npt.NDArray[np.float32], weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """`float64 [3]`: the sums of losses, hits and images of a batch, whose padding has weight 0."""
+    columns = np.concatenate([per_image, np.ones((1, len(weights)), np.float32)]).astype(np.float64)
+    return np.asarray(columns @ weights.astype(np.float64))
+
+
+def features(inputs: Any, frozen: keras.Model | None) -> Any:
+    """The inputs of the network: the features of a frozen backbone where there is one."""
+    return inputs if frozen is None else ops.cast(frozen(inputs, training=False), "float32")
+
+
+def slowest_worker_s(computation: Computation, seconds: float, *, world: World) -> float:
     """The largest `seconds` of any worker, returned on all of them."""
     durations = np.zeros(world.workers)
     durations[world.rank] = seconds
-    return float(sum_over_workers(strategy, durations).max())
+    return float(computation.sum_over_workers(durations).max())

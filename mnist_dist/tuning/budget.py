@@ -12,7 +12,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,9 @@ from mnist_dist.tuning.trials import Trial, usable
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WRITES = 20.0
+FINALISTS_SHARE = 0.25
+"""The largest share of `--hours` for finalists, unless a single one needs more: a second one that is much like the
+first gains less than the trials for which there is no time then."""
 FINALIST_START_S = 15.0
 """From the start of a finalist to its first step, and from its last step to its result; 2 cores of an AMD EPYC."""
 _NAME = re.compile(r"spent-(\d{6,})\.json")
@@ -109,7 +112,17 @@ class SpentTime:
 def finalists_s(
     trials: Iterable[Trial], job: SearchJob, *, at_once: int, fine_tune_epoch_s: Callable[[Trial], float]
 ) -> float:
-    """Forecasts how long the finalists will take if the trials end now, s; 0 while no trial has a result.
+    """Forecasts how long the finalists will take if the trials end now, s; 0 while no trial has a result. Arguments as
+    for `choose_finalists`."""
+    best = choose_finalists(trials, job, at_once=at_once, fine_tune_epoch_s=fine_tune_epoch_s)
+    return _together_s(best, job, at_once=at_once, fine_tune_epoch_s=fine_tune_epoch_s)
+
+
+def choose_finalists(
+    trials: Iterable[Trial], job: SearchJob, *, at_once: int, fine_tune_epoch_s: Callable[[Trial], float]
+) -> list[Trial]:
+    """The trials to train fully, best first: as many as the search asks for; with `--hours` only as many as are
+    forecast to fit into `FINALISTS_SHARE` of the time, but at least one.
 
     Args:
         trials: all trials.
@@ -117,7 +130,16 @@ def finalists_s(
         at_once: how many finalists run at the same time.
         fine_tune_epoch_s: duration of a fine-tuning epoch of a trial's network, s.
     """
-    best = usable(trials)[: job.search.finalists]
+    best, hours = usable(trials)[: job.search.finalists], job.search.hours
+    room_s = float("inf") if hours is None else FINALISTS_SHARE * hours * 3600
+    while len(best) > 1 and _together_s(best, job, at_once=at_once, fine_tune_epoch_s=fine_tune_epoch_s) > room_s:
+        best.pop()
+    return best
+
+
+def _together_s(
+    best: Sequence[Trial], job: SearchJob, *, at_once: int, fine_tune_epoch_s: Callable[[Trial], float]
+) -> float:
     each = [_finalist_s(trial, job, fine_tune_epoch_s=fine_tune_epoch_s(trial)) for trial in best]
     return max(max(each), sum(each) / at_once) if each else 0.0
 

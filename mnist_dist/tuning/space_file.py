@@ -335,7 +335,10 @@ def _unknown(name: str) -> str:
     if name != "backbone" and name in {field.name for config in _CONFIGS for field in fields(config)}:
         return f"{name} is the same for all trials of a search, and no part of the space"
     names = ("backbones", *SETTINGS)
-    return f"there is no {_key(name)}{suggestion(name, names)}; there are {', '.join(names)}"
+    hint = suggestion(name, names)
+    if not hint and (hint := suggestion(name, OF_BACKBONE)):
+        hint = f"{hint}, which belongs below [backbones.NAME]"
+    return f"there is no {_key(name)}{hint}; there are {', '.join(names)}"
 
 
 def _shown(name: str, value: Any) -> str:

@@ -68,6 +68,8 @@ class TrialsOver:
     """`trials.json`: all trials have ended."""
 
     trials: int
+    finalists: tuple[int, ...]
+    """The numbers of the chosen finalists, best first."""
 
 
 def usable(trials: Iterable[Trial]) -> list[Trial]:

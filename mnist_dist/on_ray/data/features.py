@@ -8,7 +8,7 @@ from typing import Literal
 
 import ray
 
-from mnist_dist.config import Precision, ScoreRunConfig
+from mnist_dist.config import Precision
 from mnist_dist.console import Console, Stop
 from mnist_dist.data.markers import Attempt
 from mnist_dist.data.records import open_records
@@ -18,6 +18,7 @@ from mnist_dist.on_ray.actors import Actors, choose_actors
 from mnist_dist.on_ray.cluster import Resources, resources
 from mnist_dist.on_ray.shard_runner import Counter, ShardWork, run_shards
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.score_config import ScoreRunConfig
 from mnist_dist.session import Session
 from mnist_dist.training.feature_engine import (
     FeatureEngine,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnist_dist.config import DecodeConfig, TableConfig
+from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.data.markers import Attempt
 from mnist_dist.engines.choice import EngineChoice, open_engine
@@ -21,6 +21,7 @@ from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.decoder import Decoded
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import load_bundle
+from mnist_dist.score_config import TableConfig
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows

@@ -6,10 +6,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnist_dist.config import ScoreJob
 from mnist_dist.errors import ConfigError, ResourceError
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.cluster import check_storage
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.predictions import fits, table_schema
 from mnist_dist.store.uris import are_remote, is_remote

@@ -2,13 +2,13 @@
 
 import ray
 
-from mnist_dist.config import EngineConfig, ScoreJob
 from mnist_dist.console import Console, Stop
 from mnist_dist.engines.choice import EngineChoice, EngineRequest, prepare_engine
 from mnist_dist.models.bundle import Bundle, load_bundle
 from mnist_dist.on_ray.actors import Actors
 from mnist_dist.on_ray.cluster import Resources, check_storage
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.score_config import EngineConfig, ScoreJob
 from mnist_dist.session import Session
 from mnist_dist.store.uris import absolute, is_bucket
 

@@ -11,7 +11,6 @@ import psutil
 import pyarrow as pa
 from rich import filesize
 
-from mnist_dist.config import ScoreJob
 from mnist_dist.console import Console, duration
 from mnist_dist.engines.choice import EngineChoice
 from mnist_dist.errors import ConfigError
@@ -21,6 +20,7 @@ from mnist_dist.on_ray.cluster import Resources, connected
 from mnist_dist.on_ray.data.prepare import scratch_storage
 from mnist_dist.on_ray.scoring.score import WITH_RAY_DATA, Scoring, checked
 from mnist_dist.on_ray.scoring.stages import means_of, total_times
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.scoring.generations import Output
 from mnist_dist.scoring.manifest import MIN_SHARD
 from mnist_dist.scoring.planning import Forecast, SampleRun, forecast, sample

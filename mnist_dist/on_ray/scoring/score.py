@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 from rich import filesize
 
 import mnist_dist
-from mnist_dist.config import EngineConfig, ScoreJob, differences, require
+from mnist_dist.config import differences, require
 from mnist_dist.console import Console
 from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
-from mnist_dist.environment import KERAS_BACKEND, SCORING_BACKENDS
+from mnist_dist.environment import KERAS_BACKEND, KERAS_BACKENDS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import Bundle, check_has_classes, load_bundle
@@ -35,6 +35,7 @@ from mnist_dist.on_ray.scoring.actor import TASK_SHARD_BYTES, DecodingWorker, Sc
 from mnist_dist.on_ray.scoring.checks import check_found, check_room
 from mnist_dist.on_ray.scoring.engine import check_job_storage, job_engine
 from mnist_dist.on_ray.scoring.stages import means_of, slowest_stage
+from mnist_dist.score_config import EngineConfig, ScoreJob
 from mnist_dist.scoring.commit import commit, rejudge, resume
 from mnist_dist.scoring.delta import DeltaLog, check_output, delta_schema
 from mnist_dist.scoring.generations import (
@@ -126,7 +127,7 @@ def checked(job: ScoreJob) -> tuple[ScoreJob, Bundle]:
     check_outside(job.output, job.inputs.input, name="output")
     bundle = load_bundle(job.bundle)
     check_has_classes(bundle.info)
-    check_environment(backends=() if bundle.is_onnx else SCORING_BACKENDS)
+    check_environment(backends=() if bundle.is_onnx else KERAS_BACKENDS)
     return with_thresholds(job, bundle.info), bundle
 
 

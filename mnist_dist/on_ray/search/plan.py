@@ -38,6 +38,7 @@ from mnist_dist.on_ray.search.search import (
 )
 from mnist_dist.on_ray.search.trial import Prepared, TrialProcess, TrialTask
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.plan import (
     EPOCHS,
@@ -236,6 +237,7 @@ class _Plan:
                 for name, decoded in data.decoded.items()
             },
             splits=data.splits,
+            backend=resolve_backend(config.backend, gpu=bool(config.gpus_per_trial)),
             cpus=config.cpus_per_trial,
             gpu=bool(config.gpus_per_trial),
         )

@@ -42,6 +42,7 @@ from mnist_dist.on_ray.data.prepare import (
 from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
 from mnist_dist.on_ray.search.tuning import Trials, TrialWork, run_trials
 from mnist_dist.on_ray.tasks import wait_for
+from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.train import Training, check_job, check_ready, with_absolute_weights
 from mnist_dist.search_config import SearchJob
@@ -51,7 +52,7 @@ from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
-from mnist_dist.tuning.budget import SpentTime, finalists_s
+from mnist_dist.tuning.budget import SpentTime, choose_finalists, finalists_s
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.tuning.space import (
     Params,
@@ -399,11 +400,11 @@ class Search:
                 known.values(),
                 self.job,
                 at_once=at_once,
-                fine_tune_epoch_s=lambda trial: self._fine_tune_epoch_s(trial, data),
+                fine_tune_epoch_s=functools.partial(self._fine_tune_epoch_s, data=data),
             ),
         )
 
-    def _fine_tune_epoch_s(self, trial: Trial, data: SearchData) -> float:
+    def _fine_tune_epoch_s(self, trial: Trial, *, data: SearchData) -> float:
         """Forecasts a fine-tuning epoch by the speed of computing features; 0 if another driver computed them."""
         rate = self._images_per_s.get(architecture_of(trial.params, self.job).name)
         return FINE_TUNE_PASSES * len(data.splits.train) / rate if rate else 0.0
@@ -418,6 +419,7 @@ class Search:
                     for name, decoded in data.decoded.items()
                 },
                 splits=data.splits,
+                backend=resolve_backend(self.job.run.backend, gpu=bool(self.job.run.gpus_per_trial)),
                 cpus=self.job.run.cpus_per_trial,
                 gpu=bool(self.job.run.gpus_per_trial),
             )
@@ -437,7 +439,13 @@ class Search:
             known = trials.known
             if usable(known.values()):
                 self.session.confirm_lock()
-                self.run.write("trials.json", TrialsOver(len(known)))
+                best = choose_finalists(
+                    known.values(),
+                    self.job,
+                    at_once=at_once,
+                    fine_tune_epoch_s=functools.partial(self._fine_tune_epoch_s, data=data),
+                )
+                self.run.write("trials.json", TrialsOver(len(known), tuple(trial.number for trial in best)))
         else:
             known = self._records("trials").read()
         errors = distinct_errors(known.values())
@@ -492,7 +500,8 @@ class Search:
             WorkersFailed: all finalists failed.
         """
         done = self._finalist_records.read()
-        chosen = usable(trials.values())[: self.job.search.finalists]
+        over = self.run.read("trials.json", TrialsOver)
+        chosen = [trials[number] for number in over.finalists] if over is not None else []
         remaining = [trial for trial in chosen if trial.number not in done]
         room = _finalists_at_once(per_finalist, resources)
         for trial in chosen:  # Only a cache that was deleted meanwhile has anything missing.

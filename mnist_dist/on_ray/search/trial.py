@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from ray import tune
 
-from mnist_dist.config import TrainJob
+from mnist_dist.config import KerasBackend, TrainJob
 from mnist_dist.data.records import RecordPlan, Records, open_records
 from mnist_dist.data.splits import Splits
-from mnist_dist.environment import check_keras
 from mnist_dist.errors import MnistDistError, ServiceError, StorageError, first_line
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
+from mnist_dist.on_ray.training.backend import start_backend
 from mnist_dist.store.local import is_service_error
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
@@ -46,6 +46,7 @@ class TrialTask:
     prepared: Mapping[str, Prepared]
     """By the architecture's name."""
     splits: Splits
+    backend: KerasBackend
     cpus: float
     gpu: bool
 
@@ -72,6 +73,7 @@ class TrialProcess(tune.Trainable):
     """Runs one trial after the other. A trial's config: `architecture` (a name of the task) and `job`."""
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:
+        start_backend(task.backend)
         from mnist_dist.engines.engine import hide_gpus, use_cpus
 
         self._task = task
@@ -113,7 +115,6 @@ class TrialProcess(tune.Trainable):
         self._epochs = iter(())
 
     def _begin(self) -> None:
-        check_keras()
         import keras
 
         from mnist_dist.training.feed import World

@@ -12,10 +12,9 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from mnist_dist.console import Bar, Console
-from mnist_dist.environment import check_keras
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.on_ray.cluster import Share
-from mnist_dist.on_ray.training.backend import TensorflowBackendConfig
+from mnist_dist.on_ray.training.backend import CONFIGS
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
@@ -45,7 +44,7 @@ class Attempt:
         files, path = ray_storage(task.run, ANYWHERE)
         self._trainer = DataParallelTrainer(
             loop or _worker_loop,
-            backend_config=TensorflowBackendConfig(),
+            backend_config=CONFIGS[task.backend](),
             train_loop_config={"task": task},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=share.workers, use_gpu=share.gpu, resources_per_worker=resources
@@ -128,8 +127,7 @@ def readable(error: BaseException) -> MnistDistError:
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
-    check_keras()  # Before Keras is imported, because the import itself fails on a backend that is not installed.
-    from mnist_dist.on_ray.training.worker import work  # imports TensorFlow, which the driver must not
+    from mnist_dist.on_ray.training.worker import work  # imports Keras, which the driver must not
 
     return work(config["task"])
 

@@ -1,16 +1,42 @@
-"""Sets TF_CONFIG in every Ray Train worker before training starts, so that `tf.distribute` connects them.
+"""Which backend Keras trains on, and what its workers need before training starts, so that they find each other.
 
 Replaces `ray.train.tensorflow`, whose import loads TensorFlow into driver and controller (3 s and 500 MB each), and
-which sets TF_USE_LEGACY_KERAS in the workers.
+which sets TF_USE_LEGACY_KERAS in the workers; and `ray.train.v2.jax`, which leaves workers without GPUs alone.
 """
 
+import importlib.util
 import json
 import os
 import socket
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.train.backend import Backend, BackendConfig
+
+from mnist_dist.config import KerasBackend
+from mnist_dist.environment import KERAS_BACKEND, KERAS_BACKENDS, use_keras_on
+from mnist_dist.on_ray.data.features import node_folder
+
+
+def resolve_backend(backend: Literal["auto"] | KerasBackend, *, gpu: bool) -> KerasBackend:
+    """Resolves `auto`: what `KERAS_BACKEND` says; without it, jax where only JAX can use the GPU of a worker, else
+    tensorflow."""
+    if backend != "auto":
+        return backend
+    named = os.environ.get(KERAS_BACKEND)
+    if named in KERAS_BACKENDS:
+        return named  # type: ignore[return-value]  # it is one of the two
+    if not gpu or importlib.util.find_spec("jax") is None:
+        return "tensorflow"
+    only_jax: bool = ray.get(ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(_only_jax_has_gpus).remote())
+    return "jax" if only_jax else "tensorflow"
+
+
+def _only_jax_has_gpus() -> bool:
+    import jax
+    import tensorflow as tf
+
+    return not tf.config.list_physical_devices("GPU") and jax.default_backend() != "cpu"
 
 
 class TensorflowBackendConfig(BackendConfig):
@@ -22,13 +48,42 @@ class TensorflowBackendConfig(BackendConfig):
 
 
 class TensorflowBackend(Backend):
-    """Gives every worker the addresses of all workers."""
+    """Gives every worker the addresses of all workers in TF_CONFIG, by which `tf.distribute` connects them."""
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         addresses = worker_group.execute(_free_address)
         ray.get(
             [worker_group.execute_single_async(rank, _set_tf_config, addresses, rank) for rank in range(len(addresses))]
         )
+
+
+class JaxBackendConfig(BackendConfig):
+    """Tells Ray Train to use `JaxBackend`."""
+
+    @property
+    def backend_cls(self) -> type["JaxBackend"]:
+        return JaxBackend
+
+
+class JaxBackend(Backend):
+    """Joins the workers by `jax.distributed`."""
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, workers = worker_group.execute_single(0, _free_address), len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, _join_jax, address, workers, rank) for rank in range(workers)])
+
+
+CONFIGS: dict[KerasBackend, type[BackendConfig]] = {"tensorflow": TensorflowBackendConfig, "jax": JaxBackendConfig}
+
+
+def start_backend(backend: KerasBackend) -> None:
+    """Lets this process import Keras on a backend; what JAX compiles is kept on the node.
+
+    Raises:
+        ConfigError: the backend is not installed, or Keras has other settings here.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(node_folder() / "jax"))
+    use_keras_on(backend)
 
 
 def _free_address() -> str:
@@ -41,4 +96,13 @@ def _free_address() -> str:
 
 
 def _set_tf_config(addresses: list[str], rank: int) -> None:
+    start_backend("tensorflow")
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+
+
+def _join_jax(address: str, workers: int, rank: int) -> None:
+    start_backend("jax")
+    import jax
+
+    if workers > 1:
+        jax.distributed.initialize(address, workers, rank, cluster_detection_method="deactivate")

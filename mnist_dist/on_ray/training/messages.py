@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mnist_dist.config import TrainJob
+from mnist_dist.config import KerasBackend, TrainJob
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import MnistDistError
@@ -29,6 +29,7 @@ class WorkerTask:
     checkpoint: str | None
     """URI of the checkpoint of an earlier attempt, or None."""
     board: Any
+    backend: KerasBackend
     cpus: float
     gpu: bool
     began_at: float

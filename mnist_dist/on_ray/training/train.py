@@ -18,7 +18,7 @@ from mnist_dist.config import DataConfig, ModelConfig, TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
-from mnist_dist.environment import RAY_ADDRESS, TRAINING_BACKENDS
+from mnist_dist.environment import KERAS_BACKENDS, RAY_ADDRESS
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
@@ -46,6 +46,7 @@ from mnist_dist.on_ray.data.prepare import (
     split,
 )
 from mnist_dist.on_ray.training.attempt import Attempt
+from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
@@ -158,7 +159,7 @@ def check_ready(models: Iterable[ModelConfig], *, console: Console) -> None:
         WeightsError: see `check_published_weights`.
         Interrupted: a signal arrived while a cluster was asked.
     """
-    check_environment(console, backends=TRAINING_BACKENDS)
+    check_environment(console, backends=KERAS_BACKENDS)
     if RAY_ADDRESS not in os.environ:
         check_published_weights(models)
 
@@ -362,6 +363,7 @@ class Training:
             fence=self.session.fence,
             checkpoint=self.run.newest_checkpoint(),
             board=board or make_board(),
+            backend=resolve_backend(self.job.run.backend, gpu=mine.gpu),
             cpus=mine.cpus,
             gpu=mine.gpu,
             began_at=self.began_at,

@@ -222,7 +222,7 @@ def _classifier(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: R
     if trainer.task.head_alone:
         final = trainer.built.classifier
     else:
-        with trainer.strategy.scope():
+        with trainer.computation.scope():
             final = build_classifier(
                 task.job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False
             )

@@ -1,0 +1,228 @@
+"""The compiled work of training on JAX: one program over all devices of all workers (see `step`).
+
+The devices form a mesh with one axis. Weights lie on every device, and each device takes an equal part of the global
+batch; XLA adds the sums over the devices that losses, gradients and BatchNorm need. Parts of unequal size are padded
+with images of weight 0, which BatchNorm would count: there, the batch must divide evenly.
+
+Evaluation and prediction run on the worker's own devices alone, since the workers' shares may differ in batches.
+"""
+
+# S = steps in one call, B = global batch with its padding, b = this worker's part of it
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+import numpy.typing as npt
+from jax import numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mnist_dist.config import require
+from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
+from mnist_dist.training.step import Forward, Trained, hits_of, losses_and_hits, weighted_sums
+
+BATCH = "batch"
+Values = list[Any]
+
+
+class Devices:
+    """Devices that share a batch.
+
+    Args:
+        devices: of one worker or of all, in the order of the workers.
+    """
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self.mesh = Mesh(np.array(devices), (BATCH,))
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.count = len(devices)
+
+    def split(self, axis: int) -> NamedSharding:
+        """Along this axis, each device has an equal part."""
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, BATCH))
+
+    def on_all(self, value: Any) -> Any:
+        """The value on every device; nothing is copied where it lies there already."""
+        if isinstance(value, jax.Array):
+            if value.sharding == self.replicated:
+                return value
+            if isinstance(value.sharding, NamedSharding) and value.is_fully_replicated:
+                return self._from_larger_mesh(value)
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, self.replicated, lambda index: host[index])
+
+    def _from_larger_mesh(self, value: jax.Array) -> jax.Array:
+        """A value that lies on every device of the run, as one of this worker's devices: its own copies of it."""
+        copies = [shard.data for shard in value.addressable_shards]
+        return jax.make_array_from_single_device_arrays(value.shape, self.replicated, copies)
+
+    def shared(self, own: npt.NDArray[Any], *, axis: int) -> Any:
+        """The rows of all workers, along an axis, from this worker's own."""
+        return jax.make_array_from_process_local_data(self.split(axis), own)
+
+
+class JaxComputation:
+    """See `step.Computation`. For several workers `jax.distributed` must be initialised."""
+
+    def __init__(self, world: World) -> None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        counts = Counter(device.process_index for device in devices)
+        require(
+            len(counts) == world.workers and len(set(counts.values())) == 1,
+            f"each of the {world.workers} workers must have the same number of devices",
+            devices=dict(counts),
+        )
+        self._world = world
+        self._all, self._own = Devices(devices), Devices(jax.local_devices())
+
+    def scope(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def train_step(self, trained: Trained) -> "JaxTrainStep":
+        return JaxTrainStep(trained, world=self._world, devices=self._all, own_devices=self._own.count)
+
+    def evaluator(
+        self, network: keras.Model, *, frozen: keras.Model | None = None
+    ) -> Callable[[EvaluationBatch], npt.NDArray[np.float64]]:
+        models = [network] if frozen is None else [network, frozen]
+        call = self._on_own(models, lambda pixels, labels: losses_and_hits(network, frozen, pixels, labels))
+        return lambda batch: weighted_sums(call(batch.pixels, batch.labels), batch.weights)
+
+    def predictor(self, network: keras.Model) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
+        call = self._on_own([network], lambda pixels: network(pixels.astype(jnp.float32), training=False).T)
+        return lambda batch: call(batch.pixels).T[batch.weights > 0]
+
+    def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        if self._world.workers == 1:
+            return values
+        words = np.ascontiguousarray(values).view(np.uint32)  # JAX would round float64 to float32
+        of_all = np.ascontiguousarray(multihost_utils.process_allgather(words))
+        return np.asarray(of_all.view(np.float64).sum(axis=0))
+
+    def _on_own(self, models: Sequence[keras.Model], call: Callable[..., Any]) -> Callable[..., npt.NDArray[Any]]:
+        """Compiles a call of the models for this worker's devices: arrays `[b, ...]` -> `[..., b]`."""
+        variables = [variable for model in models for variable in model.variables]
+
+        @jax.jit  # type: ignore[untyped-decorator]
+        def compiled(values: Values, *arrays: Any) -> Any:
+            with keras.StatelessScope(list(zip(variables, values, strict=True))):
+                return call(*arrays)
+
+        def run(*arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            size = len(arrays[0])
+            rows = -(-size // self._own.count) * self._own.count
+            padded = [_padded(array, rows, axis=0) for array in arrays]
+            values = [self._own.on_all(variable.value) for variable in variables]
+            outputs = compiled(values, *(jax.device_put(array, self._own.split(0)) for array in padded))
+            return np.asarray(outputs)[..., :size]
+
+        return run
+
+
+class JaxTrainStep:
+    """See `step.TrainStep`."""
+
+    def __init__(self, trained: Trained, *, world: World, devices: Devices, own_devices: int) -> None:
+        self._trained, self._world, self._devices, self._own_devices = trained, world, devices, own_devices
+        self._forward = Forward(trained)
+        network, optimizer, batch_size = trained.network, trained.optimizer, trained.config.batch_size
+        largest = -(-batch_size // world.workers)
+        self._rows = -(-largest // own_devices) * own_devices
+        require(
+            self._rows * world.workers == batch_size or not any(_counts_padding(network)),
+            f"batch_size must be a multiple of {devices.count}, the number of devices, for a network with BatchNorm "
+            "on JAX",
+            batch_size=batch_size,
+        )
+        frozen = [] if trained.frozen is None else trained.frozen.variables
+        self._trainable = list(network.trainable_variables)
+        self._others = _without_duplicates([*network.non_trainable_variables, *frozen], without=self._trainable)
+        self._of_optimizer = list(optimizer.variables)
+        self._rate = next(i for i, each in enumerate(self._of_optimizer) if each is optimizer.learning_rate)
+        self._call = jax.jit(self._steps, donate_argnums=0, out_shardings=devices.replicated)
+
+    def place(self, chunk: TrainChunk, /) -> list[Any]:
+        count, images = chunk.labels.shape
+        weights = np.pad(np.ones((count, images), np.float32), ((0, 0), (0, self._rows - images)))
+        padded = [_padded(each, self._rows, axis=1) for each in (chunk.pixels, chunk.labels, chunk.draws)]
+        per_image = [self._devices.shared(each, axis=1) for each in (*padded, weights)]
+        return [*per_image, self._devices.on_all(chunk.seeds)]
+
+    def __call__(
+        self, placed: list[Any], /, *, rates: npt.NDArray[np.float32], stop: bool = False
+    ) -> npt.NDArray[np.float32]:
+        groups = (self._trainable, self._others, self._of_optimizer)
+        state = [[self._devices.on_all(variable.value) for variable in group] for group in groups]
+        wishes = self._devices.shared(np.array([stop] + [False] * (self._own_devices - 1), np.float32), axis=0)
+        state, reports = self._call(state, *placed, self._devices.on_all(rates), wishes)
+        for group, values in zip(groups, state, strict=True):
+            for variable, value in zip(group, values, strict=True):
+                variable.assign(value)
+        return np.asarray(reports)
+
+    def _steps(
+        self, state: list[Values], pixels: Any, labels: Any, draws: Any, weights: Any, seeds: Any, rates: Any, stop: Any
+    ) -> tuple[list[Values], Any]:
+        wishes = jnp.sum(stop)
+
+        def take(state: list[Values], step: Any) -> tuple[list[Values], Any]:
+            return self._step(state, step, wishes)
+
+        state, reports = jax.lax.scan(take, state, (pixels, labels, draws, weights, seeds, rates))
+        return state, reports
+
+    def _step(
+        self,
+        state: list[Values],
+        step: tuple[Any, ...],
+        wishes: Any,
+    ) -> tuple[list[Values], Any]:
+        trainable, others, of_optimizer = state
+        *images, rate = step
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, (others, hits)), gradients = gradient(trainable, others, *images)
+        of_optimizer = [*of_optimizer[: self._rate], rate, *of_optimizer[self._rate + 1 :]]
+        trainable, of_optimizer = self._trained.optimizer.stateless_apply(
+            of_optimizer, self._forward.clipped(gradients), trainable
+        )
+        return [list(trainable), others, list(of_optimizer)], jnp.stack([loss, hits, wishes])
+
+    def _loss(
+        self, trainable: Values, others: Values, pixels: Any, labels: Any, draws: Any, weights: Any, seed: Any
+    ) -> tuple[Any, tuple[Values, Any]]:
+        """Loss of the global batch, and what changes beside the trained weights, and the hits."""
+        variables = [*self._trainable, *self._others]
+        with keras.StatelessScope(list(zip(variables, [*trainable, *others], strict=True))) as scope:
+            inputs = self._forward.inputs(pixels, draws)
+            losses, logits = self._forward.losses_and_logits(inputs, labels, seed)
+            changed = [scope.get_current_value(variable) for variable in self._others]
+        loss = jnp.sum(losses * weights) / self._trained.config.batch_size
+        return loss, (changed, jnp.sum(hits_of(logits, labels) * weights))
+
+
+def _padded(array: npt.NDArray[Any], rows: int, *, axis: int) -> npt.NDArray[Any]:
+    """The array with its last row repeated, so that it has this many rows along an axis."""
+    missing = rows - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, missing if index == axis else 0) for index in range(array.ndim)]
+    return np.pad(array, widths, mode="edge")
+
+
+def _counts_padding(model: Any) -> Iterator[bool]:
+    """For each layer, whether it computes statistics over the batch in training mode."""
+    for layer in getattr(model, "layers", ()):
+        yield isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        yield from _counts_padding(layer)
+
+
+def _without_duplicates(variables: Sequence[Any], *, without: Sequence[Any]) -> list[Any]:
+    found = {id(variable): variable for variable in variables}
+    for variable in without:
+        found.pop(id(variable), None)
+    return list(found.values())

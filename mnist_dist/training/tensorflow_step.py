@@ -1,0 +1,103 @@
+"""The compiled work of training on TensorFlow: `tf.function`, and `tf.distribute` over the workers (see `step`)."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
+from mnist_dist.training.step import Forward, Trained, hits_of, losses_and_hits, weighted_sums
+
+DRAWS_OF_RANK = 2**16
+"""More draws than a generator makes in one step; the ranks' states are this far apart."""
+
+
+class TensorflowComputation:
+    """See `step.Computation`. For several workers TF_CONFIG must be set."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        several = world.workers > 1
+        self.strategy = tf.distribute.MultiWorkerMirroredStrategy() if several else tf.distribute.get_strategy()
+
+    def scope(self) -> AbstractContextManager[Any]:
+        return self.strategy.scope()  # type: ignore[no-any-return]
+
+    def train_step(self, trained: Trained) -> "TensorflowTrainStep":
+        return TensorflowTrainStep(self.strategy, trained, rank=self._world.rank)
+
+    def evaluator(
+        self, network: keras.Model, *, frozen: keras.Model | None = None
+    ) -> Callable[[EvaluationBatch], npt.NDArray[np.float64]]:
+        def per_image(pixels: Any, labels: Any) -> Any:
+            return self.strategy.run(lambda *args: losses_and_hits(network, frozen, *args), args=(pixels, labels))
+
+        call = _compiled(per_image)
+        return lambda batch: weighted_sums(np.asarray(call(batch.pixels, batch.labels)), batch.weights)
+
+    def predictor(self, network: keras.Model) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
+        def logits(pixels: Any) -> Any:
+            return self.strategy.run(lambda x: network(tf.cast(x, tf.float32), training=False), args=(pixels,))
+
+        call = _compiled(logits)
+        return lambda batch: np.asarray(call(batch.pixels))[batch.weights > 0]
+
+    def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        def total(local: Any) -> Any:
+            placed = tf.identity(local)  # places it on a device: the reduction refuses an argument, which has none
+            return tf.distribute.get_replica_context().all_reduce("SUM", placed)
+
+        summed = _compiled(lambda local: self.strategy.run(total, args=(local,)))
+        return np.asarray(summed(tf.constant(values, tf.float64)))
+
+
+class TensorflowTrainStep:
+    """See `step.TrainStep`."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, trained: Trained, *, rank: int) -> None:
+        self._strategy, self._trained, self._rank = strategy, trained, rank
+        self._forward = Forward(trained)
+        self._variables = list(trained.network.trainable_variables)
+        self._call = _compiled(self._steps)
+
+    def place(self, chunk: TrainChunk, /) -> tuple[Any, ...]:
+        return tuple(map(tf.constant, (chunk.pixels, chunk.labels, chunk.seeds, chunk.draws)))
+
+    def __call__(
+        self, placed: tuple[Any, ...], /, *, rates: npt.NDArray[np.float32], stop: bool = False
+    ) -> npt.NDArray[np.float32]:
+        return np.asarray(self._call(*placed, rates, np.float32(stop)))
+
+    def _steps(self, pixels: Any, labels: Any, seeds: Any, draws: Any, rates: Any, stop: Any) -> Any:
+        count, optimizer = tf.shape(rates)[0], self._trained.optimizer
+
+        def take(index: Any, reports: Any) -> tuple[Any, Any]:
+            step = (pixels[index], labels[index], seeds[index], draws[index], stop)
+            gradients, report = self._strategy.run(self._forward_backward, args=step)
+            optimizer.learning_rate.assign(rates[index])
+            optimizer.apply_gradients(zip(self._forward.clipped(gradients), self._variables, strict=True))
+            return index + 1, reports.write(index, report)
+
+        begin = (tf.constant(0), tf.TensorArray(tf.float32, size=count, element_shape=[3]))
+        _, reports = tf.while_loop(lambda index, _: index < count, take, begin)
+        return reports.stack()
+
+    def _forward_backward(self, pixels: Any, labels: Any, seed: Any, draws: Any, stop: Any) -> tuple[list[Any], Any]:
+        inputs = self._forward.inputs(pixels, draws)
+        seed = tf.cast(seed, tf.int64) + tf.constant([0, self._rank * DRAWS_OF_RANK], tf.int64)
+        with tf.GradientTape() as tape:
+            losses, logits = self._forward.losses_and_logits(inputs, labels, seed)
+            loss = tf.reduce_sum(losses) / self._trained.config.batch_size
+        gradients = tape.gradient(loss, self._variables)
+        report = tf.stack([loss, tf.reduce_sum(hits_of(logits, labels)), stop])
+        *gradients, report = tf.distribute.get_replica_context().all_reduce("SUM", [*gradients, report])
+        return gradients, report
+
+
+def _compiled(call: Callable[..., Any]) -> Any:
+    """Compiles without autograph: there is nothing to convert, and its temporary files outlive a killed worker."""
+    return tf.function(call, jit_compile=False, reduce_retracing=True, autograph=False)
