@@ -386,10 +386,12 @@ class SharedRunConfig:
     cpus_per_worker: float | None = None
     """CPUs that each worker reserves and uses. None: an equal share of the cluster."""
     gpu: bool | None = None
-    """Give each worker one GPU. None: yes if the cluster has GPUs."""
+    """Give each worker a GPU. None: yes if the cluster has GPUs."""
+    gpus_per_worker: int = 1
+    """GPUs of each worker that gets any. More than one need backend jax, and save memory on nodes with many GPUs."""
     backend: Literal["auto"] | KerasBackend = "auto"
-    """What Keras trains on. auto: what `KERAS_BACKEND` says; without it, jax where only JAX can use the GPUs, else
-    tensorflow."""
+    """What Keras trains on. auto: what `KERAS_BACKEND` says; without it, jax for several GPUs per worker and where only
+    JAX can use the GPUs, else tensorflow."""
     max_failures: int = 3
     """How often workers may fail before the job fails; each time, they restart from the last checkpoint."""
     feature_cache: bool = True
@@ -408,6 +410,7 @@ class SharedRunConfig:
 
     def __post_init__(self) -> None:
         require(self.workers is None or self.workers >= 1, "workers must be at least 1", workers=self.workers)
+        require(self.gpus_per_worker >= 1, "gpus_per_worker must be at least 1", gpus_per_worker=self.gpus_per_worker)
         cpus = self.cpus_per_worker
         require(cpus is None or cpus > 0, "cpus_per_worker must be positive", cpus_per_worker=cpus)
         require(self.max_failures >= 0, "max_failures must be 0 or above", max_failures=self.max_failures)

@@ -26,20 +26,22 @@ def _not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("have", "asked", "expected"),
     [
-        (LAPTOP, {}, Share(workers=1, cpus=8, gpu=False)),
-        (LAPTOP, {"workers": 3}, Share(workers=3, cpus=2, gpu=False)),
-        (LAPTOP, {"workers": 8}, Share(workers=8, cpus=1, gpu=False)),
-        (LAPTOP, {"workers": 16, "cpus_per_worker": 0.5}, Share(workers=16, cpus=0.5, gpu=False)),
-        (LAPTOP, {"cpus_per_worker": 3}, Share(workers=1, cpus=3, gpu=False)),
-        (LAPTOP, {"gpu": False}, Share(workers=1, cpus=8, gpu=False)),
-        (THREES, {}, Share(workers=1, cpus=3, gpu=False)),  # no worker is larger than a node
-        (THREES, {"workers": 4}, Share(workers=4, cpus=1, gpu=False)),
-        (THREES, {"workers": 12, "cpus_per_worker": 0.75}, Share(workers=12, cpus=0.75, gpu=False)),
-        (GPUS, {}, Share(workers=4, cpus=7, gpu=True)),
-        (GPUS, {"workers": 3}, Share(workers=3, cpus=8, gpu=True)),
-        (MIXED, {}, Share(workers=2, cpus=4, gpu=True)),  # the large node has no GPU
-        (GPUS, {"workers": 4, "cpus_per_worker": 1.5}, Share(workers=4, cpus=1.5, gpu=True)),
-        (GPUS, {"gpu": False, "workers": 5}, Share(workers=5, cpus=5, gpu=False)),
+        (LAPTOP, {}, Share(workers=1, cpus=8, gpus=0)),
+        (LAPTOP, {"workers": 3}, Share(workers=3, cpus=2, gpus=0)),
+        (LAPTOP, {"workers": 8}, Share(workers=8, cpus=1, gpus=0)),
+        (LAPTOP, {"workers": 16, "cpus_per_worker": 0.5}, Share(workers=16, cpus=0.5, gpus=0)),
+        (LAPTOP, {"cpus_per_worker": 3}, Share(workers=1, cpus=3, gpus=0)),
+        (LAPTOP, {"gpu": False}, Share(workers=1, cpus=8, gpus=0)),
+        (THREES, {}, Share(workers=1, cpus=3, gpus=0)),  # no worker is larger than a node
+        (THREES, {"workers": 4}, Share(workers=4, cpus=1, gpus=0)),
+        (THREES, {"workers": 12, "cpus_per_worker": 0.75}, Share(workers=12, cpus=0.75, gpus=0)),
+        (GPUS, {}, Share(workers=4, cpus=7, gpus=1)),
+        (GPUS, {"workers": 3}, Share(workers=3, cpus=8, gpus=1)),
+        (MIXED, {}, Share(workers=2, cpus=4, gpus=1)),  # the large node has no GPU
+        (GPUS, {"workers": 4, "cpus_per_worker": 1.5}, Share(workers=4, cpus=1.5, gpus=1)),
+        (GPUS, {"gpus_per_worker": 2}, Share(workers=2, cpus=14, gpus=2)),
+        (GPUS, {"gpus_per_worker": 2, "workers": 1}, Share(workers=1, cpus=16, gpus=2)),
+        (GPUS, {"gpu": False, "workers": 5}, Share(workers=5, cpus=5, gpus=0)),
     ],
 )
 def test_workers_share_what_is_there(have: Resources, asked: dict[str, object], expected: Share) -> None:

@@ -662,10 +662,13 @@ def test_workers_check_their_own_settings(
 
 
 def test_a_backend_by_flag_wins_over_the_variable_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_backend("auto", gpu=False) == "tensorflow"
+    assert resolve_backend("auto", gpus=0) == "tensorflow"
+    assert resolve_backend("auto", gpus=2) == "jax"
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    assert resolve_backend("auto", gpu=False) == "jax"
-    assert resolve_backend("tensorflow", gpu=False) == "tensorflow"
+    assert resolve_backend("auto", gpus=0) == "jax"
+    assert resolve_backend("tensorflow", gpus=1) == "tensorflow"
+    with pytest.raises(ConfigError, match=r"^more than one GPU per worker needs backend jax\. Received: .*=4$"):
+        resolve_backend("tensorflow", gpus=4)
     write_settings(tmp_path, monkeypatch, backend="torch")
     start_backend("tensorflow")
     assert os.environ["KERAS_BACKEND"] == "tensorflow"

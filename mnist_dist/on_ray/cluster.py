@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_dist.config import RunConfig
+from mnist_dist.config import RunConfig, SharedRunConfig
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.environment import RAY_ADDRESS, check_keras, check_socket_path, ray_address
 from mnist_dist.errors import ConfigError, Interrupted, ResourceError, first_line
@@ -68,7 +68,12 @@ class Share:
 
     workers: int
     cpus: float
-    gpu: bool
+    gpus: int
+
+    @property
+    def shown_gpus(self) -> str:
+        """To follow the CPUs in a sentence: ` and a GPU`, ` and 4 GPUs`, or nothing."""
+        return f" and {'a GPU' if self.gpus == 1 else f'{self.gpus} GPUs'}" if self.gpus else ""
 
 
 @contextmanager
@@ -209,7 +214,7 @@ def await_workers(have: Resources, run: RunConfig, session: Session) -> Resource
         session,
         count=run.workers or 1,
         cpus=run.cpus_per_worker or 1.0,
-        gpus=float(run.gpu or False),
+        gpus=float(run.gpus_per_worker if run.gpu else 0),
         wait_s=run.wait_for_nodes_s,
     )
 
@@ -225,40 +230,57 @@ def resources() -> Resources:
     return Resources(by_node=tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive))
 
 
+def worker_share(have: Resources, run: SharedRunConfig) -> Share:
+    """What each worker of Ray Train gets; see `share`."""
+    return share(
+        have,
+        workers=run.workers,
+        cpus_per_worker=run.cpus_per_worker,
+        gpu=run.gpu,
+        gpus_per_worker=run.gpus_per_worker,
+    )
+
+
 def share(
-    have: Resources, *, workers: int | None, cpus_per_worker: float | None, gpu: bool | None, what: str = "worker"
+    have: Resources,
+    *,
+    workers: int | None,
+    cpus_per_worker: float | None,
+    gpu: bool | None,
+    gpus_per_worker: int = 1,
+    what: str = "worker",
 ) -> Share:
     """Divides a cluster among workers.
 
     Args:
         have: the cluster's resources.
-        workers: number of workers; None: one per GPU, or one.
+        workers: number of workers; None: as many as the GPUs are enough for, or one without GPUs.
         cpus_per_worker: CPUs of each; None: an equal share.
-        gpu: whether each gets a GPU; None: if the cluster has GPUs.
+        gpu: whether each gets GPUs; None: if the cluster has GPUs.
+        gpus_per_worker: how many, if any.
         what: the word for a worker in messages and flags.
 
     Raises:
         ResourceError: the workers do not fit.
     """
-    use_gpu = have.gpus > 0 if gpu is None else gpu
-    count = workers if workers is not None else max(1, int(have.gpus)) if use_gpu else 1
+    gpus = gpus_per_worker if (have.gpus > 0 if gpu is None else gpu) else 0
+    count = workers if workers is not None else max(1, have.room(1e-3, gpus=gpus)) if gpus else 1
     cpus = cpus_per_worker
     if cpus is None:
-        fitting = (
-            whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpus=float(use_gpu)) >= count
-        )
+        fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpus=gpus) >= count)
         cpus = float(next(fitting, 1))
-    if use_gpu and count > have.gpus:
-        raise ResourceError(f"each worker needs a GPU, but the cluster has {have}. Received: workers={count}")
-    room = have.room(cpus, gpus=float(use_gpu))
+    shown = Share(workers=count, cpus=cpus, gpus=gpus).shown_gpus
+    if count * gpus > have.gpus:
+        raise ResourceError(f"each worker needs{shown[4:]}, but the cluster has {have}. Received: workers={count}")
+    room = have.room(cpus, gpus=gpus)
     if room < count:
         raise ResourceError(
-            f"{count} {what}s of {cpus:g} CPU{' and a GPU' if use_gpu else ''} each do not fit; the cluster has {have} "
+            f"{count} {what}s of {cpus:g} CPU{shown} each do not fit; the cluster has {have} "
             f"(room for {room}; fewer --{what}s, less than one CPU each by --cpus-per-{what}, or, where the cluster "
             f"can grow, --wait-for-nodes-s). "
             f"Received: {what}s={count}"
         )
-    return Share(workers=count, cpus=cpus, gpu=use_gpu)
+    return Share(workers=count, cpus=cpus, gpus=gpus)
 
 
 def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = "storage") -> None:

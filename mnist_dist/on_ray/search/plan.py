@@ -24,7 +24,7 @@ from mnist_dist.console import Console, duration
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.data.splits import Splits
 from mnist_dist.models.history import Epoch
-from mnist_dist.on_ray.cluster import Resources, connected, share
+from mnist_dist.on_ray.cluster import Resources, connected, worker_share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import DecodedData, decode, open_data, plan_data, plan_job_features, scratch_storage
 from mnist_dist.on_ray.search.search import (
@@ -145,9 +145,7 @@ class _Plan:
         self._search.job = self._small = one_of_each(self._job, batch_of=middle, epochs=EPOCHS)
         self._proposals = dict(enumerate(GridDraw().proposals(self._small)))
         config = job.run
-        self._per_finalist = share(
-            self._resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
-        )
+        self._per_finalist = worker_share(self._resources, config)
 
     def result(self, *, ready_s: float) -> dict[str, Any]:
         """Measures the sample and returns the plan. `ready_s`: the time that listing and connecting took."""
@@ -164,7 +162,7 @@ class _Plan:
             finalists_s=finalists_s,
             test_s=test_s + process_s,  # the speeds of scoring are measured in a process of their own
         )
-        room = self._resources.room(self._per_finalist.cpus, gpus=float(self._per_finalist.gpu))
+        room = self._resources.room(self._per_finalist.cpus, gpus=self._per_finalist.gpus)
         at_once = max(1, room // self._per_finalist.workers)
         steps_per_epoch = max(1, self._sizes.train // smallest_batch(self._small))
         grace_epochs = math.ceil(self._job.search.grace_steps / steps_per_epoch)
@@ -237,7 +235,7 @@ class _Plan:
                 for name, decoded in data.decoded.items()
             },
             splits=data.splits,
-            backend=resolve_backend(config.backend, gpu=bool(config.gpus_per_trial)),
+            backend=resolve_backend(config.backend, gpus=math.ceil(config.gpus_per_trial or 0)),
             cpus=config.cpus_per_trial,
             gpu=bool(config.gpus_per_trial),
         )

@@ -7,6 +7,7 @@ Only validation images decide among trials and finalists. Only the winner is tes
 """
 
 import functools
+import math
 import re
 import tempfile
 import time
@@ -28,7 +29,7 @@ from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, W
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, load_bundle
-from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, share
+from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, worker_share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
     DecodedData,
@@ -240,9 +241,7 @@ class Search:
         self._warm_start = self._find_warm_start(facts)
         with connected(verbose=config.verbose, stop=self.session.stop) as resources, ExitStack() as counted:
             resources = self.enter(resources)
-            per_finalist = share(
-                resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu
-            )
+            per_finalist = worker_share(resources, config)
             require(
                 per_finalist.workers <= smallest_batch(self.job),
                 "batch_size must be at least the number of workers of a finalist",
@@ -419,7 +418,7 @@ class Search:
                     for name, decoded in data.decoded.items()
                 },
                 splits=data.splits,
-                backend=resolve_backend(self.job.run.backend, gpu=bool(self.job.run.gpus_per_trial)),
+                backend=resolve_backend(self.job.run.backend, gpus=math.ceil(self.job.run.gpus_per_trial or 0)),
                 cpus=self.job.run.cpus_per_trial,
                 gpu=bool(self.job.run.gpus_per_trial),
             )
@@ -695,7 +694,7 @@ def concurrent_trials(job: SearchJob, resources: Resources) -> int:
 
 
 def _finalists_at_once(per_finalist: Share, resources: Resources) -> int:
-    return max(1, resources.room(per_finalist.cpus, gpus=float(per_finalist.gpu)) // per_finalist.workers)
+    return max(1, resources.room(per_finalist.cpus, gpus=per_finalist.gpus) // per_finalist.workers)
 
 
 def _features_of(params: Params, *, job: SearchJob, plans: Mapping[str, FeaturePlan]) -> str | None:

@@ -40,14 +40,14 @@ class Attempt:
     ) -> None:
         self._task, self._share = task, share
         self._reported_waiting = False
-        resources = {"CPU": share.cpus, **({"GPU": 1.0} if share.gpu else {})}
+        resources = {"CPU": share.cpus, **({"GPU": float(share.gpus)} if share.gpus else {})}
         files, path = ray_storage(task.run, ANYWHERE)
         self._trainer = DataParallelTrainer(
             loop or _worker_loop,
             backend_config=CONFIGS[task.backend](),
             train_loop_config={"task": task},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=share.workers, use_gpu=share.gpu, resources_per_worker=resources
+                num_workers=share.workers, use_gpu=share.gpus > 0, resources_per_worker=resources
             ),
             run_config=ray.train.RunConfig(
                 name=name,
@@ -101,7 +101,7 @@ class Attempt:
         free = ray.available_resources()
         console.line(
             f"waiting for {self._share.workers} workers of {self._share.cpus:g} CPU"
-            f"{' and a GPU' if self._share.gpu else ''}; free now: {free.get('CPU', 0):g} CPUs, "
+            f"{self._share.shown_gpus}; free now: {free.get('CPU', 0):g} CPUs, "
             f"{free.get('GPU', 0):g} GPUs"
         )
 

@@ -13,20 +13,32 @@ from typing import Any, Literal
 import ray
 from ray.train.backend import Backend, BackendConfig
 
-from mnist_dist.config import KerasBackend
+from mnist_dist.config import KerasBackend, require
 from mnist_dist.environment import KERAS_BACKEND, KERAS_BACKENDS, use_keras_on
 from mnist_dist.on_ray.data.features import node_folder
 
 
-def resolve_backend(backend: Literal["auto"] | KerasBackend, *, gpu: bool) -> KerasBackend:
-    """Resolves `auto`: what `KERAS_BACKEND` says; without it, jax where only JAX can use the GPU of a worker, else
-    tensorflow."""
+def resolve_backend(backend: Literal["auto"] | KerasBackend, *, gpus: int) -> KerasBackend:
+    """Resolves `auto`: what `KERAS_BACKEND` says; without it, jax for several GPUs per worker and where only JAX can
+    use the GPU, else tensorflow.
+
+    Args:
+        backend: as asked for.
+        gpus: of each worker.
+
+    Raises:
+        ConfigError: the backend cannot use several GPUs in one worker.
+    """
+    if backend == "tensorflow":
+        require(gpus <= 1, "more than one GPU per worker needs backend jax", backend=backend, gpus_per_worker=gpus)
     if backend != "auto":
         return backend
     named = os.environ.get(KERAS_BACKEND)
     if named in KERAS_BACKENDS:
         return named  # type: ignore[return-value]  # it is one of the two
-    if not gpu or importlib.util.find_spec("jax") is None:
+    if gpus > 1:
+        return "jax"
+    if not gpus or importlib.util.find_spec("jax") is None:
         return "tensorflow"
     only_jax: bool = ray.get(ray.remote(num_cpus=0, num_gpus=1, max_calls=1)(_only_jax_has_gpus).remote())
     return "jax" if only_jax else "tensorflow"

@@ -32,7 +32,7 @@ from mnist_dist.on_ray.cluster import (
     check_environment,
     check_storage,
     connected,
-    share,
+    worker_share,
 )
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -280,7 +280,7 @@ class Training:
         config, plan = self.job.run, listed.plan
         with connected(verbose=config.verbose, stop=self.session.stop) as resources:
             resources = await_workers(resources, config, self.session)
-            mine = share(resources, workers=config.workers, cpus_per_worker=config.cpus_per_worker, gpu=config.gpu)
+            mine = worker_share(resources, config)
             check_places(
                 listed,
                 self.job.data,
@@ -299,7 +299,7 @@ class Training:
             )
             began = time.monotonic()
             decoded = decode(listed, self.job.data, self.session)
-            self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpu
+            self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpus > 0
             splits = self._split(decoded, self.job.data, console=self.session.console)
             require(
                 self.job.fit.batch_size <= len(splits.train),
@@ -323,7 +323,7 @@ class Training:
         self.session.console.line(
             f"{'Training' if is_new else 'Resuming'} {self.run.uri}: {model.backbone} (weights {model.weights}) "
             f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
-            f"{' and a GPU' if mine.gpu else ''}, of {resources}; {self.job.phases.total()}"
+            f"{mine.shown_gpus}, of {resources}; {self.job.phases.total()}"
         )
 
     def train_on(
@@ -363,9 +363,9 @@ class Training:
             fence=self.session.fence,
             checkpoint=self.run.newest_checkpoint(),
             board=board or make_board(),
-            backend=resolve_backend(self.job.run.backend, gpu=mine.gpu),
+            backend=resolve_backend(self.job.run.backend, gpus=mine.gpus),
             cpus=mine.cpus,
-            gpu=mine.gpu,
+            gpu=mine.gpus > 0,
             began_at=self.began_at,
             command=command or command_line(),
             steps_limit=self.steps_limit,
