@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +16,7 @@ from harness import Command, Recorder, private_ray, run_command
 from PIL import Image
 
 from mnist_dist import load_bundle
-from mnist_dist.config import DataConfig
+from mnist_dist.config import DataConfig, KerasBackend
 from mnist_dist.errors import Interrupted, ResourceError, ResumeConflict, StorageError, WorkersFailed
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
@@ -159,9 +159,12 @@ def with_rates(job: SearchJob, low: float, high: float) -> SearchJob:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
-def test_trials_that_diverge_are_recorded_with_their_error_and_the_search_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", get_args(KerasBackend))
+def test_trials_that_diverge_are_recorded_with_their_error_and_the_search_goes_on(
+    tmp_path: Path, backend: KerasBackend
+) -> None:
     console = Recorder()
-    result = search(small_search(tmp_path), recipe="test", console=console)
+    result = search(small_search(tmp_path, run={"backend": backend}), recipe="test", console=console)
     assert (result["trials"], result["failed"], result["best"]["trial"]) == (3, 2, 0)
     found = records(tmp_path)
     assert [trial.status for trial in found.values()] == ["done", "failed", "failed"]
