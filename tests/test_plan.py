@@ -26,7 +26,7 @@ from mnist_dist.on_ray.cluster import Resources
 from mnist_dist.on_ray.scoring.plan import plan_score
 from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.scoring.stages import means_of
-from mnist_dist.on_ray.training.plan import plan_train, sample_splits, sizes_of
+from mnist_dist.on_ray.training.plan import plan_train, sample_splits
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
@@ -38,6 +38,7 @@ from mnist_dist.training.planning import (
     TimedHost,
     forecast_phases,
     overall_images_per_s,
+    sizes_of,
 )
 
 FACTOR = 1.5  # between what is expected and what is done

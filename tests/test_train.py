@@ -378,8 +378,9 @@ def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_a_batch_above_the_data_is_refused(tmp_path: Path) -> None:
     job = small_job(tmp_path, fit=FitConfig(batch_size=5_000))
-    with pytest.raises(ConfigError, match=r"at most the number of training images .*Received: batch_size=5000"):
+    with pytest.raises(ConfigError, match=r"images, about 1,280 of these 1,600 images\. Received: batch_size=5000"):
         train(job, recipe="test", console=Recorder())
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_architecture_are_refused_by_the_workers(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mnist_dist.config import TrainJob
+import pyarrow as pa
+
+from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.host import Host, Position
@@ -73,6 +75,16 @@ class Sizes:
     @property
     def images(self) -> int:
         return self.train + self.validation + self.test
+
+
+def sizes_of(given: pa.ChunkedArray, data: DataConfig) -> Sizes:
+    """The number of images in each split, from the splits named in the data. Includes unreadable images."""
+    counts = {item["values"]: item["counts"] for item in given.value_counts().to_pylist()}
+    val, test = counts.get("val", 0), counts.get("test", 0)
+    rest = len(given) - val - test
+    new_test = 0 if test else round(rest * data.test_fraction)
+    new_val = 0 if val else round(rest * data.validation_fraction)
+    return Sizes(train=rest - new_val - new_test, validation=val + new_val, test=test + new_test)
 
 
 @dataclass(frozen=True, kw_only=True)

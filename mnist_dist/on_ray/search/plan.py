@@ -48,7 +48,6 @@ from mnist_dist.on_ray.training.plan import (
     SAMPLE_BYTES,
     epochs_of,
     sample_splits,
-    sizes_of,
 )
 from mnist_dist.on_ray.training.train import with_absolute_weights
 from mnist_dist.search_config import SearchJob
@@ -59,7 +58,7 @@ from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.host import Position
-from mnist_dist.training.planning import EpochTimes, TimedHost, forecast_phases
+from mnist_dist.training.planning import EpochTimes, TimedHost, forecast_phases, sizes_of
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.planning import Costs, SearchForecast, TrialCost, Way, forecast
 from mnist_dist.tuning.space import (

@@ -25,7 +25,7 @@ from mnist_dist.session import Session, locked_session, seconds_since, started_a
 from mnist_dist.sources.source import taken
 from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.uris import join
-from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s
+from mnist_dist.training.planning import EpochTimes, Sizes, forecast_phases, overall_images_per_s, sizes_of
 from mnist_dist.training.runs import Run
 
 SAMPLE_BYTES = 256 * 2**20  # size of the sample's decoded pixels
@@ -187,16 +187,6 @@ def _balance(cores: float, unit: str) -> str:
 def epochs_of(result: dict[str, Any]) -> list[EpochTimes]:
     """The times of each phase's last epoch."""
     return list(result["epoch_times"][EPOCHS - 1 :: EPOCHS])
-
-
-def sizes_of(given: pa.ChunkedArray, data: DataConfig) -> Sizes:
-    """The number of images in each split, from the splits named in the data. Includes unreadable images."""
-    counts = {item["values"]: item["counts"] for item in given.value_counts().to_pylist()}
-    val, test = counts.get("val", 0), counts.get("test", 0)
-    rest = len(given) - val - test
-    new_test = 0 if test else round(rest * data.test_fraction)
-    new_val = 0 if val else round(rest * data.validation_fraction)
-    return Sizes(train=rest - new_val - new_test, validation=val + new_val, test=test + new_test)
 
 
 def sample_splits(index: pa.Table, sizes: Sizes) -> Splits:

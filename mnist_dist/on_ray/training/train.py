@@ -51,9 +51,11 @@ from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.places import check_outside
+from mnist_dist.sources.source import Source
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
+from mnist_dist.training.planning import sizes_of
 from mnist_dist.training.runs import Run, attempt_name
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     check_ready([job.model], console=console)
     store = store_for(job.store)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store)
+    check_batch(job, listed.source)
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(
         console, lock_uri=run.lock_uri, what=run.uri, wait_s=job.run.lock_wait_s, above=run.max_number
@@ -146,6 +149,24 @@ def check_named_places(job: TrainJob) -> None:
         )
     )
     check_access((*job.data.data, job.data.data_dir), store=store_for(job.store))
+
+
+def check_batch(job: TrainJob, source: Source) -> None:
+    """Checks, before Ray starts, that a batch is not larger than the training images will be.
+
+    The splits follow from the pixels, which are not decoded yet; each class is rounded for itself, which this allows
+    for.
+
+    Raises:
+        ConfigError: it is larger.
+    """
+    expected = sizes_of(source.table["split"], job.data).train
+    require(
+        job.fit.batch_size <= expected + 2 * len(source.class_names),
+        f"batch_size must be at most the number of training images, about {expected:,} of these "
+        f"{source.table.num_rows:,} images",
+        batch_size=job.fit.batch_size,
+    )
 
 
 def check_ready(models: Iterable[ModelConfig], *, console: Console) -> None:
