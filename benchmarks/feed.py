@@ -7,6 +7,7 @@ imports nothing at load that a machine with only JAX may lack.
 """
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +131,7 @@ def _prefers_jax() -> bool:
         return True
     import jax
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # The measurements need the GPU's memory.
     return bool(jax.default_backend() != "cpu")
 
 

@@ -382,7 +382,7 @@ class SharedRunConfig:
     storage_is_shared: bool = False
     """The storage folder is the same on every node (NFS or similar)."""
     workers: int | None = None
-    """Ray Train workers. None: one per GPU of the cluster, or one without GPUs."""
+    """Ray Train workers. None: as many as the GPUs of the cluster are enough for, or one without GPUs."""
     cpus_per_worker: float | None = None
     """CPUs that each worker reserves and uses. None: an equal share of the cluster."""
     gpu: bool | None = None

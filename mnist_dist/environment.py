@@ -132,6 +132,15 @@ def _check_named_backend(named: str, backends: Sequence[str]) -> None:
     _check_installed(named, f"unset {KERAS_BACKEND}", f"{KERAS_BACKEND}={named!r}")
 
 
+def check_installed(backend: str) -> None:
+    """Checks that a backend that was asked for by flag is installed here.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    _check_installed(backend, "leave out --backend", f"backend={backend!r}")
+
+
 def _check_installed(backend: str, remedy: str, received: str) -> None:
     if importlib.util.find_spec(backend) is None:
         raise ConfigError(
@@ -145,7 +154,7 @@ def use_keras_on(backend: str) -> None:
     Raises:
         ConfigError: the backend is not installed, or see `check_keras`.
     """
-    _check_installed(backend, "leave out --backend", f"backend={backend!r}")
+    check_installed(backend)
     os.environ[KERAS_BACKEND] = backend
     check_keras()
 

@@ -15,9 +15,6 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import docstring_parser
-import tyro
-
 _RECEIVED = "Received: "
 _WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -68,6 +65,8 @@ class Flag:
 
 def flags_of(kind: type) -> list[Flag]:
     """The flags of a job's dataclass and of those nested in it, in their order."""
+    import tyro
+
     flags = list[Flag]()
     hints, helps = typing.get_type_hints(kind, include_extras=True), _descriptions(kind)
     for field in dataclasses.fields(kind):
@@ -143,6 +142,8 @@ def _keywords(received: str) -> dict[str, Any]:
 @functools.cache
 def _descriptions(kind: type) -> dict[str, str]:
     """Field -> the text under it, of a dataclass and its bases."""
+    import docstring_parser
+
     found = dict[str, str]()
     for each in reversed(kind.__mro__[:-1]):
         parameters = docstring_parser.parse_from_object(each).params

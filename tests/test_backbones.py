@@ -86,6 +86,8 @@ def test_every_backbone_is_built_saved_and_loaded_by_plain_keras(name: str, tmp_
 
     layers = {layer.name for layer in classifier.backbone.layers}
     assert set(row.cut_points.values()) <= layers
+    kinds = {type(layer) for layer in classifier.backbone.layers}
+    assert row.has_batch_norm == (keras.layers.BatchNormalization in kinds)
 
 
 @pytest.mark.parametrize(

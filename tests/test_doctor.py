@@ -141,7 +141,7 @@ def test_jax_is_for_scoring_and_is_what_driver_and_node_agree_on() -> None:
     jax = replace(HEALTHY, keras_backend="jax", keras=replace(KERAS, backend="jax"))
     check = checks_of(jax, driver=jax)["keras"]
     assert check.status == "ok"
-    assert "for scoring; training, search and export need TensorFlow" in check.found
+    assert "for training, search and scoring; import and export need TensorFlow" in check.found
     check = checks_of(HEALTHY, driver=jax)["keras"]
     assert (check.status, "the driver has KERAS_BACKEND=jax" in check.found) == ("failed", True)
     assert '{"env_vars": {"KERAS_BACKEND": "jax"}}' in check.remedy
@@ -335,7 +335,7 @@ def test_a_healthy_machine_ends_with_0_also_where_keras_runs_on_jax(tmp_path: Pa
     assert (code, result["failed"]) == (0, 0), err
     assert result["job"] == "doctor"
     assert list(statuses(result, "keras").values()) == ["ok"]
-    assert "training, search and export need TensorFlow" in err
+    assert "import and export need TensorFlow" in err
     assert err.splitlines()[-1].endswith(f"{result['skipped']} skipped")
     assert list((tmp_path / "runs").iterdir()) == []
 

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -27,7 +26,7 @@ from harness import ROOT, Command, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import inventory
-from mnist_dist.config import ModelConfig, StoreConfig, TrainJob
+from mnist_dist.config import ModelConfig, RunConfig, StoreConfig, TrainJob
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.export import export_bundle
@@ -47,16 +46,15 @@ from mnist_dist.import_config import ImportJob
 from mnist_dist.importing.import_model import import_model
 from mnist_dist.models.bundle import load_bundle
 from mnist_dist.models.weights import check_published_weights, check_weights, download_error, published_weights_problem
-from mnist_dist.on_ray.cluster import check_environment, connected
+from mnist_dist.on_ray.cluster import Share, check_environment, connected
 from mnist_dist.on_ray.doctor import doctor
 from mnist_dist.on_ray.head import ask_head, await_head
 from mnist_dist.on_ray.scoring.plan import plan_score
 from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.search.search import search
-from mnist_dist.on_ray.search.trial import TrialProcess
-from mnist_dist.on_ray.training.backend import resolve_backend, start_backend
+from mnist_dist.on_ray.training.backend import check_backend, resolve_backend, start_backend
 from mnist_dist.on_ray.training.plan import plan_train
-from mnist_dist.on_ray.training.train import check_ready, train
+from mnist_dist.on_ray.training.train import check_devices, check_ready, train
 from mnist_dist.recipes import quickstart
 from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import BackboneSpace, SearchJob
@@ -639,23 +637,23 @@ def test_settings_of_this_machine_do_not_matter_where_workers_are_elsewhere(
     write_settings(tmp_path, monkeypatch, backend="torch")
     with head() as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        check_ready([ModelConfig()], console=Recorder())
+        check_ready([ModelConfig()], run=RunConfig(), console=Recorder())
 
 
 @pytest.mark.parametrize(
     "work",
     [
         lambda bundle: start_backend("tensorflow"),
-        lambda bundle: TrialProcess.setup(None, {}, SimpleNamespace(backend="tensorflow")),  # type: ignore[arg-type]
         lambda bundle: KerasFeatures(None),  # type: ignore[arg-type]
         lambda bundle: open_engine(EngineChoice(), load_bundle(str(bundle)), batch_size=2),
     ],
-    ids=["training", "trial", "features", "scoring"],
+    ids=["training", "features", "scoring"],
 )
 def test_workers_check_their_own_settings(
     work: Callable[[Path], Any], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     write_settings(tmp_path, monkeypatch, image_data_format="channels_first")
     with pytest.raises(ConfigError, match=r"says otherwise.*Received: image_data_format='channels_first'$"):
         work(bundle)
@@ -674,10 +672,29 @@ def test_a_backend_by_flag_wins_over_the_variable_and_the_file(tmp_path: Path, m
     assert os.environ["KERAS_BACKEND"] == "tensorflow"
 
 
-def test_a_backend_that_is_not_installed_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_do_it_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = r"^more than one GPU per worker needs backend jax\. Received: gpus_per_worker=4, backend='tensorflow'$"
+    with pytest.raises(ConfigError, match=several):
+        check_backend(RunConfig(gpus_per_worker=4, backend="tensorflow"), here=False)
+    check_backend(RunConfig(gpus_per_worker=4), here=True)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    with pytest.raises(ConfigError, match=several):
+        check_backend(RunConfig(gpus_per_worker=4), here=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"jax is not installed on .*: pip install jax, or leave out --backend"):
+    missing = r"jax is not installed on .*: pip install jax, or leave out --backend\. Received: backend='jax'$"
+    with pytest.raises(ConfigError, match=missing):
+        check_backend(RunConfig(backend="jax"), here=True)
+    with pytest.raises(ConfigError, match=missing):
         use_keras_on("jax")
+
+
+def test_batches_of_batch_norm_on_jax_divide_evenly_among_the_devices() -> None:
+    share = Share(workers=3, cpus=1, gpus=2)
+    check_devices([12, 60], backbone="resnet50", backend="jax", share=share)
+    check_devices([32], backbone="vgg16", backend="jax", share=share)
+    check_devices([32], backbone="resnet50", backend="tensorflow", share=share)
+    with pytest.raises(ConfigError, match=r"^batch_size must be a multiple of 6, .* to train resnet50 on JAX: .*=32$"):
+        check_devices([60, 32], backbone="resnet50", backend="jax", share=share)
 
 
 # --- credentials -----------------------------------------------------------------------------------------------------
@@ -958,7 +975,7 @@ def test_weights_that_the_nodes_of_a_cluster_may_have_are_left_to_them(
 ) -> None:
     with head() as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        check_ready([ModelConfig(**PUBLISHED)], console=Recorder())
+        check_ready([ModelConfig(**PUBLISHED)], run=RunConfig(), console=Recorder())
 
 
 def test_a_download_that_failed_in_keras_names_the_url_once() -> None:

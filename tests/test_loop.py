@@ -176,7 +176,7 @@ def test_the_loop_takes_the_steps_that_the_pure_functions_name(images: Images, t
             world=World(),
             augmented=False,
         )
-        step(step.place(chunk), rates=np.full(11, rate, np.float32))
+        step(step.place(chunk, capacity=11), rates=np.full(11, rate, np.float32))
     assert relative_difference(trainer.network.get_weights(), network.get_weights()) <= 1e-6
 
 

@@ -21,12 +21,7 @@ ABSENT = ("ray", "tensorflow", "tyro", "msgspec", "boto3", "botocore", "obstore"
 BLOCK = f"""
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
+sys.modules.update(dict.fromkeys({ABSENT!r}))  # an import fails, and find_spec finds nothing
 """
 
 

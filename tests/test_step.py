@@ -80,7 +80,7 @@ def train_step(network: keras.Model, *, augmentation: Augmentation = "none", **o
         config=StepConfig(**{"batch_size": B, "class_weights": EQUAL, **options}),
     )
     step = open_computation(World()).train_step(trained)
-    return lambda chunk, **options: step(step.place(chunk), **options)
+    return lambda chunk, **options: step(step.place(chunk, capacity=len(chunk) + 1), **options)
 
 
 def evaluator_of(network: keras.Model) -> Evaluator:

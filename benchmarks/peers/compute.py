@@ -150,7 +150,7 @@ def prepare_training(asked: dict[str, Any]) -> Prepared:
         seeds=step_seeds(0, steps=range(STEPS_PER_CALL)),
         draws=np.zeros((*shape, 0), np.float32),
     )
-    placed, rates = step.place(chunk), np.full(STEPS_PER_CALL, 1e-6, np.float32)
+    placed, rates = step.place(chunk, capacity=STEPS_PER_CALL), np.full(STEPS_PER_CALL, 1e-6, np.float32)
     return _of_keras(lambda: step(placed, rates=rates), images=STEPS_PER_CALL * asked["batch_size"])
 
 
@@ -309,7 +309,7 @@ def _flat(model: Any) -> list[Any]:
 def _flops(layer: Any) -> float:
     """Two for each element of the output and each weight that contributes to it."""
     sizes = [math.prod(weight.shape) for weight in layer.weights if "kernel" in weight.name]
-    positions = 1 if type(layer).__name__ == "Dense" else math.prod(layer.output.shape[1:3])
+    positions = math.prod(layer.output.shape[1:-1])  # of a dense layer on a vector: 1
     return 2.0 * positions * float(sum(sizes)) if sizes else 0.0
 
 

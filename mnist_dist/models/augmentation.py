@@ -4,8 +4,9 @@ Owns: the presets, and setting the state of a model's random number generators f
 an image gets (`data/batches.py`: those of its position in the global batch), or when a step reseeds its network.
 
 Contract: everything random in a step is a function of the run's seed, the global step and the position of an image in
-the global batch (augmentation) or of the rank (dropout). No random state needs saving, and a resumed run repeats the
-draws. The same numbers give the same augmentation on every backend of Keras, and with any number of workers.
+the global batch (augmentation; dropout on JAX) or of the rank (dropout on TensorFlow). No random state needs saving,
+and a resumed run repeats the draws. The same numbers give the same augmentation on every backend of Keras, and with any
+number of workers.
 
 Speed: rotation, shift and zoom are one affine transform, one pass over the pixels. Three Keras layers
 (`RandomRotation`, `RandomTranslation`, `RandomZoom`) take three passes and are several times slower.

@@ -68,6 +68,7 @@ class Backbone:
         min_size_px: smallest height and width; below it the feature map is empty, or Keras refuses.
         scratch: it trains from scratch at any size and keeps grey images grey; the others always see RGB.
         has_alpha: it has a width multiplier.
+        has_batch_norm: it has BatchNorm, whose statistics are of whole batches.
         pooling: how its feature map becomes a vector by default; None: its output is already a vector.
         dropout: default dropout before the output.
         hidden_units: default width of a dense layer between backbone and output; 0: none.
@@ -85,6 +86,7 @@ class Backbone:
     min_size_px: int
     scratch: bool = False
     has_alpha: bool = False
+    has_batch_norm: bool = False
     pooling: Pooling | None = "avg"
     dropout: float = 0.0
     hidden_units: int = 0
@@ -241,6 +243,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=ZERO_TO_ONE,
         native_size_px=28,
         min_size_px=4,
+        has_batch_norm=True,
         scratch=True,
         pooling=None,
         dropout=0.5,
@@ -282,6 +285,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         has_alpha=True,
         cut_points={"block4": "conv_pad_4", "block6": "conv_pad_6", "block12": "conv_pad_12", "block13": "conv_dw_13"},
         source="Howard et al. 2017, arXiv:1704.04861",
@@ -294,6 +298,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         has_alpha=True,
         cut_points={
             "block3": "block_3_expand",
@@ -311,6 +316,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         cut_points={
             "block3": "expanded_conv_3_expand",
             "block8": "expanded_conv_8_expand",
@@ -326,6 +332,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=CAFFE,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         cut_points={
             "stage2": "conv2_block1_1_conv",
             "stage3": "conv3_block1_1_conv",
@@ -341,6 +348,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=TORCH,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         cut_points={
             "stage2": "conv2_block1_0_bn",
             "stage3": "conv3_block1_0_bn",
@@ -356,6 +364,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=TORCH,
         native_size_px=224,
         min_size_px=32,
+        has_batch_norm=True,
         cut_points={
             "block3": "block3a_expand_conv",
             "block4": "block4a_expand_conv",
@@ -386,6 +395,7 @@ BACKBONES: dict[str, Backbone] = {
         preprocessing=MINUS_ONE_TO_ONE,
         native_size_px=299,
         min_size_px=71,
+        has_batch_norm=True,
         cut_points={
             "block5": "block5_sepconv1_act",
             "block13": "block13_sepconv1_act",

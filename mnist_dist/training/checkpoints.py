@@ -48,7 +48,7 @@ class State:
     best_is_current: bool = False
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     timed_images: int = 0
-    """Images trained on in timed calls (all except each phase's first two)."""
+    """Images trained on in timed calls: all except each phase's first two, and those that compile."""
     timed_s: float = 0.0
     seconds: float = 0.0
     """Time from the start of the job to this checkpoint, summed over all drivers."""

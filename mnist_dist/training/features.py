@@ -145,7 +145,7 @@ class FeatureCall(Protocol):
 
 
 class KerasFeatures:
-    """The frozen backbone of a plan in Keras, as a `FeatureCall`. Loads TensorFlow.
+    """The frozen backbone of a plan in Keras, as a `FeatureCall`. Loads Keras and its backend.
 
     Args:
         plan: the result of `plan_features`.

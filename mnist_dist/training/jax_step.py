@@ -52,12 +52,13 @@ class Devices:
             if value.sharding == self.replicated:
                 return value
             if isinstance(value.sharding, NamedSharding) and value.is_fully_replicated:
-                return self._from_larger_mesh(value)
+                return self._from_other_mesh(value)
         host = np.asarray(value)
         return jax.make_array_from_callback(host.shape, self.replicated, lambda index: host[index])
 
-    def _from_larger_mesh(self, value: jax.Array) -> jax.Array:
-        """A value that lies on every device of the run, as one of this worker's devices: its own copies of it."""
+    def _from_other_mesh(self, value: jax.Array) -> jax.Array:
+        """A value that lies on all devices of the run, as one of this worker's alone, or the other way round: each
+        worker has its own copies of it."""
         copies = [shard.data for shard in value.addressable_shards]
         return jax.make_array_from_single_device_arrays(value.shape, self.replicated, copies)
 
@@ -118,6 +119,9 @@ class JaxComputation:
             rows = -(-size // self._own.count) * self._own.count
             padded = [_padded(array, rows, axis=0) for array in arrays]
             values = [self._own.on_all(variable.value) for variable in variables]
+            for variable, value in zip(variables, values, strict=True):
+                if not isinstance(variable.value.sharding, NamedSharding):
+                    variable.assign(value)  # Set by Keras, on one device: it need not be copied again.
             outputs = compiled(values, *(jax.device_put(array, self._own.split(0)) for array in padded))
             return np.asarray(outputs)[..., :size]
 
@@ -146,12 +150,13 @@ class JaxTrainStep:
         self._rate = next(i for i, each in enumerate(self._of_optimizer) if each is optimizer.learning_rate)
         self._call = jax.jit(self._steps, donate_argnums=0, out_shardings=devices.replicated)
 
-    def place(self, chunk: TrainChunk, /) -> list[Any]:
+    def place(self, chunk: TrainChunk, /, *, capacity: int) -> list[Any]:
         count, images = chunk.labels.shape
         weights = np.pad(np.ones((count, images), np.float32), ((0, 0), (0, self._rows - images)))
         padded = [_padded(each, self._rows, axis=1) for each in (chunk.pixels, chunk.labels, chunk.draws)]
-        per_image = [self._devices.shared(each, axis=1) for each in (*padded, weights)]
-        return [*per_image, self._devices.on_all(chunk.seeds)]
+        whole = [_padded(each, capacity, axis=0) for each in (*padded, weights)]
+        seeds = _padded(chunk.seeds, capacity, axis=0)
+        return [*(self._devices.shared(each, axis=1) for each in whole), self._devices.on_all(seeds)]
 
     def __call__(
         self, placed: list[Any], /, *, rates: npt.NDArray[np.float32], stop: bool = False
@@ -159,21 +164,25 @@ class JaxTrainStep:
         groups = (self._trainable, self._others, self._of_optimizer)
         state = [[self._devices.on_all(variable.value) for variable in group] for group in groups]
         wishes = self._devices.shared(np.array([stop] + [False] * (self._own_devices - 1), np.float32), axis=0)
-        state, reports = self._call(state, *placed, self._devices.on_all(rates), wishes)
+        count, capacity = len(rates), len(placed[-1])
+        padded = self._devices.on_all(_padded(rates, capacity, axis=0))
+        state, reports = self._call(state, (*placed, padded), wishes, self._devices.on_all(np.int32(count)))
         for group, values in zip(groups, state, strict=True):
             for variable, value in zip(group, values, strict=True):
                 variable.assign(value)
-        return np.asarray(reports)
+        return np.asarray(reports)[:count]
 
-    def _steps(
-        self, state: list[Values], pixels: Any, labels: Any, draws: Any, weights: Any, seeds: Any, rates: Any, stop: Any
-    ) -> tuple[list[Values], Any]:
+    def _steps(self, state: list[Values], steps: tuple[Any, ...], stop: Any, count: Any) -> tuple[list[Values], Any]:
+        """Takes the first `count` of the steps: a loop whose length is known only when it runs."""
         wishes = jnp.sum(stop)
 
-        def take(state: list[Values], step: Any) -> tuple[list[Values], Any]:
-            return self._step(state, step, wishes)
+        def take(index: Any, carried: tuple[list[Values], Any]) -> tuple[list[Values], Any]:
+            state, reports = carried
+            state, report = self._step(state, tuple(each[index] for each in steps), wishes)
+            return state, reports.at[index].set(report)
 
-        state, reports = jax.lax.scan(take, state, (pixels, labels, draws, weights, seeds, rates))
+        reports = jnp.zeros((len(steps[0]), 3), jnp.float32)
+        state, reports = jax.lax.fori_loop(0, count, take, (state, reports))
         return state, reports
 
     def _step(

@@ -58,9 +58,10 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A chunk on the devices: `content` is the step's own."""
+    """A chunk on the devices: `content` is the step's own, for chunks of up to `capacity` steps."""
 
     steps: int
+    capacity: int
     content: Any
 
 
@@ -96,6 +97,7 @@ class PhaseRun:
         self.stops = False
         """Whether all workers agreed to stop."""
         self._calls, self._clock = 0, 0.0
+        self._compiled = set[int]()
         classifier, fit = built.classifier, task.job.fit
         head_only = phase.trainable == "head"
         before = task.job.phases.in_order()[: state.phase]
@@ -128,7 +130,8 @@ class PhaseRun:
     def place(self, gather: Callable[[], TrainChunk]) -> Placed:
         """Gathers a chunk and moves it to the devices; the feed's thread does this ahead of the steps."""
         chunk = gather()
-        return Placed(steps=len(chunk), content=self._step.place(chunk))
+        capacity = max(len(chunk), self.steps_per_call)
+        return Placed(steps=len(chunk), capacity=capacity, content=self._step.place(chunk, capacity=capacity))
 
     def take(self, chunk: Placed) -> npt.NDArray[np.float32]:
         """Takes the chunk's steps. The second call's duration decides how many steps later calls take."""
@@ -144,7 +147,7 @@ class PhaseRun:
         seconds = time.perf_counter() - began
         self._calls += 1
         self.last_rate = float(rates[-1])
-        self._time(chunk.steps)
+        self._time(chunk)
         if self._calls == 2:
             slowest = slowest_worker_s(self._built.computation, seconds, world=self._built.world)
             self.steps_per_call = max(1, min(MAX_STEPS_PER_CALL, round(SECONDS_PER_CALL * chunk.steps / slowest)))
@@ -154,12 +157,14 @@ class PhaseRun:
         """Starts timing an epoch; the time between epochs (validation, checkpoints) does not count."""
         self._clock = time.perf_counter()
 
-    def _time(self, steps: int) -> None:
-        """Adds the time since the previous call: the steps, and the wait for their images."""
+    def _time(self, chunk: Placed) -> None:
+        """Adds the time since the previous call: the steps, and the wait for their images. A call that compiles, the
+        first of its capacity, does not count."""
         now = time.perf_counter()
-        if self._calls > 2:
-            self.state.timed_images += steps * self.task.job.fit.batch_size
+        if self._calls > 2 and chunk.capacity in self._compiled:
+            self.state.timed_images += chunk.steps * self.task.job.fit.batch_size
             self.state.timed_s += now - self._clock
+        self._compiled.add(chunk.capacity)
         self._clock = now
 
     def rate(self) -> float:

@@ -63,9 +63,14 @@ class Trained:
 class TrainStep(Protocol):
     """Runs S optimizer steps in one call."""
 
-    def place(self, chunk: TrainChunk, /) -> Any:
+    def place(self, chunk: TrainChunk, /, *, capacity: int) -> Any:
         """Moves images, labels and random numbers of S steps to the devices. May be called from another thread, while
-        earlier steps are taken."""
+        earlier steps are taken.
+
+        Args:
+            chunk: the steps.
+            capacity: the most steps of a chunk; JAX compiles one program for all chunks of the same capacity.
+        """
 
     def __call__(
         self, placed: Any, /, *, rates: npt.NDArray[np.float32], stop: bool = False

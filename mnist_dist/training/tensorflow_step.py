@@ -64,7 +64,7 @@ class TensorflowTrainStep:
         self._variables = list(trained.network.trainable_variables)
         self._call = _compiled(self._steps)
 
-    def place(self, chunk: TrainChunk, /) -> tuple[Any, ...]:
+    def place(self, chunk: TrainChunk, /, *, capacity: int) -> tuple[Any, ...]:
         return tuple(map(tf.constant, (chunk.pixels, chunk.labels, chunk.seeds, chunk.draws)))
 
     def __call__(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnist_dist.search_config import SearchConfig, SearchJob
+from mnist_dist.tuning.budget import FINALISTS_SHARE
 from mnist_dist.tuning.space import architectures_of
 
 REDUCTION = 3
@@ -58,6 +59,8 @@ class SearchForecast:
 
     parts: Mapping[str, float]
     """`decoding`, `features`, `trials`, `finalists`, s."""
+    finalists: int
+    """How many there will be."""
     trials_at_most_s: float
     """The trials, if none of them is stopped early."""
     seconds: float
@@ -143,6 +146,9 @@ def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int, gra
     features_s = sum((_is_tried(name, likely, trials) * seconds for name, seconds in costs.features_s.items()), 0.0)
     mean_finalist_s = sum(likely[way] * seconds for way, seconds in costs.finalists_s.items())
     finalists = min(trials, job.search.finalists)
+    room_s = math.inf if job.search.hours is None else FINALISTS_SHARE * job.search.hours * 3600
+    while finalists > 1 and math.ceil(finalists / at_once) * mean_finalist_s > room_s:
+        finalists -= 1
     parts = {
         "decoding": costs.decoding_s,
         "features": features_s,
@@ -155,7 +161,7 @@ def forecast(job: SearchJob, costs: Costs, *, concurrent: int, at_once: int, gra
         left_s = max(0.0, job.search.hours * 3600 - others_s)
         parts["trials"], at_most_s = min(parts["trials"], left_s), min(at_most_s, left_s)
     seconds = costs.start_s + sum(parts.values()) + costs.test_s
-    return SearchForecast(parts=parts, trials_at_most_s=at_most_s, seconds=seconds)
+    return SearchForecast(parts=parts, finalists=finalists, trials_at_most_s=at_most_s, seconds=seconds)
 
 
 def _is_tried(name: str, likely: Mapping[Way, float], trials: int) -> float:

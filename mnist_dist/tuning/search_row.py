@@ -73,7 +73,7 @@ class _Goal:
     def __init__(self, facts: RunFacts | None, over: TrialsOver | None) -> None:
         search = facts.settings["search"] if facts is not None else {}
         self.trials: int | None = over.trials if over is not None else search.get("trials")
-        self.finalists: int | None = search.get("finalists")
+        self.finalists: int | None = len(over.finalists) if over is not None else search.get("finalists")
         self._is_exact = (
             over is not None or search.get("algorithm") != "grid"
         )  # a grid may have fewer trials than requested

@@ -150,7 +150,7 @@ def keras(facts: Facts, expected: Expected) -> Check | None:
         remedy = f'ray job submit --runtime-env-json \'{{"env_vars": {{"KERAS_BACKEND": "{backend}"}}}}\' ...'
         return Check("failed", f"backend {seen.backend}, but the driver has KERAS_BACKEND={backend}", remedy)
     if seen.backend == "jax":
-        found += ": for scoring; training, search and export need TensorFlow (unset KERAS_BACKEND)"
+        found += ": for training, search and scoring; import and export need TensorFlow (unset KERAS_BACKEND)"
     return Check("ok", found)
 
 

@@ -34,11 +34,11 @@ from mnist_dist.on_ray.search.search import (
     check_search,
     common_splits,
     concurrent_trials,
+    resolved,
     start_finalist,
 )
 from mnist_dist.on_ray.search.trial import Prepared, TrialProcess, TrialTask
 from mnist_dist.on_ray.tasks import wait_for
-from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.plan import (
     EPOCHS,
@@ -172,7 +172,7 @@ class _Plan:
             "images": self._sizes.images,
             "trials": self._job.search.trials,
             "concurrent_trials": concurrent,
-            "finalists": self._job.search.finalists,
+            "finalists": found.finalists,
             "bottleneck": found.bottleneck,
             "expected_s": {name: round(seconds, 1) for name, seconds in found.parts.items()},
             "trials_at_most_s": round(found.trials_at_most_s, 1),
@@ -234,7 +234,7 @@ class _Plan:
                 for name, decoded in data.decoded.items()
             },
             splits=data.splits,
-            backend=resolve_backend(config.backend, gpus=math.ceil(config.gpus_per_trial or 0)),
+            backend=resolved(self._job),
             cpus=config.cpus_per_trial,
             gpu=bool(config.gpus_per_trial),
         )
@@ -319,7 +319,7 @@ class _Plan:
         at_most = f" (at most {duration(found.trials_at_most_s)}, if none is stopped early)"
         early = at_most if found.trials_at_most_s > found.parts["trials"] else ""
         line(f"trials: {search.trials}, {concurrent} at a time: {duration(found.parts['trials'])}{early}")
-        line(f"finalists: {search.finalists}: {duration(found.parts['finalists'])}")
+        line(f"finalists: {found.finalists}: {duration(found.parts['finalists'])}")
         line(f"bottleneck: {found.bottleneck}")
         line(f"expected: {duration(found.seconds)} from start to end, if all networks are tried alike")
 

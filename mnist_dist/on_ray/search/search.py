@@ -7,7 +7,6 @@ Only validation images decide among trials and finalists. Only the winner is tes
 """
 
 import functools
-import math
 import re
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import ray
 
 from mnist_dist import documents
-from mnist_dist.config import ModelConfig, TrainJob, require
+from mnist_dist.config import KerasBackend, ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line, duration
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
@@ -45,7 +44,7 @@ from mnist_dist.on_ray.search.tuning import Trials, TrialWork, run_trials
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
-from mnist_dist.on_ray.training.train import Training, check_job, check_ready, with_absolute_weights
+from mnist_dist.on_ray.training.train import Training, check_devices, check_job, check_ready, with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
@@ -62,6 +61,7 @@ from mnist_dist.tuning.space import (
     backbone_job,
     check_space,
     describe,
+    drawn_for,
     fit_batches,
     smallest_batch,
     train_job,
@@ -109,7 +109,9 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
         console.line(f"{run.uri} is finished. To search again, choose another --name or --seed.")
         return finished
     check_ready(
-        [architecture.model() for space in job.backbones for architecture in architectures_of(space)], console=console
+        [architecture.model() for space in job.backbones for architecture in architectures_of(space)],
+        run=job.run,
+        console=console,
     )
     ANYWHERE.check_writable(job.run.storage)
     with locked_session(
@@ -242,6 +244,7 @@ class Search:
         with connected(verbose=config.verbose, stop=self.session.stop) as resources, ExitStack() as counted:
             resources = self.enter(resources)
             per_finalist = worker_share(resources, config)
+            self._check_devices(per_finalist)
             require(
                 per_finalist.workers <= smallest_batch(self.job),
                 "batch_size must be at least the number of workers of a finalist",
@@ -259,8 +262,15 @@ class Search:
         self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
         return self._result(trials, winner, tested, speeds)
 
+    def _check_devices(self, per_finalist: Share) -> None:
+        for space in self.job.backbones:
+            if any(trained != "head" for trained in space.trained):
+                sizes = drawn_for(self.job, space)["batch_size"][1].grid()
+                check_devices(map(int, sizes), backbone=space.backbone, backend=resolved(self.job), share=per_finalist)
+
     def enter(self, resources: Resources) -> Resources:
-        """Waits for nodes, checks that a trial fits, and returns the resources of the cluster by then.
+        """Waits for nodes, checks that a trial fits, resolves the backend, and returns the resources of the cluster by
+        then.
 
         Raises:
             ResourceError: no node has room for a trial.
@@ -274,7 +284,10 @@ class Search:
             gpus=config.gpus_per_trial or 0.0,
             wait_s=config.wait_for_nodes_s,
         )
-        self.job = replace(self.job, run=replace(self.job.run, gpus_per_trial=_gpus_per_trial(self.job, resources)))
+        gpus = config.gpus_per_worker if resources.gpus and config.gpu is not False else 0
+        backend = resolve_backend(config.backend, gpus=gpus, session=self.session)
+        config = replace(config, gpus_per_trial=_gpus_per_trial(self.job, resources), backend=backend)
+        self.job = replace(self.job, run=config)
         concurrent_trials(self.job, resources)
         return resources
 
@@ -418,7 +431,7 @@ class Search:
                     for name, decoded in data.decoded.items()
                 },
                 splits=data.splits,
-                backend=resolve_backend(self.job.run.backend, gpus=math.ceil(self.job.run.gpus_per_trial or 0)),
+                backend=resolved(self.job),
                 cpus=self.job.run.cpus_per_trial,
                 gpu=bool(self.job.run.gpus_per_trial),
             )
@@ -695,6 +708,13 @@ def concurrent_trials(job: SearchJob, resources: Resources) -> int:
 
 def _finalists_at_once(per_finalist: Share, resources: Resources) -> int:
     return max(1, resources.room(per_finalist.cpus, gpus=per_finalist.gpus) // per_finalist.workers)
+
+
+def resolved(job: SearchJob) -> KerasBackend:
+    """The backend of a search that has entered a cluster."""
+    backend = job.run.backend
+    assert backend != "auto", "`Search.enter` resolves it"
+    return backend
 
 
 def _features_of(params: Params, *, job: SearchJob, plans: Mapping[str, FeaturePlan]) -> str | None:

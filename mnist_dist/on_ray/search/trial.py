@@ -66,23 +66,31 @@ class Report:
     history: tuple[Epoch, ...]
     error: str | None = None
     outage: bool = False
-    """The store caused the error, not the trial: the search ends, and the same command runs the trial again."""
+    """The store or the node caused the error, not the trial: the search ends, and the same command runs the trial
+    again."""
 
 
 class TrialProcess(tune.Trainable):
     """Runs one trial after the other. A trial's config: `architecture` (a name of the task) and `job`."""
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:
-        start_backend(task.backend)
-        from mnist_dist.engines.engine import hide_gpus, use_cpus
-
         self._task = task
         self._records: dict[str, Records] = {}
         self._features: dict[str, FeatureRows] = {}
+        self._refused: MnistDistError | None = None
+        self.reset_config(config)
+        try:
+            self._start_backend(task)
+        except MnistDistError as error:  # Raised here, it would count as the death of this process.
+            self._refused = error
+
+    def _start_backend(self, task: TrialTask) -> None:
+        start_backend(task.backend)
+        from mnist_dist.engines.engine import hide_gpus, use_cpus
+
         if not task.gpu:
             hide_gpus()  # Ray does not hide GPUs from a process that requested none
         use_cpus(int(task.cpus))
-        self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
         """Starts another trial in the same process."""
@@ -95,6 +103,8 @@ class TrialProcess(tune.Trainable):
         """Trains an epoch."""
         began = time.monotonic()
         try:
+            if self._refused is not None:
+                raise self._refused
             if self._trainer is None:
                 self._begin()
             next(self._epochs)
@@ -193,7 +203,7 @@ class TrialProcess(tune.Trainable):
             finished=True,
             history=tuple(history),
             error=shown,
-            outage=is_outage(error),
+            outage=is_outage(error) or error is self._refused,
         )
 
 

@@ -14,7 +14,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from mnist_dist.console import Bar, Console
 from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
 from mnist_dist.on_ray.cluster import Share
-from mnist_dist.on_ray.training.backend import CONFIGS
+from mnist_dist.on_ray.training.backend import CONFIGS, start_worker
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
@@ -127,7 +127,8 @@ def readable(error: BaseException) -> MnistDistError:
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
-    from mnist_dist.on_ray.training.worker import work  # imports Keras, which the driver must not
+    start_worker(config["task"].backend)  # Before Keras is imported.
+    from mnist_dist.on_ray.training.worker import work
 
     return work(config["task"])
 

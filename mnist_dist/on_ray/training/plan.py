@@ -59,7 +59,7 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
     """
     began_at = started_at(console)
     check_job(job)
-    check_ready([job.model], console=console)
+    check_ready([job.model], run=job.run, console=console)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store_for(job.store))
     with (
         scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="plan") as root,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mnist_dist.config import DataConfig, ModelConfig, TrainJob, require
+from mnist_dist.config import DataConfig, KerasBackend, ModelConfig, SharedRunConfig, TrainJob, require
 from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
@@ -22,7 +22,7 @@ from mnist_dist.environment import KERAS_BACKENDS, RAY_ADDRESS
 from mnist_dist.errors import WorkersFailed
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
-from mnist_dist.models.backbones import check_model, check_trainable, is_imported
+from mnist_dist.models.backbones import check_model, check_trainable, find_backbone, is_imported
 from mnist_dist.models.bundle import REPORT_FILE, BundleInfo, load_bundle
 from mnist_dist.models.weights import NAMED_WEIGHTS, check_published_weights, check_weights
 from mnist_dist.on_ray.cluster import (
@@ -46,7 +46,7 @@ from mnist_dist.on_ray.data.prepare import (
     split,
 )
 from mnist_dist.on_ray.training.attempt import Attempt
-from mnist_dist.on_ray.training.backend import resolve_backend
+from mnist_dist.on_ray.training.backend import check_backend, resolve_backend
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
@@ -94,7 +94,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     if finished is not None:
         console.line(f"{run.uri} is finished. To train again, choose another --name or --seed.")
         return finished
-    check_ready([job.model], console=console)
+    check_ready([job.model], run=job.run, console=console)
     store = store_for(job.store)
     listed = list_data(job.data, job.model, root=job.run.storage, console=console, store=store)
     check_batch(job, listed.source)
@@ -169,19 +169,39 @@ def check_batch(job: TrainJob, source: Source) -> None:
     )
 
 
-def check_ready(models: Iterable[ModelConfig], *, console: Console) -> None:
+def check_devices(batch_sizes: Iterable[int], *, backbone: str, backend: KerasBackend, share: Share) -> None:
+    """Checks that workers on JAX can share the batches of a network that is trained whole or in part.
+
+    Raises:
+        ConfigError: its BatchNorm would count the padding of a batch that the devices cannot divide evenly.
+    """
+    devices = share.workers * max(1, share.gpus)
+    if backend != "jax" or not find_backbone(backbone).has_batch_norm:
+        return
+    for size in batch_sizes:
+        require(
+            size % devices == 0,
+            f"batch_size must be a multiple of {devices}, the number of devices, to train {backbone} on JAX: it has "
+            "BatchNorm",
+            batch_size=size,
+        )
+
+
+def check_ready(models: Iterable[ModelConfig], *, run: SharedRunConfig, console: Console) -> None:
     """Checks, before anything is listed, what a training needs of its surroundings.
 
     On a cluster, the workers' nodes may have published weights and settings of Keras that this machine has not: there,
     each worker checks its own.
 
     Raises:
-        ConfigError: see `check_environment`.
+        ConfigError: see `check_environment` and `check_backend`.
         WeightsError: see `check_published_weights`.
         Interrupted: a signal arrived while a cluster was asked.
     """
+    is_here = RAY_ADDRESS not in os.environ
+    check_backend(run, here=is_here)
     check_environment(console, backends=KERAS_BACKENDS)
-    if RAY_ADDRESS not in os.environ:
+    if is_here:
         check_published_weights(models)
 
 
@@ -230,7 +250,7 @@ def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: in
 def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     """Runs one step of each phase in scratch storage, which is deleted afterwards."""
     check_job(job)
-    check_ready([job.model], console=console)
+    check_ready([job.model], run=job.run, console=console)
     ANYWHERE.check_writable(job.run.storage)
     began_at = started_at(console)
     max_images = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
@@ -302,6 +322,7 @@ class Training:
         with connected(verbose=config.verbose, stop=self.session.stop) as resources:
             resources = await_workers(resources, config, self.session)
             mine = worker_share(resources, config)
+            self._fix_backend(mine)
             check_places(
                 listed,
                 self.job.data,
@@ -338,6 +359,18 @@ class Training:
             self.prepared_s = time.monotonic() - began
             metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
+
+    def _fix_backend(self, mine: Share) -> None:
+        """Resolves the backend, and checks that the workers can share a batch there.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        backend = resolve_backend(self.job.run.backend, gpus=mine.gpus, session=self.session)
+        self.job = replace(self.job, run=replace(self.job.run, backend=backend))
+        is_trained = any(phase.trainable != "head" for phase in self.job.phases.in_order())
+        if is_trained:
+            check_devices([self.job.fit.batch_size], backbone=self.job.model.backbone, backend=backend, share=mine)
 
     def _announce(self, resources: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
@@ -384,7 +417,7 @@ class Training:
             fence=self.session.fence,
             checkpoint=self.run.newest_checkpoint(),
             board=board or make_board(),
-            backend=resolve_backend(self.job.run.backend, gpus=mine.gpus),
+            backend=resolve_backend(self.job.run.backend, gpus=mine.gpus, session=self.session),
             cpus=mine.cpus,
             gpu=mine.gpus > 0,
             began_at=self.began_at,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
-from ray.train.collective import broadcast_from_rank_zero
+from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from mnist_dist.data.records import Records, open_records
 from mnist_dist.engines.engine import hide_gpus, use_cpus
@@ -120,6 +120,8 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     records = open_records(task.records, local_dir=scratch if task.steps_limit else node_folder())
     if task.job.model.weights == "imagenet":
         fetch_published_weights(task.job.model)
+    if world.workers > 1:
+        barrier()  # JAX waits only a few minutes for the others' devices, and copying records may take longer.
     timed = TimedHost(host)
     trainer = Trainer(train_task(task, records, is_first=world.rank == 0), host=timed, world=world)
     checkpoint = _last_checkpoint(task, scratch)
