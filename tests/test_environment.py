@@ -1,6 +1,7 @@
 """The environment of a job: what is wrong with it is said before any work, in words that a test reads."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -52,12 +54,14 @@ from mnist_dist.on_ray.head import ask_head, await_head
 from mnist_dist.on_ray.scoring.plan import plan_score
 from mnist_dist.on_ray.scoring.score import score
 from mnist_dist.on_ray.search.search import search
+from mnist_dist.on_ray.search.trial import REPORT, TrialProcess
 from mnist_dist.on_ray.training.backend import check_backend, resolve_backend, start_backend
 from mnist_dist.on_ray.training.plan import plan_train
 from mnist_dist.on_ray.training.train import check_devices, check_ready, train
 from mnist_dist.recipes import quickstart
 from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import BackboneSpace, SearchJob
+from mnist_dist.session import Session
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import check_form, scheme_of
 from mnist_dist.training.features import KerasFeatures
@@ -659,14 +663,27 @@ def test_workers_check_their_own_settings(
         work(bundle)
 
 
+def test_a_trial_on_a_node_with_other_settings_ends_the_search_and_is_no_failed_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    write_settings(tmp_path, monkeypatch, image_data_format="channels_first")
+    process = TrialProcess.__new__(TrialProcess)
+    process.setup({}, SimpleNamespace(backend="tensorflow", cpus=1, gpu=True))  # type: ignore[arg-type]
+    report = process.step()[REPORT]
+    assert report.outage
+    assert "Received: image_data_format='channels_first'" in report.error
+
+
 def test_a_backend_by_flag_wins_over_the_variable_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_backend("auto", gpus=0) == "tensorflow"
-    assert resolve_backend("auto", gpus=2) == "jax"
+    resolve = functools.partial(resolve_backend, session=Session(console=Recorder(), stop=Stop(Recorder())))
+    assert resolve("auto", gpus=0) == "tensorflow"
+    assert resolve("auto", gpus=2) == "jax"
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    assert resolve_backend("auto", gpus=0) == "jax"
-    assert resolve_backend("tensorflow", gpus=1) == "tensorflow"
-    with pytest.raises(ConfigError, match=r"^more than one GPU per worker needs backend jax\. Received: .*=4$"):
-        resolve_backend("tensorflow", gpus=4)
+    assert resolve("auto", gpus=0) == "jax"
+    assert resolve("tensorflow", gpus=1) == "tensorflow"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     write_settings(tmp_path, monkeypatch, backend="torch")
     start_backend("tensorflow")
     assert os.environ["KERAS_BACKEND"] == "tensorflow"

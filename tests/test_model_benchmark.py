@@ -19,9 +19,17 @@ from mnist_dist.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 ABSENT = ("ray", "tensorflow", "tyro", "msgspec", "boto3", "botocore", "obstore", "openvino", "torch")
 BLOCK = f"""
-import sys
+import importlib.util, sys
 
-sys.modules.update(dict.fromkeys({ABSENT!r}))  # an import fails, and find_spec finds nothing
+found = importlib.util.find_spec
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+importlib.util.find_spec = lambda name, package=None: None if name in {ABSENT!r} else found(name, package)
 """
 
 

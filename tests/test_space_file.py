@@ -446,9 +446,10 @@ def test_a_forecast_adds_up_the_parts() -> None:
 def test_a_forecast_ends_with_the_hours() -> None:
     job = replace(TWO, search=replace(TWO.search, hours=300 / 3600))
     found = forecast(job, costs(features_s={}), concurrent=1, at_once=1)
-    assert found.parts["finalists"] == pytest.approx(120)
-    assert found.parts["trials"] == pytest.approx(177)  # The hours include the finalists.
-    assert found.trials_at_most_s == pytest.approx(177)
+    assert found.finalists == 1  # Two would take 80 s of 300 s.
+    assert found.parts["finalists"] == pytest.approx(40)
+    assert found.parts["trials"] == pytest.approx(257)  # The hours include the finalists.
+    assert found.trials_at_most_s == pytest.approx(257)
     assert found.seconds == pytest.approx(300 + 4)
 
 
