@@ -117,6 +117,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
         errors = [100 * (1 - _best_at(row["curve"], at)) for row in rows if row["racer"] == racer]
         axes.plot(at, np.nanmean(errors, axis=0), label=NAMES[racer].strip("`"))
     axes.set(xlabel="seconds since the command was typed", ylabel="validation error, %", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
