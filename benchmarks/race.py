@@ -114,8 +114,9 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
     end = max(row["seconds"] for row in rows)
     at = np.linspace(1, end, 400)
     for racer in dict.fromkeys(row["racer"] for row in rows):
-        errors = [100 * (1 - _best_at(row["curve"], at)) for row in rows if row["racer"] == racer]
-        axes.plot(at, np.nanmean(errors, axis=0), label=NAMES[racer].strip("`"))
+        errors = np.array([100 * (1 - _best_at(row["curve"], at)) for row in rows if row["racer"] == racer])
+        begun = ~np.isnan(errors).all(axis=0)
+        axes.plot(at[begun], np.nanmean(errors[:, begun], axis=0), label=NAMES[racer].strip("`"))
     axes.set(xlabel="seconds since the command was typed", ylabel="validation error, %", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
