@@ -147,42 +147,22 @@ def test_1_2_and_3_workers_reach_the_same_weights(
     assert results[3]["test_accuracy"] == accuracy_score(labels, probabilities.argmax(axis=1))
 
 
-def test_both_backends_reach_the_same_weights_and_write_the_same_bundle(tmp_path: Path) -> None:
-    bundles = {}
-    for backend in get_args(KerasBackend):
-        job = small_job(tmp_path, name=backend, fit=FitConfig(batch_size=50, precision="float32", seed=2))
-        bundles[backend] = load_bundle(train(on_backend(job, backend), recipe="test", console=Recorder())["bundle"])
-    ours, theirs = (final_weights(tmp_path, backend) for backend in bundles)
-    assert largest_difference(theirs, ours) <= 1e-4
-    tensorflow, jax = bundles.values()
-    assert [layer.name for layer in jax.model.layers] == [layer.name for layer in tensorflow.model.layers]
-    pixels = np.random.default_rng(0).integers(0, 256, (9, *jax.info.spec.shape), dtype=np.uint8)
-    assert np.asarray(jax.model(pixels)) == pytest.approx(np.asarray(tensorflow.model(pixels)), abs=1e-4)
-
-
-@pytest.mark.parametrize("order", [("tensorflow", "jax"), ("jax", "tensorflow")])
-def test_a_checkpoint_of_one_backend_resumes_on_the_other(
-    tmp_path: Path, order: tuple[KerasBackend, KerasBackend]
-) -> None:
-    """Momentum, warm-up and augmentation make any state that is lost show."""
-    fit = FitConfig(batch_size=50, precision="float32", seed=2, augmentation="digits")
-    job = small_job(
-        tmp_path, epochs=SHAKEN_EPOCHS, fit=fit, optimizer=replace(PLAIN_SGD, schedule="cosine", warmup_steps=7)
-    )
+@pytest.mark.parametrize(("first", "second"), [("tensorflow", "jax"), ("jax", "tensorflow")])
+def test_a_run_of_one_backend_resumes_on_the_other(tmp_path: Path, first: KerasBackend, second: KerasBackend) -> None:
+    """What it computes there: test_jax.py."""
+    job = small_job(tmp_path, epochs=SHAKEN_EPOCHS)
     job = replace(job, run=replace(job.run, max_failures=0))
-    first, second = order
-    whole = replace(job, run=replace(job.run, name="whole", backend=second))
-    train(whole, recipe="test", console=Recorder())
     console = Recorder("epoch 2", lambda: train_workers()[0].kill())
     with pytest.raises(WorkersFailed, match="worker"):
         train(on_backend(job, first), recipe="test", console=console)
     begun = Run(str(tmp_path / "run")).newest_checkpoint()
     assert begun is not None
-    steps, of_optimizer = read_checkpoint(Path(begun)).state.global_step, read_checkpoint(Path(begun)).optimizer
-    assert 0 < steps < 25 * SHAKEN_EPOCHS
-    assert int(of_optimizer[0]) == steps
+    history = read_checkpoint(Path(begun)).state.history
+    assert 0 < len(history) < SHAKEN_EPOCHS
     train(on_backend(job, second), recipe="test", console=Recorder())
-    assert largest_difference(final_weights(tmp_path), final_weights(tmp_path, "whole")) <= 1e-4
+    final = read_checkpoint(Path(Run(str(tmp_path / "run")).newest_checkpoint() or ""))
+    assert final.state.history[: len(history)] == history
+    assert int(final.optimizer[0]) == final.state.global_step == 25 * SHAKEN_EPOCHS
 
 
 @BACKENDS
@@ -193,7 +173,7 @@ def test_batch_norm_of_the_whole_batch_reaches_the_same_weights_on_1_2_and_3_wor
         job = on_backend(small_job(tmp_path, workers=workers, name=f"w{workers}", epochs=1), backend)
         job = replace(
             job,
-            data=DataConfig(limit=660),
+            data=DataConfig(limit=600),
             fit=FitConfig(batch_size=48, precision="float32"),
             model=ModelConfig(backbone="cnn_bn", dropout=0.0),
             optimizer=OptimizerConfig(optimizer="sgd", momentum=0.0),

@@ -129,9 +129,20 @@ class JaxComputation:
 
 
 class JaxTrainStep:
-    """See `step.TrainStep`."""
+    """See `step.TrainStep`.
 
-    def __init__(self, trained: Trained, *, world: World, devices: Devices, own_devices: int) -> None:
+    Args:
+        trained: what it works on.
+        world: the worker.
+        devices: of all workers.
+        own_devices: how many each worker has.
+        loops: take the steps of a call in one program. None: not on CPUs, where XLA computes convolutions within a loop
+            on one core, and several times as slowly (JAX 0.10).
+    """
+
+    def __init__(
+        self, trained: Trained, *, world: World, devices: Devices, own_devices: int, loops: bool | None = None
+    ) -> None:
         self._trained, self._world, self._devices, self._own_devices = trained, world, devices, own_devices
         self._forward = Forward(trained)
         network, optimizer, batch_size = trained.network, trained.optimizer, trained.config.batch_size
@@ -148,7 +159,9 @@ class JaxTrainStep:
         self._others = _without_duplicates([*network.non_trainable_variables, *frozen], without=self._trainable)
         self._of_optimizer = list(optimizer.variables)
         self._rate = next(i for i, each in enumerate(self._of_optimizer) if each is optimizer.learning_rate)
-        self._call = jax.jit(self._steps, donate_argnums=0, out_shardings=devices.replicated)
+        self._loops = devices.mesh.devices.flat[0].platform != "cpu" if loops is None else loops
+        function = self._steps if self._loops else self._step_of
+        self._call = jax.jit(function, donate_argnums=0, out_shardings=devices.replicated)
 
     def place(self, chunk: TrainChunk, /, *, capacity: int) -> list[Any]:
         count, images = chunk.labels.shape
@@ -165,12 +178,28 @@ class JaxTrainStep:
         state = [[self._devices.on_all(variable.value) for variable in group] for group in groups]
         wishes = self._devices.shared(np.array([stop] + [False] * (self._own_devices - 1), np.float32), axis=0)
         count, capacity = len(rates), len(placed[-1])
-        padded = self._devices.on_all(_padded(rates, capacity, axis=0))
-        state, reports = self._call(state, (*placed, padded), wishes, self._devices.on_all(np.int32(count)))
+        steps = (*placed, self._devices.on_all(_padded(rates, capacity, axis=0)))
+        state, reports = self._take(state, steps, wishes, count)
         for group, values in zip(groups, state, strict=True):
             for variable, value in zip(group, values, strict=True):
                 variable.assign(value)
-        return np.asarray(reports)[:count]
+        return reports
+
+    def _take(
+        self, state: list[Values], steps: tuple[Any, ...], stop: Any, count: int
+    ) -> tuple[list[Values], npt.NDArray[np.float32]]:
+        if self._loops:
+            state, looped = self._call(state, steps, stop, self._devices.on_all(np.int32(count)))
+            return state, np.asarray(looped)[:count]
+        reports = list[Any]()
+        for index in range(count):
+            state, report = self._call(state, steps, stop, self._devices.on_all(np.int32(index)))
+            reports.append(report)
+        return state, np.stack([np.asarray(report) for report in reports])
+
+    def _step_of(self, state: list[Values], steps: tuple[Any, ...], stop: Any, index: Any) -> tuple[list[Values], Any]:
+        """Takes one of the steps."""
+        return self._step(state, tuple(each[index] for each in steps), jnp.sum(stop))
 
     def _steps(self, state: list[Values], steps: tuple[Any, ...], stop: Any, count: Any) -> tuple[list[Values], Any]:
         """Takes the first `count` of the steps: a loop whose length is known only when it runs."""
