@@ -1,1 +1,4 @@
-"""Measures the figures in the README and in docs/performance.md. Everything that is compared is measured in one run on one machine."""
+"""Measures the figures in the README and in docs/performance.md.
+
+Everything that is compared is measured in one run on one machine.
+"""
