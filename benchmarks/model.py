@@ -55,9 +55,9 @@ class ModelBenchmark:
     train_batch: int = 16
     """Images per training step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the arithmetic; weights are float32. OpenVINO runs at the precision of the bundle, float32."""
+    """Precision of the arithmetic; weights are float32. OpenVINO computes in float32."""
     seconds: float = 5.0
-    """Length of each measurement, s; it takes at least two calls."""
+    """Length of each measurement, s."""
     quick: bool = False
     """Measure each for a second, and end within four minutes; what there was no time for is named."""
     verbose: bool = False

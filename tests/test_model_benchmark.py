@@ -78,12 +78,12 @@ def test_the_flops_of_vgg16_are_the_published_ones() -> None:
     assert flops_per_image("vgg16", 224) == pytest.approx(2 * (15_346_630_656 + 512 * 10))
 
 
-def test_the_peak_is_known_by_name_or_measured() -> None:
+def test_the_peak_of_a_gpu_is_known_by_its_name() -> None:
     assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
     assert peak_flops("NVIDIA L4", "bfloat16") == 121e12
     assert peak_flops("NVIDIA H200", "float32") is None
     assert peak_flops("another", "bfloat16") is None
-    assert (peak_flops(processor.described(), "float32") or 0) > 1e9
+    assert peak_flops(processor.described(), "float32") is None
 
 
 def test_what_is_not_installed_and_what_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
