@@ -249,12 +249,6 @@ class PhasesConfig:
             learning_rate=self.learning_rate,
             trainable=self.trainable,
         )
-        require(
-            len(self.epochs) == 1 or len(self.epochs) in (len(self.learning_rate), len(self.trainable)),
-            "epochs has one value per phase, but there is one phase; learning_rate or trainable with as many values "
-            "makes more",
-            epochs=self.epochs,
-        )
         names = list(dict.fromkeys(phase.name for phase in self._all()))
         all_names = f"phases must be among {', '.join(names)}" if len(names) > 1 else f"the only phase is {names[0]}"
         for name in self.phases:
