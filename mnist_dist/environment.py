@@ -10,14 +10,15 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from mnist_dist.config import KerasBackend
 from mnist_dist.errors import ConfigError
 from mnist_dist.urls import WEB, shown
 
 RAY_ADDRESS, RAY_TMPDIR, TMPDIR = "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"
 KERAS_BACKEND, KERAS_HOME = "KERAS_BACKEND", "KERAS_HOME"
-KERAS_BACKENDS = ("tensorflow", "jax")
+KERAS_BACKENDS: tuple[KerasBackend, ...] = get_args(KerasBackend)
 """On which models are trained and scored."""
 CONVERSION_BACKENDS = ("tensorflow",)
 """On which models are imported and exported."""

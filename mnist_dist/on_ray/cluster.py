@@ -73,7 +73,11 @@ class Share:
     @property
     def shown_gpus(self) -> str:
         """To follow the CPUs in a sentence: ` and a GPU`, ` and 4 GPUs`, or nothing."""
-        return f" and {'a GPU' if self.gpus == 1 else f'{self.gpus} GPUs'}" if self.gpus else ""
+        return f" and {_counted_gpus(self.gpus)}" if self.gpus else ""
+
+
+def _counted_gpus(gpus: int) -> str:
+    return "a GPU" if gpus == 1 else f"{gpus} GPUs"
 
 
 @contextmanager
@@ -269,18 +273,20 @@ def share(
     if cpus is None:
         fitting = (whole for whole in range(int(have.cpus / count), 1, -1) if have.room(whole, gpus=gpus) >= count)
         cpus = float(next(fitting, 1))
-    shown = Share(workers=count, cpus=cpus, gpus=gpus).shown_gpus
+    found = Share(workers=count, cpus=cpus, gpus=gpus)
     if count * gpus > have.gpus:
-        raise ResourceError(f"each worker needs{shown[4:]}, but the cluster has {have}. Received: workers={count}")
+        raise ResourceError(
+            f"each worker needs {_counted_gpus(gpus)}, but the cluster has {have}. Received: workers={count}"
+        )
     room = have.room(cpus, gpus=gpus)
     if room < count:
         raise ResourceError(
-            f"{count} {what}s of {cpus:g} CPU{shown} each do not fit; the cluster has {have} "
+            f"{count} {what}s of {cpus:g} CPU{found.shown_gpus} each do not fit; the cluster has {have} "
             f"(room for {room}; fewer --{what}s, less than one CPU each by --cpus-per-{what}, or, where the cluster "
             f"can grow, --wait-for-nodes-s). "
             f"Received: {what}s={count}"
         )
-    return Share(workers=count, cpus=cpus, gpus=gpus)
+    return found
 
 
 def check_storage(storage: str, *, is_shared: bool, nodes: int = 1, name: str = "storage") -> None:

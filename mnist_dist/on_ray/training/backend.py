@@ -10,14 +10,14 @@ import importlib.util
 import json
 import os
 import socket
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
 from mnist_dist.config import KerasBackend, SharedRunConfig, require
-from mnist_dist.environment import KERAS_BACKEND, check_installed, use_keras_on
+from mnist_dist.environment import KERAS_BACKEND, KERAS_BACKENDS, check_installed, use_keras_on
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.session import Session
@@ -61,9 +61,9 @@ def resolve_backend(backend: Literal["auto"] | KerasBackend, *, gpus: int, sessi
     """
     if backend != "auto":
         return backend
-    for known in get_args(KerasBackend):
+    for known in KERAS_BACKENDS:
         if os.environ.get(KERAS_BACKEND) == known:
-            return known  # type: ignore[no-any-return]
+            return known
     if gpus > 1:
         return "jax"
     if not gpus or importlib.util.find_spec("jax") is None:
