@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from mnist_dist.config import Augmentation, ModelConfig
 from mnist_dist.data.batches import augmentation_draws, step_seeds
@@ -47,6 +48,45 @@ def test_augmented_images_have_the_same_shape_and_range(preset: Augmentation, sp
     assert augmented.dtype == np.float32
     assert 0 <= augmented.min() < augmented.max() <= 255
     assert not np.allclose(augmented, images, atol=1)
+
+
+def reference(preset: Preset, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """One image augmented by SciPy: its pixels are looked up about the centre, in the order flip, zoom, rotation."""
+    affine, colour = preset.affine, preset.colour
+    angle, right, down, zoom, mirror = draws[:5].astype(np.float64)
+    nearest, farthest = affine.zoom
+    size = nearest + (zoom + 1) / 2 * (farthest - nearest)
+    radians = np.deg2rad(angle * affine.rotation_degrees)
+    rows_columns = np.array([[np.cos(radians), np.sin(radians)], [-np.sin(radians), np.cos(radians)]]) * size
+    if affine.flip and mirror < 0:
+        rows_columns = rows_columns @ np.diag([1, -1])
+    extent = np.array(image.shape[:2])
+    centre = (extent - 1) / 2
+    offset = centre - rows_columns @ centre + np.array([down, right]) * affine.shift * extent
+    channels = [
+        ndimage.affine_transform(channel, rows_columns, offset, order=1, mode=affine.fill)
+        for channel in np.moveaxis(image.astype(np.float64), -1, 0)
+    ]
+    x = np.stack(channels, axis=-1)
+    if colour is None:
+        return x
+    brightness, contrast, saturation = draws[5:]
+    if x.shape[-1] == 3:
+        grey = x @ [[0.299], [0.587], [0.114]]
+        x = grey + (x - grey) * (1 + saturation * colour.saturation)
+    x = x.mean() + (x - x.mean()) * (1 + contrast * colour.contrast)
+    return np.clip(x + brightness * colour.brightness * 255, 0, 255)
+
+
+@pytest.mark.parametrize("name", ["digits", "photos"])
+@pytest.mark.parametrize("spec", [SPEC, GREY])
+def test_a_preset_agrees_with_scipy(name: Augmentation, spec: ImageSpec) -> None:
+    preset, images, draws = find_preset(name), random_images(20, spec), draws_for(20)
+    assert preset is not None
+
+    expected = [reference(preset, image, own) for image, own in zip(images, draws, strict=True)]
+
+    np.testing.assert_allclose(np.asarray(preset(images, draws)), expected, atol=0.05)
 
 
 def test_nothing_asked_for_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
+import onnxruntime
 import pytest
 from harness import Recorder
 from PIL import Image
@@ -22,6 +23,7 @@ from mnist_dist.console import Stop
 from mnist_dist.engines.conversion import Conversion
 from mnist_dist.engines.engine import with_features
 from mnist_dist.engines.formats import FORMATS, ConvertedEngine
+from mnist_dist.engines.graphs import freeze, inference_function, write_onnx
 from mnist_dist.errors import BundleError, ConfigError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
@@ -876,6 +878,18 @@ def test_conversions_agree_with_a_binary_model(tmp_path: Path) -> None:
     foreign = open_model(save(classifier("sigmoid", outputs=1), tmp_path), tmp_path / "scratch")
     bundle = write_imported(foreign, tmp_path / "bundle", bgr=True)
     check_conversions(bundle, tmp_path / "converted", ["openvino", "onnx"])
+
+
+def test_grouped_convolutions_and_exact_gelu_become_onnx(tmp_path: Path) -> None:
+    image = keras.Input((HEIGHT, WIDTH, 4))
+    model = keras.Model(image, layers.Conv2D(6, 3, groups=2, activation="gelu")(image))
+    frozen = freeze(inference_function(model))
+
+    write_onnx(frozen, tmp_path / "model.onnx", input_name="image", output_names=["maps"])
+
+    images = np.random.default_rng(3).normal(0, 2, (3, HEIGHT, WIDTH, 4)).astype(np.float32)
+    (maps,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(["maps"], {"image": images})
+    assert relative_difference(maps, model(images)) < 1e-5
 
 
 APPLICATIONS: dict[str, tuple[int, bool]] = {

@@ -43,6 +43,7 @@ def test_a_race_that_cannot_be_run_is_refused(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow  # three searches
+@pytest.mark.timeout(1200)
 def test_each_search_finds_a_network(mnist_dir: Path, tmp_path: Path) -> None:
     racers = tuple(racer for racer in get_args(Racer) if racer != "keras_tuner" or find_spec("keras_tuner"))
     drawn = tmp_path / "race.svg"
@@ -50,7 +51,7 @@ def test_each_search_finds_a_network(mnist_dir: Path, tmp_path: Path) -> None:
         data_dir=str(mnist_dir),
         backbones=("mlp",),
         images=600,
-        minutes=0.4,
+        minutes=1.0,
         seeds=(3,),
         racers=racers,
         picture=str(drawn),

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 OPSET = 17
 
 
@@ -48,10 +50,38 @@ def write_onnx(frozen: Any, target: Path, *, input_name: str, output_names: Sequ
 
     inputs, outputs = [tensor.name for tensor in frozen.inputs], [tensor.name for tensor in frozen.outputs]
     model, _ = tf2onnx.convert.from_graph_def(
-        frozen.graph.as_graph_def(), input_names=inputs, output_names=outputs, opset=OPSET
+        _inlinable(frozen.graph.as_graph_def()),
+        input_names=inputs,
+        output_names=outputs,
+        opset=OPSET,
+        custom_op_handlers={"Erfc": (_convert_erfc, [])},
     )
     _rename(model.graph, dict(zip([*inputs, *outputs], [input_name, *output_names], strict=True)))
     onnx.save_model(model, target)
+
+
+def _inlinable(graph: Any) -> Any:
+    """Lets the converter inline every function of a graph; it knows no calls of functions.
+
+    Keras (3.15) computes grouped convolutions on TensorFlow in functions of their own that XLA compiles, and TensorFlow
+    inlines no such function. ONNX Runtime needs no XLA to compute them.
+    """
+    called = [node for function in graph.library.function for node in function.node_def]
+    for owner in (*graph.node, *called, *graph.library.function):
+        for attribute in ("_XlaMustCompile", "_noinline"):
+            owner.attr.pop(attribute, None)
+    return graph
+
+
+def _convert_erfc(context: Any, node: Any, name: str, args: Sequence[Any]) -> Any:
+    """`erfc(x)`, which is in TensorFlow's exact GELU, as `1 - erf(x)`, since ONNX has no operator for it."""
+    from tf2onnx.utils import map_onnx_to_numpy_type
+
+    dtype = map_onnx_to_numpy_type(context.get_dtype(node.output[0]))
+    one = context.make_const(f"{name}__one", np.ones((), dtype))
+    node.type, node.domain = "Erf", ""
+    context.insert_new_node_on_output("Sub", node.output[0], inputs=[one.output[0], node.output[0]])
+    return node
 
 
 def _rename(graph: Any, names: Mapping[str, str]) -> None:
