@@ -20,7 +20,7 @@ from mnist_dist.urls import shown_values
 Pooling = Literal["avg", "max", "flatten"]
 Precision = Literal["auto", "float32", "bfloat16"]
 KerasBackend = Literal["tensorflow", "jax"]
-Augmentation = Literal["none", "digits", "photos"]
+Augmentation = Literal["none", "digits", "photos", "rand-augment"]
 FeatureType = Literal["float16", "float32"]
 ResizeRule = Literal["stretch", "crop"]
 Geometry = Literal["stretch", "crop", "shortest-edge", "longest-edge-pad"]
@@ -313,6 +313,15 @@ class OptimizerConfig:
     """Fraction of the target probability that is spread over all classes, in [0, 1)."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weight each class by N / (classes x its images), as scikit-learn does."""
+    ema_decay: float | None = None
+    """Validate and keep an exponential moving average of the trained weights, which decays by this factor per step
+    (such as 0.999), instead of the weights themselves. None: the weights."""
+    layer_decay: float = 1.0
+    """Learning rate of each part of the backbone as a multiple of that of the part above it, in (0, 1]; the parts lie
+    between the cut points that `trainable` names, and the head has the full rate."""
+    accumulate: int = 1
+    """Compute each batch in this many parts, one after the other, and add up their gradients: as many times less
+    memory. Without BatchNorm the result is the same."""
 
     def __post_init__(self) -> None:
         require(0 <= self.momentum < 1, "momentum must be in [0, 1)", momentum=self.momentum)
@@ -328,17 +337,35 @@ class OptimizerConfig:
         require(
             0 <= self.label_smoothing < 1, "label_smoothing must be in [0, 1)", label_smoothing=self.label_smoothing
         )
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, "ema_decay must be between 0 and 1", ema_decay=decay)
+        require(0 < self.layer_decay <= 1, "layer_decay must be in (0, 1]", layer_decay=self.layer_decay)
+        require(self.accumulate >= 1, "accumulate must be at least 1 part", accumulate=self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Batches, precision, and when to stop."""
+    """Batches, augmentation, precision, and when to stop."""
 
     batch_size: int = 128
     """Images per step, summed over all workers (the global batch)."""
     augmentation: Augmentation = "none"
-    """`digits` (rotation, shift, zoom; no flips), `photos` (flip, crop, colour) or `none`. The bundle never
-    augments."""
+    """`digits` (rotation, shift, zoom; no flips), `photos` (flip, crop, colour), `rand-augment` (flip, crop, and random
+    operations of RandAugment) or `none`. The bundle never augments."""
+    rand_augment_ops: int = 2
+    """`rand-augment` only: operations on each image."""
+    rand_augment_magnitude: int = 9
+    """`rand-augment` only: strength of the operations, 0 to 30."""
+    random_erasing: float = 0.0
+    """Probability with which a random rectangle of an image is erased, in [0, 1]."""
+    mixup: float = 0.0
+    """Mix each image, and its label, with another of its batch: the share is drawn from Beta(mixup, mixup), such as
+    0.2. 0: do not."""
+    cutmix: float = 0.0
+    """Replace a rectangle of each image by that of another of its batch, whose area is drawn from Beta(cutmix, cutmix),
+    such as 1. With mixup as well, each image gets one of the two. 0: do not."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """Which images an epoch visits. shuffled: each once. balanced: as many, but each class equally often."""
     precision: Precision = "auto"
     """Precision of the training step. auto: bfloat16 if it is fast here and was measured to agree, else float32. The
     bundle is always float32."""
@@ -360,9 +387,29 @@ class FitConfig:
         require(self.batch_size >= 1, "batch_size must be at least 1 image", batch_size=self.batch_size)
         require(self.seed >= 0, "seed must be 0 or above", seed=self.seed)
         require(0 < self.plateau_factor < 1, "plateau_factor must be in (0, 1)", plateau_factor=self.plateau_factor)
+        require(
+            self.rand_augment_ops >= 1, "rand_augment_ops must be at least 1", rand_augment_ops=self.rand_augment_ops
+        )
+        magnitude = self.rand_augment_magnitude
+        require(0 <= magnitude <= 30, "rand_augment_magnitude must be 0 to 30", rand_augment_magnitude=magnitude)
+        erasing = self.random_erasing
+        require(0 <= erasing <= 1, "random_erasing must be a probability, 0 to 1", random_erasing=erasing)
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} must be 0 (off) or a positive parameter of Beta", **{name: value})
         for name in ("early_stopping_patience", "plateau_patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1 epoch", **{name: value})
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each image is mixed with another."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether an image differs from epoch to epoch, so that its features cannot be computed once."""
+        return self.augmentation != "none" or self.random_erasing > 0 or self.mixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +520,7 @@ class TrainJob:
     def uses_features(self) -> bool:
         """Whether the first phase can train on cached features: only the head, without augmentation, and no dry run."""
         of_head = self.phases.in_order()[0].trainable == "head"
-        return of_head and self.fit.augmentation == "none" and self.run.feature_cache and not self.run.dry_run
+        return of_head and not self.fit.changes_images and self.run.feature_cache and not self.run.dry_run
 
     def settings_hash(self) -> str:
         """First 8 hexadecimal digits of the sha256 of `settings()`."""

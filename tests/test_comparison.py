@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 from scored import one_hot, scored_rows, write_scored
 
 from mnist_dist.errors import DataError

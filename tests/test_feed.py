@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mnist_dist.data.batches import augmentation_draws, epoch_order, step_seeds
+from mnist_dist.data.batches import augmentation_draws, epoch_order, mixing_draws, step_seeds
 from mnist_dist.training.feed import (
+    Draws,
     EvaluationBatch,
+    Examples,
     Images,
     TrainChunk,
     World,
@@ -47,7 +50,13 @@ def order() -> npt.NDArray[np.int64]:
 
 
 def chunk(
-    images: Images, order: npt.NDArray[np.int64], steps: range, *, world: World | None = None, first: int = 100
+    images: Images,
+    order: npt.NDArray[np.int64],
+    steps: range,
+    *,
+    world: World | None = None,
+    first: int = 100,
+    draws: Draws | None = None,
 ) -> TrainChunk:
     """The steps of an epoch whose first step is number `first` of the run."""
     return train_chunk(
@@ -58,7 +67,7 @@ def chunk(
         batch_size=BATCH,
         seed=11,
         world=world or World(),
-        augmented=True,
+        draws=draws or Draws(augmentation=8),
     )
 
 
@@ -68,24 +77,48 @@ def chunk(
 def test_a_chunk_holds_the_images_of_its_steps_in_order(images: Images, order: npt.NDArray[np.int64]) -> None:
     found = chunk(images, order, range(1, 4))
     rows = TRAIN[order[BATCH : 4 * BATCH]].reshape(3, BATCH)
+    own = found.images.own
     assert len(found) == 3
-    assert found.labels.tolist() == rows.tolist()
-    assert np.array_equal(found.pixels, images.pixels[rows])
-    assert [found.pixels.dtype, found.labels.dtype, found.seeds.dtype] == ["uint8", "int32", "uint32"]
+    assert own.labels.tolist() == rows.tolist()
+    assert np.array_equal(own.pixels, images.pixels[rows])
+    assert [own.pixels.dtype, own.labels.dtype, found.seeds.dtype] == ["uint8", "int32", "uint32"]
     assert np.array_equal(found.seeds, step_seeds(11, steps=range(101, 104)))
-    draws = augmentation_draws(11, steps=range(101, 104), batch_size=BATCH, images=slice(0, BATCH))
-    assert np.array_equal(found.draws, draws)
+    draws = augmentation_draws(11, steps=range(101, 104), batch_size=BATCH, count=8)
+    assert np.array_equal(own.draws, draws)
+    assert found.images.partners == ()
+
+
+MIXING = Draws(augmentation=3, mixup=0.2, cutmix=1.0)
+
+
+def tensors(chunk: TrainChunk) -> list[npt.NDArray[Any]]:
+    """All that is given for each image."""
+    return [*chunk.images.own, *chunk.images.partners, chunk.images.mixing]
+
+
+def test_partners_are_images_of_the_same_global_batch_with_their_own_draws(
+    images: Images, order: npt.NDArray[np.int64]
+) -> None:
+    found = chunk(images, order, range(1, 4), draws=MIXING).images
+    assert isinstance(found.partners, Examples)
+    for step in range(3):
+        places = [found.own.labels[step].tolist().index(label) for label in found.partners.labels[step]]
+        assert sorted(places) == list(range(BATCH))
+        for name in ("pixels", "draws"):
+            assert np.array_equal(getattr(found.partners, name)[step], getattr(found.own, name)[step][places]), name
+    expected = mixing_draws(11, steps=range(101, 104), batch_size=BATCH, mixup=0.2, cutmix=1.0)
+    assert np.array_equal(found.mixing, expected)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7])
 def test_the_slices_of_all_ranks_are_the_global_batch(
     images: Images, order: npt.NDArray[np.int64], workers: int
 ) -> None:
-    whole = chunk(images, order, range(STEPS))
-    parts = [chunk(images, order, range(STEPS), world=World(rank=r, workers=workers)) for r in range(workers)]
-    assert np.array_equal(np.concatenate([part.labels for part in parts], axis=1), whole.labels)
-    assert np.array_equal(np.concatenate([part.pixels for part in parts], axis=1), whole.pixels)
-    assert np.array_equal(np.concatenate([part.draws for part in parts], axis=1), whole.draws)
+    whole = chunk(images, order, range(STEPS), draws=MIXING)
+    worlds = [World(rank=rank, workers=workers) for rank in range(workers)]
+    parts = [chunk(images, order, range(STEPS), world=world, draws=MIXING) for world in worlds]
+    for each, *of_ranks in zip(tensors(whole), *map(tensors, parts), strict=True):
+        assert np.array_equal(np.concatenate(of_ranks, axis=1), each)
     assert all(np.array_equal(part.seeds, whole.seeds) for part in parts)
 
 
@@ -93,17 +126,17 @@ def test_the_slices_of_all_ranks_are_the_global_batch(
 def test_any_cut_of_the_steps_gives_the_same_batches(
     images: Images, order: npt.NDArray[np.int64], world: World
 ) -> None:
-    whole = chunk(images, order, range(STEPS), world=world)
+    whole = chunk(images, order, range(STEPS), world=world, draws=MIXING)
     for places in itertools.chain.from_iterable(itertools.combinations(range(1, STEPS), n) for n in range(STEPS)):
         edges = (0, *places, STEPS)
-        parts = [chunk(images, order, range(a, b), world=world) for a, b in itertools.pairwise(edges)]
-        for name in ("pixels", "labels", "seeds", "draws"):
-            together = np.concatenate([getattr(part, name) for part in parts])
-            assert np.array_equal(together, getattr(whole, name)), (edges, name)
+        parts = [chunk(images, order, range(a, b), world=world, draws=MIXING) for a, b in itertools.pairwise(edges)]
+        for each, *of_parts in zip(tensors(whole), *map(tensors, parts), strict=True):
+            assert np.array_equal(np.concatenate(of_parts), each), edges
+        assert np.array_equal(np.concatenate([part.seeds for part in parts]), whole.seeds), edges
 
 
 def test_an_epoch_of_whole_batches_visits_no_image_twice(images: Images, order: npt.NDArray[np.int64]) -> None:
-    seen = chunk(images, order, range(STEPS)).labels.ravel().tolist()
+    seen = chunk(images, order, range(STEPS)).images.own.labels.ravel().tolist()
     assert len(set(seen)) == STEPS * BATCH
     assert set(seen) <= set(TRAIN.tolist())
 
@@ -112,14 +145,14 @@ def test_seeds_and_draws_are_a_function_of_seed_and_step() -> None:
     steps, later = range(40, 60), range(50, 60)
     assert step_seeds(5, steps=steps).shape == (20, 2)
     assert np.array_equal(step_seeds(5, steps=later), step_seeds(5, steps=steps)[10:])
-    draws = augmentation_draws(5, steps=steps, batch_size=9, images=slice(2, 7))
-    assert draws.shape == (20, 5, 8)
+    draws = augmentation_draws(5, steps=steps, batch_size=9, count=8)
+    assert draws.shape == (20, 9, 8)
     assert draws.dtype == np.float32
-    assert np.array_equal(augmentation_draws(5, steps=later, batch_size=9, images=slice(2, 7)), draws[10:])
+    assert np.array_equal(augmentation_draws(5, steps=later, batch_size=9, count=8), draws[10:])
 
 
 def test_draws_fill_their_range_and_do_not_repeat() -> None:
-    draws = augmentation_draws(5, steps=range(200), batch_size=30, images=slice(0, 30))
+    draws = augmentation_draws(5, steps=range(200), batch_size=30, count=8)
     assert -1 <= draws.min() < -0.999
     assert 0.999 < draws.max() < 1
     assert abs(float(draws.mean())) < 0.01

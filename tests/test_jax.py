@@ -44,38 +44,40 @@ begin(7)
 LOOPS = """
 import sys
 import numpy as np
-from mnist_dist.config import ModelConfig, OptimizerConfig
+from mnist_dist.config import FitConfig, ModelConfig, OptimizerConfig
 from mnist_dist.data.batches import augmentation_draws, step_seeds
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.augmentation import find_preset
+from mnist_dist.models.augmentation import make_preset
 from mnist_dist.models.classifier import build_classifier
-from mnist_dist.training.feed import TrainChunk, World
+from mnist_dist.training.feed import Examples, StepImages, TrainChunk, World
 from mnist_dist.training.jax_step import JaxComputation, JaxTrainStep
 from mnist_dist.training.step import StepConfig, Trained, make_optimizer
 
 S, B, K = 5, 7, 3
 spec, random = ImageSpec(height_px=8, width_px=9, channels=1), np.random.default_rng(4)
-chunk = TrainChunk(
+preset = make_preset(FitConfig(augmentation="digits"))
+own = Examples(
     pixels=random.integers(0, 256, (S, B, *spec.shape), dtype=np.uint8),
     labels=random.integers(0, K, (S, B), dtype=np.int32),
-    seeds=step_seeds(9, steps=range(S)),
-    draws=augmentation_draws(9, steps=range(S), batch_size=B, images=slice(0, B)),
+    draws=augmentation_draws(9, steps=range(S), batch_size=B, count=preset.draws),
 )
+chunk = TrainChunk(images=StepImages(own=own), seeds=step_seeds(9, steps=range(S)))
 
-def reports_and_weights(loops):
+def reports_and_weights(loops, parts=1):
     network = build_classifier(ModelConfig(backbone="cnn", dropout=0.4), spec=spec, num_classes=K).network
     optimizer = make_optimizer(OptimizerConfig(), network.trainable_variables)
-    config = StepConfig(batch_size=B, class_weights=np.ones(K, np.float32), clip_norm=0.5)
-    trained = Trained(network=network, optimizer=optimizer, config=config, augmentation=find_preset("digits"))
+    config = StepConfig(batch_size=B, class_weights=np.ones(K, np.float32), clip_norm=0.5, parts=parts)
+    trained = Trained(network=network, optimizer=optimizer, config=config, augmentation=preset)
     devices = JaxComputation(World())._all
     step = JaxTrainStep(trained, world=World(), devices=devices, own_devices=devices.count, loops=loops)
     reports = [step(step.place(chunk, capacity=8), rates=np.full(S, 1e-3, np.float32), stop=True) for _ in range(2)]
     return np.concatenate(reports), network.get_weights()
 
-looped, single = (reports_and_weights(loops) for loops in (True, False))
-np.testing.assert_allclose(looped[0], single[0], rtol=1e-4)
-for ours, theirs in zip(looped[1], single[1]):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+for parts in (1, 2):
+    looped, single = (reports_and_weights(loops, parts) for loops in (True, False))
+    np.testing.assert_allclose(looped[0], single[0], rtol=1e-4)
+    for ours, theirs in zip(looped[1], single[1]):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 """
 RUN = """
 import sys

@@ -21,7 +21,7 @@ from mnist_dist.models.history import Epoch, history_csv
 from mnist_dist.training.backends import open_computation
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
-from mnist_dist.training.feed import Images, World, train_chunk
+from mnist_dist.training.feed import Draws, Images, World, train_chunk
 from mnist_dist.training.host import Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask, class_weights
@@ -174,7 +174,7 @@ def test_the_loop_takes_the_steps_that_the_pure_functions_name(images: Images, t
             batch_size=11,
             seed=5,
             world=World(),
-            augmented=False,
+            draws=Draws(),
         )
         step(step.place(chunk, capacity=11), rates=np.full(11, rate, np.float32))
     assert relative_difference(trainer.network.get_weights(), network.get_weights()) <= 1e-6
@@ -448,6 +448,70 @@ def test_a_finished_run_is_left_as_it_is(whole: Whole, tmp_path: Path) -> None:
     assert outcome.finished
     assert relative_difference(outcome.best, whole.outcome.best) == 0
     assert (notes.positions, notes.saved) == ([], [])
+
+
+@pytest.mark.parametrize("stop_at", [1, slow(STEPS + 1), slow(2 * STEPS + 1)])
+def test_a_run_with_all_methods_resumes_where_it_was(images: Images, tmp_path: Path, stop_at: int) -> None:
+    task = small_task(
+        images,
+        model=ModelConfig(backbone="cnn", dropout=0.3),
+        phases=PhasesConfig(epochs=(2, 1), trainable=("all", "all"), learning_rate=(2e-3,)),
+        optimizer=OptimizerConfig(optimizer="adamw", weight_decay=0.1, ema_decay=0.9, layer_decay=0.7, accumulate=2),
+        fit=FitConfig(
+            batch_size=2,
+            seed=5,
+            augmentation="rand-augment",
+            random_erasing=0.3,
+            mixup=0.3,
+            cutmix=1.0,
+            sampling="balanced",
+        ),
+    )
+    undisturbed = whole_run(task, tmp_path / "whole")
+    _, _, notes = run(task, tmp_path / "stopped", stop_at=stop_at)
+    stopped = notes.checkpoints()[-1]
+    assert stopped.state.step > 0
+    trainer, outcome, _ = run(task, tmp_path / "on", restored=stopped)
+    undisturbed.check_same(outcome, trainer._weights())
+
+
+def test_the_average_of_the_weights_is_validated_and_kept_and_training_goes_on_from_the_weights(
+    images: Images, tmp_path: Path
+) -> None:
+    phases = PhasesConfig(epochs=(2,), learning_rate=(0.05,))
+    plain = small_task(images, phases=phases, fit=FitConfig(batch_size=2, seed=5))
+    averaged = replace(plain, job=replace(plain.job, optimizer=replace(PLAIN_SGD, ema_decay=0.98)))
+    of_plain, _, _ = run(plain, tmp_path / "plain")
+    trainer, outcome, notes = run(averaged, tmp_path / "averaged")
+
+    assert relative_difference(trainer._weights(), of_plain._weights()) <= 1e-6
+    assert relative_difference(outcome.best, trainer._weights()) > 1e-3
+    best = outcome.state.best
+    assert best is not None
+    trainer.network.set_weights(outcome.best)
+    metrics = trainer.evaluate(images.validation, trainer.network)
+    assert (metrics["loss"], metrics["accuracy"]) == pytest.approx((best.val_loss, best.val_accuracy), rel=1e-5)
+    kept = notes.checkpoints()[-1].best
+    assert kept is not None
+    assert relative_difference(kept, outcome.best) == 0
+
+
+def test_a_balanced_epoch_sees_each_class_equally_often(images: Images, tmp_path: Path) -> None:
+    task = small_task(images, fit=FitConfig(batch_size=11, sampling="balanced", seed=5))
+    trainer = Trainer(task, host=Notes(tmp_path), world=World())
+    order = trainer._order(images)
+    seen = images.labels[images.train][order].tolist()
+    assert sorted(seen.count(label) for label in range(3)) == [40, 40, 41]
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(9, 1), (10, 2)])
+def test_parts_of_unequal_size_are_refused(images: Images, tmp_path: Path, batch_size: int, workers: int) -> None:
+    optimizer = OptimizerConfig(optimizer="sgd", accumulate=4)
+    task = small_task(images, optimizer=optimizer, fit=FitConfig(batch_size=batch_size))
+    with pytest.raises(
+        ConfigError, match=rf"multiple of workers x accumulate \({workers * 4}\).*batch_size={batch_size}"
+    ):
+        Trainer(task, host=Notes(tmp_path), world=World(workers=workers))
 
 
 @pytest.mark.slow

@@ -12,15 +12,17 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, log_loss
 
-from mnist_dist.config import Augmentation, ModelConfig, OptimizerConfig
-from mnist_dist.data.batches import augmentation_draws, step_seeds
+from mnist_dist.config import Augmentation, FitConfig, ModelConfig, OptimizerConfig
+from mnist_dist.data.batches import augmentation_draws, mixing_draws, mixing_partners, step_seeds
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.augmentation import find_preset
+from mnist_dist.models.augmentation import make_preset
 from mnist_dist.models.classifier import build_classifier, set_trainable
+from mnist_dist.models.mixing import mixed
 from mnist_dist.training.backends import open_computation
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
+from mnist_dist.training.feed import EvaluationBatch, Examples, StepImages, TrainChunk, World
 from mnist_dist.training.step import (
     HITS,
     LOSS,
@@ -45,21 +47,34 @@ Weights = list[npt.NDArray[Any]]
 @pytest.fixture(scope="module")
 def chunk() -> TrainChunk:
     random = np.random.default_rng(4)
-    return TrainChunk(
+    own = Examples(
         pixels=random.integers(0, 256, (S, B, H, W, C), dtype=np.uint8),
         labels=random.integers(0, K, (S, B), dtype=np.int32),
-        seeds=step_seeds(9, steps=range(S)),
-        draws=augmentation_draws(9, steps=range(S), batch_size=B, images=slice(0, B)),
+        draws=augmentation_draws(9, steps=range(S), batch_size=B, count=10),
     )
+    return TrainChunk(images=StepImages(own=own), seeds=step_seeds(9, steps=range(S)))
 
 
 def part(chunk: TrainChunk, steps: slice = slice(None), images: slice = slice(None)) -> TrainChunk:
-    return TrainChunk(
-        pixels=chunk.pixels[steps, images],
-        labels=chunk.labels[steps, images],
-        seeds=chunk.seeds[steps],
-        draws=chunk.draws[steps, images],
-    )
+    def cut(examples: Examples | tuple[()]) -> Any:
+        return Examples(*(each[steps, images] for each in examples)) if examples else ()
+
+    mixing = chunk.images.mixing[steps, images] if chunk.images.partners else ()
+    cut_images = StepImages(own=cut(chunk.images.own), partners=cut(chunk.images.partners), mixing=mixing)
+    return TrainChunk(images=cut_images, seeds=chunk.seeds[steps])
+
+
+def content(chunk: TrainChunk, step: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Pixels and labels of a step."""
+    return chunk.images.own.pixels[step], chunk.images.own.labels[step]
+
+
+def mixed_chunk(chunk: TrainChunk, *, mixup: float = 0.0, cutmix: float = 0.0) -> TrainChunk:
+    """Each image with another one of its batch."""
+    chosen = mixing_partners(9, steps=range(S), batch_size=B)
+    partners = Examples(*(np.stack([each[step][chosen[step]] for step in range(S)]) for each in chunk.images.own))
+    mixing = mixing_draws(9, steps=range(S), batch_size=B, mixup=mixup, cutmix=cutmix)
+    return replace(chunk, images=StepImages(own=chunk.images.own, partners=partners, mixing=mixing))
 
 
 def softmax_regression() -> keras.Model:
@@ -71,12 +86,14 @@ def softmax_regression() -> keras.Model:
 
 
 def train_step(network: keras.Model, *, augmentation: Augmentation = "none", **options: Any) -> Callable[..., Any]:
-    """A train step with SGD, or `optimizer`, that takes chunks as they are; other options are of `StepConfig`."""
+    """A train step with SGD, with `optimizer` or with one that is `made`, that takes chunks as they are; other options
+    are of `StepConfig`."""
     config = options.pop("optimizer", OptimizerConfig(optimizer="sgd", momentum=0.0))
+    optimizer = options.pop("made", None) or make_optimizer(config, network.trainable_variables)
     trained = Trained(
         network=network,
-        optimizer=make_optimizer(config, network.trainable_variables),
-        augmentation=find_preset(augmentation),
+        optimizer=optimizer,
+        augmentation=make_preset(FitConfig(augmentation=augmentation)),
         config=StepConfig(**{"batch_size": B, "class_weights": EQUAL, **options}),
     )
     step = open_computation(World()).train_step(trained)
@@ -140,7 +157,7 @@ def test_sgd_steps_are_those_of_numpy(chunk: TrainChunk, clip: float | None) -> 
     velocity: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
     norms = []
     for index in range(S):
-        loss, hits, gradients, norm = by_hand.forward(chunk.pixels[index], chunk.labels[index])
+        loss, hits, gradients, norm = by_hand.forward(*content(chunk, index))
         assert reports[index, LOSS] == pytest.approx(loss, rel=1e-5)
         assert reports[index, HITS] == hits
         velocity = [momentum * v - RATES[index] * g for v, g in zip(velocity, gradients, strict=True)]
@@ -159,7 +176,7 @@ def test_adamw_decays_the_kernel_and_not_the_bias(chunk: TrainChunk) -> None:
     first: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
     second: Weights = [np.zeros_like(weight) for weight in by_hand.weights]
     for index in range(S):
-        gradients = by_hand.forward(chunk.pixels[index], chunk.labels[index])[2]
+        gradients = by_hand.forward(*content(chunk, index))[2]
         first = [0.9 * m + 0.1 * g for m, g in zip(first, gradients, strict=True)]
         second = [0.999 * v + 0.001 * g**2 for v, g in zip(second, gradients, strict=True)]
         kernel, bias = by_hand.weights
@@ -171,8 +188,94 @@ def test_adamw_decays_the_kernel_and_not_the_bias(chunk: TrainChunk) -> None:
     assert relative_difference(network.get_weights(), by_hand.weights) < 1e-4
 
 
-def small_cnn(trainable: str = "all") -> keras.Model:
-    classifier = build_classifier(ModelConfig(backbone="cnn", dropout=0.4), spec=SPEC, num_classes=K, seed=3)
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_layer_decay_gives_each_variable_a_rate_of_its_own(chunk: TrainChunk, decay: float) -> None:
+    """As if each variable had an optimizer of its own; here the kernel, which decays, is two levels below the bias."""
+    reached = []
+    for scale, levels in ((1.0, ()), (0.25, ()), (1.0, (2, 0))):
+        network = softmax_regression()
+        config = OptimizerConfig(optimizer="adamw", weight_decay=decay, layer_decay=0.5)
+        made = make_optimizer(config, network.trainable_variables, levels=levels)
+        train_step(network, made=made)(part(chunk, slice(0, 1)), rates=RATES[:1] * np.float32(scale))
+        reached.append(network.get_weights())
+    full, quarter, layerwise = reached
+    assert relative_difference(layerwise, [quarter[0], full[1]]) < 1e-6
+    assert relative_difference(full, quarter) > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_average_of_the_weights_is_that_of_numpy(chunk: TrainChunk, optimizer: Any) -> None:
+    network, decay = softmax_regression(), 0.6
+    made = make_optimizer(OptimizerConfig(optimizer=optimizer, ema_decay=decay), network.trainable_variables)
+    step = train_step(network, made=made)
+    average: Weights = []
+    for index in range(S):
+        step(part(chunk, slice(index, index + 1)), rates=LOW_RATES[index : index + 1])
+        weights = network.get_weights()
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)] if average else weights
+    made.finalize_variable_values(network.trainable_variables)
+    assert relative_difference(network.get_weights(), average) < 1e-6
+    assert relative_difference(weights, average) > 1e-4
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_the_loss_of_mixed_images_is_that_of_numpy(chunk: TrainChunk, mixup: float, cutmix: float) -> None:
+    network = softmax_regression()
+    by_hand = NumpyRegression(network)
+    kernel, bias = by_hand.weights
+    given = mixed_chunk(chunk, mixup=mixup, cutmix=cutmix)
+    step = train_step(network, label_smoothing=0.2, class_weights=UNEQUAL)
+    reports = step(part(given, slice(0, 1)), rates=RATES[:1])
+
+    own, partners = given.images.own, given.images.partners
+    assert isinstance(partners, Examples)
+    first, second = (each.pixels[0].astype(np.float32) for each in (own, partners))
+    images, shares = map(np.asarray, mixed(first, second, given.images.mixing[0]))
+    predicted = log_softmax(images.reshape(B, -1) / 255 @ kernel + bias, axis=1)
+    of_own, of_partners = own.labels[0], partners.labels[0]
+    smoothed = np.eye(K) * 0.8 + 0.2 / K
+    losses = [
+        -(share * UNEQUAL[a] * (smoothed[a] * row).sum() + (1 - share) * UNEQUAL[b] * (smoothed[b] * row).sum())
+        for share, a, b, row in zip(shares, of_own, of_partners, predicted, strict=True)
+    ]
+    assert reports[0, LOSS] == pytest.approx(sum(losses) / B, rel=1e-5)
+    assert reports[0, HITS] == (predicted.argmax(axis=1) == np.where(shares >= 0.5, of_own, of_partners)).sum()
+
+
+@pytest.mark.parametrize("augmentation", ["none", "digits"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_is_the_same_batch(chunk: TrainChunk, parts: int, augmentation: Augmentation) -> None:
+    whole = part(mixed_chunk(chunk, mixup=0.4, cutmix=1.0), images=slice(0, 6))
+
+    def reports_and_weights(**options: Any) -> tuple[npt.NDArray[Any], Weights]:
+        network = small_cnn(dropout=0.0)
+        step = train_step(network, augmentation=augmentation, clip_norm=0.5, batch_size=6, **options)
+        return step(whole, rates=LOW_RATES), network.get_weights()
+
+    (reports, weights), (of_parts, weights_of_parts) = reports_and_weights(), reports_and_weights(parts=parts)
+    assert relative_difference([of_parts], [reports]) < 1e-5
+    assert relative_difference(weights_of_parts, weights) < 1e-5
+
+
+def test_the_parts_of_a_batch_have_dropout_of_their_own(chunk: TrainChunk) -> None:
+    twice = part(chunk, images=slice(0, 6))
+    same = Examples(*(np.concatenate([each[:, :3], each[:, :3]], axis=1) for each in twice.images.own))
+    given = replace(twice, images=StepImages(own=same))
+
+    def weights(**options: Any) -> Weights:
+        network = small_cnn()
+        train_step(network, batch_size=6, **options)(given, rates=LOW_RATES)
+        return list(network.get_weights())
+
+    alone = small_cnn()
+    half = Examples(*(each[:, :3] for each in same))
+    train_step(alone, batch_size=3)(replace(given, images=StepImages(own=half)), rates=LOW_RATES)
+    assert relative_difference(weights(parts=2), alone.get_weights()) > 1e-4
+    assert relative_difference(weights(parts=2), weights(parts=2)) < 1e-6
+
+
+def small_cnn(trainable: str = "all", dropout: float = 0.4) -> keras.Model:
+    classifier = build_classifier(ModelConfig(backbone="cnn", dropout=dropout), spec=SPEC, num_classes=K, seed=3)
     set_trainable(classifier, trainable)
     return classifier.network
 
@@ -205,6 +308,11 @@ def test_the_updates_of_the_slices_add_up_to_that_of_the_batch(chunk: TrainChunk
     assert relative_difference(total, whole) < 1e-4
 
 
+def other_draws(chunk: TrainChunk) -> TrainChunk:
+    own = chunk.images.own
+    return replace(chunk, images=StepImages(own=own._replace(draws=own.draws[::-1])))
+
+
 def test_dropout_is_a_function_of_the_seeds_and_augmentation_of_the_draws(chunk: TrainChunk) -> None:
     def weights_after(other: TrainChunk) -> Weights:
         network = small_cnn()
@@ -214,7 +322,7 @@ def test_dropout_is_a_function_of_the_seeds_and_augmentation_of_the_draws(chunk:
     expected = weights_after(chunk)
     assert relative_difference(weights_after(part(chunk)), expected) <= 1e-6
     assert relative_difference(weights_after(replace(chunk, seeds=step_seeds(8, steps=range(S)))), expected) > 1e-4
-    assert relative_difference(weights_after(replace(chunk, draws=chunk.draws[::-1])), expected) > 1e-4
+    assert relative_difference(weights_after(other_draws(chunk)), expected) > 1e-4
 
 
 def test_what_is_frozen_is_left_alone(chunk: TrainChunk) -> None:

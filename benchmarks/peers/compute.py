@@ -134,7 +134,7 @@ def prepare_training(asked: dict[str, Any]) -> Prepared:
     from mnist_dist.data.batches import step_seeds
     from mnist_dist.models.classifier import set_trainable
     from mnist_dist.training.backends import open_computation
-    from mnist_dist.training.feed import TrainChunk, World
+    from mnist_dist.training.feed import Examples, StepImages, TrainChunk, World
     from mnist_dist.training.step import StepConfig, Trained, make_optimizer
 
     computation = open_computation(World())
@@ -146,12 +146,12 @@ def prepare_training(asked: dict[str, Any]) -> Prepared:
         step = computation.train_step(Trained(network=classifier.network, optimizer=optimizer, config=config))
     pixels = _pixels(asked)
     shape = (STEPS_PER_CALL, asked["batch_size"])
-    chunk = TrainChunk(
+    images = Examples(
         pixels=np.broadcast_to(pixels, (STEPS_PER_CALL, *pixels.shape)).copy(),
         labels=np.random.default_rng(0).integers(0, NUM_CLASSES, shape, dtype=np.int32),
-        seeds=step_seeds(0, steps=range(STEPS_PER_CALL)),
         draws=np.zeros((*shape, 0), np.float32),
     )
+    chunk = TrainChunk(images=StepImages(own=images), seeds=step_seeds(0, steps=range(STEPS_PER_CALL)))
     placed, rates = step.place(chunk, capacity=STEPS_PER_CALL), np.full(STEPS_PER_CALL, 1e-6, np.float32)
     return _of_keras(lambda: step(placed, rates=rates), images=STEPS_PER_CALL * asked["batch_size"])
 

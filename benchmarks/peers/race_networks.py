@@ -17,10 +17,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mnist_dist.config import ModelConfig
-from mnist_dist.data.batches import DRAWS
+from mnist_dist.config import FitConfig, ModelConfig
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.augmentation import find_preset
+from mnist_dist.models.augmentation import make_preset
 from mnist_dist.models.classifier import build_classifier, set_trainable
 
 RACE: dict[str, Any] = json.loads(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].startswith("{") else {}
@@ -44,10 +43,10 @@ class Arrays:
     def batches(self, *, batch_size: int, augmentation: str, seed: int) -> tf.data.Dataset:
         """The training images in a new order each epoch, augmented if asked for."""
         images = tf.data.Dataset.from_tensor_slices(self.train).shuffle(len(self.train[0]), seed=seed).batch(batch_size)
-        augment = find_preset(augmentation)  # type: ignore[arg-type]
+        augment = make_preset(FitConfig(augmentation=augmentation))  # type: ignore[arg-type]
         if augment is None:
             return images
-        return images.map(lambda x, y: (augment(x, tf.random.uniform((tf.shape(x)[0], DRAWS), -1, 1)), y))
+        return images.map(lambda x, y: (augment(x, tf.random.uniform((tf.shape(x)[0], augment.draws), -1, 1)), y))
 
 
 def compiled(choice: dict[str, Any], arrays: Arrays) -> keras.Model:

@@ -1,7 +1,8 @@
 """Augmentation, as a pure function of images and random numbers, and the seeding of all other randomness in a step.
 
 Owns: the presets, and setting the state of a model's random number generators from outside. Does not own: which numbers
-an image gets (`data/batches.py`: those of its position in the global batch), or when a step reseeds its network.
+an image gets (`data/batches.py`: those of its position in the global batch), the operations of RandAugment
+(`rand_augment`), mixing images (`mixing`), or when a step reseeds its network.
 
 Contract: everything random in a step is a function of the run's seed, the global step and the position of an image in
 the global batch (augmentation; dropout on JAX) or of the rank (dropout on TensorFlow). No random state needs saving,
@@ -17,15 +18,27 @@ Speed: rotation, shift and zoom are one affine transform, one pass over the pixe
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, get_args
 
 import keras
 from keras import ops
 
-from mnist_dist.config import Augmentation
+from mnist_dist.config import Augmentation, FitConfig
 from mnist_dist.errors import ConfigError
+from mnist_dist.models.rand_augment import RandAugment
 
 GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class Transform(Protocol):
+    """A change of images by random numbers of their own."""
+
+    @property
+    def draws(self) -> int:
+        """How many numbers it needs for each image, n."""
+
+    def __call__(self, images: Any, draws: Any, /) -> Any:
+        """`float32 [B, H, W, C]` in 0-255 and `float32 [B, n]` in [-1, 1) -> the images changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,7 @@ class Affine:
     zoom: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     fill: str = "nearest"
+    draws = 5
 
     def __call__(self, images: Any, draws: Any) -> Any:
         """`float32 [B, H, W, C]` and `float32 [B, 5]` in [-1, 1) -> the images transformed."""
@@ -80,6 +94,7 @@ class Colour:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    draws = 3
 
     def __call__(self, images: Any, draws: Any) -> Any:
         """`float32 [B, H, W, C]` and `float32 [B, 3]` in [-1, 1) -> the images changed."""
@@ -93,48 +108,102 @@ class Colour:
         return ops.clip(x + brightness * self.brightness * 255, 0.0, 255.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Erasing:
+    """Erases a rectangle of some images: it gets the mean colour of its image.
+
+    Its area, as a share of the image's, and the ratio of its height to its width are drawn uniformly (the ratio on a
+    logarithmic scale), and so is its place. What would be longer than the image is cut.
+
+    Args:
+        probability: of each image, 0 to 1.
+        area: smallest and largest share.
+        ratio: smallest ratio; the largest is its inverse.
+
+    Source: Zhong et al. 2020, Random erasing data augmentation, arXiv:1708.04896, with its ranges; it fills with random
+    values or with the mean of ImageNet.
+    """
+
+    probability: float
+    area: tuple[float, float] = (0.02, 0.4)
+    ratio: float = 0.3
+    draws = 5
+
+    def __call__(self, images: Any, draws: Any, /) -> Any:
+        """`float32 [B, H, W, C]` and `float32 [B, 5]` in [-1, 1) -> the images changed."""
+        chance, area, ratio, down, right = ops.unstack((draws + 1) / 2, num=5, axis=1)
+        smallest, largest = self.area
+        share = smallest + area * (largest - smallest)
+        tallness = ops.exp((1 - 2 * ratio) * math.log(self.ratio) / 2)  # square root of height / width
+        erased = ops.cast(chance < self.probability, "float32")
+        rows = _interval(images.shape[1], ops.minimum(ops.sqrt(share) * tallness, 1.0), down)
+        columns = _interval(images.shape[2], ops.minimum(ops.sqrt(share) / tallness, 1.0), right)
+        inside = (erased[:, None] * rows)[:, :, None, None] * columns[:, None, :, None]
+        mean = ops.mean(images, axis=(1, 2), keepdims=True)
+        return images + inside * (mean - images)
+
+
+def _interval(pixels: int, length: Any, place: Any) -> Any:
+    """`float32 [B, pixels]`: 1 for each pixel whose centre is in an interval of some length, at some place (0: it
+    begins at the start, 1: it ends at the end), all in shares of the whole."""
+    centres = (ops.arange(pixels, dtype="float32") + 0.5)[None] / pixels
+    start = (place * (1 - length))[:, None]
+    return ops.cast((centres >= start) & (centres < start + length[:, None]), "float32")
+
+
 class Preset:
     """The transforms of an image, in the order in which they are applied."""
 
-    affine: Affine
-    colour: Colour | None = None
+    def __init__(self, *transforms: Transform) -> None:
+        self.transforms = transforms
+        self.draws = sum(transform.draws for transform in transforms)
+        """How many random numbers each image needs."""
 
     def __call__(self, images: Any, draws: Any) -> Any:
         """Augments a batch.
 
         Args:
             images: `float32 [B, H, W, C]`, 0-255.
-            draws: `float32 [B, 8]` in [-1, 1): the random numbers of each image.
+            draws: `float32 [B, self.draws]` in [-1, 1): the random numbers of each image.
 
         Returns:
             `float32 [B, H, W, C]`, 0-255.
         """
-        x = self.affine(images, draws[:, :5])
-        return x if self.colour is None else self.colour(x, draws[:, 5:])
+        used = 0
+        for transform in self.transforms:
+            images = transform(images, draws[:, used : used + transform.draws])
+            used += transform.draws
+        return images
 
 
-PRESETS: dict[Augmentation, Preset | None] = {
-    "none": None,
-    # No flips: a mirrored digit is not that digit. The ranges stay within natural handwriting (Simard et al. 2003).
-    "digits": Preset(Affine(rotation_degrees=10.0, shift=0.08, zoom=(0.9, 1.1))),
-    "photos": Preset(
-        Affine(rotation_degrees=5.0, shift=0.05, zoom=(0.7, 1.0), flip=True, fill="reflect"),
-        Colour(brightness=0.1, contrast=0.2, saturation=0.2),
-    ),
-}
+def _transforms(fit: FitConfig) -> tuple[Transform, ...]:
+    """Those of `fit.augmentation`."""
+    if fit.augmentation == "none":
+        return ()
+    if fit.augmentation == "digits":
+        # No flips: a mirrored digit is not that digit. The ranges stay within natural handwriting (Simard et al. 2003).
+        return (Affine(rotation_degrees=10.0, shift=0.08, zoom=(0.9, 1.1)),)
+    if fit.augmentation == "photos":
+        affine = Affine(rotation_degrees=5.0, shift=0.05, zoom=(0.7, 1.0), flip=True, fill="reflect")
+        return affine, Colour(brightness=0.1, contrast=0.2, saturation=0.2)
+    if fit.augmentation == "rand-augment":
+        operations = RandAugment(operations=fit.rand_augment_ops, magnitude=fit.rand_augment_magnitude)
+        return Affine(zoom=(0.7, 1.0), flip=True, fill="reflect"), operations
+    known = ", ".join(get_args(Augmentation))
+    raise ConfigError(f"augmentation must be one of {known}. Received: augmentation={fit.augmentation!r}")
 
 
-def find_preset(name: Augmentation) -> Preset | None:
-    """The preset of that name: `digits` (rotation, shift, zoom), `photos` (flip, crop, shift, rotation, colours), or
-    None for `none`.
+def make_preset(fit: FitConfig) -> Preset | None:
+    """The augmentation that a run asks for: `digits` (rotation, shift, zoom), `photos` (flip, crop, shift, rotation,
+    colours) or `rand-augment` (flip, crop, RandAugment), then random erasing. None: there is nothing to do.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such augmentation.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"augmentation must be one of {', '.join(PRESETS)}. Received: augmentation={name!r}")
-    return PRESETS[name]
+    transforms = _transforms(fit)
+    if fit.random_erasing:
+        transforms = (*transforms, Erasing(probability=fit.random_erasing))
+    return Preset(*transforms) if transforms else None
 
 
 def seed_generators(*models: keras.Model | None) -> list[keras.random.SeedGenerator]:

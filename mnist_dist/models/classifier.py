@@ -160,6 +160,22 @@ def set_trainable(classifier: Classifier, trainable: str | int) -> None:
         layer.trainable = index >= frozen
 
 
+def layer_levels(classifier: Classifier) -> dict[int, int]:
+    """How far below the head each variable of the backbone is, by its `id`: 1 above the last cut point, one more below
+    each. A backbone without cut points has a level for each of its layers with weights."""
+    if classifier.backbone is None:
+        return {}
+    layers = [layer for layer in classifier.backbone.layers if layer.weights]
+    cuts = set(classifier.row.cut_points.values())
+    names = [layer.name for layer in classifier.backbone.layers]
+    starts = [names.index(cut) for cut in cuts] or [names.index(layer.name) for layer in layers[1:]]
+    levels = dict[int, int]()
+    for layer in layers:
+        level = 1 + sum(start > names.index(layer.name) for start in starts)
+        levels |= {id(variable): level for variable in layer.weights}
+    return levels
+
+
 def _count_frozen(classifier: Classifier, trainable: str | int) -> int:
     if isinstance(trainable, int):
         return trainable

@@ -13,12 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.data.batches import augmentation_draws, rank_slice, step_seeds
+from mnist_dist.data.batches import augmentation_draws, mixing_draws, mixing_partners, rank_slice, step_seeds
 
 Item = TypeVar("Item")
 
@@ -57,22 +57,54 @@ class Images:
     test: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainChunk:
-    """The input of one call: S steps of this worker.
+class Examples(NamedTuple):
+    """Images with their labels and random numbers: `uint8 [S, b, H, W, C]` (or features, `[S, b, D]`), `int32 [S, b]`
+    and `float32 [S, b, n]` in [-1, 1), as many as the augmentation needs, by the position in the global batch.
 
-    `pixels` is `uint8 [S, b, H, W, C]` (or features, `[S, b, D]`), `labels` `int32 [S, b]`, `seeds` `uint32 [S, 2]`
-    (the same for all workers), `draws` `float32 [S, b, 8]` in [-1, 1) (by the position in the global batch; `[S, b, 0]`
-    without augmentation).
+    In a compiled step, the same as tensors of one step or part of it: without S.
     """
 
-    pixels: npt.NDArray[Any]
-    labels: npt.NDArray[np.int32]
+    pixels: Any
+    labels: Any
+    draws: Any
+
+
+class StepImages(NamedTuple):
+    """What a step is given for each image.
+
+    `partners` are the images that they are mixed with, `mixing` is `float32 [S, b, 5]` (see `mixing_draws`); both are
+    empty where images are not mixed.
+    """
+
+    own: Examples
+    partners: Examples | tuple[()] = ()
+    mixing: Any = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainChunk:
+    """The input of one call, S steps of this worker: `seeds` is `uint32 [S, 2]`, the same for all workers."""
+
+    images: StepImages
     seeds: npt.NDArray[np.uint32]
-    draws: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Which random numbers the images of a step need.
+
+    Args:
+        augmentation: how many for the augmentation of an image.
+        mixup: see `mixing_draws`.
+        cutmix: see `mixing_draws`.
+    """
+
+    augmentation: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +126,7 @@ def train_chunk(
     batch_size: int,
     seed: int,
     world: World,
-    augmented: bool,
+    draws: Draws,
 ) -> TrainChunk:
     """Gathers this worker's slices for several steps of an epoch.
 
@@ -106,22 +138,29 @@ def train_chunk(
         batch_size: B.
         seed: the run's seed.
         world: the worker that gets the slices.
-        augmented: whether the images are augmented, and need random numbers.
+        draws: the random numbers that the images need.
     """
     own = rank_slice(batch_size, rank=world.rank, workers=world.workers)
     batches = order[steps.start * batch_size : steps.stop * batch_size].reshape(len(steps), batch_size)
-    rows = images.train[batches[:, own]]
     global_steps = range(first_global_step, first_global_step + len(steps))
-    return TrainChunk(
-        pixels=images.pixels[rows],
-        labels=images.labels[rows],
-        seeds=step_seeds(seed, steps=global_steps),
-        draws=(
-            augmentation_draws(seed, steps=global_steps, batch_size=batch_size, images=own)
-            if augmented
-            else np.zeros((*rows.shape, 0), np.float32)
-        ),
-    )
+    numbers = augmentation_draws(seed, steps=global_steps, batch_size=batch_size, count=draws.augmentation)
+
+    def examples(positions: npt.NDArray[np.int64]) -> Examples:
+        """Those at some positions of each global batch."""
+        rows = images.train[np.take_along_axis(batches, positions, axis=1)]
+        chosen = np.take_along_axis(numbers, positions[..., None], axis=1)
+        return Examples(pixels=images.pixels[rows], labels=images.labels[rows], draws=chosen)
+
+    positions = np.broadcast_to(np.arange(batch_size)[own], (len(steps), own.stop - own.start))
+    seeds = step_seeds(seed, steps=global_steps)
+    if not (draws.mixup or draws.cutmix):
+        return TrainChunk(images=StepImages(own=examples(positions)), seeds=seeds)
+    partners = mixing_partners(seed, steps=global_steps, batch_size=batch_size)[:, own]
+    mixing = mixing_draws(seed, steps=global_steps, batch_size=batch_size, mixup=draws.mixup, cutmix=draws.cutmix)[
+        :, own
+    ]
+    mixed = StepImages(own=examples(positions), partners=examples(partners), mixing=mixing)
+    return TrainChunk(images=mixed, seeds=seeds)
 
 
 def evaluation_batches(

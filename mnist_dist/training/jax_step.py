@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_dist.config import require
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
-from mnist_dist.training.step import Forward, Trained, hits_of, losses_and_hits, weighted_sums
+from mnist_dist.training.feed import EvaluationBatch, StepImages, TrainChunk, World
+from mnist_dist.training.step import DRAWS_OF_PART, Forward, Trained, hits_of, losses_and_hits, weighted_sums
 
 BATCH = "batch"
 Values = list[Any]
@@ -147,7 +147,8 @@ class JaxTrainStep:
         self._forward = Forward(trained)
         network, optimizer, batch_size = trained.network, trained.optimizer, trained.config.batch_size
         largest = -(-batch_size // world.workers)
-        self._rows = -(-largest // own_devices) * own_devices
+        together = own_devices * trained.config.parts
+        self._rows = -(-largest // together) * together
         require(
             self._rows * world.workers == batch_size or not any(_counts_padding(network)),
             f"batch_size must be a multiple of {devices.count}, the number of devices, for a network with BatchNorm "
@@ -163,16 +164,18 @@ class JaxTrainStep:
         function = self._steps if self._loops else self._step_of
         self._call = jax.jit(function, donate_argnums=0, out_shardings=devices.replicated)
 
-    def place(self, chunk: TrainChunk, /, *, capacity: int) -> list[Any]:
-        count, images = chunk.labels.shape
+    def place(self, chunk: TrainChunk, /, *, capacity: int) -> tuple[Any, ...]:
+        count, images = chunk.images.own.labels.shape
         weights = np.pad(np.ones((count, images), np.float32), ((0, 0), (0, self._rows - images)))
-        padded = [_padded(each, self._rows, axis=1) for each in (chunk.pixels, chunk.labels, chunk.draws)]
-        whole = [_padded(each, capacity, axis=0) for each in (*padded, weights)]
+
+        def shared(own: npt.NDArray[Any]) -> Any:
+            return self._devices.shared(_padded(_padded(own, self._rows, axis=1), capacity, axis=0), axis=1)
+
         seeds = _padded(chunk.seeds, capacity, axis=0)
-        return [*(self._devices.shared(each, axis=1) for each in whole), self._devices.on_all(seeds)]
+        return (*jax.tree.map(shared, (chunk.images, weights)), self._devices.on_all(seeds))
 
     def __call__(
-        self, placed: list[Any], /, *, rates: npt.NDArray[np.float32], stop: bool = False
+        self, placed: tuple[Any, ...], /, *, rates: npt.NDArray[np.float32], stop: bool = False
     ) -> npt.NDArray[np.float32]:
         groups = (self._trainable, self._others, self._of_optimizer)
         state = [[self._devices.on_all(variable.value) for variable in group] for group in groups]
@@ -199,7 +202,7 @@ class JaxTrainStep:
 
     def _step_of(self, state: list[Values], steps: tuple[Any, ...], stop: Any, index: Any) -> tuple[list[Values], Any]:
         """Takes one of the steps."""
-        return self._step(state, tuple(each[index] for each in steps), jnp.sum(stop))
+        return self._step(state, jax.tree.map(lambda each: each[index], steps), jnp.sum(stop))
 
     def _steps(self, state: list[Values], steps: tuple[Any, ...], stop: Any, count: Any) -> tuple[list[Values], Any]:
         """Takes the first `count` of the steps: a loop whose length is known only when it runs."""
@@ -207,10 +210,10 @@ class JaxTrainStep:
 
         def take(index: Any, carried: tuple[list[Values], Any]) -> tuple[list[Values], Any]:
             state, reports = carried
-            state, report = self._step(state, tuple(each[index] for each in steps), wishes)
+            state, report = self._step(state, jax.tree.map(lambda each: each[index], steps), wishes)
             return state, reports.at[index].set(report)
 
-        reports = jnp.zeros((len(steps[0]), 3), jnp.float32)
+        reports = jnp.zeros((len(steps[-1]), 3), jnp.float32)
         state, reports = jax.lax.fori_loop(0, count, take, (state, reports))
         return state, reports
 
@@ -221,26 +224,55 @@ class JaxTrainStep:
         wishes: Any,
     ) -> tuple[list[Values], Any]:
         trainable, others, of_optimizer = state
-        *images, rate = step
-        gradient = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, (others, hits)), gradients = gradient(trainable, others, *images)
+        images, weights, seed, rate = step
+        gradients, others, (loss, hits) = self._gradients(trainable, others, images, weights, seed)
         of_optimizer = [*of_optimizer[: self._rate], rate, *of_optimizer[self._rate + 1 :]]
         trainable, of_optimizer = self._trained.optimizer.stateless_apply(
             of_optimizer, self._forward.clipped(gradients), trainable
         )
         return [list(trainable), others, list(of_optimizer)], jnp.stack([loss, hits, wishes])
 
+    def _gradients(
+        self, trainable: Values, others: Values, images: StepImages, weights: Any, seed: Any
+    ) -> tuple[Values, Values, tuple[Any, Any]]:
+        """Gradients of the global batch, computed in parts; what changes beside the trained weights; loss and hits."""
+        parts = self._trained.config.parts
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+
+        def add(part: Any, sums: tuple[Values, Values, Any]) -> tuple[Values, Values, Any]:
+            total, changed, (loss, hits) = sums
+            of_part = jax.tree.map(lambda each: self._part(each, part), (images, weights))
+            own_seed = seed + jnp.stack([0, part * DRAWS_OF_PART]).astype(seed.dtype)
+            (added, (changed, more)), gradients = gradient(trainable, changed, *of_part, own_seed)
+            return [a + b for a, b in zip(total, gradients, strict=True)], changed, (loss + added, hits + more)
+
+        if parts == 1:
+            (loss, (others, hits)), gradients = gradient(trainable, others, images, weights, seed)
+            return gradients, others, (loss, hits)
+        sums = ([jnp.zeros_like(each) for each in trainable], others, (jnp.float32(0), jnp.float32(0)))
+        if self._loops:
+            sums = jax.lax.fori_loop(0, parts, add, sums)
+        else:
+            for part in range(parts):
+                sums = add(part, sums)
+        return sums
+
+    def _part(self, images: Any, part: Any) -> Any:
+        """A part of each device's images: `[B, ...]` -> `[B / parts, ...]`, still split over the devices."""
+        by_device = images.reshape(self._devices.count, self._trained.config.parts, -1, *images.shape[1:])
+        return by_device[:, part].reshape(-1, *images.shape[1:])
+
     def _loss(
-        self, trainable: Values, others: Values, pixels: Any, labels: Any, draws: Any, weights: Any, seed: Any
+        self, trainable: Values, others: Values, images: StepImages, weights: Any, seed: Any
     ) -> tuple[Any, tuple[Values, Any]]:
-        """Loss of the global batch, and what changes beside the trained weights, and the hits."""
+        """Loss of the global batch or a part of it, and what changes beside the trained weights, and the hits."""
         variables = [*self._trainable, *self._others]
         with keras.StatelessScope(list(zip(variables, [*trainable, *others], strict=True))) as scope:
-            inputs = self._forward.inputs(pixels, draws)
-            losses, logits = self._forward.losses_and_logits(inputs, labels, seed)
+            batch = self._forward.examples(images)
+            losses, logits = self._forward.losses_and_logits(batch, seed)
             changed = [scope.get_current_value(variable) for variable in self._others]
         loss = jnp.sum(losses * weights) / self._trained.config.batch_size
-        return loss, (changed, jnp.sum(hits_of(logits, labels) * weights))
+        return loss, (changed, jnp.sum(hits_of(logits, batch.labels) * weights))
 
 
 def _padded(array: npt.NDArray[Any], rows: int, *, axis: int) -> npt.NDArray[Any]:

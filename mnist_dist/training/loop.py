@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist.config import Phase, require
-from mnist_dist.data.batches import epoch_order
+from mnist_dist.data.batches import balanced_order, epoch_order
 from mnist_dist.errors import TrainingDiverged
-from mnist_dist.models.augmentation import find_preset
+from mnist_dist.models.augmentation import make_preset
 from mnist_dist.models.classifier import Classifier, build_classifier, build_head_alone
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.backends import open_computation
@@ -59,11 +59,18 @@ class Trainer:
             f"images ({count})",
             batch_size=job.fit.batch_size,
         )
+        parts = world.workers * job.optimizer.accumulate
+        require(
+            job.optimizer.accumulate == 1 or job.fit.batch_size % parts == 0,
+            f"batch_size must be a multiple of workers x accumulate ({parts}), so that all parts are equally large",
+            batch_size=job.fit.batch_size,
+            accumulate=job.optimizer.accumulate,
+        )
         self.task, self.host, self.world = task, host, world
         self.computation = open_computation(world)
         with self.computation.scope():
             classifier = _build(task)
-        augmentation = find_preset(job.fit.augmentation)
+        augmentation = make_preset(job.fit)
         self.network = classifier.network
         self.built = Built(computation=self.computation, classifier=classifier, augmentation=augmentation, world=world)
         self.state = State()
@@ -166,7 +173,7 @@ class Trainer:
     def _chunks(self, run: PhaseRun) -> Iterator[Callable[[], Placed]]:
         fit, start = self.task.job.fit, self.state.step
         first = self.state.global_step - start
-        order = epoch_order(len(run.images.train), seed=fit.seed, epoch=self.state.epochs_done)
+        order = self._order(run.images)
         while start < self.task.steps_per_epoch:
             steps = range(start, min(start + run.steps_per_call, self.task.steps_per_epoch))
             gather = partial(
@@ -178,10 +185,17 @@ class Trainer:
                 batch_size=fit.batch_size,
                 seed=fit.seed,
                 world=self.world,
-                augmented=run.augmentation is not None,
+                draws=run.draws,
             )
             yield partial(run.place, gather)
             start = steps.stop
+
+    def _order(self, images: Images) -> npt.NDArray[np.int64]:
+        """The order of the images in this epoch."""
+        seed, epoch = self.task.job.fit.seed, self.state.epochs_done
+        if self.task.job.fit.sampling == "balanced":
+            return balanced_order(images.labels[images.train], seed=seed, epoch=epoch)
+        return epoch_order(len(images.train), seed=seed, epoch=epoch)
 
     def _count(self, phase: Phase, reports: npt.NDArray[np.float32]) -> None:
         """Adds the steps to the state. Raises TrainingDiverged if a loss is not finite."""
@@ -208,7 +222,8 @@ class Trainer:
 
     def _end_epoch(self, run: PhaseRun) -> Epoch:
         """Validates, keeps the best weights, runs the callbacks and saves a checkpoint."""
-        metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
+        with run.averaged():
+            metrics, weights = self._evaluate(run.evaluator, run.images, run.images.validation), self._weights()
         loss, hits, images = self.state.epoch_sums
         epoch = Epoch(
             epoch=self.state.epochs_done + 1,
@@ -223,9 +238,9 @@ class Trainer:
             raise TrainingDiverged(
                 f"The validation loss is {epoch.val_loss} in phase {run.phase.name!r}, epoch {self.state.epoch + 1}"
             )
-        self.state.best_is_current = self._is_better(epoch)
-        if self.state.best_is_current:
-            self.state.best, self.best = epoch, self._weights()
+        if self._is_better(epoch):
+            self.state.best, self.best = epoch, weights
+            self.state.best_is_current = self.task.job.optimizer.ema_decay is None
         self.state.history.append(epoch)
         self.state.epoch, self.state.step, self.state.epoch_sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
         self.state.epochs_done += 1

@@ -5,7 +5,8 @@ Owns: what each phase creates anew. Does not own: the order of epochs, validatio
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ import numpy.typing as npt
 from mnist_dist.config import Phase, TrainJob
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import Preset
-from mnist_dist.models.classifier import Classifier, set_trainable
+from mnist_dist.models.classifier import Classifier, layer_levels, set_trainable
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
-from mnist_dist.training.feed import Images, TrainChunk, World
+from mnist_dist.training.feed import Draws, Images, TrainChunk, World
 from mnist_dist.training.schedule import learning_rates
 from mnist_dist.training.step import Computation, StepConfig, Trained, make_optimizer, slowest_worker_s
 
@@ -106,20 +107,25 @@ class PhaseRun:
         self.images = task.images if features is None else features
         self.network = classifier.head if head_only else classifier.network
         frozen = classifier.features if head_only and features is None else None
-        self.augmentation = built.augmentation if features is None else None
+        augmentation = built.augmentation if features is None else None
+        self.draws = Draws()
+        if features is None:
+            count = 0 if augmentation is None else augmentation.draws
+            self.draws = Draws(augmentation=count, mixup=fit.mixup, cutmix=fit.cutmix)
         with built.computation.scope():
             set_trainable(classifier, phase.trainable)
-            self.optimizer = make_optimizer(task.job.optimizer, self.network.trainable_variables)
+            self.optimizer = self._make_optimizer()
             trained = Trained(
                 network=self.network,
                 optimizer=self.optimizer,
-                augmentation=self.augmentation,
+                augmentation=augmentation,
                 frozen=frozen,
                 config=StepConfig(
                     batch_size=fit.batch_size,
                     class_weights=class_weights(task),
                     label_smoothing=task.job.optimizer.label_smoothing,
                     clip_norm=task.job.optimizer.clip_norm,
+                    parts=task.job.optimizer.accumulate,
                 ),
             )
             self._step = built.computation.train_step(trained)
@@ -167,6 +173,21 @@ class PhaseRun:
         self._compiled.add(chunk.capacity)
         self._clock = now
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the network has the averages of its trained weights, if the run keeps any."""
+        if self.task.job.optimizer.ema_decay is None:
+            yield
+            return
+        variables = self.network.trainable_variables
+        own = [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+        self.optimizer.finalize_variable_values(variables)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, own, strict=True):
+                variable.assign(value)
+
     def rate(self) -> float:
         """The phase's learning rate, as reduced by ReduceLROnPlateau."""
         return self.state.learning_rate or self.phase.learning_rate
@@ -191,6 +212,11 @@ class PhaseRun:
     def end(self) -> None:
         """Lets the callbacks close their files."""
         self.callbacks.on_train_end()
+
+    def _make_optimizer(self) -> keras.optimizers.Optimizer:
+        config, variables = self.task.job.optimizer, self.network.trainable_variables
+        levels = layer_levels(self._built.classifier)
+        return make_optimizer(config, variables, levels=[levels.get(id(variable), 0) for variable in variables])
 
     def _start_callbacks(self, restored: Checkpoint | None) -> keras.callbacks.CallbackList:
         state, network = self.state, self.network

@@ -6,6 +6,7 @@ summing over workers (`tensorflow_step`, `jax_step`). Contract of the train step
 - the loss is the sum over the global batch, divided by its size, so that the sum of the gradients over the workers is
   the gradient of the whole batch;
 - gradients are summed over the workers, and only then clipped (a Keras optimizer would clip before the sum);
+- a slice that is computed in parts gives the sum of their gradients, which is the same without BatchNorm;
 - loss, hits and requests to stop are summed in the same exchange, so every worker sees the same numbers and takes the
   same decisions in the same step.
 
@@ -16,7 +17,7 @@ K = classes.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -25,9 +26,12 @@ from keras import ops
 
 from mnist_dist.config import OptimizerConfig
 from mnist_dist.models.augmentation import Preset, reseed, seed_generators
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
+from mnist_dist.models.mixing import mixed
+from mnist_dist.training.feed import EvaluationBatch, Examples, StepImages, TrainChunk, World
 
 LOSS, HITS, STOP = range(3)  # columns of a step's report
+DRAWS_OF_PART = 2**6
+"""More draws than a generator makes in a part of a step; the parts' states are this far apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class StepConfig:
     class_weights: npt.NDArray[np.float32]
     label_smoothing: float = 0.0
     clip_norm: float | None = None
+    parts: int = 1
+    """A worker's slice of a batch is computed in as many equal parts, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +131,67 @@ class Computation(Protocol):
         """`float64 [n]`, summed over all workers."""
 
 
-def make_optimizer(config: OptimizerConfig, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
-    """An optimizer built for these variables; call it inside `Computation.scope`. The step sets its learning rate."""
-    optimizer: keras.optimizers.Optimizer
+def make_optimizer(
+    config: OptimizerConfig, variables: Sequence[Any], *, levels: Sequence[int] = ()
+) -> keras.optimizers.Optimizer:
+    """An optimizer built for these variables; call it inside `Computation.scope`. The step sets its learning rate.
+
+    Args:
+        config: which, and its parameters. With `ema_decay` it keeps an average of the variables (Polyak and Juditsky
+            1992, Acceleration of stochastic approximation by averaging; as an exponential one in Szegedy et al. 2016,
+            arXiv:1512.00567, section 8), which `finalize_variable_values` puts in their place.
+        variables: what is trained.
+        levels: of each variable, how often `layer_decay` reduces its learning rate. Empty: never.
+    """
+    options: dict[str, Any] = {"learning_rate": 0.0}
+    if config.ema_decay is not None:
+        options |= {"use_ema": True, "ema_momentum": config.ema_decay}
     if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(learning_rate=0.0, momentum=config.momentum)
-    elif config.optimizer == "adam":
-        optimizer = keras.optimizers.Adam(learning_rate=0.0)
-    else:
-        optimizer = keras.optimizers.AdamW(learning_rate=0.0, weight_decay=config.weight_decay)
+        options["momentum"] = config.momentum
+    elif config.optimizer == "adamw":
+        options["weight_decay"] = config.weight_decay
+    kind: Any = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[
+        config.optimizer
+    ]
+    if levels and config.layer_decay < 1:
+        kind = type(f"Layerwise{kind.__name__}", (_Layerwise, kind), {})
+    optimizer: keras.optimizers.Optimizer = kind(**options)
+    optimizer.rates = [config.layer_decay**level for level in levels]
+    if config.optimizer == "adamw":
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     optimizer.build(variables)
     return optimizer
+
+
+class _Layerwise:
+    """A Keras optimizer whose variables have learning rates of their own, as multiples (`rates`) of the optimizer's.
+
+    Source: layer-wise learning-rate decay as in Clark et al. 2020, ELECTRA, arXiv:2003.10555, appendix A, and Bao et
+    al. 2022, BEiT, arXiv:2106.08254, where decoupled weight decay follows the variable's own rate, too.
+    """
+
+    def _apply_weight_decay(self: Any, variables: Sequence[Any]) -> None:
+        """Not for all variables at once: see `update_step`."""
+
+    def update_step(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        rate = learning_rate * self.rates[self._get_variable_index(variable)]
+        if self.weight_decay is not None and self._use_weight_decay(variable):
+            self.assign_sub(variable, ops.cast(rate * self.weight_decay, variable.dtype) * variable)
+        super().update_step(gradient, variable, rate)  # type: ignore[misc]
+
+
+class Batch(NamedTuple):
+    """What a network is trained on in one step, or a part of it.
+
+    `inputs` are `float32 [b, H, W, C]` or features `[b, D]`, `targets` the probabilities to predict `[b, K]`, `weights`
+    how much each image counts in the loss `[b]`, `labels` the class that a hit predicts `int32 [b]`: of a mixed image
+    that of its larger share.
+    """
+
+    inputs: Any
+    targets: Any
+    weights: Any
+    labels: Any
 
 
 class Forward:
@@ -147,21 +202,38 @@ class Forward:
         self._generators = seed_generators(trained.network)
         self._class_weights = trained.config.class_weights
 
-    def inputs(self, pixels: Any, draws: Any) -> Any:
-        """What the network takes: `float32 [b, H, W, C]` after augmentation, or `float32 [b, D]`."""
-        inputs = ops.cast(pixels, "float32")
-        if self._trained.augmentation is not None:
-            inputs = self._trained.augmentation(inputs, draws)
-        return features(inputs, self._trained.frozen)
+    def examples(self, images: StepImages) -> "Batch":
+        """What the network is trained on, from images: augmented, mixed, and, where the backbone is frozen, as
+        features."""
+        own, partners = images.own, images.partners
+        inputs, (targets, weights) = self._augmented(own), self._targets(own.labels)
+        labels = own.labels
+        if partners:
+            inputs, shares = mixed(inputs, self._augmented(partners), images.mixing)
+            others, other_weights = self._targets(partners.labels)
+            of_own, of_others = shares * weights, (1 - shares) * other_weights
+            weights = of_own + of_others
+            targets = (targets * of_own[:, None] + others * of_others[:, None]) / weights[:, None]
+            labels = ops.where(shares >= 0.5, labels, partners.labels)
+        inputs = features(inputs, self._trained.frozen)
+        return Batch(inputs=inputs, targets=targets, weights=weights, labels=labels)
 
-    def losses_and_logits(self, inputs: Any, labels: Any, seed: Any) -> tuple[Any, Any]:
-        """Loss of each image, `float32 [b]`, and the logits `float32 [b, K]`, in training mode."""
-        reseed(self._generators, seed)
-        logits = self._trained.network(inputs, training=True)
+    def _augmented(self, images: Examples) -> Any:
+        pixels = ops.cast(images.pixels, "float32")
+        augmentation = self._trained.augmentation
+        return pixels if augmentation is None else augmentation(pixels, images.draws)
+
+    def _targets(self, labels: Any) -> tuple[Any, Any]:
+        """Probabilities to predict `float32 [b, K]`, and the weight of each image in the loss `float32 [b]`."""
         classes, smoothing = self._class_weights.shape[0], self._trained.config.label_smoothing
         targets = ops.one_hot(labels, classes, dtype="float32") * (1 - smoothing) + smoothing / classes
-        losses = ops.categorical_crossentropy(targets, logits, from_logits=True)
-        return losses * ops.take(self._class_weights, labels), logits
+        return targets, ops.take(self._class_weights, labels)
+
+    def losses_and_logits(self, batch: "Batch", seed: Any) -> tuple[Any, Any]:
+        """Loss of each image, `float32 [b]`, and the logits `float32 [b, K]`, in training mode."""
+        reseed(self._generators, seed)
+        logits = self._trained.network(batch.inputs, training=True)
+        return ops.categorical_crossentropy(batch.targets, logits, from_logits=True) * batch.weights, logits
 
     def clipped(self, gradients: Sequence[Any]) -> list[Any]:
         """The gradients, scaled down to `clip_norm` where their global norm is larger.

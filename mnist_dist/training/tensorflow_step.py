@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from mnist_dist.training.feed import EvaluationBatch, TrainChunk, World
-from mnist_dist.training.step import Forward, Trained, hits_of, losses_and_hits, weighted_sums
+from mnist_dist.training.feed import EvaluationBatch, StepImages, TrainChunk, World
+from mnist_dist.training.step import DRAWS_OF_PART, Forward, Trained, hits_of, losses_and_hits, weighted_sums
 
 DRAWS_OF_RANK = 2**16
 """More draws than a generator makes in one step; the ranks' states are this far apart."""
@@ -65,19 +65,19 @@ class TensorflowTrainStep:
         self._call = _compiled(self._steps)
 
     def place(self, chunk: TrainChunk, /, *, capacity: int) -> tuple[Any, ...]:
-        return tuple(map(tf.constant, (chunk.pixels, chunk.labels, chunk.seeds, chunk.draws)))
+        return tf.nest.map_structure(tf.constant, (chunk.images, chunk.seeds))  # type: ignore[no-any-return]
 
     def __call__(
         self, placed: tuple[Any, ...], /, *, rates: npt.NDArray[np.float32], stop: bool = False
     ) -> npt.NDArray[np.float32]:
         return np.asarray(self._call(*placed, rates, np.float32(stop)))
 
-    def _steps(self, pixels: Any, labels: Any, seeds: Any, draws: Any, rates: Any, stop: Any) -> Any:
+    def _steps(self, images: StepImages, seeds: Any, rates: Any, stop: Any) -> Any:
         count, optimizer = tf.shape(rates)[0], self._trained.optimizer
 
         def take(index: Any, reports: Any) -> tuple[Any, Any]:
-            step = (pixels[index], labels[index], seeds[index], draws[index], stop)
-            gradients, report = self._strategy.run(self._forward_backward, args=step)
+            of_step = tf.nest.map_structure(lambda each: each[index], images)
+            gradients, report = self._strategy.run(self._forward_backward, args=(of_step, seeds[index], stop))
             optimizer.learning_rate.assign(rates[index])
             optimizer.apply_gradients(zip(self._forward.clipped(gradients), self._variables, strict=True))
             return index + 1, reports.write(index, report)
@@ -86,16 +86,44 @@ class TensorflowTrainStep:
         _, reports = tf.while_loop(lambda index, _: index < count, take, begin)
         return reports.stack()
 
-    def _forward_backward(self, pixels: Any, labels: Any, seed: Any, draws: Any, stop: Any) -> tuple[list[Any], Any]:
-        inputs = self._forward.inputs(pixels, draws)
+    def _forward_backward(self, images: StepImages, seed: Any, stop: Any) -> tuple[list[Any], Any]:
         seed = tf.cast(seed, tf.int64) + tf.constant([0, self._rank * DRAWS_OF_RANK], tf.int64)
-        with tf.GradientTape() as tape:
-            losses, logits = self._forward.losses_and_logits(inputs, labels, seed)
-            loss = tf.reduce_sum(losses) / self._trained.config.batch_size
-        gradients = tape.gradient(loss, self._variables)
-        report = tf.stack([loss, tf.reduce_sum(hits_of(logits, labels)), stop])
+        gradients, loss_and_hits = self._gradients(images, seed)
+        report = tf.concat([loss_and_hits, [stop]], axis=0)
         *gradients, report = tf.distribute.get_replica_context().all_reduce("SUM", [*gradients, report])
         return gradients, report
+
+    def _gradients(self, images: StepImages, seed: Any) -> tuple[list[Any], Any]:
+        """Gradients, and loss and hits `float32 [2]`, of this worker's slice, computed in parts."""
+        parts = self._trained.config.parts
+        if parts == 1:
+            return self._gradients_of_part(images, seed)
+
+        def add(part: Any, sums: list[Any]) -> tuple[Any, list[Any]]:
+            of_part = tf.nest.map_structure(lambda each: _part(each, part, parts), images)
+            own_seed = seed + tf.stack([tf.constant(0, tf.int64), tf.cast(part, tf.int64) * DRAWS_OF_PART])
+            gradients, loss_and_hits = self._gradients_of_part(of_part, own_seed)
+            return part + 1, [total + each for total, each in zip(sums, [*gradients, loss_and_hits], strict=True)]
+
+        zeros = [tf.zeros(variable.shape, variable.dtype) for variable in self._variables]
+        begin = (tf.constant(0), [*zeros, tf.zeros([2])])
+        # One part after the other, since memory is what they are to save.
+        _, (*gradients, loss_and_hits) = tf.while_loop(lambda part, _: part < parts, add, begin, parallel_iterations=1)
+        return gradients, loss_and_hits
+
+    def _gradients_of_part(self, images: StepImages, seed: Any) -> tuple[list[Any], Any]:
+        batch = self._forward.examples(images)
+        with tf.GradientTape() as tape:
+            losses, logits = self._forward.losses_and_logits(batch, seed)
+            loss = tf.reduce_sum(losses) / self._trained.config.batch_size
+        gradients = tape.gradient(loss, self._variables)
+        return gradients, tf.stack([loss, tf.reduce_sum(hits_of(logits, batch.labels))])
+
+
+def _part(images: Any, part: Any, parts: int) -> Any:
+    """`[b, ...]` -> `[b / parts, ...]`."""
+    size = tf.shape(images)[0] // parts
+    return images[part * size : (part + 1) * size]
 
 
 def _compiled(call: Callable[..., Any]) -> Any:

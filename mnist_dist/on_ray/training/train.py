@@ -209,9 +209,12 @@ def _check_for_imported(job: TrainJob, backbone: BundleInfo) -> None:
     """Checks a job whose backbone is an imported bundle, which sees each image once, fitted as the bundle says."""
     spec, fit = backbone.spec, job.fit
     require(
-        fit.augmentation == "none",
+        not fit.changes_images,
         "augmentation needs a backbone that Keras can run; an imported one computes the features of each image once",
         augmentation=fit.augmentation,
+        random_erasing=fit.random_erasing,
+        mixup=fit.mixup,
+        cutmix=fit.cutmix,
     )
     require(
         job.run.feature_cache,
