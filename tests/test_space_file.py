@@ -49,6 +49,15 @@ WHOLE: dict[str, Any] = {
     "plateau_patience": ["none", 3],
     "plateau_factor": [0.2, 0.4],
     "class_weights": "balanced",
+    "augmentation": ["digits", "rand-augment"],
+    "rand_augment_ops": [1, 2],
+    "rand_augment_magnitude": {"low": 3, "high": 12},
+    "random_erasing": [0.0, 0.25],
+    "mixup": {"low": 0.0, "high": 0.4},
+    "cutmix": [0.0, 1.0],
+    "sampling": ["shuffled", "balanced"],
+    "ema_decay": ["none", 0.99],
+    "layer_decay": [0.7, 1.0],
     "early_stopping_patience": [4, 6],
     "backbones": {
         "cnn": {"learning_rate": [3e-3, 4e-3]},
@@ -108,6 +117,10 @@ def test_a_setting_is_drawn_only_where_it_has_an_effect() -> None:
         assert ("weight_decay" in params) == (params["optimizer"] == "adamw")
         assert ("plateau_patience" in params) == (params["schedule"] == "constant")
         assert ("plateau_factor" in params) == (params.get("plateau_patience") is not None)
+        trains_all = params[f"{params['backbone']}.trained"] == "all"
+        assert {name in params for name in ("augmentation", "random_erasing", "mixup", "cutmix")} == {trains_all}
+        of_rand_augment = params.get("augmentation") == "rand-augment"
+        assert {name in params for name in ("rand_augment_ops", "rand_augment_magnitude")} == {of_rand_augment}
 
 
 def test_a_backbone_may_draw_from_a_distribution_of_its_own() -> None:

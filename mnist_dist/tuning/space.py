@@ -63,6 +63,11 @@ class Condition:
 CONDITIONS = {
     "fine_tune_learning_rate": Condition("trained", "fine-tune"),
     "augmentation": Condition("trained", "all"),
+    "rand_augment_ops": Condition("augmentation", "rand-augment"),
+    "rand_augment_magnitude": Condition("augmentation", "rand-augment"),
+    "random_erasing": Condition("trained", "all"),
+    "mixup": Condition("trained", "all"),
+    "cutmix": Condition("trained", "all"),
     "weight_decay": Condition("optimizer", "adamw"),
     "momentum": Condition("optimizer", "sgd"),
     "plateau_patience": Condition("schedule", "constant"),
@@ -70,7 +75,9 @@ CONDITIONS = {
 }
 SETTINGS = (
     *("fine_tune_learning_rate", "augmentation", "hidden_units", "dropout", "label_smoothing", "batch_size"),
+    *("rand_augment_ops", "rand_augment_magnitude", "random_erasing", "mixup", "cutmix", "sampling"),
     *("learning_rate", "optimizer", "weight_decay", "momentum", "schedule", "warmup_steps", "clip_norm"),
+    *("ema_decay", "layer_decay"),
     *("class_weights", "plateau_patience", "plateau_factor", "early_stopping_patience"),
 )
 """All settings, in the order in which they are drawn: a condition comes before what depends on it."""
