@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mnist_dist.config import StoreConfig, require
+from mnist_dist.score_config import TtaView
 from mnist_dist.store.uris import absolute, join
 
 LABEL_COLUMN = "label"
@@ -45,6 +46,8 @@ class EvaluateJob:
     bundle: str | None = None
     """Bundle that scores `input`, or that made the table and names the classes. None: the bundle recorded in the table
     if it still exists, or else the predicted classes."""
+    tta: tuple[TtaView, ...] = ()
+    """Test-time augmentation of `input`: the mean over several views of each image, as in scoring."""
     top: int = 24
     """Images to show of each kind: the most confident mistakes, the least confident hits, and changed predictions."""
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -59,6 +62,7 @@ class EvaluateJob:
             input=self.input,
         )
         require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
+        require(bool(self.input) or not self.tta, "tta needs input: a table is evaluated as it is", tta=self.tta)
         require(bool(self.label_column), "label_column must be a column name", label_column=self.label_column)
         require(bool(self.uri_column), "uri_column must be a column name", uri_column=self.uri_column)
         require(

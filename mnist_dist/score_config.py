@@ -24,6 +24,7 @@ from mnist_dist.config import (
 from mnist_dist.urls import shown_values
 
 TableFormat = Literal["parquet", "delta"]
+TtaView = Literal["flip", "shift"]
 MAX_ROWS_PER_FILE = 1_000_000
 """The driver holds uri, size, etag, status and error of a file's rows in memory at once."""
 
@@ -138,6 +139,10 @@ class EngineConfig:
     """Takes the precision that is asked for by name if it loses at most so many points of accuracy on the bundle's
     calibration images. Where these have no labels, or there are none, or for several labels per image: if it differs in
     the predicted classes of at most this percentage of the images. None: up to 1 point and 2 % of top classes."""
+    tta: tuple[TtaView, ...] = ()
+    """Test-time augmentation: the mean over several views of each image. flip: mirrored left to right as well, twice
+    the model's work. shift: moved by 1/28 of the image up, down, left and right as well, five times the work. Empty:
+    the image alone."""
 
     def __post_init__(self) -> None:
         points = self.accept_accuracy_loss
@@ -282,7 +287,8 @@ class ScoreJob:
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))
         del values["table"]["threshold"]  # The values count, not where they stand.
         del values["decoding"]["decode_memory"]  # A resource: a resumed job may run on a smaller machine.
-        return {name: values[name] for name in ("inputs", "table", "decoding")}
+        of_table = {name: values[name] for name in ("inputs", "table", "decoding")}
+        return {**of_table, "tta": {"views": sorted(self.engine.tta)}}  # Existing rows say by which engine.
 
     @classmethod
     def completed(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

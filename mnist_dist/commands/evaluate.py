@@ -5,7 +5,7 @@ from typing import Any
 
 from mnist_dist import command_line, console
 from mnist_dist.evaluate_config import EvaluateJob
-from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
+from mnist_dist.score_config import EngineConfig, InputConfig, ScoreJob, ScoreRunConfig
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
@@ -42,5 +42,12 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
     carry = (job.label_column,) if has_labels else ()
     inputs = InputConfig(input=job.input, carry=carry, image_column=job.image_column, uri_column=uri_column)
     run = ScoreRunConfig(verbose=job.verbose)
-    scoring = ScoreJob(bundle=str(job.bundle), inputs=inputs, output=job.table_uri, store=job.store, run=run)
+    scoring = ScoreJob(
+        bundle=str(job.bundle),
+        inputs=inputs,
+        output=job.table_uri,
+        engine=EngineConfig(tta=job.tta),
+        store=job.store,
+        run=run,
+    )
     score(scoring, console=shown)

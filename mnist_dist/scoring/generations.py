@@ -42,7 +42,7 @@ from mnist_dist.config import EngineName, EnginePrecision, Geometry
 from mnist_dist.engines.conversion import Check
 from mnist_dist.errors import DataError, LockLost, MnistDistError
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.score_config import TableFormat
+from mnist_dist.score_config import TableFormat, TtaView
 from mnist_dist.scoring.predictions import (
     DELTA,
     FAILED,
@@ -133,6 +133,8 @@ class Description:
     """Whether each class has a probability of its own."""
     thresholds: Mapping[str, float] = field(default_factory=dict)
     """Class -> the probability from which it is one of the `predicted_classes`; empty unless `multi_label`."""
+    tta: tuple[TtaView, ...] = ()
+    """Test-time augmentation: the views of each image beside itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

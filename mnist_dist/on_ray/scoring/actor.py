@@ -17,11 +17,12 @@ from mnist_dist.config import DecodeConfig
 from mnist_dist.data.decoding import Collector, DecodePool, Threads, Times
 from mnist_dist.data.markers import Attempt
 from mnist_dist.engines.choice import EngineChoice, open_engine
+from mnist_dist.engines.views import with_views
 from mnist_dist.errors import ImageError, WorkersFailed
 from mnist_dist.images.decoder import Decoded
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import load_bundle
-from mnist_dist.score_config import TableConfig
+from mnist_dist.score_config import TableConfig, TtaView
 from mnist_dist.scoring.generations import Generation
 from mnist_dist.scoring.manifest import Manifest
 from mnist_dist.scoring.predictions import Outcomes, prediction_rows
@@ -55,6 +56,7 @@ class ScoreTask:
     batch_size: int
     cpus: int
     """Cores per actor."""
+    tta: tuple[TtaView, ...] = ()
     gpu: bool = False
     """The actor has a GPU."""
 
@@ -84,7 +86,7 @@ class ScoringWorker:
         if bundle.info.model_id != task.model_id:
             raise WorkersFailed(f"the bundle was replaced while the job ran. Received: {task.bundle!r}")
         self._class_names = bundle.info.class_names
-        engine = open_engine(
+        opened = open_engine(
             task.engine,
             bundle,
             batch_size=task.batch_size,
@@ -94,6 +96,7 @@ class ScoringWorker:
         )
         if is_remote(task.bundle):
             shutil.rmtree(bundle.path)  # the local copy: a process that is killed later would leave it behind
+        engine = with_views(opened, task.tta)
         threads = Threads(decoding=task.cpus)
         self._scorer = Scorer(engine, spec=spec, decoding=task.decoding, threads=threads, store=task.store)
         self._suspects: set[int] = set()

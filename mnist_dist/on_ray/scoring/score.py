@@ -25,6 +25,7 @@ from mnist_dist.console import Console
 from mnist_dist.data.decoding import Times
 from mnist_dist.engines.choice import EngineChoice, own_engine, packages_of
 from mnist_dist.engines.conversion import versions_of
+from mnist_dist.engines.views import views_of
 from mnist_dist.environment import KERAS_BACKEND, KERAS_BACKENDS
 from mnist_dist.errors import DataError, ResumeConflict, TooManyBadImages
 from mnist_dist.images.spec import ImageSpec
@@ -512,6 +513,7 @@ class Scoring:
             store=store_for(self.job.store),
             batch_size=self.job.run.batch_size,
             cpus=max(1, int(actors.cpus)),
+            tta=self.job.engine.tta,
             gpu=actors.gpus > 0,
         )
 
@@ -533,6 +535,9 @@ class Scoring:
         agreement = _fast_agreement(self.bundle) if self.job.decoding.decode_quality == "fast" else None
         if agreement:
             self.session.console.line(agreement)
+        if self.job.engine.tta:
+            views = len(views_of(self.job.engine.tta))
+            self.session.console.line(f"test-time augmentation: {views} views of each image, {views} times the work")
         task = self._task(generation, engine, actors, carried=carried)
         work = ShardWork(
             worker=ScoringWorker(task),
@@ -597,6 +602,7 @@ class Scoring:
             },
             multi_label=self.job.table.is_multi_label,
             thresholds=self.job.table.thresholds,
+            tta=self.job.engine.tta,
         )
 
     def _check(self, generation: Generation) -> None:
