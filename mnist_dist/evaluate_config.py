@@ -46,6 +46,9 @@ class EvaluateJob:
     bundle: str | None = None
     """Bundle that scores `input`, or that made the table and names the classes. None: the bundle recorded in the table
     if it still exists, or else the predicted classes."""
+    threshold: float | str | None = None
+    """Multi-label bundle and `input`: the probability from which a class is predicted, as in scoring: a number, or a
+    file with one per class. None: 0.5."""
     tta: tuple[TtaView, ...] = ()
     """Test-time augmentation of `input`: the mean over several views of each image, as in scoring."""
     top: int = 24
@@ -63,6 +66,11 @@ class EvaluateJob:
         )
         require(not self.input or self.bundle is not None, "input needs a bundle", bundle=self.bundle)
         require(bool(self.input) or not self.tta, "tta needs input: a table is evaluated as it is", tta=self.tta)
+        require(
+            bool(self.input) or self.threshold is None,
+            "threshold needs input: a table is evaluated with the threshold that it was made with",
+            threshold=self.threshold,
+        )
         require(bool(self.label_column), "label_column must be a column name", label_column=self.label_column)
         require(bool(self.uri_column), "uri_column must be a column name", uri_column=self.uri_column)
         require(

@@ -11,10 +11,12 @@ import pytest
 from harness import ROOT, Recorder, run_command
 from scored import one_hot, scored_rows, write_bundle_info, write_mark, write_scored
 
+from mnist_dist.commands import evaluate as evaluate_command
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.evaluation.metrics import Metrics
+from mnist_dist.score_config import ScoreJob
 from mnist_dist.scoring.predictions import MARK, Mark, table_uri
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -167,11 +169,25 @@ def test_a_table_that_is_not_finished_is_refused(table: str) -> None:
             "predictions must be a folder or a bucket prefix, or input must name images. Received: predictions=''",
         ),
         ({"label_column": ""}, "label_column must be a column name. Received: label_column=''"),
+        ({"tta": ("flip",)}, "tta needs input: a table is evaluated as it is"),
+        ({"threshold": 0.3}, "threshold needs input: a table is evaluated with the threshold that it was made with"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EvaluateJob(**{"predictions": "t", **fields})
+
+
+def test_images_are_scored_first_with_the_settings_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = list[ScoreJob]()
+    monkeypatch.setattr("mnist_dist.on_ray.scoring.score.score", lambda job, **_: jobs.append(job))
+    job = EvaluateJob(bundle="b", input=("digits",), output="o", tta=("shift",), threshold=0.3)
+
+    evaluate_command._score(job, Recorder())
+
+    (scored,) = jobs
+    assert (scored.bundle, scored.inputs.input) == ("b", ("digits",))
+    assert (scored.engine.tta, scored.table.threshold) == (("shift",), 0.3)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

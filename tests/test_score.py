@@ -37,6 +37,7 @@ from mnist_dist import load_bundle
 from mnist_dist.config import DecodeConfig, FeatureType
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice
+from mnist_dist.engines.views import views_of
 from mnist_dist.errors import (
     BundleError,
     ConfigError,
@@ -50,6 +51,7 @@ from mnist_dist.errors import (
 )
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import evaluate
+from mnist_dist.images.decoder import decode_image
 from mnist_dist.keywords import fields_of
 from mnist_dist.models.bundle import Bundle
 from mnist_dist.on_ray.actors import Actors
@@ -606,10 +608,25 @@ def test_other_settings_are_refused_with_the_difference(table: ScoreJob, other_b
         score(replace(table, bundle=str(other_bundle)), console=Recorder())
     with pytest.raises(ResumeConflict, match=r"table.top_k: 2 now, 0 in the run"):
         score(replace(table, table=TableConfig(top_k=2), mode="incremental"), console=Recorder())
+    with pytest.raises(ResumeConflict, match=r"tta.views: \['flip'\] now, \[\] in the run"):
+        score(replace(table, engine=EngineConfig(tta=("flip",))), console=Recorder())
     narrower = replace(table, inputs=InputConfig(input=(str(photos / "deep"),)))
     with pytest.raises(ResumeConflict, match=r"inputs.input: \['.*deep'\] now"):
         score(narrower, console=Recorder())
     assert without_time(rows_of(table.output)) == before
+
+
+def test_rows_are_the_means_of_the_views(table: ScoreJob, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    job = replace(table, output=str(tmp_path / "views"), engine=EngineConfig(engine="keras", tta=("flip", "shift")))
+    console = Recorder()
+    score(job, console=console)
+    assert "test-time augmentation: 10 views of each image, 10 times the work" in console.lines
+
+    rows, opened = rows_of(job.output), load_bundle(str(bundle))
+    for path in (path for path in photos.rglob("*.*") if path.name not in BROKEN):
+        pixels = decode_image(path.read_bytes(), opened.info.spec).pixels[None]
+        expected = np.mean([opened.model(view(pixels)) for view in views_of(("flip", "shift"))], axis=(0, 1))
+        np.testing.assert_allclose(rows[str(path)]["probabilities"], expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

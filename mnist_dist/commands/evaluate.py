@@ -5,7 +5,7 @@ from typing import Any
 
 from mnist_dist import command_line, console
 from mnist_dist.evaluate_config import EvaluateJob
-from mnist_dist.score_config import EngineConfig, InputConfig, ScoreJob, ScoreRunConfig
+from mnist_dist.score_config import EngineConfig, InputConfig, ScoreJob, ScoreRunConfig, TableConfig
 
 
 def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def _score(job: EvaluateJob, shown: console.Console) -> None:
         bundle=str(job.bundle),
         inputs=inputs,
         output=job.table_uri,
+        table=TableConfig(threshold=job.threshold),
         engine=EngineConfig(tta=job.tta),
         store=job.store,
         run=run,
