@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -42,6 +43,14 @@ def pinned(package: str) -> str:
 
 
 IMAGES = {f"rayproject/ray:{pinned('ray')}-py311-{platform}" for platform in ("cpu", "gpu")}
+
+
+def test_the_dockerfile_is_clean_and_copies_what_the_package_is_built_of() -> None:
+    """It was never built by a test: that takes a daemon."""
+    done = subprocess.run(["hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name for line in copied for name in line.split()} == TRAVELS
 
 
 def cluster_file() -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""The pages: the README's length and figures, and that what the pages name exists."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mnist_dist.commands import JOBS
+from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_WORDS, MAX_FIGURES = 900, 5
+LINK = re.compile(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
+
+
+def words_of(page: str) -> list[str]:
+    """Without code blocks and HTML tags."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", "", text).split()
+
+
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short_and_begins_with_a_picture() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(words_of(readme)) <= MAX_WORDS
+    assert any("<img" in line for line in readme.splitlines()[:9])
+
+
+def test_the_figures_of_the_readme_are_those_of_the_performance_page() -> None:
+    readme, performance = (ROOT / "README.md").read_text(), (ROOT / "docs" / "performance.md").read_text()
+    module = figures()
+    assert module.with_figures(readme, performance) == readme, "python docs/figures.py"
+    assert 1 <= len(module.FIGURE.findall(readme)) <= MAX_FIGURES
+    (first, *_) = module.FIGURE.findall(readme)
+    assert module.with_figures(readme.replace(f"{first[0]}{first[2]}", f"{first[0]}0.0"), performance) == readme
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in (match[1] or match[2] for match in LINK.finditer(page.read_text())):
+        if re.match(r"https?:|#", link):
+            continue
+        path, _, anchor = link.partition("#")
+        assert (page.parent / path).exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_jobs_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for job in set(re.findall(r"python -m jobs\.([a-z_]+)", text)):
+        assert (ROOT / "jobs" / f"{job}.py").exists(), job
+    for job in set(re.findall(r"^mnist-dist ([a-z]+)", text, re.MULTILINE)):
+        assert job in JOBS, job
+
+
+def test_every_recipe_is_described() -> None:
+    training, search = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "search"))
+    assert {name for name in TRAINING_RECIPES if f"`{name}" not in training} == set()
+    assert {name for name in SEARCH_RECIPES if f"`{name}`" not in search} == set()
