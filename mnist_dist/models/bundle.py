@@ -36,7 +36,7 @@ from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError, StorageError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.models.history import HISTORY_FILE, Epoch, history_csv
 from mnist_dist.models.inputs import Image, input_pixels
 from mnist_dist.models.native_log import starting_quietly
 from mnist_dist.models.onnx_file import (
@@ -67,7 +67,6 @@ NETWORK_LAYER = "network"
 """In an imported `model.keras`, the layer with the foreign model; its second output, if there is one, are the features,
 which a layer of its own named `features` passes on. A layer `probabilities` may follow."""
 NO_FEATURES = "this imported model gives no features: import it again with --features-node"
-HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
 FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle

@@ -22,7 +22,7 @@ from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import ONNX_FILE
 from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
-from mnist_dist.models.history import Epoch
+from mnist_dist.models.history import HISTORY_FILE, Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
@@ -167,7 +167,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
 
 def _log_files(task: WorkerTask) -> LogFiles:
     tensorboard = Path(task.run) / "tensorboard" if task.job.fit.tensorboard else None
-    return LogFiles(history=join(task.run, "history.csv"), check=task.fence.check, tensorboard=tensorboard)
+    return LogFiles(history=join(task.run, HISTORY_FILE), check=task.fence.check, tensorboard=tensorboard)
 
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
