@@ -146,7 +146,7 @@ class WandbTracker:
         return max(0, self._run.starting_step - 1)
 
     def epoch(self, epoch: Epoch) -> None:
-        self._run.log(asdict(epoch), step=epoch.epoch)
+        self._run.log(asdict(epoch), step=epoch.epoch, commit=True)  # Otherwise it waits for the next epoch.
 
     def end(self, end: End) -> None:
         bundle = {} if end.bundle is None else {"bundle": end.bundle}

@@ -87,8 +87,7 @@ class Tracking:
     ) -> None:
         self._session = session
         self._followers = [_Follower(name, table[name](), job=job, session=session) for name in names]
-        self._metrics: Mapping[str, Any] | None = None
-        self._bundle: str | None = None
+        self._is_closed = False
 
     def __enter__(self) -> "Tracking":
         for follower in self._followers:
@@ -96,13 +95,19 @@ class Tracking:
         return self
 
     def finish(self, metrics: Mapping[str, Any], *, bundle: str | None) -> None:
-        """Tells how the run finished. A block that is left without this call did not finish it."""
-        self._metrics, self._bundle = metrics, bundle
+        """Logs how the run finished. A block that is left without this call did not finish it.
+
+        Args:
+            metrics: of the finished run, of which the figures of the model are logged.
+            bundle: URI of its bundle; None: it has none yet.
+        """
+        final = {name: float(value) for name, value in metrics.items() if value is not None and _is_final(name)}
+        self._close(End(status="finished", metrics=final, bundle=bundle))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        end = self._end(kind)
-        for follower in self._followers:
-            follower.close(end)
+        if not self._is_closed:
+            was_asked = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+            self._close(End(status="stopped" if was_asked else "failed"))
         began = time.monotonic()
         for follower in self._followers:
             while not follower.thread.ended(0.1):
@@ -110,16 +115,14 @@ class Tracking:
                     self._session.console.line(f"{follower.name} hangs: what it has of this run may be incomplete")
                     break
 
+    def _close(self, end: End) -> None:
+        self._is_closed = True
+        for follower in self._followers:
+            follower.close(end)
+
     @property
     def _patience_s(self) -> float:
         return PATIENCE_S if self._session.stop.signal_number is None else HURRIED_S
-
-    def _end(self, kind: type[BaseException] | None) -> End:
-        if self._metrics is None:
-            was_asked = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
-            return End(status="stopped" if was_asked else "failed")
-        final = {name: float(value) for name, value in self._metrics.items() if value is not None and _is_final(name)}
-        return End(status="finished", metrics=final, bundle=self._bundle)
 
 
 class _Follower:
