@@ -85,7 +85,7 @@ def track_until(error: Exception, run: Run, session: Session, notebook: Notebook
 
 
 def tracking_of(run: Run, session: Session, *, job: TrainJob = JOB, **notebooks: Notebook) -> Tracking:
-    names: list[TrackerName] = [name for name in ("mlflow", "wandb") if name in notebooks]  # type: ignore[misc]
+    names: list[TrackerName] = [name for name in ("mlflow", "wandb") if name in notebooks]
     table = {name: lambda notebook=notebooks[name]: notebook for name in names}
     return Tracking(tracked_job(job, run, recipe="r", name="n"), names, session, table=table)
 
