@@ -143,7 +143,7 @@ class WandbTracker:
             reinit="create_new",  # Finalists of a search are runs beside each other.
             settings=settings,
         )
-        return max(0, self._run.starting_step - 1)
+        return max(0, int(self._run.starting_step) - 1)
 
     def epoch(self, epoch: Epoch) -> None:
         self._run.log(asdict(epoch), step=epoch.epoch, commit=True)  # Otherwise it waits for the next epoch.
