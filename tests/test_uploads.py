@@ -24,12 +24,16 @@ def test_the_next_checkpoint_waits_for_the_one_in_flight(tmp_path: Path) -> None
         done.append((folder / "state.json").read_text())
         return f"{name} uploaded"
 
+    def wait_and_look() -> list[str]:
+        uploads.wait()
+        return list(done)
+
     uploads = Uploads(upload)
     uploads.wait()
     with ThreadPoolExecutor(2) as threads:
         uploads.begin()
         first = threads.submit(uploads.run, a_checkpoint(tmp_path, "one"), "one")
-        second = threads.submit(lambda: (uploads.wait(), list(done))[1])
+        second = threads.submit(wait_and_look)
         assert not second.done()
         let_go.set()
         assert second.result() == ["one"]
