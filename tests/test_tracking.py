@@ -16,6 +16,7 @@ from mnist_dist.config import FitConfig, RunConfig, TrackerName, TrainJob
 from mnist_dist.errors import ConfigError, Interrupted, LockLost
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.on_ray.training.train import check_ready
 from mnist_dist.session import Session, locked_session
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
@@ -184,7 +185,7 @@ def test_a_tracker_that_hangs_is_left_alone(
     with ExitStack() as cleanup:
         cleanup.callback(let_go.set)
         track(run, session, Notebook(at=1, then=let_go.wait), epochs=1)
-        assert console.lines == ["mlflow hangs: what it has of this run may be incomplete"]
+        assert console.lines == ["mlflow does not answer: what it has of this run may be incomplete"]
 
 
 def test_a_driver_that_lost_its_lock_logs_nothing_more(run: Run, session: Session, console: Recorder) -> None:
@@ -200,6 +201,13 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch: p
     check_trackers(["mlflow"])
     with pytest.raises(ConfigError, match=r"not installed: pip install 'mnist_dist\[wandb\]'. Received: 'wandb'"):
         check_trackers(["mlflow", "wandb"])
+
+
+def test_a_job_with_a_tracker_that_is_not_installed_ends_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mnist_dist\[wandb\]'") as caught:
+        check_ready([], run=RunConfig(tracker=("wandb",)), console=Recorder())
+    assert caught.value.exit_code == 2
 
 
 def test_tracking_changes_nothing_that_decides_the_result() -> None:

@@ -112,7 +112,9 @@ class Tracking:
         for follower in self._followers:
             while not follower.thread.ended(0.1):
                 if time.monotonic() - began > self._patience_s:
-                    self._session.console.line(f"{follower.name} hangs: what it has of this run may be incomplete")
+                    self._session.console.line(
+                        f"{follower.name} does not answer: what it has of this run may be incomplete"
+                    )
                     break
 
     def _close(self, end: End) -> None:
