@@ -30,6 +30,7 @@ DecodeQuality = Literal["fast", "exact"]
 Activation = Literal["softmax", "sigmoid", "none"]
 EngineName = Literal["keras", "openvino", "onnx"]
 EnginePrecision = Literal["float32", "bfloat16", "int8"]
+TrackerName = Literal["mlflow", "wandb"]
 Value = TypeVar("Value")
 LOCK_WAIT_S = 90.0
 """Longer than the 60 s of silence after which a lock is taken over, to allow for polling and clock differences."""
@@ -446,10 +447,17 @@ class SharedRunConfig:
     wait_for_nodes_s: float = 0.0
     """How long to wait for an autoscaling cluster to provide the requested resources, s (if none are requested: one
     process with 1 CPU and no GPU). 0: use what is there."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Log each epoch to `mlflow`, `wandb` (Weights & Biases) or both. Their own environment variables name the server
+    and the account, in the process of this command alone. Empty: neither."""
+    tracker_project: str = "mnist_dist"
+    """Name of the experiment (MLflow) or project (W&B) that the run is logged to."""
     verbose: bool = False
     """Show the output of Ray and TensorFlow."""
 
     def __post_init__(self) -> None:
+        require(len(set(self.tracker)) == len(self.tracker), "tracker must not repeat a name", tracker=self.tracker)
+        require(bool(self.tracker_project), "tracker_project must be a name", tracker_project=self.tracker_project)
         require(self.workers is None or self.workers >= 1, "workers must be at least 1", workers=self.workers)
         require(self.gpus_per_worker >= 1, "gpus_per_worker must be at least 1", gpus_per_worker=self.gpus_per_worker)
         cpus = self.cpus_per_worker

@@ -69,7 +69,12 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_calibration_images_can_be_left_out(tmp_path: Path) -> None:
     write(tmp_path / "bundle", calibration=None)
 
-    assert sorted(f.name for f in (tmp_path / "bundle").iterdir()) == ["bundle.json", "history.csv", "model.keras"]
+    assert sorted(f.name for f in (tmp_path / "bundle").iterdir()) == [
+        "MLmodel",
+        "bundle.json",
+        "history.csv",
+        "model.keras",
+    ]
 
 
 def test_a_prediction_names_the_class(bundle_path: Path) -> None:

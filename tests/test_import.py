@@ -150,7 +150,12 @@ def test_a_killed_import_leaves_nothing_and_the_same_command_makes_the_bundle(tm
 
     assert code == 0, said
     assert mnist_dist.load_bundle(tmp_path / "bundle").info.model_id == result["model_id"]
-    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"model.onnx", "bundle.json", IMPORT_FILE}
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} == {
+        "model.onnx",
+        "bundle.json",
+        "MLmodel",
+        IMPORT_FILE,
+    }
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import botocore.session
 import jsonschema  # type: ignore[import-untyped]  # no stubs
 import pytest
-import yaml  # type: ignore[import-untyped]  # no stubs
+import yaml
 from botocore.validate import ParamValidator
 from harness import ROOT
 from ray._private.runtime_env.packaging import create_package, get_uri_for_directory

@@ -39,7 +39,7 @@ def test_an_onnx_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert "keras" not in info.versions
     assert opened.model_path.read_bytes() == file.read_bytes()
     names = sorted(path.name for path in opened.path.iterdir())
-    assert names == ["bundle.json", "import.json", "model.onnx"]
+    assert names == ["MLmodel", "bundle.json", "import.json", "model.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "made.onnx"]
 
 

@@ -18,8 +18,10 @@ from PIL import Image
 from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, KerasBackend
 from mnist_dist.errors import Interrupted, ResourceError, ResumeConflict, StorageError, WorkersFailed
+from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.search.search import search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.training.trackers import TRACKERS, End, TrackedRun
 from mnist_dist.tuning.leaderboard import SCHEMA
 from mnist_dist.tuning.trials import Trial, TrialRecords
 
@@ -257,6 +259,52 @@ def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
         search(small_search(tmp_path / "file"), recipe="test", console=Recorder())
+
+
+class Told:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.name, self.epochs, self.ends = "", list[int](), list[End]()
+
+    def begin(self, run: TrackedRun) -> int:
+        self.name = run.name
+        return 0
+
+    def epoch(self, epoch: Epoch) -> None:
+        self.epochs.append(epoch.epoch)
+
+    def end(self, end: End) -> None:
+        self.ends.append(end)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cpus")
+def test_each_finalist_is_tracked_and_the_winner_again_with_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[Told]()
+
+    def new() -> Told:
+        told.append(Told())
+        return told[-1]
+
+    monkeypatch.setitem(TRACKERS, "mlflow", new)
+    monkeypatch.setattr("mnist_dist.on_ray.training.train.check_trackers", lambda names: None)
+    run = {"tracker": ("mlflow",), "workers": 1, "cpus_per_worker": 1}
+    job = small_search(tmp_path, run=run, algorithm="random", trials=2, finalists=2)
+    result = search(with_rates(job, 1e-3, 1e-2), recipe="test", console=Recorder())
+
+    *finalists, winner = told
+    best = result["best"]
+    assert {each.name for each in finalists} == {"run-finalist-0", "run-finalist-1"}
+    assert [each.epochs for each in told] == [[1, 2], [1, 2], []]
+    assert all(set(end.metrics) >= {"validation_accuracy"} for each in finalists for end in each.ends)
+    assert not any("test_accuracy" in end.metrics for each in finalists for end in each.ends)
+    assert winner.name == f"run-finalist-{best['trial']}"
+    (end,) = winner.ends
+    assert (end.status, end.metrics["test_accuracy"]) == ("finished", best["test_accuracy"])
+    assert (end.bundle or "").endswith(f"finalists/{best['trial']:06d}/bundle")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
+import ray
 from harness import Command, Recorder, private_ray, run_command
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
@@ -38,6 +41,7 @@ from mnist_dist.errors import (
     ConfigError,
     ResourceError,
     ResumeConflict,
+    ServiceError,
     StorageError,
     TooManyBadImages,
     TrainingDiverged,
@@ -46,6 +50,8 @@ from mnist_dist.errors import (
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.on_ray.data.prepare import list_data
 from mnist_dist.on_ray.data.records import decode_missing
+from mnist_dist.on_ray.training import attempt
+from mnist_dist.on_ray.training.backend import start_worker
 from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
 from mnist_dist.sources.source import open_source
@@ -254,6 +260,73 @@ def test_workers_that_die_too_often_end_the_job(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="worker") as caught:
         train(replace(job, run=replace(job.run, max_failures=0)), recipe="test", console=console)
     assert type(caught.value).__name__ == "WorkersFailed"
+    assert Run(str(tmp_path / "run")).result() is None
+
+
+def loop_that_uploads_by(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[dict[str, Any]], Any]:
+    """Ray Train's loop with another way to upload checkpoints, which is made of the usual one."""
+
+    def loop(config: dict[str, Any]) -> Any:
+        start_worker(config["task"].backend)
+        from mnist_dist.on_ray.training import worker
+
+        worker._upload = make(worker._upload)
+        return worker.work(config["task"])
+
+    return loop
+
+
+def dying_once(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """Kills the worker once, when half of a checkpoint is uploaded; not the first one."""
+
+    def upload(run: str, storage: Any, folder: Path, name: str) -> Any:
+        mark = Path(run) / "died"
+        if not mark.exists() and any(Path(run).glob("attempt-*/checkpoint-*/state.json")):
+            half = Path(run) / storage.experiment_dir_name / name
+            half.mkdir()
+            shutil.copy(folder / "weights.npz", half)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return usual(run, storage, folder, name)
+
+    return upload
+
+
+def failing(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Fails whenever a checkpoint is uploaded."""
+
+    def upload(*_: object) -> Any:
+        raise ServiceError("the disk is full")
+
+    return upload
+
+
+@pytest.fixture
+def _by_value() -> Iterator[None]:
+    """Functions of this module travel to workers whole, which cannot import it."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.usefixtures("_by_value")
+def test_a_worker_killed_in_the_middle_of_an_upload_resumes_from_the_checkpoint_before(
+    tmp_path: Path, undisturbed: list[npt.NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_worker_loop", loop_that_uploads_by(dying_once))
+    result = train(shaken_job(tmp_path, "run"), recipe="test", console=Recorder())
+    assert (tmp_path / "run" / "died").exists()
+    assert result["epochs"] == SHAKEN_EPOCHS
+    assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+
+
+@pytest.mark.usefixtures("_by_value")
+def test_an_upload_that_fails_ends_the_job_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "_worker_loop", loop_that_uploads_by(failing))
+    job = small_job(tmp_path)
+    with pytest.raises(ServiceError, match="the disk is full"):
+        train(replace(job, run=replace(job.run, max_failures=0)), recipe="test", console=Recorder())
+    assert Run(str(tmp_path / "run")).newest_checkpoint() is None
     assert Run(str(tmp_path / "run")).result() is None
 
 

@@ -2,6 +2,6 @@
 
 Modules: `backbones` (one literal table), `classifier` (uint8 pixels -> probabilities), `augmentation` (a function of
 images and random numbers, never saved), `rand_augment` (RandAugment's operations), `mixing` (mixup and CutMix),
-`bundle` (a finished model as a folder), `history` (the epochs of a training run). Nothing here depends on Ray or calls
-TensorFlow directly: the models use `keras` and `keras.ops`.
+`bundle` (a finished model as a folder), `mlmodel` (its file for MLflow), `history` (the epochs of a training run).
+Nothing here depends on Ray or calls TensorFlow directly: the models use `keras` and `keras.ops`.
 """

@@ -1,8 +1,9 @@
 """A finished model as a folder, and predictions with it.
 
-Owns: the folder's files (`model.keras` or `model.onnx`, `bundle.json`, `history.csv`, `calibration.parquet`), how they
-are written, what is checked when a bundle is opened, and predictions for single images. Does not own: the graph inside
-`model.keras` (`classifier`), what is required of `model.onnx` (`onnx_file`), or scoring at scale.
+Owns: the folder's files (`model.keras` or `model.onnx`, `bundle.json`, `MLmodel`, `history.csv`,
+`calibration.parquet`), how they are written, what is checked when a bundle is opened, and predictions for single
+images. Does not own: the graph inside `model.keras` (`classifier`), what is required of `model.onnx` (`onnx_file`), the
+content of `MLmodel` (`mlmodel`), or scoring at scale.
 
 Contract: the folder is written under a temporary name and renamed when it is complete; `bundle.json` is written last,
 so a folder without it is unfinished. A finished bundle is never overwritten. Its model id is the sha256 of the model
@@ -36,13 +37,16 @@ from mnist_dist.config import DEFAULT_THRESHOLD, Activation
 from mnist_dist.errors import BundleError, ConfigError, DataError, StorageError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.models.history import HISTORY_FILE, Epoch, history_csv
 from mnist_dist.models.inputs import Image, input_pixels
+from mnist_dist.models.mlmodel import MLMODEL_FILE, Described, mlmodel
 from mnist_dist.models.native_log import starting_quietly
 from mnist_dist.models.onnx_file import (
     FEATURES,
+    IMAGE,
     PROBABILITIES,
     Declared,
+    Tensor,
     check_onnx,
     declared,
     open_session,
@@ -67,7 +71,6 @@ NETWORK_LAYER = "network"
 """In an imported `model.keras`, the layer with the foreign model; its second output, if there is one, are the features,
 which a layer of its own named `features` passes on. A layer `probabilities` may follow."""
 NO_FEATURES = "this imported model gives no features: import it again with --features-node"
-HISTORY_FILE = "history.csv"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
 FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle
@@ -396,12 +399,30 @@ def _new_folder(path: Path, files: Mapping[str, bytes], calibration: "pa.Table |
 
 
 def _write_info(folder: Path, info: BundleInfo, packages: Sequence[str]) -> BundleInfo:
-    """Writes `bundle.json`, and returns its content."""
+    """Writes `MLmodel` and `bundle.json`, and returns the latter's content."""
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     model_id = _sha256(folder / info.model_file)
     info = replace(info, model_id=model_id, versions=_versions(packages), created_at=created_at)
+    (folder / MLMODEL_FILE).write_bytes(mlmodel(_described(info, folder / info.model_file)))
     (folder / BUNDLE_FILE).write_bytes(documents.encode(info))
     return info
+
+
+def _described(info: BundleInfo, model_file: Path) -> Described:
+    """What MLflow is told of the model."""
+    pixels = Tensor(name=IMAGE, dtype="uint8", shape=(None, *info.spec.shape))
+    output = (PROBABILITIES, len(info.class_names)) if info.class_names else (FEATURES, None)
+    probabilities = Tensor(name=output[0], dtype="float32", shape=(None, output[1]))
+    is_onnx = info.model_file == ONNX_FILE
+    return Described(
+        model_file=info.model_file,
+        model_id=info.model_id,
+        created_at=info.created_at,
+        versions=info.versions,
+        size_bytes=model_file.stat().st_size,
+        class_names=info.class_names,
+        declared=declared(model_file) if is_onnx else Declared(inputs=(pixels,), outputs=(probabilities,)),
+    )
 
 
 def load_bundle(uri: str | os.PathLike[str], *, store: Store = ANYWHERE) -> Bundle:
@@ -541,7 +562,7 @@ def _keras_features(file: Path) -> int:
 def _check_free(path: Path, *, leftovers: Iterable[str]) -> None:
     if (path / BUNDLE_FILE).exists():
         raise BundleError(f"a finished bundle is never overwritten. Received: {str(path)!r}")
-    known = {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, *leftovers}
+    known = {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE, *leftovers}
     unknown = sorted({entry.name for entry in path.glob("*")} - known)
     if unknown or path.is_file():
         raise BundleError(f"the folder of a bundle must be new or empty. Received: {str(path)!r}, with {unknown}")

@@ -5,6 +5,7 @@ run-000017.json    recipe, settings and data fingerprint: written first, compare
 attempt-000017/    checkpoints of one attempt (checkpoint-000000123/..., each complete once it has state.json)
 lock/000017        see `store/lock.py`
 history.csv        one line per epoch so far
+tracked-mlflow.json  what MLflow was told, see `tracking.py`
 bundle/            the model
 result.json        written last
 ```
@@ -35,6 +36,7 @@ from mnist_dist.inventory import (
     is_search,
     state_of,
 )
+from mnist_dist.models.history import HISTORY_FILE, Epoch, read_history
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
@@ -85,7 +87,20 @@ class Run:
         for name, number in facts_names(self._names()).items():
             if number < fence:
                 self.store.delete(join(self.uri, name))
+        self.store.delete(join(self.uri, HISTORY_FILE))  # of a run that saved no checkpoint
         return True
+
+    def history(self) -> list[Epoch]:
+        """The epochs so far.
+
+        Raises:
+            DataError: `history.csv` is damaged.
+        """
+        uri = join(self.uri, HISTORY_FILE)
+        try:
+            return read_history(self.store.read_bytes(uri), uri=uri)
+        except FileNotFoundError:
+            return []
 
     def max_number(self) -> int:
         """The highest number in any name here; 0: there is none."""
@@ -215,9 +230,9 @@ def run_row(folder: Folder) -> InventoryRow | None:
 
 def _read_history(folder: Folder) -> list[dict[str, str]]:
     """The epochs so far."""
-    if "history.csv" not in folder.files:
+    if HISTORY_FILE not in folder.files:
         return []
-    return list(csv.DictReader(folder.store.read_bytes(join(folder.uri, "history.csv")).decode().splitlines()))
+    return list(csv.DictReader(folder.store.read_bytes(join(folder.uri, HISTORY_FILE)).decode().splitlines()))
 
 
 def _epochs_planned(facts: RunFacts | None) -> int | None:

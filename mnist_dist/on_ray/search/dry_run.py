@@ -68,7 +68,8 @@ def _in_small(job: SearchJob, scratch: str) -> tuple[SearchJob, int]:
     training_fraction = 1 - job.data.validation_fraction - job.data.test_fraction
     most = max(DRY_RUN_IMAGES, math.ceil(2 * images / training_fraction))
     data = replace(job.data, limit=min(job.data.limit or most, most))
-    return replace(small, data=data, run=replace(job.run, storage=scratch, name="dry-run", dry_run=False)), images
+    run = replace(job.run, storage=scratch, name="dry-run", dry_run=False, tracker=())
+    return replace(small, data=data, run=run), images
 
 
 def _few(decoded: DecodedData, data: DataConfig, *, console: Console, images: int) -> Splits:

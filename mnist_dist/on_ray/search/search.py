@@ -52,6 +52,7 @@ from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
+from mnist_dist.training.tracking import Tracking, tracked_job
 from mnist_dist.tuning.budget import SpentTime, choose_finalists, finalists_s
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
 from mnist_dist.tuning.space import (
@@ -521,7 +522,8 @@ class Search:
             if name is not None:
                 self._compute_features(data.features[name], name, self.session, resources=resources)
         waiting, running = list(remaining), dict[Any, tuple[Trial, Any]]()
-        with self.console.view("finalists") as view:
+        tracked = dict[int, Tracking]()
+        with self.console.view("finalists") as view, ExitStack() as trackings:
 
             def ended(timeout_s: float) -> bool:
                 while waiting and len(running) < room:
@@ -532,8 +534,10 @@ class Search:
                         data, trial, per_finalist=per_finalist, board=board, validated_only=validated_only
                     )
                     running[start_finalist(task)] = (trial, board)
+                    tracked[trial.number] = trackings.enter_context(self._tracking(task, trial))
                 for future in ray.wait(list(running), timeout=timeout_s)[0] if running else ():
-                    self._record_finalist(running.pop(future)[0], future)
+                    ended_trial = running.pop(future)[0]
+                    self._record_finalist(ended_trial, future, tracked[ended_trial.number])
                 return not (waiting or running)
 
             def show() -> None:
@@ -543,7 +547,7 @@ class Search:
                 view.update(summary=f"{len(running)} running, {len(waiting)} waiting{at}", rows=positions)
 
             self.session.watch(ended, show=show, on_signal=lambda: self._ask_to_stop(running, waiting))
-        self.session.stop.check()
+            self.session.stop.check()
         done = self._finalist_records.read()
         if not usable(done.values()):
             self._write_leaderboard(trials, speeds, done, winner=None)
@@ -564,7 +568,14 @@ class Search:
             for future in running:
                 ray.cancel(future, force=True)
 
-    def _record_finalist(self, trial: Trial, future: Any) -> None:
+    def _tracking(self, task: FinalistTask, trial: Trial) -> Tracking:
+        """Logs a finalist where the job says. This process does, since only it has the user's environment."""
+        run = Run(task.run)
+        name = f"{self.run.uri.rpartition('/')[2]}-finalist-{trial.number}"
+        job = tracked_job(task.job, run, recipe="finalist", name=name)
+        return Tracking(job, self.job.run.tracker, self.session)
+
+    def _record_finalist(self, trial: Trial, future: Any, tracking: Tracking) -> None:
         """Records the result of a finalist, unless a signal ended it."""
         try:
             metrics = ray.get(future)
@@ -587,6 +598,7 @@ class Search:
                 seconds=metrics["seconds"],
                 history=(),
             )
+            tracking.finish(metrics, bundle=None)
             self.console.line(
                 f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} "
                 f"({trial.val_accuracy:.4f} as a trial), loss {finalist.val_loss:.4f}"
@@ -632,7 +644,11 @@ class Search:
         """Resumes the winner's run, of which only the test and the bundle remain."""
         board = make_board()
         task = self.finalist_task(data, winner, per_finalist=per_finalist, board=board, validated_only=False)
-        wait_for([start_finalist(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S)
+        with self._tracking(task, winner) as tracking:
+            (metrics,) = wait_for(
+                [start_finalist(task)], self.session, title="testing the winner", expected_s=USUAL_TEST_S
+            )
+            tracking.finish(metrics, bundle=join(task.run, "bundle"))
 
     # --- results ---
 

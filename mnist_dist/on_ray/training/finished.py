@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from mnist_dist.data.records import Records
 from mnist_dist.errors import MnistDistError
-from mnist_dist.models.bundle import HISTORY_FILE, BundleInfo, Imported, load_bundle, write_bundle, write_model_bundle
+from mnist_dist.models.bundle import BundleInfo, Imported, load_bundle, write_bundle, write_model_bundle
 from mnist_dist.models.classifier import Classifier
-from mnist_dist.models.history import Epoch, history_csv
+from mnist_dist.models.history import HISTORY_FILE, Epoch, history_csv
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES, open_session, run_session
 from mnist_dist.models.onnx_head import Dense, join_head
 from mnist_dist.training.feature_engine import difference

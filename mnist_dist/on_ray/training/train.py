@@ -57,6 +57,8 @@ from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.planning import sizes_of
 from mnist_dist.training.runs import Run, attempt_name
+from mnist_dist.training.trackers import check_trackers
+from mnist_dist.training.tracking import Tracking, tracked_job
 
 log = logging.getLogger(__name__)
 
@@ -194,10 +196,11 @@ def check_ready(models: Iterable[ModelConfig], *, run: SharedRunConfig, console:
     each worker checks its own.
 
     Raises:
-        ConfigError: see `check_environment` and `check_backend`.
+        ConfigError: see `check_trackers`, `check_environment` and `check_backend`.
         WeightsError: see `check_published_weights`.
         Interrupted: a signal arrived while a cluster was asked.
     """
+    check_trackers(run.tracker)
     is_here = RAY_ADDRESS not in os.environ
     check_backend(run, here=is_here)
     check_environment(console, backends=KERAS_BACKENDS)
@@ -360,8 +363,16 @@ class Training:
                     features, self.session, actors=feature_actors(resources, backbone=job.model.backbone)
                 )
             self.prepared_s = time.monotonic() - began
-            metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
+            with self._tracking() as tracking:
+                metrics = self.train_on(splits, features, records=plan, fingerprint=decoded.fingerprint, mine=mine)
+                tracking.finish(metrics, bundle=self.run.bundle)
         return self._result(metrics, mine, bad=decoded.bad, splits=splits)
+
+    def _tracking(self) -> Tracking:
+        """Logs the run where the job says; a dry run or a plan nowhere."""
+        names = self.job.run.tracker if self.steps_limit is None else ()
+        name = self.run.uri.rpartition("/")[2]
+        return Tracking(tracked_job(self.job, self.run, recipe=self.recipe, name=name), names, self.session)
 
     def _fix_backend(self, mine: Share) -> None:
         """Resolves the backend, and checks that the workers can share a batch there.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray.train
+from ray.train import CheckpointUploadMode
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from mnist_dist.data.records import Records, open_records
@@ -22,7 +23,7 @@ from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import ONNX_FILE
 from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
-from mnist_dist.models.history import Epoch
+from mnist_dist.models.history import HISTORY_FILE, Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
@@ -30,6 +31,7 @@ from mnist_dist.on_ray.training.bundling import Finished, make_bundle
 from mnist_dist.on_ray.training.finished import FinishedModel, JoinedModel, KerasModel
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.training.tested import predict_test
+from mnist_dist.on_ray.training.uploads import Uploads
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join
 from mnist_dist.training.callbacks import LogFiles
@@ -64,18 +66,26 @@ def work(task: WorkerTask) -> WorkerResult:
 
 
 class RayHost:
-    """The loop's `Host` on Ray Train: checkpoints go to the attempt's folder, progress to the board."""
+    """The loop's `Host` on Ray Train: checkpoints go to the attempt's folder, beside the training, and progress to the
+    board. When the block is left, the last checkpoint is complete."""
 
     def __init__(self, task: WorkerTask, scratch: Path) -> None:
         self._task, self._scratch = task, scratch
-        self._poster = Poster(task.board) if ray.train.get_context().get_world_rank() == 0 else None
+        context = ray.train.get_context()
+        self._poster = Poster(task.board) if context.get_world_rank() == 0 else None
+        self._uploads = Uploads(functools.partial(_upload, task.run, context.get_storage()))
 
     def __enter__(self) -> "RayHost":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._poster is not None:
             self._poster.close()
+        try:
+            self._uploads.wait()
+        except BaseException:
+            if kind is None:
+                raise
 
     def progress(self, position: Position) -> bool:
         if self._poster is None:
@@ -93,25 +103,27 @@ class RayHost:
         if self._poster is None:
             ray.train.report(metrics, checkpoint_dir_name=name)
             return
+        self._uploads.wait()
         self._task.fence.check()
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_checkpoint(folder, checkpoint)
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint(str(folder)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=functools.partial(_upload, self._task.run),
-            delete_local_checkpoint_after_upload=True,
-        )
+        with self._uploads.begun():
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint(str(folder)),
+                checkpoint_dir_name=name,
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=lambda local, name: self._uploads.run(Path(local.path), name),
+                delete_local_checkpoint_after_upload=False,
+            )
 
 
-def _upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def _upload(run: str, storage: Any, folder: Path, name: str) -> ray.train.Checkpoint:
     """Uploads a checkpoint with its completing file last, an order that Ray's own copy does not guarantee."""
-    context = ray.train.get_context().get_storage()
-    ANYWHERE.upload_folder(Path(checkpoint.path), join(run, context.experiment_dir_name, name), last=STATE_FILE)
-    return ray.train.Checkpoint(f"{context.experiment_fs_path}/{name}", filesystem=context.storage_filesystem)
+    ANYWHERE.upload_folder(folder, join(run, storage.experiment_dir_name, name), last=STATE_FILE)
+    return ray.train.Checkpoint(f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem)
 
 
 def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
@@ -167,7 +179,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
 
 def _log_files(task: WorkerTask) -> LogFiles:
     tensorboard = Path(task.run) / "tensorboard" if task.job.fit.tensorboard else None
-    return LogFiles(history=join(task.run, "history.csv"), check=task.fence.check, tensorboard=tensorboard)
+    return LogFiles(history=join(task.run, HISTORY_FILE), check=task.fence.check, tensorboard=tensorboard)
 
 
 def _last_checkpoint(task: WorkerTask, scratch: Path) -> Checkpoint | None:
