@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from mnist_dist.combine_config import CombineMethod
 from mnist_dist.combining.ensembles import write_ensemble
+from mnist_dist.combining.measuring import Judge, LabelledImages, Measured
 from mnist_dist.combining.networks import Network, open_network
 from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_soup
-from mnist_dist.combining.validation import Judge, Measured, ValidationImages
 from mnist_dist.engines.calibration import calibration_images
 from mnist_dist.engines.engine import use_cpus, use_float32
 from mnist_dist.engines.steps import Report
@@ -41,7 +41,7 @@ class BuildTask:
     target: Path
     """The file to write, `.keras` or `.onnx` as the members are."""
     batch_size: int
-    images: ValidationImages | None
+    images: LabelledImages | None
     """Of a greedy soup not None."""
 
 
@@ -67,15 +67,34 @@ def build(task: BuildTask, report: Report) -> "Built | MnistDistError":
         return error.with_traceback(None)
 
 
+def measure(bundle: Bundle, images: LabelledImages, batch_size: int, report: Report) -> Measured:
+    """Measures a bundle on images, in a process of its own."""
+    _prepare(bundle.model_path)
+    done = 0
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += number
+        report(done, len(images.rows))
+
+    judge = Judge(images, batch_size=batch_size, report=count)
+    return judge.measure(open_network(bundle.model_path, batch_size=batch_size).probabilities)
+
+
+def _prepare(file: Path) -> None:
+    """Sets Keras' backend up, if the model file needs it."""
+    if file.suffix != ".onnx":
+        use_cpus(None)
+        use_float32()
+
+
 class _Building:
     """One combination under way."""
 
     def __init__(self, task: BuildTask, report: Report) -> None:
         self._task, self._report, self._done = task, report, 0
         self._files = [bundle.model_path for bundle in task.bundles]
-        if task.target.suffix != ".onnx":
-            use_cpus(None)
-            use_float32()
+        _prepare(task.target)
         self._judge: Judge | None = None
         if task.images is not None:
             self._judge = Judge(task.images, batch_size=task.batch_size, report=self._count)

@@ -16,8 +16,8 @@ from typing import Any
 
 from mnist_dist.combine_config import CombineJob, CombineMethod
 from mnist_dist.combining.building import BuildTask, Built, build
+from mnist_dist.combining.measuring import LabelledImages
 from mnist_dist.combining.members import Member, check_members, open_members
-from mnist_dist.combining.validation import ValidationImages
 from mnist_dist.config import differences
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
@@ -41,7 +41,7 @@ from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import is_remote, join
 from mnist_dist.urls import shown
 
-OpenImages = Callable[[CombineJob, Sequence[BundleInfo], Session], ValidationImages]
+OpenImages = Callable[[CombineJob, Sequence[BundleInfo], Session], LabelledImages]
 """Opens the validation images of a job whose bundles say where they came from."""
 _FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE)
 """Of a bundle, beside `bundle.json`."""
@@ -165,7 +165,7 @@ def combined_bundle(
     folder: Path,
     *,
     session: Session,
-    images: ValidationImages | None,
+    images: LabelledImages | None,
     batch_size: int,
     data: Sequence[str] = (),
 ) -> BundleInfo:

@@ -8,7 +8,7 @@ from mnist_dist import command_line, console
 from mnist_dist.combine_config import CombineJob
 
 if TYPE_CHECKING:
-    from mnist_dist.combining.validation import ValidationImages
+    from mnist_dist.combining.measuring import LabelledImages
     from mnist_dist.models.bundle import BundleInfo
     from mnist_dist.session import Session
 
@@ -30,7 +30,7 @@ def run(job: CombineJob, shown: console.Console) -> dict[str, Any]:
     return combine(job, console=shown, open_images=_open_images)
 
 
-def _open_images(job: CombineJob, infos: "Sequence[BundleInfo]", session: "Session") -> "ValidationImages":
+def _open_images(job: CombineJob, infos: "Sequence[BundleInfo]", session: "Session") -> "LabelledImages":
     from mnist_dist.on_ray.combining.validation import open_validation
 
     return open_validation(job, infos, session)

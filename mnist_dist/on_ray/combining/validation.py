@@ -1,7 +1,7 @@
 """Opens the validation images of the runs whose bundles are combined.
 
 Owns: which images these are, and that no member was trained on one of them. Does not own: listing, decoding and
-splitting (`on_ray/data`), or measuring (`combining/validation.py`).
+splitting (`on_ray/data`), or measuring (`combining/measuring.py`).
 
 The images are listed and split by what the first bundle says of its run; their fingerprint has to be that of each
 bundle. So the validation images are those of the runs, to the image. Ray starts only where they are not decoded yet.
@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from mnist_dist.combine_config import CombineJob
-from mnist_dist.combining.validation import ValidationImages
+from mnist_dist.combining.measuring import LabelledImages
 from mnist_dist.config import DataConfig, differences
 from mnist_dist.data.records import RecordPlan, plan_records
 from mnist_dist.errors import ConfigError
@@ -31,7 +33,7 @@ _SPLITTING = ("validation_fraction", "test_fraction", "group_by", "drop_duplicat
 _NO_FINGERPRINT = "none"
 
 
-def open_validation(job: CombineJob, infos: Sequence[BundleInfo], session: Session) -> ValidationImages:
+def open_validation(job: CombineJob, infos: Sequence[BundleInfo], session: Session) -> LabelledImages:
     """Lists the images of the runs, decodes what is not decoded yet, and gives the validation split.
 
     Args:
@@ -60,12 +62,12 @@ def open_validation(job: CombineJob, infos: Sequence[BundleInfo], session: Sessi
                 f"without --data, or say where its images are (--data). Received: {source.name}"
             )
     splits = split(decoded, data, console=session.console)
-    return validation_images(plan, splits.val, fingerprint=decoded.fingerprint)
+    return images_of(plan, splits.val, fingerprint=decoded.fingerprint)
 
 
-def validation_images(plan: RecordPlan, rows: Any, *, fingerprint: str) -> ValidationImages:
-    """Some of the decoded images, for whatever process on this node."""
-    return ValidationImages(records=plan, rows=rows, fingerprint=fingerprint, local_dir=node_folder())
+def images_of(plan: RecordPlan, rows: npt.NDArray[np.int64], *, fingerprint: str) -> LabelledImages:
+    """The decoded images of a split, `int64 [n]`, for any process on this node."""
+    return LabelledImages(records=plan, rows=rows, fingerprint=fingerprint, local_dir=node_folder())
 
 
 def data_config(job: CombineJob, infos: Sequence[BundleInfo]) -> DataConfig:

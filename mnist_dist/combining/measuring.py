@@ -1,9 +1,9 @@
-"""The validation images that judge a combination, and what is measured on them.
+"""The labelled images that judge a combination, and what is measured on them.
 
 Owns: reading them from decoded records, and the metrics. Does not own: which images they are (`on_ray/combining`).
 """
 
-# n = validation images, b = images of a call, K = classes
+# n = labelled images, b = images of a call, K = classes
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ Predict = Callable[[Pixels], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationImages:
-    """Labelled images that no member was trained on; plain data that any process can use."""
+class LabelledImages:
+    """Images of one split, on which no member was trained; plain data that any process can use."""
 
     records: RecordPlan
     """The plan of the decoded records."""
@@ -35,7 +35,7 @@ class ValidationImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A model on the validation images."""
+    """A model on these images."""
 
     accuracy: float
     """0-1."""
@@ -44,15 +44,15 @@ class Measured:
 
 
 class Judge:
-    """Measures models on the validation images.
+    """Measures models on labelled images.
 
     Args:
-        images: the validation images.
+        images: the images.
         batch_size: images per call.
         report: called after each batch, with the number of images in it.
     """
 
-    def __init__(self, images: ValidationImages, *, batch_size: int, report: Callable[[int], None]) -> None:
+    def __init__(self, images: LabelledImages, *, batch_size: int, report: Callable[[int], None]) -> None:
         self._rows, self._batch_size, self._report = images.rows, batch_size, report
         records = open_records(images.records, local_dir=images.local_dir)
         self._pixels, self._labels = records.pixels, records.index["label"].to_numpy()
