@@ -36,9 +36,10 @@ def layers_of(file: Path) -> Layers:
 
 def first_difference(expected: Layers, found: Layers) -> str | None:
     """Describes the first layer in which two networks differ; None: they are the same."""
-    for (name, layer), (_, other) in zip(expected, found, strict=False):
+    for (name, layer), (other_name, other) in zip(expected, found, strict=False):
         if layer != other:
-            return f"layer {name!r} is {_differing(layer, other)}"
+            where = "" if other_name == name else f" in {other_name!r}"
+            return f"layer {name!r}: {_differing(layer, other)}{where}"
     if len(expected) != len(found):
         return f"expected {len(expected)} layers, received {len(found)}"
     return None
@@ -138,10 +139,24 @@ def _onnx_layers(file: Path) -> Layers:
     import onnx
 
     graph = onnx.load(file).graph
-    nodes = [(node.name or node.output[0], {"node": onnx.helper.printable_node(node)}) for node in graph.node]
+    nodes = [(node.name or node.output[0], _node(node)) for node in graph.node]
     return nodes + [(tensor.name, _tensor(tensor)) for tensor in graph.initializer]
 
 
+def _node(node: Any) -> dict[str, Any]:
+    attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+    return {
+        "op_type": node.op_type,
+        "inputs": list(node.input),
+        "outputs": list(node.output),
+        "attributes": _digest(b"".join(attributes)),
+    }
+
+
 def _tensor(tensor: Any) -> dict[str, Any]:
-    values = None if is_weight(tensor) else hashlib.sha256(tensor.SerializeToString(deterministic=True)).hexdigest()
+    values = None if is_weight(tensor) else _digest(tensor.SerializeToString(deterministic=True))
     return {"name": tensor.name, "shape": list(tensor.dims), "type": tensor.data_type, "values": values}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -45,6 +45,7 @@ OpenImages = Callable[[CombineJob, Sequence[BundleInfo], Session], LabelledImage
 """Opens the validation images of a job whose bundles say where they came from."""
 _FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE)
 """Of a bundle, beside `bundle.json`."""
+_SHOWN_DIGITS = 16  # of a model id, enough to tell models apart
 
 
 def combine(job: CombineJob, *, console: Console, open_images: OpenImages) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def _finished(job: CombineJob, members: Sequence[Member]) -> BundleInfo | None:
 
 
 def _settings(method: CombineMethod, model_ids: Sequence[str], data: Sequence[str]) -> dict[str, Any]:
-    return {"method": method, "model_ids": list(model_ids), "data": [shown(uri) for uri in data]}
+    ids = [model_id[:_SHOWN_DIGITS] for model_id in model_ids]
+    return {"method": method, "model_ids": ids, "data": [shown(uri) for uri in data]}
 
 
 def _check_free(output: str) -> None:
@@ -188,7 +190,7 @@ def combined_bundle(
     """
     first = members[0].bundle
     target = folder.with_name(f"combined-{first.info.model_file}")
-    session.console.line(f"{method} of {len(members)} bundles, such as {shown(members[0].uri)}")
+    session.console.line(f"{method} of {len(members)} bundles")
     task = BuildTask(
         method=method,
         bundles=tuple(Bundle(member.bundle.path, member.info) for member in members),
@@ -258,4 +260,5 @@ def _show(info: BundleInfo, console: Console) -> None:
     if info.validation:
         accuracy, loss = info.validation["accuracy"], info.validation["loss"]
         console.line(f"{info.combined.method}: validation accuracy {accuracy:.4f}, loss {loss:.4f}")
-    console.line(f"the model file differs from its members by at most {info.combined.max_abs_difference:.2g}")
+    apart = info.combined.max_abs_difference
+    console.line(f"compared with what its members say: probabilities differ by at most {apart:.2g}")

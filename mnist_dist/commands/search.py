@@ -39,7 +39,7 @@ def _show(result: Mapping[str, Any], shown: console.Console) -> None:
     """Shows the winner, and what was combined with it."""
     best, combined = result["best"], result["combined"]
     is_combined = combined is not None and combined["is_bundle"]
-    what = f", in a {combined['method']} of {combined['members']} finalists" if is_combined else ""
+    what = f" in a combination ({combined['method']} of the trials {combined['members']})" if is_combined else ""
     report = "" if is_combined else f"\nreport: {result['bundle']}/report.html"
     shown.line(
         f"winner: trial {best['trial']}{what}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
