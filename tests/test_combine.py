@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mnist_dist.combining.building import BuildTask, Built, build
 from mnist_dist.combining.combine import combine
 from mnist_dist.combining.measuring import Judge
 from mnist_dist.combining.members import check_members, open_members, same_architecture
-from mnist_dist.combining.soups import Average, greedy_soup, uniform_soup
+from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_soup
 from mnist_dist.config import ModelConfig
 from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.images.pixels import Pixels
@@ -37,6 +38,8 @@ from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import (
     Bundle,
     BundleInfo,
+    Combined,
+    CombinedMember,
     all_layers,
     load_bundle,
     write_bundle,
@@ -44,6 +47,8 @@ from mnist_dist.models.bundle import (
 )
 from mnist_dist.models.classifier import build_classifier
 from mnist_dist.on_ray.combining.validation import open_validation
+from mnist_dist.on_ray.search.combination import Combination
+from mnist_dist.search_config import SearchConfig
 from mnist_dist.session import Session
 
 # N = images, K = classes
@@ -129,14 +134,23 @@ def ensemble(bundles: list[Path], other: Path, tmp_path_factory: pytest.TempPath
 # --- the recipes on arrays -------------------------------------------------------------------------------------------
 
 
-def models_of(values: Sequence[Any]) -> list[Callable[[], list[np.ndarray]]]:
-    return [lambda value=value: [np.asarray(value, np.float32)] for value in values]
+def as_weights(values: Sequence[Any]) -> Weights:
+    return [np.asarray(value, np.float32) for value in values]
+
+
+def models_of(values: Sequence[float]) -> list[Callable[[], Weights]]:
+    """Models of one weight each."""
+    return [partial(as_weights, [value]) for value in values]
+
+
+def accuracy_on(judge: Judge, model: Any) -> float:
+    return judge.measure(lambda pixels: np.asarray(model(pixels))).accuracy
 
 
 def test_a_uniform_soup_is_the_mean_of_each_weight() -> None:
     random = np.random.default_rng(0)
     models = [[random.normal(size=(3, 5)).astype(np.float32), random.normal(size=7).astype(np.float32)] for _ in "abcd"]
-    soup = uniform_soup([lambda model=model: model for model in models])
+    soup = uniform_soup([partial(as_weights, model) for model in models])
     assert soup.count == 4
     for number, weight in enumerate(soup.weights):
         expected = np.mean([model[number] for model in models], axis=0, dtype=np.float64)
@@ -253,7 +267,7 @@ def test_a_greedy_soup_is_what_the_recipe_makes_of_the_runs_validation_images(
         Judge(images, batch_size=16, report=lambda number: None),
         [load_bundle(p).model for p in runs_on_digits],
     )
-    accuracies = [judge.measure(lambda pixels, model=model: np.asarray(model(pixels))).accuracy for model in models]
+    accuracies = [accuracy_on(judge, model) for model in models]
     assert built.accuracies == tuple(accuracies)
     taken: list[Any] = []
     best = -1.0
@@ -261,7 +275,7 @@ def test_a_greedy_soup_is_what_the_recipe_makes_of_the_runs_validation_images(
         trial = [*taken, models[number].get_weights()]
         soup = keras.models.clone_model(models[0])
         soup.set_weights([np.mean(weights, axis=0) for weights in zip(*trial, strict=True)])
-        accuracy = judge.measure(lambda pixels, soup=soup: np.asarray(soup(pixels))).accuracy
+        accuracy = accuracy_on(judge, soup)
         if accuracy >= best:
             taken, best = trial, accuracy
     assert built.measured is not None
@@ -293,7 +307,7 @@ def test_without_a_record_of_the_images_they_have_to_be_named(bundles: list[Path
 
 
 def mean_of(bundles: Sequence[Path], pixels: Pixels) -> np.ndarray:
-    return np.mean([np.asarray(load_bundle(bundle).model(pixels)) for bundle in bundles], axis=0)
+    return np.asarray(np.mean([np.asarray(load_bundle(bundle).model(pixels)) for bundle in bundles], axis=0))
 
 
 def test_an_ensemble_gives_the_mean_of_its_members(bundles: list[Path], other: Path, ensemble: Path) -> None:
@@ -527,8 +541,55 @@ def test_a_combination_is_scored_evaluated_and_exported(ensemble: Path, tmp_path
         assert result["max_abs_difference"] < 1e-5
 
 
+def combined_finalists(tmp_path: Path, *, accuracies: Sequence[float], combined: float, used: Sequence[bool]) -> Any:
+    """The combination of the finalists 7 and 3, as a search finds it when it resumes."""
+    members = tuple(
+        CombinedMember(uri=f"/finalists/{number}", model_id=str(number), is_used=is_used, validation_accuracy=accuracy)
+        for number, accuracy, is_used in zip((7, 3), accuracies, used, strict=True)
+    )
+    write(
+        tmp_path / "combined",
+        combined=Combined(method="greedy-soup", members=members),
+        validation={"accuracy": combined, "loss": 0.5},
+    )
+    return Combination(
+        method="greedy-soup",
+        finalists={7: "/finalists/7", 3: "/finalists/3"},
+        uri=str(tmp_path / "combined"),
+        decoded=None,  # type: ignore[arg-type]
+        splits=None,  # type: ignore[arg-type]
+        session=None,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "combined", "used", "is_better"),
+    [
+        ((0.9, 0.8), 0.9, (True, True), True),
+        ((0.9, 0.8), 0.89, (True, True), False),
+        ((0.9, 0.8), 0.9, (True, False), False),  # it is the winner itself
+    ],
+)
+def test_finalists_combined_replace_the_winner_only_if_they_are_as_good_on_validation(
+    accuracies: Sequence[float], combined: float, used: Sequence[bool], is_better: bool, tmp_path: Path
+) -> None:
+    found = combined_finalists(tmp_path, accuracies=accuracies, combined=combined, used=used)
+    assert found.make()  # It is there already.
+    assert found.is_better is is_better
+    members = [number for number, is_used in zip((7, 3), used, strict=True) if is_used]
+    expected = {"method": "greedy-soup", "members": members, "val_accuracy": combined, "val_loss": 0.5}
+    assert found.described() == expected | {"is_bundle": is_better}
+
+
+def test_a_search_combines_two_finalists_or_more() -> None:
+    with pytest.raises(
+        ConfigError, match=r"combine needs finalists of at least 2. Received: combine='soup', finalists=1"
+    ):
+        SearchConfig(combine="soup", finalists=1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["soup", "ensemble"])
+@pytest.mark.parametrize("method", ["soup", pytest.param("ensemble", marks=pytest.mark.chaos)])
 def test_a_search_returns_its_finalists_combined_unless_the_winner_is_better(method: str, tmp_path: Path) -> None:
     flags = "--limit 900 --trials 3 --trial-epochs 2 --finalists 2 --finalist-epochs 3 --backbones cnn --name run"
     command = ("jobs.search", "search-digits", "--storage", str(tmp_path), *flags.split(), "--combine", method)
