@@ -14,9 +14,9 @@ from os import PathLike
 from typing import Any
 
 from mnist_dist import console
-from mnist_dist.combine_config import CombineJob, CombineMethod
+from mnist_dist.combine_config import CombineJob
 from mnist_dist.command_line import find_recipe
-from mnist_dist.config import TrainJob
+from mnist_dist.config import CombineMethod, TrainJob
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.import_config import ImportJob

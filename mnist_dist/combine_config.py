@@ -5,14 +5,12 @@ themselves (`combining`).
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from mnist_dist.config import LOCK_WAIT_S, StoreConfig, require
+from mnist_dist.config import LOCK_WAIT_S, CombineMethod, StoreConfig, require
 from mnist_dist.store.uris import absolute
-
-CombineMethod = Literal["soup", "greedy-soup", "ensemble"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +23,9 @@ class CombineJob:
     output: str
     """Folder or bucket prefix for the new bundle."""
     method: CombineMethod
-    """soup: the average of the weights of runs of one architecture, as fast as one of them. greedy-soup: the same of
-    those runs that do not lower the validation accuracy, the best first. ensemble: the mean of the probabilities of any
-    bundles with the same classes and input, as slow as all of them together."""
+    """soup: the average of the weights of runs of one architecture, as fast as one of them. greedy-soup: of those runs
+    that do not lower the validation accuracy, the best first. ensemble: the mean of the probabilities of any bundles
+    with the same classes and input, as slow as all of them together."""
     data: tuple[str, ...] = ()
     """Where the images of the runs are now, as in training; the combination is judged by their validation images.
     Empty: greedy-soup takes what the first bundle was trained on, soup and ensemble are not judged."""

@@ -28,6 +28,7 @@ Resampling = Literal["opencv", "pillow", "keras"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 DecodeQuality = Literal["fast", "exact"]
 Activation = Literal["softmax", "sigmoid", "none"]
+CombineMethod = Literal["soup", "greedy-soup", "ensemble"]
 EngineName = Literal["keras", "openvino", "onnx"]
 EnginePrecision = Literal["float32", "bfloat16", "int8"]
 Value = TypeVar("Value")

@@ -24,17 +24,18 @@ from onnx_models import some_pixels as onnx_pixels
 from PIL import Image
 
 import mnist_dist
-from mnist_dist.combine_config import CombineJob, CombineMethod
+from mnist_dist.combine_config import CombineJob
 from mnist_dist.combining.architecture import first_difference, layers_of
 from mnist_dist.combining.building import BuildTask, Built, build
 from mnist_dist.combining.combine import combine
 from mnist_dist.combining.measuring import Judge
 from mnist_dist.combining.members import check_members, open_members, same_architecture
 from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_soup
-from mnist_dist.config import ModelConfig
-from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict
+from mnist_dist.config import CombineMethod, ModelConfig
+from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict, WeightsError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.models.backbones import find_backbone
 from mnist_dist.models.bundle import (
     Bundle,
     BundleInfo,
@@ -349,6 +350,10 @@ def test_an_ensemble_loads_without_this_package(ensemble: Path, tmp_path: Path) 
 def test_an_ensemble_has_no_features(ensemble: Path) -> None:
     with pytest.raises(BundleError, match=r"an ensemble gives no features.*take one of its members"):
         load_bundle(ensemble).num_features  # noqa: B018
+    with pytest.raises(ConfigError, match=r"an ensemble gives no features: take one of its members"):
+        find_backbone(str(ensemble))
+    with pytest.raises(WeightsError, match=r"an ensemble has several backbones: give one of its members"):
+        build_classifier(ModelConfig(backbone="cnn", weights=str(ensemble)), spec=SPEC, num_classes=4)
 
 
 def test_an_ensemble_of_onnx_bundles_gives_the_mean_of_its_members(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.combine_config import CombineMethod
 from mnist_dist.combining.ensembles import write_ensemble
 from mnist_dist.combining.measuring import Judge, LabelledImages, Measured
 from mnist_dist.combining.networks import Network, open_network
 from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_soup
+from mnist_dist.config import CombineMethod
 from mnist_dist.engines.calibration import calibration_images
 from mnist_dist.engines.engine import use_cpus, use_float32
 from mnist_dist.engines.steps import Report

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.combine_config import CombineJob, CombineMethod
+from mnist_dist.combine_config import CombineJob
 from mnist_dist.combining.building import BuildTask, Built, build
 from mnist_dist.combining.measuring import LabelledImages
 from mnist_dist.combining.members import Member, check_members, open_members
-from mnist_dist.config import differences
+from mnist_dist.config import CombineMethod, differences
 from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
 from mnist_dist.engines.steps import run_step
@@ -70,7 +70,7 @@ def combine(job: CombineJob, *, console: Console, open_images: OpenImages) -> di
         Locked, Interrupted: as for every job; nothing is written.
     """
     began_at = started_at(console)
-    check_access((*job.bundles, job.output, job.storage))
+    check_access((*job.bundles, job.output, job.storage if job.is_judged else None))
     check_access((*job.data, job.data_dir), store=store_for(job.store))
     members = open_members(job.bundles)
     check_members(members, job.method)
@@ -251,6 +251,14 @@ def _calibration(bundle: Bundle) -> Mapping[str, bytes]:
     return {CALIBRATION_FILE: path.read_bytes()} if path.is_file() else {}
 
 
+def _show_measured(info: BundleInfo, combined: Combined, console: Console) -> None:
+    accuracy, loss = info.validation["accuracy"], info.validation["loss"]
+    console.line(f"{combined.method}: validation accuracy {accuracy:.4f}, loss {loss:.4f}")
+    best = max(member.validation_accuracy or 0.0 for member in combined.members)
+    if accuracy < best:
+        console.line(f"warning: less accurate than its best member, by {100 * (best - accuracy):.2f} points")
+
+
 def _show(info: BundleInfo, console: Console) -> None:
     assert info.combined is not None
     for member in info.combined.members:
@@ -258,7 +266,8 @@ def _show(info: BundleInfo, console: Console) -> None:
         measured = "" if accuracy is None else f": validation accuracy {accuracy:.4f}"
         console.line(f"  {member.uri}{measured}{'' if member.is_used else ', left out'}")
     if info.validation:
-        accuracy, loss = info.validation["accuracy"], info.validation["loss"]
-        console.line(f"{info.combined.method}: validation accuracy {accuracy:.4f}, loss {loss:.4f}")
+        _show_measured(info, info.combined, console)
+    elif info.combined.method == "soup":
+        console.line("not measured; a soup can be far worse than its members (--data measures it)")
     apart = info.combined.max_abs_difference
     console.line(f"compared with what its members say: probabilities differ by at most {apart:.2g}")

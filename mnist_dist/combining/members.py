@@ -6,9 +6,8 @@ Owns: which bundles can be combined by which method, and what is said where they
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from mnist_dist.combine_config import CombineMethod
 from mnist_dist.combining.architecture import first_difference, layers_of
-from mnist_dist.config import require
+from mnist_dist.config import CombineMethod, require
 from mnist_dist.errors import ConfigError
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BUNDLE_FILE, Bundle, BundleInfo, check_has_classes, load_bundle

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 
 def _show(result: Mapping[str, Any], shown: console.Console) -> None:
     """Shows the winner, and what was combined with it."""
-    best, combined = result["best"], result["combined"]
-    is_combined = combined is not None and combined["is_bundle"]
+    best, combined = result["best"], result.get("combined") or {"is_bundle": False}
+    is_combined = combined["is_bundle"]
     what = f" in a combination ({combined['method']} of the trials {combined['members']})" if is_combined else ""
     report = "" if is_combined else f"\nreport: {result['bundle']}/report.html"
     shown.line(

@@ -32,8 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.combine_config import CombineMethod
-from mnist_dist.config import DEFAULT_THRESHOLD, Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation, CombineMethod
 from mnist_dist.errors import BundleError, ConfigError, DataError, StorageError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec

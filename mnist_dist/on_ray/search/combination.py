@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.combine_config import CombineMethod
 from mnist_dist.combining.building import measure
 from mnist_dist.combining.combine import combined_bundle
 from mnist_dist.combining.measuring import LabelledImages
 from mnist_dist.combining.members import Member, check_members, same_architecture
+from mnist_dist.config import CombineMethod
 from mnist_dist.data.splits import Splits
 from mnist_dist.engines.steps import run_step
 from mnist_dist.models.bundle import (
