@@ -230,16 +230,16 @@ def _new_info(members: Sequence[Member], combined: Combined, built: Built, finge
     """What the new bundle says: nothing that was not measured; of the network what holds for all members."""
     first, is_ensemble = members[0].info, combined.method == "ensemble"
     names = dict.fromkeys(member.info.backbone for member in members)
-    common = {member.info.data_fingerprint for member in members}
+    fingerprints, weights = ({getattr(each.info, name) for each in members} for name in ("data_fingerprint", "weights"))
     imported = None if is_ensemble or first.imported is None else replace(first.imported, fast_agreement=None)
     return replace(
         first,
         backbone=f"ensemble of {', '.join(names)}" if is_ensemble else first.backbone,
         imported=imported,
         combined=combined,
-        weights="none",
+        weights=first.weights if len(weights) == 1 else "none",
         config={key: value for key, value in first.config.items() if key == "data" or not is_ensemble},
-        data_fingerprint=fingerprint or (first.data_fingerprint if len(common) == 1 else "none"),
+        data_fingerprint=fingerprint or (first.data_fingerprint if len(fingerprints) == 1 else "none"),
         validation={} if built.measured is None else asdict(built.measured),
         test={},
     )
