@@ -25,7 +25,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mnist_dist.api import evaluate, export, import_model, score, search, train
+    from mnist_dist.api import combine, evaluate, export, import_model, score, search, train
     from mnist_dist.models.bundle import load_bundle
     from mnist_dist.scoring.predictions import read_predictions
 
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "combine",
     "evaluate",
     "export",
     "import_model",
@@ -45,7 +46,7 @@ __all__ = [
 _MODULES = {
     "load_bundle": "mnist_dist.models.bundle",
     "read_predictions": "mnist_dist.scoring.predictions",
-    **dict.fromkeys(("evaluate", "export", "import_model", "score", "search", "train"), "mnist_dist.api"),
+    **dict.fromkeys(("combine", "evaluate", "export", "import_model", "score", "search", "train"), "mnist_dist.api"),
 }
 
 

@@ -14,14 +14,23 @@ from os import PathLike
 from typing import Any
 
 from mnist_dist import console
+from mnist_dist.combine_config import CombineJob
 from mnist_dist.command_line import find_recipe
-from mnist_dist.config import TrainJob
+from mnist_dist.config import CombineMethod, TrainJob
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.import_config import ImportJob
 from mnist_dist.keywords import job_of, takes_fields_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
-from mnist_dist.results import EvaluateResult, ExportResult, ImportResult, ScoreResult, SearchResult, TrainResult
+from mnist_dist.results import (
+    CombineResult,
+    EvaluateResult,
+    ExportResult,
+    ImportResult,
+    ScoreResult,
+    SearchResult,
+    TrainResult,
+)
 from mnist_dist.score_config import ScoreJob
 from mnist_dist.search_config import SearchJob
 
@@ -170,6 +179,32 @@ def import_model(source: Uri, *, output: Uri, show: bool = False, **flags: Any) 
         from mnist_dist.importing.import_model import import_model as run
 
         return ImportResult(run(job, console=shown))
+
+
+@takes_fields_of(CombineJob)
+def combine(
+    bundles: Sequence[Uri], *, output: Uri, method: CombineMethod, show: bool = False, **flags: Any
+) -> CombineResult:
+    """Makes one bundle of several, as `mnist-dist combine` does.
+
+    Args:
+        bundles: two or more bundles, or runs that hold one.
+        output: folder or bucket prefix for the new bundle.
+        method: `soup`, `greedy-soup` or `ensemble`.
+        show: report progress on stderr.
+        **flags: the other flags of the command, such as `data`, `storage`.
+
+    Raises:
+        BundleError: one of `bundles` is not a bundle.
+        ConfigError: they cannot be combined; the message says which one, what was expected and what came.
+        MnistDistError: the model would not predict what its members say; nothing is written.
+        ResumeConflict, Locked, Interrupted: see `train`.
+    """
+    job = job_of(CombineJob, {"bundles": bundles, "output": output, "method": method, **flags})
+    with _shown(show, verbose=job.verbose) as shown:
+        from mnist_dist.commands.combine import run
+
+        return CombineResult(run(job, shown))
 
 
 @contextmanager

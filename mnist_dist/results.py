@@ -160,6 +160,24 @@ class ImportResult(Result):
         return _bundle(self.uri)
 
 
+class CombineResult(Result):
+    """A combination of bundles."""
+
+    @property
+    def uri(self) -> str:
+        """The new bundle's folder."""
+        return str(self._of("output"))
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """Accuracy on the validation images, 0-1; None where none judged."""
+        return cast("float | None", self.values.get("validation_accuracy"))
+
+    def bundle(self) -> "Bundle":
+        """The new model; see `load_bundle`."""
+        return _bundle(self.uri)
+
+
 class ExportResult(Result):
     """A finished export."""
 

@@ -29,6 +29,7 @@ from mnist_dist.urls import shown_values
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 Trained = Literal["head", "fine-tune", "all"]
+CombineFinalists = Literal["none", "soup", "ensemble"]
 CHOICES = ("hidden_units", "dropout", "optimizer", "label_smoothing", "augmentation", "batch_size")
 RATES = ("learning_rate", "fine_tune_learning_rate", "weight_decay")
 """The fields of `SearchSpace` that list values, and those that are the ends of a range."""
@@ -139,6 +140,9 @@ class SearchConfig:
     """Epochs of a finalist whose whole network is trained."""
     fine_tune_epochs: int = 5
     """Fine-tuning epochs of a finalist, after `trial_epochs` of its head."""
+    combine: CombineFinalists = "none"
+    """Make one bundle of the finalists, and return it instead of the winner's where its validation accuracy is not
+    lower. soup: a greedy soup of those of the winner's architecture. ensemble: of those with the winner's input."""
     precision: Precision = "auto"
     """Precision of the training step, as in training."""
     seed: int = 0
@@ -153,6 +157,12 @@ class SearchConfig:
         require(knows, "like needs --algorithm tpe", like=self.like, algorithm=self.algorithm)
         for name in ("trials", "trial_epochs", "finalists", "finalist_epochs", "fine_tune_epochs"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", **{name: getattr(self, name)})
+        require(
+            self.combine == "none" or self.finalists >= 2,
+            "combine needs finalists of at least 2",
+            combine=self.combine,
+            finalists=self.finalists,
+        )
         require(self.hours is None or self.hours > 0, "hours must be positive", hours=self.hours)
         require(self.seed >= 0, "seed must be 0 or above", seed=self.seed)
 

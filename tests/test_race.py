@@ -51,7 +51,7 @@ def test_each_search_finds_a_network(mnist_dir: Path, tmp_path: Path) -> None:
         data_dir=str(mnist_dir),
         backbones=("mlp",),
         images=600,
-        minutes=1.0,
+        minutes=1.5,
         seeds=(3,),
         racers=racers,
         picture=str(drawn),

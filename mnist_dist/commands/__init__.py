@@ -25,6 +25,7 @@ JOBS = {
     "score": "score images into a Parquet table with exactly one row per image",
     "evaluate": "compute the metrics of a prediction table, or compare two tables",
     "export": "convert a bundle's model to another runtime and compare the two",
+    "combine": "make one bundle of several: a soup of their weights, or an ensemble",
     "doctor": "check every node for problems that would break a job",
 }
 """Job name -> description."""
@@ -60,6 +61,7 @@ def _run(job: str, arguments: list[str], *, program: str) -> NoReturn:
 
 def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
     """Job -> its dataclass and its recipes."""
+    from mnist_dist.combine_config import CombineJob
     from mnist_dist.commands.quickstart import Quickstart  # All of them here, since a process runs one job only.
     from mnist_dist.config import TrainJob
     from mnist_dist.doctor_config import DoctorJob
@@ -78,6 +80,7 @@ def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
         "score": (ScoreJob, {}),
         "evaluate": (EvaluateJob, {}),
         "export": (ExportJob, {}),
+        "combine": (CombineJob, {}),
         "doctor": (DoctorJob, {}),
     }
 

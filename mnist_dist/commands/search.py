@@ -3,7 +3,7 @@
 mnist-dist search --list [--storage URI]: lists the searches in a storage.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mnist_dist import command_line, console, inventory
@@ -31,14 +31,21 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     result = run(job, recipe, shown)
     if job.run.plan or job.run.dry_run:
         return result
-    best = result["best"]
-    shown.line(
-        f"winner: trial {best['trial']}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
-        f"{best['test_accuracy']:.4f}, loss {best['test_loss']:.4f}; {result['trials']} trials in "
-        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}\n"
-        f"report: {result['bundle']}/report.html"
-    )
+    _show(result, shown)
     return result
+
+
+def _show(result: Mapping[str, Any], shown: console.Console) -> None:
+    """Shows the winner, and what was combined with it."""
+    best, combined = result["best"], result.get("combined") or {"is_bundle": False}
+    is_combined = combined["is_bundle"]
+    what = f" in a combination ({combined['method']} of the trials {combined['members']})" if is_combined else ""
+    report = "" if is_combined else f"\nreport: {result['bundle']}/report.html"
+    shown.line(
+        f"winner: trial {best['trial']}{what}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
+        f"{best['test_accuracy']:.4f}, loss {best['test_loss']:.4f}; {result['trials']} trials in "
+        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}{report}"
+    )
 
 
 def with_stated_space(job: SearchJob, stated: "Stated | None", *, recipe: str, given: Collection[str]) -> SearchJob:

@@ -143,6 +143,18 @@ def _use_cpus_on_jax(cpus: int | None) -> None:
         os.environ["NPROC"] = str(max(1, cpus))  # the size of XLA's thread pool on CPUs
 
 
+def use_float32() -> None:
+    """Switches TF32 of NVIDIA's GPUs off, which rounds float32 to 10 bits of mantissa; call before the first use."""
+    if _is_on_jax():
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
+        return
+    import tensorflow as tf
+
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def hide_gpus() -> None:
     """Hides the machine's GPUs from TensorFlow or JAX; call before its first use."""
     if _is_on_jax():

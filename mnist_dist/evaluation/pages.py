@@ -236,7 +236,10 @@ def _of_provenance(summary: Summary | None, bundle: BundleInfo | None) -> list[t
 
 
 def _of_origin(bundle: BundleInfo) -> list[tuple[str, object]]:
-    """How the model came to be: imported, or trained here."""
+    """How the model came to be: combined, imported, or trained here."""
+    if bundle.combined is not None:
+        used = [member for member in bundle.combined.members if member.is_used]
+        return [(bundle.combined.method, f"{member.uri} ({member.model_id[:12]})") for member in used]
     imported = bundle.imported
     if imported is None:
         return [("weights", bundle.weights), ("training data fingerprint", bundle.data_fingerprint)]

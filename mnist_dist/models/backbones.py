@@ -434,6 +434,8 @@ def find_backbone(name: str) -> Backbone:
 
 def _imported(uri: str) -> Backbone:
     info = read_bundle_info(uri)
+    if info.is_ensemble:
+        raise ConfigError(f"an ensemble gives no features: take one of its members. Received: backbone={uri!r}")
     if info.model_file != ONNX_FILE:
         remedy = (
             f"use --backbone {info.backbone} --weights {uri}"

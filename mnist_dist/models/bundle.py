@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnist_dist import documents
-from mnist_dist.config import DEFAULT_THRESHOLD, Activation
+from mnist_dist.config import DEFAULT_THRESHOLD, Activation, CombineMethod
 from mnist_dist.errors import BundleError, ConfigError, DataError, StorageError
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
@@ -106,6 +106,41 @@ class Imported:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CombinedMember:
+    """A bundle of which, with others, this one was made.
+
+    Args:
+        uri: where it was, without secrets.
+        model_id: of its model file.
+        is_used: False: a greedy soup left it out.
+        validation_accuracy: on the images that judged, 0-1; None: it was not measured.
+    """
+
+    uri: str
+    model_id: str
+    is_used: bool = True
+    validation_accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """How several bundles became one.
+
+    Args:
+        method: `soup`, `greedy-soup` or `ensemble`.
+        members: in the order in which they were given.
+        data: what `--data` named, without secrets; empty: nothing.
+        max_abs_difference: the largest difference of a probability of the written model from what was computed from its
+            members, on a few images.
+    """
+
+    method: CombineMethod
+    members: tuple[CombinedMember, ...]
+    data: tuple[str, ...] = ()
+    max_abs_difference: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleInfo:
     """The content of `bundle.json`.
 
@@ -116,6 +151,7 @@ class BundleInfo:
         model_file: `model.keras` or `model.onnx`.
         multi_label: each class has a probability of its own (sigmoid).
         imported: how a foreign model became this bundle; None: it was trained here.
+        combined: how several bundles became this one; None: it is of one model.
         weights: the weights that training started from.
         config: the job's configuration, as JSON values.
         data_fingerprint: identifies the training data.
@@ -133,6 +169,7 @@ class BundleInfo:
     model_file: ModelFile = KERAS_FILE
     multi_label: bool = False
     imported: Imported | None = None
+    combined: Combined | None = None
     weights: str = "none"
     config: Mapping[str, Any] = field(default_factory=dict)
     data_fingerprint: str = "none"
@@ -142,6 +179,11 @@ class BundleInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     created_at: str = ""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether the model file holds several models."""
+        return self.combined is not None and self.combined.method == "ensemble"
 
 
 @dataclass(frozen=True)
@@ -230,8 +272,13 @@ class Bundle:
         """D, the number of features before the head, as the model file says; does not load Keras.
 
         Raises:
-            BundleError: the model file does not say.
+            BundleError: the model file does not say, or it is an ensemble, which has none.
         """
+        if self.info.is_ensemble:
+            raise BundleError(
+                "an ensemble gives no features, since those of its members have nothing in common; take one of its "
+                f"members. Received: {str(self.path)!r}"
+            )
         if not self.is_onnx:
             return _keras_features(self.model_path)
         count = self.declared.num_features

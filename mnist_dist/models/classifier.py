@@ -364,6 +364,8 @@ def _load_weights_of_bundle(backbone: keras.Model, uri: str, *, name: str) -> No
         raise WeightsError(
             f"weights for {name} are neither a .h5 file nor a bundle (a folder with {BUNDLE_FILE}): {err}"
         ) from err
+    if bundle.info.is_ensemble:
+        raise WeightsError(f"an ensemble has several backbones: give one of its members. Received: weights={uri!r}")
     base = bundle.model.get_layer(BACKBONE_LAYER)
     difference = _first_difference(_layer_shapes(backbone), _layer_shapes(base))
     if difference:

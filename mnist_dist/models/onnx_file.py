@@ -99,11 +99,11 @@ def check_onnx(file: Path, *, spec: ImageSpec, num_classes: int) -> None:
         )
 
 
-def open_session(file: Path, *, cpus: int | None = None, cuda: bool = False) -> Any:
+def open_session(file: Path | bytes, *, cpus: int | None = None, cuda: bool = False) -> Any:
     """Opens the file in ONNX Runtime.
 
     Args:
-        file: an ONNX file.
+        file: an ONNX file, or its content.
         cpus: cores that a call may use; None: all.
         cuda: run on a GPU what its provider can run; the rest runs on the CPU.
 

@@ -151,9 +151,9 @@ def _spec(job: ScoreJob, bundle: Bundle) -> ImageSpec:
 def _fast_agreement(bundle: Bundle) -> str | None:
     """What is known of fast decoding for an imported model; None for one that was trained with it."""
     imported = bundle.info.imported
-    if imported is None:
+    if imported is None and bundle.info.spec.quality == "fast":
         return None
-    if imported.fast_agreement is None:
+    if imported is None or imported.fast_agreement is None:
         return "fast decoding: how often the top class stays the same was not measured for this bundle"
     return f"fast decoding: same top class for {imported.fast_agreement:.2%} of {imported.fast_images:,} images"
 

@@ -3,14 +3,15 @@
 Each step stores its results in the search's folder (`tuning/trials.py`), so the same command resumes after the last
 complete step. Imports neither TensorFlow nor Keras.
 
-Only validation images decide among trials and finalists. Only the winner is tested on the test images, once.
+Only validation images decide among trials, finalists and their combination (`combination.py`). Only the winner, or what
+was combined in its place, is tested on the test images, once.
 """
 
 import functools
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +40,13 @@ from mnist_dist.on_ray.data.prepare import (
     plan_job_features,
     split,
 )
+from mnist_dist.on_ray.search.combination import Combination
 from mnist_dist.on_ray.search.trial import Prepared, TrialTask, is_outage
 from mnist_dist.on_ray.search.tuning import Trials, TrialWork, run_trials
 from mnist_dist.on_ray.tasks import wait_for
 from mnist_dist.on_ray.training.backend import resolve_backend
 from mnist_dist.on_ray.training.board import make_board
+from mnist_dist.on_ray.training.messages import UNTESTED
 from mnist_dist.on_ray.training.train import Training, check_devices, check_job, check_ready, with_absolute_weights
 from mnist_dist.search_config import SearchJob
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
@@ -176,6 +179,8 @@ class FinalistTask:
     validated_only: bool
     search: Fence
     """The lock of the search, with which the finalist loses its own."""
+    keeps_untested: bool = False
+    """See `WorkerTask`."""
     steps_limit: int | None = None
     """See `Training`."""
 
@@ -258,10 +263,14 @@ class Search:
             speeds = self._measure(data, trials, resources=resources)
             with self._timed("finalists_s"):
                 finalists = self._train_finalists(data, trials, speeds, per_finalist=per_finalist, resources=resources)
-            winner = min(usable(finalists.values()), key=lambda trial: trial.rank)
-            tested = self._finish_winner(data, winner, per_finalist=per_finalist)
-        self._write_leaderboard(trials, speeds, finalists, winner=winner.number)
-        return self._result(trials, winner, tested, speeds)
+            ranked = sorted(usable(finalists.values()), key=lambda trial: trial.rank)
+            combination = self._combine(data, ranked)
+            if combination is not None and combination.is_better:
+                tested = combination.finish(join(self.run.uri, "bundle"))
+            else:
+                tested = self._finish_winner(data, ranked[0], per_finalist=per_finalist)
+        self._write_leaderboard(trials, speeds, finalists, winner=ranked[0].number)
+        return self._result(trials, ranked, combination, tested, speeds)
 
     def _check_devices(self, per_finalist: Share) -> None:
         for space in self.job.backbones:
@@ -623,10 +632,27 @@ class Search:
             command=command_line(),
             validated_only=validated_only,
             search=self.session.fence,
+            keeps_untested=validated_only and self.job.search.combine != "none",
         )
 
     def _finalist_uri(self, trial: Trial) -> str:
         return join(self.run.uri, "finalists", f"{trial.number:06d}")
+
+    def _combine(self, data: SearchData, ranked: Sequence[Trial]) -> Combination | None:
+        """Combines the finalists, the best first; None: it was not asked for, or there is nothing to combine."""
+        method = self.job.search.combine
+        if method == "none" or len(ranked) < 2:
+            return None
+        of_winner = data.decoded[architecture_of(ranked[0].params, self.job).name]
+        combination = Combination(
+            method="ensemble" if method == "ensemble" else "greedy-soup",
+            finalists={trial.number: join(self._finalist_uri(trial), UNTESTED) for trial in ranked},
+            uri=join(self.run.uri, "combined"),
+            decoded=of_winner,
+            splits=data.splits,
+            session=self.session,
+        )
+        return combination if combination.make() else None
 
     def _finish_winner(self, data: SearchData, winner: Trial, *, per_finalist: Share) -> dict[str, float]:
         """Tests the winner, copies its bundle into the search's folder, and returns its test metrics."""
@@ -678,9 +704,19 @@ class Search:
         return join(self.run.uri, "leaderboard.parquet")
 
     def _result(
-        self, trials: Mapping[int, Trial], winner: Trial, tested: Mapping[str, float], speeds: Mapping[str, Speed]
+        self,
+        trials: Mapping[int, Trial],
+        ranked: Sequence[Trial],
+        combination: Combination | None,
+        tested: Mapping[str, float],
+        speeds: Mapping[str, Speed],
     ) -> dict[str, Any]:
-        speed = speeds.get(architecture_of(winner.params, self.job).name)
+        """The result; `best` has the figures of the bundle, whether it is the winner's or a combination."""
+        winner = ranked[0]
+        is_combined = combination is not None and combination.is_better
+        validation = {"accuracy": winner.val_accuracy, "loss": winner.val_loss}
+        if combination is not None and is_combined:
+            validation = dict(combination.info.validation)
         return {
             "run_dir": self.run.uri,
             "bundle": join(self.run.uri, "bundle"),
@@ -689,16 +725,28 @@ class Search:
             "best": {
                 "trial": winner.number,
                 "config": winner.params,
-                "val_accuracy": winner.val_accuracy,
-                "val_loss": winner.val_loss,
+                "val_accuracy": validation["accuracy"],
+                "val_loss": validation["loss"],
                 "test_accuracy": tested["accuracy"],
                 "test_loss": tested["loss"],
-                "ms_per_image": speed.ms_per_image if speed else None,
+                "ms_per_image": self._ms_per_image(ranked, combination, speeds),
             },
+            "combined": None if combination is None else combination.described(),
             "leaderboard": self._leaderboard,
             **self.timing,
             "seconds": seconds_since(self.began_at),
         }
+
+    def _ms_per_image(
+        self, ranked: Sequence[Trial], combination: Combination | None, speeds: Mapping[str, Speed]
+    ) -> float | None:
+        """Of the winner; an ensemble takes as long as its members together. None: not measured."""
+        members = ranked[:1]
+        if combination is not None and combination.is_better and combination.method == "ensemble":
+            members = [trial for trial in ranked if trial.number in combination.members]
+        measured = [speeds.get(architecture_of(trial.params, self.job).name) for trial in members]
+        known = [speed.ms_per_image for speed in measured if speed is not None]
+        return sum(known) if len(known) == len(members) else None
 
 
 def _gpus_per_trial(job: SearchJob, resources: Resources) -> float:
@@ -773,6 +821,7 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
             board=task.board,
             command=task.command,
             validated_only=task.validated_only,
+            keeps_untested=task.keeps_untested,
         )
     return {**metrics, "seconds": round(metrics["earlier_s"] + time.time() - began_at, 2)}
 

@@ -21,7 +21,7 @@ from mnist_dist.evaluation.tables import Classes
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.finished import FinishedModel
-from mnist_dist.on_ray.training.messages import WorkerTask
+from mnist_dist.on_ray.training.messages import UNTESTED, WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join, shown
@@ -59,16 +59,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         return  # a finished bundle is never overwritten
     info = finished.model.write(
         folder,
-        BundleInfo(
-            class_names=records.class_names,
-            spec=records.spec,
-            backbone=job.model.backbone,
-            weights=shown(job.model.weights),
-            config=job.settings(),
-            data_fingerprint=task.fingerprint,
-            validation=finished.validation,
-            test=finished.tested.metrics,
-        ),
+        _described(task, records, validation=finished.validation, test=finished.tested.metrics),
         history=finished.history,
         calibration=_calibration(task.splits, records) if job.run.calibration else None,
     )
@@ -93,6 +84,53 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
     write_page(training_page(facts, metrics), folder)
     task.fence.check()
     ANYWHERE.upload_folder(folder, bundle, last=BUNDLE_FILE)
+
+
+def keep_untested(
+    task: WorkerTask,
+    model: FinishedModel,
+    records: Records,
+    folder: Path,
+    *,
+    history: Sequence[Epoch],
+    validation: Mapping[str, float],
+) -> None:
+    """Writes a bundle without a test and a report into the run, as `untested`, unless it is there.
+
+    Args:
+        task: the task of the run.
+        model: with the best weights.
+        records: the images.
+        folder: a local folder, which must not exist yet.
+        history: the epochs.
+        validation: metrics on the validation images.
+    """
+    bundle = join(task.run, UNTESTED)
+    if ANYWHERE.exists(join(bundle, BUNDLE_FILE)):
+        return
+    calibration = _calibration(task.splits, records) if task.job.run.calibration else None
+    model.write(
+        folder, _described(task, records, validation=validation, test={}), history=history, calibration=calibration
+    )
+    task.fence.check()
+    ANYWHERE.upload_folder(folder, bundle, last=BUNDLE_FILE)
+
+
+def _described(
+    task: WorkerTask, records: Records, *, validation: Mapping[str, float], test: Mapping[str, float]
+) -> BundleInfo:
+    """What the bundle of a run says."""
+    job = task.job
+    return BundleInfo(
+        class_names=records.class_names,
+        spec=records.spec,
+        backbone=job.model.backbone,
+        weights=shown(job.model.weights),
+        config=job.settings(),
+        data_fingerprint=task.fingerprint,
+        validation=validation,
+        test=test,
+    )
 
 
 def test_metrics(tested: Predicted, records: Records) -> Metrics:

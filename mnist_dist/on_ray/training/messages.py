@@ -10,6 +10,9 @@ from mnist_dist.errors import MnistDistError
 from mnist_dist.store.lock import Fence
 from mnist_dist.training.features import FeaturePlan
 
+UNTESTED = "untested"
+"""The folder of a run that holds its bundle before the test, where that is kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
@@ -40,6 +43,8 @@ class WorkerTask:
     """The most steps per epoch and batches per evaluation, for a dry run or a plan; these write no bundle."""
     validated_only: bool = False
     """Train and validate, but leave the test and the bundle to a later call for the same run."""
+    keeps_untested: bool = False
+    """With `validated_only`: write a bundle that was not tested, from which the run may be combined with others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -405,6 +405,7 @@ class Training:
         board: Any = None,
         command: str | None = None,
         validated_only: bool = False,
+        keeps_untested: bool = False,
     ) -> dict[str, Any]:
         """Runs the workers and returns their metrics.
 
@@ -417,6 +418,7 @@ class Training:
             board: a board that the caller watches, too. None creates one.
             command: the command as typed, if it was typed in another process.
             validated_only: skip the test and the bundle; another call makes them.
+            keeps_untested: see `WorkerTask`.
         """
         self.run.clear_attempts(
             fence=self.session.fence.number
@@ -438,6 +440,7 @@ class Training:
             command=command or command_line(),
             steps_limit=self.steps_limit,
             validated_only=validated_only,
+            keeps_untested=keeps_untested,
         )
         attempt = Attempt(task, name=attempt_name(self.session.fence.number), share=mine)
         result = attempt.run_to_end(self.session)

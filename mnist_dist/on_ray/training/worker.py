@@ -27,7 +27,7 @@ from mnist_dist.models.history import HISTORY_FILE, Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.tasks import peak_memory_bytes
 from mnist_dist.on_ray.training.board import Poster
-from mnist_dist.on_ray.training.bundling import Finished, make_bundle
+from mnist_dist.on_ray.training.bundling import Finished, keep_untested, make_bundle
 from mnist_dist.on_ray.training.finished import FinishedModel, JoinedModel, KerasModel
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
 from mnist_dist.on_ray.training.tested import predict_test
@@ -202,6 +202,9 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     validation = trainer.evaluate(task.splits.val, final.network)
     speed = state.timed_images / state.timed_s if state.timed_s else None
     test: dict[str, float] = {}
+    if task.keeps_untested and trainer.world.rank == 0 and task.steps_limit is None:
+        model = _model(task, trainer, final, records, scratch)
+        keep_untested(task, model, records, scratch / "untested", history=state.history, validation=validation)
     if not task.validated_only:
         model = _model(task, trainer, final, records, scratch)
         tested = predict_test(trainer, model, scratch=join(task.run, attempt_name(task.fence.number), "test"))

@@ -1,0 +1,1 @@
+"""Several bundles become one: soups (`soups`) average weights, ensembles (`ensembles`) average probabilities."""
