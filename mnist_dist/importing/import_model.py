@@ -43,6 +43,7 @@ from mnist_dist.models.bundle import (
     read_bundle_info,
     write_model_bundle,
 )
+from mnist_dist.models.mlmodel import MLMODEL_FILE
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access
 from mnist_dist.store.uris import absolute, is_remote, join
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 IMPORT_FILE = "import.json"
 _FOREIGN = "foreign.pickle"
-_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, IMPORT_FILE)
+_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE, IMPORT_FILE)
 """Of a bundle, beside `bundle.json`."""
 _RESOURCES = ("output", "lock_wait_s", "verbose")
 """Fields that change nothing in the bundle."""
