@@ -132,6 +132,12 @@ def expected_bytes(points: Sequence[Usage], *, images: int) -> int:
     return int(points[-1].peak_bytes + (images - points[-1].images) * bytes_per_image(points))
 
 
+def is_too_large(images: int, points: Sequence[Usage]) -> bool:
+    """Whether a worker has less than it takes for a batch of so many images, by the line through the last two points;
+    with fewer points, nothing is known."""
+    return len(points) > 1 and expected_bytes(points, images=images) > points[-1].available_bytes
+
+
 def measured_phases(job: TrainJob) -> PhasesConfig | None:
     """The phases that are measured, of one epoch each; None: every phase trains a head on features alone, which takes
     next to nothing.

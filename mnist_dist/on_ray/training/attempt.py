@@ -136,6 +136,13 @@ def lack_of_memory(failures: Mapping[int, BaseException]) -> OutOfMemory | None:
     return None
 
 
+def has_died(error: WorkersFailed) -> bool:
+    """Whether a worker's process ended, rather than raised, in a failure that `run_to_end` raises."""
+    failures = getattr(error.__cause__, "worker_failures", None) or {}
+    links = (link for cause in failures.values() for link in _chain(cause))
+    return any(isinstance(link, ray.exceptions.RayActorError) for link in links)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error of Ray Train and what caused it; for a worker that died, that is in `health_check_failure`."""
     link: BaseException | None = getattr(error, "health_check_failure", error)

@@ -30,6 +30,7 @@ from mnist_dist.training.batch_size import (
     Usage,
     candidates,
     found_in_words,
+    is_too_large,
     largest_fitting,
     layout_of,
     measured_phases,
@@ -39,6 +40,7 @@ from mnist_dist.training.planning import sizes_of
 
 log = logging.getLogger(__name__)
 
+FURTHEST = 32  # times as large as the larger of two measured batches may be what is judged by them
 USUAL_MEASUREMENT_S = 15.0  # to import Keras and to compile the step of a small network, for the progress bar
 
 
@@ -92,31 +94,55 @@ def with_found_batch(job: TrainJob, listed: Listed, *, share: Share, session: Se
     return replace(job, fit=replace(job.fit, batch_size=batch_size))
 
 
-def explained(error: OutOfMemory, job: TrainJob, records: RecordPlan, *, share: Share, session: Session) -> OutOfMemory:
+def explained(
+    error: OutOfMemory | WorkersFailed, job: TrainJob, records: RecordPlan, *, share: Share, session: Session
+) -> OutOfMemory | WorkersFailed:
     """The error with what would fit, as two small batches show it; if they cannot be measured, half is guessed.
+
+    Args:
+        error: that the workers ran out of memory; or that they died, which is taken as the same if they needed more
+            than they had. TensorFlow on CPUs often ends its process so (2.21: a signal within oneDNN after it has
+            logged RESOURCE_EXHAUSTED), and so does the kernel.
+        job: what was trained.
+        records: the plan of its images.
+        share: the workers.
+        session: of the job.
 
     Raises:
         Interrupted: SIGINT or SIGTERM.
         LockLost: another driver took over the run.
     """
+    images = -(-job.fit.global_batch // share.workers)
+    points = _small_batches(job, records, images=images, share=share, session=session)
+    if isinstance(error, WorkersFailed) and not is_too_large(images, points):
+        return error
+    words = out_of_memory_in_words(
+        job.fit.global_batch,
+        cause=str(error) if isinstance(error, OutOfMemory) else "a worker died",
+        accumulate=job.optimizer.accumulate,
+        layout=layout_of(job, workers=share.workers, gpus=share.gpus),
+        points=points,
+    )
+    return OutOfMemory(words)
+
+
+def _small_batches(job: TrainJob, records: RecordPlan, *, images: int, share: Share, session: Session) -> list[Usage]:
+    """What up to two batches take that are much smaller than `images` per worker; empty: it cannot be measured."""
     layout, phases = layout_of(job, workers=share.workers, gpus=share.gpus), measured_phases(job)
-    images, points = -(-job.fit.global_batch // share.workers), list[Usage]()
+    if phases is None:
+        return []
     sizes = [size for size in candidates(layout, train_images=2**31) if size <= images // 2]
-    small = sorted({max((size for size in sizes if size <= most), default=0) for most in (FIRST, SECOND)} - {0})
+    larger = max(SECOND, images // FURTHEST)
+    small = sorted({max((size for size in sizes if size <= most), default=0) for most in (FIRST, larger)} - {0})
     try:
-        if phases is not None:
-            brief = _brief(job, phases, records, share=share, session=session)
-            measured = (_usage(replace(brief, images=size), share, session) for size in small)
-            points = [usage for usage in measured if usage is not None]
+        brief = _brief(job, phases, records, share=share, session=session)
+        measured = [_usage(replace(brief, images=size), share, session) for size in small]
     except (Interrupted, LockLost):
         raise
     except MnistDistError:
         log.warning("the memory of small batches could not be measured", exc_info=True)
-    return OutOfMemory(
-        out_of_memory_in_words(
-            job.fit.global_batch, cause=str(error), accumulate=job.optimizer.accumulate, layout=layout, points=points
-        )
-    )
+        return []
+    return [usage for usage in measured if usage is not None]
 
 
 def _brief(job: TrainJob, phases: PhasesConfig, records: RecordPlan, *, share: Share, session: Session) -> Brief:

@@ -46,7 +46,7 @@ from mnist_dist.on_ray.data.prepare import (
     scratch_storage,
     split,
 )
-from mnist_dist.on_ray.training.attempt import Attempt
+from mnist_dist.on_ray.training.attempt import Attempt, has_died
 from mnist_dist.on_ray.training.backend import check_backend, resolve_backend
 from mnist_dist.on_ray.training.batch_size import explained, with_found_batch
 from mnist_dist.on_ray.training.board import make_board
@@ -490,8 +490,10 @@ class Training:
             result = attempt.run_to_end(self.session)
             if result.error is not None:
                 raise result.error
-        except OutOfMemory as error:
-            raise explained(error, self.job, records, share=mine, session=self.session) from error
+        except (OutOfMemory, WorkersFailed) as error:
+            if isinstance(error, OutOfMemory) or has_died(error):
+                raise explained(error, self.job, records, share=mine, session=self.session) from error
+            raise
         if result.metrics is None:  # stopped after saving
             self.session.check()
             raise WorkersFailed("The workers stopped although nobody asked them to. Run the same command to resume.")
