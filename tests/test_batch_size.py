@@ -504,45 +504,38 @@ def test_a_run_finds_its_batch_and_says_so_in_its_folder_result_and_lines(tmp_pa
     assert train(job, recipe="test", console=Recorder()) == result
 
 
-@ray.remote(num_cpus=0)
-class CountingBoard(Board):
-    """A board that counts the workers that have begun."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._count = 0
-
-    def begin(self, *arguments: Any, **named: Any) -> None:
-        self._count += 1
-        super().begin(*arguments, **named)
-
-    def count(self) -> int:
-        return self._count
-
-
-def die_of_memory(config: dict[str, Any]) -> Any:
-    """A worker's loop: of the first group, rank 1 runs out of memory while rank 0 waits for it."""
-    import ray.train
-    from ray.train.collective import barrier
-
-    from mnist_dist.on_ray.training.messages import WorkerResult
-    from mnist_dist.on_ray.training.worker import _known_lack_of_memory, _naming_lack_of_memory
-
-    task = config["task"]
-    known = _known_lack_of_memory(task)
-    if known is not None:
-        return WorkerResult(error=known)
-    with _naming_lack_of_memory():
-        if ray.train.get_context().get_world_rank() == 1:
-            raise MemoryError("OOM when allocating tensor with shape[9,7]")
-        barrier()
-    return WorkerResult(stopped=True)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_workers_are_restarted_once_for_a_lack_of_memory_of_one_of_them(tmp_path: Path) -> None:
-    nothing, board = cast(Any, None), CountingBoard.remote()
+    # Both are pickled by value only because they are defined here; Ray's processes do not find this module.
+    class CountingBoard(Board):
+        count = 0
+
+        def begin(self, *arguments: Any, **named: Any) -> None:
+            self.count += 1
+            super().begin(*arguments, **named)
+
+        def begun(self) -> int:
+            return self.count
+
+    def loop(config: dict[str, Any]) -> Any:
+        """Of the first group, rank 1 runs out of memory while rank 0 waits for it."""
+        import ray.train
+        from ray.train.collective import barrier
+
+        from mnist_dist.on_ray.training.messages import WorkerResult
+        from mnist_dist.on_ray.training.worker import _known_lack_of_memory, _naming_lack_of_memory
+
+        known = _known_lack_of_memory(config["task"])
+        if known is not None:
+            return WorkerResult(error=known)
+        with _naming_lack_of_memory():
+            if ray.train.get_context().get_world_rank() == 1:
+                raise MemoryError("OOM when allocating tensor with shape[9,7]")
+            barrier()
+        return WorkerResult(stopped=True)
+
+    nothing, board = cast(Any, None), ray.remote(num_cpus=0)(CountingBoard).remote()
     task = WorkerTask(
         job=TrainJob(run=RunConfig(max_failures=50)),
         records=nothing,
@@ -559,12 +552,12 @@ def test_workers_are_restarted_once_for_a_lack_of_memory_of_one_of_them(tmp_path
         began_at=0.0,
         command="",
     )
-    attempt = Attempt(task, name="attempt", share=Share(workers=2, cpus=1, gpus=0), loop=die_of_memory)
+    attempt = Attempt(task, name="attempt", share=Share(workers=2, cpus=1, gpus=0), loop=loop)
     with Stop(Recorder()) as stop:
         result = attempt.run_to_end(Session(console=Recorder(), stop=stop))
     assert isinstance(result.error, OutOfMemory)
     assert str(result.error) == "MemoryError: OOM when allocating tensor with shape[9,7]"
-    assert ray.get(board.count.remote()) == 4, "two groups of two workers"
+    assert ray.get(board.begun.remote()) == 4, "two groups of two workers"
 
 
 @pytest.mark.slow
@@ -572,8 +565,11 @@ def test_workers_are_restarted_once_for_a_lack_of_memory_of_one_of_them(tmp_path
 @pytest.mark.skipif(processor.memory_bytes() > 40 * GIB, reason="needs a machine on which 47 GB are too much")
 def test_a_batch_that_exceeds_the_memory_ends_with_what_would_fit(tmp_path: Path) -> None:
     """The first activations are `float32 [1400, 512, 512, 32]`, 47 GB, of which TensorFlow dies on CPUs."""
-    flags = "--workers 1 --cpus-per-worker 1 --batch-size 1400 --image-size-px 512 --epochs 1 --max-failures 0"
+    flags = "--workers 1 --cpus-per-worker 2 --batch-size 1400 --image-size-px 512 --epochs 1 --max-failures 0"
     code, result, _ = run_command("jobs.train", "quickstart", "--storage", str(tmp_path), *flags.split())
     assert (code, result["error_type"]) == (1, "OutOfMemory")
     assert re.match(r"out of memory: --batch-size 1400, needs about [\d.]+ GiB per worker, which has ", result["error"])
-    assert re.search(r" About (\d+) would fit: --batch-size \1, --batch-size auto", result["error"])
+    cure = (
+        r"\(a worker died\)\. (About (\d+) would fit: --batch-size \2, --batch-size auto|Not even the smallest batch)"
+    )
+    assert re.search(cure, result["error"])  # It takes 6 GiB with any batch, most of it for a large dense layer.
