@@ -387,7 +387,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         is_positive = self.batch_size == "auto" or self.batch_size >= 1
-        require(is_positive, "batch_size must be at least 1 image, or auto", batch_size=self.batch_size)
+        require(is_positive, "batch_size must be at least 1 image", batch_size=self.batch_size)
         require(self.seed >= 0, "seed must be 0 or above", seed=self.seed)
         require(0 < self.plateau_factor < 1, "plateau_factor must be in (0, 1)", plateau_factor=self.plateau_factor)
         require(
