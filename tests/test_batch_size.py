@@ -317,21 +317,23 @@ def test_a_run_that_saved_nothing_leaves_its_number_to_nobody(tmp_path: Path) ->
     assert run.found_batch() is None
 
 
-def training(run: Run, job: TrainJob, stop: Stop) -> Training:
-    session = Session(console=Recorder(), stop=stop)
+def training(run: Run, job: TrainJob, console: Recorder) -> Training:
+    session = Session(console=console, stop=Stop(console))
     return Training(job, session, recipe="quickstart", run=run, began_at=0.0)
 
 
 def test_a_resumed_run_takes_the_number_and_measures_nothing(tmp_path: Path) -> None:
     nothing, job = cast(Any, None), TrainJob(fit=FitConfig(batch_size="auto"))
-    found = training(begun_run(tmp_path, 48), job, Stop(Recorder()))
+    console = Recorder()
+    found = training(begun_run(tmp_path, 48), job, console)
     found._fix_batch(nothing, Share(workers=3, cpus=1, gpus=0))
     assert found.job.fit.global_batch == 48
+    assert console.lines == ["batch size 48, as found when the run began"]
 
 
 def test_a_resumed_run_of_more_workers_than_images_of_its_batch_is_refused(tmp_path: Path) -> None:
     nothing, job = cast(Any, None), TrainJob(fit=FitConfig(batch_size="auto"))
-    found = training(begun_run(tmp_path, 2), job, Stop(Recorder()))
+    found = training(begun_run(tmp_path, 2), job, Recorder())
     with pytest.raises(ConfigError, match=r"at least the number of workers\. Received: batch_size=2, workers=3"):
         found._fix_batch(nothing, Share(workers=3, cpus=1, gpus=0))
 
@@ -466,6 +468,18 @@ def test_the_kernel_is_asked_within_the_container_first(tmp_path: Path, monkeypa
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
     assert processor.free_memory_bytes() == 2 * GIB
+
+
+def test_the_smallest_of_the_visible_gpus_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@" > "${0%/*}/asked"\necho 81559\necho 40960\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert processor.gpu_memory_bytes() == 40 * GIB
+    assert "--id=1,3" in (tmp_path / "asked").read_text()
+    tool.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    assert processor.gpu_memory_bytes() is None
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------

@@ -410,6 +410,7 @@ class Training:
             self.session.confirm_lock()
             self.run.keep_batch(self.job.fit.global_batch)
         else:
+            self.session.console.line(f"batch size {known:,}, as found when the run began")
             self.job = replace(self.job, fit=replace(self.job.fit, batch_size=known))
         self._check_batch(mine)
 
