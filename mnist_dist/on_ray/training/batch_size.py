@@ -18,7 +18,7 @@ from mnist_dist import processor
 from mnist_dist.config import KerasBackend, PhasesConfig, TrainJob
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.engines.steps import Report, call_in_process
-from mnist_dist.errors import Interrupted, LockLost, MnistDistError, OutOfMemory, StepKilled, WorkersFailed
+from mnist_dist.errors import ConfigError, Interrupted, LockLost, MnistDistError, OutOfMemory, StepKilled, WorkersFailed
 from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.data.prepare import Listed
 from mnist_dist.on_ray.tasks import peak_memory_bytes, wait_for
@@ -168,6 +168,7 @@ def measure_here(brief: Brief) -> Usage | None:
     """Measures one size on this node, in a process of its own; see `Measure`.
 
     Raises:
+        ConfigError: the network cannot be trained so.
         StepFailed: the process failed, and not for lack of memory.
     """
     node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
@@ -178,13 +179,15 @@ def measure_here(brief: Brief) -> Usage | None:
     except StepKilled:
         log.info("%d images: the process was killed", brief.images, exc_info=True)
         return None
+    if isinstance(peak, ConfigError):
+        raise peak
     if peak is None:
         return None
     used, available = peak
     return Usage(images=brief.images, peak_bytes=used, available_bytes=available or expected)
 
 
-def _peak(brief: Brief, _: Report) -> tuple[int, int | None] | None:
+def _peak(brief: Brief, _: Report) -> tuple[int, int | None] | ConfigError | None:
     """The peak of this process, and the memory of a GPU if that counts, bytes. None: there was not enough memory."""
     start_backend(brief.backend, keep_compiled=False)  # Before Keras is imported.
     from mnist_dist.engines.engine import hide_gpus, is_out_of_memory, use_cpus
@@ -204,6 +207,8 @@ def _peak(brief: Brief, _: Report) -> tuple[int, int | None] | None:
             classes=len(records.class_names),
             precision=resolve_precision(job.fit.precision, backbone=job.model.backbone, gpu=brief.gpu),
         )
+    except ConfigError as error:
+        return error
     except Exception as error:
         if is_out_of_memory(error):
             return None
