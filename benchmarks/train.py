@@ -76,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
 def _measure_case(case: str, benchmark: TrainBenchmark, *, console: Console) -> dict[str, Any]:
     job = _job(case, benchmark)
     rate = _apart(bare_images_per_s, job, seconds=min(5.0, benchmark.seconds))
-    steps = max(10, int(rate * benchmark.seconds / job.fit.batch_size))
+    steps = max(10, int(rate * benchmark.seconds / job.fit.global_batch))
     rounds: list[dict[str, float]] = []
     for number in range(benchmark.rounds):
         speeds = {
@@ -142,7 +142,7 @@ def bare_images_per_s(job: TrainJob, *, seconds: float) -> float:
     import tensorflow as tf
 
     classifier, pixels, labels = _classifier(job)
-    network, batch = classifier.network, job.fit.batch_size
+    network, batch = classifier.network, job.fit.global_batch
     optimizer = keras.optimizers.Adam(1e-5)
     variables = network.trainable_variables
     optimizer.build(variables)
@@ -170,13 +170,13 @@ def fit_images_per_s(job: TrainJob, *, steps: int) -> float:
     import keras
 
     classifier, pixels, labels = _classifier(job)
-    rows = np.arange(steps * job.fit.batch_size) % len(labels)
+    rows = np.arange(steps * job.fit.global_batch) % len(labels)
     model = classifier.model
     model.compile(optimizer=keras.optimizers.Adam(1e-5), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    warm_up = rows[: WARM_UP_STEPS * job.fit.batch_size]
-    model.fit(pixels[warm_up], labels[warm_up], batch_size=job.fit.batch_size, verbose=0)
+    warm_up = rows[: WARM_UP_STEPS * job.fit.global_batch]
+    model.fit(pixels[warm_up], labels[warm_up], batch_size=job.fit.global_batch, verbose=0)
     began = time.perf_counter()
-    model.fit(pixels[rows], labels[rows], batch_size=job.fit.batch_size, epochs=1, verbose=0)
+    model.fit(pixels[rows], labels[rows], batch_size=job.fit.global_batch, epochs=1, verbose=0)
     return len(rows) / (time.perf_counter() - began)
 
 
@@ -184,7 +184,7 @@ def _job_images_per_s(job: TrainJob, steps: int, *, console: Console) -> float:
     """Speed of the whole job on Ray Train, over about `steps` steps."""
     from mnist_dist.on_ray.training.train import train
 
-    batch = job.fit.batch_size
+    batch = job.fit.global_batch
     with tempfile.TemporaryDirectory(prefix="mnist_dist-benchmark-") as storage:
         images = 54_000 if job.data.data == ("mnist",) else None
         epochs = max(1, round(steps * batch / images)) if images else 1

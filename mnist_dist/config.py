@@ -349,8 +349,10 @@ class OptimizerConfig:
 class FitConfig:
     """Batches, augmentation, precision, and when to stop."""
 
-    batch_size: int = 128
-    """Images per step, summed over all workers (the global batch)."""
+    batch_size: int | Literal["auto"] = 128
+    """Images per step, summed over all workers (the global batch). auto: the largest that fits into the memory of the
+    workers, at most 1,024 each, and so that an epoch has 20 steps or more; it is measured before the run begins, and a
+    resumed run keeps it."""
     augmentation: Augmentation = "none"
     """`digits` (rotation, shift, zoom; no flips), `photos` (flip, crop, colour), `rand-augment` (flip, crop, and random
     operations of RandAugment) or `none`. The bundle never augments."""
@@ -386,7 +388,8 @@ class FitConfig:
     """Write TensorBoard event files to `<run>/tensorboard` (local storage only)."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size must be at least 1 image", batch_size=self.batch_size)
+        is_positive = self.batch_size == "auto" or self.batch_size >= 1
+        require(is_positive, "batch_size must be at least 1 image", batch_size=self.batch_size)
         require(self.seed >= 0, "seed must be 0 or above", seed=self.seed)
         require(0 < self.plateau_factor < 1, "plateau_factor must be in (0, 1)", plateau_factor=self.plateau_factor)
         require(
@@ -402,6 +405,12 @@ class FitConfig:
         for name in ("early_stopping_patience", "plateau_patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1 epoch", **{name: value})
+
+    @property
+    def global_batch(self) -> int:
+        """Images per step, as a number; `auto` has been replaced by one before anything asks for it."""
+        assert self.batch_size != "auto", "the driver replaces auto by a number (on_ray/training/batch_size.py)"
+        return self.batch_size
 
     @property
     def mixes(self) -> bool:

@@ -8,7 +8,9 @@ MnistDistError                exit 1: the work started and could not be finished
 │   └── ChecksFailed          at least one check of `jobs.doctor` failed
 ├── LabelsUnmatched           the given labels belong to no image of the table, or are none of its classes
 ├── TrainingDiverged          the loss is not a number
+├── OutOfMemory               a training needs more memory than its workers have
 ├── StepFailed                a process that converts or checks a model failed
+│   └── StepKilled            a signal ended it, as the kernel's does where memory is short
 ├── WorkersFailed             a worker died more often than --max-failures allows
 │   └── DecoderStuck          an image takes too long in a thread that cannot be stopped
 ├── Interrupted               SIGINT or SIGTERM; the progress is saved (exit 130 or 143)
@@ -87,6 +89,14 @@ class LabelsUnmatched(MnistDistError):
 
 class StepFailed(MnistDistError):
     """A process that converts or checks a model failed; the message ends with its last output."""
+
+
+class StepKilled(StepFailed):
+    """A signal ended the process, such as SIGKILL where memory is short."""
+
+
+class OutOfMemory(MnistDistError):
+    """A training needs more memory than its workers have; the message says which batch size would fit."""
 
 
 class TrainingDiverged(MnistDistError):

@@ -69,6 +69,8 @@ class RunFacts:
     """Number type of the stored features; None: there are none."""
     records: str | None = None
     """Identifies the images by the keys of their record caches; None: not known yet."""
+    batch_size: int | None = None
+    """The global batch that `--batch-size auto` found; None: a number was given, or it is not found yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,12 @@ import contextlib
 import math
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import psutil
 
+GPU_TIMEOUT_S = 30.0
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/sys/fs/cgroup")
 """The limits of this container. Source: the kernel's cgroup-v2.rst."""
@@ -43,6 +45,44 @@ def memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):
         memory = min(memory, int((CGROUP / "memory.max").read_text()))
     return memory
+
+
+def free_memory_bytes() -> int:
+    """Free memory of the machine, or of its container if that has less."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # There is no limit ("max"), or another format.
+        limit = int((CGROUP / "memory.max").read_text())
+        stat = _counters(CGROUP / "memory.stat")
+        used = int((CGROUP / "memory.current").read_text()) - stat["inactive_file"]  # Linux can drop cached files.
+        free = min(free, limit - used)
+    return free
+
+
+def killed_for_memory() -> int | None:
+    """How many processes the kernel has killed for lack of memory: in this container, else on this machine. None: not
+    known. Source: the kernel's cgroup-v2.rst, `oom_kill` in memory.events."""
+    for path in (CGROUP / "memory.events", Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return _counters(path)["oom_kill"]
+    return None
+
+
+def gpu_memory_bytes() -> int | None:
+    """Memory of the smallest NVIDIA GPU that this process may use. None: `nvidia-smi` does not tell."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command + ([f"--id={visible}"] if visible else []), capture_output=True, text=True, timeout=GPU_TIMEOUT_S
+        )
+        return min(int(line) for line in done.stdout.split()) * 2**20
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def _counters(path: Path) -> dict[str, int]:
+    """A file of lines `name number`."""
+    return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines())}
 
 
 def described() -> str:

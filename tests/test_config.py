@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -96,6 +97,14 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
         r"^label_smoothing must be in \[0, 1\)\. Received: label_smoothing=1\.0$",
     ),
     (OptimizerConfig, {"label_smoothing": -0.1}, r"^label_smoothing must be in \[0, 1\)"),
+    (OptimizerConfig, {"ema_decay": 1.0}, r"^ema_decay must be between 0 and 1\. Received: ema_decay=1\.0$"),
+    (OptimizerConfig, {"layer_decay": 0.0}, r"^layer_decay must be in \(0, 1\]"),
+    (OptimizerConfig, {"accumulate": 0}, r"^accumulate must be at least 1 part"),
+    (FitConfig, {"rand_augment_ops": 0}, r"^rand_augment_ops must be at least 1"),
+    (FitConfig, {"rand_augment_magnitude": 31}, r"^rand_augment_magnitude must be 0 to 30"),
+    (FitConfig, {"random_erasing": 1.5}, r"^random_erasing must be a probability"),
+    (FitConfig, {"mixup": -0.2}, r"^mixup must be 0 \(off\) or a positive parameter of Beta"),
+    (FitConfig, {"cutmix": math.inf}, r"^cutmix must be 0 \(off\)"),
     (FitConfig, {"batch_size": 0}, r"^batch_size must be at least 1 image\. Received: batch_size=0$"),
     (FitConfig, {"seed": -1}, r"^seed must be 0 or above\. Received: seed=-1$"),
     (FitConfig, {"plateau_factor": 1.0}, r"^plateau_factor must be in \(0, 1\)\. Received: plateau_factor=1\.0$"),
@@ -157,10 +166,19 @@ OTHER: dict[str, dict[str, Any]] = {
         "clip_norm": 1.0,
         "label_smoothing": 0.1,
         "class_weights": "balanced",
+        "ema_decay": 0.99,
+        "layer_decay": 0.7,
+        "accumulate": 2,
     },
     "fit": {
         "batch_size": 13,
         "augmentation": "photos",
+        "rand_augment_ops": 3,
+        "rand_augment_magnitude": 5,
+        "random_erasing": 0.25,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "sampling": "balanced",
         "precision": "bfloat16",
         "seed": 1,
         "early_stopping_patience": 2,

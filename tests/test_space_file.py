@@ -100,7 +100,7 @@ def test_trials_draw_what_the_space_says() -> None:
     dropouts = [job.model.dropout for job in jobs if job.model.dropout is not None]
     assert 0.1 <= min(dropouts) < max(dropouts) <= 0.4
     assert len(set(dropouts)) == len(jobs) - 1  # The first trial of each of the two backbones takes the middle.
-    batches = {job.fit.batch_size for job in jobs}
+    batches = {job.fit.global_batch for job in jobs}
     assert min(batches) >= 17
     assert max(batches) <= 70
     assert len(batches) > 20

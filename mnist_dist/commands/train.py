@@ -27,9 +27,10 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     result = run(job, chosen.recipe, shown)
     if job.run.plan:
         return result
+    batch = f" with batch size {result['batch_size']}" if job.fit.batch_size == "auto" else ""
     shown.line(
         f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} on {result['test_images']:,} "
-        f"images; {result['epochs']} epochs in {result['seconds']:.0f} s"
+        f"images; {result['epochs']} epochs{batch} in {result['seconds']:.0f} s"
     )
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")

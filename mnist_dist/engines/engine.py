@@ -97,7 +97,7 @@ class KerasEngine:
         try:
             return self._call(pixels)
         except Exception as error:
-            if self._halved or self.batch_size == 1 or not _is_out_of_memory(error):
+            if self._halved or self.batch_size == 1 or not is_out_of_memory(error):
                 raise
         self._halved, self.batch_size = True, -(-self.batch_size // 2)
         self._function = self._compile()
@@ -112,9 +112,10 @@ class KerasEngine:
         return Outputs(*(np.asarray(output)[: len(pixels)].astype(np.float32) for output in outputs))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the error of TensorFlow or JAX means out of memory."""
-    return type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error, of TensorFlow, JAX or Python, means out of memory."""
+    of_backend = type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+    return of_backend or isinstance(error, MemoryError)
 
 
 def _is_on_jax() -> bool:

@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import psutil
 
 import mnist_dist
-from mnist_dist.errors import StepFailed
+from mnist_dist.errors import StepFailed, StepKilled
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 
@@ -50,40 +50,68 @@ def run_step(function: Callable[[Report], Result], *, title: str, session: Sessi
         StepFailed: the process failed.
         Interrupted, LockLost: see `Session.watch`.
     """
+    with session.console.progress(title) as bar:
+
+        def watch(process: subprocess.Popen[bytes], received: Mapping[str, Any]) -> None:
+            def ended(timeout_s: float) -> bool:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout_s)
+                return process.returncode is not None
+
+            def show() -> None:
+                if "progress" in received:
+                    done, total = received["progress"]
+                    bar.update(done=done, total=total, note=f"{done}/{total} images")
+
+            session.watch(ended, show=show)
+
+        result: Result = _called(function, watch, title=title, verbose=session.console.verbose)
+    return result
+
+
+def call_in_process(function: Callable[[Report], Result], *, title: str) -> Result:
+    """As `run_step`, for a caller without a session, such as a task of Ray: nothing is shown, and the process ends with
+    this one.
+
+    Raises:
+        StepFailed: the process failed.
+    """
+    result: Result = _called(function, _await_end, title=title, verbose=False)
+    return result
+
+
+def _await_end(process: subprocess.Popen[bytes], _: Mapping[str, Any]) -> None:
+    process.wait()
+
+
+def _called(
+    function: Callable[[Report], Any],
+    watch: Callable[[subprocess.Popen[bytes], Mapping[str, Any]], None],
+    *,
+    title: str,
+    verbose: bool,
+) -> Any:
+    """What a function returns in a process of its own. `watch` waits for the end of the process; it is given what has
+    been received of it so far."""
     free_gib, received = psutil.virtual_memory().available / 2**30, dict[str, Any]()
     log.info("%s: %.1f GiB of memory are free", title, free_gib)
-    with (
-        tempfile.TemporaryFile() as errors,
-        session.console.progress(title) as bar,
-        _start(function, errors=None if session.console.verbose else errors) as process,
-    ):
+    with tempfile.TemporaryFile() as errors, _start(function, errors=None if verbose else errors) as process:
         reader = SideThread(lambda: _read(process.stdout, received), name="progress")
         reader.start()
-
-        def ended(timeout_s: float) -> bool:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s)
-            return process.returncode is not None
-
-        def show() -> None:
-            if "progress" in received:
-                done, total = received["progress"]
-                bar.update(done=done, total=total, note=f"{done}/{total} images")
-
         try:
-            session.watch(ended, show=show)
+            watch(process, received)
         finally:
             process.kill()  # no effect once it has ended
             reader.ended(GIVE_UP_S)
         if process.returncode != 0 or "result" not in received:
             errors.seek(0)
             lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
-            raise StepFailed(
+            kind = StepKilled if process.returncode < 0 else StepFailed
+            raise kind(
                 f"{title}: the process {_cause(process.returncode, free_gib=free_gib)}\n  "
                 + ("\n  ".join(lines[-SHOWN_LINES:]) or "its output is above")
             )
-    result: Result = received["result"]
-    return result
+    return received["result"]
 
 
 def _start(function: Callable[[Report], Any], *, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:

@@ -24,7 +24,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_dist.config import require
 from mnist_dist.training.feed import EvaluationBatch, StepImages, TrainChunk, World
-from mnist_dist.training.step import DRAWS_OF_PART, Forward, Trained, hits_of, losses_and_hits, weighted_sums
+from mnist_dist.training.step import (
+    DRAWS_OF_PART,
+    DeviceMemory,
+    Forward,
+    Trained,
+    hits_of,
+    losses_and_hits,
+    weighted_sums,
+)
 
 BATCH = "batch"
 Values = list[Any]
@@ -104,6 +112,15 @@ class JaxComputation:
         words = np.ascontiguousarray(values).view(np.uint32)  # JAX would round float64 to float32
         of_all = np.ascontiguousarray(multihost_utils.process_allgather(words))
         return np.asarray(of_all.view(np.float64).sum(axis=0))
+
+    def device_memory(self) -> DeviceMemory | None:
+        known = [device.memory_stats() for device in jax.local_devices()]
+        if any(stats is None for stats in known):  # CPUs tell nothing.
+            return None
+        return DeviceMemory(
+            peak_bytes=max(stats["peak_bytes_in_use"] for stats in known),
+            total_bytes=min(stats["bytes_limit"] for stats in known),
+        )
 
     def _on_own(self, models: Sequence[keras.Model], call: Callable[..., Any]) -> Callable[..., npt.NDArray[Any]]:
         """Compiles a call of the models for this worker's devices: arrays `[b, ...]` -> `[..., b]`."""

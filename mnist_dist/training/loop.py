@@ -54,16 +54,16 @@ class Trainer:
     def __init__(self, task: TrainTask, *, host: Host, world: World) -> None:
         count, job = len(task.images.train), task.job
         require(
-            world.workers <= job.fit.batch_size <= count,
+            world.workers <= job.fit.global_batch <= count,
             f"batch_size must be at least the number of workers ({world.workers}) and at most the number of training "
             f"images ({count})",
-            batch_size=job.fit.batch_size,
+            batch_size=job.fit.global_batch,
         )
         parts = world.workers * job.optimizer.accumulate
         require(
-            job.optimizer.accumulate == 1 or job.fit.batch_size % parts == 0,
+            job.optimizer.accumulate == 1 or job.fit.global_batch % parts == 0,
             f"batch_size must be a multiple of workers x accumulate ({parts}), so that all parts are equally large",
-            batch_size=job.fit.batch_size,
+            batch_size=job.fit.global_batch,
             accumulate=job.optimizer.accumulate,
         )
         self.task, self.host, self.world = task, host, world
@@ -126,7 +126,7 @@ class Trainer:
     def _evaluation_batch(self) -> int:
         """Twice the training batch, or less if a large backbone would run out of memory: the batch size may have been
         chosen for a head on features."""
-        backbone, largest = self.built.classifier.backbone, 2 * self.task.job.fit.batch_size
+        backbone, largest = self.built.classifier.backbone, 2 * self.task.job.fit.global_batch
         if backbone is None:
             return largest
         height_px, width_px = backbone.input_shape[1:3]
@@ -136,7 +136,7 @@ class Trainer:
         """The images of a split that a dry run uses; otherwise all."""
         if self.task.steps_limit is None:
             return indices
-        return indices[: self.task.steps_limit * self.task.job.fit.batch_size]
+        return indices[: self.task.steps_limit * self.task.job.fit.global_batch]
 
     def _run_phase(self, phase: Phase) -> Iterator[Epoch]:
         """Trains a phase to its end or until asked to stop."""
@@ -182,7 +182,7 @@ class Trainer:
                 order,
                 steps=steps,
                 first_global_step=first + start,
-                batch_size=fit.batch_size,
+                batch_size=fit.global_batch,
                 seed=fit.seed,
                 world=self.world,
                 draws=run.draws,
@@ -206,7 +206,7 @@ class Trainer:
                 f"step {self.state.step + int(bad[0]) + 1}. A lower learning_rate or a clip_norm may help. "
                 f"Received: learning_rate={phase.learning_rate}"
             )
-        batch = self.task.job.fit.batch_size
+        batch = self.task.job.fit.global_batch
         totals = reports.sum(axis=0, dtype=np.float64)
         added = (totals[LOSS] * batch, totals[HITS], len(reports) * batch)
         self.state.epoch_sums = [float(a + b) for a, b in zip(self.state.epoch_sums, added, strict=True)]

@@ -53,7 +53,7 @@ class TrainTask:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch, without its last partial batch."""
-        steps = len(self.images.train) // self.job.fit.batch_size
+        steps = len(self.images.train) // self.job.fit.global_batch
         return min(steps, self.steps_limit or steps)
 
 
@@ -121,7 +121,7 @@ class PhaseRun:
                 augmentation=augmentation,
                 frozen=frozen,
                 config=StepConfig(
-                    batch_size=fit.batch_size,
+                    batch_size=fit.global_batch,
                     class_weights=class_weights(task),
                     label_smoothing=task.job.optimizer.label_smoothing,
                     clip_norm=task.job.optimizer.clip_norm,
@@ -168,7 +168,7 @@ class PhaseRun:
         first of its capacity, does not count."""
         now = time.perf_counter()
         if self._calls > 2 and chunk.capacity in self._compiled:
-            self.state.timed_images += chunk.steps * self.task.job.fit.batch_size
+            self.state.timed_images += chunk.steps * self.task.job.fit.global_batch
             self.state.timed_s += now - self._clock
         self._compiled.add(chunk.capacity)
         self._clock = now

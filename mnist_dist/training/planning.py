@@ -112,7 +112,7 @@ def forecast_phases(
         sizes: sizes of the splits of all data.
         validated: number of validation images per epoch on the sample.
     """
-    steps = sizes.train // job.fit.batch_size
+    steps = sizes.train // job.fit.global_batch
     forecasts = []
     for phase, epoch in zip(job.phases.in_order(), epochs, strict=True):
         epoch_s = epoch.train_s / epoch.steps * steps + epoch.validation_s / validated * sizes.validation + epoch.save_s
@@ -121,7 +121,7 @@ def forecast_phases(
                 name=phase.name,
                 epochs=phase.epochs,
                 steps=steps,
-                images_per_s=epoch.steps * job.fit.batch_size / epoch.train_s,
+                images_per_s=epoch.steps * job.fit.global_batch / epoch.train_s,
                 epoch_s=epoch_s,
                 seconds=phase.epochs * epoch_s,
             )

@@ -1,7 +1,8 @@
 """The folder of a training run: its settings, its progress and its result.
 
 ```
-run-000017.json    recipe, settings and data fingerprint: written first, compared when the run resumes
+run-000017.json    recipe, settings and data fingerprint: written first, compared when the run resumes; and the batch
+                   size that was found
 attempt-000017/    checkpoints of one attempt (checkpoint-000000123/..., each complete once it has state.json)
 lock/000017        see `store/lock.py`
 history.csv        one line per epoch so far
@@ -102,6 +103,18 @@ class Run:
         except FileNotFoundError:
             return []
 
+    def found_batch(self) -> int | None:
+        """The global batch that was found for this run and written down; None: there is none."""
+        facts = self.read(facts_name(self.begun_by_number()), RunFacts)
+        return None if facts is None else facts.batch_size
+
+    def keep_batch(self, batch_size: int) -> None:
+        """Writes the global batch that was found for this run into its facts; call it after `begin`."""
+        name = facts_name(self.begun_by_number())
+        facts = self.read(name, RunFacts)
+        assert facts is not None, "a run that has begun has facts"
+        self.write(name, replace(facts, batch_size=batch_size))
+
     def max_number(self) -> int:
         """The highest number in any name here; 0: there is none."""
         return max((int(match[1]) for name in self._names() if (match := _NUMBERED.match(name))), default=0)
@@ -121,7 +134,8 @@ class Run:
         stored = self.read(facts_name(self.begun_by_number()), RunFacts)
         if stored is None:
             return True
-        lines = differences(asdict(replace(facts, records=stored.records)), asdict(stored))
+        known = replace(facts, records=stored.records, batch_size=stored.batch_size)
+        lines = differences(asdict(known), asdict(stored))
         if facts.records not in (None, stored.records):
             lines.append("data: images were added, removed or changed (names, sizes, times) since the run began")
         if lines:

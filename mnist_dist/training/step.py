@@ -108,6 +108,13 @@ class Predictor(Protocol):
         """`float32 [images, K]` of one batch of this worker, without its padding."""
 
 
+class DeviceMemory(NamedTuple):
+    """Memory of a GPU, of several the fullest, bytes."""
+
+    peak_bytes: int
+    total_bytes: int
+
+
 class Computation(Protocol):
     """A backend of Keras as one of the workers of a run. Every worker must make the same calls in the same order."""
 
@@ -129,6 +136,13 @@ class Computation(Protocol):
 
     def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """`float64 [n]`, summed over all workers."""
+
+    def device_memory(self) -> DeviceMemory | None:
+        """What this worker has used of its GPUs, at the peak. None: it computes on CPUs.
+
+        Raises:
+            ConfigError: their memory is not known.
+        """
 
 
 def make_optimizer(

@@ -9,8 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from mnist_dist import processor
+from mnist_dist.config import require
 from mnist_dist.training.feed import EvaluationBatch, StepImages, TrainChunk, World
-from mnist_dist.training.step import DRAWS_OF_PART, Forward, Trained, hits_of, losses_and_hits, weighted_sums
+from mnist_dist.training.step import (
+    DRAWS_OF_PART,
+    DeviceMemory,
+    Forward,
+    Trained,
+    hits_of,
+    losses_and_hits,
+    weighted_sums,
+)
 
 DRAWS_OF_RANK = 2**16
 """More draws than a generator makes in one step; the ranks' states are this far apart."""
@@ -53,6 +63,14 @@ class TensorflowComputation:
 
         summed = _compiled(lambda local: self.strategy.run(total, args=(local,)))
         return np.asarray(summed(tf.constant(values, tf.float64)))
+
+    def device_memory(self) -> DeviceMemory | None:
+        if not tf.config.list_logical_devices("GPU"):
+            return None
+        total = processor.gpu_memory_bytes()  # TensorFlow does not tell it.
+        require(total is not None, "nvidia-smi must tell the memory of the GPU", gpu_memory=total)
+        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        return DeviceMemory(peak_bytes=int(peak), total_bytes=total or 0)
 
 
 class TensorflowTrainStep:

@@ -179,7 +179,8 @@ def _settings() -> dict[str, _Setting]:
     hints = {config: typing.get_type_hints(config) for config in _CONFIGS}
     found = {name: _Setting(name, hints[config][name], config) for config in _CONFIGS for name in hints[config]}
     rates = {name: _Setting(name, float, PhasesConfig) for name in ("learning_rate", "fine_tune_learning_rate")}
-    return {name: (found | rates)[name] for name in SETTINGS}
+    batches = {"batch_size": _Setting("batch_size", int, FitConfig)}  # `auto` is for a single training.
+    return {name: (found | rates | batches)[name] for name in SETTINGS}
 
 
 def _of_backbone() -> dict[str, _Setting]:

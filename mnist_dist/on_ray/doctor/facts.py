@@ -21,8 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from mnist_dist import processor
 from mnist_dist.environment import KERAS_BACKEND
 from mnist_dist.errors import first_line
 from mnist_dist.models.backbones import keras_models_folder
@@ -136,7 +135,7 @@ def gather(question: Question, *, with_keras: bool) -> Facts:
         storage_problem=_reached(question.storage, s3, lambda: ANYWHERE.check_writable(question.storage)),
         unseen={name: _reached(uri, s3, functools.partial(_see, uri)) for name, uri in question.places.items()},
         s3=s3,
-        free_memory_bytes=_free_memory_bytes(),
+        free_memory_bytes=processor.free_memory_bytes(),
         disks=_disks(question.storage),
         gpu_devices=sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")),
         weights_folder=str(keras_models_folder()),
@@ -188,16 +187,6 @@ def _keras_facts() -> KerasFacts:
         ended = f"exit {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
         return KerasFacts(problem=f"{ended}: {last}")
     return KerasFacts(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _free_memory_bytes() -> int:
-    free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, KeyError):  # There is no limit ("max"), or another format.
-        limit = int((group / "memory.max").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # Linux can drop cached files.
-        free = min(free, limit - used)
-    return free
 
 
 def _disks(storage_uri: str) -> dict[str, tuple[int, int]]:

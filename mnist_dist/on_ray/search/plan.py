@@ -285,7 +285,7 @@ class _Plan:
             board=make_board(),
             validated_only=True,
         )
-        steps = sizes.train // task.job.fit.batch_size
+        steps = sizes.train // task.job.fit.global_batch
         if params[f"{params['backbone']}.trained"] == "all":
             steps = min(steps, max(FIRST_STEPS, round(WANTED_S / epoch_s * steps)))
         else:  # Nobody knows yet how long a step of fine-tuning takes.
@@ -330,7 +330,7 @@ def _way(params: Params, job: SearchJob) -> Way:
 
 def _validated(job: TrainJob, epochs: Sequence[EpochTimes], splits: Splits) -> int:
     """How many validation images an epoch had, which a limit of steps limits, too."""
-    return min(len(splits.val), epochs[0].steps * job.fit.batch_size)
+    return min(len(splits.val), epochs[0].steps * job.fit.global_batch)
 
 
 def _network(way: Way, costs: Costs) -> dict[str, Any]:

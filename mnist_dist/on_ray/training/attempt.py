@@ -4,7 +4,7 @@ Owns: the configuration of Ray Train, the display of progress from the board, th
 the translation of Ray Train's failures into readable errors. Does not own: the run and its result (`train.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -12,7 +12,7 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from mnist_dist.console import Bar, Console
-from mnist_dist.errors import MnistDistError, WorkersFailed, first_line
+from mnist_dist.errors import MnistDistError, OutOfMemory, WorkersFailed, first_line
 from mnist_dist.on_ray.cluster import Share
 from mnist_dist.on_ray.training.backend import CONFIGS, start_worker
 from mnist_dist.on_ray.training.messages import WorkerResult, WorkerTask
@@ -54,6 +54,7 @@ class Attempt:
                 storage_path=path,
                 storage_filesystem=files,
                 failure_config=ray.train.FailureConfig(max_failures=task.job.run.max_failures),
+                callbacks=[_Ended(task.board)],
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             ),
         )
@@ -106,22 +107,66 @@ class Attempt:
         )
 
 
+class _Ended(ray.train.UserCallback):
+    """Tells the board how each group of workers ended. Ray Train calls it in its controller, before the next begins."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        error = lack_of_memory(worker_exceptions)
+        repeats = any(isinstance(link, OutOfMemory) for cause in worker_exceptions.values() for link in _chain(cause))
+        ray.get(self._board.ended.remote(error, repeats=repeats))
+
+
+def lack_of_memory(failures: Mapping[int, BaseException]) -> OutOfMemory | None:
+    """The lack of memory that ended workers: their own error, or that of Ray, which ends processes before the kernel
+    does.
+
+    Args:
+        failures: the errors of workers, by rank.
+    """
+    links = [(rank, link) for rank, cause in sorted(failures.items()) for link in _chain(cause)]
+    for _, link in links:
+        if isinstance(link, OutOfMemory):
+            return link
+    for rank, link in links:
+        if isinstance(link, ray.exceptions.OutOfMemoryError):
+            return OutOfMemory(f"Ray ended worker {rank}, as the memory of its node ran short")
+    return None
+
+
+def has_died(error: WorkersFailed) -> bool:
+    """Whether a worker's process ended, rather than raised, in a failure that `run_to_end` raises."""
+    failures = getattr(error.__cause__, "worker_failures", None) or {}
+    links = (link for cause in failures.values() for link in _chain(cause))
+    return any(isinstance(link, ray.exceptions.RayActorError) for link in links)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error of Ray Train and what caused it; for a worker that died, that is in `health_check_failure`."""
+    link: BaseException | None = getattr(error, "health_check_failure", error)
+    while link is not None:
+        yield link
+        link = getattr(link, "cause", None) or link.__cause__
+
+
 def readable(error: BaseException) -> MnistDistError:
     """Finds a worker's MnistDistError in an error of Ray Train, or describes the first failure as WorkersFailed.
 
     Args:
-        error: the error that Ray Train raised. Its `worker_failures` maps ranks to errors; for a worker that died, the
-            cause is in `health_check_failure`.
+        error: the error that Ray Train raised. Its `worker_failures` maps ranks to errors.
     """
     failures = getattr(error, "worker_failures", None) or {}
-    causes = {rank: getattr(cause, "health_check_failure", cause) for rank, cause in sorted(failures.items())}
-    for cause in causes.values():
-        link: BaseException | None = cause
-        while link is not None:
+    for _, cause in sorted(failures.items()):
+        for link in _chain(cause):
             if isinstance(link, MnistDistError):
                 return link
-            link = getattr(link, "cause", None) or link.__cause__
-    rank, first = next(iter(causes.items()), ("?", error))
+    of_ray = lack_of_memory(failures)
+    if of_ray is not None:
+        return of_ray
+    rank, cause = next(iter(sorted(failures.items())), ("?", error))
+    first = next(_chain(cause))
     words = first_line(first)
     return WorkersFailed(f"worker {rank} failed: {type(first).__name__}: {words} (--verbose and Ray's logs show where)")
 

@@ -1,4 +1,5 @@
-"""A board between driver and workers: progress goes one way, the request to stop the other.
+"""A board between driver and workers: progress goes one way, the request to stop the other. What ended a group of
+workers for lack of memory is left there for the next.
 
 The board is one small actor that claims no CPU. Only the worker of rank 0 posts, from a separate thread, so training
 never waits for the board.
@@ -6,15 +7,24 @@ never waits for the board.
 
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
+from mnist_dist.errors import OutOfMemory
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.cluster import on_this_node
 from mnist_dist.training.host import Position
 
 SECONDS_BETWEEN_POSTS = 0.5
+
+
+class _Begun(NamedTuple):
+    """How a worker began."""
+
+    node: str
+    killed: int
+    checkpoint: str | None
 
 
 class Board:
@@ -24,6 +34,11 @@ class Board:
         self._position: Position | None = None
         self._epochs: list[Epoch] = []
         self._stop = False
+        self._out_of_memory: OutOfMemory | None = None
+        self._repeats = False
+        self._begun = dict[int, _Begun]()
+        self._killed = dict[int, str | None]()
+        self._progressed = dict[int, bool]()
         self._posted_at = time.monotonic()
 
     def post(self, position: Position | None, epochs: list[Epoch]) -> bool:
@@ -41,6 +56,39 @@ class Board:
     def ask_to_stop(self) -> None:
         """Makes every later `post` return True."""
         self._stop = True
+
+    def ended(self, error: OutOfMemory | None, *, repeats: bool) -> None:
+        """A group of workers ended with an error, which is kept if it was for lack of memory.
+
+        Args:
+            error: None: it was for another reason.
+            repeats: the same step would meet it again, as the allocator of a backend says no.
+        """
+        self._out_of_memory, self._repeats = error, repeats
+
+    def begin(self, rank: int, *, node: str, killed: int | None, checkpoint: str | None) -> None:
+        """A worker begins.
+
+        Args:
+            rank: of the worker.
+            node: where it runs.
+            killed: how many processes the kernel there has killed for lack of memory. None: not known.
+            checkpoint: from which it resumes.
+        """
+        now, before = _Begun(node, killed or 0, checkpoint), self._begun.get(rank)
+        self._begun[rank] = now
+        is_same_node = before is not None and before.node == now.node
+        self._killed[rank] = node if before and is_same_node and now.killed > before.killed else None
+        self._progressed[rank] = before is None or before.checkpoint != now.checkpoint
+
+    def out_of_memory(self) -> OutOfMemory | None:
+        """Why the last group of workers ended, if it was for lack of memory and this one would end alike. Ask once all
+        workers have begun. A killed worker may have been unlucky if its group had saved a checkpoint before."""
+        if self._repeats or not any(self._progressed.values()):
+            nodes = [node for node in self._killed.values() if node is not None]
+            by_kernel = OutOfMemory(f"the kernel killed a process of {nodes[0]}") if nodes else None
+            return self._out_of_memory or by_kernel
+        return None
 
 
 def make_board() -> Any:

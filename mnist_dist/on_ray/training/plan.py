@@ -20,7 +20,7 @@ from mnist_dist.data.splits import Splits
 from mnist_dist.errors import ConfigError
 from mnist_dist.on_ray.cluster import connected, resources
 from mnist_dist.on_ray.data.prepare import DecodedData, Listed, list_data, scratch_storage
-from mnist_dist.on_ray.training.train import Training, check_job, check_ready
+from mnist_dist.on_ray.training.train import Training, check_job, check_ready, with_batch_of_run
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.source import taken
 from mnist_dist.store.anywhere import store_for
@@ -47,7 +47,8 @@ def plan_train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any
 
     Returns:
         `plan`, `images`, `bottleneck` (`decoding`, `features` or `training`), `decode_images_per_s_per_core` and
-        `features_images_per_s` (None if there is nothing to decode or compute), `images_per_s` (of the training),
+        `features_images_per_s` (None if there is nothing to decode or compute), `batch_size`, `images_per_s` (of the
+        training),
         `phases` (name, epochs, steps, images_per_s, epoch_s, seconds of each), `cpus_per_gpu` (so that decoding
         takes as long as the rest; None without GPUs), `expected_seconds`, `worker_memory_bytes`, `workers`, `seconds`.
 
@@ -77,6 +78,7 @@ class _Plan:
     """One forecast of a training on the connected cluster."""
 
     def __init__(self, job: TrainJob, listed: Listed, session: Session, *, recipe: str) -> None:
+        job = with_batch_of_run(job, root=job.run.storage, session=session, listed=listed)
         self._job, self._session, self._recipe = job, session, recipe
         self._sizes = sizes_of(listed.source.table["split"], job.data)
         self._sample = self._sampled(listed)
@@ -93,7 +95,7 @@ class _Plan:
         if slowest_s < ENOUGH_S and epochs[0].steps == FIRST_STEPS:
             training, result = self._run(round(FIRST_STEPS * WANTED_S / slowest_s))
             epochs = epochs_of(result)
-        sizes, batch, steps = self._sizes, self._job.fit.batch_size, epochs[0].steps
+        sizes, batch, steps = self._sizes, self._job.fit.global_batch, epochs[0].steps
         validated = min(result["validation_images"], steps * batch)
         phases = forecast_phases(self._job, epochs, sizes=sizes, validated=validated)
         features_images = sizes.train + sizes.validation
@@ -115,6 +117,7 @@ class _Plan:
             "bottleneck": max(parts, key=lambda name: parts[name]),
             "decode_images_per_s_per_core": round(1 / decode_s, 2) if decode_s else None,
             "features_images_per_s": features_rate and round(features_rate, 2),
+            "batch_size": batch,
             "images_per_s": round(overall_images_per_s(phases), 2),
             "phases": [{k: round(v, 2) if isinstance(v, float) else v for k, v in vars(p).items()} for p in phases],
             "cpus_per_gpu": None,
@@ -147,7 +150,7 @@ class _Plan:
 
     def _sampled(self, listed: Listed) -> Listed:
         """A sample: enough images for a few steps, few enough to decode in seconds."""
-        source, spec, batch = listed.source, listed.plan.spec, self._job.fit.batch_size
+        source, spec, batch = listed.source, listed.plan.spec, self._job.fit.global_batch
         min_rows = FIRST_STEPS * batch * len(source.table) // max(1, self._sizes.train) + 1
         max_rows = MAX_SAMPLE_OF_FEATURES if self._job.uses_features else MAX_SAMPLE
         by_bytes = max(MIN_SAMPLE, SAMPLE_BYTES // spec.image_bytes)

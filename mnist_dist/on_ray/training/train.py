@@ -19,7 +19,7 @@ from mnist_dist.console import Console, command_line
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.environment import KERAS_BACKENDS, RAY_ADDRESS
-from mnist_dist.errors import WorkersFailed
+from mnist_dist.errors import OutOfMemory, WorkersFailed
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import check_model, check_trainable, find_backbone, is_imported
@@ -41,17 +41,19 @@ from mnist_dist.on_ray.data.prepare import (
     check_places,
     decode,
     list_data,
+    plan_data,
     plan_job_features,
     scratch_storage,
     split,
 )
-from mnist_dist.on_ray.training.attempt import Attempt
+from mnist_dist.on_ray.training.attempt import Attempt, has_died
 from mnist_dist.on_ray.training.backend import check_backend, resolve_backend
+from mnist_dist.on_ray.training.batch_size import explained, with_found_batch
 from mnist_dist.on_ray.training.board import make_board
 from mnist_dist.on_ray.training.messages import WorkerTask
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.sources.places import check_outside
-from mnist_dist.sources.source import Source
+from mnist_dist.sources.source import Source, open_source
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.uris import absolute, is_remote, join
 from mnist_dist.training.features import FeaturePlan
@@ -81,6 +83,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
         ConfigError: a flag, the data, the weights or the cluster is unsuitable; found before any training.
         TooManyBadImages: the fraction of unreadable images exceeds `max_bad_fraction`.
         TrainingDiverged: the loss is not finite.
+        OutOfMemory: a batch does not fit into a worker's memory.
         WorkersFailed: workers failed more often than `max_failures`.
         Interrupted: a signal stopped the run, which is saved.
     """
@@ -162,12 +165,14 @@ def check_batch(job: TrainJob, source: Source) -> None:
     Raises:
         ConfigError: it is larger.
     """
+    if job.fit.batch_size == "auto":
+        return
     expected = sizes_of(source.table["split"], job.data).train
     require(
-        job.fit.batch_size <= expected + 2 * len(source.class_names),
+        job.fit.global_batch <= expected + 2 * len(source.class_names),
         f"batch_size must be at most the number of training images, about {expected:,} of these "
         f"{source.table.num_rows:,} images",
-        batch_size=job.fit.batch_size,
+        batch_size=job.fit.global_batch,
     )
 
 
@@ -259,18 +264,11 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     check_ready([job.model], run=job.run, console=console)
     ANYWHERE.check_writable(job.run.storage)
     began_at = started_at(console)
-    max_images = max(DRY_RUN_IMAGES, 2 * job.fit.batch_size)
-    limit = min(job.data.limit, max_images) if job.data.limit else max_images
     with scratch_storage(job.run.storage, is_shared=job.run.storage_is_shared, name="dry-run") as scratch:
-        job = replace(
-            job,
-            run=replace(job.run, storage=scratch, name="dry-run"),
-            data=replace(job.data, limit=limit),
-            phases=replace(job.phases, epochs=(1,)),
-        )
         run = Run(join(scratch, "dry-run"))
         with locked_session(console, lock_uri=run.lock_uri, what=run.uri) as session:
-            few = partial(_few, images=job.fit.batch_size)
+            job = _in_small(with_batch_of_run(job, root=scratch, session=session), storage=scratch)
+            few = partial(_few, images=job.fit.global_batch)
             training = Training(
                 job,
                 session,
@@ -285,6 +283,39 @@ def _dry_run(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
             result = training.run_to_end(listed)
     console.line("Dry run: every step works. Nothing was kept.")
     return {**result, "run_dir": None, "bundle": None, "report": None, "dry_run": True}
+
+
+def _in_small(job: TrainJob, *, storage: str) -> TrainJob:
+    """A dry run: one epoch of each phase, on images for a few batches."""
+    max_images = max(DRY_RUN_IMAGES, 2 * job.fit.global_batch)
+    return replace(
+        job,
+        run=replace(job.run, storage=storage, name="dry-run"),
+        data=replace(job.data, limit=min(job.data.limit, max_images) if job.data.limit else max_images),
+        phases=replace(job.phases, epochs=(1,)),
+    )
+
+
+def with_batch_of_run(job: TrainJob, *, root: str, session: Session, listed: Listed | None = None) -> TrainJob:
+    """The job with the batch that the run would find, for a dry run or a plan.
+
+    Args:
+        job: the job with all its data.
+        root: the scratch storage.
+        session: of the job.
+        listed: its images; None: they are listed here.
+
+    Raises:
+        OutOfMemory: see `with_found_batch`.
+    """
+    if job.fit.batch_size != "auto":
+        return job
+    if listed is None:
+        listed = plan_data(open_source(job.data, store=store_for(job.store)), job.data, job.model, root=root)
+    of_run = replace(job, run=replace(job.run, dry_run=False, plan=False))
+    with connected(verbose=job.run.verbose, stop=session.stop) as resources:
+        share = worker_share(await_workers(resources, job.run, session), job.run)
+        return replace(job, fit=with_found_batch(of_run, listed, share=share, session=session).fit)
 
 
 def _facts(job: TrainJob, recipe: str) -> RunFacts:
@@ -336,23 +367,18 @@ class Training:
                 is_shared=config.storage_is_shared,
                 nodes=resources.nodes,
             )
-            require(
-                mine.workers <= self.job.fit.batch_size,
-                "batch_size must be at least the number of workers",
-                batch_size=self.job.fit.batch_size,
-                workers=mine.workers,
-            )
-            is_new = self.run.begin(
-                replace(_facts(self.job, self.recipe), records=plan.cache.key), fence=self.session.fence.number
-            )
+            self._check_batch(mine)
+            facts = replace(_facts(self.job, self.recipe), records=plan.cache.key)
+            is_new = self.run.begin(facts, fence=self.session.fence.number)
+            self._fix_batch(listed, mine)
             began = time.monotonic()
             decoded = decode(listed, self.job.data, self.session)
             self.decode_core_s, self.has_gpus = decoded.core_s, mine.gpus > 0
             splits = self._split(decoded, self.job.data, console=self.session.console)
             require(
-                self.job.fit.batch_size <= len(splits.train),
+                self.job.fit.global_batch <= len(splits.train),
                 f"batch_size must be at most the number of training images ({len(splits.train):,})",
-                batch_size=self.job.fit.batch_size,
+                batch_size=self.job.fit.global_batch,
             )
             self._announce(resources, mine, spec=plan.spec, is_new=is_new)
             features = None
@@ -375,16 +401,48 @@ class Training:
         return Tracking(tracked_job(self.job, self.run, recipe=self.recipe, name=name), names, self.session)
 
     def _fix_backend(self, mine: Share) -> None:
-        """Resolves the backend, and checks that the workers can share a batch there.
+        """Resolves the backend."""
+        backend = resolve_backend(self.job.run.backend, gpus=mine.gpus, session=self.session)
+        self.job = replace(self.job, run=replace(self.job.run, backend=backend))
+
+    def _fix_batch(self, listed: Listed, mine: Share) -> None:
+        """Replaces `--batch-size auto` by the number that was written down for this run, or else finds it and writes it
+        down.
+
+        Raises:
+            ConfigError: the workers cannot share such a batch; a resumed run may have others.
+            OutOfMemory: not even the smallest batch fits.
+        """
+        if self.job.fit.batch_size != "auto":
+            return
+        known = self.run.found_batch()
+        if known is None:
+            self.job = with_found_batch(self.job, listed, share=mine, session=self.session)
+            self.session.confirm_lock()
+            self.run.keep_batch(self.job.fit.global_batch)
+        else:
+            self.session.console.line(f"batch size {known:,}, as found when the run began")
+            self.job = replace(self.job, fit=replace(self.job.fit, batch_size=known))
+        self._check_batch(mine)
+
+    def _check_batch(self, mine: Share) -> None:
+        """Checks that the workers can share a batch, if its size is known yet.
 
         Raises:
             ConfigError: they cannot.
         """
-        backend = resolve_backend(self.job.run.backend, gpus=mine.gpus, session=self.session)
-        self.job = replace(self.job, run=replace(self.job.run, backend=backend))
-        is_trained = any(phase.trainable != "head" for phase in self.job.phases.in_order())
-        if is_trained:
-            check_devices([self.job.fit.batch_size], backbone=self.job.model.backbone, backend=backend, share=mine)
+        job = self.job
+        if job.fit.batch_size == "auto":
+            return
+        require(
+            mine.workers <= job.fit.batch_size,
+            "batch_size must be at least the number of workers",
+            batch_size=job.fit.batch_size,
+            workers=mine.workers,
+        )
+        is_trained = any(phase.trainable != "head" for phase in job.phases.in_order())
+        if is_trained and job.run.backend != "auto":
+            check_devices([job.fit.batch_size], backbone=job.model.backbone, backend=job.run.backend, share=mine)
 
     def _announce(self, resources: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
@@ -443,9 +501,14 @@ class Training:
             keeps_untested=keeps_untested,
         )
         attempt = Attempt(task, name=attempt_name(self.session.fence.number), share=mine)
-        result = attempt.run_to_end(self.session)
-        if result.error is not None:
-            raise result.error
+        try:
+            result = attempt.run_to_end(self.session)
+            if result.error is not None:
+                raise result.error
+        except (OutOfMemory, WorkersFailed) as error:
+            if isinstance(error, OutOfMemory) or has_died(error):
+                raise explained(error, self.job, records, share=mine, session=self.session) from error
+            raise
         if result.metrics is None:  # stopped after saving
             self.session.check()
             raise WorkersFailed("The workers stopped although nobody asked them to. Run the same command to resume.")
@@ -462,6 +525,7 @@ class Training:
             "recipe": self.recipe,
             "backbone": self.job.model.backbone,
             **metrics,
+            "batch_size": self.job.fit.global_batch,
             "workers": mine.workers,
             "train_images": len(splits.train),
             "validation_images": len(splits.val),

@@ -1,25 +1,30 @@
 """A worker's side of the training job: images in, checkpoints and the bundle out.
 
 Ray Train calls `work` in each worker. An error that all workers meet alike (a loss that is not finite) is returned, not
-raised: a raised error restarts the group, which would only meet it again.
+raised: a raised error restarts the group, which would only meet it again. A lack of memory may be that of one worker
+alone: it is raised, and the next group finds it on the board and returns it.
 """
 
 import functools
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 from ray.train import CheckpointUploadMode
 from ray.train.collective import barrier, broadcast_from_rank_zero
 
+from mnist_dist import processor
 from mnist_dist.data.records import Records, open_records
-from mnist_dist.engines.engine import hide_gpus, use_cpus
-from mnist_dist.errors import ConfigError, TrainingDiverged
+from mnist_dist.engines.engine import hide_gpus, is_out_of_memory, use_cpus
+from mnist_dist.errors import ConfigError, OutOfMemory, TrainingDiverged, first_line
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import ONNX_FILE
 from mnist_dist.models.classifier import Classifier, build_classifier, fetch_published_weights
@@ -45,24 +50,63 @@ from mnist_dist.training.planning import TimedHost
 from mnist_dist.training.precision import resolve_precision
 from mnist_dist.training.runs import attempt_name
 
+SHOWN_CHARACTERS = 120  # of what TensorFlow or JAX says: then it names devices and allocators
+
 
 def work(task: WorkerTask) -> WorkerResult:
     """Trains, evaluates and writes the bundle, as one of the workers."""
     if not task.gpu:
         hide_gpus()  # Ray does not hide GPUs from a worker that requested none
     use_cpus(int(task.cpus))
+    known = _known_lack_of_memory(task)
+    if known is not None:
+        return WorkerResult(error=known)
     scratch = Path(tempfile.mkdtemp(prefix="mnist_dist-"))
     try:
-        with RayHost(task, scratch) as host:
+        with RayHost(task, scratch) as host, _naming_lack_of_memory():
             return _work(task, host, scratch)
     except TrainingDiverged as error:
         return WorkerResult(error=error)
-    except ConfigError as error:
+    except (ConfigError, OutOfMemory) as error:
         if ray.train.get_context().get_world_size() > 1:
             raise  # perhaps only one node lacks a file: if this worker returned, the others would wait forever
         return WorkerResult(error=error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _known_lack_of_memory(task: WorkerTask) -> OutOfMemory | None:
+    """Why the workers before these ended, if it was for lack of memory and these would end alike."""
+    context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
+    began = task.board.begin.remote(
+        context.get_world_rank(),
+        node=ray.util.get_node_ip_address(),
+        killed=processor.killed_for_memory(),
+        checkpoint=None if checkpoint is None else checkpoint.path,
+    )
+    ray.get(began)
+    if context.get_world_size() > 1:
+        barrier()  # All get the same answer.
+    known: OutOfMemory | None = ray.get(task.board.out_of_memory.remote())
+    return known
+
+
+@contextmanager
+def _naming_lack_of_memory() -> Iterator[None]:
+    """Makes the errors that mean out of memory, of whatever library, OutOfMemory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(_words_of(error)) from error
+        raise
+
+
+def _words_of(error: BaseException) -> str:
+    """The line of a long message that says what did not fit."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = (line for line in lines if "memory" in line.lower() or "OOM" in line)
+    return f"{type(error).__name__}: {next(telling, first_line(error))[:SHOWN_CHARACTERS]}"
 
 
 class RayHost:
