@@ -451,7 +451,7 @@ def program_of(peer: str, model: str) -> str:
 def our_job(task: Task, engine: EngineConfig, *, quality: DecodeQuality | None = None) -> list[str]:
     """The arguments of `python -m` that run our job."""
     flags = {"bundle": task.bundle, "input": task.images, "output": task.output, "batch-size": str(task.batch_size)}
-    chosen = {name: value for name, value in dataclasses.asdict(engine).items() if value not in ("auto", None)}
+    chosen = {name: value for name, value in dataclasses.asdict(engine).items() if value not in ("auto", None, ())}
     flags |= {name.replace("_", "-"): str(value) for name, value in chosen.items()}
     flags |= {} if quality is None else {"decode-quality": quality}
     return ["jobs.score", *(word for name, value in flags.items() for word in (f"--{name}", value))]

@@ -163,6 +163,7 @@ def _usage_error(said: str, arguments: Sequence[str], flags: Sequence[Flag], *, 
 
 
 def _in_words(values: str) -> str:
+    values = re.sub(r"\{(\w+)\}\|", r"\1 or ", values)
     return f"one or more {values.removesuffix(' ...')}" if values.endswith(" ...") else values or "no value"
 
 

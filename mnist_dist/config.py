@@ -522,6 +522,18 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         require(
+            self.fit.batch_size == "auto" or self.fit.batch_size % self.optimizer.accumulate == 0,
+            "batch_size must be a multiple of accumulate, so that all parts are equally large",
+            batch_size=self.fit.batch_size,
+            accumulate=self.optimizer.accumulate,
+        )
+        require(
+            self.optimizer.layer_decay == 1 or any(phase.trainable != "head" for phase in self.phases.in_order()),
+            "layer_decay needs a phase that trains more than the head",
+            layer_decay=self.optimizer.layer_decay,
+            trainable=self.phases.trainable,
+        )
+        require(
             self.optimizer.schedule == "constant" or self.fit.plateau_patience is None,
             "plateau_patience needs schedule constant",
             schedule=self.optimizer.schedule,

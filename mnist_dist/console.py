@@ -41,6 +41,7 @@ LOG_COLUMNS = 160  # A table in a log file is this wide.
 _NATIVE_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,.]+ [DIWE] \d+ \d+\] [\w/]+\.cc:\d+: ")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2  # The file descriptor, which native code writes to directly.
+EXIT_S = 60.0  # At exit, the functions that packages registered get at most this long.
 FILTER_S = 2.0  # At exit, the stderr filter gets at most this long to pass on what is still in its pipe.
 QUIET_S = 0.2  # It stops earlier if the pipe is empty after this long: a child process may keep it open for ever.
 
@@ -316,7 +317,11 @@ def _error_of_exit(end: SystemExit) -> MnistDistError:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process without unloading Ray and TensorFlow, which would take half a second."""
+    """Ends the process without unloading Ray and TensorFlow, which would take half a second, and within `EXIT_S`: the
+    exit functions of others may wait for a server that is gone."""
+    deadline = threading.Timer(EXIT_S, os._exit, (code,))
+    deadline.daemon = True
+    deadline.start()
     atexit._run_exitfuncs()  # They delete local copies of bundles and shut down a Ray that still runs.
     for thread in threading.enumerate():
         if isinstance(thread, _Filter):

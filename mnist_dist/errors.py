@@ -8,6 +8,7 @@ MnistDistError                exit 1: the work started and could not be finished
 │   └── ChecksFailed          at least one check of `jobs.doctor` failed
 ├── LabelsUnmatched           the given labels belong to no image of the table, or are none of its classes
 ├── TrainingDiverged          the loss is not a number
+├── CannotCombine             a combined model does not predict what its members say
 ├── OutOfMemory               a training needs more memory than its workers have
 ├── StepFailed                a process that converts or checks a model failed
 │   └── StepKilled            a signal ended it, as the kernel's does where memory is short
@@ -93,6 +94,10 @@ class StepFailed(MnistDistError):
 
 class StepKilled(StepFailed):
     """A signal ended the process, such as SIGKILL where memory is short."""
+
+
+class CannotCombine(MnistDistError):
+    """A combined model does not predict what its members say."""
 
 
 class OutOfMemory(MnistDistError):

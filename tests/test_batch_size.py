@@ -74,7 +74,7 @@ def test_candidates_end_at_the_limit_of_a_worker_and_leave_an_epoch_20_steps(
 
 
 def test_each_candidate_is_shared_evenly_by_workers_parts_and_gpus() -> None:
-    job = TrainJob(optimizer=OptimizerConfig(accumulate=3))
+    job = TrainJob(fit=FitConfig(batch_size="auto"), optimizer=OptimizerConfig(accumulate=3))
     layout = layout_of(job, workers=5, gpus=2)
     sizes = [size * layout.workers for size in candidates(layout, train_images=10**7)]
     assert len(sizes) > 5

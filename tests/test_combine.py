@@ -32,7 +32,19 @@ from mnist_dist.combining.measuring import Judge
 from mnist_dist.combining.members import check_members, open_members, same_architecture
 from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_soup
 from mnist_dist.config import CombineMethod, ModelConfig
-from mnist_dist.errors import BundleError, ConfigError, MnistDistError, ResumeConflict, WeightsError
+from mnist_dist.console import Stop
+from mnist_dist.data.splits import Splits
+from mnist_dist.errors import (
+    BundleError,
+    CannotCombine,
+    ConfigError,
+    LockLost,
+    MnistDistError,
+    ResumeConflict,
+    StepKilled,
+    StorageError,
+    WeightsError,
+)
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.backbones import find_backbone
@@ -419,10 +431,11 @@ def test_the_same_model_twice_is_refused(bundles: list[Path], tmp_path: Path) ->
     refuse(r"each model can be combined once: the same model is in .*0/bundle. Received: .*copy", bundles[0], copy)
 
 
-def test_a_multi_label_model_has_no_greedy_soup(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["soup", "greedy-soup", "ensemble"])
+def test_multi_label_models_are_combined_and_not_judged(method: CombineMethod, tmp_path: Path) -> None:
     members = [small_bundle(tmp_path / str(seed), activation="Sigmoid", seed=seed) for seed in (1, 2)]
-    refuse(r"greedy-soup judges by the accuracy.*use method soup", *members, method="greedy-soup")
-    check_members(open_members([str(member.path) for member in members]), "soup")
+    refuse(r"judged by the accuracy, which a multi-label model has not.*leave out --data", *members, method=method)
+    check_members(open_members([str(member.path) for member in members]), method, is_judged=False)
 
 
 def test_a_bundle_without_classes_is_refused(bundles: list[Path], tmp_path: Path) -> None:
@@ -584,6 +597,60 @@ def test_finalists_combined_replace_the_winner_only_if_they_are_as_good_on_valid
     members = [number for number, is_used in zip((7, 3), used, strict=True) if is_used]
     expected = {"method": "greedy-soup", "members": members, "val_accuracy": combined, "val_loss": 0.5}
     assert found.described() == expected | {"is_bundle": is_better}
+
+
+def finalists_at(tmp_path: Path, *uris: Path, method: CombineMethod = "ensemble") -> tuple[Combination, Recorder]:
+    """A combination of untested bundles that is not made yet."""
+    console = Recorder()
+    combination = Combination(
+        method=method,
+        finalists=dict(enumerate(map(str, uris))),
+        uri=str(tmp_path / "combined"),
+        decoded=None,  # type: ignore[arg-type]
+        splits=Splits(*(np.zeros(0, np.int64),) * 3, 0, (), 0),
+        session=Session(console=console, stop=Stop(console)),
+    )
+    return combination, console
+
+
+def test_only_finalists_that_fit_are_combined_and_of_the_same_model_one(
+    bundles: list[Path], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = shutil.copytree(bundles[0], tmp_path / "again")
+    combination, _ = finalists_at(tmp_path, bundles[1], other, bundles[0], again)
+    given = list[str]()
+    monkeypatch.setattr(Combination, "_combine", lambda _, members: given.extend(member.uri for member in members))
+    assert combination.make()
+    assert given == [str(path) for path in (bundles[1], other, bundles[0])]
+
+    alone, console = finalists_at(tmp_path, bundles[0], again)
+    assert not alone.make()
+    assert console.lines == ["ensemble: no other finalist fits the winner: nothing to combine"]
+
+
+@pytest.mark.parametrize("error", [CannotCombine("they differ by 0.3"), StepKilled("killed by signal 9")])
+def test_a_combination_that_fails_costs_the_search_nothing_else(
+    bundles: list[Path], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Combination, "_combine", fail)
+    combination, console = finalists_at(tmp_path, bundles[0], other)
+    assert not combination.make()
+    assert console.lines == [f"ensemble failed, so the winner stays alone: {error}"]
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), LockLost("another driver")])
+def test_what_ends_a_search_ends_it_also_while_it_combines(
+    bundles: list[Path], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Combination, "_combine", fail)
+    with pytest.raises(type(error), match=str(error)):
+        finalists_at(tmp_path, bundles[0], other)[0].make()
 
 
 def test_a_search_combines_two_finalists_or_more() -> None:

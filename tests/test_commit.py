@@ -364,6 +364,7 @@ def test_each_file_of_the_table_describes_its_model(finished: dict[str, Seen]) -
         "versions": {"python": "3.99"},
         "multi_label": False,
         "thresholds": {},
+        "tta": [],
         "model_id": "new",
         "engine": "keras",
         "precision": "float32",

@@ -100,6 +100,16 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (OptimizerConfig, {"ema_decay": 1.0}, r"^ema_decay must be between 0 and 1\. Received: ema_decay=1\.0$"),
     (OptimizerConfig, {"layer_decay": 0.0}, r"^layer_decay must be in \(0, 1\]"),
     (OptimizerConfig, {"accumulate": 0}, r"^accumulate must be at least 1 part"),
+    (
+        TrainJob,
+        {"fit": FitConfig(batch_size=10), "optimizer": OptimizerConfig(accumulate=4)},
+        r"^batch_size must be a multiple of accumulate.*Received: batch_size=10, accumulate=4$",
+    ),
+    (
+        TrainJob,
+        {"phases": PhasesConfig(trainable=("head",)), "optimizer": OptimizerConfig(layer_decay=0.5)},
+        r"^layer_decay needs a phase that trains more than the head",
+    ),
     (FitConfig, {"rand_augment_ops": 0}, r"^rand_augment_ops must be at least 1"),
     (FitConfig, {"rand_augment_magnitude": 31}, r"^rand_augment_magnitude must be 0 to 30"),
     (FitConfig, {"random_erasing": 1.5}, r"^random_erasing must be a probability"),

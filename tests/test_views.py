@@ -74,6 +74,23 @@ def test_the_answer_is_the_mean_of_the_views(embeddings: bool) -> None:
         assert found.embeddings is None
 
 
+def test_a_batch_that_became_smaller_is_answered_in_parts() -> None:
+    class Halving(Means):
+        def __call__(self, pixels: Pixels) -> Outputs:
+            assert len(pixels) <= self.batch_size
+            answer = super().__call__(pixels)
+            self.batch_size = 2  # as when memory ran out for the first view
+            return answer
+
+    found = with_views(Halving(embeddings=True), ("flip",))(PIXELS)
+
+    expected = with_views(Means(embeddings=True), ("flip",))(PIXELS)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=1e-6)
+    assert found.embeddings is not None
+    assert expected.embeddings is not None
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=1e-6)
+
+
 def test_the_engine_is_otherwise_the_same() -> None:
     inner = Means()
     assert with_views(inner, ()) is inner

@@ -22,7 +22,7 @@ from mnist_dist.config import CombineMethod
 from mnist_dist.engines.calibration import calibration_images
 from mnist_dist.engines.engine import use_cpus, use_float32
 from mnist_dist.engines.steps import Report
-from mnist_dist.errors import MnistDistError
+from mnist_dist.errors import CannotCombine, MnistDistError
 from mnist_dist.models.bundle import Bundle
 
 Probabilities = npt.NDArray[np.float64]
@@ -111,7 +111,7 @@ class _Building:
             used, expected = self._greedy_soup(accuracies)
         apart = float(np.abs(expected - self._predicted(self._open(self._task.target))).max())
         if not apart <= MAX_DIFFERENCE:  # Written so that NaN does not pass.
-            raise MnistDistError(
+            raise CannotCombine(
                 "the combined model does not predict what its members say, and was not written: a probability differs "
                 f"by {apart:.3g}, at most {MAX_DIFFERENCE:g} is allowed"
             )

@@ -74,7 +74,7 @@ def combine(job: CombineJob, *, console: Console, open_images: OpenImages) -> di
     check_access((*job.bundles, job.output, job.storage if job.is_judged else None))
     check_access((*job.data, job.data_dir), store=store_for(job.store))
     members = open_members(job.bundles)
-    check_members(members, job.method)
+    check_members(members, job.method, is_judged=job.is_judged)
     info = _finished(job, members)
     if info is None:
         if not members[0].bundle.is_onnx:

@@ -48,8 +48,13 @@ def _bundle_uri(uri: str) -> str:
     return inside if is_run else absolute(uri)
 
 
-def check_members(members: Sequence[Member], method: CombineMethod) -> None:
+def check_members(members: Sequence[Member], method: CombineMethod, *, is_judged: bool = True) -> None:
     """Checks that bundles can be combined.
+
+    Args:
+        members: the bundles.
+        method: how.
+        is_judged: whether the result is measured on images with one label each.
 
     Raises:
         ConfigError: two are the same, or they differ in what they need to have in common; the message says which
@@ -60,8 +65,9 @@ def check_members(members: Sequence[Member], method: CombineMethod) -> None:
     for other in others:
         _check_alike(first, other)
     require(
-        method != "greedy-soup" or not first.info.multi_label,
-        "greedy-soup judges by the accuracy, which a multi-label model has not: use method soup",
+        not is_judged or not first.info.multi_label,
+        "combinations are judged by the accuracy, which a multi-label model has not: use method soup or ensemble, and "
+        "leave out --data",
         method=method,
     )
     if method != "ensemble":

@@ -1,6 +1,6 @@
 """Soups: the average of the weights of models of one architecture, of all of them or of those that help.
 
-Owns: the average and the greedy recipe, on arrays alone. Does not own: where weights come from (`model_files`), whether
+Owns: the average and the greedy recipe, on arrays alone. Does not own: where weights come from (`networks`), whether
 models have one architecture (`architecture`), or the images that judge.
 
 Everything that a model keeps is averaged: kernels and biases, and the statistics of BatchNorm, too. Those are not

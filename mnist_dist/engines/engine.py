@@ -102,7 +102,7 @@ class KerasEngine:
         self._halved, self.batch_size = True, -(-self.batch_size // 2)
         self._function = self._compile()
         first, second = self(pixels[: self.batch_size]), pixels[self.batch_size :]
-        return _joined(first, self(second)) if len(second) else first
+        return joined([first, self(second)]) if len(second) else first
 
     def _compile(self) -> Any:
         return compile_model(self._model, batch_size=self.batch_size)
@@ -114,7 +114,9 @@ class KerasEngine:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error, of TensorFlow, JAX or Python, means out of memory."""
-    of_backend = type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+    text = str(error)
+    of_jax = "RESOURCE_EXHAUSTED" in text and "memory" in text.lower()  # gRPC has other such errors.
+    of_backend = type(error).__name__ == "ResourceExhaustedError" or of_jax
     return of_backend or isinstance(error, MemoryError)
 
 
@@ -293,7 +295,8 @@ def with_named_output(model: Any) -> Any:
     return keras.Model(model.inputs, {PROBABILITIES: model.output})
 
 
-def _joined(first: Outputs, second: Outputs) -> Outputs:
-    features = [outputs.embeddings for outputs in (first, second) if outputs.embeddings is not None]
-    probabilities = np.concatenate([first.probabilities, second.probabilities])
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """The outputs for a batch from those for its parts, in order."""
+    features = [outputs.embeddings for outputs in parts if outputs.embeddings is not None]
+    probabilities = np.concatenate([outputs.probabilities for outputs in parts])
     return Outputs(probabilities, np.concatenate(features) if features else None)

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from mnist_dist.engines.engine import Engine, Outputs
+from mnist_dist.engines.engine import Engine, Outputs, joined
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.score_config import TtaView
 
@@ -45,9 +45,18 @@ class AveragedEngine:
 
     def __call__(self, pixels: Pixels) -> Outputs:
         """See `Engine`."""
-        answers = [self._engine(view(pixels)) for view in self._views]
+        answers = [self._answer(view(pixels)) for view in self._views]
         features = [answer.embeddings for answer in answers if answer.embeddings is not None]
         return Outputs(_mean([answer.probabilities for answer in answers]), _mean(features) if features else None)
+
+    def _answer(self, pixels: Pixels) -> Outputs:
+        """For one view, in as many calls as it takes: the engine's batch may have become smaller after another view."""
+        done, answers = 0, list[Outputs]()
+        while done < len(pixels):
+            part = pixels[done : done + self._engine.batch_size]
+            answers.append(self._engine(part))
+            done += len(part)
+        return joined(answers)
 
 
 def _mean(arrays: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:

@@ -25,9 +25,8 @@ from keras import ops
 
 from mnist_dist.config import Augmentation, FitConfig
 from mnist_dist.errors import ConfigError
-from mnist_dist.models.rand_augment import RandAugment
-
-GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from mnist_dist.models.mixing import within
+from mnist_dist.models.rand_augment import GREY_OF_RGB, RandAugment
 
 
 class Transform(Protocol):
@@ -144,11 +143,10 @@ class Erasing:
 
 
 def _interval(pixels: int, length: Any, place: Any) -> Any:
-    """`float32 [B, pixels]`: 1 for each pixel whose centre is in an interval of some length, at some place (0: it
-    begins at the start, 1: it ends at the end), all in shares of the whole."""
-    centres = (ops.arange(pixels, dtype="float32") + 0.5)[None] / pixels
-    start = (place * (1 - length))[:, None]
-    return ops.cast((centres >= start) & (centres < start + length[:, None]), "float32")
+    """`float32 [B, pixels]`: 1 for each pixel in an interval of some length, at some place (0: it begins at the start,
+    1: it ends at the end), all in shares of the whole."""
+    start = place * (1 - length)
+    return within(pixels, start, start + length)
 
 
 class Preset:

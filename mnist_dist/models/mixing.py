@@ -25,12 +25,12 @@ def mixed(images: Any, partners: Any, mixing: Any) -> tuple[Any, Any]:
     """
     height_px, width_px = images.shape[1:3]
     outside, top, bottom, left, right = ops.unstack(mixing, num=5, axis=1)
-    cut = _within(height_px, top, bottom)[:, :, None] * _within(width_px, left, right)[:, None, :]
+    cut = within(height_px, top, bottom)[:, :, None] * within(width_px, left, right)[:, None, :]
     shares = outside[:, None, None] * (1 - cut)
     return partners + shares[..., None] * (images - partners), ops.mean(shares, axis=(1, 2))
 
 
-def _within(pixels: int, start: Any, end: Any) -> Any:
+def within(pixels: int, start: Any, end: Any) -> Any:
     """`float32 [B, pixels]`: 1 for each pixel whose centre lies between two shares of the whole."""
     centres = (ops.arange(pixels, dtype="float32") + 0.5)[None] / pixels
     return ops.cast((centres >= start[:, None]) & (centres < end[:, None]), "float32")

@@ -187,7 +187,8 @@ class Trainer:
                 world=self.world,
                 draws=run.draws,
             )
-            yield partial(run.place, gather)
+            # Not read in the feed's thread, where it might have changed already, and not on all workers.
+            yield partial(run.place, gather, capacity=max(len(steps), run.steps_per_call))
             start = steps.stop
 
     def _order(self, images: Images) -> npt.NDArray[np.int64]:

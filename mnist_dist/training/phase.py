@@ -133,10 +133,14 @@ class PhaseRun:
         self.last_rate = self.rate()
         self.callbacks = self._start_callbacks(restored)
 
-    def place(self, gather: Callable[[], TrainChunk]) -> Placed:
-        """Gathers a chunk and moves it to the devices; the feed's thread does this ahead of the steps."""
+    def place(self, gather: Callable[[], TrainChunk], *, capacity: int) -> Placed:
+        """Gathers a chunk and moves it to the devices; the feed's thread does this ahead of the steps.
+
+        Args:
+            gather: makes the chunk.
+            capacity: the most steps of a chunk, alike for this chunk on all workers.
+        """
         chunk = gather()
-        capacity = max(len(chunk), self.steps_per_call)
         return Placed(steps=len(chunk), capacity=capacity, content=self._step.place(chunk, capacity=capacity))
 
     def take(self, chunk: Placed) -> npt.NDArray[np.float32]:

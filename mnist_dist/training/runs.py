@@ -43,6 +43,7 @@ from mnist_dist.store.base import Store
 from mnist_dist.store.uris import join
 from mnist_dist.training.checkpoints import STATE_FILE
 
+TRACKED_PREFIX = "tracked-"  # of what trackers were told
 _NUMBERED = re.compile(
     r"(?:run|like|spent|attempt|trials/\d{6}|finalists/\d{6})-(\d{6,})(?:\.json$|/)"
 )  # A search is a run, too.
@@ -88,7 +89,9 @@ class Run:
         for name, number in facts_names(self._names()).items():
             if number < fence:
                 self.store.delete(join(self.uri, name))
-        self.store.delete(join(self.uri, HISTORY_FILE))  # of a run that saved no checkpoint
+        for name in self._names():  # of a run that saved no checkpoint
+            if name == HISTORY_FILE or name.startswith(TRACKED_PREFIX):
+                self.store.delete(join(self.uri, name))
         return True
 
     def history(self) -> list[Epoch]:

@@ -20,7 +20,7 @@ from mnist_dist.config import TrackerName, TrainJob
 from mnist_dist.errors import Interrupted, LockLost, first_line
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
-from mnist_dist.training.runs import Run
+from mnist_dist.training.runs import TRACKED_PREFIX, Run
 from mnist_dist.training.trackers import TRACKERS, End, TrackedRun, Tracker
 
 SECONDS_BETWEEN_LOOKS = 2.0  # An object store is asked this often, and an epoch appears this late.
@@ -87,7 +87,7 @@ class Tracking:
     ) -> None:
         self._session = session
         self._followers = [_Follower(name, table[name](), job=job, session=session) for name in names]
-        self._is_closed = False
+        self._is_closed, self._closed_at = False, 0.0
 
     def __enter__(self) -> "Tracking":
         for follower in self._followers:
@@ -108,17 +108,16 @@ class Tracking:
         if not self._is_closed:
             was_asked = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
             self._close(End(status="stopped" if was_asked else "failed"))
-        began = time.monotonic()
         for follower in self._followers:
             while not follower.thread.ended(0.1):
-                if time.monotonic() - began > self._patience_s:
+                if time.monotonic() - self._closed_at > self._patience_s:
                     self._session.console.line(
                         f"{follower.name} does not answer: what it has of this run may be incomplete"
                     )
                     break
 
     def _close(self, end: End) -> None:
-        self._is_closed = True
+        self._is_closed, self._closed_at = True, time.monotonic()
         for follower in self._followers:
             follower.close(end)
 
@@ -134,7 +133,7 @@ class _Follower:
         self.name = name
         self.thread = SideThread(self._run, name=f"tracker-{name}")
         self._tracker, self._job, self._session = tracker, job, session
-        self._file = f"tracked-{name}.json"
+        self._file = f"{TRACKED_PREFIX}{name}.json"
         self._over = threading.Event()
         self._end = End(status="failed")
 

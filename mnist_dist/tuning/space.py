@@ -68,6 +68,7 @@ CONDITIONS = {
     "random_erasing": Condition("trained", "all"),
     "mixup": Condition("trained", "all"),
     "cutmix": Condition("trained", "all"),
+    "layer_decay": Condition("trained", "all"),
     "weight_decay": Condition("optimizer", "adamw"),
     "momentum": Condition("optimizer", "sgd"),
     "plateau_patience": Condition("schedule", "constant"),

@@ -111,7 +111,8 @@ class _Setting:
             raise ConfigError(f"{self.name} must be at most {_MAX_WHOLE:,}. Received: {_shown(self.name, value)}")
         require(type(value) is not float or math.isfinite(value), f"{self.name} must be finite", **{self.name: value})
         condition = CONDITIONS.get(self.name)
-        needed = {condition.setting: condition.value} if condition and self.config is OptimizerConfig else {}
+        names = {field.name for field in fields(self.config)}
+        needed = {condition.setting: condition.value} if condition and condition.setting in names else {}
         if self.config is PhasesConfig:
             require(value > 0, f"{self.name} must be above 0", **{self.name: value})
         elif self.config is not BackboneSpace:

@@ -24,6 +24,7 @@ from mnist_dist.combining.members import Member, check_members, same_architectur
 from mnist_dist.config import CombineMethod
 from mnist_dist.data.splits import Splits
 from mnist_dist.engines.steps import run_step
+from mnist_dist.errors import CannotCombine, ConfigError, StepFailed, StorageError, first_line
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
     CALIBRATION_FILE,
@@ -57,33 +58,49 @@ class Combination:
     session: Session
 
     def make(self) -> bool:
-        """Makes the combination, unless it is there. Returns whether there is one: no other finalist may fit."""
+        """Makes the combination, unless it is there. Returns whether there is one: no other finalist may fit, or the
+        models cannot be combined for another reason, which is shown and costs the search nothing but the
+        combination."""
         if ANYWHERE.exists(join(self.uri, BUNDLE_FILE)):
             return True
         members = self._fitting([Member(uri, load_bundle(uri)) for uri in self.finalists.values()])
         if len(members) < 2:
             self.session.console.line(f"{self.method}: no other finalist fits the winner: nothing to combine")
             return False
-        check_members(members, self.method)
+        try:
+            check_members(members, self.method)
+            self._combine(members)
+        except (CannotCombine, ConfigError, StepFailed) as error:
+            if isinstance(error, StorageError):
+                raise  # It ends the search, and the same command goes on from here.
+            self.session.console.line(f"{self.method} failed, so the winner stays alone: {first_line(error)}")
+            return False
+        return True
+
+    def _combine(self, members: list[Member]) -> None:
         with tempfile.TemporaryDirectory(prefix="mnist_dist-combine-") as scratch:
             folder = Path(scratch, "bundle")
             images = self._images(self.splits.val)
             combined_bundle(members, self.method, folder, session=self.session, images=images, batch_size=BATCH_SIZE)
             self.session.confirm_lock()
             ANYWHERE.upload_folder(folder, self.uri, last=BUNDLE_FILE)
-        return True
 
     def _fitting(self, members: list[Member]) -> list[Member]:
-        """The winner, and those that can be combined with it."""
+        """The winner, and those that can be combined with it. Of models that are the same, one is enough."""
         winner = members[0]
 
         def fits(member: Member) -> bool:
-            ours, theirs = winner.info, member.info
-            if (ours.spec, ours.model_file) != (theirs.spec, theirs.model_file):
+            ours, theirs = winner, member
+            if (ours.info.spec, ours.info.model_file) != (theirs.info.spec, theirs.info.model_file):
+                return False
+            if ours.bundle.fixed_batch != theirs.bundle.fixed_batch:
                 return False
             return self.method == "ensemble" or same_architecture(winner.bundle, member.bundle)
 
-        return [member for member in members if member is winner or fits(member)]
+        distinct = dict[str, Member]()
+        for member in members:
+            distinct.setdefault(member.info.model_id, member)
+        return [member for member in distinct.values() if member is winner or fits(member)]
 
     @cached_property
     def info(self) -> BundleInfo:

@@ -55,6 +55,7 @@ from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
 from mnist_dist.training.runs import Run
+from mnist_dist.training.trackers import check_trackers
 from mnist_dist.training.tracking import Tracking, tracked_job
 from mnist_dist.tuning.budget import SpentTime, choose_finalists, finalists_s
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
@@ -139,6 +140,7 @@ def check_search(job: SearchJob) -> None:
     check_access((*job.data.data, job.data.data_dir), store=store_for(job.store))
     check_access((job.run.storage, *(space.backbone for space in job.backbones if is_imported(space.backbone))))
     check_space(job)
+    check_trackers(job.run.tracker)
     for space in job.backbones:
         for architecture in architectures_of(space):
             check_job(backbone_job(architecture, job))

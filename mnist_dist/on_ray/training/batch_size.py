@@ -53,6 +53,7 @@ class Brief:
     records: RecordPlan
     backend: KerasBackend
     cpus: float
+    workers: int
     gpu: bool
     images: int = 0
     """In a batch of the worker."""
@@ -147,7 +148,15 @@ def _small_batches(job: TrainJob, records: RecordPlan, *, images: int, share: Sh
 
 def _brief(job: TrainJob, phases: PhasesConfig, records: RecordPlan, *, share: Share, session: Session) -> Brief:
     backend = resolve_backend(job.run.backend, gpus=share.gpus, session=session)
-    return Brief(job=job, phases=phases, records=records, backend=backend, cpus=share.cpus, gpu=share.gpus > 0)
+    return Brief(
+        job=job,
+        phases=phases,
+        records=records,
+        backend=backend,
+        cpus=share.cpus,
+        workers=share.workers,
+        gpu=share.gpus > 0,
+    )
 
 
 def _usage(brief: Brief, share: Share, session: Session) -> Usage | None:
@@ -172,8 +181,8 @@ def measure_here(brief: Brief) -> Usage | None:
         StepFailed: the process failed, and not for lack of memory.
     """
     node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
-    part = min(1.0, brief.cpus / node["Resources"].get("CPU", brief.cpus))
-    expected = int(processor.free_memory_bytes() * part)
+    beside_each_other = min(brief.workers, int(node["Resources"].get("CPU", brief.cpus) // brief.cpus))
+    expected = processor.free_memory_bytes() // max(1, beside_each_other)
     try:
         peak = call_in_process(partial(_peak, brief), title="memory of a batch")
     except StepKilled:

@@ -176,20 +176,23 @@ def check_batch(job: TrainJob, source: Source) -> None:
     )
 
 
-def check_devices(batch_sizes: Iterable[int], *, backbone: str, backend: KerasBackend, share: Share) -> None:
+def check_devices(
+    batch_sizes: Iterable[int], *, backbone: str, backend: KerasBackend, share: Share, parts: int = 1
+) -> None:
     """Checks that workers on JAX can share the batches of a network that is trained whole or in part.
 
     Raises:
-        ConfigError: its BatchNorm would count the padding of a batch that the devices cannot divide evenly.
+        ConfigError: its BatchNorm would count the padding of a batch that the devices cannot divide evenly, or of which
+            they cannot take equal parts (`accumulate`).
     """
-    devices = share.workers * max(1, share.gpus)
+    devices = share.workers * max(1, share.gpus) * parts
     if backend != "jax" or not find_backbone(backbone).has_batch_norm:
         return
     for size in batch_sizes:
         require(
             size % devices == 0,
-            f"batch_size must be a multiple of {devices}, the number of devices, to train {backbone} on JAX: it has "
-            "BatchNorm",
+            f"batch_size must be a multiple of {devices}, the number of devices"
+            f"{f' times accumulate ({parts})' if parts > 1 else ''}, to train {backbone} on JAX: it has BatchNorm",
             batch_size=size,
         )
 
@@ -440,9 +443,23 @@ class Training:
             batch_size=job.fit.batch_size,
             workers=mine.workers,
         )
+        parts = job.optimizer.accumulate
+        require(
+            parts == 1 or job.fit.batch_size % (mine.workers * parts) == 0,
+            f"batch_size must be a multiple of workers x accumulate ({mine.workers * parts}), so that all parts are "
+            "equally large",
+            batch_size=job.fit.batch_size,
+            accumulate=parts,
+        )
         is_trained = any(phase.trainable != "head" for phase in job.phases.in_order())
         if is_trained and job.run.backend != "auto":
-            check_devices([job.fit.batch_size], backbone=job.model.backbone, backend=job.run.backend, share=mine)
+            check_devices(
+                [job.fit.batch_size],
+                backbone=job.model.backbone,
+                backend=job.run.backend,
+                share=mine,
+                parts=parts,
+            )
 
     def _announce(self, resources: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:
         model, size = self.job.model, f"{spec.height_px} x {spec.width_px} x {spec.channels} px"
