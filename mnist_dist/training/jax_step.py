@@ -168,8 +168,8 @@ class JaxTrainStep:
         self._rows = -(-largest // together) * together
         require(
             self._rows * world.workers == batch_size or not any(_counts_padding(network)),
-            f"batch_size must be a multiple of {world.workers * together}, the number of devices times the parts of a "
-            "batch, for a network with BatchNorm on JAX",
+            f"batch_size must be a multiple of {world.workers * together}, the number of devices"
+            f"{' times accumulate' if trained.config.parts > 1 else ''}, for a network with BatchNorm on JAX",
             batch_size=batch_size,
         )
         frozen = [] if trained.frozen is None else trained.frozen.variables
