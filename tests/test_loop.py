@@ -504,7 +504,7 @@ def test_a_balanced_epoch_sees_each_class_equally_often(images: Images, tmp_path
     assert sorted(seen.count(label) for label in range(3)) == [40, 40, 41]
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(9, 1), (10, 2)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(12, 2), (8, 3)])
 def test_parts_of_unequal_size_are_refused(images: Images, tmp_path: Path, batch_size: int, workers: int) -> None:
     optimizer = OptimizerConfig(optimizer="sgd", accumulate=4)
     task = small_task(images, optimizer=optimizer, fit=FitConfig(batch_size=batch_size))
