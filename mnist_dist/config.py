@@ -540,6 +540,16 @@ class TrainJob:
             plateau_patience=self.fit.plateau_patience,
         )
 
+    def check_parts(self, workers: int) -> None:
+        """Raises ConfigError unless the parts of a batch (`accumulate`) are equally large on so many workers."""
+        parts = workers * self.optimizer.accumulate
+        require(
+            self.optimizer.accumulate == 1 or self.fit.global_batch % parts == 0,
+            f"batch_size must be a multiple of workers x accumulate ({parts}), so that all parts are equally large",
+            batch_size=self.fit.global_batch,
+            accumulate=self.optimizer.accumulate,
+        )
+
     def settings(self) -> dict[str, Any]:
         """The settings that determine the result, as JSON values: everything but `store` and `run`, and no secrets."""
         values = shown_values(json.loads(json.dumps(dataclasses.asdict(self))))

@@ -21,7 +21,7 @@ from mnist_dist.combining.soups import Average, Weights, greedy_soup, uniform_so
 from mnist_dist.config import CombineMethod
 from mnist_dist.engines.calibration import calibration_images
 from mnist_dist.engines.engine import use_cpus, use_float32
-from mnist_dist.engines.steps import Report
+from mnist_dist.engines.steps import Report, or_error
 from mnist_dist.errors import CannotCombine, MnistDistError
 from mnist_dist.models.bundle import Bundle
 
@@ -59,12 +59,8 @@ class Built:
 
 
 def build(task: BuildTask, report: Report) -> "Built | MnistDistError":
-    """Writes the model file. An error that says what is wrong is returned: across processes it would lose its type."""
-    try:
-        return _Building(task, report).run()
-    except MnistDistError as error:
-        error.__cause__ = error.__context__ = None  # They may not be picklable.
-        return error.with_traceback(None)
+    """Writes the model file; see `or_error`."""
+    return or_error(lambda: _Building(task, report).run())
 
 
 def measure(bundle: Bundle, images: LabelledImages, batch_size: int, report: Report) -> Measured:

@@ -23,29 +23,26 @@ from mnist_dist.console import Console
 from mnist_dist.engines.calibration import calibration_of
 from mnist_dist.engines.steps import run_step
 from mnist_dist.environment import check_keras
-from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
+from mnist_dist.errors import MnistDistError, ResumeConflict
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
     CALIBRATION_FILE,
-    KERAS_FILE,
-    ONNX_FILE,
     Bundle,
     BundleInfo,
     Combined,
     CombinedMember,
+    check_output,
     read_bundle_info,
+    upload_bundle,
     write_model_bundle,
 )
-from mnist_dist.models.mlmodel import MLMODEL_FILE
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
-from mnist_dist.store.uris import is_remote, join
+from mnist_dist.store.uris import join
 from mnist_dist.urls import shown
 
 OpenImages = Callable[[CombineJob, Sequence[BundleInfo], Session], LabelledImages]
 """Opens the validation images of a job whose bundles say where they came from."""
-_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE)
-"""Of a bundle, beside `bundle.json`."""
 _SHOWN_DIGITS = 16  # of a model id, enough to tell models apart
 
 
@@ -80,7 +77,7 @@ def combine(job: CombineJob, *, console: Console, open_images: OpenImages) -> di
         if not members[0].bundle.is_onnx:
             check_keras()
         calibration_of(members[0].bundle)  # Raises now, not after the work, if the images cannot be read.
-        _check_free(job.output_uri)
+        check_output(job.output_uri)
         parent, _, name = job.output_uri.rpartition("/")
         lock_uri = f"{parent}/.{name}.lock"
         with locked_session(console, lock_uri=lock_uri, what=job.output_uri, wait_s=job.lock_wait_s) as session:
@@ -134,14 +131,6 @@ def _settings(method: CombineMethod, model_ids: Sequence[str], data: Sequence[st
     return {"method": method, "model_ids": ids, "data": [shown(uri) for uri in data]}
 
 
-def _check_free(output: str) -> None:
-    """Refuses an output that holds other files; in a bucket, those of an interrupted upload do not count."""
-    names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
-    others = sorted(names - set(_FILES if is_remote(output) else ()))
-    if others:
-        raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
-
-
 # --- a new bundle ----------------------------------------------------------------------------------------------------
 
 
@@ -154,11 +143,8 @@ def _combined(job: CombineJob, members: Sequence[Member], session: Session, open
         )
         session.check()
         session.confirm_lock()
-        _check_free(job.output_uri)  # Somebody may have written there in the meantime.
-        ANYWHERE.delete_leftovers(job.output_uri)
-        for name in _FILES if is_remote(job.output_uri) else ():  # left by an interrupted upload
-            ANYWHERE.delete_tree(join(job.output_uri, name))
-        ANYWHERE.upload_folder(folder, job.output_uri, last=BUNDLE_FILE)
+        check_output(job.output_uri)  # Somebody may have written there in the meantime.
+        upload_bundle(folder, job.output_uri)
     return info
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any, TypeVar
 import psutil
 
 import mnist_dist
-from mnist_dist.errors import StepFailed, StepKilled
+from mnist_dist.errors import MnistDistError, StepFailed, StepKilled
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 
@@ -67,6 +67,16 @@ def run_step(function: Callable[[Report], Result], *, title: str, session: Sessi
 
         result: Result = _called(function, watch, title=title, verbose=session.console.verbose)
     return result
+
+
+def or_error(function: Callable[[], Result]) -> "Result | MnistDistError":
+    """For a step: what the function returns, or the error that says what is wrong, since an exception would lose its
+    type between processes."""
+    try:
+        return function()
+    except MnistDistError as error:
+        error.__cause__ = error.__context__ = None  # They may not be picklable.
+        return error.with_traceback(None)
 
 
 def call_in_process(function: Callable[[Report], Result], *, title: str) -> Result:

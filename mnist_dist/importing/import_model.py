@@ -24,7 +24,7 @@ import msgspec
 from mnist_dist import documents
 from mnist_dist.config import differences
 from mnist_dist.console import Console
-from mnist_dist.engines.steps import Report, run_step
+from mnist_dist.engines.steps import Report, or_error, run_step
 from mnist_dist.environment import CONVERSION_BACKENDS, check_keras
 from mnist_dist.errors import ConfigError, MnistDistError, ResumeConflict
 from mnist_dist.import_config import ImportJob
@@ -35,18 +35,18 @@ from mnist_dist.importing.recipe import Recipe, read_classes, recipe_of
 from mnist_dist.importing.sources import Source, digest_of, find_source, localized
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
-    CALIBRATION_FILE,
     KERAS_FILE,
     ONNX_FILE,
     BundleInfo,
     Imported,
+    check_output,
     read_bundle_info,
+    upload_bundle,
     write_model_bundle,
 )
-from mnist_dist.models.mlmodel import MLMODEL_FILE
 from mnist_dist.session import Session, locked_session, seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE, check_access
-from mnist_dist.store.uris import absolute, is_remote, join
+from mnist_dist.store.uris import absolute, join
 from mnist_dist.urls import shown, shown_values
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 IMPORT_FILE = "import.json"
 _FOREIGN = "foreign.pickle"
-_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE, IMPORT_FILE)
-"""Of a bundle, beside `bundle.json`."""
 _RESOURCES = ("output", "lock_wait_s", "verbose")
 """Fields that change nothing in the bundle."""
 Result = TypeVar("Result")
@@ -111,7 +109,7 @@ def import_model(job: ImportJob, *, console: Console) -> dict[str, Any]:
         given = _Given(job, local)
         record = _finished(job, given.contents)
         if record is None:
-            _check_free(job.output_uri)
+            check_output(job.output_uri, beside=(IMPORT_FILE,))
             record = _Import(job, local, given, Path(scratch), session).run()
         else:
             console.line(f"{job.output_uri} is this model already")
@@ -200,14 +198,6 @@ def _check_outside(job: ImportJob) -> None:
         place = f"{absolute(uri)}/"
         if f"{job.output_uri}/".startswith(place) or place.startswith(f"{job.output_uri}/"):
             raise ConfigError(f"the output must lie outside of the source. Received: output={job.output!r}")
-
-
-def _check_free(output: str) -> None:
-    """Refuses an output that holds other files; in a bucket, those of an interrupted upload do not count."""
-    names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
-    others = sorted(names - set(_FILES if is_remote(output) else ()))
-    if others:
-        raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
 
 
 class _Import:
@@ -323,20 +313,12 @@ class _Import:
         write_model_bundle(folder, model_file, info, calibration=checked.calibration, extra=extra)
         self._session.check()
         self._session.confirm_lock()
-        ANYWHERE.delete_leftovers(self._job.output_uri)
-        for name in _FILES if is_remote(self._job.output_uri) else ():  # left by an interrupted upload
-            ANYWHERE.delete_tree(join(self._job.output_uri, name))
-        ANYWHERE.upload_folder(folder, self._job.output_uri, last=BUNDLE_FILE)
+        upload_bundle(folder, self._job.output_uri, beside=(IMPORT_FILE,))
         return record
 
 
 def _returned(function: Callable[[Report], Result], report: Report) -> "Result | MnistDistError":
-    """The result, or the error that says what is wrong: across processes, an exception would lose its type."""
-    try:
-        return function(report)
-    except MnistDistError as error:
-        error.__cause__ = error.__context__ = None  # They may not be picklable.
-        return error.with_traceback(None)
+    return or_error(partial(function, report))
 
 
 def _open(source: Source, job: ImportJob, scratch: Path, report: Report) -> Foreign:

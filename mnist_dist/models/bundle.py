@@ -73,6 +73,8 @@ which a layer of its own named `features` passes on. A layer `probabilities` may
 NO_FEATURES = "this imported model gives no features: import it again with --features-node"
 CALIBRATION_FILE = "calibration.parquet"
 REPORT_FILE = "report.html"
+_FILES = (KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE)
+"""Of any bundle, beside `bundle.json`."""
 FOREIGN_SUFFIXES = (".keras", ".h5", ".hdf5", ".onnx")  # of files that can be imported, and are no bundle
 PREDICT_BATCH = 32
 _MAX_NAMES = 1_000  # of a folder that is no bundle, which may be a bucket of millions
@@ -456,7 +458,7 @@ def _write_info(folder: Path, info: BundleInfo, packages: Sequence[str]) -> Bund
 
 
 def _described(info: BundleInfo, model_file: Path) -> Described:
-    """What MLflow is told of the model."""
+    """What `MLmodel` says of the model."""
     pixels = Tensor(name=IMAGE, dtype="uint8", shape=(None, *info.spec.shape))
     output = (PROBABILITIES, len(info.class_names)) if info.class_names else (FEATURES, None)
     probabilities = Tensor(name=output[0], dtype="float32", shape=(None, output[1]))
@@ -606,10 +608,34 @@ def _keras_features(file: Path) -> int:
     )
 
 
+def check_output(output: str, *, beside: Sequence[str] = ()) -> None:
+    """Checks that a bundle may be written to a folder or bucket prefix.
+
+    Args:
+        output: absolute URI.
+        beside: names of files that its writer puts beside those of every bundle.
+
+    Raises:
+        ConfigError: it holds other files; in a bucket, those of an interrupted upload do not count.
+    """
+    names = {entry.uri.removeprefix(f"{output}/") for entry in ANYWHERE.scan_entries(output)}
+    others = sorted(names - set((*_FILES, *beside) if is_remote(output) else ()))
+    if others:
+        raise ConfigError(f"the folder of a bundle must be new or empty. Received: {output!r}, with {others[:5]}")
+
+
+def upload_bundle(folder: Path, output: str, *, beside: Sequence[str] = ()) -> None:
+    """Writes a finished local bundle to where `check_output` has found room, `bundle.json` last."""
+    ANYWHERE.delete_leftovers(output)
+    for name in (*_FILES, *beside) if is_remote(output) else ():  # left by an interrupted upload
+        ANYWHERE.delete_tree(join(output, name))
+    ANYWHERE.upload_folder(folder, output, last=BUNDLE_FILE)
+
+
 def _check_free(path: Path, *, leftovers: Iterable[str]) -> None:
     if (path / BUNDLE_FILE).exists():
         raise BundleError(f"a finished bundle is never overwritten. Received: {str(path)!r}")
-    known = {KERAS_FILE, ONNX_FILE, CALIBRATION_FILE, MLMODEL_FILE, *leftovers}
+    known = {*_FILES, *leftovers}
     unknown = sorted({entry.name for entry in path.glob("*")} - known)
     if unknown or path.is_file():
         raise BundleError(f"the folder of a bundle must be new or empty. Received: {str(path)!r}, with {unknown}")

@@ -1,8 +1,8 @@
 """The file `MLmodel` of a bundle: how MLflow loads the model, without this package and without MLflow to write it.
 
 Owns: its content, with the flavors `keras` or `onnx` and, for `mlflow.pyfunc.load_model`, `python_function`. Does not
-own: the bundle (`bundle.py`). The file follows from the bundle alone; the id that MLflow draws at random is the begin
-of the model id.
+own: the bundle (`bundle.py`). The file follows from the bundle alone; the id that MLflow draws at random is the
+beginning of the model id.
 
 Source: mlflow 3.17, `models/model.py` (the fields), `keras/load.py` and `onnx/__init__.py` (which of them are read).
 """
@@ -57,7 +57,7 @@ def mlmodel(bundle: Described) -> bytes:
 
 
 def _flavors(bundle: Described) -> dict[str, Any]:
-    """Which of MLflow's modules load the model, and what they are told."""
+    """Which of MLflow's modules load the model, and their options."""
     file, versions = PurePath(bundle.model_file), bundle.versions
     python = versions["python"]
     if file.suffix == ".onnx":

@@ -32,3 +32,16 @@ class Host(Protocol):
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Saves a checkpoint. Every worker calls this in the same order with the same state."""
+
+
+class SilentHost:
+    """A `Host` that shows and saves nothing."""
+
+    def progress(self, position: Position) -> bool:
+        return False
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        pass
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        pass

@@ -59,13 +59,7 @@ class Trainer:
             f"images ({count})",
             batch_size=job.fit.global_batch,
         )
-        parts = world.workers * job.optimizer.accumulate
-        require(
-            job.optimizer.accumulate == 1 or job.fit.global_batch % parts == 0,
-            f"batch_size must be a multiple of workers x accumulate ({parts}), so that all parts are equally large",
-            batch_size=job.fit.global_batch,
-            accumulate=job.optimizer.accumulate,
-        )
+        job.check_parts(world.workers)
         self.task, self.host, self.world = task, host, world
         self.computation = open_computation(world)
         with self.computation.scope():
@@ -224,7 +218,21 @@ class Trainer:
     def _end_epoch(self, run: PhaseRun) -> Epoch:
         """Validates, keeps the best weights, runs the callbacks and saves a checkpoint."""
         with run.averaged():
-            metrics, weights = self._evaluate(run.evaluator, run.images, run.images.validation), self._weights()
+            epoch = self._validate(run)
+            if self._is_better(epoch):
+                self.state.best, self.best = epoch, self._weights()
+                self.state.best_is_current = self.task.job.optimizer.ema_decay is None
+        self.state.history.append(epoch)
+        self.state.epoch, self.state.step, self.state.epoch_sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
+        self.state.epochs_done += 1
+        run.end_epoch(epoch)
+        self.host.epoch_ended(epoch)
+        self._save(run)
+        return epoch
+
+    def _validate(self, run: PhaseRun) -> Epoch:
+        """The epoch's line of the history. Raises TrainingDiverged if the validation loss is not finite."""
+        metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
         loss, hits, images = self.state.epoch_sums
         epoch = Epoch(
             epoch=self.state.epochs_done + 1,
@@ -239,15 +247,6 @@ class Trainer:
             raise TrainingDiverged(
                 f"The validation loss is {epoch.val_loss} in phase {run.phase.name!r}, epoch {self.state.epoch + 1}"
             )
-        if self._is_better(epoch):
-            self.state.best, self.best = epoch, weights
-            self.state.best_is_current = self.task.job.optimizer.ema_decay is None
-        self.state.history.append(epoch)
-        self.state.epoch, self.state.step, self.state.epoch_sums = self.state.epoch + 1, 0, [0.0, 0.0, 0.0]
-        self.state.epochs_done += 1
-        run.end_epoch(epoch)
-        self.host.epoch_ended(epoch)
-        self._save(run)
         return epoch
 
     def _is_better(self, epoch: Epoch) -> bool:

@@ -14,10 +14,8 @@ import numpy.typing as npt
 
 from mnist_dist.config import PhasesConfig, TrainJob
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.models.history import Epoch
-from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.feed import Images, World
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import SilentHost
 from mnist_dist.training.loop import Trainer
 from mnist_dist.training.phase import TrainTask
 from mnist_dist.training.step import DeviceMemory
@@ -69,7 +67,7 @@ def train_briefly(
         images=_random_images(images, spec=spec, classes=classes),
         precision=precision,
     )
-    trainer = Trainer(task, host=_DeafHost(), world=World())
+    trainer = Trainer(task, host=SilentHost(), world=World())
     trainer.run()
     return trainer.computation.device_memory()
 
@@ -85,16 +83,3 @@ def _random_images(batch: int, *, spec: ImageSpec, classes: int) -> Images:
         validation=rows[train:],
         test=rows[:0],
     )
-
-
-class _DeafHost:
-    """A `Host` that shows and saves nothing."""
-
-    def progress(self, position: Position) -> bool:
-        return False
-
-    def epoch_ended(self, epoch: Epoch) -> None:
-        pass
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        pass

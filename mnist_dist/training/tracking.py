@@ -43,7 +43,7 @@ class Tracked:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedJob:
-    """What the trackers of a run are told of it."""
+    """A run as it is described to its trackers."""
 
     run: Run
     project: str
@@ -54,7 +54,7 @@ class TrackedJob:
 
 
 def tracked_job(job: TrainJob, run: Run, *, recipe: str, name: str) -> TrackedJob:
-    """What trackers are told of a training run.
+    """Describes a training run to its trackers.
 
     Args:
         job: what is trained.
@@ -145,7 +145,7 @@ class _Follower:
     def _run(self) -> None:
         try:
             self._follow()
-        except LockLost:  # The run goes on under another driver, which logs it.
+        except LockLost:  # The run continues under another driver, which logs it.
             return
         except Exception as error:  # The one border: a tracker must not end a training.
             self._session.console.line(

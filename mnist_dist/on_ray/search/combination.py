@@ -72,7 +72,7 @@ class Combination:
             self._combine(members)
         except (CannotCombine, ConfigError, StepFailed) as error:
             if isinstance(error, StorageError):
-                raise  # It ends the search, and the same command goes on from here.
+                raise  # It ends the search, and the same command resumes here.
             self.session.console.line(f"{self.method} failed, so the winner stays alone: {first_line(error)}")
             return False
         return True

@@ -23,7 +23,6 @@ from mnist_dist.config import TrainJob
 from mnist_dist.console import Console, duration
 from mnist_dist.data.sampling import spread_rows
 from mnist_dist.data.splits import Splits
-from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.cluster import Resources, connected, worker_share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import DecodedData, decode, open_data, plan_data, plan_job_features, scratch_storage
@@ -55,9 +54,8 @@ from mnist_dist.session import Session, locked_session, seconds_since, started_a
 from mnist_dist.sources.source import Source, taken
 from mnist_dist.store.anywhere import store_for
 from mnist_dist.store.uris import join
-from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import SilentHost
 from mnist_dist.training.planning import EpochTimes, TimedHost, forecast_phases, sizes_of
 from mnist_dist.training.runs import Run
 from mnist_dist.tuning.planning import Costs, SearchForecast, TrialCost, Way, forecast
@@ -393,21 +391,8 @@ class _TimedProcess(TrialProcess):
         from mnist_dist.training.loop import Trainer
 
         keras.backend.clear_session()  # frees the previous trial's models
-        began, host = time.monotonic(), TimedHost(_NoHost())
+        began, host = time.monotonic(), TimedHost(SilentHost())
         Trainer(replace(self._train_task(), steps_limit=steps), host=host, world=World()).run()
         last = host.epochs[-1]
         setup_s = time.monotonic() - began - EPOCHS * (last.train_s + last.validation_s)
         return _Times(epochs=host.epochs, setup_s=max(0.0, setup_s))
-
-
-class _NoHost:
-    """A `Host` that does nothing."""
-
-    def progress(self, position: Position) -> bool:
-        return False
-
-    def epoch_ended(self, epoch: Epoch) -> None:
-        pass
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        pass

@@ -20,9 +20,8 @@ from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.data.features import node_folder
 from mnist_dist.on_ray.training.backend import start_backend
 from mnist_dist.store.local import is_service_error
-from mnist_dist.training.checkpoints import Checkpoint
 from mnist_dist.training.features import FeaturePlan, FeatureRows, open_features
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import SilentHost
 
 OUTAGES = (ServiceError, StorageError, PermissionError)
 REPORT, ACCURACY, EPOCHS = "report", "accuracy", "training_iteration"
@@ -131,7 +130,7 @@ class TrialProcess(tune.Trainable):
         from mnist_dist.training.loop import Trainer
 
         keras.backend.clear_session()  # frees the previous trial's models
-        self._trainer = Trainer(self._train_task(), host=_SilentHost(), world=World())
+        self._trainer = Trainer(self._train_task(), host=SilentHost(), world=World())
         self._epochs = self._trainer.epochs()
 
     def _train_task(self) -> Any:
@@ -210,16 +209,3 @@ class TrialProcess(tune.Trainable):
 def is_outage(error: BaseException | None) -> bool:
     """Whether the store caused an error, so that running the same command again may succeed."""
     return isinstance(error, OUTAGES) or (isinstance(error, OSError) and is_service_error(error))
-
-
-class _SilentHost:
-    """A `Host` that shows and saves nothing."""
-
-    def progress(self, position: Position) -> bool:
-        return False
-
-    def epoch_ended(self, epoch: Epoch) -> None:
-        pass
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        pass

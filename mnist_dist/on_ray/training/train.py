@@ -443,14 +443,7 @@ class Training:
             batch_size=job.fit.batch_size,
             workers=mine.workers,
         )
-        parts = job.optimizer.accumulate
-        require(
-            parts == 1 or job.fit.batch_size % (mine.workers * parts) == 0,
-            f"batch_size must be a multiple of workers x accumulate ({mine.workers * parts}), so that all parts are "
-            "equally large",
-            batch_size=job.fit.batch_size,
-            accumulate=parts,
-        )
+        job.check_parts(mine.workers)
         is_trained = any(phase.trainable != "head" for phase in job.phases.in_order())
         if is_trained and job.run.backend != "auto":
             check_devices(
@@ -458,7 +451,7 @@ class Training:
                 backbone=job.model.backbone,
                 backend=job.run.backend,
                 share=mine,
-                parts=parts,
+                parts=job.optimizer.accumulate,
             )
 
     def _announce(self, resources: Resources, mine: Share, *, spec: ImageSpec, is_new: bool) -> None:

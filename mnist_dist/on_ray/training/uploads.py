@@ -20,7 +20,8 @@ class Uploads(Generic[Uploaded]):
     """The uploads of one worker.
 
     Args:
-        upload: uploads a local folder under a name, its completing file last, and returns what Ray Train is told.
+        upload: uploads a local folder under a name, its completing file last, and returns what is reported to Ray
+            Train.
     """
 
     def __init__(self, upload: Callable[[Path, str], Uploaded]) -> None:
