@@ -98,7 +98,16 @@ class DataConfig:
     """The column of Parquet files that holds the images: encoded bytes, or structs with `bytes`. None: found by its
     type."""
     label_column: str = "label"
-    """The column of lists and Parquet files that holds class names, class numbers, or true and false."""
+    """The column of lists and Parquet files that holds class names, class numbers, or true and false; with
+    `multi_label` also lists of names or numbers."""
+    multi_label: bool = False
+    """An image has any number of classes, or none: the label column holds lists, or with `label_separator` texts. The
+    model has a sigmoid for each class and is trained with binary cross-entropy."""
+    label_separator: str | None = None
+    """With `multi_label`: what stands between the labels of an image where they are one text, as in `dog;cat`."""
+    class_columns: tuple[str, ...] = ()
+    """With `multi_label`, in place of `label_column`: columns named like the classes, each of which says whether an
+    image has that class (true and false, 1 and 0)."""
     uri_column: str = "uri"
     """The column of lists (Parquet, CSV) that holds the URIs."""
     channels: Literal["auto", "1", "3"] = "auto"
@@ -145,6 +154,18 @@ class DataConfig:
             0 <= self.max_bad_fraction <= 1,
             "max_bad_fraction must be in [0, 1]",
             max_bad_fraction=self.max_bad_fraction,
+        )
+        require(
+            self.multi_label or not (self.label_separator or self.class_columns),
+            "label_separator and class_columns need multi_label",
+            label_separator=self.label_separator,
+            class_columns=list(self.class_columns),
+        )
+        require(
+            not (self.label_separator and self.class_columns),
+            "choose label_separator (of one column) or class_columns",
+            label_separator=self.label_separator,
+            class_columns=list(self.class_columns),
         )
         require(self.group_by != "", "group_by must be folder, a column or a regular expression", group_by="")
         require(self.limit is None or self.limit >= 1, "limit must be at least 1 image", limit=self.limit)
@@ -526,6 +547,12 @@ class TrainJob:
             "batch_size must be a multiple of accumulate, so that all parts are equally large",
             batch_size=self.fit.batch_size,
             accumulate=self.optimizer.accumulate,
+        )
+        require(
+            not (self.data.multi_label and self.fit.sampling == "balanced"),
+            "sampling balanced needs images of one class each; class_weights balanced works with multi_label, too",
+            sampling=self.fit.sampling,
+            multi_label=True,
         )
         require(
             self.optimizer.layer_decay == 1 or any(phase.trainable != "head" for phase in self.phases.in_order()),

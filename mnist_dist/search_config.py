@@ -202,6 +202,13 @@ class SearchJob:
     store: StoreConfig = field(default_factory=StoreConfig)
     run: SearchRunConfig = SearchRunConfig()
 
+    def __post_init__(self) -> None:
+        require(
+            not self.data.multi_label,
+            "a search compares accuracies, so its images have one class each; with multi_label use train",
+            multi_label=True,
+        )
+
     @property
     def backbones(self) -> tuple[BackboneSpace, ...]:
         """The backbones to search, with the requested weights.

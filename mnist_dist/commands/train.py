@@ -3,7 +3,7 @@
 mnist-dist train --list [--storage URI]: lists the training runs in a storage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnist_dist import command_line, console, inventory
@@ -29,12 +29,20 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
         return result
     batch = f" with batch size {result['batch_size']}" if job.fit.batch_size == "auto" else ""
     shown.line(
-        f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} on {result['test_images']:,} "
-        f"images; {result['epochs']} epochs{batch} in {result['seconds']:.0f} s"
+        f"test {_score(result)}, loss {result['test_loss']:.4f} on {result['test_images']:,} images; "
+        f"{result['epochs']} epochs{batch} in {result['seconds']:.0f} s"
     )
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
     return result
+
+
+def _score(result: Mapping[str, Any]) -> str:
+    """How good the model is, by the measure of its kind."""
+    average_precision = result.get("test_mean_average_precision")
+    if average_precision is None:
+        return f"accuracy {result['test_accuracy']:.4f}"
+    return f"mAP {average_precision:.4f}, exact match {result['test_accuracy']:.4f}"
 
 
 def _chosen(arguments: Sequence[str], program: str) -> Chosen:

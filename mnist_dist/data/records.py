@@ -11,6 +11,7 @@ a status and zero pixels, never an exception.
 
 # N = records, n = records of a shard, H = height px, W = width px, C = channels
 
+import functools
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from mnist_dist.data.near_duplicates import MIN_SIDE_PX, thumbnails_of
 from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
 from mnist_dist.images.spec import ImageSpec
+from mnist_dist.sources.label_sets import LabelSets, joined, members
 from mnist_dist.sources.source import Source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -57,6 +59,8 @@ class RecordPlan:
     spec: ImageSpec
     limits: DecodeConfig
     class_names: tuple[str, ...]
+    label_sets: LabelSets = ()
+    """The classes of each label, where images have any number of them; empty: a label is a class."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,18 @@ class Records:
     """One row per record: uri, label, split, status (`ok`, or what went wrong), error, digest (hex)."""
     class_names: tuple[str, ...]
     spec: ImageSpec
+    label_sets: LabelSets = ()
+
+    @functools.cached_property
+    def members(self) -> npt.NDArray[np.bool_] | None:
+        """`bool [L, K]`, whether a class is in the set of a label; None: each image has one class."""
+        return members(self.label_sets, len(self.class_names)) if self.label_sets else None
+
+    def name_of(self, label: int) -> str:
+        """The class of a label, or its classes."""
+        if not self.label_sets:
+            return self.class_names[label]
+        return joined([self.class_names[number] for number in self.label_sets[label]])
 
 
 def plan_records(source: Source, spec: ImageSpec, *, storage: str, limits: DecodeConfig) -> RecordPlan:
@@ -97,6 +113,7 @@ def plan_records(source: Source, spec: ImageSpec, *, storage: str, limits: Decod
         spec=spec,
         limits=limits,
         class_names=source.class_names,
+        label_sets=source.label_sets,
     )
 
 
@@ -177,7 +194,7 @@ def open_records(plan: RecordPlan, *, local_dir: Path) -> Records:
     """
     cache = plan.cache.on_node(local_dir)
     pixels = [flat.reshape(-1, *plan.spec.shape) for flat in cache.values("pixels")]
-    return Records(ShardRows(pixels), read_index(cache), plan.class_names, plan.spec)
+    return Records(ShardRows(pixels), read_index(cache), plan.class_names, plan.spec, plan.label_sets)
 
 
 def read_index(cache: Cache) -> pa.Table:
@@ -206,10 +223,10 @@ def read_thumbnails(plan: RecordPlan) -> npt.NDArray[np.uint8] | None:
     return np.frombuffer(b"".join(table[_THUMBNAIL].to_pylist()), np.uint8).reshape(len(table), -1)
 
 
-def fingerprint(index: pa.Table, class_names: Sequence[str]) -> str:
-    """Hex sha256 of the class names and of the digests and labels of the readable records, in the order of both."""
+def fingerprint(index: pa.Table, class_names: Sequence[str], label_sets: LabelSets = ()) -> str:
+    """Hex sha256 of the classes and of the digests and labels of the readable records, in the order of both."""
     readable = index.filter(pc.equal(index["status"], _OK)).sort_by([("digest", "ascending"), ("label", "ascending")])
-    sha = hashlib.sha256(json.dumps(list(class_names)).encode())
+    sha = hashlib.sha256(json.dumps([*class_names, *label_sets]).encode())
     sha.update("".join(readable["digest"].to_pylist()).encode())
     sha.update(readable["label"].to_numpy().astype("<i4").tobytes())
     return sha.hexdigest()
@@ -252,7 +269,7 @@ def _put(plan: RecordPlan, shard: int, pixels: Pixels, errors: dict[int, ImageEr
 
 def _key(source: Source, spec: ImageSpec, limits: DecodeConfig) -> str:
     sha = hashlib.sha256()
-    head = [_FORMAT_VERSION, asdict(spec), asdict(limits), source.class_names]
+    head = [_FORMAT_VERSION, asdict(spec), asdict(limits), source.class_names, source.label_sets]
     sha.update(json.dumps(head, sort_keys=True).encode())
     for name in _KEY_COLUMNS:
         for batch in source.table.select([name]).to_batches(max_chunksize=_KEY_ROWS):

@@ -22,6 +22,7 @@ import pyarrow as pa
 from mnist_dist.config import DataConfig
 from mnist_dist.data.grouping import HeldOut, Split, hold_out_groups, numbered
 from mnist_dist.errors import DataError
+from mnist_dist.sources.label_sets import LabelSets, members, rarest_classes
 
 _log = logging.getLogger(__name__)
 _TRAIN, _VAL, _TEST = Split.TRAIN, Split.VAL, Split.TEST
@@ -71,18 +72,20 @@ def assign_splits(
     class_names: Sequence[str],
     config: DataConfig,
     groups: Sequence[str | None] | None = None,
+    label_sets: LabelSets = (),
 ) -> Splits:
     """Assigns every readable record to one split.
 
     Args:
-        labels: `int32 [N]`, 0 to number of classes - 1.
+        labels: `int32 [N]`, 0 to number of classes (or of sets) - 1.
         given: N splits that the data defines: `train`, `val`, `test`, or None.
         digests: `S [N]`, the sha256 of each record's shape and pixels.
         readable: `bool [N]`, whether the record was decoded.
         uris: N URIs, for messages.
-        class_names: names of the labels.
+        class_names: names of the classes.
         config: gives the fractions, and whether to drop duplicates.
         groups: N names; records of the same name stay in one split, None is on its own. None: all are.
+        label_sets: the classes of each label, where records have any number of them. They are held out by the rarest.
 
     Raises:
         DataError: a split is empty, or fewer than two classes are left to train on; the message gives the counts.
@@ -95,10 +98,11 @@ def assign_splits(
     )
     pool = np.flatnonzero(readable & (splits == _TRAIN))
     numbers = None if groups is None else numbered(groups)
+    strata = rarest_classes(labels, label_sets, len(class_names)) if label_sets else labels
     if numbers is None:
-        splits[pool] = _hold_out(labels[pool].astype(np.int64), ids[pool], held_out)
+        splits[pool] = _hold_out(strata[pool].astype(np.int64), ids[pool], held_out)
     else:
-        splits[pool] = hold_out_groups(labels[pool], digests[pool], numbers[pool], held_out)
+        splits[pool] = hold_out_groups(strata[pool], digests[pool], numbers[pool], held_out)
 
     repeats = _find_repeats(splits, ids, readable)
     pairs = _pairs(repeats, splits, ids, readable, uris)
@@ -110,7 +114,7 @@ def assign_splits(
     result = Splits(train, val, test, len(repeats), pairs, len(repeats) if config.drop_duplicates else 0)
     if numbers is not None:
         result = replace(result, **_spanning(splits, numbers, readable, uris))
-    _check(result, labels, readable, class_names, config=config, groups=numbers)
+    _check(result, labels, readable, class_names, config=config, groups=numbers, label_sets=label_sets)
     return result
 
 
@@ -218,6 +222,7 @@ def _check(
     *,
     config: DataConfig,
     groups: Ints | None,
+    label_sets: LabelSets,
 ) -> None:
     counts = f"train={len(splits.train)}, val={len(splits.val)}, test={len(splits.test)}"
     received = f"Received: {counts}, unreadable={int((~readable).sum())}, duplicates dropped={splits.dropped}"
@@ -228,7 +233,11 @@ def _check(
         )
     if not (len(splits.train) and len(splits.val) and len(splits.test)):
         raise DataError(f"train, val and test each need at least one image. {received}")
-    trained = np.bincount(labels[splits.train], minlength=len(class_names)) > 0
+    if label_sets:
+        has_images = members(label_sets, len(class_names))[labels[splits.train]].sum(axis=0)
+    else:
+        has_images = np.bincount(labels[splits.train], minlength=len(class_names))
+    trained = has_images > 0
     if trained.sum() < 2:
         raise DataError(f"training needs images of at least two classes. {received}")
     if not trained.all():

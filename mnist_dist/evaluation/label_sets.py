@@ -13,24 +13,22 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.errors import ConfigError
 from mnist_dist.evaluate_config import LABEL_COLUMN, Match
 from mnist_dist.evaluation.matching import BY_URI, Known, Labels, Rule, rule_of
 from mnist_dist.evaluation.tables import ScoredTable
 from mnist_dist.evaluation.truth import (
-    LABEL_KINDS,
     Truth,
     find_truth,
-    is_label,
     is_label_file,
     label_columns,
     label_lines,
     two_labels,
 )
 from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex, uri_hashes
-from mnist_dist.sources.columns import URI, plain
+from mnist_dist.sources.columns import URI
+from mnist_dist.sources.label_sets import label_sets
 from mnist_dist.sources.parquet import PARQUET_SUFFIX
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -204,45 +202,6 @@ def label_sets_file(
         )
 
     return Labels(uri, read, columns)
-
-
-def label_sets(values: pa.Array, separator: str | None, *, place: str) -> pa.Array:
-    """The labels of n images, `list<string> [n]`.
-
-    Args:
-        values: class names (string) or numbers (integer), or lists of either; with a separator, text.
-        separator: what stands between the labels in a text; None: each text is one label.
-        place: the column, for messages.
-
-    Raises:
-        ConfigError: a separator was given, and the values are no text.
-        DataError: the values are something else.
-    """
-    values = plain(values)
-    is_list = any(test(values.type) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-    items = plain(values.flatten()) if is_list else values
-    if not is_label(items.type):
-        raise DataError(f"{place} holds {LABEL_KINDS}, or lists of these. Received: {values.type}")
-    if separator is not None and (is_list or pa.types.is_integer(items.type)):
-        raise ConfigError(f"{place} has no text that label_separator splits. Received: {values.type}")
-    if is_list:
-        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
-        return _lists(items.cast(pa.string()), lengths, values.is_null())
-    texts = items.cast(pa.string())
-    if separator is None:
-        return _lists(texts, np.ones(len(texts), np.int64), values.is_null())
-    parts = pc.split_pattern(texts.fill_null(""), pattern=separator)
-    lengths = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
-    return _lists(parts.flatten(), lengths, values.is_null())
-
-
-def _lists(items: pa.Array, lengths: npt.NDArray[np.int64], missing: pa.Array) -> pa.Array:
-    """Cuts the items into lists, without the blanks around them and without those that are empty or null."""
-    items = pc.utf8_trim_whitespace(items).fill_null("")
-    kept = pc.not_equal(items, "").to_numpy(zero_copy_only=False)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items.filter(pa.array(kept)), mask=missing)
 
 
 def _codes_of(labels: pa.Array, codes_by_set: dict[frozenset[str], int]) -> npt.NDArray[np.int64]:

@@ -68,9 +68,10 @@ class TrainingFacts:
     seconds: float
 
 
-def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
+def training_page(facts: TrainingFacts, metrics: Metrics | MultiLabelMetrics) -> Page:
     """Builds the page of a bundle; `metrics` are those of the test images."""
-    report, bundle = classification_report(metrics), facts.bundle
+    report = classification_report(metrics) if isinstance(metrics, Metrics) else None
+    bundle = facts.bundle
     shown = [
         Shown(
             name="training_curves",
@@ -79,7 +80,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
             figure=figures.training_curves(facts.history),
             note="A dotted line marks a new phase. Training values: epoch means, with dropout and augmentation.",
         ),
-        *_of_metrics(metrics),
+        *(_of_metrics(metrics) if isinstance(metrics, Metrics) else []),
         Shown(
             name="class_distribution",
             title="Images of each class",
@@ -94,7 +95,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
         title=facts.name,
         subtitle=f"{bundle.backbone}, weights {bundle.weights}; {bundle.created_at}",
         headlines=[
-            *_headlines(metrics, of="test"),
+            *(_headlines(metrics, of="test") if isinstance(metrics, Metrics) else _headlines_of_sets(metrics)),
             Headline(label="parameters", value=f"{facts.parameters:,}"),
             Headline(
                 label="training",
@@ -108,11 +109,11 @@ def training_page(facts: TrainingFacts, metrics: Metrics) -> Page:
             Gallery(title="Least confident hits", examples=facts.hits, note="Correct, with the lowest confidence."),
             Gallery(title="Samples of the training images", examples=[_sample(picture) for picture in facts.samples]),
         ],
-        tables=_tables(metrics),
+        tables=_tables(metrics) if isinstance(metrics, Metrics) else _tables_of_sets(metrics),
         facts=[
             ("command", facts.command),
             ("data fingerprint", bundle.data_fingerprint),
-            ("validation", f"accuracy {bundle.validation['accuracy']:.4f}, loss {bundle.validation['loss']:.4f}"),
+            ("validation", ", ".join(f"{name} {value:.4f}" for name, value in bundle.validation.items())),
             *((f"version of {name}", version) for name, version in bundle.versions.items()),
         ],
         texts={

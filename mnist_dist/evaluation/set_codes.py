@@ -23,11 +23,9 @@ from mnist_dist.evaluation.multi_label import (
 )
 from mnist_dist.evaluation.tables import Classes, ScoredTable
 from mnist_dist.evaluation.uri_hashes import UriIndex, uri_hashes
+from mnist_dist.sources.label_sets import joined
 
 # n = rows of a batch, K = classes of both tables
-
-NO_CLASS = "(none)"
-"""How the empty set is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class SetCodes:
     @property
     def names(self) -> Sequence[str]:
         """The sets for display."""
-        return [" + ".join(names) or NO_CLASS for names in self._sets()]
+        return [joined(names) for names in self._sets()]
 
     def predicted(self, batch: pa.RecordBatch, table: ScoredTable) -> npt.NDArray[np.int32]:
         """The code of each predicted set, `int32 [n]`; -1: no prediction."""

@@ -26,7 +26,7 @@ from mnist_dist.evaluation.uri_hashes import Hashes, UriIndex
 from mnist_dist.score_config import InputConfig
 from mnist_dist.sources.archives import ARCHIVE_SUFFIXES, SEPARATOR
 from mnist_dist.sources.choice import row_of_line
-from mnist_dist.sources.columns import LABEL_FLAG, URI, URI_FLAG, check_header, clean
+from mnist_dist.sources.columns import LABEL_FLAG, LABEL_KINDS, URI, URI_FLAG, check_header, clean, is_label
 from mnist_dist.sources.image_table import COLUMNS
 from mnist_dist.sources.listing import list_inputs
 from mnist_dist.sources.lists import header_of, open_csv, trimmed
@@ -39,7 +39,6 @@ from mnist_dist.store.uris import absolute, are_remote
 # n = rows of a batch
 
 _URI, _LABEL = "uri", "label"
-LABEL_KINDS = "class names (string), class numbers (integer), or true and false (boolean)"
 """What a column of labels may hold, for messages."""
 _LABEL_FILES = (PARQUET_SUFFIX, ".csv", ".tsv")
 _STRICTER: dict[Match, str] = {"path": "uri", "name": "path", "stem": "name, or path,"}
@@ -355,12 +354,6 @@ def _text(place: str, labels: pa.Array) -> pa.Array:
     if not is_label(plain.type):
         raise DataError(f"{place} holds {LABEL_KINDS}. Received: {plain.type}")
     return plain.cast(pa.string())
-
-
-def is_label(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds class names, numbers, or true and false; one without a value does, too."""
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return bool(texts or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
 def _absolute(uris: pa.Array) -> pa.Array:

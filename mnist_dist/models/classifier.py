@@ -80,6 +80,7 @@ def build_classifier(
     *,
     spec: ImageSpec,
     num_classes: int,
+    multi_label: bool = False,
     precision: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
     load_weights: bool = True,
@@ -93,6 +94,7 @@ def build_classifier(
         config: the backbone, its weights and its head.
         spec: size and channels of the input images.
         num_classes: K, at least 2.
+        multi_label: each class has a probability of its own (sigmoid); else they add up to 1 (softmax).
         precision: of the arithmetic; weights and logits are float32 either way. The global policy does not change.
         seed: for the initial weights.
         load_weights: False ignores `config.weights`, for a caller that sets the weights itself.
@@ -111,7 +113,8 @@ def build_classifier(
         backbone = _build_backbone(row, config, shape=shape, load_weights=load_weights)
         with _dtype_policy("float32"):  # The head is cheap, and computes the same on stored features.
             head_layers = _head_layers(config, row, num_classes=num_classes, seed=seed)
-        return _assemble(config, row, backbone=backbone, head_layers=head_layers, spec=spec)
+        activation: Literal["softmax", "sigmoid"] = "sigmoid" if multi_label else "softmax"
+        return _assemble(config, row, backbone=backbone, head_layers=head_layers, spec=spec, activation=activation)
 
 
 def build_head_alone(config: ModelConfig, *, num_features: int, num_classes: int, seed: int = 0) -> Classifier:
@@ -202,12 +205,13 @@ def _assemble(
     backbone: keras.Model,
     head_layers: list[keras.layers.Layer],
     spec: ImageSpec,
+    activation: Literal["softmax", "sigmoid"],
 ) -> Classifier:
     """Builds each model as another path through the same layers."""
     image_shape = (spec.height_px, spec.width_px, spec.channels)
     preprocess = _rescaling(row.preprocessing)
     pool = _pooling_layers(config.pooling or row.pooling)
-    probabilities = keras.layers.Activation("softmax", dtype="float32", name="probabilities")
+    probabilities = keras.layers.Activation(activation, dtype="float32", name="probabilities")
 
     def pooled(pixels: keras.KerasTensor) -> keras.KerasTensor:
         x = _to_backbone_input(pixels, shape=backbone.input_shape[1:], bgr=row.preprocessing.bgr)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from mnist_dist.errors import DataError
 
@@ -24,14 +24,34 @@ class Epoch:
     val_accuracy: float
     learning_rate: float
     """The rate of the epoch's last step."""
+    val_mean_average_precision: float | None = None
+    """Of validation images that have any number of classes (mAP); the accuracies are then the share of images whose
+    classes are exactly those predicted. None: an image has one class."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All numbers that there are, by name."""
+        return {name: value for name, value in asdict(self).items() if name != "phase" and value is not None}
+
+    @property
+    def score(self) -> float:
+        """What is to be large on validation images: their mAP where they have any number of classes, else accuracy."""
+        return self.val_accuracy if self.val_mean_average_precision is None else self.val_mean_average_precision
+
+    @property
+    def score_name(self) -> str:
+        """What `score` is, in words."""
+        return "accuracy" if self.val_mean_average_precision is None else "mAP"
 
 
 def history_csv(history: Iterable[Epoch]) -> bytes:
     """The history as CSV, one line per epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=[field.name for field in fields(Epoch)], lineterminator="\n")
+    text, rows = io.StringIO(), [{"phase": epoch.phase, **epoch.metrics} for epoch in history]
+    used = {field.name for field in fields(Epoch) if field.default is MISSING}.union(*rows)
+    names = [field.name for field in fields(Epoch) if field.name in used]
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(epoch) for epoch in history)
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
@@ -52,5 +72,6 @@ def read_history(data: bytes, *, uri: str) -> list[Epoch]:
 
 
 def _epoch(row: Mapping[str, str]) -> Epoch:
-    numbers = {field.name: float(row[field.name]) for field in fields(Epoch) if field.name not in ("epoch", "phase")}
-    return Epoch(epoch=int(row["epoch"]), phase=row["phase"], **numbers)
+    needed = {field.name for field in fields(Epoch) if field.default is MISSING}
+    names = [field.name for field in fields(Epoch) if field.name in {*row, *needed} - {"epoch", "phase"}]
+    return Epoch(epoch=int(row["epoch"]), phase=row["phase"], **{name: float(row[name]) for name in names})

@@ -35,14 +35,17 @@ class Dense:
     """`float32 [K]`."""
 
 
-def join_head(backbone: Path, layers: Sequence[Dense], target: Path, *, class_names: Sequence[str]) -> int:
+def join_head(
+    backbone: Path, layers: Sequence[Dense], target: Path, *, class_names: Sequence[str], multi_label: bool = False
+) -> int:
     """Writes the classifier of a backbone and a head.
 
     Args:
         backbone: the model file of an ONNX bundle with features.
-        layers: the dense layers of the head, with ReLU between them and softmax behind the last one.
+        layers: the dense layers of the head, with ReLU between them.
         target: the file to write.
         class_names: in the order of the last layer's outputs; they go into the file's metadata.
+        multi_label: a sigmoid follows the last layer, else softmax.
 
     Returns:
         The number of weights of the backbone.
@@ -63,7 +66,7 @@ def join_head(backbone: Path, layers: Sequence[Dense], target: Path, *, class_na
     parameters = _weights_of(graph)
     if any(PROBABILITIES in node.output for node in graph.node):
         raise BundleError(f"features that follow from probabilities make no backbone. Received: {str(backbone)!r}")
-    nodes, tensors = _head(layers, _unused_names(graph))
+    nodes, tensors = _head(layers, _unused_names(graph), multi_label=multi_label)
     graph.node.extend(nodes)
     graph.initializer.extend(tensors)
     batch = features.type.tensor_type.shape.dim[0]
@@ -73,8 +76,12 @@ def join_head(backbone: Path, layers: Sequence[Dense], target: Path, *, class_na
     del graph.output[:]
     graph.output.extend(outputs)
     facts = {entry.key: entry.value for entry in model.metadata_props}
-    facts |= {"class_names": json.dumps(list(class_names), ensure_ascii=False), "activation": "softmax"}
-    onnx.helper.set_model_props(model, facts | {"multi_label": "false"})
+    facts |= {
+        "class_names": json.dumps(list(class_names), ensure_ascii=False),
+        "activation": "sigmoid" if multi_label else "softmax",
+        "multi_label": json.dumps(multi_label),
+    }
+    onnx.helper.set_model_props(model, facts)
     onnx.checker.check_model(model)
     onnx.save(model, target)
     return parameters
@@ -93,18 +100,19 @@ def _weights_of(graph: Any) -> int:
     return sum(math.prod(tensor.dims) for tensor in graph.initializer)
 
 
-def _head(layers: Sequence[Dense], name_of: Callable[[str], str]) -> tuple[list[Any], list[Any]]:
+def _head(layers: Sequence[Dense], name_of: Callable[[str], str], *, multi_label: bool) -> tuple[list[Any], list[Any]]:
     """The nodes and weights of a head."""
     from onnx import helper, numpy_helper
 
     nodes, tensors, value = [], [], FEATURES
+    last = {"op_type": "Sigmoid"} if multi_label else {"op_type": "Softmax", "axis": 1}
     for number, layer in enumerate(layers, start=1):
         kernel, bias, output = (name_of(f"head_{part}_{number}") for part in ("kernel", "bias", "dense"))
         tensors += [numpy_helper.from_array(layer.kernel, kernel), numpy_helper.from_array(layer.bias, bias)]
         nodes.append(helper.make_node("Gemm", [value, kernel, bias], [output], name=output))
         is_last = number == len(layers)
         value = PROBABILITIES if is_last else name_of(f"head_relu_{number}")
-        activation = {"op_type": "Softmax", "axis": 1} if is_last else {"op_type": "Relu"}
+        activation = last if is_last else {"op_type": "Relu"}
         nodes.append(helper.make_node(inputs=[output], outputs=[value], name=name_of("head_activation"), **activation))
     return nodes, tensors
 

@@ -17,7 +17,8 @@ from mnist_dist.errors import DataError
 LABEL, SPLIT, GROUP = "label", "split", "group"
 """Columns of a labelled listing: the class of each image, its split and its group, as text; null: not known."""
 URI = "uri"
-URI_FLAG, LABEL_FLAG = "--uri-column", "--label-column"
+URI_FLAG, LABEL_FLAG, CLASS_FLAG = "--uri-column", "--label-column", "--class-columns"
+LABEL_KINDS = "class names (string), class numbers (integer), or true and false (boolean)"
 _USUAL = {
     URI_FLAG: (
         *("uri", "filename", "file_name", "file", "path", "filepath", "file_path", "image_path", "image", "img"),
@@ -26,6 +27,16 @@ _USUAL = {
     LABEL_FLAG: ("label", "class", "target", "category", "class_name", "classname", "labels", "y", "species"),
 }
 """What other people call these columns, in lower case, the surest first."""
+
+
+@dataclass(frozen=True)
+class SetForm:
+    """How files write the labels of images that have any number of classes; see `label_sets`."""
+
+    separator: str | None = None
+    """What stands between the labels of an image, if they are one text. None: they are a list."""
+    class_columns: tuple[str, ...] = ()
+    """Columns of the classes, each of which says whether an image has it, in place of a column of labels."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,35 @@ class Wanted:
     """The column of lists that holds the URIs."""
     group_column: str | None = None
     """With labels: the column that holds groups, where a file has it."""
+    sets: SetForm | None = None
+    """With labels: how they are written where an image has any number of them. None: it has one."""
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The wanted columns among `names`."""
-        labels = [] if self.label_column is None else [self.label_column, SPLIT, self.group_column]
+        labels = [] if self.label_column is None else [*self.label_columns, SPLIT, self.group_column]
         return [name for name in dict.fromkeys([*self.carried, *labels]) if name is not None and name in names]
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns that hold the labels, if they are wanted."""
+        of_classes = () if self.sets is None else self.sets.class_columns
+        return of_classes or (() if self.label_column is None else (self.label_column,))
+
+    def check_labels(self, place: str, names: Sequence[str]) -> None:
+        """Checks that a file with these columns has those of the labels.
+
+        Raises:
+            DataError: one is missing.
+        """
+        if self.sets is None or not self.sets.class_columns:
+            check_header(place, names, {LABEL_FLAG: str(self.label_column)})
+            return
+        missing = [name for name in self.sets.class_columns if name not in names]
+        if missing:
+            raise DataError(
+                f"{place}: {CLASS_FLAG} must name columns of the file, and there is no column {missing[0]!r}."
+                f" Received: columns {', '.join(names)}"
+            )
 
 
 def clean(name: str) -> str:
@@ -129,11 +164,12 @@ def text_labels(place: str, values: pa.Array, names: Sequence[str] | None, *, be
     """
     values = plain(values)
     if values.type not in (pa.string(), pa.large_string(), pa.bool_()) and not pa.types.is_integer(values.type):
-        raise DataError(f"{place} must hold class names (string) or numbers (integer). Received: {values.type}")
+        hint = "; with --multi-label it may hold lists of them" if pa.types.is_nested(values.type) else ""
+        raise DataError(f"{place} must hold class names (string) or numbers (integer){hint}. Received: {values.type}")
     missing = values.is_null()
     if names is not None and pa.types.is_integer(values.type):
         values = pc.if_else(pc.equal(values, -1), None, values)
-        _check_numbers(place, values, names)
+        check_numbers(place, values, names)
         values = pa.array(names, pa.string()).take(values)
     texts = values.cast(pa.string())
     row = pc.index(pc.or_(missing, pc.fill_null(pc.equal(texts, ""), False)), True).as_py()
@@ -163,8 +199,10 @@ def declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
 
     Source: `datasets.Features.arrow_schema`: {"info": {"features": {column: {"names": [...]}}}} as JSON.
     """
-    names = features(schema).get(column, {})
-    names = names.get("names") if isinstance(names, dict) else None
+    feature = features(schema).get(column, {})
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):  # A list of them.
+        feature = feature["feature"]
+    names = feature.get("names") if isinstance(feature, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
@@ -177,7 +215,14 @@ def features(schema: pa.Schema) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_numbers(place: str, numbers: pa.Array, names: Sequence[str]) -> None:
+def is_label(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds class names, numbers, or true and false; one without a value does, too."""
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(texts or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind))
+
+
+def check_numbers(place: str, numbers: pa.Array, names: Sequence[str]) -> None:
+    """Raises DataError if a class number has no name."""
     ends = pc.min_max(numbers).as_py()
     if ends["min"] is not None and (ends["min"] < 0 or ends["max"] >= len(names)):
         raise DataError(

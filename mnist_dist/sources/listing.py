@@ -39,7 +39,7 @@ from mnist_dist.sources.choice import (
     row_of_entry,
     row_of_line,
 )
-from mnist_dist.sources.columns import GROUP, LABEL, LABEL_FLAG, SPLIT, Wanted, check_header
+from mnist_dist.sources.columns import GROUP, LABEL, LABEL_FLAG, SPLIT, SetForm, Wanted
 from mnist_dist.sources.containers import Opened, open_container
 from mnist_dist.sources.image_table import COLUMNS, ImageRow, WaitingRows
 from mnist_dist.sources.lists import Lines
@@ -118,6 +118,7 @@ def list_inputs(
     *,
     label_column: str | None = None,
     group_column: str | None = None,
+    sets: SetForm | None = None,
     reserved: Iterable[str] = (),
     stdin: TextIO | None = None,
     progress: Callable[[int], None] | None = None,
@@ -130,6 +131,7 @@ def list_inputs(
         config: the inputs, and which of their files to take.
         label_column: list the classes and splits as well; this column of lists and Parquet files holds the labels.
         group_column: list the values of this column as `group`, too, where lists and Parquet files have it.
+        sets: with labels: an image has any number of them, which are written so; see `label_sets`.
         reserved: column names that may not be carried, besides those of `COLUMNS`.
         stdin: the stream to read for the input `-`. None: the stdin of the process.
         progress: called now and then with the number of images listed so far.
@@ -143,9 +145,8 @@ def list_inputs(
     """
     clashing = sorted({*COLUMNS.names, *reserved}.intersection(config.carry))
     require(not clashing, "carry must not name columns of the predictions", carry=clashing)
-    wanted = Wanted(
-        tuple(dict.fromkeys(config.carry)), config.image_column, label_column, config.uri_column, group_column
-    )
+    carried = tuple(dict.fromkeys(config.carry))
+    wanted = Wanted(carried, config.image_column, label_column, config.uri_column, group_column, sets)
     return _Search(config, wanted, stdin=stdin, progress=progress, max_images=max_images, store=store).listing()
 
 
@@ -289,8 +290,8 @@ class _Search:
         """Checks what can be carried before anything is listed, where only lists can have columns."""
         for place in places:
             columns = columns_of(place, uri_column=self._wanted.uri_column, store=self._store)
-            if columns and self._wanted.label_column not in (None, LABEL):  # it was asked for
-                check_header(place.uri, columns, {LABEL_FLAG: str(self._wanted.label_column)})
+            if columns and self._wanted.label_columns not in ((), (LABEL,)):  # They were asked for.
+                self._wanted.check_labels(place.uri, columns)
             self._columns.update(columns)
         if all(place.is_listed for place in places):
             self._check_carried()

@@ -22,7 +22,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, first_line
-from mnist_dist.sources import columns
+from mnist_dist.sources import columns, label_sets
 from mnist_dist.sources.columns import GROUP, LABEL, SPLIT, URI, URI_FLAG, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS
 from mnist_dist.sources.parquet import PARQUET_SUFFIX
@@ -197,9 +197,9 @@ def _labelled(uri: str, beside: dict[str, pa.Array], wanted: Wanted, before: int
     if wanted.label_column is None:
         return beside
     found = {SPLIT: beside[SPLIT].cast(pa.string())} if SPLIT in beside else {}
-    if wanted.label_column in beside:
-        place = f"{uri}: column {wanted.label_column!r}"
-        found[LABEL] = columns.text_labels(place, beside[wanted.label_column], None, before=before)
+    texts = label_sets.labels_in(wanted, uri, beside, None, before=before)
+    if texts is not None:
+        found[LABEL] = texts
     if wanted.group_column in beside:
         found[GROUP] = columns.text_groups(f"{uri}: column {wanted.group_column!r}", beside[wanted.group_column])
     return found

@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnist_dist.errors import DataError, ImageError, first_line
-from mnist_dist.sources import columns
-from mnist_dist.sources.columns import GROUP, LABEL, LABEL_FLAG, SPLIT, Wanted
+from mnist_dist.sources import columns, label_sets
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT, Wanted
 from mnist_dist.sources.image_table import BATCH_ROWS, COLUMNS
 from mnist_dist.sources.members import bare, image_errors
 from mnist_dist.store.anywhere import ANYWHERE
@@ -182,9 +182,8 @@ def _beside(
         if path.partition(".")[0] in file.schema_arrow.names:
             found[name] = _named(_read_column(uri, file, path), columns.declared_names(file.schema_arrow, name))
     if wanted.label_column is not None:
-        labels = _read_column(uri, file, wanted.label_column)
-        place = f"{uri}: column {wanted.label_column!r}"
-        found[LABEL] = pa.chunked_array([columns.text_labels(place, labels.combine_chunks(), named)], pa.string())
+        given = {name: _read_column(uri, file, name).combine_chunks() for name in wanted.label_columns}
+        found[LABEL] = pa.chunked_array([label_sets.labels_in(wanted, uri, given, named)], pa.string())
         if wanted.group_column is not None and wanted.group_column in file.schema_arrow.names:
             groups = _read_column(uri, file, wanted.group_column).combine_chunks()
             texts = columns.text_groups(f"{uri}: column {wanted.group_column!r}", groups)
@@ -219,12 +218,12 @@ def _field(values: pa.Array, path: str) -> pa.Array:
 
 
 def _checked_image_column(uri: str, schema: pa.Schema, wanted: Wanted) -> str:
-    columns.check_unique(uri, schema.names, [*wanted.carried, wanted.image_column or "", wanted.label_column or ""])
+    columns.check_unique(uri, schema.names, [*wanted.carried, wanted.image_column or "", *wanted.label_columns])
     image = image_column_of(schema, wanted.image_column)
     if image is None:
         raise ImageError("unsupported", f"no column of encoded images among {', '.join(schema.names)}")
     if wanted.label_column is not None:
-        columns.check_header(uri, schema.names, {LABEL_FLAG: wanted.label_column})
+        wanted.check_labels(uri, schema.names)
     columns.check_unique(uri, schema.names, [image])
     kind = schema.field(image).type
     if not (_is_binary(kind) or _has_bytes(kind)):

@@ -25,8 +25,9 @@ from mnist_dist.images.decoder import probe_image
 from mnist_dist.images.pixels import Pixels
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.score_config import InputConfig
-from mnist_dist.sources import arrays, groups, image_table, labels
-from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
+from mnist_dist.sources import arrays, groups, image_table, label_sets, labels
+from mnist_dist.sources.columns import GROUP, LABEL, SPLIT, SetForm
+from mnist_dist.sources.label_sets import LabelSets
 from mnist_dist.sources.listing import Listing, list_inputs, with_etags
 from mnist_dist.sources.reading import read_in_order
 from mnist_dist.store.anywhere import ANYWHERE
@@ -51,7 +52,9 @@ class Source:
     name: str
     """The names or absolute URIs of the data, for messages."""
     class_names: tuple[str, ...]
-    """Class names; a label is an index into them."""
+    """Class names; a label is an index into them, or with `label_sets` into those."""
+    label_sets: LabelSets
+    """The classes of each label, where images have any number of them; empty: each has one."""
     table: pa.Table
     """One row per record: `image_table.COLUMNS`, then `label` (int32; -1: an unreadable record without a class),
     `split` (null, `train`, `val` or `test`) and, if images are grouped, `group` (null: it is on its own)."""
@@ -76,10 +79,14 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
         ServiceError, StorageError: see `store.base`.
     """
     listing = list_inputs(
-        input_config(config), label_column=config.label_column, group_column=config.group_by, store=store
+        input_config(config),
+        label_column=config.label_column,
+        group_column=config.group_by,
+        sets=SetForm(config.label_separator, config.class_columns) if config.multi_label else None,
+        store=store,
     )
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
-    source = _limited(replace(_coded(name, listing, _pixels(config)), store=store), config)
+    source = _limited(replace(_coded(name, listing, config), store=store), config)
     if config.group_by is not None:
         source = _grouped(source, config.group_by, listing.columns)
     source = replace(source, table=with_etags(source.table, store=store))  # A changed image must be decoded again.
@@ -150,12 +157,23 @@ def _shown(name: str) -> str:
     return name if name in arrays.NAMED_ARRAYS else absolute(name)
 
 
-def _coded(name: str, listing: Listing, pixels: Pixels | None) -> Source:
+def _coded(name: str, listing: Listing, config: DataConfig) -> Source:
     table, splits = listing.table, listing.table[SPLIT]
-    class_names = labels.class_names_of(table[LABEL], splits, listing.class_names, name=name)
-    codes = labels.codes_of(table[LABEL], class_names)
-    table = table.set_column(table.schema.get_field_index(LABEL), LABEL, codes)
-    return Source(name=name, class_names=class_names, table=table, notes=tuple(listing.notes()), pixels=pixels)
+    sets: LabelSets = ()
+    if config.multi_label:
+        declared = (config.class_columns,) if config.class_columns else listing.class_names
+        class_names, sets, codes = label_sets.coded(table[LABEL], splits, declared, name=name)
+    else:
+        class_names = labels.class_names_of(table[LABEL], splits, listing.class_names, name=name)
+        codes = labels.codes_of(table[LABEL], class_names)
+    return Source(
+        name=name,
+        class_names=class_names,
+        label_sets=sets,
+        table=table.set_column(table.schema.get_field_index(LABEL), LABEL, codes),
+        notes=tuple(listing.notes()),
+        pixels=_pixels(config),
+    )
 
 
 def _grouped(source: Source, group_by: str, columns: Sequence[str]) -> Source:

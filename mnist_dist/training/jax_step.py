@@ -29,7 +29,7 @@ from mnist_dist.training.step import (
     DeviceMemory,
     Forward,
     Trained,
-    hits_of,
+    features,
     losses_and_hits,
     weighted_sums,
 )
@@ -102,8 +102,13 @@ class JaxComputation:
         call = self._on_own(models, lambda pixels, labels: losses_and_hits(network, frozen, pixels, labels))
         return lambda batch: weighted_sums(call(batch.pixels, batch.labels), batch.weights)
 
-    def predictor(self, network: keras.Model) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
-        call = self._on_own([network], lambda pixels: network(pixels.astype(jnp.float32), training=False).T)
+    def predictor(
+        self, network: keras.Model, *, frozen: keras.Model | None = None
+    ) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
+        def logits(pixels: Any) -> Any:
+            return network(features(pixels.astype(jnp.float32), frozen), training=False).T
+
+        call = self._on_own([network] if frozen is None else [network, frozen], logits)
         return lambda batch: call(batch.pixels).T[batch.weights > 0]
 
     def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -289,7 +294,7 @@ class JaxTrainStep:
             losses, logits = self._forward.losses_and_logits(batch, seed)
             changed = [scope.get_current_value(variable) for variable in self._others]
         loss = jnp.sum(losses * weights) / self._trained.config.batch_size
-        return loss, (changed, jnp.sum(hits_of(logits, batch.labels) * weights))
+        return loss, (changed, jnp.sum(self._forward.hits(batch, logits) * weights))
 
 
 def _padded(array: npt.NDArray[Any], rows: int, *, axis: int) -> npt.NDArray[Any]:

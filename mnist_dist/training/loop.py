@@ -30,12 +30,14 @@ from mnist_dist.training.backends import open_computation
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import EvaluationBatch, Images, World, ahead, evaluation_batches, train_chunk
 from mnist_dist.training.host import Host, Position
+from mnist_dist.training.objective import set_metrics
 from mnist_dist.training.phase import Built, PhaseRun, Placed, TrainTask
-from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator
+from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+EXCHANGED_NUMBERS = 2**22  # float64 that the workers exchange at once: 32 MB
 MAX_PIXELS = 2**21  # of one evaluation batch per worker, at the backbone's input size: about 2 GB for VGG16
 
 
@@ -98,18 +100,15 @@ class Trainer:
                 return
 
     def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
-        """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images."""
+        """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images. Of
+        images with any number of classes: see `set_metrics`."""
+        if self.task.members is not None:
+            return self._set_metrics(self.computation.predictor(network), self.task.images, indices)
         return self._evaluate(self.computation.evaluator(network), self.task.images, indices)
 
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
         """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
-        predictor = self.computation.predictor(network)
-        batches = evaluation_batches(
-            self.task.images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
-        )
-        with closing(ahead(batches)) as ready:
-            logits = [predictor(batch) for batch in ready]
-        return np.concatenate(logits) if logits else np.zeros((0, len(self.task.class_names)), np.float32)
+        return self._predict(self.computation.predictor(network), self.task.images, indices)
 
     @property
     def test_count(self) -> int:
@@ -232,7 +231,11 @@ class Trainer:
 
     def _validate(self, run: PhaseRun) -> Epoch:
         """The epoch's line of the history. Raises TrainingDiverged if the validation loss is not finite."""
-        metrics = self._evaluate(run.evaluator, run.images, run.images.validation)
+        validation = run.images.validation
+        if self.task.members is None:
+            metrics = self._evaluate(run.evaluator, run.images, validation)
+        else:
+            metrics = self._set_metrics(run.predictor, run.images, validation)
         loss, hits, images = self.state.epoch_sums
         epoch = Epoch(
             epoch=self.state.epochs_done + 1,
@@ -242,6 +245,7 @@ class Trainer:
             val_loss=metrics["loss"],
             val_accuracy=metrics["accuracy"],
             learning_rate=run.last_rate,
+            val_mean_average_precision=metrics.get("mean_average_precision"),
         )
         if not math.isfinite(epoch.val_loss):
             raise TrainingDiverged(
@@ -255,7 +259,7 @@ class Trainer:
             return True
         if self.task.job.fit.best_metric == "val_loss":
             return epoch.val_loss < best.val_loss
-        return epoch.val_accuracy > best.val_accuracy
+        return epoch.score > best.score
 
     def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
         sums = np.zeros(3)
@@ -267,6 +271,26 @@ class Trainer:
                 sums += evaluator(batch)
         loss, hits, images = self.computation.sum_over_workers(sums)
         return {"loss": float(loss / images), "accuracy": float(hits / images)}
+
+    def _set_metrics(self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
+        """The metrics of sets of classes, equal on all workers: each gets the logits of all, since average precision is
+        no sum over images."""
+        indices, world = self._limited(indices), self.world
+        logits = np.zeros((len(indices), len(self.task.class_names)), np.float64)
+        logits[world.rank :: world.workers] = self._predict(predictor, images, indices)
+        rows = max(1, EXCHANGED_NUMBERS // logits.shape[1])
+        parts = (logits[start : start + rows] for start in range(0, len(logits), rows))
+        logits = np.concatenate([self.computation.sum_over_workers(part.ravel()) for part in parts])
+        truth = self.task.members[images.labels[indices]]  # type: ignore[index]  # Callers have looked.
+        return set_metrics(logits.reshape(truth.shape).astype(np.float32), truth)
+
+    def _predict(self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        batches = evaluation_batches(
+            images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
+        )
+        with closing(ahead(batches)) as ready:
+            logits = [predictor(batch) for batch in ready]
+        return np.concatenate(logits) if logits else np.zeros((0, len(self.task.class_names)), np.float32)
 
     def _position(self, run: PhaseRun) -> Position:
         loss, hits, images = self.state.epoch_sums
@@ -297,4 +321,11 @@ def _build(task: TrainTask) -> Classifier:
     if task.head_alone:
         features = task.features or task.images
         return build_head_alone(model, num_features=features.pixels.shape[1], num_classes=classes, seed=seed)
-    return build_classifier(model, spec=task.spec, num_classes=classes, precision=task.precision, seed=seed)
+    return build_classifier(
+        model,
+        spec=task.spec,
+        num_classes=classes,
+        multi_label=task.job.data.multi_label,
+        precision=task.precision,
+        seed=seed,
+    )

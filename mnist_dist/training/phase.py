@@ -4,10 +4,11 @@ Owns: what each phase creates anew. Does not own: the order of epochs, validatio
 (`loop`).
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import keras
@@ -19,9 +20,11 @@ from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.augmentation import Preset
 from mnist_dist.models.classifier import Classifier, layer_levels, set_trainable
 from mnist_dist.models.history import Epoch
+from mnist_dist.sources.label_sets import LabelSets, members
 from mnist_dist.training.callbacks import LogFiles, callback_states, make_callbacks, restore_callbacks
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import Draws, Images, TrainChunk, World
+from mnist_dist.training.objective import balanced_positive_weights, balanced_weights
 from mnist_dist.training.schedule import learning_rates
 from mnist_dist.training.step import Computation, StepConfig, Trained, make_optimizer, slowest_worker_s
 
@@ -42,6 +45,8 @@ class TrainTask:
     them anew."""
     head_alone: bool = False
     """No backbone is built: every phase trains only the head, on `features`."""
+    label_sets: LabelSets = ()
+    """The classes of each label, where images have any number of them; empty: a label is a class."""
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_limit: int | None = None
     """The most steps per epoch and batches per evaluation (dry run, plan). None: all."""
@@ -49,6 +54,11 @@ class TrainTask:
     """Where rank 0 logs; None on all other workers."""
     began_at: float = field(default_factory=time.time)
     """When the job began, s since the Unix epoch; `State.seconds` counts from there."""
+
+    @functools.cached_property
+    def members(self) -> npt.NDArray[np.bool_] | None:
+        """`bool [L, K]`, whether a class is in a set; None: each image has one class."""
+        return members(self.label_sets, len(self.class_names)) if self.label_sets else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,6 +133,7 @@ class PhaseRun:
                 config=StepConfig(
                     batch_size=fit.global_batch,
                     class_weights=class_weights(task),
+                    members=task.members,
                     label_smoothing=task.job.optimizer.label_smoothing,
                     clip_norm=task.job.optimizer.clip_norm,
                     parts=task.job.optimizer.accumulate,
@@ -130,6 +141,7 @@ class PhaseRun:
             )
             self._step = built.computation.train_step(trained)
             self.evaluator = built.computation.evaluator(self.network, frozen=frozen)
+            self.predictor = built.computation.predictor(self.network, frozen=frozen)
         self.last_rate = self.rate()
         self.callbacks = self._start_callbacks(restored)
 
@@ -200,7 +212,7 @@ class PhaseRun:
         """Runs the callbacks, and stores their decisions and their memory in the state."""
         state = self.state
         before = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
-        logs = {name: value for name, value in asdict(epoch).items() if name not in ("epoch", "phase")}
+        logs = {name: value for name, value in epoch.metrics.items() if name != "epoch"}
         self.callbacks.on_epoch_end(epoch.epoch - 1, logs)
         after = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
         if after != before:
@@ -238,9 +250,11 @@ class PhaseRun:
 
 
 def class_weights(task: TrainTask) -> npt.NDArray[np.float32]:
-    """Weight of each class in the loss, `float32 [K]`: ones, or N / (K x images of the class) for `balanced`."""
+    """Weight of each class in the loss, `float32 [K]`; see `balanced_weights` and `balanced_positive_weights`."""
     classes = len(task.class_names)
     if task.job.optimizer.class_weights == "none":
         return np.ones(classes, np.float32)
-    counts = np.bincount(task.images.labels[task.images.train], minlength=classes)
-    return np.asarray(counts.sum() / (classes * np.maximum(counts, 1)), np.float32)
+    labels = task.images.labels[task.images.train]
+    if task.members is None:
+        return balanced_weights(np.bincount(labels, minlength=classes))
+    return balanced_positive_weights(task.members[labels].sum(axis=0), len(labels))

@@ -28,6 +28,7 @@ from mnist_dist.config import OptimizerConfig
 from mnist_dist.models.augmentation import Preset, reseed, seed_generators
 from mnist_dist.models.mixing import mixed
 from mnist_dist.training.feed import EvaluationBatch, Examples, StepImages, TrainChunk, World
+from mnist_dist.training.objective import AnyClasses, Objective, OneClass
 
 LOSS, HITS, STOP = range(3)  # columns of a step's report
 DRAWS_OF_PART = 2**6
@@ -44,6 +45,16 @@ class StepConfig:
     clip_norm: float | None = None
     parts: int = 1
     """A worker's slice of a batch is computed in as many equal parts, one after the other."""
+    members: npt.NDArray[np.bool_] | None = None
+    """Where images have any number of classes: `bool [L, K]`, whether a class is in a set; a label is the number of a
+    set."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        if self.members is None:
+            return OneClass(self.class_weights, smoothing=self.label_smoothing)
+        return AnyClasses(self.members, self.class_weights, smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +142,8 @@ class Computation(Protocol):
     def evaluator(self, network: keras.Model, *, frozen: keras.Model | None = None) -> Evaluator:
         """Compiles the evaluation; see `Trained` for the arguments."""
 
-    def predictor(self, network: keras.Model) -> Predictor:
-        """Compiles the prediction."""
+    def predictor(self, network: keras.Model, *, frozen: keras.Model | None = None) -> Predictor:
+        """Compiles the prediction; see `Trained` for the arguments."""
 
     def sum_over_workers(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """`float64 [n]`, summed over all workers."""
@@ -198,8 +209,8 @@ class Batch(NamedTuple):
     """What a network is trained on in one step, or a part of it.
 
     `inputs` are `float32 [b, H, W, C]` or features `[b, D]`, `targets` the probabilities to predict `[b, K]`, `weights`
-    how much each image counts in the loss `[b]`, `labels` the class that a hit predicts `int32 [b]`: of a mixed image
-    that of its larger share.
+    how much each image counts in the loss `[b]`, `labels` the class (or set of classes) that a hit predicts
+    `int32 [b]`: of a mixed image that of its larger share.
     """
 
     inputs: Any
@@ -214,17 +225,17 @@ class Forward:
     def __init__(self, trained: Trained) -> None:
         self._trained = trained
         self._generators = seed_generators(trained.network)
-        self._class_weights = trained.config.class_weights
+        self._objective = trained.config.objective
 
     def examples(self, images: StepImages) -> "Batch":
         """What the network is trained on, from images: augmented, mixed, and, where the backbone is frozen, as
         features."""
         own, partners = images.own, images.partners
-        inputs, (targets, weights) = self._augmented(own), self._targets(own.labels)
+        inputs, (targets, weights) = self._augmented(own), self._objective.targets(own.labels)
         labels = own.labels
         if partners:
             inputs, shares = mixed(inputs, self._augmented(partners), images.mixing)
-            others, other_weights = self._targets(partners.labels)
+            others, other_weights = self._objective.targets(partners.labels)
             of_own, of_others = shares * weights, (1 - shares) * other_weights
             weights = of_own + of_others
             targets = (targets * of_own[:, None] + others * of_others[:, None]) / weights[:, None]
@@ -237,17 +248,15 @@ class Forward:
         augmentation = self._trained.augmentation
         return pixels if augmentation is None else augmentation(pixels, images.draws)
 
-    def _targets(self, labels: Any) -> tuple[Any, Any]:
-        """Probabilities to predict `float32 [b, K]`, and the weight of each image in the loss `float32 [b]`."""
-        classes, smoothing = self._class_weights.shape[0], self._trained.config.label_smoothing
-        targets = ops.one_hot(labels, classes, dtype="float32") * (1 - smoothing) + smoothing / classes
-        return targets, ops.take(self._class_weights, labels)
-
     def losses_and_logits(self, batch: "Batch", seed: Any) -> tuple[Any, Any]:
         """Loss of each image, `float32 [b]`, and the logits `float32 [b, K]`, in training mode."""
         reseed(self._generators, seed)
         logits = self._trained.network(batch.inputs, training=True)
-        return ops.categorical_crossentropy(batch.targets, logits, from_logits=True) * batch.weights, logits
+        return self._objective.losses(batch.targets, logits) * batch.weights, logits
+
+    def hits(self, batch: "Batch", logits: Any) -> Any:
+        """`float32 [b]`: 1 where an image is predicted rightly."""
+        return self._objective.hits(logits, batch.labels)
 
     def clipped(self, gradients: Sequence[Any]) -> list[Any]:
         """The gradients, scaled down to `clip_norm` where their global norm is larger.
@@ -262,16 +271,12 @@ class Forward:
         return [gradient * scale for gradient in gradients]
 
 
-def hits_of(logits: Any, labels: Any) -> Any:
-    """`float32 [b]`: 1 where the top class is the label."""
-    return ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), labels), "float32")
-
-
 def losses_and_hits(network: keras.Model, frozen: keras.Model | None, pixels: Any, labels: Any) -> Any:
-    """Cross-entropy (nats) and hits of each image in inference mode, `float32 [2, b]`."""
+    """Cross-entropy (nats) and hits of each image in inference mode, `float32 [2, b]`; an image has one class."""
     logits = network(features(ops.cast(pixels, "float32"), frozen), training=False)
     losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-    return ops.stack([losses, hits_of(logits, labels)])
+    hits = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), labels)
+    return ops.stack([losses, ops.cast(hits, "float32")])
 
 
 def weighted_sums(per_image: npt.NDArray[np.float32], weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -17,7 +17,7 @@ from mnist_dist.training.step import (
     DeviceMemory,
     Forward,
     Trained,
-    hits_of,
+    features,
     losses_and_hits,
     weighted_sums,
 )
@@ -49,9 +49,13 @@ class TensorflowComputation:
         call = _compiled(per_image)
         return lambda batch: weighted_sums(np.asarray(call(batch.pixels, batch.labels)), batch.weights)
 
-    def predictor(self, network: keras.Model) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
+    def predictor(
+        self, network: keras.Model, *, frozen: keras.Model | None = None
+    ) -> Callable[[EvaluationBatch], npt.NDArray[np.float32]]:
         def logits(pixels: Any) -> Any:
-            return self.strategy.run(lambda x: network(tf.cast(x, tf.float32), training=False), args=(pixels,))
+            return self.strategy.run(
+                lambda x: network(features(tf.cast(x, tf.float32), frozen), training=False), args=(pixels,)
+            )
 
         call = _compiled(logits)
         return lambda batch: np.asarray(call(batch.pixels))[batch.weights > 0]
@@ -135,7 +139,7 @@ class TensorflowTrainStep:
             losses, logits = self._forward.losses_and_logits(batch, seed)
             loss = tf.reduce_sum(losses) / self._trained.config.batch_size
         gradients = tape.gradient(loss, self._variables)
-        return gradients, tf.stack([loss, tf.reduce_sum(hits_of(logits, batch.labels))])
+        return gradients, tf.stack([loss, tf.reduce_sum(self._forward.hits(batch, logits))])
 
 
 def _part(images: Any, part: Any, parts: int) -> Any:

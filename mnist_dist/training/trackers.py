@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from mnist_dist.config import TrackerName
@@ -80,8 +80,7 @@ class MlflowTracker:
         return int(opened.data.metrics.get("epoch", 0))
 
     def epoch(self, epoch: Epoch) -> None:
-        metrics = {name: value for name, value in asdict(epoch).items() if name != "phase"}
-        self._log_metrics(metrics, step=epoch.epoch)
+        self._log_metrics(epoch.metrics, step=epoch.epoch)
 
     def end(self, end: End) -> None:
         known = self._client.get_run(self._run_id).data.metrics
@@ -146,7 +145,8 @@ class WandbTracker:
         return max(0, int(self._run.starting_step) - 1)
 
     def epoch(self, epoch: Epoch) -> None:
-        self._run.log(asdict(epoch), step=epoch.epoch, commit=True)  # Otherwise it waits for the next epoch.
+        values = {"phase": epoch.phase, **epoch.metrics}
+        self._run.log(values, step=epoch.epoch, commit=True)  # Otherwise it waits for the next epoch.
 
     def end(self, end: End) -> None:
         bundle = {} if end.bundle is None else {"bundle": end.bundle}

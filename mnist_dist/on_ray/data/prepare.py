@@ -151,7 +151,7 @@ def decode(listed: Listed, data: DataConfig, session: Session) -> DecodedData:
         source=listed.source,
         plan=plan,
         index=index,
-        fingerprint=fingerprint(index, plan.class_names),
+        fingerprint=fingerprint(index, plan.class_names, plan.label_sets),
         bad=_judge_bad_images(index, plan, data, session),
         core_s=core_s,
     )
@@ -191,6 +191,7 @@ def split(decoded: DecodedData, data: DataConfig, *, console: Console) -> Splits
         class_names=decoded.source.class_names,
         config=data,
         groups=None if data.group_by is None else decoded.source.table[GROUP].to_pylist(),
+        label_sets=decoded.source.label_sets,
     )
     if splits.spanning:
         first, second = splits.spanning_pair

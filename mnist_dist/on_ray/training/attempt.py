@@ -87,7 +87,7 @@ class Attempt:
         for epoch in epochs:
             session.console.line(
                 f"epoch {epoch.epoch} ({epoch.phase}): loss {epoch.loss:.4f}, accuracy {epoch.accuracy:.4f}, "
-                f"validation loss {epoch.val_loss:.4f}, validation accuracy {epoch.val_accuracy:.4f}"
+                f"validation loss {epoch.val_loss:.4f}, validation {epoch.score_name} {epoch.score:.4f}"
             )
         if position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))

@@ -10,19 +10,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mnist_dist.config import DEFAULT_THRESHOLD
 from mnist_dist.data.records import Records
 from mnist_dist.data.splits import Splits
 from mnist_dist.evaluation.figures import Picture
 from mnist_dist.evaluation.metrics import Accumulator, Metrics
 from mnist_dist.evaluation.metrics import Example as Scored
+from mnist_dist.evaluation.multi_label import MultiLabelAccumulator, MultiLabelMetrics
 from mnist_dist.evaluation.pages import TrainingFacts, training_page
 from mnist_dist.evaluation.report import Example, write_page
-from mnist_dist.evaluation.tables import Classes
+from mnist_dist.evaluation.tables import Classes, ScoredTable
 from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.finished import FinishedModel
 from mnist_dist.on_ray.training.messages import UNTESTED, WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
+from mnist_dist.sources.label_sets import joined
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join, shown
 
@@ -63,7 +66,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         history=finished.history,
         calibration=_calibration(task.splits, records) if job.run.calibration else None,
     )
-    metrics = test_metrics(finished.tested, records)
+    measure = test_metrics_of_sets if records.label_sets else test_metrics
+    metrics: Metrics | MultiLabelMetrics = measure(finished.tested, records)
     facts = TrainingFacts(
         name=task.run.rpartition("/")[2],
         command=task.command,
@@ -72,8 +76,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         counts=_counts(task.splits, records),
         samples=_samples(task.splits, records, seed=job.fit.seed),
         predictions=_predictions(finished.tested, records),
-        mistakes=_with_pixels(metrics.mistakes, records),
-        hits=_with_pixels(metrics.doubtful_hits, records),
+        mistakes=_with_pixels(metrics.mistakes, records) if isinstance(metrics, Metrics) else [],
+        hits=_with_pixels(metrics.doubtful_hits, records) if isinstance(metrics, Metrics) else [],
         architecture=finished.model.architecture,
         parameters=finished.model.parameters,
         workers=finished.workers,
@@ -123,6 +127,7 @@ def _described(
     job = task.job
     return BundleInfo(
         class_names=records.class_names,
+        multi_label=job.data.multi_label,
         spec=records.spec,
         backbone=job.model.backbone,
         weights=shown(job.model.weights),
@@ -153,20 +158,48 @@ def test_metrics(tested: Predicted, records: Records) -> Metrics:
     return accumulator.metrics()
 
 
+def test_metrics_of_sets(tested: Predicted, records: Records) -> MultiLabelMetrics:
+    """The same where images have any number of classes."""
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "uri": records.index["uri"].take(pa.array(tested.rows)).combine_chunks(),
+            "status": pa.array(["ok"] * len(tested.rows), pa.string()),
+            "probabilities": pa.array(list(tested.probabilities), pa.list_(pa.float32())),
+        }
+    )
+    table = ScoredTable(
+        uri="the test images",
+        schema=batch.schema,
+        rows=len(batch),
+        model_id="",
+        failed=False,
+        classes=Classes(records.class_names),
+        thresholds=dict.fromkeys(records.class_names, DEFAULT_THRESHOLD),
+        is_multi_label=True,
+    )
+    accumulator = MultiLabelAccumulator(table)
+    names = [[records.class_names[number] for number in members] for members in records.label_sets]
+    accumulator.add(batch, pa.array(names, pa.list_(pa.string())).take(pa.array(tested.labels)))
+    return accumulator.metrics()
+
+
 def _calibration(splits: Splits, records: Records) -> pa.Table:
-    """Up to 2,000 held-out images, spread evenly over validation, then test: `uri`, `label`, `pixels` (bytes,
-    uint8 [H, W, C] of the bundle's input)."""
+    """Up to 2,000 held-out images, spread evenly over validation, then test: `uri`, `label` (where each image has one
+    class), `pixels` (bytes, uint8 [H, W, C] of the bundle's input)."""
     held_out = np.concatenate([splits.val, splits.test])
     count = min(CALIBRATION_IMAGES, len(held_out))
     rows = held_out[np.linspace(0, len(held_out) - 1, count).astype(np.int64)]
     chosen = records.index.take(pa.array(rows))
     pixels = [records.pixels[row].tobytes() for row in rows]
-    return pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})
+    table = pa.table({"uri": chosen["uri"], "label": chosen["label"], "pixels": pa.array(pixels, pa.binary())})
+    return table.drop_columns(["label"]) if records.label_sets else table
 
 
 def _counts(splits: Splits, records: Records) -> dict[str, npt.NDArray[np.int64]]:
-    labels, classes = records.index["label"].to_numpy(), len(records.class_names)
+    labels, classes, members = records.index["label"].to_numpy(), len(records.class_names), records.members
     rows_of = {"train": splits.train, "validation": splits.val, "test": splits.test}
+    if members is not None:
+        return {name: members[labels[rows]].sum(axis=0) for name, rows in rows_of.items()}
     return {name: np.bincount(labels[rows], minlength=classes).astype(np.int64) for name, rows in rows_of.items()}
 
 
@@ -179,7 +212,7 @@ def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
     place = np.arange(len(drawn)) - np.searchsorted(of_class, of_class)  # rank of each image within its class
     rows = drawn[np.argsort(place, kind="stable")][:SAMPLES]
     return [
-        Picture(pixels=records.pixels[row], caption=records.class_names[labels[row]], name=uris[int(row)].as_py())
+        Picture(pixels=records.pixels[row], caption=records.name_of(labels[row]), name=uris[int(row)].as_py())
         for row in sorted(rows, key=lambda row: (labels[row], row))
     ]
 
@@ -191,13 +224,20 @@ def _predictions(tested: Predicted, records: Records) -> list[Example]:
     return [
         Example(
             name=records.index["uri"][int(tested.rows[place])].as_py(),
-            predicted=records.class_names[int(scores.argmax())],
+            predicted=_predicted(scores, records),
             confidence=float(scores.max()),
-            truth=records.class_names[int(tested.labels[place])],
+            truth=records.name_of(int(tested.labels[place])),
             pixels=records.pixels[tested.rows[place]],
         )
         for place, scores in zip(places, probabilities, strict=True)
     ]
+
+
+def _predicted(scores: npt.NDArray[np.float32], records: Records) -> str:
+    """The class, or classes, of an image."""
+    if not records.label_sets:
+        return records.class_names[int(scores.argmax())]
+    return joined([records.class_names[number] for number in np.flatnonzero(scores >= DEFAULT_THRESHOLD)])
 
 
 def _with_pixels(shown: Sequence[Scored], records: Records) -> list[Example]:

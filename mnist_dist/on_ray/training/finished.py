@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mnist_dist.config import Activation
 from mnist_dist.data.records import Records
 from mnist_dist.errors import MnistDistError
 from mnist_dist.models.bundle import BundleInfo, Imported, load_bundle, write_bundle, write_model_bundle
@@ -104,8 +105,14 @@ class JoinedModel:
     ) -> None:
         bundle = load_bundle(backbone)
         self._info, self._trainer, self._head, self._records, self._file = bundle.info, trainer, head, records, file
-        names = records.class_names
-        self._backbone_parameters = join_head(bundle.model_path, dense_layers(head), file, class_names=names)
+        self._multi_label = bool(records.label_sets)
+        self._backbone_parameters = join_head(
+            bundle.model_path,
+            dense_layers(head),
+            file,
+            class_names=records.class_names,
+            multi_label=self._multi_label,
+        )
         self._session = open_session(file, cpus=cpus)
         self._batch_size = bundle.fixed_batch or BATCH_SIZE
         self._check_features()
@@ -129,11 +136,14 @@ class JoinedModel:
         world = self._trainer.world
         share = rows[world.rank :: world.workers]
         probabilities, features = self._outputs(share)
-        expected = keras.ops.softmax(self._head(features, training=False)) if len(share) else probabilities
+        activation = keras.ops.sigmoid if self._multi_label else keras.ops.softmax
+        expected = activation(self._head(features, training=False)) if len(share) else probabilities
         apart = float(np.abs(np.asarray(expected) - probabilities).max(initial=0))
         if not apart <= MAX_DIFFERENCE:  # Written so that NaN does not pass.
             raise MnistDistError(f"the joined model differs from its head: a probability by {apart:.3g}")
-        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        smallest = np.finfo(np.float32).tiny
+        logits = np.log(np.maximum(probabilities, smallest))
+        return logits - np.log(np.maximum(1 - probabilities, smallest)) if self._multi_label else logits
 
     def write(
         self, folder: Path, info: BundleInfo, *, history: Iterable[Epoch], calibration: pa.Table | None
@@ -143,7 +153,7 @@ class JoinedModel:
             info,
             backbone=of_backbone.backbone,
             weights=of_backbone.model_id,
-            imported=None if of_backbone.imported is None else _of_head(of_backbone.imported),
+            imported=None if of_backbone.imported is None else _of_head(of_backbone.imported, info.multi_label),
         )
         extra = {HISTORY_FILE: history_csv(history)}
         return write_model_bundle(folder, self._file, info, calibration=calibration, extra=extra)
@@ -190,6 +200,7 @@ def _summary(*models: keras.Model) -> str:
     return "\n".join(lines)
 
 
-def _of_head(imported: Imported) -> Imported:
+def _of_head(imported: Imported, multi_label: bool) -> Imported:
     """What is known of the backbone's import, without what was said of its own classes."""
-    return replace(imported, activation="softmax", assumed=(), fast_agreement=None, fast_images=0)
+    activation: Activation = "sigmoid" if multi_label else "softmax"
+    return replace(imported, activation=activation, assumed=(), fast_agreement=None, fast_images=0)

@@ -211,6 +211,7 @@ def train_task(task: WorkerTask, records: Records, *, is_first: bool) -> TrainTa
         job=job,
         spec=records.spec,
         class_names=records.class_names,
+        label_sets=records.label_sets,
         images=images,
         features=features,
         head_alone=head_alone,
@@ -268,8 +269,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
             make_bundle(task, finished, records, scratch / "bundle")
     return {
         **test,
-        "validation_accuracy": validation["accuracy"],
-        "validation_loss": validation["loss"],
+        **{f"validation_{name}": value for name, value in validation.items()},
         "best_epoch": state.best.epoch if state.best else None,
         "epochs": state.epochs_done,
         "images_per_s": speed,
@@ -285,7 +285,11 @@ def _classifier(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: R
     else:
         with trainer.computation.scope():
             final = build_classifier(
-                task.job.model, spec=records.spec, num_classes=len(records.class_names), load_weights=False
+                task.job.model,
+                spec=records.spec,
+                num_classes=len(records.class_names),
+                multi_label=task.job.data.multi_label,
+                load_weights=False,
             )
     final.network.set_weights(outcome.best)
     return final
