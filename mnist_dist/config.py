@@ -404,7 +404,8 @@ class FitConfig:
     plateau_factor: float = 0.5
     """Factor by which a plateau reduces the learning rate, in (0, 1)."""
     best_metric: Literal["val_loss", "val_accuracy"] = "val_loss"
-    """Validation metric that chooses which epoch becomes the bundle."""
+    """Validation metric that chooses which epoch becomes the bundle. With `multi_label`, `val_accuracy` stands for the
+    mean average precision."""
     tensorboard: bool = False
     """Write TensorBoard event files to `<run>/tensorboard` (local storage only)."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from PIL import Image
 
@@ -145,6 +146,23 @@ def private_ray(*, num_cpus: int) -> Iterator[None]:
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+def train_workers() -> list[psutil.Process]:
+    """The workers of this process's Ray; another one on the machine may have its own."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[Any]]) -> float:
+    """Over the tensors: norm(a - b) / norm(b)."""
+    return max(
+        float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def run_command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:

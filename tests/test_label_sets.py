@@ -164,7 +164,7 @@ def test_the_rarest_class_of_each_image() -> None:
 
 
 def test_every_split_has_its_share_of_the_rarest_classes() -> None:
-    codes, sets, has = made_sets()
+    codes, sets, _ = made_sets()
     splits = assign_splits(
         labels=codes,
         given=[None] * len(codes),

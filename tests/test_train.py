@@ -1,6 +1,5 @@
 """The training job on Ray: equality over workers, what survives a kill, what is refused."""
 
-import contextlib
 import functools
 import os
 import shutil
@@ -15,10 +14,9 @@ from typing import Any, get_args
 import keras
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 import ray
-from harness import Command, Recorder, private_ray, run_command
+from harness import Command, Recorder, largest_difference, private_ray, run_command, train_workers
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
@@ -89,13 +87,6 @@ def final_weights(storage: Path, name: str = "run") -> list[npt.NDArray[Any]]:
     checkpoint = Run(str(storage / name)).newest_checkpoint()
     assert checkpoint is not None
     return read_checkpoint(Path(checkpoint)).weights
-
-
-def largest_difference(ours: list[npt.NDArray[Any]], theirs: list[npt.NDArray[Any]]) -> float:
-    """Over the tensors: norm(a - b) / norm(b)."""
-    return max(
-        float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12) for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def records_of(job: TrainJob) -> Records:
@@ -223,16 +214,6 @@ def undisturbed_weights(backend: KerasBackend) -> tuple[npt.NDArray[Any], ...]:
 @pytest.fixture
 def undisturbed() -> list[npt.NDArray[Any]]:
     return list(undisturbed_weights("tensorflow"))
-
-
-def train_workers() -> list[psutil.Process]:
-    """The workers of this process's Ray; another one on the machine may have its own."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 @pytest.mark.parametrize(
