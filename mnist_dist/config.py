@@ -101,13 +101,13 @@ class DataConfig:
     """The column of lists and Parquet files that holds class names, class numbers, or true and false; with
     `multi_label` also lists of names or numbers."""
     multi_label: bool = False
-    """An image has any number of classes, or none: the label column holds lists, or with `label_separator` texts. The
-    model has a sigmoid for each class and is trained with binary cross-entropy."""
+    """An image has any number of classes, or none: the label column holds lists. The model has a sigmoid for each class
+    and is trained with binary cross-entropy."""
     label_separator: str | None = None
-    """With `multi_label`: what stands between the labels of an image where they are one text, as in `dog;cat`."""
+    """As `multi_label`, where the labels of an image are one text: what stands between them, as in `dog;cat`."""
     class_columns: tuple[str, ...] = ()
-    """With `multi_label`, in place of `label_column`: columns named like the classes, each of which says whether an
-    image has that class (true and false, 1 and 0)."""
+    """As `multi_label`, in place of `label_column`: columns named like the classes, each of which says whether an image
+    has that class (true and false, 1 and 0)."""
     uri_column: str = "uri"
     """The column of lists (Parquet, CSV) that holds the URIs."""
     channels: Literal["auto", "1", "3"] = "auto"
@@ -156,12 +156,6 @@ class DataConfig:
             max_bad_fraction=self.max_bad_fraction,
         )
         require(
-            self.multi_label or not (self.label_separator or self.class_columns),
-            "label_separator and class_columns need multi_label",
-            label_separator=self.label_separator,
-            class_columns=list(self.class_columns),
-        )
-        require(
             not (self.label_separator and self.class_columns),
             "choose label_separator (of one column) or class_columns",
             label_separator=self.label_separator,
@@ -171,6 +165,11 @@ class DataConfig:
         require(self.limit is None or self.limit >= 1, "limit must be at least 1 image", limit=self.limit)
         require(self.skip >= 0, "skip must be 0 or a number of images", skip=self.skip)
         _ = self.limits  # It checks its own values.
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether an image has any number of classes."""
+        return self.multi_label or self.label_separator is not None or bool(self.class_columns)
 
     @property
     def limits(self) -> DecodeConfig:
@@ -550,7 +549,7 @@ class TrainJob:
             accumulate=self.optimizer.accumulate,
         )
         require(
-            not (self.data.multi_label and self.fit.sampling == "balanced"),
+            not (self.data.has_sets and self.fit.sampling == "balanced"),
             "sampling balanced needs images of one class each; class_weights balanced works with multi_label, too",
             sampling=self.fit.sampling,
             multi_label=True,

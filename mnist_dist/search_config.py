@@ -204,7 +204,7 @@ class SearchJob:
 
     def __post_init__(self) -> None:
         require(
-            not self.data.multi_label,
+            not self.data.has_sets,
             "a search compares accuracies, so its images have one class each; with multi_label use train",
             multi_label=True,
         )

@@ -58,7 +58,7 @@ def test_every_public_function_is_a_recipe_under_its_own_name() -> None:
     functions = {
         function.__name__.replace("_", "-"): function
         for function in vars(recipes).values()
-        if inspect.isfunction(function) and function.__module__ == recipes.__name__
+        if inspect.isfunction(function) and function.__module__ == recipes.__name__ and function.__name__[0] != "_"
     }
     assert functions == {**TRAINING_RECIPES, **SEARCH_RECIPES}
 

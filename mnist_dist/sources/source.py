@@ -82,7 +82,7 @@ def open_source(config: DataConfig, *, store: Store = ANYWHERE) -> Source:
         input_config(config),
         label_column=config.label_column,
         group_column=config.group_by,
-        sets=SetForm(config.label_separator, config.class_columns) if config.multi_label else None,
+        sets=SetForm(config.label_separator, config.class_columns) if config.has_sets else None,
         store=store,
     )
     name = ", ".join(map(_shown, config.data[:_MAX_SHOWN])) + (", ..." if len(config.data) > _MAX_SHOWN else "")
@@ -160,7 +160,7 @@ def _shown(name: str) -> str:
 def _coded(name: str, listing: Listing, config: DataConfig) -> Source:
     table, splits = listing.table, listing.table[SPLIT]
     sets: LabelSets = ()
-    if config.multi_label:
+    if config.has_sets:
         declared = (config.class_columns,) if config.class_columns else listing.class_names
         class_names, sets, codes = label_sets.coded(table[LABEL], splits, declared, name=name)
     else:

@@ -325,7 +325,7 @@ def _build(task: TrainTask) -> Classifier:
         model,
         spec=task.spec,
         num_classes=classes,
-        multi_label=task.job.data.multi_label,
+        multi_label=task.job.data.has_sets,
         precision=task.precision,
         seed=seed,
     )

@@ -44,6 +44,7 @@ OF_SPACE_FILES = {
     "plateau_patience": pa.int32(),
     "plateau_factor": pa.float64(),
     "early_stopping_patience": pa.int32(),
+    "seed": pa.int32(),
 }
 """What trials draw only where a space file says so."""
 SCHEMA = pa.schema(

@@ -80,6 +80,7 @@ SETTINGS = (
     *("learning_rate", "optimizer", "weight_decay", "momentum", "schedule", "warmup_steps", "clip_norm"),
     *("ema_decay", "layer_decay"),
     *("class_weights", "plateau_patience", "plateau_factor", "early_stopping_patience"),
+    "seed",
 )
 """All settings, in the order in which they are drawn: a condition comes before what depends on it."""
 UNLESS_DRAWN = {"schedule": OptimizerConfig.schedule}

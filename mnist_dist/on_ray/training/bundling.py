@@ -127,7 +127,7 @@ def _described(
     job = task.job
     return BundleInfo(
         class_names=records.class_names,
-        multi_label=job.data.multi_label,
+        multi_label=job.data.has_sets,
         spec=records.spec,
         backbone=job.model.backbone,
         weights=shown(job.model.weights),

@@ -288,7 +288,7 @@ def _classifier(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: R
                 task.job.model,
                 spec=records.spec,
                 num_classes=len(records.class_names),
-                multi_label=task.job.data.multi_label,
+                multi_label=task.job.data.has_sets,
                 load_weights=False,
             )
     final.network.set_weights(outcome.best)
