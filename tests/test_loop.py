@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.metrics import average_precision_score
 from sklearn.utils.class_weight import compute_class_weight
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from mnist_dist.config import FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
+from mnist_dist.config import DataConfig, FitConfig, ModelConfig, OptimizerConfig, PhasesConfig, RunConfig, TrainJob
 from mnist_dist.data.batches import epoch_order
 from mnist_dist.errors import ConfigError, TrainingDiverged
 from mnist_dist.images.spec import ImageSpec
@@ -379,8 +380,7 @@ class Whole:
 
 
 def _phase_and_numbers(epoch: Epoch) -> tuple[str, dict[str, float]]:
-    numbers = asdict(epoch)
-    return numbers.pop("phase"), numbers
+    return epoch.phase, epoch.metrics
 
 
 def whole_run(task: TrainTask, folder: Path) -> Whole:
@@ -568,3 +568,55 @@ def test_a_wish_to_stop_is_heeded_also_where_each_call_takes_a_whole_epoch(image
     _, outcome, notes = run(task, tmp_path, stop_at=3)
     assert not outcome.finished
     assert outcome.state.epochs_done == len(notes.lines) == len(notes.saved) <= 5
+
+
+SETS = ((), (0,), (0, 2), (1, 2))
+
+
+def task_of_sets(images: Images, **fields: Any) -> TrainTask:
+    """Images with any number of classes, on which two of the methods for pixels mix labels."""
+    labels = np.random.default_rng(4).integers(0, len(SETS), COUNT).astype(np.int32)
+    return small_task(
+        replace(images, labels=labels),
+        label_sets=SETS,
+        data=DataConfig(multi_label=True),
+        phases=PhasesConfig(epochs=(3,), learning_rate=(0.5,)),
+        **fields,
+    )
+
+
+def test_images_of_any_number_of_classes_are_validated_like_scikit_learn(images: Images, tmp_path: Path) -> None:
+    task = task_of_sets(images, fit=FitConfig(batch_size=11, seed=5, best_metric="val_accuracy"))
+    trainer, outcome, notes = run(task, tmp_path)
+    truth = np.array([[k in SETS[label] for k in range(3)] for label in task.images.labels])
+    validation = task.images.validation
+    trainer.network.set_weights(outcome.best)
+    logits = np.asarray(trainer.network(task.images.pixels[validation].astype(np.float32)))
+    best = max(notes.lines, key=lambda epoch: epoch.score)
+    assert best.score == best.val_mean_average_precision
+    assert best.score == pytest.approx(average_precision_score(truth[validation], logits))
+    assert best.val_accuracy == pytest.approx(((logits >= 0) == truth[validation]).all(axis=1).mean())
+    found = trainer.evaluate(validation, trainer.network)
+    assert found["mean_average_precision"] == pytest.approx(best.score)
+    probabilities = np.asarray(trainer.built.classifier.model(task.images.pixels[validation]))
+    assert probabilities == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-6)
+
+
+def test_sets_of_classes_are_learnt_by_heart(images: Images, tmp_path: Path) -> None:
+    few = replace(images, train=images.train[:33])
+    task = task_of_sets(few, fit=FitConfig(batch_size=11, seed=5))
+    job = replace(task.job, phases=PhasesConfig(epochs=(120,), learning_rate=(0.5,)))
+    _, outcome, _ = run(replace(task, job=job), tmp_path)
+    assert outcome.state.history[-1].accuracy == 1.0
+
+
+def test_mixed_sets_resume_where_they_were(images: Images, tmp_path: Path) -> None:
+    fit = FitConfig(batch_size=11, seed=5, mixup=0.4, cutmix=1.0, augmentation="digits")
+    optimizer = OptimizerConfig(optimizer="sgd", class_weights="balanced", label_smoothing=0.1, ema_decay=0.9)
+    task = task_of_sets(images, fit=fit, optimizer=optimizer)
+    _, whole, _ = run(task, tmp_path / "whole")
+    _, stopped, notes = run(task, tmp_path / "stopped", stop_at=2)
+    assert not stopped.finished
+    _, resumed, _ = run(task, tmp_path / "resumed", restored=notes.checkpoints()[-1])
+    assert resumed.state.history == whole.state.history
+    assert relative_difference(resumed.best, whole.best) <= 1e-5

@@ -102,9 +102,10 @@ class Trainer:
     def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
         """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images. Of
         images with any number of classes: see `set_metrics`."""
-        if self.task.members is not None:
-            return self._set_metrics(self.computation.predictor(network), self.task.images, indices)
-        return self._evaluate(self.computation.evaluator(network), self.task.images, indices)
+        members, images = self.task.members, self.task.images
+        if members is not None:
+            return self._set_metrics(self.computation.predictor(network), images, indices, members=members)
+        return self._evaluate(self.computation.evaluator(network), images, indices)
 
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
         """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
@@ -231,17 +232,17 @@ class Trainer:
 
     def _validate(self, run: PhaseRun) -> Epoch:
         """The epoch's line of the history. Raises TrainingDiverged if the validation loss is not finite."""
-        validation = run.images.validation
-        if self.task.members is None:
-            metrics = self._evaluate(run.evaluator, run.images, validation)
+        members, images = self.task.members, run.images
+        if members is None:
+            metrics = self._evaluate(run.evaluator, images, images.validation)
         else:
-            metrics = self._set_metrics(run.predictor, run.images, validation)
-        loss, hits, images = self.state.epoch_sums
+            metrics = self._set_metrics(run.predictor, images, images.validation, members=members)
+        loss, hits, count = self.state.epoch_sums
         epoch = Epoch(
             epoch=self.state.epochs_done + 1,
             phase=run.phase.name,
-            loss=loss / images,
-            accuracy=hits / images,
+            loss=loss / count,
+            accuracy=hits / count,
             val_loss=metrics["loss"],
             val_accuracy=metrics["accuracy"],
             learning_rate=run.last_rate,
@@ -272,7 +273,14 @@ class Trainer:
         loss, hits, images = self.computation.sum_over_workers(sums)
         return {"loss": float(loss / images), "accuracy": float(hits / images)}
 
-    def _set_metrics(self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
+    def _set_metrics(
+        self,
+        predictor: Predictor,
+        images: Images,
+        indices: npt.NDArray[np.int64],
+        *,
+        members: npt.NDArray[np.bool_],
+    ) -> Metrics:
         """The metrics of sets of classes, equal on all workers: each gets the logits of all, since average precision is
         no sum over images."""
         indices, world = self._limited(indices), self.world
@@ -281,7 +289,7 @@ class Trainer:
         rows = max(1, EXCHANGED_NUMBERS // logits.shape[1])
         parts = (logits[start : start + rows] for start in range(0, len(logits), rows))
         logits = np.concatenate([self.computation.sum_over_workers(part.ravel()) for part in parts])
-        truth = self.task.members[images.labels[indices]]  # type: ignore[index]  # Callers have looked.
+        truth = members[images.labels[indices]]
         return set_metrics(logits.reshape(truth.shape).astype(np.float32), truth)
 
     def _predict(self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
