@@ -76,8 +76,9 @@ def mnist_cnn() -> TrainJob:
 
 def mnist_cnn_bn() -> TrainJob:
     """python -m jobs.train mnist-cnn-bn --data-dir IDX_FOLDER: three convolutions with BatchNorm, 459,210 parameters.
-    Expect 99.6 %, loss 0.012, within 5 minutes on 2 cores (published: 99.2 %, loss 0.03)."""
-    return _averaged("cnn_bn", epochs=18)
+    Expect 99.6 %, loss 0.013, within 5 minutes on 2 cores (published: 99.2 %, loss 0.03)."""
+    job = _averaged("cnn_bn", epochs=18)
+    return replace(job, fit=replace(job.fit, best_metric="val_accuracy"))
 
 
 def mnist_vgg16() -> TrainJob:
