@@ -104,7 +104,7 @@ def _entry(flag: Flag, default: str, fields: Container[str], columns: int) -> st
     names = ", ".join(flag.spellings) if flag.is_switch else ", ".join((flag.name, *flag.aliases))
     head = f"  {names} {flag.values}".rstrip()
     indent = " " * _INDENT
-    body = f"{_as_typed(flag, fields)} {default}".strip()
+    body = f"{description(flag, fields)} {default}".strip()
     return (
         textwrap.fill(head, columns, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
         + "\n"
@@ -119,8 +119,13 @@ def _entry(flag: Flag, default: str, fields: Container[str], columns: int) -> st
     )
 
 
-def _as_typed(flag: Flag, fields: Container[str]) -> str:
-    """The description for whoever types flags: `other_field` is another flag, and `None` is left out."""
+def description(flag: Flag, fields: Container[str]) -> str:
+    """What a flag does, for whoever types flags: `other_field` is another flag, and `None` is left out.
+
+    Args:
+        flag: the flag.
+        fields: the fields of all flags of the job.
+    """
 
     def spelled(match: re.Match[str]) -> str:
         name = match[1]
@@ -129,14 +134,24 @@ def _as_typed(flag: Flag, fields: Container[str]) -> str:
     return re.sub(r"`([a-z0-9_]+)`", spelled, flag.help).replace("None: ", "Without it: ")
 
 
-def _default(flag: Flag, base: Any) -> str:
-    """What holds without the flag; nothing where the description of None says it."""
-    if flag.is_required:
-        return "(required)"
+def default_of(flag: Flag, base: Any = None) -> str:
+    """The value that holds without the flag, as it is typed; empty where the description says it.
+
+    Args:
+        flag: a flag that is not required.
+        base: the job of a recipe, whose values are the defaults; None: those of the flag's dataclass.
+    """
     value = _value(flag, base if base is not None else flag.group)
     if value is None or value == () or value is False:
         return ""
-    return f"(default: {typed(flag.field, value).partition(' ')[2] or 'yes'})"
+    return typed(flag.field, value).partition(" ")[2] or "yes"
+
+
+def _default(flag: Flag, base: Any) -> str:
+    if flag.is_required:
+        return "(required)"
+    value = default_of(flag, base)
+    return f"(default: {value})" if value else ""
 
 
 def _value(flag: Flag, holder: Any) -> Any:

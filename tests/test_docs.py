@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from mnist_dist.commands import JOBS
+from mnist_dist.commands import JOBS, kinds
+from mnist_dist.flags import flags_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +23,9 @@ def words_of(page: str) -> list[str]:
     return re.sub(r"<[^>]+>", "", text).split()
 
 
-def figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+def script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,22 +41,34 @@ def test_the_readme_is_short_and_begins_with_a_picture() -> None:
 
 def test_the_figures_of_the_readme_are_those_of_the_performance_page() -> None:
     readme, performance = (ROOT / "README.md").read_text(), (ROOT / "docs" / "performance.md").read_text()
-    module = figures()
+    module = script("figures")
     assert module.with_figures(readme, performance) == readme, "python docs/figures.py"
     assert 1 <= len(module.FIGURE.findall(readme)) <= MAX_FIGURES
     (first, *_) = module.FIGURE.findall(readme)
     assert module.with_figures(readme.replace(f"{first[0]}{first[2]}", f"{first[0]}0.0"), performance) == readme
 
 
+def test_the_page_of_flags_is_what_its_script_writes() -> None:
+    module = script("flags")
+    written = module.page()
+    assert (ROOT / "docs" / "flags.md").read_text() == written, "python docs/flags.py"
+    for job, (kind, _) in kinds().items():
+        section = written.split(f"\n## {job}\n", 1)[1].split("\n## ", 1)[0]
+        missing = [flag.name for flag in flags_of(kind) if f"| `{flag.name}`" not in written]
+        assert missing == [], job
+        assert section.count("\n| ") > 2
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in (match[1] or match[2] for match in LINK.finditer(page.read_text())):
-        if re.match(r"https?:|#", link):
+        if re.match(r"https?:", link):
             continue
         path, _, anchor = link.partition("#")
-        assert (page.parent / path).exists(), link
+        target = page.parent / path if path else page
+        assert target.exists(), link
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE)
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
