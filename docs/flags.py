@@ -19,9 +19,10 @@ START = """\
 
 <!-- Written by docs/flags.py from the dataclasses behind the command line; change those, and run it again. -->
 
-Every flag of every job, as `mnist-dist JOB --help` shows it. In Python a flag is a keyword argument with underscores
-([python.md](python.md)): `--batch-size 64` is `batch_size=64`. Defaults are those without a recipe; a recipe changes some of them
-(`mnist-dist train RECIPE --help`). An empty default means no, none, or what the description says. `TEXT ...` takes several values.
+Every flag of every job, as `mnist-dist <job> --help` shows it. In Python a flag is a keyword argument with underscores
+([python.md](python.md)): `--batch-size 64` is `batch_size=64`. Defaults are those without a recipe; a recipe changes
+some of them (`mnist-dist train folder-vgg16 --help`). An empty default means no, none, or what the description says.
+`TEXT ...` takes several values.
 """
 LISTED = ("train", "search", "score")
 """The jobs that can list what there is."""
