@@ -94,7 +94,8 @@ def make_labels(folder: Path) -> None:
 
 def make_models(folder: Path) -> None:
     """Models as people have them, and bundles: `DIR` by Keras, `BUNDLE` with several classes an image."""
-    foreign_models.foreign_onnx(folder / "resnet18.onnx", classes=len(CLASSES))
+    foreign_models.foreign_onnx(folder / "resnet18.onnx", classes=len(CLASSES), side=224)
+    save_keras_model(folder / "model.keras")
     (folder / "names.txt").write_text("\n".join(CLASSES))
     foreign_models.foreign_onnx(folder / "dinov2" / "onnx" / "model.onnx")
     (folder / "dinov2" / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
@@ -105,6 +106,15 @@ def make_models(folder: Path) -> None:
     images = [Image.open(path).convert("RGB").resize(size) for path in sorted((folder / "photos").rglob("*5.jpg"))]
     write_spread_bundle(folder / "DIR", images=images, seed=3)
     onnx_models.small_bundle(folder / "BUNDLE", names=CLASSES, activation="Sigmoid")
+
+
+def save_keras_model(file: Path) -> None:
+    """A classifier with its normalisation inside."""
+    import keras
+
+    layers = keras.layers
+    network = [layers.Rescaling(1 / 255), layers.Conv2D(4, 5, strides=8), layers.GlobalAveragePooling2D()]
+    keras.Sequential([keras.Input((224, 224, 3)), *network, layers.Dense(len(CLASSES), "softmax")]).save(file)
 
 
 # --- what only some pages have ---------------------------------------------------------------------------------------

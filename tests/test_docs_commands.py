@@ -5,12 +5,14 @@ uses: `photos/`, `FOLDER`, `BUNDLE`, `truth.csv`, `s3://bucket/images`. Where a 
 added that make it shorter (`SHORTER`).
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,21 @@ NOT_RUN_PROGRAMS = {
 }
 """First words of commands -> why they are not run."""
 NOT_RUN: dict[str, str] = {
+    "python -m jobs.quickstart": "tests/test_end_to_end.py runs it",
+    "mnist-dist search search-digits  ": "the same",
+    "mnist-dist train --data photos/ --batch-size 256 ": "tests/test_train.py trains with these methods",
+    "mnist-dist train --data photos/ --sampling ": "the same",
+    "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": "it downloads weights",
+    "mnist-dist train folder-mobilenet-v2 ": "it downloads weights; tests/test_jobs.py runs the recipe",
+    "python -m jobs.train folder-mobilenet-v2 ": "the same",
+    "python -m jobs.train folder-vgg16 ": "it downloads weights, for eight workers",
+    "mnist-dist search search-backbones ": "it downloads the weights of eight backbones; tests/test_combine.py combines",
+    "mnist-dist import timm:": "it needs torch; tests/test_torch_models.py imports where there is one",
     "MLFLOW_TRACKING_URI=http://mlflow:5000 ": "it needs a server; tests/test_trackers.py logs to a local database",
-    "python -m jobs.train folder-vgg16 ": "eight workers, and weights to download; tests/test_train.py trains on S3",
-    "python -m jobs.train folder-mobilenet-v2 ": "weights to download; the recipes are run by tests/test_recipes.py",
-    "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": "the same",
-    "mnist-dist search search-backbones ": "weights of eight backbones to download; tests/test_combine.py combines",
 }
-"""Commands and programs, by how they begin -> why they are not run."""
+"""Commands, by how they begin -> why they are not run."""
+OPTIONAL = ("daft", "pyspark")
+"""Packages without which a program is skipped: what other people use, and what no test installs."""
 SHORTER: dict[str, str] = {
     "train": "--epochs 1",
     "search": "--trials 1 --trial-epochs 1 --finalists 1 --finalist-epochs 1",
@@ -48,9 +58,7 @@ SHORTER: dict[str, str] = {
 """Job -> flags that are added."""
 SHORTER_STILL: dict[str, str] = {
     "mnist-dist train folder-fine-tune --backbone mobilenet_v2 ": "--weights none --image-size-px 32 --alpha 0.35",
-    "mnist-dist train --data photos/ --a": "--dry-run",
-    "mnist-dist train --data photos/ --b": "--dry-run",
-    "mnist-dist train --data photos/ --s": "--dry-run",
+    "mnist-dist train --data photos/ --augmentation ": "--dry-run",
 }
 """Commands, by how they begin -> flags that are added, too."""
 SQL = "import duckdb, sys; [duckdb.sql(each).fetchall() for each in sys.argv[1].split(';') if each.strip()]"
@@ -107,7 +115,7 @@ def test_what_is_not_run_still_stands_on_a_page() -> None:
 
 # --- the slow part ---------------------------------------------------------------------------------------------------
 
-RUN = {page: [item for item in ITEMS if item.page == page and why_not_run(item) is None] for page in PAGES}
+RUN = [item for item in ITEMS if why_not_run(item) is None]
 
 
 @pytest.fixture(scope="module")
@@ -134,21 +142,36 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder_of(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder in which the commands of a page run, one after the other."""
+
+    @functools.cache
+    def make(page: str) -> Path:
+        folder = tmp_path_factory.mktemp("page") / "here"
+        shutil.copytree(made, folder)
+        stand_ins.OF_PAGE.get(page, lambda folder: None)(folder)
+        return folder
+
+    return make
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page, items in RUN.items() if items])
-def test_the_commands_of_a_page_run(
-    page: str, made: Path, programs: Path, tmp_path: Path, request: pytest.FixtureRequest
+@pytest.mark.parametrize("item", RUN, ids=lambda item: item.place)
+def test_a_command_runs(
+    item: Item, folder_of: Callable[[str], Path], programs: Path, request: pytest.FixtureRequest
 ) -> None:
-    if any("s3://" in item.text for item in RUN[page]):
+    """Needs what the commands before it on the page made: `-k score.md` runs a page."""
+    for package in OPTIONAL:
+        if f"import {package}" in item.text or f"from {package}" in item.text:
+            pytest.importorskip(package, reason=f"needs {package}; runs where it is installed")
+    if "s3://" in item.text:
         request.getfixturevalue("buckets")
-    here = tmp_path / "here"
-    shutil.copytree(made, here)
-    stand_ins.OF_PAGE.get(page, lambda folder: None)(here)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    for item in RUN[page]:
-        done = subprocess.run(started(item), cwd=here, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{item.place}: {item.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    here = folder_of(item.page)
+    done = subprocess.run(started(item), cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{item.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def started(item: Item) -> list[str]:
