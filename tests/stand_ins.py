@@ -136,8 +136,14 @@ def _bundles_of_runs(folder: Path) -> None:
     shutil.copytree(folder / "BUNDLE", folder / "imported")
 
 
+def _bundle_of_timm(folder: Path) -> None:
+    """What the import of a timm model gives, for which torch is missing."""
+    shutil.copytree(folder / "DIR", folder / "timm-bundle")
+
+
 OF_PAGE: dict[str, Callable[[Path], None]] = {
     "docs/evaluate.md": _tables,
+    "docs/migrating.md": _bundle_of_timm,
     "docs/score.md": _bundles_of_runs,
     "docs/tracking.md": _bundles_of_runs,
 }

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from mnist_dist import errors
 from mnist_dist.commands import JOBS, kinds
 from mnist_dist.flags import flags_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
@@ -57,6 +58,13 @@ def test_the_page_of_flags_is_what_its_script_writes() -> None:
         missing = [flag.name for flag in flags_of(kind) if f"| `{flag.name}`" not in written]
         assert missing == [], job
         assert section.count("\n| ") > 2
+
+
+def test_the_errors_that_the_questions_name_end_with_1() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text()
+    names = re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE)
+    assert len(names) > 4
+    assert {getattr(errors, name).exit_code for name in names} == {1}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -44,7 +44,7 @@ NOT_RUN: dict[str, str] = {
     "mnist-dist train folder-mobilenet-v2 ": "it downloads weights; tests/test_jobs.py runs the recipe",
     "python -m jobs.train folder-mobilenet-v2 ": "the same",
     "python -m jobs.train folder-vgg16 ": "it downloads weights, for eight workers",
-    "mnist-dist search search-backbones ": "it downloads the weights of eight backbones; tests/test_combine.py combines",
+    "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
     "mnist-dist import timm:": "it needs torch; tests/test_torch_models.py imports where there is one",
     "MLFLOW_TRACKING_URI=http://mlflow:5000 ": "it needs a server; tests/test_trackers.py logs to a local database",
 }
