@@ -14,6 +14,7 @@ from typing import Any
 import foreign_models
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_models
 import pyarrow as pa
 import pyarrow.csv
@@ -97,7 +98,7 @@ def make_models(folder: Path) -> None:
     foreign_models.foreign_onnx(folder / "resnet18.onnx", classes=len(CLASSES), side=224)
     save_keras_model(folder / "model.keras")
     (folder / "names.txt").write_text("\n".join(CLASSES))
-    foreign_models.foreign_onnx(folder / "dinov2" / "onnx" / "model.onnx")
+    save_backbone(folder / "dinov2" / "onnx" / "model.onnx")
     (folder / "dinov2" / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     steps = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 36}, "resample": 3}
     steps |= {"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -106,6 +107,15 @@ def make_models(folder: Path) -> None:
     images = [Image.open(path).convert("RGB").resize(size) for path in sorted((folder / "photos").rglob("*5.jpg"))]
     write_spread_bundle(folder / "DIR", images=images, seed=3)
     onnx_models.small_bundle(folder / "BUNDLE", names=CLASSES, activation="Sigmoid")
+
+
+def save_backbone(file: Path) -> None:
+    """A network with the output that Hugging Face's backbones have, `pooler_output`."""
+    graph = onnx.load(foreign_models.foreign_onnx(file, hidden=True))
+    for names in [*(node.input for node in graph.graph.node), *(node.output for node in graph.graph.node)]:
+        names[:] = ["pooler_output" if name == "pooled" else name for name in names]
+    graph.graph.output[1].name = "pooler_output"
+    onnx.save(graph, file)
 
 
 def save_keras_model(file: Path) -> None:
