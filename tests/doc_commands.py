@@ -94,7 +94,7 @@ def items_of(page: str) -> list[Item]:
     return sorted(found, key=lambda item: item.line)
 
 
-_MENTIONS = [(job, []) for job in JOBS]
+_MENTIONS: list[tuple[str, list[str]]] = [(job, []) for job in JOBS]
 """A job without flags is a name within the text."""
 
 

@@ -139,6 +139,16 @@ def _tables(folder: Path) -> None:
     write_scored(folder / "other-predictions", scored_rows(uris, one_hot(codes, len(CLASSES)), CLASSES))
 
 
+def _scans(folder: Path) -> None:
+    """Digits, and their labels."""
+    digits, names = load_digits(), [f"scans/{number:02d}.png" for number in range(20)]
+    (folder / "scans").mkdir()
+    for name, pixels in zip(names, digits.images[:20], strict=True):
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).save(folder / name)
+    labels = pa.table({"uri": names, "label": [str(label) for label in digits.target[:20]]})
+    pyarrow.csv.write_csv(labels, folder / "digits.csv")
+
+
 def _bundles_of_runs(folder: Path) -> None:
     """The bundles of runs that another page describes, and an imported one."""
     for name in ("quickstart", "mine"):
@@ -154,6 +164,7 @@ def _bundle_of_timm(folder: Path) -> None:
 OF_PAGE: dict[str, Callable[[Path], None]] = {
     "docs/evaluate.md": _tables,
     "docs/migrating.md": _bundle_of_timm,
+    "docs/python.md": _scans,
     "docs/score.md": _bundles_of_runs,
     "docs/tracking.md": _bundles_of_runs,
 }

@@ -35,15 +35,18 @@ NOT_RUN_PROGRAMS = {
     "python -m benchmarks": "it measures for minutes; tests/test_benchmarks.py runs them in small",
 }
 """First words of commands -> why they are not run."""
+_ELSEWHERE = "tests/test_end_to_end.py runs it"
+_WEIGHTS = "it downloads weights; tests/test_jobs.py runs such a recipe without them"
+_METHODS = "tests/test_train.py trains with these methods"
 NOT_RUN: dict[str, str] = {
-    "python -m jobs.quickstart": "tests/test_end_to_end.py runs it",
-    "mnist-dist search search-digits  ": "the same",
-    "mnist-dist train --data photos/ --batch-size 256 ": "tests/test_train.py trains with these methods",
-    "mnist-dist train --data photos/ --sampling ": "the same",
-    "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": "it downloads weights",
-    "mnist-dist train folder-mobilenet-v2 ": "it downloads weights; tests/test_jobs.py runs the recipe",
-    "python -m jobs.train folder-mobilenet-v2 ": "the same",
-    "python -m jobs.train folder-vgg16 ": "it downloads weights, for eight workers",
+    "python -m jobs.quickstart": _ELSEWHERE,
+    "mnist-dist search search-digits  ": _ELSEWHERE,
+    "mnist-dist train --data photos/ --batch-size 256 ": _METHODS,
+    "mnist-dist train --data photos/ --sampling ": _METHODS,
+    "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": _WEIGHTS,
+    "mnist-dist train folder-mobilenet-v2 ": _WEIGHTS,
+    "python -m jobs.train folder-mobilenet-v2 ": _WEIGHTS,
+    "python -m jobs.train folder-vgg16 ": _WEIGHTS,
     "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
     "mnist-dist import timm:": "it needs torch; tests/test_torch_models.py imports where there is one",
     "MLFLOW_TRACKING_URI=http://mlflow:5000 ": "it needs a server; tests/test_trackers.py logs to a local database",
@@ -104,6 +107,14 @@ def why_not_run(item: Item) -> str | None:
     return NOT_RUN_PROGRAMS.get(item.program) if beginning is None else NOT_RUN[beginning]
 
 
+RUN = [item for item in ITEMS if why_not_run(item) is None]
+
+
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "python"], ids=lambda item: item.place)
+def test_a_program_is_python(item: Item) -> None:
+    compile(item.text, item.place, "exec")
+
+
 def test_what_is_not_run_still_stands_on_a_page() -> None:
     texts, programs = [item.text for item in ITEMS], {item.program for item in ITEMS}
     tables = (NOT_RUN, SHORTER_STILL)
@@ -111,11 +122,10 @@ def test_what_is_not_run_still_stands_on_a_page() -> None:
     assert stale == []
     assert NOT_RUN_PROGRAMS.keys() <= programs
     assert stand_ins.OF_PAGE.keys() <= set(PAGES)
+    assert SHORTER.keys() <= {item.job[0] for item in RUN if item.job is not None}
 
 
 # --- the slow part ---------------------------------------------------------------------------------------------------
-
-RUN = [item for item in ITEMS if why_not_run(item) is None]
 
 
 @pytest.fixture(scope="module")
