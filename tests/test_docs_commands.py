@@ -44,7 +44,7 @@ NOT_RUN: dict[str, str] = {
     "mnist-dist train --data photos/ --batch-size 256 ": _METHODS,
     "mnist-dist train --data photos/ --sampling ": _METHODS,
     "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": _WEIGHTS,
-    "mnist-dist train folder-mobilenet-v2 ": _WEIGHTS,
+    "mnist-dist train folder-mobilenet-v2 --data photos/ ": _WEIGHTS,
     "python -m jobs.train folder-mobilenet-v2 ": _WEIGHTS,
     "python -m jobs.train folder-vgg16 ": _WEIGHTS,
     "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
@@ -61,6 +61,8 @@ SHORTER: dict[str, str] = {
 """Job -> flags that are added."""
 SHORTER_STILL: dict[str, str] = {
     "mnist-dist train folder-fine-tune --backbone mobilenet_v2 ": "--weights none --image-size-px 32 --alpha 0.35",
+    "mnist-dist train folder-mobilenet-v2 --data images.parquet ": "--weights none --image-size-px 32 --dry-run",
+    "mnist-dist train folder-mobilenet-v2 --data list.csv ": "--weights none --image-size-px 32 --dry-run",
     "mnist-dist train --data photos/ --augmentation ": "--dry-run",
 }
 """Commands, by how they begin -> flags that are added, too."""
@@ -160,7 +162,9 @@ def folder_of(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def make(page: str) -> Path:
         folder = tmp_path_factory.mktemp("page") / "here"
         shutil.copytree(made, folder)
-        stand_ins.OF_PAGE.get(page, lambda folder: None)(folder)
+        more = stand_ins.OF_PAGE.get(page)
+        if more is not None:
+            more(folder)
         return folder
 
     return make
