@@ -2,7 +2,8 @@
 
 The colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people can tell apart, and
 the `cividis` map (Nuñez et al. 2018, doi:10.1371/journal.pone.0199239). In an SVG, everything drawn in `INK` takes the
-colour of the surrounding text, so that a figure is legible on light and dark pages.
+colour of the surrounding text, and the colours of data become variables of the page's style (`page.css`), so that a
+figure is legible on light and dark pages.
 """
 
 # K = classes, H, W = height and width px, C = channels
@@ -27,6 +28,7 @@ from mnist_dist.models.history import Epoch
 INK = "#22313f"
 """Colour of text, axes and all lines that show no data."""
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_VARIABLES = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "vermilion": VERMILION, "purple": PURPLE}
 SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 MAX_NUMBERS = 20
 """A confusion matrix of more classes than this shows no numbers in its cells."""
@@ -47,7 +49,7 @@ class Picture:
 
 def training_curves(history: Sequence[Epoch]) -> Figure:
     """Draws the loss and accuracy of training and validation by epoch, and marks where a phase begins."""
-    figure, axes = _figure(8.0, 3.4, columns=2)
+    figure, axes = new_figure(8.0, 3.4, columns=2)
     epochs = [epoch.epoch for epoch in history]
     for ax, metric, unit in zip(axes, ("loss", "accuracy"), ("cross-entropy, nats", "share of images"), strict=True):
         marker = "o" if len(history) < 30 else ""
@@ -55,7 +57,7 @@ def training_curves(history: Sequence[Epoch]) -> Figure:
             values = [getattr(epoch, f"{prefix}{metric}") for epoch in history]
             ax.plot(epochs, values, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=label)
         _mark_phases(ax, history)
-        _label(ax, metric.capitalize(), x="epoch", y=unit)
+        label_axes(ax, metric.capitalize(), x="epoch", y=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(frameon=False, labelcolor=INK, fontsize="small")
     return figure
@@ -78,14 +80,14 @@ def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) 
     """
     classes = len(class_names)
     side = min(11.0, max(3.6, 1.4 + 0.34 * classes))
-    figure, (ax,) = _figure(side + 0.9, side)
+    figure, (ax,) = new_figure(side + 0.9, side)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     bar = figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
     bar.set_label("share of the class", color=INK)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
-    ticks, names = _class_ticks(class_names)
+    ticks, names = class_ticks(class_names)
     size = 9 if classes <= 15 else 7 if classes <= 40 else 5
     ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, color=INK)
     ax.set_yticks(ticks, names, fontsize=size, color=INK)
@@ -95,7 +97,7 @@ def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) 
                 colour = "black" if shares[row, column] > 0.5 else "white"
                 images = f"{matrix[row, column]:,}"
                 ax.text(column, row, images, ha="center", va="center", color=colour, fontsize=size - 2)
-    _label(ax, "Confusion matrix", x="prediction", y="truth")
+    label_axes(ax, "Confusion matrix", x="prediction", y="truth")
     ax.grid(visible=False)
     return figure
 
@@ -108,7 +110,7 @@ def reliability(counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hi
         confidences: sum of the confidences in each bin.
         hits: number of correct predictions in each bin.
     """
-    figure, (ax, below) = _figure(4.8, 4.6, rows=2, heights=(3, 1))
+    figure, (ax, below) = new_figure(4.8, 4.6, rows=2, heights=(3, 1))
     edges = np.linspace(0, 1, len(counts) + 1)
     width, filled = edges[1], counts > 0
     accuracy = hits[filled] / counts[filled]
@@ -116,11 +118,11 @@ def reliability(counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hi
     ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
     ax.bar(edges[:-1][filled] + width / 2, accuracy, width * 0.92, color=BLUE, alpha=0.85, label="accuracy")
     ax.plot(mean, accuracy, "o", color=ORANGE, markersize=4, label="at the mean confidence")
-    _label(ax, "Reliability", y="accuracy")
+    label_axes(ax, "Reliability", y="accuracy")
     ax.set_ylim(0, 1.02)
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper left")
     below.bar(edges[:-1] + width / 2, counts, width * 0.92, color=GREEN)
-    _label(below, x="confidence", y="images")
+    label_axes(below, x="confidence", y="images")
     if counts.max(initial=0) > 20:
         below.set_yscale("symlog")
     return figure
@@ -137,7 +139,7 @@ def class_distribution(
         stacked: stacks the bars of a class; otherwise they stand side by side.
     """
     classes = len(class_names)
-    figure, (ax,) = _figure(9.0, 3.0)
+    figure, (ax,) = new_figure(9.0, 3.0)
     colours = [*SPLIT_COLOURS.values(), PURPLE, VERMILION]
     bottom, tallest, width = np.zeros(classes), 1.0, 0.8 if stacked else 0.8 / len(counts)
     for series, ((name, images), colour) in enumerate(zip(counts.items(), colours, strict=False)):
@@ -145,10 +147,10 @@ def class_distribution(
         ax.bar(x, images, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=width)
         tallest = max(tallest, float((bottom + images).max(initial=0)))
         bottom = bottom + images if stacked else bottom
-    ticks, names = _class_ticks(class_names)
+    ticks, names = class_ticks(class_names)
     crowded = len(names) * max(map(len, names), default=0) > 100
     ax.set_xticks(ticks, names, rotation=90 if crowded else 0, color=INK)
-    _label(ax, "Images of each class", x="class", y="images")
+    label_axes(ax, "Images of each class", x="class", y="images")
     ax.set_ylim(0, 1.18 * tallest)  # Leaves room for the legend.
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", ncols=len(counts), loc="upper left")
     return figure
@@ -160,10 +162,10 @@ def confidence_histogram(counts: npt.NDArray[np.int64]) -> Figure:
     Args:
         counts: number of images in bins of equal width from 0 to 1.
     """
-    figure, (ax,) = _figure(5.2, 3.0)
+    figure, (ax,) = new_figure(5.2, 3.0)
     edges = np.linspace(0, 1, len(counts) + 1)
     ax.bar(edges[:-1] + edges[1] / 2, counts, edges[1] * 0.92, color=BLUE)
-    _label(ax, "Confidence of the predictions", x="confidence", y="images")
+    label_axes(ax, "Confidence of the predictions", x="confidence", y="images")
     return figure
 
 
@@ -192,22 +194,32 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, *, alt: str) -> str:
-    """Encodes a figure as a transparent SVG element, drawn in the text colour of the page that contains it."""
+    """Encodes a figure as a transparent SVG element, drawn in the colours of the page that contains it."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    for name, colour in _VARIABLES.items():
+        text = text.replace(colour.lower(), f"var(--{name})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
     head = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" '
     return text.replace("<svg ", head, 1)
 
 
-def _figure(
+def new_figure(
     width: float, height: float, *, columns: int = 1, rows: int = 1, heights: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Creates a figure of the given size in inches, with axes in `INK`."""
+    """Creates a figure in the style of all pages: axes in `INK`, a pale grid, no frame.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        columns: of axes.
+        rows: of axes, which share their x axis.
+        heights: of the rows, in relation to each other.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1, height_ratios=heights)
     axes: list[Axes] = list(grid.flat)
@@ -221,13 +233,14 @@ def _figure(
     return figure, axes
 
 
-def _label(ax: Axes, title: str = "", *, x: str = "", y: str = "") -> None:
+def label_axes(ax: Axes, title: str = "", *, x: str = "", y: str = "") -> None:
+    """Writes the title of axes and what they show, with its unit, in `INK`."""
     ax.set_title(title, color=INK)
     ax.set_xlabel(x, color=INK)
     ax.set_ylabel(y, color=INK)
 
 
-def _class_ticks(class_names: Sequence[str]) -> tuple[range, list[str]]:
+def class_ticks(class_names: Sequence[str]) -> tuple[range, list[str]]:
     """The numbers and short names of at most `MAX_TICKS` classes, evenly spaced."""
     ticks = range(0, len(class_names), max(1, -(-len(class_names) // MAX_TICKS)))
     return ticks, [_short(class_names[tick]) for tick in ticks]

@@ -78,6 +78,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics | MultiLabelMetrics) ->
             title="Training curves",
             alt=f"Loss and accuracy of training and validation over {len(facts.history)} epochs",
             figure=figures.training_curves(facts.history),
+            wide=True,
             note="A dotted line marks a new phase. Training values: epoch means, with dropout and augmentation.",
         ),
         *(_of_metrics(metrics) if isinstance(metrics, Metrics) else []),
@@ -86,6 +87,7 @@ def training_page(facts: TrainingFacts, metrics: Metrics | MultiLabelMetrics) ->
             title="Images of each class",
             alt="Bars: images of each class in the training, validation and test split",
             figure=figures.class_distribution(facts.counts, metrics.classes),
+            wide=True,
         ),
         _pictures_file("prediction_examples", "Predictions for test images", facts.predictions),
         _pictures_file("misclassified_samples", "Most confident mistakes", facts.mistakes),
@@ -326,6 +328,7 @@ def _of_predictions(metrics: Metrics | MultiLabelMetrics) -> list[Shown]:
                 title="Images of each class",
                 alt="Bars: images by predicted class" + (" and by truth" if len(counts) > 1 else ""),
                 figure=figures.class_distribution(counts, metrics.classes, stacked=False),
+                wide=True,
             )
         )
     if isinstance(metrics, Metrics) and metrics.confidence_histogram is not None and metrics.calibration is None:

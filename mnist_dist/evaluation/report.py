@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
 from mnist_dist.evaluation.figures import png, svg
+from mnist_dist.evaluation.templates import render_page
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.store.anywhere import ANYWHERE
 
@@ -49,6 +49,8 @@ class Shown:
     note: str = ""
     on_page: bool = True
     """False: the figure is only written as a file."""
+    wide: bool = False
+    """Takes the whole width of the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,34 @@ class Gallery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """A cell of a table that leads to another part of the page, or to another page."""
+
+    text: str
+    href: str
+
+
+Cell = str | Link
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of text; cells that hold numbers are right-aligned, except in the first column."""
+    """A table; the first column names the rows, and columns of numbers are right-aligned."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
     note: str = ""
+    name: str = ""
+    """The id of its section, for links."""
+    sortable: bool = False
+
+    @property
+    def number_columns(self) -> frozenset[int]:
+        """The columns behind the first that hold numbers and empty cells only."""
+        texts = [[cell if isinstance(cell, str) else cell.text for cell in row] for row in self.rows]
+        columns = range(1, len(self.columns))
+        return frozenset(i for i in columns if texts and all(_is_number(row[i]) or not row[i] for row in texts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +119,10 @@ class Page:
 
     title: str
     subtitle: str
+    kind: str = ""
+    """What kind of page it is, such as `Evaluation`; stands above the title."""
+    verdict: Sequence[str] = ()
+    """The result in sentences, the most important first."""
     headlines: Sequence[Headline] = ()
     warnings: Sequence[str] = ()
     figures: Sequence[Shown] = ()
@@ -123,17 +150,9 @@ def write_page(page: Page, folder: Path) -> Path:
 
 def render(page: Page) -> str:
     """Renders the page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnist_dist.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["picture"] = picture
-    environment.filters["is_number"] = _is_number
     drawn = [(shown, svg(shown.figure, alt=shown.alt)) for shown in page.figures if shown.on_page]
-    return environment.get_template("report.html.j2").render(page=page, drawn=drawn)
+    header = {"title": page.title, "kind": page.kind, "subtitle": page.subtitle}
+    return render_page("report.html.j2", **header, page=page, drawn=drawn, picture=picture)
 
 
 def picture(pixels: npt.NDArray[np.uint8]) -> str:
