@@ -52,7 +52,8 @@ class EvaluateJob:
     tta: tuple[TtaView, ...] = ()
     """Test-time augmentation of `input`: the mean over several views of each image, as in scoring."""
     top: int = 24
-    """Images to show of each kind: the most confident mistakes, the least confident hits, and changed predictions."""
+    """Images to show of each kind: the most confident mistakes, what is barely right, and changed predictions; of
+    mistakes six times as many, so that each confusion has some."""
     store: StoreConfig = field(default_factory=StoreConfig)
     verbose: bool = False
     """Show logs and tracebacks."""

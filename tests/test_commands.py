@@ -73,7 +73,8 @@ def test_the_wheel_gives_the_command_in_a_fresh_venv_and_an_empty_folder(tmp_pat
     wheel = built_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"mnist_dist", "mnist_dist-0.1.0.dist-info"}
-    assert {"mnist_dist/py.typed", "mnist_dist/evaluation/report.html.j2"} <= set(names)
+    of_pages = {f"mnist_dist/evaluation/{name}" for name in ("report.html.j2", "page.css", "filter_images.js")}
+    assert {"mnist_dist/py.typed", *of_pages} <= set(names)
 
     venv, empty = tmp_path / "venv", tmp_path / "empty"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)

@@ -9,7 +9,7 @@ from scipy import stats
 from scored import one_hot, scored_rows, write_scored
 
 from mnist_dist.errors import DataError
-from mnist_dist.evaluation.comparison import Comparison, compare_tables, mcnemar
+from mnist_dist.evaluation.comparison import ClassPair, Comparison, compare_tables, mcnemar
 from mnist_dist.evaluation.tables import open_table
 from mnist_dist.evaluation.truth import Folders, Truth
 from mnist_dist.score_config import TableConfig
@@ -78,6 +78,10 @@ def test_flips_both_ways_are_counted(tmp_path: Path) -> None:
     assert found.mcnemar == mcnemar(2, 1)
     moves = {(move.first, move.second): move.images for move in found.moves}
     assert moves == {("bee", "ant"): 2, ("ant", "bee"): 1, ("bee", "cat"): 1}
+    assert found.by_class == (
+        ClassPair(name="ant", images=4, first_right=2, second_right=2),
+        ClassPair(name="bee", images=2, first_right=2, second_right=1),
+    )
     assert (found.moves[0].first, found.moves[0].second) == ("bee", "ant")
     assert [(one.uri, one.truth, one.first, one.second) for one in found.moved][:2] == [
         ("/ant/2", "ant", "ant", "bee"),

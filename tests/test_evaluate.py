@@ -59,7 +59,7 @@ def test_folders_are_the_truth(table: str, capsys: pytest.CaptureFixture[str]) -
     assert values["comparison"] is None
     text = Path(f"{table}-evaluation/classification_report.txt").read_text()
     assert "    accuracy                         0.7143         7\n" in text
-    assert "note: 1 images with a label have no prediction, and are not counted" in lines
+    assert "note: 1 image with a label has no prediction, and is not counted" in lines
     assert lines[-1] == f"results: {table}-evaluation"
     shown = capsys.readouterr().err
     assert "71.43 % (35.89 % to 91.78 %) of 7" in shown
@@ -73,7 +73,7 @@ def test_a_file_of_labels_comes_before_the_folders(table: str, tmp_path: Path) -
     assert result["accuracy"] == 1.0
     assert (values["metrics"]["evaluated"], values["metrics"]["unknown"]) == (4, {"gnu": 1})
     assert f"note: 3 images have no label in {tmp_path / 'labels.csv'}, such as {URIS[5]!r}" in said
-    assert "note: 1 images have a label that is no class, and are not counted: 'gnu'" in said
+    assert "note: 1 image has a label that is no class, and is not counted: 'gnu'" in said
 
 
 @pytest.mark.parametrize("folder", ["/photos", "/photos/new"])

@@ -225,7 +225,7 @@ def test_a_class_without_images_has_no_recall_and_counts_in_no_mean() -> None:
     assert "class c" not in text
 
 
-def test_the_max_confident_mistakes_and_the_min_confident_hits_are_kept() -> None:
+def test_the_most_confident_mistakes_are_kept() -> None:
     confidence = [0.9, 0.6, 0.9, 0.7, 0.6, 0.8, 0.5, 0.95]
     predicted = [1, 1, 1, 1, 0, 0, 0, 0]
     scores = np.concatenate([one_hot([p], 3, confidence=c) for p, c in zip(predicted, confidence, strict=True)])
@@ -233,9 +233,69 @@ def test_the_max_confident_mistakes_and_the_min_confident_hits_are_kept() -> Non
     for batch_rows in (1, 3, 8):
         found = measure(rows, names_of(3), ["class a"] * 8, batch_rows=batch_rows, shown=2)
         assert [(one.uri, round(one.confidence, 4)) for one in found.mistakes] == [("f", 0.9), ("h", 0.9)]
-        assert [(one.uri, round(one.confidence, 4)) for one in found.doubtful_hits] == [("b", 0.5), ("d", 0.6)]
         assert (found.mistakes[0].truth, found.mistakes[0].predicted) == ("class a", "class b")
+        assert found.mistakes[0].rival == "class a"
+        assert found.mistakes[0].rival_probability == pytest.approx(0.05)
     assert measure(rows, names_of(3), ["class a"] * 8, shown=0).mistakes == ()
+
+
+CLOSE = np.array(
+    [[0.5, 0.45, 0.05], [0.5, 0.29, 0.21], [0.999, 0.001, 0.0], [0.59, 0.40, 0.01], [0.45, 0.1, 0.45]], np.float32
+)
+"""Probabilities of images of the first class; the second and third are not barely right."""
+
+
+def test_barely_right_is_what_has_a_close_second() -> None:
+    rows = scored_rows(list("abcde"), CLOSE, names_of(3))
+    for batch_rows in (1, 5):
+        found = measure(rows, names_of(3), ["class a"] * 5, batch_rows=batch_rows)
+        assert [(one.uri, one.rival) for one in found.doubtful_hits] == [
+            ("e", "class c"),
+            ("a", "class b"),
+            ("d", "class b"),
+        ]
+        assert found.doubtful_hits[1].rival_probability == pytest.approx(0.45)
+        assert found.barely_right == 3
+    assert measure(rows, names_of(3), ["class a"] * 5, shown=1).barely_right == 3
+
+
+def test_without_probabilities_the_confidence_decides_what_is_barely_right() -> None:
+    rows = scored_rows(list("abcde"), CLOSE, names_of(3)).drop_columns(["probabilities"])
+    found = measure(rows, names_of(3), ["class a"] * 5)
+    assert [one.uri for one in found.doubtful_hits] == ["e", "a", "b", "d"]
+    assert {one.rival for one in found.doubtful_hits} == {None}
+
+
+def test_certain_hits_are_never_barely_right() -> None:
+    truth, scores = random_case(5, sharpness=3.0)
+    rows = scored_rows([str(number) for number in range(COUNT)], scores, names_of(5))
+    found = measure(rows, names_of(5), [names_of(5)[code] for code in truth], shown=COUNT)
+    ranked = np.sort(scores, axis=1)
+    close = (scores.argmax(axis=1) == truth) & (ranked[:, -1] - ranked[:, -2] < 0.2)
+    assert sorted(int(one.uri) for one in found.doubtful_hits) == np.flatnonzero(close).tolist()
+    assert found.barely_right == close.sum()
+
+
+def test_mistakes_of_all_pairs_are_kept_before_more_of_the_frequent_ones() -> None:
+    truth: list[str | None] = [*["class a"] * 30, "class b", "class c"]
+    predicted = [*[1] * 30, 2, 0]
+    confidence = np.linspace(0.6, 0.99, 32)
+    scores = np.concatenate([one_hot([p], 3, confidence=c) for p, c in zip(predicted, confidence, strict=True)])
+    rows = scored_rows([f"{number:02}" for number in range(32)], scores, names_of(3))
+    for batch_rows in (1, 7, 32):
+        found = measure(rows, names_of(3), truth, batch_rows=batch_rows, shown=1)
+        assert [one.uri for one in found.confused] == ["29", "30", "31", "28", "27", "26"]
+    assert len(measure(rows, names_of(3), truth).confused) == 8  # Six of the first pair.
+    assert measure(rows, names_of(3), truth, shown=0).confused == ()
+
+
+def test_rows_without_a_prediction_are_kept_as_examples() -> None:
+    status = ["ok", "truncated", "missing", *["truncated"] * 20]
+    rows = scored_rows([f"{number:02}" for number in range(23)], one_hot([0] * 23, 3), names_of(3), status=status)
+    for batch_rows in (1, 5, 23):
+        found = measure(rows, names_of(3), None, batch_rows=batch_rows).not_ok
+        assert [one.uri for one in found if one.status == "truncated"] == ["01", *(f"{n:02}" for n in range(3, 14))]
+        assert [(one.uri, one.error) for one in found if one.status == "missing"] == [("02", "it is missing")]
 
 
 def test_a_row_with_too_few_probabilities_is_refused() -> None:

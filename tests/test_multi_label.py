@@ -48,13 +48,20 @@ def uris_of(count: int) -> list[str]:
 
 
 def measure(
-    folder: Path, truth: Sets, scores: Scores, thresholds: dict[str, float], *, exact_scores: int = 10_000, **other: Any
+    folder: Path,
+    truth: Sets,
+    scores: Scores,
+    thresholds: dict[str, float],
+    *,
+    exact_scores: int = 10_000,
+    shown: int = 24,
+    **other: Any,
 ) -> MultiLabelMetrics:
     """The metrics of a table with these labels in a column."""
     carried = pa.table({"label": lists_of(truth, tuple(thresholds))})
     rows = multi_label_rows(uris_of(len(truth)), scores, thresholds, carried=carried, **other)
     table = open_table(write_scored(folder, rows), bundle=None)
-    accumulator = MultiLabelAccumulator(table, exact_scores=exact_scores)
+    accumulator = MultiLabelAccumulator(table, shown=shown, exact_scores=exact_scores)
     for batch in table.batches(table.schema.names):
         accumulator.add(batch, batch["label"])
     return accumulator.metrics()
@@ -161,8 +168,8 @@ def test_rows_that_are_not_ok_or_have_unknown_labels_are_counted_and_left_out(tm
     assert metrics["unknown_examples"] == {"gnu": "/data/3.png", "yak": "/data/3.png"}
     assert (metrics["duplicates"], metrics["duplicate_examples"]) == (1, ["/data/0.png"])
     assert result["exact_match"] == pytest.approx(2 / 3)
-    assert "note: 1 images have a label that is no class, and are not counted: 'gnu', 'yak'" in lines
-    assert "note: 1 images with a label have no prediction, and are not counted" in lines
+    assert "note: 1 image has a label that is no class, and is not counted: 'gnu', 'yak'" in lines
+    assert "note: 1 image with a label has no prediction, and is not counted" in lines
 
 
 @pytest.mark.parametrize("column", ["predicted_classes", "probabilities"])
@@ -181,6 +188,20 @@ def test_a_table_without_either_column_is_refused(tmp_path: Path) -> None:
     truth, scores = random_case(3)
     with pytest.raises(DataError, match=r"needs a column predicted_classes or probabilities .*Received: columns uri"):
         measure(tmp_path / "t", truth, scores, THRESHOLDS, columns=("width",))
+
+
+def test_the_images_with_most_wrong_classes_and_some_of_each_class_are_kept(tmp_path: Path) -> None:
+    truth = np.zeros((20, 3), np.bool_)
+    scores = np.zeros((20, 3), np.float32)
+    scores[:, 0] = 0.9  # Wrong on all images, of which few are kept.
+    scores[7] = (0.9, 0.9, 0.9)
+    truth[12:14, 2] = True
+    scores[19] = 0.0
+    found = measure(tmp_path, truth, scores, dict.fromkeys(("a", "b", "c"), 0.5), shown=1).mistakes
+    assert [one.uri.rpartition("/")[2] for one in found] == [f"{n}.png" for n in (7, 12, 13, 0, 1, 2)]
+    assert (found[0].truth, found[0].predicted) == ((), ("a", "b", "c"))
+    assert (found[1].truth, found[1].predicted) == (("c",), ("a",))
+    assert measure(tmp_path, truth, scores, dict.fromkeys(("a", "b", "c"), 0.5), shown=0).mistakes == ()
 
 
 def test_a_large_batch_is_cut() -> None:
@@ -226,7 +247,7 @@ def test_the_results_and_the_page_are_those_of_sets(tmp_path: Path, capsys: pyte
     }
     page = Path(result["report"]).read_text()
     assert f"{result['mean_average_precision']:.4f}" in page
-    for text in ("Per class", "average precision", "best threshold", ">mAP<", "Hamming loss"):
+    for text in ("Classes", "average precision", "best threshold", ">mAP<", "Hamming loss"):
         assert text in page
     assert "Confusion matrix" not in page
     shown = capsys.readouterr().err
@@ -290,7 +311,12 @@ def test_two_tables_are_compared_as_sets(tmp_path: Path, capsys: pytest.CaptureF
     assert moved[f"/data/{number}.png"] == tuple(names)
     assert sum(move["images"] for move in found["moves"]) == (~same).sum()
     page = Path(result["report"]).read_text()
-    assert "mAP of the second" in page
+    for text in (
+        ">a and b<",
+        ">mAP<",
+        "a is better than b by 12.0 percentage points: it is exactly right on 38.0",
+    ):
+        assert text in page
     assert "same prediction" in capsys.readouterr().err
 
 
@@ -343,7 +369,7 @@ def test_labels_are_read_in_every_form(tmp_path: Path, name: str, content: Any, 
     result, lines, values = run(predictions=table, labels=str(path), label_separator=separator)
     assert (values["metrics"]["labelled"], values["metrics"]["evaluated"]) == (3, 3)
     assert (result["exact_match"], result["mean_average_precision"]) == (1.0, 1.0)
-    assert any(line.startswith(f"note: 1 images have no label in {path}") for line in lines)
+    assert any(line.startswith(f"note: 1 image has no label in {path}") for line in lines)
 
 
 @pytest.mark.parametrize(

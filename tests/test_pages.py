@@ -10,19 +10,22 @@ import pyarrow as pa
 import pytest
 from harness import Recorder, an_epoch
 from PIL import Image
-from scored import one_hot, scored_rows, write_bundle_info, write_scored, write_summary
+from scored import described_by, one_hot, scored_rows, write_bundle_info, write_scored, write_summary
 
 from mnist_dist.data.cache import ShardRows
 from mnist_dist.data.records import Records
 from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.evaluation.comparison_parts import Compared, model_names
 from mnist_dist.evaluation.evaluate import Evaluation, evaluate
 from mnist_dist.evaluation.pages import TrainingFacts, evaluation_page, training_page, write_evaluation_page
 from mnist_dist.evaluation.pictures import load_pictures
 from mnist_dist.evaluation.report import Example, Page, render
 from mnist_dist.images.spec import ImageSpec
 from mnist_dist.models.bundle import BundleInfo, Imported
+from mnist_dist.models.layers import Layer
 from mnist_dist.on_ray.training.bundling import test_metrics as metrics_of_test
 from mnist_dist.on_ray.training.tested import Predicted
+from mnist_dist.scoring.generations import Summary
 
 CLASSES = ("ant", "bee", "cat")
 FIGURES = {
@@ -85,6 +88,25 @@ def test_large_pictures_become_small_and_upright(tmp_path: Path) -> None:
 # --- the page of an evaluation ---------------------------------------------------------------------------------------
 
 
+def summary_of(bundle: str) -> Summary:
+    return Summary(
+        model_id="m",
+        settings={},
+        described=described_by(CLASSES, bundle=bundle),
+        images_per_s=None,
+        number=1,
+        rows=0,
+        files=(),
+        statuses={},
+        examples={},
+    )
+
+
+def info_of(backbone: str) -> BundleInfo:
+    spec = ImageSpec(height_px=4, width_px=5, channels=1)
+    return BundleInfo(class_names=CLASSES, spec=spec, backbone=backbone)
+
+
 def page_of(job: EvaluateJob) -> tuple[Evaluation, Page]:
     seen: list[Evaluation] = []
 
@@ -119,9 +141,9 @@ def test_an_evaluation_shows_its_mistakes_with_their_pictures(tmp_path: Path) ->
         "class_distribution",
         "misclassified_samples",
     }
-    mistakes, hits = page.galleries
-    assert [(one.truth, one.predicted) for one in mistakes.examples] == [("ant", "bee"), ("cat", "ant")]
-    assert all(one.pixels is not None for one in (*mistakes.examples, *hits.examples))
+    (mistakes,) = page.galleries
+    assert [(one.truth, one.predicted) for one in mistakes.examples] == [(("ant",), ("bee",)), (("cat",), ("ant",))]
+    assert all(one.pixels is not None for one in mistakes.examples)
     assert page.headlines[0].value == "71.43 %"
     assert "71.43\N{NO-BREAK SPACE}%" in render(page)
 
@@ -132,9 +154,10 @@ def test_without_truth_the_page_shows_what_there_is(tmp_path: Path) -> None:
     _, page = page_of(EvaluateJob(predictions=write_scored(tmp_path / "table", rows)))
     assert {shown.name for shown in page.figures} == {"class_distribution", "confidence"}
     assert [headline.label for headline in page.headlines] == ["images"]
-    assert page.galleries == []
+    assert [gallery.title for gallery in page.galleries] == ["Without a prediction"]
     assert any("no labels" in warning for warning in page.warnings)
-    assert any("truncated" in row for table in page.tables for row in table.rows)
+    assert [link.wanted for link in page.filters] == [{"status": "truncated"}]
+    assert [(one.status, one.error) for one in page.galleries[0].examples] == [("truncated", "it is truncated")]
     assert "accuracy" not in " ".join(headline.label for headline in page.headlines)
 
 
@@ -142,12 +165,11 @@ def test_two_tables_show_what_moved(tmp_path: Path) -> None:
     first = table_of(tmp_path, [0, 1, 2, 0, 1, 2, 0])
     second = table_of(tmp_path, [0, 1, 2, 0, 1, 0, 1], name="other", model_id="model-2")
     _, page = page_of(EvaluateJob(predictions=first, compare=second))
-    moved = page.galleries[-1]
-    assert sorted((one.predicted, one.second, one.is_right) for one in moved.examples) == [
-        ("ant", "bee", False),
-        ("cat", "ant", False),
-    ]
-    assert {"Comparison", "Changed predictions by class"} <= {table.title for table in page.tables}
+    moved = page.galleries[0]
+    assert sorted((one.predicted, one.second) for one in moved.examples) == [(("ant",), ("bee",)), (("cat",), ("ant",))]
+    assert moved.models == ("table", "other")
+    assert [table.title for table in page.leading] == ["Side by side", "Classes of both", "Changed predictions"]
+    assert page.verdict[0].startswith("table is better than other by 28.6 percentage points")
 
 
 def test_the_page_is_written_with_its_figures(tmp_path: Path) -> None:
@@ -156,6 +178,39 @@ def test_the_page_is_written_with_its_figures(tmp_path: Path) -> None:
     assert uri == f"{evaluation.output}/report.html"
     assert "100.00\N{NO-BREAK SPACE}%" in Path(uri).read_text()
     assert (Path(evaluation.output) / "figures" / "confusion_matrix.png").exists()
+
+
+def test_pages_name_the_models_of_a_comparison() -> None:
+    def table(uri: str, bundle: str = "", backbone: str = "cnn") -> Compared:
+        return Compared(uri=uri, model_id=uri, summary=summary_of(bundle) if bundle else None, bundle=info_of(backbone))
+
+    runs = table("/p/one", "s3://b/runs/small/bundle"), table("/p/two", "/runs/large/bundle")
+    assert model_names(*runs) == ("small", "large")
+    alike = table("/p/one", "/x/run/bundle"), table("/p/two", "/y/run/bundle", "resnet50")
+    assert model_names(*alike) == ("run (cnn)", "run (resnet50)")
+    same = table("/p/one", "/x/run/bundle"), table("/p/two", "/x/run/bundle")
+    assert model_names(*same) == ("one", "two")
+    assert model_names(table("/a/table"), table("/b/table")) == ("/a/table", "/b/table")
+
+
+def test_metrics_come_before_images_and_a_comparison_before_all(tmp_path: Path) -> None:
+    first = table_of(tmp_path, [0, 1, 2, 0, 1, 2, 1])
+    second = table_of(tmp_path, [0, 1, 2, 0, 1, 0, 1], name="other", model_id="model-2")
+    html = render(page_of(EvaluateJob(predictions=first, compare=second))[1])
+    leading = ['class="verdict"', ">Side by side<", ">table on its own<", ">Confusion matrix<", ">Classes<"]
+    places = [html.index(part) for part in (*leading, ">All metrics<", ">What was run<", ">Predicted differently ")]
+    assert places == sorted(places)
+    assert "<img" not in html[: html.index(">What was run<")]
+
+
+def test_what_the_verdict_says_is_no_warning(tmp_path: Path) -> None:
+    uris = folder_of_images(tmp_path)
+    status = ["ok"] * 6 + ["truncated"]
+    rows = scored_rows(uris, one_hot([0, 1, 2, 0, 1, 0, 1], 3), CLASSES, status=status)
+    evaluation, page = page_of(EvaluateJob(predictions=write_scored(tmp_path / "table", rows)))
+    assert list(evaluation.notes) == ["1 image with a label has no prediction, and is not counted"]
+    assert page.warnings == []
+    assert page.verdict[-1].endswith("1 could not be predicted (1 truncated).")
 
 
 # --- the page of a bundle --------------------------------------------------------------------------------------------
@@ -195,7 +250,7 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
         rows=np.arange(9), labels=np.array([0, 1, 2] * 3, np.int32), logits=logits_of([0, 1, 2] * 2 + [1] * 3)
     )
     metrics = metrics_of_test(tested, records)
-    example = Example(name="digits/1", predicted="ant", confidence=0.9, truth="bee", pixels=records.pixels[1])
+    example = Example(name="digits/1", predicted=("ant",), confidence=0.9, truth=("bee",), pixels=records.pixels[1])
     facts = TrainingFacts(
         name="a run",
         command="python -m jobs.train <x>",
@@ -213,9 +268,8 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
         counts={"train": np.array([5, 6, 7]), "test": np.array([3, 3, 3])},
         samples=[],
         predictions=[example],
-        mistakes=[example],
-        hits=[],
-        architecture="a CNN",
+        pictures=lambda uri: records.pixels[int(uri.partition("/")[2])],
+        layers=[Layer(name="conv1", kind="Conv2D", output="8x8x32", parameters=1234)],
         parameters=1234,
         workers=2,
         precision="float32",
@@ -225,8 +279,11 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
     page = training_page(facts, metrics)
     assert {shown.name for shown in page.figures} == FIGURES
     assert set(page.files) == {"model_architecture.txt", "classification_report.txt"}
+    (architecture,) = page.details
+    assert architecture.columns == ("layer", "type", "output", "parameters")
+    assert page.verdict[0] == "The model is right on 77.8 % of 9 test images."
     html = render(page).replace("\N{NO-BREAK SPACE}", " ")
-    for expected in ("a run", "&lt;x&gt;", "77.78 %", "1,234", "not measured", "a CNN", "f" * 64, "keras"):
+    for expected in ("a run", "&lt;x&gt;", "77.78 %", "1,234", "not measured", "8x8x32", "f" * 64, "keras"):
         assert expected in html
 
 
@@ -244,7 +301,7 @@ def test_the_page_of_a_table_says_how_it_came_to_be(tmp_path: Path) -> None:
     facts = dict(page.facts)
     assert (facts["engine"], facts["backbone"], facts["version of keras"]) == ("keras", "cnn", "3.15")
     assert facts["training data fingerprint"] == "f" * 64
-    assert '"seed": 3' in page.texts["configuration"]
+    assert '"seed": 3' in page.texts["Configuration"]
     (tmp_path / "bundle" / "bundle.json").write_text("no JSON")
     assert "backbone" not in dict(page_of(EvaluateJob(predictions=table))[1].facts)
 

@@ -65,6 +65,17 @@ class ClassMove:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassPair:
+    """How many images of a class each of the two tables predicts correctly."""
+
+    name: str
+    images: int
+    """Compared images of this class."""
+    first_right: int
+    second_right: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Moved:
     """An image that the two tables assign to different classes."""
 
@@ -113,6 +124,8 @@ class Comparison:
     second_right: int
     both_wrong: int
     mcnemar: McNemar | None
+    by_class: tuple[ClassPair, ...] = ()
+    """The classes with known images, in the order of the classes; empty for multi-label tables."""
     first_scores: SetScores | None = None
     """Of multi-label tables with known labels: the metrics of the first over the compared images."""
     second_scores: SetScores | None = None
@@ -281,6 +294,8 @@ class _Pairs:
         self._rows, self._codes, self._shown = rows, codes, shown
         self._counts: Counter[str] = Counter()
         self._moves: Counter[int] = Counter()
+        classes = len(codes.names) if isinstance(codes, _ClassCodes) else 0
+        self._by_class = np.zeros((3, classes), np.int64)  # Known images, those right in the first, in the second.
         self._only_second: list[Hashes] = []
         self._only_second_examples: list[str] = []
         self._moved = _MOVED.empty_table()
@@ -326,6 +341,9 @@ class _Pairs:
             first_right=int((first_right & ~second_right).sum()),
             second_right=int((second_right & ~first_right).sum()),
         )
+        if classes := self._by_class.shape[1]:
+            chosen = (known, known & (first == truth), known & (second == truth))
+            self._by_class += [np.bincount(truth[rows], minlength=classes) for rows in chosen]
         rows = np.flatnonzero(moved)
         pairs, counts = np.unique(first[rows].astype(np.int64) * _MAX_CODES + second[rows], return_counts=True)
         self._moves.update(dict(zip(pairs.tolist(), counts.tolist(), strict=True)))
@@ -380,6 +398,7 @@ class _Pairs:
             second_right=counts["second_right"],
             both_wrong=wrong,
             mcnemar=mcnemar(counts["first_right"], counts["second_right"]) if counts["known"] else None,
+            by_class=tuple(self._class_pairs()),
         )
 
     def _class_moves(self) -> Iterator[ClassMove]:
@@ -388,6 +407,11 @@ class _Pairs:
         for pair, images in ranked[:_MAX_PAIRS]:
             first, second = divmod(pair, _MAX_CODES)
             yield ClassMove(first=names[first], second=names[second], images=images)
+
+    def _class_pairs(self) -> Iterator[ClassPair]:
+        for name, (images, first, second) in zip(self._codes.names, self._by_class.T.tolist(), strict=False):
+            if images:
+                yield ClassPair(name=name, images=images, first_right=first, second_right=second)
 
     def _images_moved(self) -> Iterator[Moved]:
         names = self._codes.names

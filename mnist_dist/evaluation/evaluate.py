@@ -24,7 +24,7 @@ from mnist_dist.evaluate_config import EvaluateJob, Match
 from mnist_dist.evaluation.comparison import Comparison, compare_tables
 from mnist_dist.evaluation.label_sets import find_label_sets
 from mnist_dist.evaluation.matching import Known, Matches
-from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Metrics, classification_report
+from mnist_dist.evaluation.metrics import METRIC_COLUMNS, Accumulator, Counts, Metrics, classification_report
 from mnist_dist.evaluation.multi_label import MULTI_LABEL_COLUMNS, MultiLabelAccumulator, MultiLabelMetrics
 from mnist_dist.evaluation.set_codes import score_pairs
 from mnist_dist.evaluation.tables import ScoredTable, open_table
@@ -252,7 +252,10 @@ def _matches(table: ScoredTable, truth: Truth, metrics: Metrics | MultiLabelMetr
 
 def _measure(job: EvaluateJob, table: ScoredTable, truth: Truth, session: Session) -> Metrics | MultiLabelMetrics:
     log.info("evaluating %d rows of %s, %d classes, by %s", table.rows, table.uri, len(table.classes), truth.source)
-    accumulator = MultiLabelAccumulator(table) if table.is_multi_label else Accumulator(table.classes, shown=job.top)
+    if table.is_multi_label:
+        accumulator: MultiLabelAccumulator | Accumulator = MultiLabelAccumulator(table, shown=job.top)
+    else:
+        accumulator = Accumulator(table.classes, shown=job.top)
     columns = MULTI_LABEL_COLUMNS if table.is_multi_label else METRIC_COLUMNS
     with session.console.progress("evaluating") as bar:
         done = 0
@@ -425,19 +428,21 @@ def _notes(
         )
     elif metrics.labelled < metrics.images:
         example = f", such as {matches.without!r}" if matches is not None and matches.without is not None else ""
-        yield f"{metrics.images - metrics.labelled:,} images have no label in {truth.source}{example}"
+        yield f"{_images_have(metrics.images - metrics.labelled)} no label in {truth.source}{example}"
     if matches is not None:
         yield from _notes_of_matches(matches, duplicates=metrics.duplicates)
     if metrics.unknown_labels:
         labels = _some(metrics.unknown, table.classes.names)
-        yield f"{metrics.unknown_labels:,} images have a label that is no class, and are not counted: {labels}"
+        is_left_out = "is" if metrics.unknown_labels == 1 else "are"
+        have = _images_have(metrics.unknown_labels)
+        yield f"{have} a label that is no class, and {is_left_out} not counted: {labels}"
     if unnamed and (metrics.labelled or truth.guessed):
         yield (
             f"{len(unnamed)} of {len(table.classes)} classes were never predicted, so their names "
             "are not known and their labels count as unknown; give --bundle DIR"
         )
     if metrics.known > metrics.evaluated:
-        yield f"{metrics.known - metrics.evaluated:,} images with a label have no prediction, and are not counted"
+        yield unpredicted_note(metrics)
     if metrics.evaluated and metrics.without_probabilities:
         what = "average precision and best thresholds" if table.is_multi_label else "log loss, Brier and AUC"
         yield f"{metrics.without_probabilities:,} images have no probabilities; {what} leave them out"
@@ -447,6 +452,23 @@ def _notes(
         yield "the scoring job failed, because the table has too many bad rows"
     if comparison is not None:
         yield from _notes_of(comparison)
+
+
+def unpredicted_note(metrics: Counts) -> str:
+    """The note about labels without a prediction; a page says it in its verdict."""
+    count = metrics.known - metrics.evaluated
+    if count == 1:
+        return "1 image with a label has no prediction, and is not counted"
+    return f"{count:,} images with a label have no prediction, and are not counted"
+
+
+def _images_have(count: int) -> str:
+    return "1 image has" if count == 1 else f"{count:,} images have"
+
+
+def models_note(comparison: Comparison) -> str:
+    """The note about which models are compared; a page says it by their names."""
+    return f"the models are {comparison.first_model[:12]} and {comparison.second_model[:12]}"
 
 
 def _notes_of_matches(matches: Matches, *, duplicates: int) -> Iterable[str]:
@@ -460,7 +482,7 @@ def _notes_of(comparison: Comparison) -> Iterable[str]:
     if comparison.first_model == comparison.second_model:
         yield f"both tables come from the same model, {comparison.first_model[:12]}"
     else:
-        yield f"the models are {comparison.first_model[:12]} and {comparison.second_model[:12]}"
+        yield models_note(comparison)
     if comparison.only_in_first:
         uris = _some(comparison.only_in_first_examples)
         yield f"{comparison.only_in_first:,} images are only in the first table: {uris}"

@@ -1,7 +1,7 @@
 """Draws the figures of a report from plain numbers, with one function per figure, and encodes them as PNG or SVG.
 
-The colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people can tell apart, and
-the `cividis` map (Nuñez et al. 2018, doi:10.1371/journal.pone.0199239). In an SVG, everything drawn in `INK` takes the
+The colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people can tell apart. In an
+SVG, everything drawn in `INK` takes the
 colour of the surrounding text, and the colours of data become variables of the page's style (`page.css`), so that a
 figure is legible on light and dark pages.
 """
@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,8 +44,6 @@ class Picture:
     pixels: npt.NDArray[np.uint8]
     """`uint8 [H, W, C]`, C 1 or 3."""
     caption: str
-    name: str = ""
-    """URI of the image."""
 
 
 def training_curves(history: Sequence[Epoch]) -> Figure:
@@ -72,7 +71,10 @@ def _mark_phases(ax: Axes, history: Sequence[Epoch]) -> None:
 
 
 def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Draws a confusion matrix, coloured by the share of each row; its numbers count images.
+    """Draws a confusion matrix; its numbers count images.
+
+    The colour is blue where a prediction is right and orange where it is wrong, as strong as the share of the row; of
+    mistakes, as its square root, so that rare ones are seen.
 
     Args:
         matrix: images by true class (row) and predicted class (column), `int64 [K, K]`.
@@ -80,37 +82,47 @@ def confusion_matrix(matrix: npt.NDArray[np.int64], class_names: Sequence[str]) 
     """
     classes = len(class_names)
     side = min(11.0, max(3.6, 1.4 + 0.34 * classes))
-    figure, (ax,) = new_figure(side + 0.9, side)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    bar = figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
-    bar.set_label("share of the class", color=INK)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_visible(False)
+    figure, (ax,) = new_figure(side + 0.4, side)
+    ax.imshow(_coloured(matrix), interpolation="nearest")
     ticks, names = class_ticks(class_names)
-    size = 9 if classes <= 15 else 7 if classes <= 40 else 5
+    size = 9 if classes <= 15 else 7 if classes <= 40 else 6
     ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, color=INK)
     ax.set_yticks(ticks, names, fontsize=size, color=INK)
     if classes <= MAX_NUMBERS:
-        for row, column in np.ndindex(classes, classes):
-            if matrix[row, column]:
-                colour = "black" if shares[row, column] > 0.5 else "white"
-                images = f"{matrix[row, column]:,}"
-                ax.text(column, row, images, ha="center", va="center", color=colour, fontsize=size - 2)
+        for row, column in np.argwhere(matrix):
+            images = f"{matrix[row, column]:,}"
+            ax.text(column, row, images, ha="center", va="center", color=INK, fontsize=size - 2)
     label_axes(ax, "Confusion matrix", x="prediction", y="truth")
     ax.grid(visible=False)
     return figure
 
 
-def reliability(counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hits: npt.NDArray[Any]) -> Figure:
+def _coloured(matrix: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The cells of a confusion matrix as colours, `float64 [K, K, 4]`: transparent where there is no image."""
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    colours = np.zeros((*matrix.shape, 4))
+    colours[..., :3] = to_rgb(ORANGE)
+    colours[..., 3] = np.sqrt(shares)
+    right = np.diag_indices(len(matrix))
+    colours[right] = [(*to_rgb(BLUE), 0.6 * share) for share in shares.diagonal()]
+    return colours
+
+
+def reliability(
+    counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hits: npt.NDArray[Any], *, wide: bool = False
+) -> Figure:
     """Draws accuracy against confidence in bins of equal width, and the number of images in each bin.
 
     Args:
         counts: number of images in each bin.
         confidences: sum of the confidences in each bin.
         hits: number of correct predictions in each bin.
+        wide: draws both side by side; otherwise the images stand below the accuracy.
     """
-    figure, (ax, below) = new_figure(4.8, 4.6, rows=2, heights=(3, 1))
+    if wide:
+        figure, (ax, below) = new_figure(9.0, 3.4, columns=2)
+    else:
+        figure, (ax, below) = new_figure(4.8, 4.6, rows=2, heights=(3, 1))
     edges = np.linspace(0, 1, len(counts) + 1)
     width, filled = edges[1], counts > 0
     accuracy = hits[filled] / counts[filled]
@@ -118,9 +130,9 @@ def reliability(counts: npt.NDArray[np.int64], confidences: npt.NDArray[Any], hi
     ax.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
     ax.bar(edges[:-1][filled] + width / 2, accuracy, width * 0.92, color=BLUE, alpha=0.85, label="accuracy")
     ax.plot(mean, accuracy, "o", color=ORANGE, markersize=4, label="at the mean confidence")
-    label_axes(ax, "Reliability", y="accuracy")
+    label_axes(ax, "" if wide else "Reliability", x="confidence" if wide else "", y="accuracy")
     ax.set_ylim(0, 1.02)
-    ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper left")
+    figure.legend(frameon=False, labelcolor=INK, fontsize="small", loc="outside upper left", ncols=3, columnspacing=1)
     below.bar(edges[:-1] + width / 2, counts, width * 0.92, color=GREEN)
     label_axes(below, x="confidence", y="images")
     if counts.max(initial=0) > 20:
@@ -141,7 +153,8 @@ def class_distribution(
     classes = len(class_names)
     figure, (ax,) = new_figure(9.0, 3.0)
     colours = [*SPLIT_COLOURS.values(), PURPLE, VERMILION]
-    bottom, tallest, width = np.zeros(classes), 1.0, 0.8 if stacked else 0.8 / len(counts)
+    room = 0.8 * min(1.0, max(classes, 1) / 6)  # Few classes get no fat bars.
+    bottom, tallest, width = np.zeros(classes), 1.0, room if stacked else room / len(counts)
     for series, ((name, images), colour) in enumerate(zip(counts.items(), colours, strict=False)):
         x = np.arange(classes) + (0.0 if stacked else (series - (len(counts) - 1) / 2) * width)
         ax.bar(x, images, bottom=bottom, color=SPLIT_COLOURS.get(name, colour), label=name, width=width)
@@ -151,6 +164,8 @@ def class_distribution(
     crowded = len(names) * max(map(len, names), default=0) > 100
     ax.set_xticks(ticks, names, rotation=90 if crowded else 0, color=INK)
     label_axes(ax, "Images of each class", x="class", y="images")
+    ax.grid(visible=False, axis="x")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(0, 1.18 * tallest)  # Leaves room for the legend.
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", ncols=len(counts), loc="upper left")
     return figure
@@ -162,7 +177,7 @@ def confidence_histogram(counts: npt.NDArray[np.int64]) -> Figure:
     Args:
         counts: number of images in bins of equal width from 0 to 1.
     """
-    figure, (ax,) = new_figure(5.2, 3.0)
+    figure, (ax,) = new_figure(9.0, 2.6)
     edges = np.linspace(0, 1, len(counts) + 1)
     ax.bar(edges[:-1] + edges[1] / 2, counts, edges[1] * 0.92, color=BLUE)
     label_axes(ax, "Confidence of the predictions", x="confidence", y="images")
@@ -193,11 +208,22 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def svg(figure: Figure, *, alt: str) -> str:
-    """Encodes a figure as a transparent SVG element, drawn in the colours of the page that contains it."""
+def svg(figure: Figure, *, alt: str, title: str = "") -> str:
+    """Encodes a figure as a transparent SVG element, drawn in the colours of the page that contains it.
+
+    Args:
+        figure: the figure.
+        alt: the text for those who do not see it.
+        title: what the page writes above it, and the figure therefore does not repeat.
+    """
     buffer = io.StringIO()
+    repeated = [ax for ax in figure.axes if title and ax.get_title() == title]
+    for ax in repeated:
+        ax.set_title("")
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    for ax in repeated:
+        ax.set_title(title)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     for name, colour in _VARIABLES.items():

@@ -34,7 +34,7 @@ from mnist_dist.evaluation.tables import (
 )
 from mnist_dist.evaluation.uri_hashes import Hashes, repeated, uri_hashes
 
-METRIC_COLUMNS = ("uri", "status", *PREDICTION_COLUMNS)
+METRIC_COLUMNS = ("uri", "status", "error", *PREDICTION_COLUMNS)
 """The columns that the metrics need, as far as the table has them."""
 TOP_K = 5
 RELIABILITY_BINS = 15
@@ -42,6 +42,15 @@ RELIABILITY_BINS = 15
 CONFIDENCE_BINS = 20
 SMALLEST_PROBABILITY = 1e-15
 """The log loss replaces smaller probabilities by this one, so that the loss of an image is at most 34.5."""
+BARELY_RIGHT = 0.2
+"""A hit is barely right if its probability is less than this above that of the second most probable class."""
+MIN_CERTAIN = (1 + BARELY_RIGHT) / 2
+"""From this confidence on, no hit is barely right, whatever the other probabilities are: they add up to 1."""
+NOT_OK_SHOWN = 12
+"""Rows that are kept as examples of each status but ok."""
+PER_CONFUSION, CONFUSED_SHOWN = 6, 6
+"""Mistakes that are kept of each pair of classes, and of all together in relation to the images shown of each kind."""
+_MAX_CONFUSED = 10_000  # Mistakes that are kept while the table is read.
 _SCORE_BINS, _MAX_SCORE_BINS = 4096, 2**24  # Bins per class, and bins of all classes together (128 MiB).
 _LARGEST_LOGIT = 20.0  # Probabilities below 2e-9 share a bin; float32 has none between 1 - 6e-8 and 1.
 _SLICE_VALUES, _SLICE_ROWS = 2**21, 2**17  # Limits of a slice that is processed at once.
@@ -77,6 +86,11 @@ class Calibration:
     """Number of correct images in each bin."""
 
     @property
+    def mean_confidence(self) -> float:
+        """The mean over all images."""
+        return float(self.confidences.sum() / self.counts.sum())
+
+    @property
     def ece(self) -> float:
         """Expected calibration error. Source: Guo et al. 2017, arXiv:1706.04599, equation 3."""
         return float(np.abs(self.hits - self.confidences).sum() / self.counts.sum())
@@ -90,6 +104,18 @@ class Example:
     truth: str
     predicted: str
     confidence: float
+    rival: str | None = None
+    """Of a mistake, the truth; of a hit, the second most probable class. None: the table has no probabilities."""
+    rival_probability: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotOk:
+    """A row without a prediction, and why."""
+
+    uri: str
+    status: str
+    error: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +141,8 @@ class Counts:
     duplicates: int
     """Rows whose URI occurred before; they are counted like all others."""
     duplicate_examples: tuple[str, ...] = ()
+    not_ok: tuple[NotOk, ...] = ()
+    """The first rows of each status but ok."""
 
     @property
     def unknown_labels(self) -> int:
@@ -168,7 +196,14 @@ class Metrics(Counts):
     mistakes: tuple[Example, ...]
     """The most confident mistakes, the most confident first."""
     doubtful_hits: tuple[Example, ...]
-    """The least confident hits, the least confident first."""
+    """Hits whose confidence is less than `BARELY_RIGHT` above the second probability, the least confident first;
+    without probabilities, those below `MIN_CERTAIN`."""
+    barely_right: int
+    """Number of such hits."""
+    confused: tuple[Example, ...]
+    """Mistakes of as many pairs of classes as possible: the most confident of the most frequent pair first."""
+    mean_confidence: float | None = None
+    """Over the evaluated rows with a confidence."""
 
 
 def wilson_interval(hits: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -227,6 +262,8 @@ class Accumulator:
         self._scores = _ScoreSums(len(classes))
         self._mistakes = _Extremes(shown, "descending")
         self._hits = _Extremes(shown, "ascending")
+        self._barely_right = 0
+        self._confused = _Confused(shown * CONFUSED_SHOWN)
 
     def add(self, batch: pa.RecordBatch, labels: pa.Array | None) -> None:
         """Adds the rows of a batch.
@@ -273,6 +310,9 @@ class Accumulator:
             confusion=self._confusion if count else None,
             mistakes=self._mistakes.examples(self._classes),
             doubtful_hits=self._hits.examples(self._classes),
+            barely_right=self._barely_right,
+            confused=self._confused.examples(self._classes, self._confusion),
+            mean_confidence=calibration.mean_confidence if calibration else None,
         )
 
     def repeated_uris(self) -> Hashes:
@@ -312,6 +352,7 @@ class Accumulator:
         """Adds rows that have a label and a prediction; a confidence may be NaN."""
         size = len(self._classes)
         np.add.at(self._confusion, (truth, predicted), 1)
+        rows, scores = np.zeros(0, np.int64), np.zeros((0, size), np.float32)
         if "probabilities" in batch.schema.names:
             rows, scores = probabilities(batch, self._classes)
             self._scores.add(truth[rows], scores)
@@ -319,8 +360,14 @@ class Accumulator:
             return
         hit, valid = truth == predicted, ~np.isnan(confidence)
         self._calibration.add(confidence[valid], hit[valid])
-        for extremes, chosen in ((self._mistakes, valid & ~hit), (self._hits, valid & hit)):
-            extremes.add(batch["uri"], np.flatnonzero(chosen), truth, predicted, confidence)
+        wrong, doubtful = valid & ~hit, valid & hit & (confidence < MIN_CERTAIN)
+        rivals = _Rivals.of(truth, predicted, rows, scores, wanted=wrong | doubtful)
+        doubtful &= np.isnan(rivals.probabilities) | (confidence - rivals.probabilities < BARELY_RIGHT)
+        self._barely_right += int(doubtful.sum())
+        images = _Images(batch["uri"], truth, predicted, confidence, rivals)
+        self._mistakes.add(images.take(np.flatnonzero(wrong)))
+        self._confused.add(images.take(np.flatnonzero(wrong)), self._confusion)
+        self._hits.add(images.take(np.flatnonzero(doubtful)))
 
 
 # --- counters --------------------------------------------------------------------------------------------------------
@@ -337,13 +384,25 @@ class RowSums:
         self._hashes: list[Hashes] = []
         self._unknown: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
+        self._not_ok: dict[str, list[NotOk]] = {}
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Adds the rows of a batch with `uri` and `status`."""
+        """Adds the rows of a batch with `uri`, `status` and, if the table has it, `error`."""
         self._images += len(batch)
         for item in batch["status"].value_counts().to_pylist():
             self._statuses[item["values"]] += item["counts"]
         self._hashes.append(uri_hashes(batch["uri"]))
+        self._keep_not_ok(batch)
+
+    def _keep_not_ok(self, batch: pa.RecordBatch) -> None:
+        bad = batch.filter(pc.not_equal(batch["status"], "ok"))
+        for status in bad["status"].unique().to_pylist():
+            kept = self._not_ok.setdefault(status, [])
+            if missing := NOT_OK_SHOWN - len(kept):
+                rows = bad.filter(pc.equal(bad["status"], status)).slice(0, missing)
+                errors = rows["error"].to_pylist() if "error" in rows.schema.names else [None] * len(rows)
+                pairs = zip(rows["uri"].to_pylist(), errors, strict=True)
+                kept += [NotOk(uri=uri, status=status, error=error) for uri, error in pairs]
 
     def counts(self) -> dict[str, Any]:
         """The fields of `Counts` that it knows."""
@@ -356,6 +415,7 @@ class RowSums:
             "unknown": dict(self._unknown.most_common()),
             "unknown_examples": self._examples,
             "duplicates": repeated(self._hashes)[0],
+            "not_ok": tuple(row for status in self._statuses for row in self._not_ok.get(status, ())),
         }
 
     def repeated_uris(self) -> Hashes:
@@ -451,36 +511,78 @@ class _ScoreSums:
         self._own += np.bincount(own, minlength=self._own.size).reshape(self._own.shape)
 
 
+@dataclass(frozen=True)
+class _Rivals:
+    """The class that an image is held against, see `Example.rival`; `int64 [n]` and `float64 [n]`, NaN if unknown."""
+
+    codes: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        truth: npt.NDArray[np.int64],
+        predicted: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        scores: npt.NDArray[np.float32],
+        *,
+        wanted: npt.NDArray[np.bool_],
+    ) -> "_Rivals":
+        """Finds those of the wanted rows, `bool [n]`, from the rows that have scores, `[s]` and `[s, K]`."""
+        found = cls(truth.copy(), np.full(len(truth), np.nan))
+        chosen = np.flatnonzero(wanted[rows]) if scores.shape[1] > 1 else np.zeros(0, np.int64)
+        others, places = scores[chosen], rows[chosen]
+        hit = truth[places] == predicted[places]
+        others[np.arange(len(places)), predicted[places]] = -1
+        found.codes[places] = np.where(hit, others.argmax(axis=1), truth[places])
+        found.probabilities[places] = others[np.arange(len(places)), found.codes[places]]
+        return found
+
+
+class _Images:
+    """Some evaluated images as a table, of which examples are kept."""
+
+    def __init__(
+        self,
+        uris: pa.Array,
+        truth: npt.NDArray[np.int64],
+        predicted: npt.NDArray[np.int64],
+        confidence: npt.NDArray[np.float64],
+        rivals: _Rivals,
+    ) -> None:
+        self._uris = uris
+        self._columns = (truth, predicted, confidence, rivals.codes, rivals.probabilities)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+        return pa.table([self._uris.take(pa.array(rows)), *(column[rows] for column in self._columns)], schema=_KEPT)
+
+
+_KEPT = pa.schema(
+    {
+        "uri": pa.string(),
+        **dict.fromkeys(("truth", "predicted"), pa.int64()),
+        "confidence": pa.float64(),
+        "rival": pa.int64(),
+        "rival_probability": pa.float64(),
+    }
+)
+
+
 class _Extremes:
     """Keeps the images with the highest or the lowest confidence; ties are broken by URI."""
 
     def __init__(self, max_kept: int, order: str) -> None:
         self._max_kept, self._order = max_kept, order
         self._worst: float | None = None  # The last of the kept ones, once there are enough.
-        self._kept = pa.table(
-            {
-                "uri": pa.array([], pa.string()),
-                "truth": pa.array([], pa.int64()),
-                "predicted": pa.array([], pa.int64()),
-                "confidence": pa.array([], pa.float64()),
-            }
-        )
+        self._kept = _KEPT.empty_table()
 
-    def add(
-        self,
-        uris: pa.Array,
-        rows: npt.NDArray[np.int64],
-        truth: npt.NDArray[np.int64],
-        predicted: npt.NDArray[np.int64],
-        confidence: npt.NDArray[np.float64],
-    ) -> None:
+    def add(self, images: pa.Table) -> None:
         if self._worst is not None:
-            values = confidence[rows]
-            rows = rows[values >= self._worst if self._order == "descending" else values <= self._worst]
-        if not len(rows) or not self._max_kept:
+            values = images["confidence"].to_numpy()
+            images = images.filter(values >= self._worst if self._order == "descending" else values <= self._worst)
+        if not len(images) or not self._max_kept:
             return
-        columns = [uris.take(pa.array(rows)), truth[rows], predicted[rows], confidence[rows]]
-        merged = pa.concat_tables([self._kept, pa.table(columns, schema=self._kept.schema)])
+        merged = pa.concat_tables([self._kept, images])
         order = pc.select_k_unstable(
             merged, min(self._max_kept, len(merged)), sort_keys=[("confidence", self._order), ("uri", "ascending")]
         )
@@ -489,15 +591,51 @@ class _Extremes:
             self._worst = self._kept["confidence"][-1].as_py()
 
     def examples(self, classes: Classes) -> tuple[Example, ...]:
-        return tuple(
-            Example(
-                uri=row["uri"],
-                truth=classes.names[row["truth"]],
-                predicted=classes.names[row["predicted"]],
-                confidence=row["confidence"],
-            )
-            for row in self._kept.to_pylist()
+        return _examples(self._kept, classes)
+
+
+class _Confused:
+    """Keeps the most confident mistakes of each pair of classes, as long as there is room those of rare pairs too."""
+
+    def __init__(self, max_shown: int) -> None:
+        self._max_shown = max_shown
+        self._kept = _KEPT.empty_table()
+
+    def add(self, images: pa.Table, confusion: npt.NDArray[np.int64]) -> None:
+        """Adds mistakes; `confusion` counts those so far, these included."""
+        if not len(images) or not self._max_shown:
+            return
+        self._kept = self._ranked(pa.concat_tables([self._kept, images]), confusion)[:_MAX_CONFUSED].combine_chunks()
+
+    def examples(self, classes: Classes, confusion: npt.NDArray[np.int64]) -> tuple[Example, ...]:
+        return _examples(self._ranked(self._kept, confusion)[: self._max_shown], classes)
+
+    @staticmethod
+    def _ranked(images: pa.Table, confusion: npt.NDArray[np.int64]) -> pa.Table:
+        """The first `PER_CONFUSION` of each pair: the first of all pairs, then the second, and so on; frequent pairs
+        before rare ones."""
+        images = images.sort_by([("confidence", "descending"), ("uri", "ascending")])
+        truth, predicted = images["truth"].to_numpy(), images["predicted"].to_numpy()
+        pairs = truth * len(confusion) + predicted
+        order = np.argsort(pairs, kind="stable")
+        ranks = np.empty(len(pairs), np.int64)
+        ranks[order] = np.arange(len(pairs)) - np.searchsorted(pairs[order], pairs[order])
+        order = np.lexsort((pairs, -confusion[truth, predicted], ranks))
+        return images.take(pa.array(order[: int((ranks < PER_CONFUSION).sum())]))
+
+
+def _examples(kept: pa.Table, classes: Classes) -> tuple[Example, ...]:
+    return tuple(
+        Example(
+            uri=row["uri"],
+            truth=classes.names[row["truth"]],
+            predicted=classes.names[row["predicted"]],
+            confidence=row["confidence"],
+            rival=None if math.isnan(row["rival_probability"]) else classes.names[row["rival"]],
+            rival_probability=_defined(row["rival_probability"]),
         )
+        for row in kept.to_pylist()
+    )
 
 
 def _bins(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ other tables.
 # n = rows of a batch, K = classes
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -33,10 +33,12 @@ from mnist_dist.scoring.thresholds import shortest
 _CLASSES, _PROBABILITIES = "predicted_classes", "probabilities"
 SET_COLUMNS = (_CLASSES, _PROBABILITIES)
 """The columns that tell which classes are predicted; either is enough."""
-MULTI_LABEL_COLUMNS = ("uri", "status", *SET_COLUMNS)
+MULTI_LABEL_COLUMNS = ("uri", "status", "error", *SET_COLUMNS)
 """The columns that the metrics need, as far as the table has them."""
 EXACT_SCORES = 2**25
 """Up to so many scores, average precision and best thresholds are exact."""
+SHOWN_OF_CLASS, MISTAKES_SHOWN = 4, 6
+"""Mistakes that are kept of each class, and of all together in relation to `shown`."""
 _SCORE_BINS, _MAX_SCORE_BINS = 2**16, 2**24  # Bins per class, and bins of all classes together.
 _LARGEST_LOGIT = 20.0  # Probabilities below 2e-9 share a bin.
 _LARGEST_SCORE = np.nextafter(np.float32(1), np.float32(0))  # A threshold lies below 1.
@@ -66,6 +68,15 @@ class LabelMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetExample:
+    """One image with its true and predicted classes."""
+
+    uri: str
+    truth: tuple[str, ...]
+    predicted: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MultiLabelMetrics(Counts):
     """The metrics of a multi-label table. None: the labels or the columns for it are missing."""
 
@@ -87,6 +98,8 @@ class MultiLabelMetrics(Counts):
     """Evaluated rows without finite probabilities; average precision and best thresholds leave them out."""
     per_class: tuple[LabelMetrics, ...]
     """Empty without labels."""
+    mistakes: tuple[SetExample, ...] = ()
+    """Images with wrong classes: those with the most, and some of each class; the most wrong classes first."""
 
     @property
     def best_thresholds(self) -> dict[str, float]:
@@ -102,14 +115,16 @@ class MultiLabelAccumulator:
 
     Args:
         table: the table.
+        shown: how many of the images with the most wrong classes to keep; besides, some of each class.
         exact_scores: how many scores are kept before they become histograms.
 
     Raises:
         DataError: it has none of `SET_COLUMNS`.
     """
 
-    def __init__(self, table: ScoredTable, *, exact_scores: int = EXACT_SCORES) -> None:
+    def __init__(self, table: ScoredTable, *, shown: int = 0, exact_scores: int = EXACT_SCORES) -> None:
         check_has_sets(table)
+        self._mistakes = _Mistakes(table.classes.names, shown)
         self._table, size = table, len(table.classes)
         self._rows = RowSums()
         self._evaluated = self._exact = self._wrong_pairs = 0
@@ -152,6 +167,7 @@ class MultiLabelAccumulator:
             hamming_loss=self._wrong_pairs / (count * len(table.classes)) if count and len(table.classes) else None,
             without_probabilities=count - (self._scores.rows if self._scores else 0),
             per_class=rows,
+            mistakes=self._mistakes.examples(),
         )
 
     def repeated_uris(self) -> Hashes:
@@ -177,6 +193,7 @@ class MultiLabelAccumulator:
     def _evaluate(self, batch: pa.RecordBatch, truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> None:
         """Adds rows with known labels and a prediction."""
         wrong = (truth != predicted).sum(axis=1)
+        self._mistakes.add(batch["uri"], truth, predicted)
         self._evaluated += len(batch)
         self._exact += int((wrong == 0).sum())
         self._wrong_pairs += int(wrong.sum())
@@ -205,6 +222,47 @@ class MultiLabelAccumulator:
                 best_threshold=best[0] if best else None,
                 best_f1=best[1] if best else None,
             )
+
+
+class _Mistakes:
+    """Keeps images with wrong classes: those with the most, and the first ones of each class."""
+
+    def __init__(self, names: Sequence[str], shown: int) -> None:
+        self._names, self._shown = names, shown
+        self._most: list[tuple[int, SetExample]] = []
+        self._of_class: list[tuple[int, SetExample]] = []  # Each with how many its class had before.
+        self._kept = np.zeros(len(names), np.int64)
+
+    def add(self, uris: pa.Array, truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> None:
+        """Adds images with their true and predicted classes, `bool [n, K]` each."""
+        wrong = truth != predicted
+        counts = wrong.sum(axis=1)
+        rows = np.flatnonzero(counts)
+        if not len(rows) or not self._shown:
+            return
+        for row in rows[np.argsort(-counts[rows], kind="stable")][: self._shown].tolist():
+            self._most.append((int(counts[row]), self._example(uris, truth, predicted, row)))
+        self._most.sort(key=lambda one: (-one[0], one[1].uri))
+        del self._most[self._shown :]
+        for code in np.flatnonzero(wrong.any(axis=0) & (self._kept < SHOWN_OF_CLASS)):
+            for row in np.flatnonzero(wrong[:, code])[: SHOWN_OF_CLASS - self._kept[code]].tolist():
+                self._of_class.append((int(self._kept[code]), self._example(uris, truth, predicted, row)))
+                self._kept[code] += 1
+
+    def examples(self) -> tuple[SetExample, ...]:
+        chosen = {example.uri: example for _, example in self._most}
+        for _, example in sorted(self._of_class, key=lambda one: one[0]):  # The first of each class, then the second.
+            if len(chosen) < self._shown * MISTAKES_SHOWN:
+                chosen.setdefault(example.uri, example)
+        return tuple(sorted(chosen.values(), key=lambda one: (-len({*one.truth} ^ {*one.predicted}), one.uri)))
+
+    def _example(
+        self, uris: pa.Array, truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_], row: int
+    ) -> SetExample:
+        true, found = (
+            tuple(self._names[code] for code in np.flatnonzero(sets[row]).tolist()) for sets in (truth, predicted)
+        )
+        return SetExample(uri=uris[row].as_py(), truth=true, predicted=found)
 
 
 # --- sets of classes -------------------------------------------------------------------------------------------------

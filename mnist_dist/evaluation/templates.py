@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 SORT_TABLES = "sort_tables.js"
 """The script that sorts tables with the class `sortable`."""
-MAX_PATH_CHARS = 34
+MAX_PATH_CHARS = 30
 """Characters of a path in a caption: two lines."""
 
 

@@ -13,9 +13,8 @@ import pyarrow as pa
 from mnist_dist.config import DEFAULT_THRESHOLD
 from mnist_dist.data.records import Records
 from mnist_dist.data.splits import Splits
-from mnist_dist.evaluation.figures import Picture
+from mnist_dist.evaluation.metric_parts import Pictures
 from mnist_dist.evaluation.metrics import Accumulator, Metrics
-from mnist_dist.evaluation.metrics import Example as Scored
 from mnist_dist.evaluation.multi_label import MultiLabelAccumulator, MultiLabelMetrics
 from mnist_dist.evaluation.pages import TrainingFacts, training_page
 from mnist_dist.evaluation.report import Example, write_page
@@ -25,7 +24,6 @@ from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.training.finished import FinishedModel
 from mnist_dist.on_ray.training.messages import UNTESTED, WorkerTask
 from mnist_dist.on_ray.training.tested import Predicted
-from mnist_dist.sources.label_sets import joined
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.uris import join, shown
 
@@ -76,9 +74,8 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
         counts=_counts(task.splits, records),
         samples=_samples(task.splits, records, seed=job.fit.seed),
         predictions=_predictions(finished.tested, records),
-        mistakes=_with_pixels(metrics.mistakes, records) if isinstance(metrics, Metrics) else [],
-        hits=_with_pixels(metrics.doubtful_hits, records) if isinstance(metrics, Metrics) else [],
-        architecture=finished.model.architecture,
+        pictures=_pictures(records),
+        layers=finished.model.layers,
         parameters=finished.model.parameters,
         workers=finished.workers,
         precision=finished.precision,
@@ -177,7 +174,7 @@ def test_metrics_of_sets(tested: Predicted, records: Records) -> MultiLabelMetri
         thresholds=dict.fromkeys(records.class_names, DEFAULT_THRESHOLD),
         is_multi_label=True,
     )
-    accumulator = MultiLabelAccumulator(table)
+    accumulator = MultiLabelAccumulator(table, shown=SHOWN)
     names = [[records.class_names[number] for number in members] for members in records.label_sets]
     accumulator.add(batch, pa.array(names, pa.list_(pa.string())).take(pa.array(tested.labels)))
     return accumulator.metrics()
@@ -203,7 +200,7 @@ def _counts(splits: Splits, records: Records) -> dict[str, npt.NDArray[np.int64]
     return {name: np.bincount(labels[rows], minlength=classes).astype(np.int64) for name, rows in rows_of.items()}
 
 
-def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
+def _samples(splits: Splits, records: Records, *, seed: int) -> list[Example]:
     """Randomly drawn training images (seeded), as evenly as possible from all classes, in class order."""
     labels, uris = records.index["label"].to_numpy(), records.index["uri"]
     drawn = np.random.default_rng(seed).permutation(splits.train)
@@ -212,7 +209,7 @@ def _samples(splits: Splits, records: Records, *, seed: int) -> list[Picture]:
     place = np.arange(len(drawn)) - np.searchsorted(of_class, of_class)  # rank of each image within its class
     rows = drawn[np.argsort(place, kind="stable")][:SAMPLES]
     return [
-        Picture(pixels=records.pixels[row], caption=records.name_of(labels[row]), name=uris[int(row)].as_py())
+        Example(name=uris[int(row)].as_py(), truth=_classes_of(labels[row], records), pixels=records.pixels[row])
         for row in sorted(rows, key=lambda row: (labels[row], row))
     ]
 
@@ -226,30 +223,32 @@ def _predictions(tested: Predicted, records: Records) -> list[Example]:
             name=records.index["uri"][int(tested.rows[place])].as_py(),
             predicted=_predicted(scores, records),
             confidence=float(scores.max()),
-            truth=records.name_of(int(tested.labels[place])),
+            truth=_classes_of(int(tested.labels[place]), records),
             pixels=records.pixels[tested.rows[place]],
         )
         for place, scores in zip(places, probabilities, strict=True)
     ]
 
 
-def _predicted(scores: npt.NDArray[np.float32], records: Records) -> str:
+def _predicted(scores: npt.NDArray[np.float32], records: Records) -> tuple[str, ...]:
     """The class, or classes, of an image."""
     if not records.label_sets:
-        return records.class_names[int(scores.argmax())]
-    return joined([records.class_names[number] for number in np.flatnonzero(scores >= DEFAULT_THRESHOLD)])
+        return (records.class_names[int(scores.argmax())],)
+    return tuple(records.class_names[number] for number in np.flatnonzero(scores >= DEFAULT_THRESHOLD).tolist())
 
 
-def _with_pixels(shown: Sequence[Scored], records: Records) -> list[Example]:
+def _classes_of(label: int, records: Records) -> tuple[str, ...]:
+    """The class of a label, or its classes."""
+    numbers = records.label_sets[label] if records.label_sets else (label,)
+    return tuple(records.class_names[number] for number in numbers)
+
+
+def _pictures(records: Records) -> Pictures:
+    """The pixels of images by URI."""
     uris = records.index["uri"].combine_chunks()
-    rows = [uris.index(example.uri).as_py() for example in shown]
-    return [
-        Example(
-            name=example.uri,
-            predicted=example.predicted,
-            confidence=example.confidence,
-            truth=example.truth,
-            pixels=records.pixels[row],
-        )
-        for example, row in zip(shown, rows, strict=True)
-    ]
+
+    def picture(uri: str) -> npt.NDArray[np.uint8] | None:
+        row = uris.index(uri).as_py()
+        return None if row < 0 else records.pixels[row]
+
+    return picture

@@ -22,6 +22,7 @@ from mnist_dist.errors import MnistDistError
 from mnist_dist.models.bundle import BundleInfo, Imported, load_bundle, write_bundle, write_model_bundle
 from mnist_dist.models.classifier import Classifier
 from mnist_dist.models.history import HISTORY_FILE, Epoch, history_csv
+from mnist_dist.models.layers import Layer, layers_of
 from mnist_dist.models.onnx_file import FEATURES, PROBABILITIES, open_session, run_session
 from mnist_dist.models.onnx_head import Dense, join_head
 from mnist_dist.training.feature_engine import difference
@@ -39,7 +40,7 @@ class FinishedModel(Protocol):
     """A finished classifier in float32."""
 
     @property
-    def architecture(self) -> str:
+    def layers(self) -> list[Layer]:
         """Its layers, for the report."""
 
     @property
@@ -68,8 +69,8 @@ class KerasModel:
         self._trainer, self._classifier = trainer, classifier
 
     @property
-    def architecture(self) -> str:
-        return _summary(self._classifier.model, self._classifier.backbone)
+    def layers(self) -> list[Layer]:
+        return layers_of(self._classifier.model)
 
     @property
     def parameters(self) -> int:
@@ -118,10 +119,11 @@ class JoinedModel:
         self._check_features()
 
     @property
-    def architecture(self) -> str:
-        info = self._info
-        backbone = f"{info.backbone}: {self._backbone_parameters:,} weights, model id {info.model_id}"
-        return f"{backbone}\n{_summary(self._head)}"
+    def layers(self) -> list[Layer]:
+        head = layers_of(self._head)
+        kind, parameters = f"model {self._info.model_id[:12]}", self._backbone_parameters
+        backbone = Layer(name=self._info.backbone, kind=kind, output=head[0].output, parameters=parameters)
+        return [backbone, *(layer for layer in head if layer.kind != "InputLayer")]
 
     @property
     def parameters(self) -> int:
@@ -191,13 +193,6 @@ def dense_layers(head: keras.Model) -> list[Dense]:
     found = [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]
     pairs = [[np.asarray(weight, np.float32) for weight in layer.get_weights()] for layer in found]
     return [Dense(kernel=kernel, bias=bias) for kernel, bias in pairs]
-
-
-def _summary(*models: keras.Model) -> str:
-    lines: list[str] = []
-    for model in models:
-        model.summary(print_fn=lines.append, line_length=100)
-    return "\n".join(lines)
 
 
 def _of_head(imported: Imported, multi_label: bool) -> Imported:
