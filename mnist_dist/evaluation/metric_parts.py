@@ -252,8 +252,8 @@ def _per_class_of_sets(metrics: MultiLabelMetrics) -> Table:
         title="Classes",
         columns=(*columns, "threshold", "best threshold", "F1 with it"),
         rows=[(*_begun(row), *(share(getattr(row, name)) for name in of_row)) for row in shown],
-        note=f"{note} The best thresholds have the highest F1 on these images; thresholds.csv is for score "
-        "--threshold.".strip(),
+        note=f"{note} The best thresholds have the highest F1 on these images; an evaluation writes them to "
+        "thresholds.csv, for score --threshold.".strip(),
         name="classes",
         sortable=True,
         wide=True,
