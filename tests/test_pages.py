@@ -280,7 +280,8 @@ def test_a_bundles_page_holds_everything(records: Records) -> None:
     assert {shown.name for shown in page.figures} == FIGURES
     assert set(page.files) == {"model_architecture.txt", "classification_report.txt"}
     (architecture,) = page.details
-    assert architecture.columns == ("layer", "type", "output", "parameters")
+    assert architecture.columns == ("layer", "parameters", "output", "type")
+    assert architecture.rows == [("conv1", "1,234", "8x8x32", "Conv2D")]
     assert page.verdict[0] == "The model is right on 77.8 % of 9 test images."
     html = render(page).replace("\N{NO-BREAK SPACE}", " ")
     for expected in ("a run", "&lt;x&gt;", "77.78 %", "1,234", "not measured", "8x8x32", "f" * 64, "keras"):

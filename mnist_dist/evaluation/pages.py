@@ -158,8 +158,8 @@ def _architecture(layers: Sequence[Layer]) -> Table:
     inside = "\N{NO-BREAK SPACE}" * 3
     return Table(
         title="Architecture",
-        columns=("layer", "type", "output", "parameters"),
-        rows=[(inside * one.depth + one.name, one.kind, one.output, f"{one.parameters:,}") for one in layers],
+        columns=("layer", "parameters", "output", "type"),  # On a phone, the last ones are scrolled to.
+        rows=[(inside * one.depth + one.name, f"{one.parameters:,}", one.output, one.kind) for one in layers],
         note=f"{total:,} parameters. Indented layers are part of the one above them.",
         name="architecture",
     )
