@@ -25,7 +25,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mnist_dist.api import combine, evaluate, export, import_model, score, search, train
+    from mnist_dist.api import combine, evaluate, export, import_model, report, score, search, train
     from mnist_dist.models.bundle import load_bundle
     from mnist_dist.scoring.predictions import read_predictions
 
@@ -39,6 +39,7 @@ __all__ = [
     "import_model",
     "load_bundle",
     "read_predictions",
+    "report",
     "score",
     "search",
     "train",
@@ -46,7 +47,8 @@ __all__ = [
 _MODULES = {
     "load_bundle": "mnist_dist.models.bundle",
     "read_predictions": "mnist_dist.scoring.predictions",
-    **dict.fromkeys(("combine", "evaluate", "export", "import_model", "score", "search", "train"), "mnist_dist.api"),
+    **dict.fromkeys(("combine", "evaluate", "export", "import_model"), "mnist_dist.api"),
+    **dict.fromkeys(("report", "score", "search", "train"), "mnist_dist.api"),
 }
 
 

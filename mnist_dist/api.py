@@ -22,11 +22,13 @@ from mnist_dist.export_config import ExportFormat, ExportJob
 from mnist_dist.import_config import ImportJob
 from mnist_dist.keywords import job_of, takes_fields_of
 from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+from mnist_dist.report_config import ReportJob
 from mnist_dist.results import (
     CombineResult,
     EvaluateResult,
     ExportResult,
     ImportResult,
+    ReportResult,
     ScoreResult,
     SearchResult,
     TrainResult,
@@ -136,6 +138,26 @@ def evaluate(predictions: Uri | None = None, *, show: bool = False, **flags: Any
         from mnist_dist.commands.evaluate import run
 
         return EvaluateResult({**run(job, shown), "predictions": job.table_uri})
+
+
+@takes_fields_of(ReportJob)
+def report(storage: Uri = "runs", *, show: bool = False, **flags: Any) -> ReportResult:
+    """Writes one page about everything in a storage, as `mnist-dist report` does.
+
+    Args:
+        storage: folder or bucket prefix of runs, searches, prediction tables and evaluations.
+        show: report what was found on stderr.
+        **flags: the other flags of the command: `output`.
+
+    Raises:
+        DataError: the storage holds none of these.
+        ConfigError, StorageError, MnistDistError: see `train`.
+    """
+    job = job_of(ReportJob, {"storage": storage, **flags})
+    with _shown(show, verbose=job.verbose) as shown:
+        from mnist_dist.commands.report import run
+
+        return ReportResult(run(job, shown))
 
 
 @takes_fields_of(ExportJob)

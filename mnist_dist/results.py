@@ -75,6 +75,11 @@ class SearchResult(Result):
         return str(self._of("run_dir"))
 
     @property
+    def report(self) -> str:
+        """URI of the HTML page."""
+        return str(self._of("report"))
+
+    @property
     def best(self) -> Mapping[str, Any]:
         """The winner: `trial`, `config`, `val_accuracy`, `val_loss`, `test_accuracy`, `test_loss`, `ms_per_image`."""
         return cast(Mapping[str, Any], self._of("best"))
@@ -140,6 +145,15 @@ class EvaluateResult(Result):
         from mnist_dist.scoring.predictions import read_predictions
 
         return read_predictions(self.values["predictions"])
+
+
+class ReportResult(Result):
+    """The page of a storage."""
+
+    @property
+    def uri(self) -> str:
+        """URI of the HTML page."""
+        return str(self._of("report"))
 
 
 class ImportResult(Result):

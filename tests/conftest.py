@@ -1,12 +1,14 @@
-"""What tests of several modules share: a real S3 server, and the folder of real data where there is one."""
+"""What tests of several modules share: a real S3 server, a browser, and the folder of real data where there is one."""
 
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import emulators
 import numpy as np
+import pages
 import pytest
 from PIL import Image
 
@@ -81,6 +83,13 @@ def azure_container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def azure(azure_container: str) -> str:
     """A prefix of Azure Blob Storage that no other test uses."""
     return f"{azure_container}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    with pages.running_browser() as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ FLOORS = {
     "documents": 1,
     "store": 2,
     **dict.fromkeys(("session", "inventory", "evaluate_config", "export_config", "import_config", "doctor_config"), 3),
-    "combine_config": 3,
+    **dict.fromkeys(("combine_config", "report_config"), 3),
     "images": 4,
     "sources": 5,
     "data": 6,

@@ -24,6 +24,7 @@ JOBS = {
     "import": "turn a model that was trained elsewhere into a bundle",
     "score": "score images into a Parquet table with exactly one row per image",
     "evaluate": "compute the metrics of a prediction table, or compare two tables",
+    "report": "write one page about everything in a storage, with links to all reports",
     "export": "convert a bundle's model to another runtime and compare the two",
     "combine": "make one bundle of several: a soup of their weights, or an ensemble",
     "doctor": "check every node for problems that would break a job",
@@ -69,6 +70,7 @@ def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
     from mnist_dist.export_config import ExportJob
     from mnist_dist.import_config import ImportJob
     from mnist_dist.recipes import SEARCH_RECIPES, TRAINING_RECIPES
+    from mnist_dist.report_config import ReportJob
     from mnist_dist.score_config import ScoreJob
     from mnist_dist.search_config import SearchJob
 
@@ -79,6 +81,7 @@ def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
         "import": (ImportJob, {}),
         "score": (ScoreJob, {}),
         "evaluate": (EvaluateJob, {}),
+        "report": (ReportJob, {}),
         "export": (ExportJob, {}),
         "combine": (CombineJob, {}),
         "doctor": (DoctorJob, {}),

@@ -40,11 +40,11 @@ def _show(result: Mapping[str, Any], shown: console.Console) -> None:
     best, combined = result["best"], result.get("combined") or {"is_bundle": False}
     is_combined = combined["is_bundle"]
     what = f" in a combination ({combined['method']} of the trials {combined['members']})" if is_combined else ""
-    report = "" if is_combined else f"\nreport: {result['bundle']}/report.html"
     shown.line(
         f"winner: trial {best['trial']}{what}, validation accuracy {best['val_accuracy']:.4f}, test accuracy "
         f"{best['test_accuracy']:.4f}, loss {best['test_loss']:.4f}; {result['trials']} trials in "
-        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}{report}"
+        f"{result['seconds']:.0f} s\nleaderboard: {result['leaderboard']}\nbundle: {result['bundle']}\n"
+        f"report: {result['report']}"
     )
 
 

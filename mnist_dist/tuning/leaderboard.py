@@ -4,7 +4,7 @@ Accuracy and loss are those of the validation images; speed is that of scoring, 
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ SCHEMA = pa.schema(
         ("parameters", pa.int64()),
         ("epochs", pa.int32()),
         ("train_s", pa.float64()),
+        ("ended_s", pa.float64()),
         ("error", pa.string()),
         ("architecture", pa.string()),
         ("backbone", pa.string()),
@@ -72,7 +73,8 @@ SCHEMA = pa.schema(
         *OF_SPACE_FILES.items(),
     ]
 )
-"""Columns of the Parquet file. `parameters`: of the whole network. `train_s`: seconds. `pareto`: no other trial is as
+"""Columns of the Parquet file. `parameters`: of the whole network. `train_s`: seconds. `ended_s`: how long
+the search had worked when the trial ended, s. `pareto`: no other trial is as
 accurate and as fast."""
 
 
@@ -142,6 +144,7 @@ def _of_trial(trial: Trial, architecture: Architecture, speed: Speed | None) -> 
         "parameters": parameters,
         "epochs": trial.epochs,
         "train_s": trial.seconds,
+        "ended_s": trial.ended_s,
         "error": trial.error,
     }
 
@@ -196,33 +199,3 @@ def _settings(row: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def pareto_figure(table: pa.Table) -> bytes:
-    """A PNG file: accuracy against speed of all trials, with the Pareto front drawn on top."""
-    from matplotlib.figure import Figure
-
-    rows: Sequence[dict[str, Any]] = [
-        row for row in table.to_pylist() if row["val_accuracy"] is not None and row["ms_per_image"]
-    ]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for architecture in sorted({row["architecture"] for row in rows}):
-        points = [row for row in rows if row["architecture"] == architecture]
-        speeds, accuracies = [1000 / row["ms_per_image"] for row in points], [row["val_accuracy"] for row in points]
-        axes.scatter(speeds, accuracies, s=18, alpha=0.6, label=architecture)
-    front = sorted((1000 / row["ms_per_image"], row["val_accuracy"]) for row in rows if row["pareto"])
-    axes.step(
-        *zip(*front, strict=True), where="pre", color="black", linewidth=1, label="Pareto front"
-    ) if front else None
-    axes.set(
-        xscale="log",
-        xlabel="speed of scoring, images/s",
-        ylabel="validation accuracy",
-        title="Accuracy against speed of all trials",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

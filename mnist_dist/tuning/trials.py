@@ -53,6 +53,8 @@ class Trial:
     """Number of weights in the trained part: the head, or the whole network."""
     seconds: float = 0.0
     """Duration of training."""
+    ended_s: float | None = None
+    """How long drivers had worked on the search when it ended, s. None: it has not."""
     error: str | None = None
     history: tuple[Epoch, ...] = ()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from mnist_dist import documents
@@ -25,10 +26,12 @@ from mnist_dist.config import KerasBackend, ModelConfig, TrainJob, require
 from mnist_dist.console import Console, Stop, command_line, duration
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
-from mnist_dist.errors import Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
+from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
+from mnist_dist.evaluation.search_page import FinalTest, SearchFacts, State, pareto_png, render_search
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import is_imported
-from mnist_dist.models.bundle import BUNDLE_FILE, BundleInfo, load_bundle
+from mnist_dist.models.bundle import BUNDLE_FILE, REPORT_FILE, BundleInfo, load_bundle
+from mnist_dist.models.history import HISTORY_FILE
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, worker_share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -58,7 +61,7 @@ from mnist_dist.training.runs import Run
 from mnist_dist.training.trackers import check_trackers
 from mnist_dist.training.tracking import Tracking, tracked_job
 from mnist_dist.tuning.budget import SpentTime, choose_finalists, finalists_s
-from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, pareto_figure, parquet_bytes, shown_rows
+from mnist_dist.tuning.leaderboard import Speed, make_leaderboard, parquet_bytes, shown_rows
 from mnist_dist.tuning.space import (
     Params,
     architecture_of,
@@ -95,7 +98,7 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
 
     Returns:
         The result: `run_dir`, `bundle`, `trials`, `failed`, `best` (its trial, config and metrics),
-        `leaderboard` (URI), `seconds`.
+        `leaderboard` and `report` (URIs), `seconds`.
 
     Raises:
         ConfigError: the space, the data, the weights or the cluster is unsuitable; found before any trial.
@@ -178,6 +181,8 @@ class FinalistTask:
     share: Share
     board: Any
     command: str
+    title: str
+    """Title of the report of a finalist that is tested."""
     validated_only: bool
     search: Fence
     """The lock of the search, with which the finalist loses its own."""
@@ -245,8 +250,25 @@ class Search:
             join(self.run.uri, folder), fence=self.session.fence.number, since=self.run.begun_by_number()
         )
 
+    @functools.cached_property
+    def _earlier_s(self) -> float:
+        """How long earlier drivers worked on a search that has begun, s."""
+        return self._spent.earlier_s(since=self.run.begun_by_number())
+
+    def _worked_s(self) -> float:
+        """How long drivers have worked on the search so far, s."""
+        return self._earlier_s + time.monotonic() - self._began
+
     def run_to_end(self, facts: RunFacts) -> dict[str, Any]:
-        """Takes the remaining steps and returns the result."""
+        """Takes the remaining steps, writes the page and returns the result. A search that ends before it has a winner
+        leaves a page of what there is."""
+        try:
+            return self._run_to_end(facts)
+        except (Interrupted, WorkersFailed) as error:
+            self._write_page_so_far(facts, state="stopped" if isinstance(error, Interrupted) else "failed")
+            raise
+
+    def _run_to_end(self, facts: RunFacts) -> dict[str, Any]:
         config = self.job.run
         self._warm_start = self._find_warm_start(facts)
         with connected(verbose=config.verbose, stop=self.session.stop) as resources, ExitStack() as counted:
@@ -271,7 +293,18 @@ class Search:
                 tested = combination.finish(join(self.run.uri, "bundle"))
             else:
                 tested = self._finish_winner(data, ranked[0], per_finalist=per_finalist)
-        self._write_leaderboard(trials, speeds, finalists, winner=ranked[0].number)
+        leaderboard = self._write_leaderboard(trials, speeds, finalists, winner=ranked[0].number)
+        self._write_page(
+            facts,
+            trials,
+            finalists,
+            leaderboard,
+            state="finished",
+            winner=ranked[0].number,
+            tested=FinalTest(accuracy=tested["accuracy"], loss=tested["loss"], images=len(data.splits.test)),
+            combined=None if combination is None else combination.described(),
+            validation_images=len(data.splits.val),
+        )
         return self._result(trials, ranked, combination, tested, speeds)
 
     def _check_devices(self, per_finalist: Share) -> None:
@@ -408,8 +441,7 @@ class Search:
         """The trials as far as they are recorded."""
         hours, ends_at = self.job.search.hours, float("inf")
         if hours is not None:
-            spent_s = self._spent.earlier_s(since=self.run.begun_by_number())
-            ends_at = self._began + hours * 3600 - spent_s
+            ends_at = self._began + hours * 3600 - self._earlier_s
             left = duration(max(0.0, ends_at - time.monotonic()))
             self.console.line(f"time: {left} of {duration(hours * 3600)} left, finalists included")
         return Trials(
@@ -426,6 +458,7 @@ class Search:
                 at_once=at_once,
                 fine_tune_epoch_s=functools.partial(self._fine_tune_epoch_s, data=data),
             ),
+            worked_s=self._worked_s,
         )
 
     def _fine_tune_epoch_s(self, trial: Trial, *, data: SearchData) -> float:
@@ -582,7 +615,7 @@ class Search:
     def _tracking(self, task: FinalistTask, trial: Trial) -> Tracking:
         """Logs a finalist where the job says. This process does, since only it has the user's environment."""
         run = Run(task.run)
-        name = f"{self.run.uri.rpartition('/')[2]}-finalist-{trial.number}"
+        name = f"{self._name}-finalist-{trial.number}"
         job = tracked_job(task.job, run, recipe="finalist", name=name)
         return Tracking(job, self.job.run.tracker, self.session)
 
@@ -614,7 +647,7 @@ class Search:
                 f"finalist {trial.number}: validation accuracy {finalist.val_accuracy:.4f} "
                 f"({trial.val_accuracy:.4f} as a trial), loss {finalist.val_loss:.4f}"
             )
-        self._finalist_records.write(finalist)
+        self._finalist_records.write(replace(finalist, ended_s=round(self._worked_s(), 1)))
 
     def finalist_task(
         self, data: SearchData, trial: Trial, *, per_finalist: Share, board: Any, validated_only: bool
@@ -632,10 +665,16 @@ class Search:
             share=per_finalist,
             board=board,
             command=command_line(),
+            title=f"{self._name}, trial {trial.number}",
             validated_only=validated_only,
             search=self.session.fence,
             keeps_untested=validated_only and self.job.search.combine != "none",
         )
+
+    @property
+    def _name(self) -> str:
+        """The name of the search."""
+        return self.run.uri.rpartition("/")[2]
 
     def _finalist_uri(self, trial: Trial) -> str:
         return join(self.run.uri, "finalists", f"{trial.number:06d}")
@@ -687,19 +726,83 @@ class Search:
         finalists: Mapping[int, Trial],
         *,
         winner: int | None,
-    ) -> None:
-        table = make_leaderboard(
+    ) -> pa.Table:
+        table = self._table_of(trials, speeds, finalists, winner=winner)
+        self.session.confirm_lock()
+        ANYWHERE.write_bytes(self._leaderboard, parquet_bytes(table))
+        ANYWHERE.write_bytes(join(self.run.uri, "pareto.png"), pareto_png(trials, table))
+        self.console.table(shown_rows(table))
+        self.console.line("* Pareto front: no other trial is as accurate and as fast (pareto.png)")
+        return table
+
+    def _table_of(
+        self,
+        trials: Mapping[int, Trial],
+        speeds: Mapping[str, Speed],
+        finalists: Mapping[int, Trial],
+        *,
+        winner: int | None,
+    ) -> pa.Table:
+        return make_leaderboard(
             trials.values(),
             architectures={number: architecture_of(trial.params, self.job) for number, trial in trials.items()},
             speeds=speeds,
             finalists=finalists,
             winner=winner,
         )
+
+    def _write_page_so_far(self, facts: RunFacts, *, state: State) -> None:
+        """Writes the page of a search without a winner, if a trial has ended."""
+        trials = self._records("trials").read() if self.run.begun_by_number() else {}
+        if all(trial.status == "running" for trial in trials.values()):
+            return
+        speeds, finalists = self.run.read("speeds.json", dict[str, Speed]) or {}, self._finalist_records.read()
+        table = self._table_of(trials, speeds, finalists, winner=None)
+        self._write_page(facts, trials, finalists, table, state=state)
+
+    def _write_page(
+        self,
+        facts: RunFacts,
+        trials: Mapping[int, Trial],
+        finalists: Mapping[int, Trial],
+        leaderboard: pa.Table,
+        *,
+        state: State,
+        **known: Any,
+    ) -> None:
+        """Writes the page of the search. `known`: see `SearchFacts`."""
+        page = render_search(
+            SearchFacts(
+                name=self._name,
+                uri=self.run.uri,
+                recipe=facts.recipe,
+                command=command_line(),
+                state=state,
+                planned=self.job.search.trials,
+                trials=trials,
+                finalists=finalists,
+                leaderboard=leaderboard,
+                worked_s=self._worked_s(),
+                histories={number: Run(self._finalist_uri(trial)).history() for number, trial in finalists.items()},
+                links={number: link for number in finalists if (link := self._link_to(finalists[number])) is not None},
+                settings=facts.settings,
+                **known,
+            )
+        )
         self.session.confirm_lock()
-        ANYWHERE.write_bytes(self._leaderboard, parquet_bytes(table))
-        ANYWHERE.write_bytes(join(self.run.uri, "pareto.png"), pareto_figure(table))
-        self.console.table(shown_rows(table))
-        self.console.line("* Pareto front: no other trial is as accurate and as fast (pareto.png)")
+        ANYWHERE.write_bytes(self._page, page.encode())
+        if state != "finished":
+            self.console.line(f"report of what there is: {self._page}")
+
+    def _link_to(self, finalist: Trial) -> str | None:
+        """The report of a finalist, else its epochs, relative to the page; None: there is neither."""
+        folder = f"finalists/{finalist.number:06d}"
+        names = (f"{folder}/bundle/{REPORT_FILE}", f"{folder}/{HISTORY_FILE}")
+        return next((name for name in names if ANYWHERE.exists(join(self.run.uri, name))), None)
+
+    @property
+    def _page(self) -> str:
+        return join(self.run.uri, REPORT_FILE)
 
     @property
     def _leaderboard(self) -> str:
@@ -735,6 +838,7 @@ class Search:
             },
             "combined": None if combination is None else combination.described(),
             "leaderboard": self._leaderboard,
+            "report": self._page,
             **self.timing,
             "seconds": seconds_since(self.began_at),
         }
@@ -822,6 +926,7 @@ def train_finalist(task: FinalistTask) -> dict[str, Any]:
             mine=task.share,
             board=task.board,
             command=task.command,
+            title=task.title,
             validated_only=task.validated_only,
             keeps_untested=task.keeps_untested,
         )

@@ -53,6 +53,7 @@ class Trials:
         computed: names of the features that are computed.
         earlier: results of another search.
         reserve_s: how long the finalists would take if these trials were all, s.
+        worked_s: how long drivers have worked on the search so far, s.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Trials:
         computed: Sequence[str] = (),
         earlier: Sequence[KnownResult] = (),
         reserve_s: Callable[[Mapping[int, Trial]], float] = lambda known: 0.0,
+        worked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._job, self._records, self._ends_at, self._reserve_s = job, records, ends_at, reserve_s
         self._concurrent, self._features_of, self._computed = concurrent, features_of, set(computed)
+        self._worked_s = worked_s
         self.known = records.read()
         self._proposer = Proposer(job, earlier=earlier)
         self.count, self.untried = self._proposer.count, self._proposer.untried
@@ -216,6 +219,8 @@ class Trials:
         self.stopped = True
 
     def _put(self, trial: Trial) -> None:
+        if trial.status != "running":
+            trial = replace(trial, ended_s=round(self._worked_s(), 1))
         try:
             self._records.write(trial)
         except (OSError, MnistDistError) as error:

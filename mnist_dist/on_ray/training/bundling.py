@@ -67,7 +67,7 @@ def make_bundle(task: WorkerTask, finished: Finished, records: Records, folder: 
     measure = test_metrics_of_sets if records.label_sets else test_metrics
     metrics: Metrics | MultiLabelMetrics = measure(finished.tested, records)
     facts = TrainingFacts(
-        name=task.run.rpartition("/")[2],
+        name=task.title or task.run.rpartition("/")[2],
         command=task.command,
         bundle=info,
         history=finished.history,

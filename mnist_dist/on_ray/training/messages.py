@@ -39,6 +39,8 @@ class WorkerTask:
     """When the driver started, s since the Unix epoch."""
     command: str
     """The command as typed, for the report."""
+    title: str | None = None
+    """Title of the report. None: the run's name."""
     steps_limit: int | None = None
     """The most steps per epoch and batches per evaluation, for a dry run or a plan; these write no bundle."""
     validated_only: bool = False

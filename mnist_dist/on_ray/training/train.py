@@ -472,6 +472,7 @@ class Training:
         mine: Share,
         board: Any = None,
         command: str | None = None,
+        title: str | None = None,
         validated_only: bool = False,
         keeps_untested: bool = False,
     ) -> dict[str, Any]:
@@ -485,6 +486,7 @@ class Training:
             mine: the number of workers and the resources of each.
             board: a board that the caller watches, too. None creates one.
             command: the command as typed, if it was typed in another process.
+            title: see `WorkerTask`.
             validated_only: skip the test and the bundle; another call makes them.
             keeps_untested: see `WorkerTask`.
         """
@@ -506,6 +508,7 @@ class Training:
             gpu=mine.gpus > 0,
             began_at=self.began_at,
             command=command or command_line(),
+            title=title,
             steps_limit=self.steps_limit,
             validated_only=validated_only,
             keeps_untested=keeps_untested,
