@@ -7,11 +7,15 @@ the class does not have are ignored; missing fields take their default.
 """
 
 import json
+import threading
 from typing import Any, Protocol, TypeVar
 
 from mnist_dist.errors import DataError
 
 Document = TypeVar("Document")
+_resolved = set[Any]()
+"""The types that msgspec knows."""
+_resolving = threading.Lock()
 
 
 def encode(document: Any) -> bytes:
@@ -35,9 +39,22 @@ def decode(data: bytes, kind: type[Document], *, uri: str) -> Document:
     import msgspec
 
     try:
-        return msgspec.convert(json.loads(data), kind)
+        values = json.loads(data)
+        _resolve(kind)
+        return msgspec.convert(values, kind)
     except (ValueError, msgspec.ValidationError) as err:
         raise DataError(f"{uri} is not a {kind.__name__}: {err}") from err
+
+
+def _resolve(kind: type[Document]) -> None:
+    """Makes msgspec resolve the fields of a class, which it does when it first meets it. Another thread that meets the
+    class meanwhile would crash the process (msgspec 0.22)."""
+    import msgspec
+
+    if kind not in _resolved:
+        with _resolving:
+            msgspec.json.Decoder(kind)
+            _resolved.add(kind)
 
 
 class Objects(Protocol):

@@ -1,11 +1,14 @@
 """Documents: what is written is what is read, and what does not fit is named."""
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from harness import ROOT
 
 from mnist_dist import documents
 from mnist_dist.errors import DataError
@@ -53,3 +56,30 @@ def test_a_missing_field_takes_its_default_and_an_unknown_one_is_left_out() -> N
 def test_what_does_not_fit_is_named(data: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words):
         documents.decode(data, Outer, uri="x/y.json")
+
+
+MEETING = """
+import dataclasses, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from mnist_dist import documents
+
+sys.setswitchinterval(1e-6)
+with ThreadPoolExecutor(8) as pool:
+    for _ in range(300):
+        names = [f"field_{number}" for number in range(9)]
+        inner = dataclasses.make_dataclass("Inner", [(name, float) for name in names])
+        outer = dataclasses.make_dataclass("Outer", [*((name, int) for name in names), ("more", tuple[inner, ...])])
+        data = documents.encode({**dict.fromkeys(names, 1), "more": [dict.fromkeys(names, 0.5)]})
+        barrier = threading.Barrier(8)
+
+        def read(_):
+            barrier.wait()
+            return documents.decode(data, outer, uri="x")
+
+        assert len({document.more[0].field_8 for document in pool.map(read, range(8))}) == 1
+"""
+
+
+def test_threads_that_meet_a_class_at_once_do_not_crash_the_process() -> None:
+    ended = subprocess.run([sys.executable, "-c", MEETING], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
