@@ -129,7 +129,7 @@ def committed_table(uri: str, *, images: int, good: bool = True) -> Output:
         shards=shards,
         schema=prediction_schema(TableConfig(), carried=pa.schema([])),
         judge=lambda counts, rows: good,
-        description=described_by(("a", "b")),
+        description=described_by(CLASSES),
         images_per_s=None,
         check=lambda: None,
         progress=lambda done, total: None,

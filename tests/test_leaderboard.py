@@ -8,14 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from mnist_dist.search_config import BackboneSpace, SearchJob, SearchSpace, Trained
 from mnist_dist.tuning.leaderboard import (
     SCHEMA,
     Speed,
     make_leaderboard,
-    pareto_figure,
     pareto_front,
     parquet_bytes,
     shown_rows,
@@ -147,13 +145,6 @@ def test_the_front_is_what_nothing_else_beats(points: dict[int, tuple[float, flo
 def test_the_file_is_parquet_with_the_same_rows() -> None:
     table = table_of(TRIALS, winner=2)
     assert pq.read_table(io.BytesIO(parquet_bytes(table))).equals(table)
-
-
-@pytest.mark.parametrize("trials", [TRIALS, TRIALS[:1]])
-def test_the_figure_is_a_png(trials: tuple[Trial, ...]) -> None:
-    with Image.open(io.BytesIO(pareto_figure(table_of(trials)))) as figure:
-        assert figure.format == "PNG"
-        assert figure.width > 500
 
 
 def test_a_terminal_shows_a_line_for_each_trial_up_to_a_number() -> None:

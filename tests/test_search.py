@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pyarrow.parquet as pq
 import pytest
 from harness import Command, Recorder, private_ray, run_command
+from pages import Parts
 from PIL import Image
 
 from mnist_dist import load_bundle
@@ -54,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_the_command_answers_with_the_contracts_keys(finished: Finished) -> None:
     assert finished.code == 0, finished.stderr
     result = finished.result
-    assert {"job", "run_dir", "bundle", "trials", "best", "leaderboard", "seconds"} <= result.keys()
+    assert {"job", "run_dir", "bundle", "trials", "best", "leaderboard", "report", "seconds"} <= result.keys()
     assert (result["job"], result["trials"], result["failed"]) == ("search", TRIALS, 0)
     assert result["run_dir"] == str(finished.storage / "run")
     assert 0 <= result["best"]["val_accuracy"] <= 1
@@ -75,6 +76,23 @@ def test_the_leaderboard_has_a_row_for_each_trial(finished: Finished) -> None:
     assert all(row["parameters"] > 1_000 and row["ms_per_image"] > 0 for row in rows)
     with Image.open(finished.storage / "run" / "pareto.png") as figure:
         assert figure.format == "PNG"
+
+
+@pytest.mark.slow
+def test_the_page_of_the_search_shows_all_trials_and_leads_to_the_winners(finished: Finished) -> None:
+    folder, best = finished.storage / "run", finished.result["best"]
+    page = Parts((folder / "report.html").read_text())
+    assert finished.result["report"] == str(folder / "report.html")
+    assert page.titles == ["run"]
+    assert f"{best['config']['backbone']} won: {100 * best['test_accuracy']:.2f} % of the" in page.text
+    assert {"pareto", "progress", "finalists", "leaderboard"} <= page.ids
+    assert sorted(map(int, page.column("leaderboard", "trial"))) == list(range(TRIALS))
+    assert page.links["report"] == f"finalists/{best['trial']:06d}/bundle/report.html"
+    winner = Parts((folder / page.links["report"]).read_text())
+    assert winner.titles == [f"run, trial {best['trial']}"]
+    assert (folder / page.links["epochs"]).exists()
+    table = pq.read_table(finished.result["leaderboard"])
+    assert all(0 < row["ended_s"] < 3600 for row in table.to_pylist())
 
 
 @pytest.mark.slow
@@ -187,6 +205,8 @@ def test_a_search_whose_trials_all_fail_counts_their_distinct_errors_and_runs_no
     with pytest.raises(WorkersFailed, match=r"^None of the 3 trials succeeded: 3 x .*epoch 1") as caught:
         search(job, recipe="test", console=Recorder())
     assert caught.value.exit_code == 1
+    page = Parts((tmp_path / "run" / "report.html").read_text())
+    assert "No trial succeeded; the table says why." in page.text
     before = finished_records(tmp_path)
     with pytest.raises(WorkersFailed, match=r"^None of the 3 trials succeeded: 3 x "):
         search(job, recipe="test", console=Recorder())
@@ -229,6 +249,8 @@ def test_a_signal_ends_the_search_and_the_same_job_goes_on_unlike_another_one(tm
     with pytest.raises(Interrupted, match="run the same command to resume") as caught:
         search(job, recipe="test", console=console)
     assert caught.value.exit_code == 128 + signal.SIGINT
+    page = Parts((tmp_path / "run" / "report.html").read_text())
+    assert f"Stopped after {len(finished_records(tmp_path))} of 3 trials; the same command resumes." in page.text
     before = finished_records(tmp_path)
     with pytest.raises(ResumeConflict, match=r"search\.seed: 9 now, 0 in the run"):
         search(replace(job, search=replace(job.search, seed=9)), recipe="test", console=Recorder())

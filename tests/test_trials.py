@@ -65,6 +65,18 @@ def run_one(trials: Trials) -> Trial:
     return trials.known[trial.number]
 
 
+def test_a_trial_records_when_it_ended_in_time_worked(tmp_path: Path) -> None:
+    clock = iter((10.0, 25.04))
+    trials = Trials(JOB, TrialRecords(str(tmp_path), fence=17), ends_at=NEVER, worked_s=lambda: next(clock))
+    first, second = trials.next(), trials.next()
+    assert first is not None
+    assert second is not None
+    assert [trial.ended_s for trial in TrialRecords(str(tmp_path)).read().values()] == [None, None]
+    trials.end(second.number, report(0.5))
+    trials.end(first.number, None)
+    assert [trial.ended_s for trial in TrialRecords(str(tmp_path)).read().values()] == [25.0, 10.0]
+
+
 def numbers(trials: Iterable[Trial]) -> list[int]:
     return [trial.number for trial in trials]
 

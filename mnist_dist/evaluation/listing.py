@@ -46,8 +46,9 @@ class Listing:
 
     @property
     def number_columns(self) -> frozenset[int]:
-        """The columns that hold numbers and empty cells only, and at least one number."""
-        return frozenset(place for place in range(len(self.columns)) if _are_numbers([row[place] for row in self.rows]))
+        """The columns behind the first that hold numbers and empty cells only, and at least one number."""
+        columns = range(1, len(self.columns))
+        return frozenset(place for place in columns if _are_numbers([row[place] for row in self.rows]))
 
 
 def _are_numbers(entries: Sequence[Entry]) -> bool:

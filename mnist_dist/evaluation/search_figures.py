@@ -63,9 +63,10 @@ class TrialPoint:
 
 
 def accuracy_limits(accuracies: Sequence[float]) -> Limits:
-    """The ends of an axis of accuracies. Those far below the median of all are off the axis."""
-    best, median, worst = max(accuracies), float(np.median(accuracies)), min(accuracies)
-    low = max(worst, median - FAR_BELOW * max(best - median, 0.02))
+    """The ends of an axis of accuracies. Those far below the median of all are off the axis, a quarter at most."""
+    best, worst = max(accuracies), min(accuracies)
+    quarter, median = np.quantile(accuracies, (0.25, 0.5)).tolist()
+    low = max(worst, min(quarter, median - FAR_BELOW * max(best - median, 0.02)))
     room = 0.08 * max(best - low, 0.01)
     return low - room, best + room
 
@@ -241,6 +242,7 @@ def _by_status(ax: Axes, xs: Sequence[float], points: Sequence[TrialPoint], limi
                 alpha=0.8,
                 linewidths=1.1,
                 label=label,
+                clip_on=False,
                 zorder=3,
             )
 
@@ -274,20 +276,12 @@ def _network_name(name: str, points: Sequence[TrialPoint]) -> str:
 
 
 def _set_accuracies(ax: Axes, limits: Limits, points: Sequence[TrialPoint] = ()) -> None:
-    """The axis of accuracies; says how many of the points lie below it and are drawn at its end."""
+    """The axis of accuracies. Below the other axis it says how many points lie off it; they are drawn at its end."""
     ax.set_ylim(*limits)
     ax.yaxis.set_major_locator(MaxNLocator(MAX_TICKS, steps=ROUND_STEPS))
     below = sum(point.accuracy < limits[0] for point in points)
     if below:
-        ax.annotate(
-            f"{below} below {limits[0]:.2f}",
-            (0.98, 0.03),
-            xycoords="axes fraction",
-            ha="right",
-            color=INK,
-            fontsize=8,
-            zorder=6,
-        )
+        ax.set_xlabel(f"{ax.get_xlabel()}\n({below} below {limits[0]:.2f}, at the edge)")
 
 
 def _set_numbers(ax: Axes, values: Sequence[float]) -> None:

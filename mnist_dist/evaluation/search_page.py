@@ -237,7 +237,7 @@ def _headlines(facts: SearchFacts) -> list[Headline]:
         row = _row_of(facts, facts.winner)
         if row["ms_per_image"]:
             note = f"{1000 / row['ms_per_image']:,.0f} images/s, {row['architecture']}"
-            shown.append(Headline(label="scoring", value=f"{row['ms_per_image']:.3g} ms/image", note=note))
+            shown.append(Headline(label="scoring, ms/image", value=f"{row['ms_per_image']:.3g}", note=note))
         if row["parameters"]:
             shown.append(Headline(label="parameters", value=f"{row['parameters']:,}", note="of the whole network"))
     return shown

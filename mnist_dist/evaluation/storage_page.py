@@ -207,7 +207,7 @@ def _headlines(held: Held) -> list[Headline]:
 
 
 def _runs(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
-    columns = ("name", "status", "test accuracy", "validation accuracy", "epochs", "of", "recipe", "changed, UTC")
+    columns = ("name", "status", "test accuracy", "validation accuracy", "epochs", "planned", "recipe", "changed, UTC")
     cells = [
         [
             link_to(row, row.name),
@@ -226,7 +226,7 @@ def _runs(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
 
 
 def _searches(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
-    columns = ("name", "status", "test accuracy", "validation accuracy", "trials", "of", "failed", "recipe")
+    columns = ("name", "status", "test accuracy", "validation accuracy", "trials", "planned", "failed", "recipe")
     cells = [
         [
             link_to(row, row.name),
@@ -289,7 +289,10 @@ def _unreadable(rows: Sequence[InventoryRow]) -> Listing:
 def _listing(
     name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Entry]], *, note: str = ""
 ) -> Listing:
-    """Rows with the newest first, as `rows_below` gives them; the last column is their date."""
+    """Rows with the newest first, as `rows_below` gives them; the last column is their date. Columns without any entry
+    are left out."""
+    kept = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     newest_first: Order = "descending"
     order = (len(columns) - 1, newest_first) if len(rows) > 1 else None
     return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order)

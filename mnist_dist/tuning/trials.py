@@ -9,6 +9,7 @@ trials/000012-000017.json  a trial, from the moment it is proposed; trials.json:
 finalists/000012-000017.json  a finalist, once it is trained; finalists/000012/: its run (training/runs.py)
 speeds.json              ms per image and parameters of each architecture
 leaderboard.parquet      one row per trial, best first; pareto.png: accuracy against speed
+report.html              the page of the search; of what there is, if it was stopped
 bundle/                  the winner
 result.json              written last
 ```

@@ -236,6 +236,7 @@ class Search:
         self._stopping_since: float | None = None
         self._warm_start: WarmStart | None = None
         self._spent = SpentTime(uri=run.uri, fence=session.fence)
+        self._planned = job.search.trials
         self._images_per_s: dict[str, float] = {}
         """Speed of computing features in this driver, by the architecture's name."""
         self.architectures = [architecture for space in job.backbones for architecture in architectures_of(space)]
@@ -470,6 +471,7 @@ class Search:
         if self.run.read("trials.json", TrialsOver) is None:
             concurrent = concurrent_trials(self.job, resources)
             trials = self._trials(data, concurrent=concurrent, at_once=at_once)
+            self._planned = trials.count
             task = TrialTask(
                 prepared={
                     name: Prepared(records=decoded.plan, features=data.features.get(name))
@@ -778,7 +780,7 @@ class Search:
                 recipe=facts.recipe,
                 command=command_line(),
                 state=state,
-                planned=self.job.search.trials,
+                planned=self._planned,
                 trials=trials,
                 finalists=finalists,
                 leaderboard=leaderboard,
