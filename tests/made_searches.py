@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from harness import an_epoch
 
-from mnist_dist.evaluation.search_page import FinalTest, SearchFacts, State
+from mnist_dist.evaluation.search_page import FinalTest, SearchFacts
 from mnist_dist.search_config import BackboneSpace, SearchJob, SearchSpace
 from mnist_dist.tuning.leaderboard import Speed, make_leaderboard
 from mnist_dist.tuning.space import architecture_of
@@ -113,24 +113,23 @@ def made_finalists(trials: Sequence[Trial], *, gain: float = 0.008, after_s: flo
     }
 
 
-def made_search(count: int = 40, *, state: State = "finished", name: str = "made", **fields: Any) -> SearchFacts:
+def made_search(count: int = 40, *, is_finished: bool = True, name: str = "made", **fields: Any) -> SearchFacts:
     """The facts of a search with made trials; `fields` replace some of them."""
     trials = made_trials(count)
     best = usable(trials.values())[:3]
     finalists = made_finalists(best, after_s=max(t.ended_s or 0.0 for t in trials.values()))
     winner: int | None = usable(finalists.values())[0].number
-    if state != "finished":
+    if not is_finished:
         finalists, winner = {}, None
     facts = SearchFacts(
         name=name,
         uri=f"s3://bucket/runs/{name}",
         recipe="search-mnist",
         command="python -m jobs.search search-mnist --trials 40",
-        state=state,
         planned=count,
         trials=trials,
         finalists=finalists,
-        leaderboard=made_board(trials, finalists, winner=winner, measured=state == "finished"),
+        leaderboard=made_board(trials, finalists, winner=winner, measured=is_finished),
         worked_s=905.0,
         validation_images=1_000,
         winner=winner,

@@ -232,7 +232,7 @@ def test_a_combination_is_named_in_place_of_the_winner() -> None:
 
 
 def test_a_search_that_was_stopped_says_how_far_it_came() -> None:
-    facts = made_search(7, state="stopped", planned=40)
+    facts = made_search(7, is_finished=False, planned=40)
     best = usable(facts.trials.values())[0]
     first, *others = verdict(facts, [])
     assert first.startswith(
@@ -243,13 +243,17 @@ def test_a_search_that_was_stopped_says_how_far_it_came() -> None:
     assert {"progress", "leaderboard", "importance"} <= page.ids
     assert "pareto" not in page.ids  # Nothing was measured yet.
     assert "test accuracy" not in page.text
+    over = verdict(replace(facts, planned=7), [])[0]
+    assert over.startswith("Stopped before there was a winner; the same command resumes. The best so far is trial ")
 
 
 def test_a_search_without_a_winner_says_why() -> None:
     trials = {
         number: replace(t, status="failed", val_accuracy=None, error=HOSTILE) for number, t in made_trials(3).items()
     }
-    facts = replace(made_search(3, state="failed"), trials=trials, leaderboard=made_board(trials, {}, measured=False))
+    facts = replace(
+        made_search(3, is_finished=False), trials=trials, leaderboard=made_board(trials, {}, measured=False)
+    )
     page = render_search(facts)
     assert "No trial succeeded; the table says why." in page
     assert "<script>alert" not in page
@@ -259,8 +263,8 @@ def test_a_search_without_a_winner_says_why() -> None:
         number: replace(trial, status="failed", val_accuracy=None, error="out of memory")
         for number, trial in made_finalists(usable(ended.trials.values())[:2], after_s=9.0).items()
     }
-    failed = replace(ended, state="failed", finalists=lost, winner=None, tested=None, histories={}, links={})
-    assert verdict(failed, [])[0] == "No finalist could be trained; the table says why."
+    failed = replace(ended, finalists=lost, winner=None, tested=None, histories={}, links={})
+    assert verdict(failed, [])[0] == "No finalist could be trained; the tables say why."
     assert "out of memory" in render_search(failed)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -34,7 +34,6 @@ MAX_PLOTS = 6
 NORMAL_95 = 1.96
 FEW_TRIALS = 50
 SETTINGS = ("image_size_px", "alpha", "pooling", *PARAMETERS, *OF_SPACE_FILES)
-State = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,6 @@ class SearchFacts:
     uri: str
     recipe: str
     command: str
-    state: State
-    """finished: there is a bundle. stopped: the same command resumes. failed: nothing succeeded."""
     planned: int
     """Trials that were asked for."""
     trials: Mapping[int, Trial]
@@ -66,6 +63,7 @@ class SearchFacts:
     """How long drivers have worked on it."""
     validation_images: int = 0
     winner: int | None = None
+    """None: there is none, since the search was stopped or failed."""
     tested: FinalTest | None = None
     combined: Mapping[str, Any] | None = None
     """What was combined of the finalists, as in the result; None: nothing was."""
@@ -141,11 +139,13 @@ def _article(method: str) -> str:
 
 
 def _outcome_so_far(facts: SearchFacts) -> str:
-    best = usable(facts.trials.values())[:1]
-    if facts.state == "failed":
-        what = "No finalist could be trained" if best else "No trial succeeded"
-        return f"{what}; the table says why."
-    stopped = f"Stopped after {len(_ended(facts))} of {facts.planned} trials; the same command resumes."
+    if facts.finalists and not usable(facts.finalists.values()):
+        return "No finalist could be trained; the tables say why."
+    best, ended = usable(facts.trials.values())[:1], len(_ended(facts))
+    if not best and ended >= facts.planned:
+        return "No trial succeeded; the table says why."
+    what = f"after {ended} of {facts.planned} trials" if ended < facts.planned else "before there was a winner"
+    stopped = f"Stopped {what}; the same command resumes."
     if not best:
         return f"{stopped} No trial has a result yet."
     return (

@@ -28,7 +28,6 @@ from mnist_dist.report_config import ReportJob
 from mnist_dist.scoring import output_row as tables
 from mnist_dist.session import seconds_since, started_at
 from mnist_dist.store.anywhere import ANYWHERE
-from mnist_dist.store.base import Store
 from mnist_dist.store.uris import absolute, bucket_and_key, is_remote, join, parent_of
 from mnist_dist.training.runs import run_row
 from mnist_dist.tuning.search_row import search_row
@@ -87,12 +86,11 @@ def report_storage(job: ReportJob, *, console: Console) -> dict[str, Any]:
     return {"report": job.page_uri, "storage": held.uri, **counts, "seconds": seconds_since(began_at)}
 
 
-def look_into(uri: str, *, store: Store = ANYWHERE) -> Held:
+def look_into(uri: str) -> Held:
     """Finds everything in a storage.
 
     Args:
         uri: absolute URI of the storage.
-        store: says which reports exist.
 
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `report_storage`.
@@ -118,16 +116,16 @@ def look_into(uri: str, *, store: Store = ANYWHERE) -> Held:
     run_uris = {row.uri for row in readable["runs"]}
     readable["searches"] = [row for row in readable["searches"] if row.uri not in run_uris]  # Only its lock is there.
     unreadable = {row.uri: row for row in rows if row.state == "unreadable"}
-    return Held(uri=uri, **readable, unreadable=list(unreadable.values()), reports=_reports(readable, store=store))
+    return Held(uri=uri, **readable, unreadable=list(unreadable.values()), reports=_reports(readable))
 
 
-def _reports(rows: Mapping[str, Sequence[InventoryRow]], *, store: Store) -> dict[str, str]:
+def _reports(rows: Mapping[str, Sequence[InventoryRow]]) -> dict[str, str]:
     """The report of each run, search and evaluation that has one, and of each table the newest evaluation's."""
     names = {"runs": (BUNDLE_REPORT,), "searches": (REPORT_FILE, BUNDLE_REPORT), "evaluations": (REPORT_FILE,)}
     asked = [(row.uri, names[kind]) for kind in names for row in rows[kind]]
 
     def first(uri: str, candidates: Sequence[str]) -> str | None:
-        return next((join(uri, name) for name in candidates if store.exists(join(uri, name))), None)
+        return next((join(uri, name) for name in candidates if ANYWHERE.exists(join(uri, name))), None)
 
     with ThreadPoolExecutor(THREADS) as pool:
         reports = list(pool.map(lambda each: first(*each), asked))

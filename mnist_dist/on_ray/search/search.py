@@ -27,11 +27,9 @@ from mnist_dist.console import Console, Stop, command_line, duration
 from mnist_dist.data.records import RecordPlan
 from mnist_dist.data.splits import Splits
 from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ResourceError, WorkersFailed, first_line
-from mnist_dist.evaluation.search_page import FinalTest, SearchFacts, State, pareto_png, render_search
 from mnist_dist.inventory import RunFacts
 from mnist_dist.models.backbones import is_imported
 from mnist_dist.models.bundle import BUNDLE_FILE, REPORT_FILE, BundleInfo, load_bundle
-from mnist_dist.models.history import HISTORY_FILE
 from mnist_dist.on_ray.cluster import Resources, Share, await_nodes, connected, on_this_node, worker_share
 from mnist_dist.on_ray.data.features import compute_missing, feature_actors
 from mnist_dist.on_ray.data.prepare import (
@@ -265,8 +263,8 @@ class Search:
         leaves a page of what there is."""
         try:
             return self._run_to_end(facts)
-        except (Interrupted, WorkersFailed) as error:
-            self._write_page_so_far(facts, state="stopped" if isinstance(error, Interrupted) else "failed")
+        except (Interrupted, WorkersFailed):
+            self._try_to_write_page(facts)
             raise
 
     def _run_to_end(self, facts: RunFacts) -> dict[str, Any]:
@@ -295,18 +293,9 @@ class Search:
             else:
                 tested = self._finish_winner(data, ranked[0], per_finalist=per_finalist)
         leaderboard = self._write_leaderboard(trials, speeds, finalists, winner=ranked[0].number)
-        self._write_page(
-            facts,
-            trials,
-            finalists,
-            leaderboard,
-            state="finished",
-            winner=ranked[0].number,
-            tested=FinalTest(accuracy=tested["accuracy"], loss=tested["loss"], images=len(data.splits.test)),
-            combined=None if combination is None else combination.described(),
-            validation_images=len(data.splits.val),
-        )
-        return self._result(trials, ranked, combination, tested, speeds)
+        result = self._result(trials, ranked, combination, tested, speeds)
+        self._write_page(facts, trials, finalists, leaderboard, splits=data.splits, result=result)
+        return result
 
     def _check_devices(self, per_finalist: Share) -> None:
         for space in self.job.backbones:
@@ -729,10 +718,12 @@ class Search:
         *,
         winner: int | None,
     ) -> pa.Table:
+        from mnist_dist.on_ray.search.page import write_pareto  # Here, since a driver begins without it.
+
         table = self._table_of(trials, speeds, finalists, winner=winner)
         self.session.confirm_lock()
         ANYWHERE.write_bytes(self._leaderboard, parquet_bytes(table))
-        ANYWHERE.write_bytes(join(self.run.uri, "pareto.png"), pareto_png(trials, table))
+        write_pareto(self.run, trials, table)
         self.console.table(shown_rows(table))
         self.console.line("* Pareto front: no other trial is as accurate and as fast (pareto.png)")
         return table
@@ -753,14 +744,20 @@ class Search:
             winner=winner,
         )
 
-    def _write_page_so_far(self, facts: RunFacts, *, state: State) -> None:
-        """Writes the page of a search without a winner, if a trial has ended."""
-        trials = self._records("trials").read() if self.run.begun_by_number() else {}
-        if all(trial.status == "running" for trial in trials.values()):
-            return
-        speeds, finalists = self.run.read("speeds.json", dict[str, Speed]) or {}, self._finalist_records.read()
-        table = self._table_of(trials, speeds, finalists, winner=None)
-        self._write_page(facts, trials, finalists, table, state=state)
+    def _try_to_write_page(self, facts: RunFacts) -> None:
+        """Writes the page of a search without a winner, if a trial has ended. It is not worth an error beside the one
+        that ended the search."""
+        try:
+            trials = self._records("trials").read() if self.run.begun_by_number() else {}
+            if all(trial.status == "running" for trial in trials.values()):
+                return
+            speeds, finalists = self.run.read("speeds.json", dict[str, Speed]) or {}, self._finalist_records.read()
+            table = self._table_of(trials, speeds, finalists, winner=None)
+            self._write_page(facts, trials, finalists, table)
+        except (OSError, MnistDistError) as error:
+            self.console.line(f"the report could not be written: {first_line(error)}")
+        else:
+            self.console.line(f"report of what there is: {self._page}")
 
     def _write_page(
         self,
@@ -769,38 +766,24 @@ class Search:
         finalists: Mapping[int, Trial],
         leaderboard: pa.Table,
         *,
-        state: State,
-        **known: Any,
+        splits: Splits | None = None,
+        result: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes the page of the search. `known`: see `SearchFacts`."""
-        page = render_search(
-            SearchFacts(
-                name=self._name,
-                uri=self.run.uri,
-                recipe=facts.recipe,
-                command=command_line(),
-                state=state,
-                planned=self._planned,
-                trials=trials,
-                finalists=finalists,
-                leaderboard=leaderboard,
-                worked_s=self._worked_s(),
-                histories={number: Run(self._finalist_uri(trial)).history() for number, trial in finalists.items()},
-                links={number: link for number in finalists if (link := self._link_to(finalists[number])) is not None},
-                settings=facts.settings,
-                **known,
-            )
-        )
-        self.session.confirm_lock()
-        ANYWHERE.write_bytes(self._page, page.encode())
-        if state != "finished":
-            self.console.line(f"report of what there is: {self._page}")
+        from mnist_dist.on_ray.search.page import write_page  # Here, since a driver begins without it.
 
-    def _link_to(self, finalist: Trial) -> str | None:
-        """The report of a finalist, else its epochs, relative to the page; None: there is neither."""
-        folder = f"finalists/{finalist.number:06d}"
-        names = (f"{folder}/bundle/{REPORT_FILE}", f"{folder}/{HISTORY_FILE}")
-        return next((name for name in names if ANYWHERE.exists(join(self.run.uri, name))), None)
+        write_page(
+            self.run,
+            facts,
+            trials=trials,
+            finalists=finalists,
+            leaderboard=leaderboard,
+            planned=self._planned,
+            worked_s=self._worked_s(),
+            validation_images=len(splits.val) if splits is not None else 0,
+            test_images=len(splits.test) if splits is not None else 0,
+            result=result,
+            confirm_lock=self.session.confirm_lock,
+        )
 
     @property
     def _page(self) -> str:
