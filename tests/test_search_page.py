@@ -192,13 +192,13 @@ def test_figures_of_few_and_of_many_trials_are_drawn(count: int) -> None:
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def clear(setting: str, share: float, chance: float = 0.1) -> Importance:
-    return Importance(setting=setting, share=share, chance=chance, values={})
+def importance(setting: str, share: float, *, trials: int = 36) -> Importance:
+    return Importance(setting=setting, share=share, chance=0.1, values=dict.fromkeys(range(trials), 0.5))
 
 
 def test_the_verdict_says_what_won_how_sure_it_is_and_what_mattered() -> None:
     facts = made_search(40)
-    first, lead, effort, mattered = verdict(facts, [clear("learning_rate", 0.6), clear("dropout", 0.05)])
+    first, lead, effort, mattered = verdict(facts, [importance("learning_rate", 0.6), importance("dropout", 0.05)])
     network = next(row["architecture"] for row in facts.leaderboard.to_pylist() if row["winner"])
     assert first == f"{network} won: 97.50 % of the 2,000 test images are right (95 % interval 96.7 to 98.1 %)."
     assert lead.startswith("The choice among the finalists is not sure: the second one (trial ")
@@ -208,6 +208,14 @@ def test_the_verdict_says_what_won_how_sure_it_is_and_what_mattered() -> None:
         "fully."
     )
     assert mattered == ("What mattered most: learning rate, which explains 60 % of the spread of validation accuracy.")
+
+
+def test_what_only_some_trials_draw_is_said_to_matter_among_these() -> None:
+    found = [importance("momentum", 0.6, trials=9), importance("backbone", 0.2)]
+    assert verdict(made_search(40), found)[-1] == (
+        "What mattered most: momentum, which explains 60 % of the spread of validation accuracy among the 9 trials "
+        "that drew it; then backbone (20 %)."
+    )
 
 
 def test_a_lead_beyond_chance_is_called_so() -> None:
@@ -226,6 +234,8 @@ def test_a_combination_is_named_in_place_of_the_winner() -> None:
     taken = render_search(replace(facts, combined=combined))
     assert f"An ensemble of the trials {members[0]} and {members[1]} won: 97.50" in Parts(taken).text
     assert "What was combined of them was tested" in taken
+    assert "of the ensemble" in taken
+    assert "finalists is not sure" not in taken
     left = Parts(render_search(replace(facts, combined={**combined, "is_bundle": False}))).text
     assert "not better than the winner, so not taken" in left
     assert "An ensemble of" not in left

@@ -4,7 +4,7 @@ Owns: the elements of such a table; `listing_parts.html.j2` shows them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mnist_dist.evaluation.report import Link
@@ -49,6 +49,18 @@ class Listing:
         """The columns behind the first that hold numbers and empty cells only, and at least one number."""
         columns = range(1, len(self.columns))
         return frozenset(place for place in columns if _are_numbers([row[place] for row in self.rows]))
+
+    def without_empty_columns(self) -> "Listing":
+        """The same without the columns in which no row has an entry."""
+        kept = [place for place in range(len(self.columns)) if any(row[place] for row in self.rows)]
+        order = None if self.order is None else (kept.index(self.order[0]), self.order[1])
+        return replace(
+            self,
+            columns=[self.columns[place] for place in kept],
+            rows=[[row[place] for place in kept] for row in self.rows],
+            order=order,
+            lesser=None if self.lesser is None else sum(place < self.lesser for place in kept),
+        )
 
 
 def _are_numbers(entries: Sequence[Entry]) -> bool:

@@ -74,6 +74,11 @@ class SearchFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the job, as JSON values."""
 
+    @property
+    def is_combined(self) -> bool:
+        """Whether a combination of finalists was taken in the winner's place."""
+        return self.combined is not None and bool(self.combined["is_bundle"])
+
 
 def render_search(facts: SearchFacts) -> str:
     """Renders the page of a search as HTML."""
@@ -127,7 +132,7 @@ def _outcome(facts: SearchFacts) -> str:
 
 def _winner_in_words(facts: SearchFacts) -> str:
     assert facts.winner is not None
-    if facts.combined is not None and facts.combined["is_bundle"]:
+    if facts.combined is not None and facts.is_combined:
         members = _listed([str(number) for number in facts.combined["members"]])
         return f"{_article(facts.combined['method'])} of the trials {members} won"
     return f"{_row_of(facts, facts.winner)['architecture']} won"
@@ -157,7 +162,7 @@ def _outcome_so_far(facts: SearchFacts) -> str:
 def _lead(facts: SearchFacts) -> str:
     """How sure it is that the winner is better than the second finalist."""
     ranked = usable(facts.finalists.values())
-    if facts.winner is None or len(ranked) < 2 or not facts.validation_images:
+    if facts.winner is None or facts.is_combined or len(ranked) < 2 or not facts.validation_images:
         return ""
     first, second = ranked[0].val_accuracy or 0.0, ranked[1].val_accuracy or 0.0
     margin = NORMAL_95 * math.sqrt((first * (1 - first) + second * (1 - second)) / facts.validation_images)
@@ -199,9 +204,10 @@ def what_mattered(facts: SearchFacts, found: Sequence[Importance]) -> str:
         return f"No setting stands out from chance: {_why_unclear(results)}." if results else ""
     first, *others = clear
     more = [f"{_words(each.setting)} ({100 * each.share:.0f} %)" for each in others]
+    among = f" among the {len(first.values)} trials that drew it" if len(first.values) < results else ""
     return (
         f"What mattered most: {_words(first.setting)}, which explains {100 * first.share:.0f} % of the spread of "
-        f"validation accuracy{f'; then {_listed(more)}' if more else ''}."
+        f"validation accuracy{among}{f'; then {_listed(more)}' if more else ''}."
     )
 
 
@@ -220,7 +226,10 @@ def _headlines(facts: SearchFacts) -> list[Headline]:
         note = f"{100 * low:.1f} to {100 * high:.1f} % (95 %), {facts.tested.images:,} images"
         shown.append(Headline(label="test accuracy", value=_percent(facts.tested.accuracy), note=note))
     best = usable((facts.finalists or facts.trials).values())[:1]
-    if best:
+    if facts.combined is not None and facts.is_combined:
+        value = _percent(facts.combined["val_accuracy"])
+        shown.append(Headline(label="validation accuracy", value=value, note=f"of the {facts.combined['method']}"))
+    elif best:
         who = f"trial {best[0].number}{' as a finalist' if facts.finalists else ', the best so far'}"
         shown.append(Headline(label="validation accuracy", value=_percent(best[0].val_accuracy or 0.0), note=who))
     statuses = [trial.status for trial in facts.trials.values()]
@@ -233,7 +242,7 @@ def _headlines(facts: SearchFacts) -> list[Headline]:
         )
     )
     shown.append(Headline(label="time worked", value=duration(facts.worked_s), note="without the time it stood still"))
-    if facts.winner is not None:
+    if facts.winner is not None and not facts.is_combined:
         row = _row_of(facts, facts.winner)
         if row["ms_per_image"]:
             note = f"{1000 / row['ms_per_image']:,.0f} images/s, {row['architecture']}"
@@ -261,7 +270,7 @@ def _run_facts(facts: SearchFacts) -> list[tuple[str, str]]:
     if facts.winner is not None:
         shown.append(("winner's settings", describe(facts.trials[facts.winner].params)))
     if facts.combined is not None:
-        words = "taken" if facts.combined["is_bundle"] else "not better than the winner, so not taken"
+        words = "taken" if facts.is_combined else "not better than the winner, so not taken"
         shown.append((str(facts.combined["method"]), f"accuracy {facts.combined['val_accuracy']:.4f}: {words}"))
     return shown
 
@@ -286,7 +295,7 @@ def leaderboard_listing(facts: SearchFacts) -> Listing:
         order=(1, "ascending"),
         lesser=len(first) + 1,
         note=f"{note} The same for all: {', '.join(same)}." if same else note,
-    )
+    ).without_empty_columns()
 
 
 def _same_for_all(rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> list[str]:
@@ -348,7 +357,7 @@ def _finalists(facts: SearchFacts) -> Listing | None:
 def _who_is_tested(facts: SearchFacts) -> str:
     if facts.winner is None:
         return ""
-    if facts.combined is not None and facts.combined["is_bundle"]:
+    if facts.is_combined:
         return "What was combined of them was tested, and no finalist alone."
     return "The winner alone was tested, so it alone has a report."
 

@@ -248,7 +248,7 @@ def _tables(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
     cells = [
         [
             row.name,
-            _badge(row),
+            _badge(row, note=row.progress if row.state in ("running", "stopped") else ""),
             _count(row.numbers["rows"]),
             _count(row.numbers["ok"]),
             _count(row.numbers["errors"]),
@@ -289,16 +289,14 @@ def _listing(
 ) -> Listing:
     """Rows with the newest first, as `rows_below` gives them; the last column is their date. Columns without any entry
     are left out."""
-    kept = [place for place in range(len(columns)) if any(row[place] for row in rows)]
-    columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     newest_first: Order = "descending"
     order = (len(columns) - 1, newest_first) if len(rows) > 1 else None
-    return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order)
+    return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order).without_empty_columns()
 
 
-def _badge(row: InventoryRow) -> Badge:
+def _badge(row: InventoryRow, *, note: str = "") -> Badge:
     text, tone = BADGES[row.state]
-    return Badge(text=text, tone=tone, note=row.progress if row.state in ("running", "stopped", "failed") else "")
+    return Badge(text=text, tone=tone, note=note)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
