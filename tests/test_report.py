@@ -3,8 +3,7 @@
 import base64
 import hashlib
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from harness import an_epoch
+from pages import make_wide
 
 from mnist_dist.evaluation import figures
 from mnist_dist.evaluation.report import (
@@ -272,37 +272,15 @@ def test_a_figure_does_not_repeat_the_title_above_it(page: Page) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs chromium and chromedriver, which `.ci/run` installs from Debian")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
 def opened(browser: Any, page: Page, tmp_path_factory: pytest.TempPathFactory) -> Any:
     browser.get(write_page(page, tmp_path_factory.mktemp("page")).as_uri())
     return browser
 
 
-def width_of(browser: Any, width_px: int) -> None:
-    """Makes the window so wide, also narrower than a headless browser's windows can be."""
-    size = {"width": width_px, "height": 900, "deviceScaleFactor": 1, "mobile": width_px < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width_px", [390, 1400])
 def test_nothing_is_wider_than_the_window(opened: Any, width_px: int) -> None:
-    width_of(opened, width_px)
+    make_wide(opened, width_px)
     assert opened.execute_script("return window.innerWidth") == width_px
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width_px
 
@@ -310,7 +288,7 @@ def test_nothing_is_wider_than_the_window(opened: Any, width_px: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width_px", [390, 1400])
 def test_figures_and_pictures_are_there(opened: Any, page: Page, width_px: int) -> None:
-    width_of(opened, width_px)
+    make_wide(opened, width_px)
     boxes = opened.execute_script(
         "return [...document.querySelectorAll('.figures svg')].map(e => [e.getBoundingClientRect().width,"
         " e.getBoundingClientRect().height])"
@@ -365,7 +343,7 @@ def test_headline_numbers_stand_on_one_line(
 ) -> None:
     values = ["100.00 %", "2,261,827", "123,456,789,012", "3,555 images/s", "0.5"]
     headlines = [Headline(label="a number", value=value) for value in values]
-    width_of(browser, width_px)
+    make_wide(browser, width_px)
     browser.get(write_page(replace(page, headlines=headlines), tmp_path_factory.mktemp("page")).as_uri())
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('.headline .value')].map(e => [e.scrollWidth, e.clientWidth,"
@@ -384,7 +362,7 @@ VISIBLE = (
 
 @pytest.fixture
 def fresh(browser: Any, page: Page, tmp_path: Path) -> Any:
-    width_of(browser, 1280)
+    make_wide(browser, 1280)
     browser.get(write_page(page, tmp_path).as_uri())
     return browser
 
