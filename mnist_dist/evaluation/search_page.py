@@ -93,14 +93,14 @@ def render_search(facts: SearchFacts) -> str:
         verdict=verdict(facts, found),
         headlines=_headlines(facts),
         warnings=_warnings(facts),
-        figures=[(shown, svg(shown.figure, alt=shown.alt)) for shown in _figures(facts, points)],
+        figures=_drawn(_figures(facts, points)),
         leaderboard=leaderboard_listing(facts),
         finalists=_finalists(facts),
-        finalist_figures=[(shown, svg(shown.figure, alt=shown.alt)) for shown in _finalist_figures(facts)],
+        finalist_figures=_drawn(_finalist_figures(facts)),
         importances=found,
         words=_words,
         importance_note=_importance_note(facts, found),
-        setting_figures=[(shown, svg(shown.figure, alt=shown.alt)) for shown in _setting_figures(found, points)],
+        setting_figures=_drawn(_setting_figures(found, points)),
         facts=_run_facts(facts),
         texts={"settings": json.dumps(facts.settings, indent=2)} if facts.settings else {},
     )
@@ -444,6 +444,10 @@ def _finalist_figures(facts: SearchFacts) -> list[Shown]:
             figure=search_figures.finalist_epochs({names[number]: epochs for number, epochs in histories.items()}),
         )
     ]
+
+
+def _drawn(figures: Sequence[Shown]) -> list[tuple[Shown, str]]:
+    return [(shown, svg(shown.figure, alt=shown.alt, title=shown.title)) for shown in figures]
 
 
 def _setting_figures(found: Sequence[Importance], points: Sequence[TrialPoint]) -> list[Shown]:
