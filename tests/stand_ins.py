@@ -99,7 +99,6 @@ def make_labels(folder: Path) -> None:
     pyarrow.csv.write_csv(several, folder / "list.csv")
     images = pa.array([(folder / path).read_bytes() for path in paths], pa.binary())
     pq.write_table(pa.table({"image": images, "label": sets}), folder / "validation.parquet")
-    pq.write_table(pa.table({"image": images, "label": _several(names)}), folder / "images.parquet")
 
 
 def _several(names: Sequence[str]) -> list[list[str]]:
@@ -181,6 +180,7 @@ OF_PAGE: dict[str, Callable[[Path], None]] = {
     "docs/python.md": _scans,
     "docs/score.md": _bundles_of_runs,
     "docs/tracking.md": _bundles_of_runs,
+    "docs/training.md": _bundles_of_runs,
 }
 """Page -> what it has besides."""
 

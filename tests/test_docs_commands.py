@@ -35,19 +35,32 @@ NOT_RUN_PROGRAMS = {
     "python -m benchmarks": "it measures for minutes; tests/test_benchmarks.py runs them in small",
 }
 """First words of commands -> why they are not run."""
-_ELSEWHERE = "tests/test_end_to_end.py runs it"
+_END_TO_END = "tests/test_end_to_end.py runs it"
+_PLANS = "tests/test_plan.py runs plans"
+_REHEARSALS = "tests/test_space_file.py runs the plan and the dry run of a search"
 _WEIGHTS = "it downloads weights; tests/test_jobs.py runs such a recipe without them"
+_FROZEN = "tests/test_imported_backbone.py searches with such a backbone"
 _METHODS = "tests/test_train.py trains with these methods"
+_SETS = "tests/test_label_sets.py reads this form; the command with --class-columns is run"
 NOT_RUN: dict[str, str] = {
-    "python -m jobs.quickstart": _ELSEWHERE,
-    "mnist-dist search search-digits  ": _ELSEWHERE,
+    "python -m jobs.quickstart": _END_TO_END,
+    "mnist-dist search search-digits  ": _END_TO_END,
+    "mnist-dist search search-digits --data photos/ --backbone frozen ": _FROZEN,
+    "mnist-dist search search-mnist --data photos/ --space space.toml --plan": _REHEARSALS,
+    "mnist-dist search search-mnist --data photos/ --space space.toml --dry-run": _REHEARSALS,
+    "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
+    "mnist-dist train --data photos/ --plan": _PLANS,
+    "mnist-dist train --data photos/ --augmentation ": _METHODS,
     "mnist-dist train --data photos/ --batch-size 256 ": _METHODS,
     "mnist-dist train --data photos/ --sampling ": _METHODS,
     "mnist-dist train folder-fine-tune --data photos/ --backbone convnext_tiny": _WEIGHTS,
     "mnist-dist train folder-mobilenet-v2 --data photos/ ": _WEIGHTS,
+    "mnist-dist train folder-mobilenet-v2 --data images.parquet ": _SETS,
+    "mnist-dist train folder-mobilenet-v2 --data list.csv --label-separator ": _SETS,
+    "python -m jobs.train mnist-cnn --data-dir FOLDER_OF_IDX_FILES": "the program of docs/python.md does it",
+    "python -m jobs.train --data FOLDER --name mine": "the same command of README.md is run",
     "python -m jobs.train folder-mobilenet-v2 ": _WEIGHTS,
     "python -m jobs.train folder-vgg16 ": _WEIGHTS,
-    "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
     "mnist-dist import timm:": "it needs torch; tests/test_torch_models.py imports where there is one",
     "MLFLOW_TRACKING_URI=http://mlflow:5000 ": "it needs a server; tests/test_trackers.py logs to a local database",
 }
@@ -61,9 +74,7 @@ SHORTER: dict[str, str] = {
 """Job -> flags that are added."""
 SHORTER_STILL: dict[str, str] = {
     "mnist-dist train folder-fine-tune --backbone mobilenet_v2 ": "--weights none --image-size-px 32 --alpha 0.35",
-    "mnist-dist train folder-mobilenet-v2 --data images.parquet ": "--weights none --image-size-px 32 --dry-run",
     "mnist-dist train folder-mobilenet-v2 --data list.csv ": "--weights none --image-size-px 32 --dry-run",
-    "mnist-dist train --data photos/ --augmentation ": "--dry-run",
 }
 """Commands, by how they begin -> flags that are added, too."""
 SQL = "import duckdb, sys; [duckdb.sql(each).fetchall() for each in sys.argv[1].split(';') if each.strip()]"
