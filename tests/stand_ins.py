@@ -45,6 +45,7 @@ def make(folder: Path) -> None:
     make_digits(folder)
     make_labels(folder)
     make_models(folder)
+    write_scored(folder / "runs" / "nightly", scored_rows(["a.jpg"], one_hot([0], len(CLASSES)), CLASSES))
     small_space = (ROOT / "docs" / "search.md").read_text().split("```toml\n")[2].split("```")[0]
     (folder / "space.toml").write_text(small_space)
 
@@ -197,6 +198,6 @@ def make_buckets(folder: Path) -> None:
         for path in sorted((folder / "photos" / name).glob("*.jpg"))[:4]:
             for prefix in ("more", f"images/{name}"):
                 client.put_object(Bucket="bucket", Key=f"{prefix}/{path.name}", Body=path.read_bytes())
-    for path in filter(Path.is_file, (folder / "DIR").rglob("*")):
-        key = f"runs/flowers/bundle/{path.relative_to(folder / 'DIR')}"
-        client.put_object(Bucket="bucket", Key=key, Body=path.read_bytes())
+    for prefix, place in (("runs/flowers/bundle", folder / "DIR"), ("runs/nightly", folder / "runs" / "nightly")):
+        for path in filter(Path.is_file, place.rglob("*")):
+            client.put_object(Bucket="bucket", Key=f"{prefix}/{path.relative_to(place)}", Body=path.read_bytes())
