@@ -311,6 +311,15 @@ def test_a_cluster_that_cannot_be_joined_names_the_address(error: Exception, mon
             pass
 
 
+def test_a_ray_that_does_not_start_in_time_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ServiceError, match=r"very busy; run the same command again"), connected(verbose=False):
+        pass
+
+
 def test_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # as Ray's own handler does
     with pytest.raises(Interrupted, match="Stopped while Ray was starting") as caught, connected(verbose=False):

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_dist.config import RunConfig, SharedRunConfig
 from mnist_dist.console import Console, Stop, command_line
 from mnist_dist.environment import RAY_ADDRESS, check_keras, check_socket_path, ray_address
-from mnist_dist.errors import ConfigError, Interrupted, ResourceError, first_line
+from mnist_dist.errors import ConfigError, Interrupted, ResourceError, ServiceError, first_line
 from mnist_dist.on_ray.head import RAY_AUTH_MODE, TOKEN_REMEDY, await_head
 from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
@@ -32,6 +32,7 @@ from mnist_dist.store.uris import is_absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of `ray job submit`.
 CONTROLLER_POLL_S = "0.5"  # Poll interval of Ray Train's controller; the default of 2 s would delay each report.
+STARTED_TOO_SLOWLY = "timed out during startup"  # Words of `ray.init` in Ray 2.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None 
         ConfigError: `RAY_ADDRESS` names no cluster that answers and accepts this process' token, or a private Ray
             cannot make its sockets.
         Interrupted: SIGINT or SIGTERM before Ray has started.
+        ServiceError: Ray did not start in time.
     """
     if ray.is_initialized():
         if stop is not None:
@@ -146,6 +148,12 @@ def _start(address: str | None, *, verbose: bool, stop: Stop | None) -> None:
         raise Interrupted(
             signal.SIGTERM, f"Stopped while Ray was starting; run the same command to resume: {command_line()}"
         ) from end
+    except Exception as err:  # What Ray raises has no type of its own.
+        if STARTED_TOO_SLOWLY not in str(err):
+            raise
+        raise ServiceError(
+            "Ray did not start within its 30 s, as happens on a machine that is very busy; run the same command again"
+        ) from err
 
 
 def check_environment(console: Console | None = None, *, backends: Sequence[str] = ()) -> None:
