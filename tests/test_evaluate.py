@@ -114,6 +114,7 @@ def test_two_tables_are_compared(table: str, tmp_path: Path, capsys: pytest.Capt
     assert values["comparison"]["second_right"] == 1
     assert values["comparison"]["mcnemar"] == {"method": "exact", "statistic": None, "p_value": 1.0}
     assert "note: the models are model-1 and model-2" in lines
+    assert any(line.startswith("The second model is better than the first model by ") for line in lines)
     assert f"note: 2 images are only in the first table: {URIS[6]!r}, {URIS[7]!r}" in lines
     assert "p = 1 (exact)" in capsys.readouterr().err
 

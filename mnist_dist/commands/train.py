@@ -3,6 +3,7 @@
 mnist-dist train --list [--storage URI]: lists the training runs in a storage.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     )
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
+        scoring = f"{program.removesuffix('train')}score --bundle {shlex.quote(result['bundle'])}"
+        shown.line(f"score images with it: {scoring} --input YOUR_IMAGES --output predictions")
     return result
 
 

@@ -30,6 +30,7 @@ from mnist_dist.evaluation.set_codes import score_pairs
 from mnist_dist.evaluation.tables import ScoredTable, open_table
 from mnist_dist.evaluation.truth import Truth, find_truth, is_label_file, label_columns
 from mnist_dist.evaluation.uri_hashes import Hashes, uri_hashes
+from mnist_dist.evaluation.verdict import verdict_of_comparison
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.scoring.thresholds import thresholds_csv
 from mnist_dist.session import Session, seconds_since, started_at
@@ -340,6 +341,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
         _show_worst(metrics, console)
     if evaluation.comparison is not None:
         console.table([("comparison", "images"), *_compared(evaluation.comparison)])
+        for sentence in verdict_of_comparison(evaluation.comparison, "the first model", "the second model"):
+            console.line(sentence[0].upper() + sentence[1:])
     for note in evaluation.notes:
         console.line(f"note: {note}")
     console.line(f"results: {evaluation.output}")
