@@ -28,7 +28,7 @@ from harness import ROOT, Command, Recorder, run_command, write_spread_bundle
 from PIL import Image
 
 from mnist_dist import inventory
-from mnist_dist.config import ModelConfig, RunConfig, StoreConfig, TrainJob
+from mnist_dist.config import ModelConfig, PhasesConfig, RunConfig, StoreConfig, TrainJob
 from mnist_dist.console import Stop
 from mnist_dist.engines.choice import EngineChoice, open_engine
 from mnist_dist.engines.export import export_bundle
@@ -57,8 +57,8 @@ from mnist_dist.on_ray.search.search import search
 from mnist_dist.on_ray.search.trial import REPORT, TrialProcess
 from mnist_dist.on_ray.training.backend import check_backend, resolve_backend, start_backend
 from mnist_dist.on_ray.training.plan import plan_train
-from mnist_dist.on_ray.training.train import check_devices, check_ready, train
-from mnist_dist.recipes import quickstart
+from mnist_dist.on_ray.training.train import check_devices, check_ready, random_backbone_warning, train
+from mnist_dist.recipes import folder_mobilenet_v2, quickstart
 from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import BackboneSpace, SearchJob
 from mnist_dist.session import Session
@@ -1020,3 +1020,12 @@ def test_a_download_that_failed_in_keras_names_the_url_once() -> None:
 def test_what_is_wrong_with_the_environment_is_wrong_usage() -> None:
     assert {error.exit_code for error in (ConfigError, StorageError, WeightsError)} == {2}
     assert issubclass(WeightsError, MnistDistError)
+
+
+def test_a_head_on_random_weights_is_warned_of() -> None:
+    job = folder_mobilenet_v2()
+    assert random_backbone_warning(job) is None
+    random = replace(job, model=replace(job.model, weights="none"))
+    assert "--trainable all" in str(random_backbone_warning(random))
+    assert random_backbone_warning(replace(random, phases=PhasesConfig(trainable=("all",)))) is None
+    assert random_backbone_warning(replace(random, model=replace(random.model, backbone="./imported"))) is None

@@ -250,6 +250,18 @@ def _check_for_imported(job: TrainJob, backbone: BundleInfo) -> None:
     _ = load_bundle(job.model.backbone).num_features  # Raises for a bundle that gives none.
 
 
+def random_backbone_warning(job: TrainJob) -> str | None:
+    """What to say where a head is trained on a backbone that has learnt nothing; None: nothing."""
+    model, frozen = job.model, [phase.name for phase in job.phases.in_order() if phase.trainable == "head"]
+    if not frozen or model.weights != "none" or is_imported(model.backbone):
+        return None
+    return (
+        f"warning: {model.backbone} begins with random weights (--weights none), and phase {frozen[0]} trains a head "
+        "alone on it, which learns little: give --weights, or train the whole network (--trainable all), best a small "
+        "one (--backbone cnn)"
+    )
+
+
 def needs_features(job: TrainJob) -> bool:
     """Whether the features of a frozen backbone are computed before the training; of an imported one, always."""
     return job.uses_features or is_imported(job.model.backbone)
@@ -461,6 +473,9 @@ class Training:
             f"on images of {size}, {mine.workers} worker(s) of {mine.cpus:g} CPU"
             f"{mine.shown_gpus}, of {resources}; {self.job.phases.total()}"
         )
+        warning = random_backbone_warning(self.job)
+        if warning is not None:
+            self.session.console.line(warning)
 
     def train_on(
         self,
