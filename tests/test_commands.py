@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from harness import ROOT, run_command
 
 import mnist_dist
 from mnist_dist.commands import JOBS, MODULES
+from mnist_dist.commands.train import _epochs
+from mnist_dist.recipes import quickstart
 
 
 def mnist_dist_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -103,3 +106,10 @@ def test_the_wheel_gives_the_command_in_a_fresh_venv_and_an_empty_folder(tmp_pat
         check=True,
     )
     assert shown.stdout.startswith(str(venv))
+
+
+def test_a_training_that_ended_early_says_why() -> None:
+    job = quickstart()
+    assert _epochs(15, job) == "15 epochs"
+    assert _epochs(9, job).startswith("9 of 15 epochs, since the validation loss did not improve")
+    assert _epochs(1, replace(job, run=replace(job.run, dry_run=True))) == "1 epochs"

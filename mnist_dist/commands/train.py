@@ -31,13 +31,21 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
     batch = f" with batch size {result['batch_size']}" if job.fit.batch_size == "auto" else ""
     shown.line(
         f"test {_score(result)}, loss {result['test_loss']:.4f} on {result['test_images']:,} images; "
-        f"{result['epochs']} epochs{batch} in {result['seconds']:.0f} s"
+        f"{_epochs(result['epochs'], job)}{batch} in {result['seconds']:.0f} s"
     )
     if result["bundle"] is not None:
         shown.line(f"bundle: {result['bundle']}\nreport: {result['report']}")
         scoring = f"{program.removesuffix('train')}score --bundle {shlex.quote(result['bundle'])}"
         shown.line(f"score images with it: {scoring} --input YOUR_IMAGES --output predictions")
     return result
+
+
+def _epochs(done: int, job: TrainJob) -> str:
+    """How many epochs were trained, and why not all."""
+    planned = sum(phase.epochs for phase in job.phases.in_order())
+    if done == planned or job.run.dry_run:
+        return f"{done} epochs"
+    return f"{done} of {planned} epochs, since the validation loss did not improve further (early stopping),"
 
 
 def _score(result: Mapping[str, Any]) -> str:
