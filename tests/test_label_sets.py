@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from harness import Recorder
 
 from mnist_dist.config import DataConfig
 from mnist_dist.data.splits import assign_splits
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.on_ray.data.prepare import open_data
 from mnist_dist.sources.label_sets import members, rarest_classes
 from mnist_dist.sources.source import Source, open_source
 
@@ -144,6 +146,17 @@ def test_a_class_that_only_validation_has_is_an_error(tmp_path: Path) -> None:
     path = parquet(tmp_path, label=pa.array([["a"], ["b"], ["a", "c"]]), split=pa.array(["train", "train", "val"]))
     with pytest.raises(DataError, match=r"every class must occur in train.*Received: val/c"):
         opened(path)
+
+
+def test_groups_are_counted_for_each_class_and_not_for_each_set(tmp_path: Path) -> None:
+    """Each set is in one group alone, each class in several."""
+    sets = [["a"], ["b"], ["a", "b"], ["a", "c"]]
+    path = parquet(tmp_path, label=pa.array(sets), patient=pa.array(["p", "q", "r", "s"]))
+    data = DataConfig(data=(str(path),), multi_label=True, group_by="patient")
+    assert open_data(data, console=Recorder()).label_sets == ((0,), (0, 1), (0, 2), (1,))
+    parquet(tmp_path, label=pa.array([["a"], ["b"]]), patient=pa.array(["p", "q"]))
+    with pytest.raises(DataError, match="a class at least two to be in two of them"):
+        open_data(data, console=Recorder())
 
 
 def made_sets(count: int = 3_000, classes: int = 7) -> tuple[np.ndarray, tuple[tuple[int, ...], ...], np.ndarray]:
