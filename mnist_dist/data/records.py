@@ -33,7 +33,7 @@ from mnist_dist.data.near_duplicates import MIN_SIDE_PX, thumbnails_of
 from mnist_dist.errors import DataError, ImageError
 from mnist_dist.images.pixels import Pixels, match_channels, resize_pixels
 from mnist_dist.images.spec import ImageSpec
-from mnist_dist.sources.label_sets import LabelSets, joined, members
+from mnist_dist.sources.label_sets import LabelSets, members
 from mnist_dist.sources.source import Source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -79,12 +79,6 @@ class Records:
     def members(self) -> npt.NDArray[np.bool_] | None:
         """`bool [L, K]`, whether a class is in the set of a label; None: each image has one class."""
         return members(self.label_sets, len(self.class_names)) if self.label_sets else None
-
-    def name_of(self, label: int) -> str:
-        """The class of a label, or its classes."""
-        if not self.label_sets:
-            return self.class_names[label]
-        return joined([self.class_names[number] for number in self.label_sets[label]])
 
 
 def plan_records(source: Source, spec: ImageSpec, *, storage: str, limits: DecodeConfig) -> RecordPlan:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from mnist_dist.config import DataConfig
 from mnist_dist.data.grouping import HeldOut, Split, hold_out_groups, numbered
 from mnist_dist.errors import DataError
-from mnist_dist.sources.label_sets import LabelSets, members, rarest_classes
+from mnist_dist.sources.label_sets import LabelSets, members, strata_of
 
 _log = logging.getLogger(__name__)
 _TRAIN, _VAL, _TEST = Split.TRAIN, Split.VAL, Split.TEST
@@ -98,7 +98,7 @@ def assign_splits(
     )
     pool = np.flatnonzero(readable & (splits == _TRAIN))
     numbers = None if groups is None else numbered(groups)
-    strata = rarest_classes(labels, label_sets, len(class_names)) if label_sets else labels
+    strata = strata_of(labels, label_sets, len(class_names))
     if numbers is None:
         splits[pool] = _hold_out(strata[pool].astype(np.int64), ids[pool], held_out)
     else:

@@ -48,7 +48,7 @@ def labels_in(
     form, name = wanted.sets, wanted.label_column
     if form is not None and form.class_columns:
         given = [columns[each] for each in form.class_columns if each in columns]
-        return _of_class_columns(uri, form.class_columns, given) if given else None
+        return _of_class_columns(uri, form.class_columns, given, before) if given else None
     if name is None or name not in columns:
         return None
     values, place = columns[name], f"{uri}: column {name!r}"
@@ -84,8 +84,8 @@ def coded(
     numbers = {class_name: number for number, class_name in enumerate(class_names)}
     sets = [tuple(sorted(numbers[each] for each in names)) for names in names_of]
     known = tuple(sorted(set(sets)))
-    code_of = {members: code for code, members in enumerate(known)}
-    codes = pa.array([code_of[members] for members in sets], pa.int32())
+    code_of = {classes: code for code, classes in enumerate(known)}
+    codes = pa.array([code_of[classes] for classes in sets], pa.int32())
     of_image = codes.take(pc.index_in(texts.combine_chunks(), value_set=distinct))
     return class_names, known, pa.chunked_array([pc.fill_null(of_image, -1)])
 
@@ -103,13 +103,19 @@ def joined(names: Sequence[str]) -> str:
     return " + ".join(names) or NO_CLASS
 
 
+def strata_of(codes: npt.NDArray[np.int32], label_sets: LabelSets, num_classes: int) -> npt.NDArray[np.int32]:
+    """By what images are held out, `int32 [n]`: their class, or the rarest of several; -1 where the label is -1."""
+    if not label_sets:
+        return codes
+    return np.where(codes < 0, np.int32(-1), rarest_classes(codes, label_sets, num_classes))
+
+
 def rarest_classes(codes: npt.NDArray[np.int32], label_sets: LabelSets, num_classes: int) -> npt.NDArray[np.int32]:
     """The class of each image that the fewest images have, `int32 [n]`, the first of several; K for the empty set."""
     table = members(label_sets, num_classes)
     images_of_set = np.bincount(codes[codes >= 0], minlength=len(table))
-    frequency = np.append(images_of_set @ table, np.iinfo(np.int64).max)
-    rarity = np.where(np.pad(table, ((0, 0), (0, 1)), constant_values=True), frequency, np.iinfo(np.int64).max)
-    rarest = np.where(table.any(axis=1), rarity.argmin(axis=1), num_classes)
+    frequency = np.where(table, images_of_set @ table, np.iinfo(np.int64).max)
+    rarest = np.where(table.any(axis=1), frequency.argmin(axis=1), num_classes)
     return rarest.astype(np.int32)[codes]
 
 
@@ -155,16 +161,17 @@ def _lists(items: pa.Array, lengths: npt.NDArray[np.int64], missing: pa.Array) -
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items.filter(pa.array(kept)), mask=missing)
 
 
-def _of_class_columns(uri: str, names: Sequence[str], columns: Sequence[pa.Array]) -> pa.Array:
+def _of_class_columns(uri: str, names: Sequence[str], columns: Sequence[pa.Array], before: int) -> pa.Array:
     """The sets as text, from one column for each class that says whether an image has it."""
-    has = np.stack([_yes_or_no(f"{uri}: column {name!r}", each) for name, each in zip(names, columns, strict=True)])
+    pairs = list(zip(names, columns, strict=True))
+    has = np.stack([_yes_or_no(f"{uri}: column {name!r}", each, before) for name, each in pairs])
     texts = np.full(has.shape[1], _MARK, object)
     for name, rows in zip(names, has, strict=True):
         texts[rows] = np.where(texts[rows] == _MARK, f"{_MARK}{name}", texts[rows] + f"{_MARK}{name}")
     return pa.array(texts, pa.string())
 
 
-def _yes_or_no(place: str, values: pa.Array) -> npt.NDArray[np.bool_]:
+def _yes_or_no(place: str, values: pa.Array, before: int) -> npt.NDArray[np.bool_]:
     """`bool [n]`, from true and false, 1 and 0, or their texts in a CSV file."""
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(plain(values).cast(pa.string())))
     is_yes, is_no = (pc.fill_null(pc.is_in(texts, pa.array(known, pa.string())), False) for known in (_YES, _NO))
@@ -172,7 +179,7 @@ def _yes_or_no(place: str, values: pa.Array) -> npt.NDArray[np.bool_]:
     if row >= 0:
         raise DataError(
             f"{place} must say whether an image has the class: true or false, 1 or 0, in every row. Received: "
-            f"{values[row].as_py()!r} in row {row} of those read at once, counted from 0"
+            f"{values[row].as_py()!r} in row {before + row}, counted from 0"
         )
     return np.asarray(is_yes.to_numpy(zero_copy_only=False), np.bool_)
 

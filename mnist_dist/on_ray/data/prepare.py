@@ -32,7 +32,7 @@ from mnist_dist.on_ray.data.records import decode_missing
 from mnist_dist.session import Session
 from mnist_dist.sources.arrays import NAMED_ARRAYS
 from mnist_dist.sources.columns import GROUP, LABEL, SPLIT
-from mnist_dist.sources.label_sets import rarest_classes
+from mnist_dist.sources.label_sets import strata_of
 from mnist_dist.sources.source import Source, image_spec, open_source
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.base import Store
@@ -83,21 +83,12 @@ def open_data(data: DataConfig, *, console: Console, store: Store = ANYWHERE) ->
     """
     source = open_source(data, store=store)
     if data.group_by is not None:
-        check_groups(source.table[GROUP], source.table[SPLIT], _strata(source), group_by=data.group_by)
+        strata = strata_of(source.table[LABEL].to_numpy(), source.label_sets, len(source.class_names))
+        check_groups(source.table[GROUP], source.table[SPLIT], pa.chunked_array([strata]), group_by=data.group_by)
     console.line(f"data: {source.name}, {source.table.num_rows:,} images of {len(source.class_names)} classes")
     for note in source.notes:
         console.line(f"  {note}")
     return source
-
-
-def _strata(source: Source) -> pa.ChunkedArray:
-    """By what images are held out, integer `[N]`: their class, or the rarest of several; -1: none."""
-    labels = source.table[LABEL]
-    if not source.label_sets:
-        return labels
-    codes = labels.to_numpy()
-    strata = rarest_classes(codes, source.label_sets, len(source.class_names))
-    return pa.chunked_array([np.where(codes < 0, -1, strata)])
 
 
 def plan_data(source: Source, data: DataConfig, model: ModelConfig, *, root: str) -> Listed:
