@@ -89,7 +89,7 @@ def _parsed(kind: type[Job], base: Job | None, arguments: list[str], *, command:
         with contextlib.redirect_stderr(said), _one_line():
             job, unknown = tyro.cli(
                 kind,
-                args=arguments,
+                args=_with_nothing(arguments, flags),
                 prog=command,
                 config=(tyro.conf.OmitArgPrefixes,),
                 add_help=False,
@@ -104,6 +104,18 @@ def _parsed(kind: type[Job], base: Job | None, arguments: list[str], *, command:
     if unknown:
         raise ConfigError(_unknown_argument(unknown, flags, command=command))
     return cast(Job, job)
+
+
+def _with_nothing(arguments: Sequence[str], flags: Sequence[Flag]) -> list[str]:
+    """The arguments, with `none` as tyro spells it behind flags that take nothing or a number."""
+    optional = {spelling for flag in flags if flag.is_number_or_nothing for spelling in flag.spellings}
+    read, name = list[str](), ""
+    for argument in arguments:
+        typed, equals, value = argument.partition("=")
+        name = typed.replace("_", "-") if argument.startswith("--") else name
+        is_nothing = name in optional and (value if equals else argument).lower() == "none"
+        read.append(f"{typed}=None" if is_nothing and equals else "None" if is_nothing else argument)
+    return read
 
 
 @contextlib.contextmanager

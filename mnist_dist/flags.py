@@ -46,6 +46,12 @@ class Flag:
         return bool in _options(self.hint)
 
     @property
+    def is_number_or_nothing(self) -> bool:
+        """Whether its values are None and numbers."""
+        options = set(_options(self.hint))
+        return type(None) in options and options <= {type(None), int, float}
+
+    @property
     def spellings(self) -> tuple[str, ...]:
         """Everything that can be typed for it."""
         off = (f"--no-{self.name.removeprefix('--')}",) if self.is_switch else ()

@@ -182,6 +182,16 @@ def folder_fine_tune() -> TrainJob:
     )
 
 
+def folder_head() -> TrainJob:
+    """python -m jobs.train folder-head --data FOLDER --backbone BUNDLE: a new head on the features of an imported
+    backbone, which are computed once."""
+    return TrainJob(
+        model=ModelConfig(dropout=0.2),
+        phases=PhasesConfig(epochs=(20,), trainable=("head",)),
+        fit=FitConfig(batch_size=32, early_stopping_patience=3),
+    )
+
+
 TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
     "quickstart": quickstart,
     "mnist-mlp": mnist_mlp,
@@ -197,6 +207,7 @@ TRAINING_RECIPES: dict[str, Callable[[], TrainJob]] = {
     "folder-mobilenet-v2": folder_mobilenet_v2,
     "folder-vgg16": folder_vgg16,
     "folder-fine-tune": folder_fine_tune,
+    "folder-head": folder_head,
 }
 
 
@@ -331,6 +342,7 @@ RECIPE_INFOS: dict[str, RecipeInfo] = {
     "folder-mobilenet-v2": RecipeInfo(summary="photographs: MobileNetV2, head, then the last blocks", data="images"),
     "folder-vgg16": RecipeInfo(summary="photographs: VGG16, head, then the last block", data="images"),
     "folder-fine-tune": RecipeInfo(summary="photographs: any --backbone, head, then all layers", data="images"),
+    "folder-head": RecipeInfo(summary="a new head on an imported bundle (--backbone)", data="images"),
     "search-digits": RecipeInfo(summary="8 trials of small networks on the included digits", data="included"),
     "search-mnist": RecipeInfo(summary="30 trials of small and pretrained networks", data="mnist"),
     "mnist-ensemble": RecipeInfo(summary="five runs of mnist-cnn-bn as one model", data="mnist"),

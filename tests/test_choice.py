@@ -263,7 +263,7 @@ def test_two_of_a_thousand_images_may_be_lost_and_no_more(right: int, lost: int,
 
 def test_what_is_said_of_an_engine() -> None:
     assert str(EngineChoice()) == str(choice("keras")) == "keras float32"
-    assert str(choice(agreement=0.9987)) == "openvino float32 (same top class as Keras for 99.87%)"
+    assert str(choice(agreement=0.9987)) == "openvino float32 (same top class as Keras for 99.87% of 1,000 images)"
     assert EngineChoice().noted() == {"engine": "keras", "precision": "float32", "engine_check": None}
     noted = choice(precision="int8", agreement=0.97).noted()
     assert (noted["engine"], noted["precision"], noted["engine_check"]["agreement"]) == ("openvino", "int8", 0.97)

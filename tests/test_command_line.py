@@ -63,6 +63,12 @@ def test_flags_override_the_recipe_and_nothing_else() -> None:
     assert job.fit == long_run().fit
 
 
+@pytest.mark.parametrize("flags", ["--early-stopping-patience none", "--early-stopping-patience=None"])
+def test_none_switches_off_what_takes_a_number(flags: str) -> None:
+    assert parse("long-run", *flags.split())[1].fit.early_stopping_patience is None
+    assert parse("long-run", *flags.split(), "--weights", "none", "--name", "none")[1].model.weights == "none"
+
+
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 

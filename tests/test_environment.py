@@ -57,7 +57,13 @@ from mnist_dist.on_ray.search.search import search
 from mnist_dist.on_ray.search.trial import REPORT, TrialProcess
 from mnist_dist.on_ray.training.backend import check_backend, resolve_backend, start_backend
 from mnist_dist.on_ray.training.plan import plan_train
-from mnist_dist.on_ray.training.train import check_devices, check_ready, random_backbone_warning, train
+from mnist_dist.on_ray.training.train import (
+    check_devices,
+    check_ready,
+    few_steps_warning,
+    random_backbone_warning,
+    train,
+)
 from mnist_dist.recipes import folder_mobilenet_v2, quickstart
 from mnist_dist.score_config import InputConfig, ScoreJob
 from mnist_dist.search_config import BackboneSpace, SearchJob
@@ -1020,6 +1026,15 @@ def test_a_download_that_failed_in_keras_names_the_url_once() -> None:
 def test_what_is_wrong_with_the_environment_is_wrong_usage() -> None:
     assert {error.exit_code for error in (ConfigError, StorageError, WeightsError)} == {2}
     assert issubclass(WeightsError, MnistDistError)
+
+
+@pytest.mark.parametrize(("images", "steps"), [(52, None), (64 * 7 - 1, 90), (64 * 7, None), (6, 0)])
+def test_a_training_of_too_few_steps_is_warned_of(images: int, steps: int | None) -> None:
+    job = quickstart()  # 15 epochs in batches of 64
+    if images == 52:
+        job = replace(job, fit=replace(job.fit, batch_size=4))
+    words, expected = few_steps_warning(job, images=images), f"{images} training images in batches of 64 make {steps} "
+    assert words is None if steps is None else expected in str(words)
 
 
 def test_a_head_on_random_weights_is_warned_of() -> None:

@@ -175,7 +175,7 @@ def test_openvino_is_converted_from_the_file_and_compared_with_it(bundle: Bundle
     assert (found.check.source, found.check.images, found.check.agreement) == ("calibration", 40, 1.0)
     assert found.check.max_abs_difference <= 1e-5
     assert found.check.images_per_call in CALL_SIZES
-    assert str(found) == "openvino float32 (same top class as ONNX Runtime for 100.00%)"
+    assert str(found) == "openvino float32 (same top class as ONNX Runtime for 100.00% of 40 images)"
     answers: Answers = steps.done["openvino float32"]
     assert (answers.input_name, answers.output_name) == ("image", PROBABILITIES)
     assert len(set(answers.probabilities.argmax(axis=1).tolist())) > 2

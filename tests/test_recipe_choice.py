@@ -2,8 +2,9 @@
 
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import mnist_dist
 from mnist_dist.commands import recipe_choice, search, train
 from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.errors import ConfigError, DataError
+from mnist_dist.models.backbones import find_backbone
 from mnist_dist.recipes import RECIPE_INFOS, SEARCH_RECIPES, TRAINING_RECIPES
 from mnist_dist.score_config import InputConfig
 from mnist_dist.sources import look
@@ -110,6 +112,18 @@ def test_a_backbone_that_is_named_decides_which_recipe_it_is(
     found = chosen("--data", data("photos"), "--backbone", backbone)
     assert (found.recipe, found.job.model.backbone) == (recipe, backbone)
     assert f"photographs of about 100 x 75 px, backbone {backbone}: recipe {recipe};" in str(found.why)
+
+
+def test_an_imported_bundle_gets_a_new_head(
+    data: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = str(tmp_path / "bundle")
+    imported = replace(find_backbone("cnn"), imported=cast(Any, "its description"))
+    monkeypatch.setattr(recipe_choice, "find_backbone", {bundle: imported}.__getitem__)
+    found = chosen("--data", data("photos"), "--backbone", bundle)
+    assert (found.recipe, found.job.phases.trainable) == ("folder-head", ("head",))
+    with pytest.raises(ConfigError, match=r"folder-head needs --backbone: .* Received: recipe='folder-head'"):
+        chosen("folder-head", "--data", data("photos"))
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "mnist-cnn-bn", "mnist-vgg16", "folder-cnn-bn"])

@@ -16,7 +16,7 @@ from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.evaluate import evaluate
 from mnist_dist.evaluation.evaluation_row import DEPTH, evaluation_row
 from mnist_dist.evaluation.pages import write_evaluation_page
-from mnist_dist.evaluation.storage_page import relative_link, report_storage
+from mnist_dist.evaluation.storage_page import _model_of, relative_link, report_storage
 from mnist_dist.inventory import rows_below
 from mnist_dist.report_config import ReportJob
 from mnist_dist.store.anywhere import ANYWHERE
@@ -77,7 +77,7 @@ def test_the_page_shows_all_of_it_with_its_state_and_numbers(root: str, tmp_path
     assert rows["half"][1:6] == ["resumable", "", "0.5200", "2", "7"]
     assert page.tables["searches"][1][1:6] == ["resumable", "0.9000", "3", "5", "1"]
     assert "test accuracy" not in page.tables["searches"][0]  # A column without an entry is left out.
-    assert page.tables["tables"][1][:6] == ["scores", "finished", "10", "7", "3", "report"]
+    assert page.tables["tables"][1][:7] == ["scores", "finished", "10", "7", "3", "b", "report"]
     assert page.column("evaluations", "accuracy") == [accuracy]
     assert page.column("evaluations", "table") == ["scores"]
     assert page.column("unreadable", "name") == ["damaged"]
@@ -99,6 +99,24 @@ def test_links_are_relative_and_lead_to_the_reports(root: str, tmp_path: Path) -
     for link in expected.values():
         assert ANYWHERE.exists(join(root, link))
     assert "half" not in page.links  # It has no report yet.
+
+
+def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_not(tmp_path: Path) -> None:
+    fill(str(tmp_path / "runs"), tmp_path)
+    begun_run(str(tmp_path / "runs" / "tried"), "winner").finish({"epochs": 7})
+    page = page_of(str(tmp_path))
+    assert sorted(page.column("runs", "name")) == sorted([f"runs/{HOSTILE}", "runs/half"])
+    assert page.column("searches", "name") == ["runs/tried"]
+    assert urllib.parse.unquote(page.links["runs/tried"]) == "runs/tried/report.html"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "name"),
+    [("/a/runs/digits/bundle", "digits"), ("s3://a/dinov2/", "dinov2"), ("bundle", "bundle"), ("net", "net")],
+)
+def test_a_table_names_the_run_or_the_bundle_that_scored_it(bundle: str, name: str) -> None:
+    assert _model_of(None) == ""
+    assert _model_of(bundle) == name
 
 
 def test_the_page_may_lie_elsewhere_and_is_written_anew(tmp_path: Path) -> None:

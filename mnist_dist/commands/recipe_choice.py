@@ -5,9 +5,8 @@ Owns: the rule, and what is said about it. Does not own: the look at the data (`
 The rule. Without `--data`, the default recipe trains on the included digits. With it, images of at most 64 px get a
 small network that is trained from scratch at their own size, in grey or colour, and all larger ones a network with
 ImageNet weights. A network that the flags choose (`--backbone`) is taken from the recipe that has it; any other one
-with ImageNet weights is fine-tuned as a whole, one without them is trained from scratch, and an imported bundle has the
-settings of the default recipe. A named recipe for small images is refused for larger ones, unless
-the flags choose the network or its size.
+with ImageNet weights is fine-tuned as a whole, one without them is trained from scratch, and an imported bundle gets a
+new head. A named recipe for small images is refused for larger ones, unless the flags choose the network or its size.
 
 Contract: the choice depends on the flags and on the data alone, so the same command finds its run again.
 """
@@ -26,7 +25,7 @@ from mnist_dist.store.uris import shown
 
 DEFAULT_TRAINING, DEFAULT_SEARCH = "quickstart", "search-digits"
 FOR_ARRAYS = {("digits",): DEFAULT_TRAINING, ("mnist",): "mnist-cnn-bn"}
-FROM_SCRATCH, FINE_TUNED = "folder-cnn-bn", "folder-fine-tune"
+FROM_SCRATCH, FINE_TUNED, HEAD_ALONE = "folder-cnn-bn", "folder-fine-tune", "folder-head"
 FOR_PHOTOGRAPHS = ("folder-mobilenet-v2", "folder-vgg16")
 """The first is picked, unless the flags name the backbone of another one."""
 _CHOOSE_NETWORK = frozenset({"backbone", "backbones", "image_size_px", "space"})
@@ -87,6 +86,11 @@ def check_fits(recipe: str, data: DataConfig, store: StoreConfig, *, flags: Coll
         )
         _check_data_dir(data, flags)
         return
+    if recipe == HEAD_ALONE and "backbone" not in flags:
+        raise ConfigError(
+            f"the recipe {recipe} needs --backbone: the folder or bucket prefix of a bundle that `import` wrote. "
+            f"Received: recipe={recipe!r}"
+        )
     if info.data == "images" or _CHOOSE_NETWORK & set(flags):
         return
     look = look_at(data, store=store_for(store))
@@ -118,7 +122,7 @@ def _recipe_for(look: Look, backbone: str | None) -> str:
         return FROM_SCRATCH if look.are_small else FOR_PHOTOGRAPHS[0]
     row = find_backbone(backbone)
     if row.imported is not None:
-        return DEFAULT_TRAINING
+        return HEAD_ALONE
     if row.weights_published is None:
         return FROM_SCRATCH
     named = (name for name in FOR_PHOTOGRAPHS if TRAINING_RECIPES[name]().model.backbone == backbone)

@@ -98,7 +98,8 @@ class EngineChoice:
     def __str__(self) -> str:
         if self.check is None or self.is_own:
             return self.name
-        return f"{self.name} (same {self.check.judged_by} as {self.own_name} for {self.check.agreement:.2%})"
+        agreement = f"{self.check.agreement:.2%} of {self.check.images:,} images"
+        return f"{self.name} (same {self.check.judged_by} as {self.own_name} for {agreement})"
 
     def batch_size(self, largest: int) -> int:
         """Images per call, at most `largest`; Keras takes any number."""

@@ -33,6 +33,8 @@ from mnist_dist.training.runs import run_row
 from mnist_dist.tuning.search_row import search_row
 
 BUNDLE_REPORT = f"bundle/{REPORT_FILE}"
+RUNS_DEPTH = 2
+"""Levels of folders to search for runs and searches: their storage may be a folder of this one (`runs`)."""
 BADGES: Mapping[State, tuple[str, Tone]] = {
     "finished": ("finished", "plain"),
     "running": ("running", "busy"),
@@ -95,9 +97,12 @@ def look_into(uri: str) -> Held:
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `report_storage`.
     """
+    searches = rows_below(uri, search_row, depth=RUNS_DEPTH)
+    finalists = tuple(f"{row.uri}/" for row in searches)
+    runs = rows_below(uri, run_row, depth=RUNS_DEPTH)
     found = {
-        "runs": rows_below(uri, run_row),
-        "searches": rows_below(uri, search_row),
+        "runs": [row for row in runs if not row.uri.startswith(finalists)],
+        "searches": searches,
         "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH),
         "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH),
     }
@@ -244,7 +249,7 @@ def _searches(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
 
 
 def _tables(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
-    columns = ("name", "status", "images", "ok", "bad", "evaluation", "changed, UTC")
+    columns = ("name", "status", "images", "ok", "bad", "scored by", "evaluation", "changed, UTC")
     cells = [
         [
             row.name,
@@ -252,6 +257,7 @@ def _tables(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
             _count(row.numbers["rows"]),
             _count(row.numbers["ok"]),
             _count(row.numbers["errors"]),
+            _model_of(row.numbers["bundle"]),
             entry if isinstance(entry := link_to(row, "report"), Link) else "",
             _date(row.updated_s),
         ]
@@ -292,6 +298,12 @@ def _listing(
     newest_first: Order = "descending"
     order = (len(columns) - 1, newest_first) if len(rows) > 1 else None
     return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order).without_empty_columns()
+
+
+def _model_of(bundle: str | None) -> str:
+    """A bundle by the name of its run, of which it is `bundle`, or by its own."""
+    *_, folder, name = ("", "", *(bundle or "").rstrip("/").split("/"))
+    return folder if name == "bundle" and folder else name
 
 
 def _badge(row: InventoryRow, *, note: str = "") -> Badge:

@@ -37,6 +37,7 @@ def table_row(folder: Folder) -> InventoryRow | None:
         result=_result_in_words(committed),
         updated_s=folder.updated_with(*_work_folders(folder, unfinished) if has_work else ()),
         numbers={
+            "bundle": committed.summary.described.bundle if committed is not None and committed.summary else None,
             "generation": _number(committed, unfinished),
             **(shards or {}),
             **_counts(committed),

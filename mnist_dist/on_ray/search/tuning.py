@@ -13,7 +13,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from mnist_dist.console import Stop, View, duration
+from mnist_dist.console import Console, Stop, View, duration
 from mnist_dist.errors import Interrupted, Locked, LockLost, MnistDistError, ServiceError, WorkersFailed, first_line
 from mnist_dist.on_ray.search.early_stopping import EarlyStopping, config_of
 from mnist_dist.on_ray.search.trial import ACCURACY, REPORT, Report, TrialProcess, TrialTask, is_outage
@@ -350,9 +350,10 @@ def run_trials(work: TrialWork, trials: Trials, session: Session) -> None:
         "1"  # Ray Tune would write a folder of logs per trial that nobody reads
     )
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"  # Ray Tune's own state is never restored, so it is rarely saved
-    began = time.monotonic()
+    began, log = time.monotonic(), _Log(session.console, trials)
     while True:
-        _run_round(work, trials, session, began=began)
+        _run_round(work, trials, session, began=began, log=log)
+        log.show_new()
         if trials.over or not trials.waiting:
             break
         _compute_wanted(work, trials, session, beside=False)
@@ -360,7 +361,32 @@ def run_trials(work: TrialWork, trials: Trials, session: Session) -> None:
     trials.end_all()
 
 
-def _run_round(work: TrialWork, trials: Trials, session: Session, *, began: float) -> None:
+class _Log:
+    """The lines of a log: one for each trial that ends. A terminal has a table instead."""
+
+    def __init__(self, console: Console, trials: Trials) -> None:
+        self._console, self._trials = console, trials
+        self._shown = _ended(trials)
+
+    def show_new(self) -> None:
+        """Shows the trials that have ended since the last call."""
+        if self._console.terminal:
+            return
+        for number in sorted(_ended(self._trials) - self._shown):
+            self._console.line(_ended_in_words(self._trials.known[number]))
+            self._shown.add(number)
+
+
+def _ended(trials: Trials) -> set[int]:
+    return {number for number, trial in dict(trials.known).items() if trial.status != "running"}
+
+
+def _ended_in_words(trial: Trial) -> str:
+    accuracy = "" if trial.val_accuracy is None else f", validation accuracy {trial.val_accuracy:.4f}"
+    return f"trial {trial.number} {trial.status} after {trial.epochs} epoch(s){accuracy}: {describe(trial.params)}"
+
+
+def _run_round(work: TrialWork, trials: Trials, session: Session, *, began: float, log: _Log) -> None:
     """Runs Ray Tune once, to its end."""
     fit = SideThread(_tuner(work, trials).fit, name="ray-tune")
     fit.start()
@@ -369,7 +395,7 @@ def _run_round(work: TrialWork, trials: Trials, session: Session, *, began: floa
             with session.console.view("search") as view:
                 session.watch(
                     lambda timeout_s: fit.ended(timeout_s) or _is_worth_computing(trials),
-                    show=lambda: _show(view, trials, seconds=time.monotonic() - began),
+                    show=lambda: _show(view, log, trials, seconds=time.monotonic() - began),
                     on_signal=trials.stop,
                 )
             if _is_worth_computing(trials):
@@ -451,7 +477,8 @@ def _tuner(work: TrialWork, trials: Trials) -> tune.Tuner:
     )
 
 
-def _show(view: View, trials: Trials, *, seconds: float) -> None:
+def _show(view: View, log: _Log, trials: Trials, *, seconds: float) -> None:
+    log.show_new()
     running_now = sorted(trials.running)  # taken before the copy, so that the copy contains all of them
     known = dict(trials.known)
     ended = [trial for trial in known.values() if trial.status != "running"]

@@ -101,9 +101,9 @@ class Attempt:
         self._reported_waiting = True
         free = ray.available_resources()
         console.line(
-            f"waiting for {self._share.workers} workers of {self._share.cpus:g} CPU"
-            f"{self._share.shown_gpus}; free now: {free.get('CPU', 0):g} CPUs, "
-            f"{free.get('GPU', 0):g} GPUs"
+            f"no step yet: {self._share.workers} worker(s) of {self._share.cpus:g} CPU{self._share.shown_gpus} load "
+            f"the network, or wait for resources (free besides them: {free.get('CPU', 0):g} CPUs, "
+            f"{free.get('GPU', 0):g} GPUs)"
         )
 
 
