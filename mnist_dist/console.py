@@ -243,7 +243,7 @@ class Stop:
                 if self._console.embedded
                 else f"run the same command to resume: {command_line()}"
             )
-            raise Interrupted(self.signal_number, f"Stopped. Everything is saved; {again}")
+            raise Interrupted(self.signal_number, f"Stopped. All that was finished is saved; {again}")
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():

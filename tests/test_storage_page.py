@@ -102,9 +102,11 @@ def test_links_are_relative_and_lead_to_the_reports(root: str, tmp_path: Path) -
 
 
 def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_not(tmp_path: Path) -> None:
-    fill(str(tmp_path / "runs"), tmp_path)
+    fill(str(tmp_path / "elsewhere"), tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
     begun_run(str(tmp_path / "runs" / "tried"), "winner").finish({"epochs": 7})
     page = page_of(str(tmp_path))
+    assert page.links["report"] == "runs/scores-evaluation/report.html"  # The evaluation knows the table's old place.
     assert sorted(page.column("runs", "name")) == sorted([f"runs/{HOSTILE}", "runs/half"])
     assert page.column("searches", "name") == ["runs/tried"]
     assert urllib.parse.unquote(page.links["runs/tried"]) == "runs/tried/report.html"

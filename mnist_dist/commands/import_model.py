@@ -17,7 +17,7 @@ def main(arguments: Sequence[str], *, program: str) -> dict[str, Any]:
 
     result = import_model(job, console=shown)
     scoring = "score --input YOUR_IMAGES --output predictions --bundle"
-    use = "train --trainable head --backbone" if job.backbone_only else scoring
+    use = "train --data YOUR_IMAGES --backbone" if job.backbone_only else scoring
     shown.line(f"bundle: {result['output']}\n  {_sibling(program, use)} {shlex.quote(result['output'])}")
     return result
 

@@ -124,6 +124,8 @@ class Comparison:
     second_right: int
     both_wrong: int
     mcnemar: McNemar | None
+    multi_label: bool = False
+    """Whether a prediction is a set of classes."""
     by_class: tuple[ClassPair, ...] = ()
     """The classes with known images, in the order of the classes; empty for multi-label tables."""
     first_scores: SetScores | None = None
@@ -374,6 +376,7 @@ class _Pairs:
         only_in_first = len(rows.seen) - rows.index.repeated - counts["common"]
         wrong = counts["known"] - counts["both_right"] - counts["first_right"] - counts["second_right"]
         return Comparison(
+            multi_label=first.is_multi_label,
             first=first.uri,
             second=second.uri,
             first_model=first.model_id,

@@ -6,7 +6,7 @@ Does not own: the comparison, its verdict (`verdict`), or the rendering (`report
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mnist_dist.evaluation.comparison import Comparison
+from mnist_dist.evaluation.comparison import ClassMove, Comparison
 from mnist_dist.evaluation.metric_parts import Pictures, share
 from mnist_dist.evaluation.metrics import wilson_interval
 from mnist_dist.evaluation.report import Cell, Example, Filter, Gallery, Headline, Table, class_filter
@@ -79,7 +79,7 @@ def compared_tables(comparison: Comparison, first: Compared, second: Compared, n
     if comparison.by_class:
         tables.append(_by_class(comparison, names))
     if comparison.moves:
-        moves = [_move(move.first, move.second, move.images) for move in comparison.moves[:MAX_MOVES]]
+        moves = [_move(move, is_filter=not comparison.multi_label) for move in comparison.moves[:MAX_MOVES]]
         more = len(comparison.moves) > MAX_MOVES
         tables.append(
             Table(
@@ -145,12 +145,13 @@ def _by_class(comparison: Comparison, names: tuple[str, str]) -> Table:
     return Table(title="Classes of both", columns=columns, rows=rows, note=note, sortable=True)
 
 
-def _move(first: str, second: str, images: int) -> tuple[Cell, ...]:
-    if " + " in first + second or NO_CLASS in (first, second):
-        return f"{first} → {second}", f"{images:,}"  # Sets of classes, by which images are not filtered.
-    wanted = {"predicted": first, "second": second}
-    label = f"prediction {first}, then {second}"
-    return Filter(text=f"{first} → {second}", wanted=wanted, label=label, images=images), f"{images:,}"
+def _move(move: ClassMove, *, is_filter: bool) -> tuple[Cell, ...]:
+    text, images = f"{move.first} → {move.second}", f"{move.images:,}"
+    if not is_filter:  # By sets of classes, images are not filtered.
+        return text, images
+    wanted = {"predicted": move.first, "second": move.second}
+    label = f"prediction {move.first}, then {move.second}"
+    return Filter(text=text, wanted=wanted, label=label, images=move.images), images
 
 
 def changed(comparison: Comparison, pictures: Pictures, names: tuple[str, str]) -> Gallery:

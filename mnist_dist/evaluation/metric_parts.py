@@ -28,6 +28,7 @@ from mnist_dist.evaluation.report import (
 )
 from mnist_dist.evaluation.verdict import percent
 from mnist_dist.images.pixels import Pixels
+from mnist_dist.sources.label_sets import joined
 
 MAX_CLASSES = 200
 """Most classes in the table of a page; with more classes, the worst ones are shown."""
@@ -167,9 +168,9 @@ def pictures_file(name: str, title: str, examples: Sequence[Example]) -> Shown:
 
 
 def _caption(image: Example) -> str:
-    predicted = " + ".join(image.predicted)
+    predicted = joined(image.predicted)
     line = predicted if image.confidence is None else f"{predicted} {100 * image.confidence:.0f} %"
-    return line if image.truth in (None, image.predicted) else f"{line}\ntruth: {' + '.join(image.truth or ())}"
+    return line if image.truth in (None, image.predicted) else f"{line}\ntruth: {joined(image.truth or ())}"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ with it.
 
 import posixpath
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,8 +33,8 @@ from mnist_dist.training.runs import run_row
 from mnist_dist.tuning.search_row import search_row
 
 BUNDLE_REPORT = f"bundle/{REPORT_FILE}"
-RUNS_DEPTH = 2
-"""Levels of folders to search for runs and searches: their storage may be a folder of this one (`runs`)."""
+DEEPER = 1
+"""Levels of folders to search beyond the usual ones: the storage of runs may be a folder of this one (`runs`)."""
 BADGES: Mapping[State, tuple[str, Tone]] = {
     "finished": ("finished", "plain"),
     "running": ("running", "busy"),
@@ -97,14 +97,14 @@ def look_into(uri: str) -> Held:
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `report_storage`.
     """
-    searches = rows_below(uri, search_row, depth=RUNS_DEPTH)
+    searches = rows_below(uri, search_row, depth=1 + DEEPER)
     finalists = tuple(f"{row.uri}/" for row in searches)
-    runs = rows_below(uri, run_row, depth=RUNS_DEPTH)
+    runs = rows_below(uri, run_row, depth=1 + DEEPER)
     found = {
         "runs": [row for row in runs if not row.uri.startswith(finalists)],
         "searches": searches,
-        "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH),
-        "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH),
+        "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH + DEEPER),
+        "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH + DEEPER),
     }
     rows = [row for kind in found.values() for row in kind]
     if not rows:
@@ -135,10 +135,18 @@ def _reports(rows: Mapping[str, Sequence[InventoryRow]]) -> dict[str, str]:
     with ThreadPoolExecutor(THREADS) as pool:
         reports = list(pool.map(lambda each: first(*each), asked))
     found = {uri: report for (uri, _), report in zip(asked, reports, strict=True) if report is not None}
+    tables_here = {row.uri for row in rows["tables"]}
     for row in reversed(rows["evaluations"]):  # The newest one comes first, and so it counts.
         if row.uri in found:
-            found[str(row.numbers["predictions"])] = found[row.uri]
+            found[_table_of(row, tables_here)] = found[row.uri]
     return found
+
+
+def _table_of(evaluation: InventoryRow, tables_here: Collection[str]) -> str:
+    """The table of an evaluation: as recorded, or, where the storage was moved since, the one of its name beside it."""
+    recorded = str(evaluation.numbers["predictions"])
+    beside = join(parent_of(evaluation.uri), recorded.rstrip("/").rpartition("/")[2])
+    return beside if recorded not in tables_here and beside in tables_here else recorded
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
