@@ -39,7 +39,7 @@ _END_TO_END = "tests/test_end_to_end.py runs it"
 _PLANS = "tests/test_plan.py runs plans"
 _REHEARSALS = "tests/test_space_file.py runs the plan and the dry run of a search"
 _WEIGHTS = "it downloads weights; tests/test_jobs.py runs such a recipe without them"
-_FROZEN = "tests/test_imported_backbone.py searches with such a backbone"
+_FROZEN = "tests/test_imported_backbone.py trains and searches with such a backbone"
 _METHODS = "tests/test_train.py trains with these methods"
 _SETS = "tests/test_label_sets.py reads this form; the command with --class-columns is run"
 NOT_RUN: dict[str, str] = {
@@ -49,6 +49,7 @@ NOT_RUN: dict[str, str] = {
     "mnist-dist search search-mnist --data photos/ --space space.toml --plan": _REHEARSALS,
     "mnist-dist search search-mnist --data photos/ --space space.toml --dry-run": _REHEARSALS,
     "mnist-dist search search-backbones ": "it downloads weights; tests/test_combine.py combines finalists",
+    "mnist-dist train --data photos/ --backbone frozen ": _FROZEN,
     "mnist-dist train --data photos/ --plan": _PLANS,
     "mnist-dist train --data photos/ --augmentation ": _METHODS,
     "mnist-dist train --data photos/ --batch-size 256 ": _METHODS,
