@@ -112,7 +112,7 @@ def search(job: SearchJob, *, recipe: str, console: Console) -> dict[str, Any]:
     run.compare(facts)
     finished = run.result()
     if finished is not None:
-        console.line(f"{run.uri} is finished. To search again, choose another --name or --seed.")
+        console.line(f"{run.uri} is finished. To search again, choose another --name, --seed or --storage.")
         return finished
     check_ready(
         [architecture.model() for space in job.backbones for architecture in architectures_of(space)],

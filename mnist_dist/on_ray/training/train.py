@@ -100,7 +100,7 @@ def train(job: TrainJob, *, recipe: str, console: Console) -> dict[str, Any]:
     run.compare(_facts(job, recipe))
     finished = run.result()
     if finished is not None:
-        console.line(f"{run.uri} is finished. To train again, choose another --name or --seed.")
+        console.line(f"{run.uri} is finished. To train again, choose another --name, --seed or --storage.")
         return finished
     check_ready([job.model], run=job.run, console=console)
     store = store_for(job.store)
