@@ -561,9 +561,10 @@ def test_a_combination_is_scored_evaluated_and_exported(ensemble: Path, tmp_path
 
 def combined_finalists(tmp_path: Path, *, accuracies: Sequence[float], combined: float, used: Sequence[bool]) -> Any:
     """The combination of the finalists 7 and 3, as a search finds it when it resumes."""
+    finalists = {7: str(tmp_path / "winner"), 3: "/finalists/3"}
     members = tuple(
-        CombinedMember(uri=f"/finalists/{number}", model_id=str(number), is_used=is_used, validation_accuracy=accuracy)
-        for number, accuracy, is_used in zip((7, 3), accuracies, used, strict=True)
+        CombinedMember(uri=uri, model_id=str(number), is_used=is_used, validation_accuracy=accuracy)
+        for (number, uri), accuracy, is_used in zip(finalists.items(), accuracies, used, strict=True)
     )
     write(
         tmp_path / "combined",
@@ -572,26 +573,34 @@ def combined_finalists(tmp_path: Path, *, accuracies: Sequence[float], combined:
     )
     return Combination(
         method="greedy-soup",
-        finalists={7: "/finalists/7", 3: "/finalists/3"},
+        finalists=finalists,
         uri=str(tmp_path / "combined"),
         decoded=None,  # type: ignore[arg-type]
-        splits=None,  # type: ignore[arg-type]
+        splits=Splits(np.arange(0), np.arange(1_000), np.arange(0), duplicates=0, duplicate_pairs=(), dropped=0),
         session=None,  # type: ignore[arg-type]
     )
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "combined", "used", "is_better"),
+    ("accuracies", "combined", "used", "winner_loss", "is_better"),
     [
-        ((0.9, 0.8), 0.9, (True, True), True),
-        ((0.9, 0.8), 0.89, (True, True), False),
-        ((0.9, 0.8), 0.9, (True, False), False),  # it is the winner itself
+        ((0.9, 0.8), 0.9, (True, True), 0.4, True),
+        ((0.9, 0.8), 0.88, (True, True), 0.4, False),
+        ((0.9, 0.8), 0.88, (True, True), 0.51, True),  # of 1,000 images 95 % lie above 0.880
+        ((0.9, 0.8), 0.879, (True, True), 0.51, False),
+        ((0.9, 0.8), 0.9, (True, False), 0.51, False),  # it is the winner itself
     ],
 )
 def test_finalists_combined_replace_the_winner_only_if_they_are_as_good_on_validation(
-    accuracies: Sequence[float], combined: float, used: Sequence[bool], is_better: bool, tmp_path: Path
+    accuracies: Sequence[float],
+    combined: float,
+    used: Sequence[bool],
+    winner_loss: float,
+    is_better: bool,
+    tmp_path: Path,
 ) -> None:
     found = combined_finalists(tmp_path, accuracies=accuracies, combined=combined, used=used)
+    write(tmp_path / "winner", validation={"accuracy": accuracies[0], "loss": winner_loss})
     assert found.make()  # It is there already.
     assert found.is_better is is_better
     members = [number for number, is_used in zip((7, 3), used, strict=True) if is_used]

@@ -25,6 +25,7 @@ from mnist_dist.config import CombineMethod
 from mnist_dist.data.splits import Splits
 from mnist_dist.engines.steps import run_step
 from mnist_dist.errors import CannotCombine, ConfigError, StepFailed, StorageError, first_line
+from mnist_dist.evaluation.metrics import wilson_interval
 from mnist_dist.models.bundle import (
     BUNDLE_FILE,
     CALIBRATION_FILE,
@@ -116,10 +117,22 @@ class Combination:
 
     @property
     def is_better(self) -> bool:
-        """Whether it holds more than the winner, and is at least as accurate on the validation images."""
+        """Whether it holds more than the winner, and is as good on the validation images.
+
+        The winner is the best of several on these very images, which flatters it. So a combination that is less
+        accurate only within the winner's 95 % interval is the better one if its loss is smaller.
+        """
         assert self.info.combined is not None
         winner = self.info.combined.members[0].validation_accuracy
-        return len(self.members) > 1 and winner is not None and self.info.validation["accuracy"] >= winner
+        if len(self.members) < 2 or winner is None:
+            return False
+        accuracy, loss = (self.info.validation[name] for name in ("accuracy", "loss"))
+        if accuracy >= winner:
+            return True
+        images = len(self.splits.val)
+        lowest, _ = wilson_interval(round(winner * images), images)
+        alone = read_bundle_info(next(iter(self.finalists.values())))
+        return bool(accuracy >= lowest and loss < alone.validation["loss"])
 
     def described(self) -> dict[str, Any]:
         """For the result of the search."""
