@@ -142,7 +142,8 @@ class SearchConfig:
     """Fine-tuning epochs of a finalist, after `trial_epochs` of its head."""
     combine: CombineFinalists = "none"
     """Make one bundle of the finalists, and return it instead of the winner's where its validation accuracy is not
-    lower. soup: a greedy soup of those of the winner's architecture. ensemble: of those with the winner's input."""
+    lower by more than chance. soup: a greedy soup of those of the winner's architecture. ensemble: of those with the
+    winner's input."""
     precision: Precision = "auto"
     """Precision of the training step, as in training."""
     seed: int = 0
