@@ -355,6 +355,6 @@ def test_of_several_labels_per_image_the_sets_are_named(bundle: Bundle, tmp_path
     with pytest.raises(ConfigError, match=expected):
         prepare(several, tmp_path / "engines", precision="bfloat16")
     found = prepare(several, tmp_path / "engines", precision="bfloat16", accept_accuracy_loss=3.0)
-    assert str(found) == "openvino bfloat16 (same predicted classes as Keras for 97.00%)"
+    assert str(found) == "openvino bfloat16 (same predicted classes as Keras for 97.00% of 1,000 images)"
     assert found.check is not None
     assert found.check.accuracy_loss is None
