@@ -13,10 +13,11 @@ from test_inventory import begun_run, begun_search, committed_table, end_epoch, 
 from mnist_dist import report
 from mnist_dist.errors import ConfigError, DataError, StorageError
 from mnist_dist.evaluate_config import EvaluateJob
+from mnist_dist.evaluation.comparison_parts import run_of
 from mnist_dist.evaluation.evaluate import evaluate
 from mnist_dist.evaluation.evaluation_row import DEPTH, evaluation_row
 from mnist_dist.evaluation.pages import write_evaluation_page
-from mnist_dist.evaluation.storage_page import _model_of, relative_link, report_storage
+from mnist_dist.evaluation.storage_page import relative_link, report_storage
 from mnist_dist.inventory import rows_below
 from mnist_dist.report_config import ReportJob
 from mnist_dist.store.anywhere import ANYWHERE
@@ -117,8 +118,8 @@ def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_n
     [("/a/runs/digits/bundle", "digits"), ("s3://a/dinov2/", "dinov2"), ("bundle", "bundle"), ("net", "net")],
 )
 def test_a_table_names_the_run_or_the_bundle_that_scored_it(bundle: str, name: str) -> None:
-    assert _model_of(None) == ""
-    assert _model_of(bundle) == name
+    assert run_of("") == ""
+    assert run_of(bundle) == name
 
 
 def test_the_page_may_lie_elsewhere_and_is_written_anew(tmp_path: Path) -> None:

@@ -41,13 +41,13 @@ def model_names(first: Compared, second: Compared) -> tuple[str, str]:
 
 
 def _names(table: Compared) -> Iterator[str]:
-    run = _run_of(table.summary.described.bundle) if table.summary is not None else ""
+    run = run_of(table.summary.described.bundle) if table.summary is not None else ""
     yield run
     yield f"{run} ({table.bundle.backbone})" if table.bundle is not None else ""
     yield table.uri.rstrip("/").rpartition("/")[2]
 
 
-def _run_of(bundle: str) -> str:
+def run_of(bundle: str) -> str:
     """The folder of a bundle, or the run that it lies in."""
     folders = [part for part in bundle.rstrip("/").split("/") if part]
     while len(folders) > 1 and folders[-1] == _BUNDLE:

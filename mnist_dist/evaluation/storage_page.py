@@ -18,6 +18,7 @@ from typing import Any
 from mnist_dist.console import Console
 from mnist_dist.errors import ConfigError, DataError
 from mnist_dist.evaluation import evaluation_row as evaluations
+from mnist_dist.evaluation.comparison_parts import run_of
 from mnist_dist.evaluation.listing import Badge, Entry, Listing, Order, Tone
 from mnist_dist.evaluation.report import Headline, Link
 from mnist_dist.evaluation.search_page import FOLD_TABLES
@@ -265,7 +266,7 @@ def _tables(rows: Sequence[InventoryRow], link_to: LinkTo) -> Listing:
             _count(row.numbers["rows"]),
             _count(row.numbers["ok"]),
             _count(row.numbers["errors"]),
-            _model_of(row.numbers["bundle"]),
+            run_of(row.numbers["bundle"] or ""),
             entry if isinstance(entry := link_to(row, "report"), Link) else "",
             _date(row.updated_s),
         ]
@@ -306,12 +307,6 @@ def _listing(
     newest_first: Order = "descending"
     order = (len(columns) - 1, newest_first) if len(rows) > 1 else None
     return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order).without_empty_columns()
-
-
-def _model_of(bundle: str | None) -> str:
-    """A bundle by the name of its run, of which it is `bundle`, or by its own."""
-    *_, folder, name = ("", "", *(bundle or "").rstrip("/").split("/"))
-    return folder if name == "bundle" and folder else name
 
 
 def _badge(row: InventoryRow, *, note: str = "") -> Badge:

@@ -115,7 +115,7 @@ class Combination:
         used = {member.uri for member in self.info.combined.members if member.is_used}
         return tuple(number for number, uri in self.finalists.items() if uri in used)
 
-    @property
+    @cached_property
     def is_better(self) -> bool:
         """Whether it holds more than the winner, and is as good on the validation images.
 
