@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from harness import Recorder, an_epoch
@@ -14,7 +14,7 @@ from harness import Recorder, an_epoch
 from mnist_dist.console import Stop
 from mnist_dist.errors import MnistDistError, ServiceError, WeightsError, WorkersFailed
 from mnist_dist.on_ray.search.trial import Report
-from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials, _compute_wanted, _is_worth_computing
+from mnist_dist.on_ray.search.tuning import DIED, OVER, Trials, _compute_wanted, _is_worth_computing, _Log
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchSpace
 from mnist_dist.session import Session
 from mnist_dist.tuning.trials import Status, Trial, TrialRecords, distinct_errors, usable
@@ -501,3 +501,19 @@ def test_trials_end_when_the_finalists_need_the_time_that_is_left(tmp_path: Path
     needed_s = 3_700.0
     assert trials.over
     assert trials.next() is None
+
+
+def test_a_log_has_a_line_for_each_trial_that_ends_and_none_for_those_of_an_earlier_driver() -> None:
+    console, params = Recorder(), {"backbone": "cnn"}
+    known = {0: Trial(number=0, params=params, status="done", val_accuracy=0.5), 1: Trial(number=1, params=params)}
+    log = _Log(console, cast(Trials, SimpleNamespace(known=known)))
+    log.show_new()
+    assert console.lines == []
+    known[1] = Trial(number=1, params=params, status="stopped", val_accuracy=0.75, epochs=3)
+    known[2] = Trial(number=2, params=params, status="failed")
+    for _ in range(2):
+        log.show_new()
+    assert console.lines == [
+        "trial 1 stopped after 3 epoch(s), validation accuracy 0.7500: cnn",
+        "trial 2 failed after 0 epoch(s): cnn",
+    ]
