@@ -210,7 +210,9 @@ def facts_names(names: Iterable[str]) -> dict[str, int]:
 # --- walking a storage -----------------------------------------------------------------------------------------------
 
 
-def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]:
+def rows_below(
+    uri: str, row_of: RowOf, *, depth: int = 1, listed: dict[str, Folder] | None = None
+) -> list[InventoryRow]:
     """The rows of all folders below a storage, or of the storage itself; the most recently written first.
 
     Folders whose names begin with `_` or `.` hold caches and unfinished work; they are skipped.
@@ -219,17 +221,19 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]
         uri: URI of the storage.
         row_of: makes the row of a folder.
         depth: how many levels of folders to read; folders below one that has a row are not read.
+        listed: URI -> folder, of those that earlier calls listed, which are not listed again; this call adds its own.
 
     Raises:
         StorageError: the storage does not exist or cannot be listed.
         ServiceError: the storage failed.
     """
     check_access([uri])
-    root = absolute(uri)
+    root, listed = absolute(uri), {} if listed is None else listed
     try:
-        top = _open("", root, max_names=None)
+        top = listed.get(root) or _open("", root, max_names=None)
     except OSError as err:
         raise StorageError(f"the storage cannot be listed: {err}{what_is_there(root)}. Received: {uri!r}") from err
+    listed[root] = top
     row = _row_or_damage(top, row_of)
     if row is not None:
         return [row]
@@ -237,7 +241,7 @@ def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(depth):
             names = [name for folder in level for name in _names_below(folder)]
-            looked_at = list(pool.map(lambda name: _look(name, root, row_of), names))
+            looked_at = list(pool.map(lambda name: _look(name, root, row_of, listed), names))
             rows += [row for _, row in looked_at if row is not None]
             level = [folder for folder, row in looked_at if folder is not None and row is None]
     return sorted(rows, key=lambda row: (-(row.updated_s or 0.0), row.name))
@@ -248,11 +252,11 @@ def _names_below(folder: Folder) -> list[str]:
     return [f"{folder.name}/{name}" if folder.name else name for name in names]
 
 
-def _look(name: str, root: str, row_of: RowOf) -> tuple[Folder | None, InventoryRow | None]:
+def _look(name: str, root: str, row_of: RowOf, listed: dict[str, Folder]) -> tuple[Folder | None, InventoryRow | None]:
     """A folder and its row; both None if the folder has disappeared in the meantime."""
     uri = join(root, name)
     try:
-        folder = _open(name, uri, max_names=MAX_NAMES)
+        folder = listed[uri] = listed.get(uri) or _open(name, uri, max_names=MAX_NAMES)
     except FileNotFoundError:
         return None, None
     except OSError as err:

@@ -572,7 +572,7 @@ def test_a_benchmark_measures_scoring_with_its_peers() -> None:
     assert "| ours, from S3 on loopback |" in table(measured)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_benchmark_measures_resnet18_with_its_peers() -> None:
     pytest.importorskip("skimage", reason="photographs come with scikit-image, of the extra `bench`")
     peers: tuple[Peer, ...] = ("bare", "ray", "ours")
@@ -596,7 +596,7 @@ def test_an_exported_model_becomes_a_bundle_with_its_source_beside_it(tmp_path: 
     assert model.outputs(model.noise(3)).shape == (3, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_benchmark_measures_tiny_images_from_a_folder_and_a_tar() -> None:
     measured = measure(ScoreBenchmark(case="digits", images=70, rounds=1, seconds=0.2), console=Console(terminal=False))
     (row,) = measured["rows"]

@@ -47,7 +47,7 @@ def place(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-@pytest.fixture(params=["s3", "gcs", "azure"])
+@pytest.fixture(params=["azure", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("s3", "gcs"))])
 def storage(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 

@@ -24,8 +24,9 @@ def mnist_dist_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_help_lists_the_jobs() -> None:
-    done = mnist_dist_command("--help")
+@pytest.mark.parametrize("arguments", [("--help",), ()])
+def test_the_help_lists_the_jobs(arguments: tuple[str, ...]) -> None:
+    done = mnist_dist_command(*arguments)
     assert done.returncode == 0
     for job, what in JOBS.items():
         assert f"  {job:<12}{what}\n" in done.stdout
@@ -41,13 +42,10 @@ def test_the_version_is_printed() -> None:
     assert mnist_dist_command("--version").stdout == f"{mnist_dist.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [((), "Received: ''"), (("scoer", "--input", "x"), "(did you mean score?)")]
-)
-def test_a_job_that_does_not_exist_is_refused(arguments: tuple[str, ...], message: str) -> None:
-    code, result, err = run_command("mnist_dist", *arguments)
+def test_a_job_that_does_not_exist_is_refused() -> None:
+    code, result, err = run_command("mnist_dist", "scoer", "--input", "x")
     assert (code, result["error_type"]) == (2, "ConfigError")
-    assert message in result["error"]
+    assert "(did you mean score?)" in result["error"]
     assert "Traceback" not in err
 
 

@@ -362,7 +362,7 @@ def test_a_search_over_two_imported_backbones_ends_with_one_bundle_of_both_that_
     assert all(row["parameters"] > 11 * 9 * WIDTH and row["ms_per_image"] > 0 for row in of_bundles)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_winner_of_a_search_over_imported_backbones_scores_images(tmp_path: Path, backbone: Bundle) -> None:
     other = random_features(tmp_path / "other", seed=5)
     job = search_job(tmp_path, str(backbone.path), str(other.path))

@@ -146,7 +146,7 @@ def on_jax(*arguments: str, devices: int = 1, backend: str = "jax") -> str:
     [
         (("test_step.py", "test_augmentation.py"), 1),
         pytest.param(("test_step.py",), 3, marks=pytest.mark.slow),
-        pytest.param(("test_loop.py",), 1, marks=pytest.mark.slow),
+        pytest.param(("test_loop.py",), 1, marks=pytest.mark.chaos),
         pytest.param(("test_loop.py",), 2, marks=pytest.mark.slow),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_race_that_cannot_be_run_is_refused(fields: dict[str, Any]) -> None:
         RaceBenchmark(data_dir="nowhere", **fields)
 
 
-@pytest.mark.slow  # three searches
+@pytest.mark.chaos  # three searches, each for a minute and a half
 @pytest.mark.timeout(1200)
 def test_each_search_finds_a_network(mnist_dir: Path, tmp_path: Path) -> None:
     racers = tuple(racer for racer in get_args(Racer) if racer != "keras_tuner" or find_spec("keras_tuner"))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -125,7 +125,7 @@ def finished_records(storage: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["trials", "finalists"])
+@pytest.mark.parametrize("at", [pytest.param("trials", marks=pytest.mark.chaos), "finalists"])
 def test_a_killed_driver_is_continued_by_the_same_command(tmp_path: Path, at: str) -> None:
     def is_time() -> bool:
         if at == "trials":
@@ -179,7 +179,7 @@ def with_rates(job: SearchJob, low: float, high: float) -> SearchJob:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus")
-@pytest.mark.parametrize("backend", get_args(KerasBackend))
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=pytest.mark.chaos)])
 def test_trials_that_diverge_are_recorded_with_their_error_and_the_search_goes_on(
     tmp_path: Path, backend: KerasBackend
 ) -> None:

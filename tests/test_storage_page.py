@@ -10,7 +10,7 @@ from harness import Recorder, run_command
 from pages import Parts, cut_texts, make_wide
 from test_inventory import begun_run, begun_search, committed_table, end_epoch, put_trials
 
-from mnist_dist import report
+from mnist_dist import inventory, report
 from mnist_dist.errors import ConfigError, DataError, StorageError
 from mnist_dist.evaluate_config import EvaluateJob
 from mnist_dist.evaluation.comparison_parts import run_of
@@ -111,6 +111,16 @@ def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_n
     assert sorted(page.column("runs", "name")) == sorted([f"runs/{HOSTILE}", "runs/half"])
     assert page.column("searches", "name") == ["runs/tried"]
     assert urllib.parse.unquote(page.links["runs/tried"]) == "runs/tried/report.html"
+
+
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(str(tmp_path), tmp_path)
+    listed, usual = [], inventory._open
+    monkeypatch.setattr(
+        inventory, "_open", lambda name, uri, **rest: (listed.append(name), usual(name, uri, **rest))[1]
+    )
+    page_of(str(tmp_path))
+    assert len(listed) == len(set(listed)) > 5
 
 
 @pytest.mark.parametrize(

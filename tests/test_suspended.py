@@ -129,7 +129,7 @@ def test_a_training_driver_that_wakes_up_late_leaves_the_run_alone(tmp_path: Pat
         assert np.array_equal(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_search_driver_that_wakes_up_late_leaves_the_trials_alone(tmp_path: Path) -> None:
     settings = "--limit 600 --trials 3 --trial-epochs 2 --finalists 1 --finalist-epochs 2 --name run"
     command = ("jobs.search", "search-digits", "--storage", str(tmp_path), *settings.split())

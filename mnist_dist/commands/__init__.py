@@ -90,7 +90,7 @@ def kinds() -> dict[str, tuple[type, Mapping[str, Any]]]:
 
 def _answer(name: str, others: list[str]) -> NoReturn:
     """Prints what was asked for in place of a job."""
-    if name in HELP:
+    if not name or name in HELP:
         text = _HELP.format(jobs="\n".join(f"  {name:<12}{what}" for name, what in JOBS.items()))
     elif name == "--version":
         text = mnist_dist.__version__

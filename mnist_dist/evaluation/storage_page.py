@@ -23,7 +23,7 @@ from mnist_dist.evaluation.listing import Badge, Entry, Listing, Order, Tone
 from mnist_dist.evaluation.report import Headline, Link
 from mnist_dist.evaluation.search_page import FOLD_TABLES
 from mnist_dist.evaluation.templates import SORT_TABLES, render_page
-from mnist_dist.inventory import THREADS, InventoryRow, State, rows_below
+from mnist_dist.inventory import THREADS, Folder, InventoryRow, State, rows_below
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.report_config import ReportJob
 from mnist_dist.scoring import output_row as tables
@@ -98,14 +98,15 @@ def look_into(uri: str) -> Held:
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `report_storage`.
     """
-    searches = rows_below(uri, search_row, depth=1 + DEEPER)
+    listed = dict[str, Folder]()
+    searches = rows_below(uri, search_row, depth=1 + DEEPER, listed=listed)
     finalists = tuple(f"{row.uri}/" for row in searches)
-    runs = rows_below(uri, run_row, depth=1 + DEEPER)
+    runs = rows_below(uri, run_row, depth=1 + DEEPER, listed=listed)
     found = {
         "runs": [row for row in runs if not row.uri.startswith(finalists)],
         "searches": searches,
-        "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH + DEEPER),
-        "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH + DEEPER),
+        "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH + DEEPER, listed=listed),
+        "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH + DEEPER, listed=listed),
     }
     rows = [row for kind in found.values() for row in kind]
     if not rows:
