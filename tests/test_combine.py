@@ -559,12 +559,22 @@ def test_a_combination_is_scored_evaluated_and_exported(ensemble: Path, tmp_path
         assert result["max_abs_difference"] < 1e-5
 
 
-def combined_finalists(tmp_path: Path, *, accuracies: Sequence[float], combined: float, used: Sequence[bool]) -> Any:
-    """The combination of the finalists 7 and 3, as a search finds it when it resumes."""
-    finalists = {7: str(tmp_path / "winner"), 3: "/finalists/3"}
+def combined_finalists(
+    tmp_path: Path, *, accuracies: Sequence[float], winner_loss: float, combined: float, used: Sequence[bool]
+) -> Any:
+    """The combination of the finalists 7 and 3, as a search finds it when it resumes after its storage was moved."""
+    finalists = {
+        number: write(tmp_path / str(number), seed=number, validation={"accuracy": accuracy, "loss": winner_loss})
+        for number, accuracy in zip((7, 3), accuracies, strict=True)
+    }
     members = tuple(
-        CombinedMember(uri=uri, model_id=str(number), is_used=is_used, validation_accuracy=accuracy)
-        for (number, uri), accuracy, is_used in zip(finalists.items(), accuracies, used, strict=True)
+        CombinedMember(
+            uri=f"/before/{number}",
+            model_id=load_bundle(bundle).info.model_id,
+            is_used=is_used,
+            validation_accuracy=accuracy,
+        )
+        for (number, bundle), accuracy, is_used in zip(finalists.items(), accuracies, used, strict=True)
     )
     write(
         tmp_path / "combined",
@@ -573,7 +583,7 @@ def combined_finalists(tmp_path: Path, *, accuracies: Sequence[float], combined:
     )
     return Combination(
         method="greedy-soup",
-        finalists=finalists,
+        finalists={number: str(bundle) for number, bundle in finalists.items()},
         uri=str(tmp_path / "combined"),
         decoded=None,  # type: ignore[arg-type]
         splits=Splits(np.arange(0), np.arange(1_000), np.arange(0), duplicates=0, duplicate_pairs=(), dropped=0),
@@ -599,8 +609,7 @@ def test_finalists_combined_replace_the_winner_only_if_they_are_as_good_on_valid
     is_better: bool,
     tmp_path: Path,
 ) -> None:
-    found = combined_finalists(tmp_path, accuracies=accuracies, combined=combined, used=used)
-    write(tmp_path / "winner", validation={"accuracy": accuracies[0], "loss": winner_loss})
+    found = combined_finalists(tmp_path, accuracies=accuracies, winner_loss=winner_loss, combined=combined, used=used)
     assert found.make()  # It is there already.
     assert found.is_better is is_better
     members = [number for number, is_used in zip((7, 3), used, strict=True) if is_used]

@@ -108,12 +108,15 @@ class Combination:
         """Of the combination, once it is made."""
         return read_bundle_info(self.uri)
 
-    @property
+    @cached_property
     def members(self) -> tuple[int, ...]:
-        """The trials whose models are in it."""
+        """The trials whose models are in it. They are known by the models, since the storage may have been moved."""
         assert self.info.combined is not None
-        used = {member.uri for member in self.info.combined.members if member.is_used}
-        return tuple(number for number, uri in self.finalists.items() if uri in used)
+        used = {member.model_id for member in self.info.combined.members if member.is_used}
+        numbers = dict[str, int]()
+        for number, uri in self.finalists.items():
+            numbers.setdefault(read_bundle_info(uri).model_id, number)
+        return tuple(number for model_id, number in numbers.items() if model_id in used)
 
     @cached_property
     def is_better(self) -> bool:
