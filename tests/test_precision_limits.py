@@ -300,6 +300,7 @@ def test_where_int8_loses_too_much_its_first_convolutions_stay_in_float32(
     assert (Path(str(found.uri)) / "kept").read_text() == str(taken)
     assert sum(line.startswith("  openvino int8") for line in console.lines) == len(tried)
     assert prepare(bundle, tmp_path / "engines", precision="int8") == found
+    assert found.noted()["engine_check"]["float32_convolutions"] == taken
 
 
 def test_int8_that_nothing_mends_is_refused_with_what_was_kept(bundle: Bundle, tmp_path: Path, steps: Steps) -> None:

@@ -22,7 +22,9 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from mnist_dist import documents, processor
@@ -102,6 +104,10 @@ class EngineChoice:
     def batch_size(self, largest: int) -> int:
         """Images per call, at most `largest`; Keras takes any number."""
         return largest if self.check is None or self.engine == "keras" else min(largest, self.check.images_per_call)
+
+    def noted(self) -> dict[str, Any]:
+        """The engine's keys in a plan and a summary."""
+        return {"engine": self.engine, "precision": self.precision, "engine_check": msgspec.to_builtins(self.check)}
 
 
 def own_engine(bundle: Bundle) -> EngineChoice:
