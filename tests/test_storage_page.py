@@ -115,10 +115,13 @@ def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_n
 
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(str(tmp_path), tmp_path)
-    listed, usual = [], inventory._open
-    monkeypatch.setattr(
-        inventory, "_open", lambda name, uri, **rest: (listed.append(name), usual(name, uri, **rest))[1]
-    )
+    listed, usual = list[str](), inventory._open
+
+    def counted(name: str, uri: str, **limits: Any) -> Any:
+        listed.append(uri)
+        return usual(name, uri, **limits)
+
+    monkeypatch.setattr(inventory, "_open", counted)
     page_of(str(tmp_path))
     assert len(listed) == len(set(listed)) > 5
 
