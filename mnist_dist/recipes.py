@@ -83,7 +83,8 @@ def mnist_cnn_bn() -> TrainJob:
 
 def mnist_vgg16() -> TrainJob:
     """python -m jobs.train mnist-vgg16 --data-dir IDX_FOLDER: frozen VGG16 at 224 px with a dense softmax on its
-    7 x 7 x 512 outputs, which are computed once. Expect 97.5 % with 11,000 training digits (--limit 11600)."""
+    7 x 7 x 512 outputs, which are computed once. Expect 99.3 % within an hour on 2 cores, 98.9 % with 11,000 training
+    digits (--limit 11600)."""
     return TrainJob(
         data=DataConfig(data=("mnist",), validation_fraction=0.05),
         model=ModelConfig(backbone="vgg16", weights="imagenet", pooling="flatten"),
@@ -332,7 +333,7 @@ RECIPE_INFOS: dict[str, RecipeInfo] = {
     "mnist-mlp": RecipeInfo(summary="784-128-64-10, 99.0 %", data="mnist", takes="70 s"),
     "mnist-cnn": RecipeInfo(summary="two convolutions, 99.5 %", data="mnist", takes="3 min"),
     "mnist-cnn-bn": RecipeInfo(summary="three convolutions with BatchNorm, 99.6 %", data="mnist", takes="4.5 min"),
-    "mnist-vgg16": RecipeInfo(summary="VGG16 at 224 px, frozen, with a new head", data="mnist"),
+    "mnist-vgg16": RecipeInfo(summary="VGG16 at 224 px, frozen, with a new head, 99.3 %", data="mnist", takes="60 min"),
     "mnist-vgg16-finetune": RecipeInfo(summary="VGG16 at 224 px: head, then blocks 4 and 5; for GPUs", data="mnist"),
     "mnist-mobilenet-v2": RecipeInfo(summary="MobileNetV2 at 32 px as published: head, then the rest", data="mnist"),
     "mnist-mobilenet-v2-tuned": RecipeInfo(summary="MobileNetV2 at 32 px, all layers, augmented", data="mnist"),

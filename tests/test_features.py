@@ -54,7 +54,7 @@ from mnist_dist.training.features import (
     plan_features,
 )
 from mnist_dist.training.feed import Images, World
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, Position
 from mnist_dist.training.loop import Trainer
 from mnist_dist.training.phase import TrainTask
 
@@ -170,6 +170,9 @@ class Quiet:
 
     def epoch_ended(self, epoch: Epoch) -> None:
         pass
+
+    def measured(self, _: Measured) -> bool:
+        return False
 
     def save(self, checkpoint: Checkpoint) -> None:
         pass

@@ -23,7 +23,7 @@ from mnist_dist.training.backends import open_computation
 from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.feed import Draws, Images, World, train_chunk
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, MeasuringStopped, Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask, class_weights
 from mnist_dist.training.step import StepConfig, Trained, make_optimizer
@@ -62,6 +62,7 @@ class Notes:
         self.folder, self.stop_at = folder, stop_at
         self.positions: list[Position] = []
         self.lines: list[Epoch] = []
+        self.seen: list[Measured] = []
         self.saved: list[Path] = []
 
     def progress(self, position: Position) -> bool:
@@ -71,6 +72,10 @@ class Notes:
 
     def epoch_ended(self, epoch: Epoch) -> None:
         self.lines.append(epoch)
+
+    def measured(self, progress: Measured) -> bool:
+        self.seen.append(progress)
+        return self.stop_at == 0
 
     def save(self, checkpoint: Checkpoint) -> None:
         folder = self.folder / f"{len(self.saved):03d}-{checkpoint.state.global_step:06d}"
@@ -207,9 +212,26 @@ def test_a_split_is_evaluated_with_the_network_given(two_phases: tuple[Trainer, 
     trainer, outcome, _ = two_phases
     trainer.network.set_weights(outcome.best)
     assert outcome.state.best is not None
-    found = trainer.evaluate(trainer.task.images.validation, trainer.network)
+    found = trainer.evaluate(trainer.network)
     assert found["loss"] == pytest.approx(outcome.state.best.val_loss, rel=1e-6)
     assert found["accuracy"] == outcome.state.best.val_accuracy
+
+
+def test_a_host_is_told_how_far_the_finished_network_is_measured(images: Images, tmp_path: Path) -> None:
+    trainer, _, notes = run(small_task(images, fit=FitConfig(batch_size=5)), tmp_path)
+    assert notes.seen == []
+    trainer.evaluate(trainer.network)
+    trainer.predict(images.test, trainer.network)
+    for split, rows in (("validation", images.validation), ("test", images.test)):
+        done = [seen.done for seen in notes.seen if seen.split == split]
+        assert done == sorted(set(done))
+        assert done[-1] == len(rows) > done[0] > 0
+    notes.stop_at = 0
+    for measure in (trainer.evaluate, lambda network: trainer.predict(images.test, network)):
+        with pytest.raises(MeasuringStopped):
+            measure(trainer.network)
+    trainer.world = World(rank=0, workers=2)  # The other one would wait.
+    trainer.measured("test", 3, 9)
 
 
 def test_a_dry_run_takes_one_step_of_each_phase(images: Images, tmp_path: Path) -> None:
@@ -489,7 +511,7 @@ def test_the_average_of_the_weights_is_validated_and_kept_and_training_goes_on_f
     best = outcome.state.best
     assert best is not None
     trainer.network.set_weights(outcome.best)
-    metrics = trainer.evaluate(images.validation, trainer.network)
+    metrics = trainer.evaluate(trainer.network)
     assert (metrics["loss"], metrics["accuracy"]) == pytest.approx((best.val_loss, best.val_accuracy), rel=1e-5)
     kept = notes.checkpoints()[-1].best
     assert kept is not None
@@ -596,7 +618,7 @@ def test_images_of_any_number_of_classes_are_validated_like_scikit_learn(images:
     assert best.score == best.val_mean_average_precision
     assert best.score == pytest.approx(average_precision_score(truth[validation], logits))
     assert best.val_accuracy == pytest.approx(((logits >= 0) == truth[validation]).all(axis=1).mean())
-    found = trainer.evaluate(validation, trainer.network)
+    found = trainer.evaluate(trainer.network)
     assert found["mean_average_precision"] == pytest.approx(best.score)
     probabilities = np.asarray(trainer.built.classifier.model(task.images.pixels[validation]))
     assert probabilities == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-6)

@@ -31,7 +31,7 @@ from mnist_dist.on_ray.training.train import train
 from mnist_dist.score_config import InputConfig, ScoreJob, ScoreRunConfig
 from mnist_dist.scoring.planning import Means, SampleRun, forecast, sample
 from mnist_dist.training.checkpoints import Checkpoint, State
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, Position
 from mnist_dist.training.planning import (
     EpochTimes,
     Sizes,
@@ -132,6 +132,9 @@ class Notes:
     def epoch_ended(self, epoch: Epoch) -> None:
         self.now += 0.25
 
+    def measured(self, progress: Measured) -> bool:
+        return progress.split == "test"
+
     def save(self, checkpoint: Checkpoint) -> None:
         self.now += 1.5
 
@@ -149,6 +152,7 @@ def test_each_part_of_an_epoch_is_noted() -> None:
         timed.save(Checkpoint(state=State(), weights=[], optimizer=[], best=None))
     expected = EpochTimes(phase="head", steps=4, train_s=7.0, validation_s=3.0, save_s=1.5)
     assert timed.epochs == [expected, replace(expected, train_s=2.0)]
+    assert timed.measured(Measured(split="test", done=3, images=4))
 
 
 def test_an_epoch_is_its_steps_its_validation_and_its_checkpoint() -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from mnist_dist.data.records import Records, decode_shard, open_records, plan_re
 from mnist_dist.data.splits import assign_splits
 from mnist_dist.errors import (
     ConfigError,
+    Interrupted,
     ResourceError,
     ResumeConflict,
     ServiceError,
@@ -54,6 +56,7 @@ from mnist_dist.on_ray.training.train import train
 from mnist_dist.session import Session
 from mnist_dist.sources.source import open_source
 from mnist_dist.training.checkpoints import read_checkpoint
+from mnist_dist.training.host import Measured
 from mnist_dist.training.runs import Run
 
 pytestmark = pytest.mark.slow  # all of it is on Ray; test_loop trains without
@@ -355,6 +358,50 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(
     assert code == 0, err
     assert "Resuming" in err
     assert largest_difference(final_weights(tmp_path), undisturbed) <= 1e-5
+
+
+def loop_that_measures_until_it_is_stopped(config: dict[str, Any]) -> Any:
+    """Ray Train's loop with a finished network that is not measured to the end before somebody asks to stop."""
+    start_worker(config["task"].backend)
+    from mnist_dist.on_ray.training import worker
+
+    usual = worker.RayHost.measured
+
+    def measured(self: worker.RayHost, progress: Measured) -> bool:
+        while not usual(self, progress):
+            time.sleep(0.1)
+        return True
+
+    worker.RayHost.measured = measured  # type: ignore[method-assign]
+    return worker.work(config["task"])
+
+
+class StoppedAt(Recorder):
+    """A console that sends this process SIGTERM when a line holds some words."""
+
+    words = ""
+
+    def line(self, text: str) -> None:
+        super().line(text)
+        if self.words and self.words in text:
+            self.words = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("_by_value")
+def test_a_signal_while_the_finished_network_is_measured_ends_the_job_which_is_resumed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, console = small_job(tmp_path), StoppedAt()
+    console.words = "measuring on 100 of 160 validation images"
+    with monkeypatch.context() as patched:
+        patched.setattr(attempt, "_worker_loop", loop_that_measures_until_it_is_stopped)
+        with pytest.raises(Interrupted, match="resume"):
+            train(job, recipe="test", console=console)
+    trained = Run(str(tmp_path / "run")).newest_checkpoint()
+    result = train(job, recipe="test", console=Recorder())
+    assert Run(str(tmp_path / "run")).newest_checkpoint() == trained
+    assert (result["epochs"], result["test_images"]) == (2, 160)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mnist_dist.models.history import Epoch
 from mnist_dist.training.backends import open_computation
 from mnist_dist.training.checkpoints import Arrays, Checkpoint, State
 from mnist_dist.training.feed import EvaluationBatch, Images, World, ahead, evaluation_batches, train_chunk
-from mnist_dist.training.host import Host, Position
+from mnist_dist.training.host import Host, Measured, MeasuringStopped, Position, Split
 from mnist_dist.training.objective import set_metrics
 from mnist_dist.training.phase import Built, PhaseRun, Placed, TrainTask
 from mnist_dist.training.step import HITS, LOSS, STOP, Evaluator, Predictor
@@ -99,17 +99,34 @@ class Trainer:
             if self.state.phase == index:
                 return
 
-    def evaluate(self, indices: npt.NDArray[np.int64], network: keras.Model) -> Metrics:
-        """Loss (mean cross-entropy, nats) and accuracy of a network over a split; the workers share the images. Of
-        images with any number of classes: see `set_metrics`."""
-        members, images = self.task.members, self.task.images
-        if members is not None:
-            return self._set_metrics(self.computation.predictor(network), images, indices, members=members)
-        return self._evaluate(self.computation.evaluator(network), images, indices)
+    def evaluate(self, network: keras.Model) -> Metrics:
+        """Loss (mean cross-entropy, nats) and accuracy of a finished network on the validation images, which the
+        workers share. Of images with any number of classes: see `set_metrics`.
+
+        Raises:
+            MeasuringStopped: see `measured`.
+        """
+        if self.task.members is None:
+            return self._evaluate(self.computation.evaluator(network), self.task.images, split="validation")
+        return self._set_metrics(self.computation.predictor(network), self.task.images, split="validation")
 
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
-        """Logits `float32 [n, K]` of this worker's share of a split: `indices[rank::workers]`, in that order."""
-        return self._predict(self.computation.predictor(network), self.task.images, indices)
+        """Logits `float32 [n, K]` of this worker's share of the test images: `indices[rank::workers]`, in that order.
+
+        Raises:
+            MeasuringStopped: see `measured`.
+        """
+        return self._predict(self.computation.predictor(network), self.task.images, indices, split="test")
+
+    def measured(self, split: Split, done: int, images: int) -> None:
+        """Tells the host how far the finished network is measured.
+
+        Raises:
+            MeasuringStopped: the host asks to stop. With several workers nothing is raised: the others would wait.
+        """
+        stop = self.host.measured(Measured(split=split, done=min(done, images), images=images))
+        if stop and self.world.workers == 1:
+            raise MeasuringStopped
 
     @property
     def test_count(self) -> int:
@@ -233,10 +250,7 @@ class Trainer:
     def _validate(self, run: PhaseRun) -> Epoch:
         """The epoch's line of the history. Raises TrainingDiverged if the validation loss is not finite."""
         members, images = self.task.members, run.images
-        if members is None:
-            metrics = self._evaluate(run.evaluator, images, images.validation)
-        else:
-            metrics = self._set_metrics(run.predictor, images, images.validation, members=members)
+        metrics = self._evaluate(run.evaluator, images) if members is None else self._set_metrics(run.predictor, images)
         loss, hits, count = self.state.epoch_sums
         epoch = Epoch(
             epoch=self.state.epochs_done + 1,
@@ -262,43 +276,42 @@ class Trainer:
             return epoch.val_loss < best.val_loss
         return epoch.score > best.score
 
-    def _evaluate(self, evaluator: Evaluator, images: Images, indices: npt.NDArray[np.int64]) -> Metrics:
+    def _evaluate(self, evaluator: Evaluator, images: Images, *, split: Split | None = None) -> Metrics:
         sums = np.zeros(3)
-        batches: Iterator[Callable[[], EvaluationBatch]] = evaluation_batches(
-            images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
-        )
-        with closing(ahead(batches)) as ready:
-            for batch in ready:
-                sums += evaluator(batch)
-        loss, hits, images = self.computation.sum_over_workers(sums)
-        return {"loss": float(loss / images), "accuracy": float(hits / images)}
+        for batch in self._batches(images, images.validation, split):
+            sums += evaluator(batch)
+        loss, hits, count = self.computation.sum_over_workers(sums)
+        return {"loss": float(loss / count), "accuracy": float(hits / count)}
 
-    def _set_metrics(
-        self,
-        predictor: Predictor,
-        images: Images,
-        indices: npt.NDArray[np.int64],
-        *,
-        members: npt.NDArray[np.bool_],
-    ) -> Metrics:
+    def _set_metrics(self, predictor: Predictor, images: Images, *, split: Split | None = None) -> Metrics:
         """The metrics of sets of classes, equal on all workers: each gets the logits of all, since average precision is
         no sum over images."""
-        indices, world = self._limited(indices), self.world
+        indices, world, members = self._limited(images.validation), self.world, self.task.members
+        assert members is not None
         logits = np.zeros((len(indices), len(self.task.class_names)), np.float64)
-        logits[world.rank :: world.workers] = self._predict(predictor, images, indices)
+        logits[world.rank :: world.workers] = self._predict(predictor, images, indices, split=split)
         rows = max(1, EXCHANGED_NUMBERS // logits.shape[1])
         parts = (logits[start : start + rows] for start in range(0, len(logits), rows))
         logits = np.concatenate([self.computation.sum_over_workers(part.ravel()) for part in parts])
         truth = members[images.labels[indices]]
         return set_metrics(logits.reshape(truth.shape).astype(np.float32), truth)
 
-    def _predict(self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        batches = evaluation_batches(
-            images, self._limited(indices), batch_size=self._evaluation_batch, world=self.world
-        )
-        with closing(ahead(batches)) as ready:
-            logits = [predictor(batch) for batch in ready]
+    def _predict(
+        self, predictor: Predictor, images: Images, indices: npt.NDArray[np.int64], *, split: Split | None = None
+    ) -> npt.NDArray[np.float32]:
+        logits = [predictor(batch) for batch in self._batches(images, indices, split)]
         return np.concatenate(logits) if logits else np.zeros((0, len(self.task.class_names)), np.float32)
+
+    def _batches(
+        self, images: Images, indices: npt.NDArray[np.int64], split: Split | None
+    ) -> Iterator[EvaluationBatch]:
+        """This worker's batches, prepared ahead. Of a split that has a name here, the host is told of each."""
+        indices, size = self._limited(indices), self._evaluation_batch
+        with closing(ahead(evaluation_batches(images, indices, batch_size=size, world=self.world))) as ready:
+            for number, batch in enumerate(ready, start=1):
+                yield batch
+                if split is not None:
+                    self.measured(split, number * size, len(indices))
 
     def _position(self, run: PhaseRun) -> Position:
         loss, hits, images = self.state.epoch_sums

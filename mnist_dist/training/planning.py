@@ -12,7 +12,7 @@ import pyarrow as pa
 from mnist_dist.config import DataConfig, TrainJob
 from mnist_dist.models.history import Epoch
 from mnist_dist.training.checkpoints import Checkpoint
-from mnist_dist.training.host import Host, Position
+from mnist_dist.training.host import Host, Measured, Position
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,9 @@ class TimedHost:
             )
         )
         self._host.epoch_ended(epoch)
+
+    def measured(self, progress: Measured) -> bool:
+        return self._host.measured(progress)
 
     def save(self, checkpoint: Checkpoint) -> None:
         began = self._clock()

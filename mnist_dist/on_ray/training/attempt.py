@@ -20,7 +20,7 @@ from mnist_dist.session import Session
 from mnist_dist.side_thread import SideThread
 from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.arrow_files import ray_storage
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, Position
 
 SILENCE_S = 30.0  # of silence before a message; workers start faster than this, unless resources are missing
 
@@ -89,7 +89,10 @@ class Attempt:
                 f"epoch {epoch.epoch} ({epoch.phase}): loss {epoch.loss:.4f}, accuracy {epoch.accuracy:.4f}, "
                 f"validation loss {epoch.val_loss:.4f}, validation {epoch.score_name} {epoch.score:.4f}"
             )
-        if position is not None:
+        if isinstance(position, Measured):
+            note = f"measuring on {position.done:,} of {position.images:,} {position.split} images"
+            bar.update(done=position.done, total=position.images, note=note)
+        elif position is not None:
             bar.update(done=_steps_done(position), total=position.epochs * position.steps, note=_note(position))
         if silent_s > SILENCE_S:
             session.stop.check()

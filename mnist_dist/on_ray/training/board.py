@@ -14,7 +14,7 @@ import ray
 from mnist_dist.errors import OutOfMemory
 from mnist_dist.models.history import Epoch
 from mnist_dist.on_ray.cluster import on_this_node
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, Position
 
 SECONDS_BETWEEN_POSTS = 0.5
 
@@ -31,7 +31,7 @@ class Board:
     """The newest position, the finished epochs in order, and whether to stop."""
 
     def __init__(self) -> None:
-        self._position: Position | None = None
+        self._position: Position | Measured | None = None
         self._epochs: list[Epoch] = []
         self._stop = False
         self._out_of_memory: OutOfMemory | None = None
@@ -41,14 +41,14 @@ class Board:
         self._progressed = dict[int, bool]()
         self._posted_at = time.monotonic()
 
-    def post(self, position: Position | None, epochs: list[Epoch]) -> bool:
+    def post(self, position: Position | Measured | None, epochs: list[Epoch]) -> bool:
         """Stores new progress and returns whether to stop."""
         self._position = position
         self._epochs += epochs
         self._posted_at = time.monotonic()
         return self._stop
 
-    def take(self) -> tuple[Position | None, list[Epoch], float]:
+    def take(self) -> tuple[Position | Measured | None, list[Epoch], float]:
         """The newest position, the epochs finished since the last call, and the seconds since the last post."""
         epochs, self._epochs = self._epochs, []
         return self._position, epochs, time.monotonic() - self._posted_at
@@ -102,14 +102,14 @@ class Poster:
     def __init__(self, board: Any) -> None:
         self._board = board
         self._lock = threading.Lock()
-        self._position: Position | None = None
+        self._position: Position | Measured | None = None
         self._epochs: list[Epoch] = []
         self._closed = threading.Event()
         self.stop = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="board")
         self._thread.start()
 
-    def position(self, position: Position) -> None:
+    def position(self, position: Position | Measured) -> None:
         """Sets the position for the next post."""
         self._position = position
 

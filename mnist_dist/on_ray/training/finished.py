@@ -137,7 +137,7 @@ class JoinedModel:
         """
         world = self._trainer.world
         share = rows[world.rank :: world.workers]
-        probabilities, features = self._outputs(share)
+        probabilities, features = self._outputs(share, of_test=len(rows))
         activation = keras.ops.sigmoid if self._multi_label else keras.ops.softmax
         expected = activation(self._head(features, training=False)) if len(share) else probabilities
         apart = float(np.abs(np.asarray(expected) - probabilities).max(initial=0))
@@ -172,15 +172,18 @@ class JoinedModel:
                 "norm"
             )
 
-    def _outputs(self, rows: npt.NDArray[np.int64]) -> tuple[Values, Values]:
-        """Probabilities `float32 [n, K]` and features `float32 [n, D]`."""
+    def _outputs(self, rows: npt.NDArray[np.int64], *, of_test: int = 0) -> tuple[Values, Values]:
+        """Probabilities `float32 [n, K]` and features `float32 [n, D]`; where the rows are a share of so many test
+        images, the host is told how far it is."""
         if not len(rows):
             classes = len(self._records.class_names)
             return np.zeros((0, classes), np.float32), np.zeros((0, self._head.input_shape[1]), np.float32)
-        parts = [
-            run_session(self._session, self._records.pixels[rows[start : start + self._batch_size]], _OUTPUTS)
-            for start in range(0, len(rows), self._batch_size)
-        ]
+        parts, workers = [], self._trainer.world.workers
+        for start in range(0, len(rows), self._batch_size):
+            pixels = self._records.pixels[rows[start : start + self._batch_size]]
+            parts.append(run_session(self._session, pixels, _OUTPUTS))
+            if of_test:
+                self._trainer.measured("test", (start + len(pixels)) * workers, of_test)
         probabilities, features = (np.concatenate(values) for values in zip(*parts, strict=True))
         return probabilities, features
 

@@ -43,7 +43,7 @@ from mnist_dist.training.callbacks import LogFiles
 from mnist_dist.training.checkpoints import STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from mnist_dist.training.features import open_features
 from mnist_dist.training.feed import Images, World
-from mnist_dist.training.host import Position
+from mnist_dist.training.host import Measured, MeasuringStopped, Position
 from mnist_dist.training.loop import Outcome, Trainer
 from mnist_dist.training.phase import TrainTask
 from mnist_dist.training.planning import TimedHost
@@ -131,7 +131,10 @@ class RayHost:
             if kind is None:
                 raise
 
-    def progress(self, position: Position) -> bool:
+    def measured(self, progress: Measured) -> bool:
+        return self.progress(progress)
+
+    def progress(self, position: Position | Measured) -> bool:
         if self._poster is None:
             return False
         self._poster.position(position)
@@ -186,7 +189,10 @@ def _work(task: WorkerTask, host: RayHost, scratch: Path) -> WorkerResult:
     outcome = trainer.run()
     if not outcome.finished:
         return WorkerResult(stopped=True)
-    metrics = _finish(task, trainer, outcome, records, scratch)
+    try:
+        metrics = _finish(task, trainer, outcome, records, scratch)
+    except MeasuringStopped:
+        return WorkerResult(stopped=True)
     if task.job.run.plan:
         metrics |= {"epoch_times": timed.epochs, "memory_bytes": peak_memory_bytes()}
     return WorkerResult(metrics=metrics)
@@ -244,7 +250,7 @@ def _finish(task: WorkerTask, trainer: Trainer, outcome: Outcome, records: Recor
     """Evaluates the float32 model with the best weights, as the bundle stores it; rank 0 writes the bundle."""
     state = outcome.state
     final = _classifier(task, trainer, outcome, records)
-    validation = trainer.evaluate(task.splits.val, final.network)
+    validation = trainer.evaluate(final.network)
     speed = state.timed_images / state.timed_s if state.timed_s else None
     test: dict[str, float] = {}
     if task.keeps_untested and trainer.world.rank == 0 and task.steps_limit is None:
