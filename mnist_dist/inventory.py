@@ -15,6 +15,7 @@ unreadable   damaged, or access denied; the result column says why
 ```
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -158,6 +159,15 @@ RowOf = Callable[[Folder], InventoryRow | None]
 """Makes the row of a folder; None: the folder is something else. May raise any error of reading a damaged folder."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What to look for in a storage."""
+
+    row_of: RowOf
+    depth: int = 1
+    """How many levels of folders to read; folders below one that has a row are not read."""
+
+
 def living(lock_uri: str) -> Holder | None:
     """The driver that holds a lock, or None if it is no longer running.
 
@@ -210,41 +220,67 @@ def facts_names(names: Iterable[str]) -> dict[str, int]:
 # --- walking a storage -----------------------------------------------------------------------------------------------
 
 
-def rows_below(
-    uri: str, row_of: RowOf, *, depth: int = 1, listed: dict[str, Folder] | None = None
-) -> list[InventoryRow]:
+def rows_below(uri: str, row_of: RowOf, *, depth: int = 1) -> list[InventoryRow]:
     """The rows of all folders below a storage, or of the storage itself; the most recently written first.
+
+    See `rows_of_kinds`, which it is for a single kind.
+    """
+    return rows_of_kinds(uri, {"": Kind(row_of=row_of, depth=depth)})[""]
+
+
+def rows_of_kinds(uri: str, kinds: Mapping[str, Kind]) -> dict[str, list[InventoryRow]]:
+    """The rows of each kind, in one walk of a storage: of all folders below it, or of the storage itself; the most
+    recently written first.
 
     Folders whose names begin with `_` or `.` hold caches and unfinished work; they are skipped.
 
     Args:
         uri: URI of the storage.
-        row_of: makes the row of a folder.
-        depth: how many levels of folders to read; folders below one that has a row are not read.
-        listed: URI -> folder, of those that earlier calls listed, which are not listed again; this call adds its own.
+        kinds: name -> what makes a row, and how deep to look for it.
 
     Raises:
         StorageError: the storage does not exist or cannot be listed.
         ServiceError: the storage failed.
     """
     check_access([uri])
-    root, listed = absolute(uri), {} if listed is None else listed
+    root = absolute(uri)
     try:
-        top = listed.get(root) or _open("", root, max_names=None)
+        top = _open("", root, max_names=None)
     except OSError as err:
         raise StorageError(f"the storage cannot be listed: {err}{what_is_there(root)}. Received: {uri!r}") from err
-    listed[root] = top
-    row = _row_or_damage(top, row_of)
-    if row is not None:
-        return [row]
-    rows, level = list[InventoryRow](), [top]
+    rows, level = {kind: list[InventoryRow]() for kind in kinds}, [_Looked.at(top, kinds)]
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in range(depth):
-            names = [name for folder in level for name in _names_below(folder)]
-            looked_at = list(pool.map(lambda name: _look(name, root, row_of, listed), names))
-            rows += [row for _, row in looked_at if row is not None]
-            level = [folder for folder, row in looked_at if folder is not None and row is None]
-    return sorted(rows, key=lambda row: (-(row.updated_s or 0.0), row.name))
+        for depth in itertools.count():
+            for looked in level:
+                for kind, row in looked.rows.items():
+                    rows[kind].append(row)
+            below = [(name, left) for looked in level if (left := looked.left(depth)) for name in looked.names]
+            if not below:
+                break
+            level = list(pool.map(lambda each: _look(each[0], root, each[1]), below))
+    return {kind: sorted(found, key=lambda row: (-(row.updated_s or 0.0), row.name)) for kind, found in rows.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """A folder that was looked at."""
+
+    names: Sequence[str]
+    """Of the folders in it."""
+    rows: Mapping[str, InventoryRow]
+    """Its row of each kind of which it is one."""
+    sought: Mapping[str, Kind]
+
+    @classmethod
+    def at(cls, folder: Folder, sought: Mapping[str, Kind]) -> "_Looked":
+        """Looks for some kinds."""
+        rows = {name: _row_or_damage(folder, kind.row_of) for name, kind in sought.items()}
+        found = {name: row for name, row in rows.items() if row is not None}
+        return cls(names=_names_below(folder), rows=found, sought=sought)
+
+    def left(self, depth: int) -> dict[str, Kind]:
+        """The kinds to look for below it, a level deeper: folders below one that has a row are not read."""
+        return {name: kind for name, kind in self.sought.items() if name not in self.rows and depth < kind.depth}
 
 
 def _names_below(folder: Folder) -> list[str]:
@@ -252,16 +288,16 @@ def _names_below(folder: Folder) -> list[str]:
     return [f"{folder.name}/{name}" if folder.name else name for name in names]
 
 
-def _look(name: str, root: str, row_of: RowOf, listed: dict[str, Folder]) -> tuple[Folder | None, InventoryRow | None]:
-    """A folder and its row; both None if the folder has disappeared in the meantime."""
+def _look(name: str, root: str, sought: Mapping[str, Kind]) -> _Looked:
+    """A folder of a storage; one that has disappeared in the meantime is empty."""
     uri = join(root, name)
     try:
-        folder = listed[uri] = listed.get(uri) or _open(name, uri, max_names=MAX_NAMES)
+        folder = _open(name, uri, max_names=MAX_NAMES)
     except FileNotFoundError:
-        return None, None
+        return _Looked(names=(), rows={}, sought={})
     except OSError as err:
-        return None, _damaged(name, uri, err)
-    return folder, _row_or_damage(folder, row_of)
+        return _Looked(names=(), rows=dict.fromkeys(sought, _damaged(name, uri, err)), sought=sought)
+    return _Looked.at(folder, sought)
 
 
 def _open(name: str, uri: str, *, max_names: int | None) -> Folder:

@@ -83,7 +83,7 @@ def mnist_cnn_bn() -> TrainJob:
 
 def mnist_vgg16() -> TrainJob:
     """python -m jobs.train mnist-vgg16 --data-dir IDX_FOLDER: frozen VGG16 at 224 px with a dense softmax on its
-    7 x 7 x 512 outputs, which are computed once. Expect 99.3 % within an hour on 2 cores, 98.9 % with 11,000 training
+    7 x 7 x 512 outputs, which are computed once. Expect 99.3 % in about an hour on 2 cores, 98.9 % with 11,000 training
     digits (--limit 11600)."""
     return TrainJob(
         data=DataConfig(data=("mnist",), validation_fraction=0.05),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from harness import Command, Recorder, private_ray, run_command
 from pages import Parts
 from PIL import Image
@@ -20,8 +21,9 @@ from mnist_dist import load_bundle
 from mnist_dist.config import DataConfig, KerasBackend
 from mnist_dist.errors import Interrupted, ResourceError, ResumeConflict, StorageError, WorkersFailed
 from mnist_dist.models.history import Epoch
-from mnist_dist.on_ray.search.search import search
+from mnist_dist.on_ray.search.search import _positions, search
 from mnist_dist.search_config import BackboneSpace, SearchConfig, SearchJob, SearchRunConfig, SearchSpace
+from mnist_dist.training.host import Measured, Position
 from mnist_dist.training.trackers import TRACKERS, End, TrackedRun
 from mnist_dist.tuning.leaderboard import SCHEMA
 from mnist_dist.tuning.trials import Trial, TrialRecords
@@ -381,6 +383,31 @@ def test_the_leaderboard_counts_the_whole_network_once_with_and_without_features
         assert row["parameters"] == model.count_params()
         parameters.append(row["parameters"])
     assert parameters[0] == parameters[1]
+
+
+@dataclass(frozen=True)
+class FakeBoard:
+    """A board's actor that always shows the same."""
+
+    position: Position | Measured | None
+
+    @property
+    def take(self) -> Any:
+        return self
+
+    def remote(self) -> Any:
+        return self.position, [], 0.0
+
+
+def test_finalists_are_shown_in_training_and_while_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    position = Position(phase="head", epoch=2, epochs=9, step=1, steps=4, loss=1, accuracy=0.5, images_per_s=0)
+    boards = (position, Measured(split="test", done=1_200, images=3_000), None)
+    running = {
+        number: (Trial(number=number, params={}, status="running"), FakeBoard(shown))
+        for number, shown in enumerate(boards)
+    }
+    assert _positions(running)[1:] == [["0", "head", "2/9", "0.5000"], ["1", "measuring", "1,200/3,000 test", ""]]
 
 
 @pytest.mark.parametrize(

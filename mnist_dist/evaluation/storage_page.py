@@ -23,7 +23,7 @@ from mnist_dist.evaluation.listing import Badge, Entry, Listing, Order, Tone
 from mnist_dist.evaluation.report import Headline, Link
 from mnist_dist.evaluation.search_page import FOLD_TABLES
 from mnist_dist.evaluation.templates import SORT_TABLES, render_page
-from mnist_dist.inventory import THREADS, Folder, InventoryRow, State, rows_below
+from mnist_dist.inventory import THREADS, InventoryRow, Kind, State, rows_of_kinds
 from mnist_dist.models.bundle import REPORT_FILE
 from mnist_dist.report_config import ReportJob
 from mnist_dist.scoring import output_row as tables
@@ -36,6 +36,12 @@ from mnist_dist.tuning.search_row import search_row
 BUNDLE_REPORT = f"bundle/{REPORT_FILE}"
 DEEPER = 1
 """Levels of folders to search beyond the usual ones: the storage of runs may be a folder of this one (`runs`)."""
+KINDS: Mapping[str, Kind] = {
+    "runs": Kind(row_of=run_row, depth=1 + DEEPER),
+    "searches": Kind(row_of=search_row, depth=1 + DEEPER),
+    "tables": Kind(row_of=tables.table_row, depth=tables.DEPTH + DEEPER),
+    "evaluations": Kind(row_of=evaluations.evaluation_row, depth=evaluations.DEPTH + DEEPER),
+}
 BADGES: Mapping[State, tuple[str, Tone]] = {
     "finished": ("finished", "plain"),
     "running": ("running", "busy"),
@@ -98,16 +104,9 @@ def look_into(uri: str) -> Held:
     Raises:
         DataError, ConfigError, ServiceError, StorageError: see `report_storage`.
     """
-    listed = dict[str, Folder]()
-    searches = rows_below(uri, search_row, depth=1 + DEEPER, listed=listed)
-    finalists = tuple(f"{row.uri}/" for row in searches)
-    runs = rows_below(uri, run_row, depth=1 + DEEPER, listed=listed)
-    found = {
-        "runs": [row for row in runs if not row.uri.startswith(finalists)],
-        "searches": searches,
-        "tables": rows_below(uri, tables.table_row, depth=tables.DEPTH + DEEPER, listed=listed),
-        "evaluations": rows_below(uri, evaluations.evaluation_row, depth=evaluations.DEPTH + DEEPER, listed=listed),
-    }
+    found = rows_of_kinds(uri, KINDS)
+    finalists = tuple(f"{row.uri}/" for row in found["searches"])
+    found["runs"] = [row for row in found["runs"] if not row.uri.startswith(finalists)]
     rows = [row for kind in found.values() for row in kind]
     if not rows:
         raise DataError(
@@ -303,8 +302,8 @@ def _unreadable(rows: Sequence[InventoryRow]) -> Listing:
 def _listing(
     name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Entry]], *, note: str = ""
 ) -> Listing:
-    """Rows with the newest first, as `rows_below` gives them; the last column is their date. Columns without any entry
-    are left out."""
+    """Rows with the newest first, as `rows_of_kinds` gives them; the last column is their date. Columns without any
+    entry are left out."""
     newest_first: Order = "descending"
     order = (len(columns) - 1, newest_first) if len(rows) > 1 else None
     return Listing(name=name, title=title, columns=columns, rows=rows, note=note, order=order).without_empty_columns()

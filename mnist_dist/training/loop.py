@@ -111,7 +111,7 @@ class Trainer:
         return self._set_metrics(self.computation.predictor(network), self.task.images, split="validation")
 
     def predict(self, indices: npt.NDArray[np.int64], network: keras.Model) -> npt.NDArray[np.float32]:
-        """Logits `float32 [n, K]` of this worker's share of the test images: `indices[rank::workers]`, in that order.
+        """Logits `float32 [n, K]` of this worker's share of test images: `indices[rank::workers]`, in that order.
 
         Raises:
             MeasuringStopped: see `measured`.
@@ -122,10 +122,11 @@ class Trainer:
         """Tells the host how far the finished network is measured.
 
         Raises:
-            MeasuringStopped: the host asks to stop. With several workers nothing is raised: the others would wait.
+            MeasuringStopped: the host asks to stop before the end. With several workers nothing is raised: the others
+                would wait.
         """
         stop = self.host.measured(Measured(split=split, done=min(done, images), images=images))
-        if stop and self.world.workers == 1:
+        if stop and done < images and self.world.workers == 1:
             raise MeasuringStopped
 
     @property

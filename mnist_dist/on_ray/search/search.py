@@ -55,6 +55,7 @@ from mnist_dist.store.anywhere import ANYWHERE, check_access, store_for
 from mnist_dist.store.lock import Fence, Lock
 from mnist_dist.store.uris import absolute, join
 from mnist_dist.training.features import FeaturePlan
+from mnist_dist.training.host import Measured, Position
 from mnist_dist.training.runs import Run
 from mnist_dist.training.trackers import check_trackers
 from mnist_dist.training.tracking import Tracking, tracked_job
@@ -973,14 +974,19 @@ def _positions(running: Mapping[Any, tuple[Trial, Any]]) -> list[list[str]]:
     rows = [["finalist", "phase", "epoch", "accuracy"]]
     for trial, board in running.values():
         try:
-            position = ray.get(board.take.remote())[0]
+            position: Position | Measured | None = ray.get(board.take.remote())[0]
         except ray.exceptions.RayError:  # a dead board ends its finalist, too, whose failure is then recorded
             continue
         if position is not None:
-            rows.append(
-                [str(trial.number), position.phase, f"{position.epoch}/{position.epochs}", f"{position.accuracy:.4f}"]
-            )
+            rows.append([str(trial.number), *_cells(position)])
     return rows
+
+
+def _cells(position: Position | Measured) -> tuple[str, str, str]:
+    """Phase, epoch and accuracy of a finalist, for display."""
+    if isinstance(position, Measured):
+        return "measuring", f"{position.done:,}/{position.images:,} {position.split}", ""
+    return position.phase, f"{position.epoch}/{position.epochs}", f"{position.accuracy:.4f}"
 
 
 def _words(error: BaseException) -> str:

@@ -48,8 +48,12 @@ class FinishedModel(Protocol):
         """Number of weights."""
 
     def logits(self, rows: npt.NDArray[np.int64]) -> Values:
-        """Logits `float32 [n, K]`, up to a constant per image, of this worker's share of some records:
-        `rows[rank::workers]`."""
+        """Logits `float32 [n, K]`, up to a constant per image, of this worker's share of test images:
+        `rows[rank::workers]`.
+
+        Raises:
+            MeasuringStopped: the host asks to stop.
+        """
 
     def write(
         self, folder: Path, info: BundleInfo, *, history: Iterable[Epoch], calibration: pa.Table | None
@@ -134,6 +138,7 @@ class JoinedModel:
 
         Raises:
             MnistDistError: they differ.
+            MeasuringStopped: see `FinishedModel`.
         """
         world = self._trainer.world
         share = rows[world.rank :: world.workers]

@@ -62,6 +62,9 @@ def predict_test(trainer: Trainer, model: FinishedModel, *, scratch: str) -> Pre
 
     Returns:
         All predictions on rank 0; on other workers only their own share.
+
+    Raises:
+        MeasuringStopped: the host asks to stop, and there are no other workers.
     """
     images, world, members = trainer.task.images, trainer.world, trainer.task.members
     rows = images.test[: trainer.test_count]
