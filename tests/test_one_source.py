@@ -94,7 +94,7 @@ def test_the_same_images_train_in_the_same_order_in_every_form(
 
 # --- whole jobs
 
-JOBS_FORMS = pytest.mark.parametrize(
+FORMS_OF_JOBS = pytest.mark.parametrize(
     "form",
     [
         form
@@ -138,7 +138,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, _ray: None) -> Path:
 
 
 @pytest.mark.slow
-@JOBS_FORMS
+@FORMS_OF_JOBS
 def test_every_form_trains_to_the_same_weights(trained: Path, tmp_path: Path, form: str) -> None:
     from mnist_dist.on_ray.training.train import train
 
@@ -173,7 +173,7 @@ def scored(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
 
 @pytest.mark.slow
-@JOBS_FORMS
+@FORMS_OF_JOBS
 def test_every_form_gives_the_same_rows(trained: Path, scored: list[dict[str, Any]], tmp_path: Path, form: str) -> None:
     inputs = InputConfig(input=FORMS[form](str(tmp_path / "images"), digits()))
     assert rows_of(str(trained / "arrays" / "bundle"), tmp_path / "table", inputs) == scored

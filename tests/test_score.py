@@ -401,7 +401,7 @@ def test_top_k_embeddings_columns_and_carried_columns(tmp_path: Path, bundle: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("embedding_type", ["float32", "float16"])
+@pytest.mark.parametrize("embedding_type", [pytest.param("float32", marks=pytest.mark.chaos), "float16"])
 def test_an_increment_joins_a_table_that_held_no_embedding_yet(
     tmp_path: Path, bundle: Path, photos: Path, embedding_type: FeatureType
 ) -> None:
@@ -837,8 +837,15 @@ def test_incremental_scores_what_is_new_or_changed_and_keeps_the_rest(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table_format", ["parquet", "delta"])
-@pytest.mark.parametrize("and_new", [False, True])
+@pytest.mark.parametrize(
+    ("table_format", "and_new"),
+    [
+        ("parquet", False),
+        ("delta", True),
+        pytest.param("parquet", True, marks=pytest.mark.chaos),
+        pytest.param("delta", False, marks=pytest.mark.chaos),
+    ],
+)
 def test_rows_of_images_that_are_gone_are_dropped_if_that_is_asked_for(
     tmp_path: Path, bundle: Path, table_format: TableFormat, and_new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

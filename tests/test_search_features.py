@@ -138,6 +138,7 @@ def test_a_resumed_search_knows_what_an_earlier_one_found_though_that_is_deleted
     assert any(line == f"known from {tmp_path / 'first'}: 2 trials" for line in console.lines)
 
 
+@pytest.mark.chaos
 def test_what_an_earlier_search_found_with_batches_that_do_not_fit_is_left_out(tmp_path: Path) -> None:
     def with_batches(name: str, *, limit: int, sizes: tuple[int, ...], **fields: Any) -> SearchJob:
         job = small_search(tmp_path, MLP, run={"name": name, "concurrent_trials": 1}, **fields)
