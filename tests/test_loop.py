@@ -217,7 +217,7 @@ def test_a_split_is_evaluated_with_the_network_given(two_phases: tuple[Trainer, 
     assert found["accuracy"] == outcome.state.best.val_accuracy
 
 
-def test_a_host_is_told_how_far_the_finished_network_is_measured(images: Images, tmp_path: Path) -> None:
+def test_how_far_the_finished_network_is_measured_is_reported(images: Images, tmp_path: Path) -> None:
     trainer, _, notes = run(small_task(images, fit=FitConfig(batch_size=5)), tmp_path)
     assert notes.seen == []
     trainer.evaluate(trainer.network)

@@ -113,7 +113,7 @@ def test_runs_and_searches_one_folder_further_down_are_found_and_finalists_are_n
     assert urllib.parse.unquote(page.links["runs/tried"]) == "runs/tried/report.html"
 
 
-def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_folder_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(str(tmp_path), tmp_path)
     listed, usual = list[str](), inventory._open
 

@@ -119,7 +119,7 @@ class Trainer:
         return self._predict(self.computation.predictor(network), self.task.images, indices, split="test")
 
     def measured(self, split: Split, done: int, images: int) -> None:
-        """Tells the host how far the finished network is measured.
+        """Reports to the host how far the finished network is measured.
 
         Raises:
             MeasuringStopped: the host asks to stop before the end. With several workers nothing is raised: the others
@@ -306,7 +306,7 @@ class Trainer:
     def _batches(
         self, images: Images, indices: npt.NDArray[np.int64], split: Split | None
     ) -> Iterator[EvaluationBatch]:
-        """This worker's batches, prepared ahead. Of a split that has a name here, the host is told of each."""
+        """This worker's batches, prepared ahead. If `split` is given, each batch is reported to the host."""
         indices, size = self._limited(indices), self._evaluation_batch
         with closing(ahead(evaluation_batches(images, indices, batch_size=size, world=self.world))) as ready:
             for number, batch in enumerate(ready, start=1):

@@ -178,8 +178,12 @@ class JoinedModel:
             )
 
     def _outputs(self, rows: npt.NDArray[np.int64], *, of_test: int = 0) -> tuple[Values, Values]:
-        """Probabilities `float32 [n, K]` and features `float32 [n, D]`; where the rows are a share of so many test
-        images, the host is told how far it is."""
+        """Probabilities `float32 [n, K]` and features `float32 [n, D]`.
+
+        Args:
+            rows: the records.
+            of_test: how many test images `rows` is a share of, to report progress to the host; 0: report nothing.
+        """
         if not len(rows):
             classes = len(self._records.class_names)
             return np.zeros((0, classes), np.float32), np.zeros((0, self._head.input_shape[1]), np.float32)
