@@ -14,6 +14,21 @@ from PIL import Image
 
 from benchmarks import seaweedfs
 
+LONG = (
+    "test_train.py",
+    "test_docs_commands.py",
+    "test_search.py",
+    "test_score.py",
+    "test_score_kills.py",
+    "test_outages.py",
+    "test_search_features.py",
+    "test_end_to_end.py",
+    "test_jax.py",
+    "test_imported_backbone.py",
+    "test_plan.py",
+)
+"""Files that take minutes in one of the tiers: `-n 2` begins with them, so that none is left alone at the end."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out `chaos` unless it is asked for by name: some cases of a slow test are `chaos`, too."""
@@ -21,6 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("chaos")]
         items[:] = [item for item in items if not item.get_closest_marker("chaos")]
         config.hook.pytest_deselected(items=left_out)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps the tests of a file together (`-n 2`), as they share its Ray and what their fixtures have made."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # by the number of tests, in which long files come last
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import psutil
+import pytest
 from PIL import Image
 
 from mnist_dist.config import ModelConfig
@@ -140,12 +141,19 @@ def title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def private_ray(*, num_cpus: int) -> Iterator[None]:
-    """A Ray of this process that takes the machine to have so many CPUs."""
+    """A Ray of this process that takes the machine to have so many CPUs; Ray Train on it reports quickly."""
     import ray
 
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    from mnist_dist.on_ray.cluster import PRIVATE_TRAIN_SETTINGS
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**PRIVATE_TRAIN_SETTINGS, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}.items():
+            environment.setenv(name, value)
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+        yield
+        ray.shutdown()
 
 
 def train_workers() -> list[psutil.Process]:

@@ -553,7 +553,7 @@ def test_peak_memory_is_sampled_while_a_program_runs(tmp_path: Path) -> None:
     assert peak_memory_bytes(["timeit", "-n1", "-r1", "import time; time.sleep(1)"], tmp_path) > 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_benchmark_measures_scoring_with_its_peers() -> None:
     pytest.importorskip("skimage", reason="photographs come with scikit-image, of the extra `bench`")
     if seaweedfs.program() is None:

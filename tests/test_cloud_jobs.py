@@ -36,18 +36,16 @@ def _ray(request: pytest.FixtureRequest) -> Iterator[None]:
     for server in ("s3_bucket", "gcs_bucket", "azure_container"):
         with contextlib.suppress(pytest.skip.Exception):
             request.getfixturevalue(server)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        with private_ray(num_cpus=4):
-            yield
+    with private_ray(num_cpus=4):
+        yield
 
 
-@pytest.fixture(params=["gcs", "azure"])
+@pytest.fixture(params=["gcs", pytest.param("azure", marks=pytest.mark.chaos)])
 def place(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-@pytest.fixture(params=["azure", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("s3", "gcs"))])
+@pytest.fixture(params=["gcs", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("s3", "azure"))])
 def storage(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 

@@ -10,7 +10,14 @@ import pytest
 from harness import is_alive
 
 from mnist_dist.errors import ConfigError, ResourceError
-from mnist_dist.on_ray.cluster import SUBMISSION_VARIABLE, Resources, Share, check_storage, share
+from mnist_dist.on_ray.cluster import (
+    PRIVATE_TRAIN_SETTINGS,
+    SUBMISSION_VARIABLE,
+    Resources,
+    Share,
+    check_storage,
+    share,
+)
 
 LAPTOP = Resources(by_node=((8, 0),))
 GPUS = Resources(by_node=((16, 2), (14, 2)))
@@ -115,7 +122,7 @@ def test_the_variable_of_a_submission_is_the_one_that_ray_sets() -> None:
 
 # A process that connects, and says what runs below it and what it has loaded.
 CONNECTS = """
-import json, sys
+import json, os, sys
 from mnist_dist.console import quiet
 quiet(verbose=False)
 import psutil, ray
@@ -124,15 +131,18 @@ assert "ray.data" not in sys.modules
 with connected(verbose=False, meanwhile="ray.data") as have:
     alive = (child for child in psutil.Process().children(recursive=True) if child.status() != "zombie")
     below = {child.pid: child.cmdline() for child in alive}
+    watcher = os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"]
     import ray.data
     rows = ray.data.range(3).map(lambda row: {"id": row["id"] + 1}).take_all()
-print(json.dumps({"cpus": have.cpus, "below": below, "rows": [row["id"] for row in rows]}))
+assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+print(json.dumps({"cpus": have.cpus, "below": below, "rows": [row["id"] for row in rows], "watcher": watcher}))
 """
 
 
 @pytest.mark.slow
 def test_a_private_ray_has_no_autoscaler_and_leaves_nothing_running() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    without = ("RAY_ADDRESS", *PRIVATE_TRAIN_SETTINGS)
+    environment = {name: value for name, value in os.environ.items() if name not in without}
     done = subprocess.run([sys.executable, "-c", CONNECTS], env=environment, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
     names = [" ".join(command) for command in said["below"].values()]
@@ -140,5 +150,6 @@ def test_a_private_ray_has_no_autoscaler_and_leaves_nothing_running() -> None:
     assert not any("/monitor.py" in name for name in names)
     assert sorted(said["rows"]) == [1, 2, 3]  # blocks come as they are done
     assert said["cpus"] >= 1
+    assert said["watcher"] == "0"
     while any(map(is_alive, map(int, said["below"]))):
         time.sleep(0.1)

@@ -781,7 +781,7 @@ def test_a_driver_that_wakes_up_late_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["finish", "replace"])
+@pytest.mark.parametrize("then", ["finish", pytest.param("replace", marks=pytest.mark.chaos)])
 def test_a_driver_that_wakes_up_late_changes_nothing_on_s3(
     templates: dict[str, Path], finished: dict[str, Seen], s3: str, then: str
 ) -> None:

@@ -5,6 +5,7 @@ uses: `photos/`, `FOLDER`, `BUNDLE`, `truth.csv`, `s3://bucket/images`. Where a 
 added that make it shorter (`SHORTER`).
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -12,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import stand_ins
 from doc_commands import PAGES, ROOT, Item, items_of
+from harness import private_ray
 
 from benchmarks.__main__ import BENCHMARKS
 from mnist_dist import command_line, inventory
@@ -182,6 +185,15 @@ def folder_of(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return make
 
 
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of one Ray for all pages but the README; where there is an S3 server, its workers know the way."""
+    with contextlib.suppress(pytest.skip.Exception):
+        request.getfixturevalue("buckets")
+    with private_ray(num_cpus=2):
+        yield ray.get_runtime_context().gcs_address
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("item", RUN, ids=lambda item: item.place)
 def test_a_command_runs(
@@ -193,8 +205,10 @@ def test_a_command_runs(
             pytest.importorskip(package, reason=f"needs {package}; runs where it is installed")
     if "s3://" in item.text:
         request.getfixturevalue("buckets")
+    address = {} if item.page == "README.md" else {"RAY_ADDRESS": request.getfixturevalue("cluster")}
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    settings = {"PATH": path, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true", **address}
+    environment = {**os.environ, **settings}  # Ray has added its token when it started
     here = folder_of(item.page)
     done = subprocess.run(started(item), cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{item.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

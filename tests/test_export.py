@@ -134,7 +134,7 @@ def check_agreement(bundle: Path, result: dict[str, Any], *, spec: ImageSpec) ->
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("spec", [GREY, pytest.param(COLOURS, marks=pytest.mark.slow)], ids=["grey", "colours"])
+@pytest.mark.parametrize("spec", [pytest.param(GREY, marks=pytest.mark.chaos), COLOURS], ids=["grey", "colours"])
 @pytest.mark.parametrize("format", ["onnx", "openvino", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_each_format_says_the_same_in_its_own_runtime(format: ExportFormat, spec: ImageSpec, tmp_path: Path) -> None:
     needs(format)

@@ -1,7 +1,6 @@
 """features: a frozen backbone's outputs, computed once, are what the phase of the head would compute itself."""
 
 import hashlib
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -14,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-import ray
-from harness import Recorder, run_command
+from harness import Recorder, private_ray, run_command
 
 from mnist_dist.config import (
     DataConfig,
@@ -593,10 +591,8 @@ def test_float32_holds_what_float16_does_not(images: Images, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with private_ray(num_cpus=4):
+        yield
 
 
 class Digits(NamedTuple):
@@ -736,7 +732,7 @@ def test_features_too_large_for_float16_name_the_flag(cluster: None, tmp_path: P
     assert not list(tmp_path.glob("_features/*/features.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_job_keeps_its_features_on_s3_and_finds_them_there(s3: str) -> None:
     flags = ["--limit=400", "--trainable=head", "--epochs=1", "--batch-size=30", "--workers=1"]
     before: list[Entry] = []

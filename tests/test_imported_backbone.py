@@ -277,13 +277,11 @@ def test_a_head_on_an_imported_backbone_becomes_one_onnx_bundle(tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        with private_ray(num_cpus=4):
-            yield
+    with private_ray(num_cpus=4):
+        yield
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_two_workers_and_a_fixed_batch_give_the_bundle_that_one_worker_gives(cluster: None, tmp_path: Path) -> None:
     any_batch, fixed = random_features(tmp_path / "any"), random_features(tmp_path / "fixed", batch_size=7)
     model = ModelConfig(backbone=str(any_batch.path), dropout=0.0)
@@ -336,7 +334,7 @@ def test_a_dry_run_computes_the_features_of_a_few_images_and_keeps_nothing(
     assert list(tmp_path.rglob("*.arrow")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # test_plan plans features, too
 def test_a_plan_forecasts_features_and_head(tmp_path: Path, backbone: Bundle) -> None:
     command = train_command(tmp_path, backbone.path)
     code, result, err = run_command(*command, "--plan")

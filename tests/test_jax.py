@@ -147,7 +147,7 @@ def on_jax(*arguments: str, devices: int = 1, backend: str = "jax") -> str:
         (("test_step.py", "test_augmentation.py"), 1),
         pytest.param(("test_step.py",), 3, marks=pytest.mark.slow),
         pytest.param(("test_loop.py",), 1, marks=pytest.mark.chaos),
-        pytest.param(("test_loop.py",), 2, marks=pytest.mark.slow),
+        pytest.param(("test_loop.py",), 2, marks=pytest.mark.chaos),
     ],
 )
 def test_the_contracts_hold_on_jax(files: tuple[str, ...], devices: int) -> None:
@@ -170,8 +170,8 @@ def test_steps_in_one_program_are_the_same_steps_one_by_one() -> None:
     on_jax("-c", LOOPS, devices=2)
 
 
-@pytest.mark.slow  # six trainings of seconds, each in its process
-@pytest.mark.parametrize("first", ["tensorflow", "jax"])
+@pytest.mark.slow  # three trainings of seconds, each in its process
+@pytest.mark.parametrize("first", ["tensorflow", pytest.param("jax", marks=pytest.mark.chaos)])
 def test_both_backends_continue_a_checkpoint_to_the_same_weights(tmp_path: Path, first: str) -> None:
     """50 steps with momentum, a schedule and augmentation. Keras draws initial weights by the backend, so both begin
     with the checkpoint of one of them."""

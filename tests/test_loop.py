@@ -472,7 +472,9 @@ def test_a_finished_run_is_left_as_it_is(whole: Whole, tmp_path: Path) -> None:
     assert (notes.positions, notes.saved) == ([], [])
 
 
-@pytest.mark.parametrize("stop_at", [1, slow(STEPS + 1), slow(2 * STEPS + 1)])
+@pytest.mark.parametrize(
+    "stop_at", [1, *(pytest.param(step, marks=pytest.mark.chaos) for step in (STEPS + 1, 2 * STEPS + 1))]
+)
 def test_a_run_with_all_methods_resumes_where_it_was(images: Images, tmp_path: Path, stop_at: int) -> None:
     task = small_task(
         images,

@@ -61,7 +61,7 @@ def test_ours_is_measured_where_only_jax_is_installed(work: str, gpu_machine: di
     assert found["flops_per_image"] == flops_per_image("cnn", 12) * (3 if work == "train" else 1)
 
 
-@pytest.mark.slow  # VGG16 and ResNet50 are compiled for both kinds of work
+@pytest.mark.chaos  # VGG16 and ResNet50 are compiled for both kinds of work
 def test_gpu_sh_runs_to_its_end_where_only_jax_is_installed(gpu_machine: dict[str, str]) -> None:
     pytest.importorskip("skimage", reason="needs scikit-image's photographs (pip install -e '.[bench]')")
     found = run(gpu_machine, str(ROOT / "benchmarks" / "gpu.sh"))

@@ -43,10 +43,8 @@ COUNT, EPOCHS = 900, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        with private_ray(num_cpus=4):
-            yield
+    with private_ray(num_cpus=4):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +87,17 @@ def final_weights(storage: Path, name: str) -> list[npt.NDArray[Any]]:
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=pytest.mark.chaos)])
-def test_1_2_and_3_workers_agree_and_the_metrics_are_those_of_scikit_learn(
+def test_1_and_3_workers_agree_and_the_metrics_are_those_of_scikit_learn(
     images: Path, tmp_path: Path, backend: KerasBackend
 ) -> None:
     results = {}
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         job = job_of(images, tmp_path, name=f"w{workers}", workers=workers)
         job = replace(job, run=replace(job.run, backend=backend))
         results[workers] = train(job, recipe="test", console=Recorder())
-    for workers in (2, 3):
-        assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-5
-        for name in ("test_mean_average_precision", "test_accuracy", "test_loss"):
-            assert results[workers][name] == pytest.approx(results[1][name], rel=1e-4)
+    assert largest_difference(final_weights(tmp_path, "w3"), final_weights(tmp_path, "w1")) <= 1e-5
+    for name in ("test_mean_average_precision", "test_accuracy", "test_loss"):
+        assert results[3][name] == pytest.approx(results[1][name], rel=1e-4)
     bundle = load_bundle(results[3]["bundle"])
     assert bundle.info.multi_label
     assert bundle.info.class_names == tuple(sorted(NAMES))
@@ -152,8 +149,10 @@ def test_a_killed_run_resumes_to_the_undisturbed_one_and_its_bundle_is_scored_an
 
 @pytest.mark.parametrize(
     "form",
-    [{"label_column": "text", "label_separator": ";"}, {"class_columns": tuple(sorted(NAMES))}],
-    ids=["text", "columns"],
+    [
+        pytest.param({"label_column": "text", "label_separator": ";"}, id="text", marks=pytest.mark.chaos),
+        pytest.param({"class_columns": tuple(sorted(NAMES))}, id="columns"),
+    ],
 )
 def test_the_forms_of_labels_give_the_same_run(images: Path, tmp_path: Path, form: dict[str, Any]) -> None:
     job = job_of(images, tmp_path, name="lists", phases=PhasesConfig(epochs=(1,)))

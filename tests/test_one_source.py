@@ -94,15 +94,11 @@ def test_the_same_images_train_in_the_same_order_in_every_form(
 
 # --- whole jobs
 
-FORMS_OF_JOBS = pytest.mark.parametrize(
-    "form",
-    [
-        form
-        if form in ("tar.zst", "webdataset-json", "hugging-face", "csv", "mixture")
-        else pytest.param(form, marks=pytest.mark.chaos)
-        for form in FORMS
-    ],
-)
+
+def forms(*slow: str) -> pytest.MarkDecorator:
+    """Each form, of which those are `slow` and the others `chaos`."""
+    marked = [form if form in slow else pytest.param(form, marks=pytest.mark.chaos) for form in FORMS]
+    return pytest.mark.parametrize("form", marked)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +134,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, _ray: None) -> Path:
 
 
 @pytest.mark.slow
-@FORMS_OF_JOBS
+@forms("tar.zst", "hugging-face")
 def test_every_form_trains_to_the_same_weights(trained: Path, tmp_path: Path, form: str) -> None:
     from mnist_dist.on_ray.training.train import train
 
@@ -173,7 +169,7 @@ def scored(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
 
 @pytest.mark.slow
-@FORMS_OF_JOBS
+@forms("tar.zst", "webdataset-json", "hugging-face", "csv", "mixture")
 def test_every_form_gives_the_same_rows(trained: Path, scored: list[dict[str, Any]], tmp_path: Path, form: str) -> None:
     inputs = InputConfig(input=FORMS[form](str(tmp_path / "images"), digits()))
     assert rows_of(str(trained / "arrays" / "bundle"), tmp_path / "table", inputs) == scored

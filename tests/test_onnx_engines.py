@@ -344,7 +344,7 @@ def test_a_backbone_without_classes_is_not_exported(tmp_path: Path) -> None:
 # --- through the job -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # test_end_to_end kills a job of scoring, too
 def test_a_job_of_openvino_is_killed_and_resumed_with_the_answers_of_the_file(tmp_path: Path) -> None:
     bundle, images, output = small_bundle(tmp_path / "bundle"), tmp_path / "images", tmp_path / "table"
     images.mkdir()

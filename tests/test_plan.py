@@ -1,6 +1,5 @@
 """Plans: the arithmetic, how a sample is taken, and real plans of small jobs."""
 
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from corpus import manifest_rows
-from harness import Recorder, an_epoch, write_spread_bundle
+from harness import Recorder, an_epoch, private_ray, write_spread_bundle
 from PIL import Image
 
 from mnist_dist.config import DataConfig, FitConfig, ModelConfig, PhasesConfig, RunConfig, TrainJob
@@ -198,10 +196,8 @@ def test_a_sample_is_split_as_the_whole_is_without_what_cannot_be_used() -> None
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
     """One Ray for the plans and jobs of this module."""
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with private_ray(num_cpus=2):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +287,7 @@ def test_scoring_takes_as_long_as_its_plan_said(tmp_path: Path, bundle: Path, ph
     assert_expected(done["seconds"], plan["expected_seconds"])
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("two_cpus")
 def test_a_plan_leaves_a_table_alone_also_where_tasks_decode(tmp_path: Path, bundle: Path, photos: Path) -> None:
     plan = plan_score(scoring(bundle, tmp_path / "table", photos, plan=True), console=Recorder())
@@ -325,7 +321,7 @@ def test_a_plan_says_why_there_is_none(tmp_path: Path, bundle: Path, photos: Pat
         plan_score(scoring(bundle, tmp_path / "table", tmp_path / "nothing", plan=True), console=Recorder())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_scoring(tmp_path: Path, bundle: Path, photos: Path) -> None:
     console = Recorder(at="scoring", then=lambda: signal.raise_signal(signal.SIGTERM))
@@ -356,7 +352,7 @@ def test_decoding_and_features_are_parts_of_a_plan(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("two_cpus")
 def test_a_signal_ends_a_plan_of_training(tmp_path: Path) -> None:
     console = Recorder(at="training", then=lambda: signal.raise_signal(signal.SIGINT))

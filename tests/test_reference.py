@@ -73,7 +73,7 @@ def test_the_table_of_searching_shows_both_cases() -> None:
     assert "together 1.25 of the pass" in table
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_trials_are_measured_with_and_without_the_cache() -> None:
     benchmark = SearchBenchmark(cases=("cache",), trials=2, epochs=1, small_images=150, peer_trials=0)
     found = search.measure(benchmark, console=Recorder())["cache"]

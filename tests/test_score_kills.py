@@ -233,8 +233,8 @@ def test_drivers_are_killed_in_the_commit(
         assert_commits_after_a_kill(tmp_path / f"{number}", all_scored, bundle, images, undisturbed, choose)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["scoring", pytest.param("committing", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("moment", ["scoring", "committing"])
 def test_an_old_table_survives_the_kill_of_a_fresh_run(
     tmp_path: Path, bundle: Path, images: Path, undisturbed_table: Path, undisturbed: Rows, moment: str
 ) -> None:

@@ -126,8 +126,8 @@ def finished_records(storage: Path) -> dict[str, tuple[bytes, int]]:
     return {name: record for name, record in found.items() if json.loads(record[0])["status"] != "running"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [pytest.param("trials", marks=pytest.mark.chaos), "finalists"])
+@pytest.mark.chaos  # test_end_to_end kills a driver, too
+@pytest.mark.parametrize("at", ["trials", "finalists"])
 def test_a_killed_driver_is_continued_by_the_same_command(tmp_path: Path, at: str) -> None:
     def is_time() -> bool:
         if at == "trials":
@@ -302,7 +302,7 @@ class Told:
         self.ends.append(end)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("two_cpus")
 def test_each_finalist_is_tracked_and_the_winner_again_with_its_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -529,7 +529,7 @@ def small_command(folder: Path, *flags: str) -> tuple[str, ...]:
     return ("jobs.search", "search-digits", *data, "--trials", "4", *flags)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_dry_run_trains_a_step_of_each_network_and_keeps_nothing(tmp_path: Path) -> None:
     code, result, err = run_command(*small_command(tmp_path, "--dry-run"))
     assert code == 0, err

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -82,9 +83,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return Seen.of(uri)
 
 
-@pytest.mark.parametrize(
-    "count", [count if count in CHOSEN else pytest.param(count, marks=pytest.mark.slow) for count in range(STEPS)]
-)
+def in_its_tier(count: int) -> Any:
+    """A step of the commit, of which each tier tries some."""
+    tier = pytest.mark.slow if count % 2 else pytest.mark.chaos
+    return count if count in CHOSEN else pytest.param(count, marks=tier)
+
+
+@pytest.mark.parametrize("count", [in_its_tier(count) for count in range(STEPS)])
 def test_a_driver_suspended_at_any_step_of_a_commit_changes_nothing_when_it_wakes_up(
     tmp_path: Path, finished: Seen, count: int
 ) -> None:

@@ -67,10 +67,8 @@ PLAIN_SGD = OptimizerConfig(optimizer="sgd", momentum=0.9)
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     """One Ray for the module, with more CPUs than the machine may have, so that three workers fit."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        with private_ray(num_cpus=4):
-            yield
+    with private_ray(num_cpus=4):
+        yield
 
 
 def small_job(storage: Path, *, workers: int = 1, epochs: int = 2, name: str = "run", **fields: Any) -> TrainJob:
@@ -178,10 +176,10 @@ def test_a_run_of_one_backend_resumes_on_the_other(tmp_path: Path, first: KerasB
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=pytest.mark.chaos)])
-def test_batch_norm_of_the_whole_batch_reaches_the_same_weights_on_1_2_and_3_workers(
+def test_batch_norm_of_the_whole_batch_reaches_the_same_weights_on_1_and_3_workers(
     tmp_path: Path, backend: KerasBackend
 ) -> None:
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         job = on_backend(small_job(tmp_path, workers=workers, name=f"w{workers}", epochs=1), backend)
         job = replace(
             job,
@@ -193,8 +191,7 @@ def test_batch_norm_of_the_whole_batch_reaches_the_same_weights_on_1_2_and_3_wor
         train(job, recipe="test", console=Recorder())
     steps = read_checkpoint(Path(Run(str(tmp_path / "w1")).newest_checkpoint() or "")).state.global_step
     assert steps == 10
-    for workers in (2, 3):
-        assert largest_difference(final_weights(tmp_path, f"w{workers}"), final_weights(tmp_path, "w1")) <= 1e-4
+    assert largest_difference(final_weights(tmp_path, "w3"), final_weights(tmp_path, "w1")) <= 1e-4
 
 
 SHAKEN_EPOCHS = 14  # what a person sees comes up to a second late: enough of them to be killed in the middle
@@ -244,6 +241,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path, backend: KerasBa
     assert largest_difference(final_weights(tmp_path), list(undisturbed_weights(backend))) <= 1e-5
 
 
+@pytest.mark.chaos  # so does a worker of a run that another backend resumes
 def test_workers_that_die_too_often_end_the_job(tmp_path: Path) -> None:
     job = shaken_job(tmp_path, "run")
     console = Recorder("epoch 1", lambda: train_workers()[0].kill())
@@ -329,9 +327,8 @@ def command(storage: Path) -> tuple[str, ...]:
     return ("jobs.train", "quickstart", "--storage", str(storage), "--name", "run", *settings.split())
 
 
-@pytest.mark.parametrize(
-    "at", [*(pytest.param(line, marks=pytest.mark.chaos) for line in ("training", "epoch 1")), "epoch 4"]
-)
+@pytest.mark.chaos  # test_end_to_end kills a driver, too
+@pytest.mark.parametrize("at", ["training", "epoch 1", "epoch 4"])
 def test_a_killed_driver_is_continued_by_the_same_command(
     tmp_path: Path, undisturbed: list[npt.NDArray[Any]], at: str
 ) -> None:
@@ -432,6 +429,12 @@ def test_a_run_makes_a_bundle_that_plain_keras_loads_and_whose_metrics_are_right
     assert bundle.info.config["fit"]["batch_size"] == 50
     assert (Path(result["bundle"]) / "history.csv").read_text().startswith("epoch,phase,loss,accuracy,val_loss")
     assert {"run_dir", "recipe", "backbone", "test_loss", "epochs", "workers", "images_per_s", "seconds"} <= set(result)
+
+
+def test_ray_train_starts_no_process_that_has_nothing_to_do(finished: Finished) -> None:
+    started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert {"TrainController", "RayTrainWorker"} <= started
+    assert not started & {"DatasetManager", "PreemptionWatcher"}
 
 
 def test_a_finished_run_is_returned_at_once(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,8 @@ from mnist_dist.side_thread import SideThread
 from mnist_dist.store.uris import is_absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of `ray job submit`.
-CONTROLLER_POLL_S = "0.5"  # Poll interval of Ray Train's controller; the default of 2 s would delay each report.
+TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # Its default of 2 s would delay each report.
+PRIVATE_TRAIN_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # A process that waits for the end of nodes.
 STARTED_TOO_SLOWLY = "timed out during startup"  # Words of `ray.init` in Ray 2.
 
 
@@ -101,22 +102,34 @@ def connected(*, verbose: bool, stop: Stop | None = None, meanwhile: str | None 
             stop.take_signals()
         yield resources()
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
     address = ray_address()
-    loading = SideThread(lambda: meanwhile and importlib.import_module(meanwhile), name="loading")
-    loading.start()
-    _start(address, verbose=verbose, stop=stop)
+    with _set(TRAIN_SETTINGS if address else TRAIN_SETTINGS | PRIVATE_TRAIN_SETTINGS):
+        loading = SideThread(lambda: meanwhile and importlib.import_module(meanwhile), name="loading")
+        loading.start()
+        _start(address, verbose=verbose, stop=stop)
+        try:
+            if stop is not None:
+                stop.take_signals()
+            loading.join()  # The import sets up loggers. If it failed, the next import of the module raises the error.
+            if address is None:
+                _end_autoscaler()
+            if not verbose:
+                logging.getLogger("ray.data").setLevel(logging.ERROR)  # It logs several lines per dataset.
+            yield resources()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets those of the variables of the environment that are not set, for the duration of a block."""
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
-        if stop is not None:
-            stop.take_signals()
-        loading.join()  # The import sets up loggers. If it failed, the next import of the module raises the error.
-        if address is None:
-            _end_autoscaler()
-        if not verbose:
-            logging.getLogger("ray.data").setLevel(logging.ERROR)  # It logs several lines per dataset.
-        yield resources()
+        yield
     finally:
-        ray.shutdown()
+        for name in missing:
+            del os.environ[name]
 
 
 def _start(address: str | None, *, verbose: bool, stop: Stop | None) -> None:

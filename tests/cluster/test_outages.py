@@ -236,6 +236,7 @@ def statuses(storage: Path) -> list[str]:
     return [trial.status for trial in records.read().values()]
 
 
+@chaos
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_searching_records_and_goes_on_when_a_host_is_gone(
     cluster: Cluster, tmp_path: Path, outage: Callable[[Host], None]

@@ -22,6 +22,7 @@ from mnist_dist.store.anywhere import ANYWHERE
 from mnist_dist.store.arrow_files import ray_storage
 from mnist_dist.training.host import Measured, Position
 
+UNUSED_CALLBACKS = ("DatasetsCallback",)  # of Ray Train: a process that hands out Ray Data's datasets; there are none
 SILENCE_S = 30.0  # of silence before a message; workers start faster than this, unless resources are missing
 
 
@@ -42,7 +43,7 @@ class Attempt:
         self._reported_waiting = False
         resources = {"CPU": share.cpus, **({"GPU": float(share.gpus)} if share.gpus else {})}
         files, path = ray_storage(task.run, ANYWHERE)
-        self._trainer = DataParallelTrainer(
+        self._trainer = _Trainer(
             loop or _worker_loop,
             backend_config=CONFIGS[task.backend](),
             train_loop_config={"task": task},
@@ -108,6 +109,13 @@ class Attempt:
             f"the network, or wait for resources (free besides them: {free.get('CPU', 0):g} CPUs, "
             f"{free.get('GPU', 0):g} GPUs)"
         )
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train without the processes that a run here has no use for."""
+
+    def _create_default_callbacks(self) -> list[Any]:  # were Ray to rename it, they would start again
+        return [made for made in super()._create_default_callbacks() if type(made).__name__ not in UNUSED_CALLBACKS]
 
 
 class _Ended(ray.train.UserCallback):
