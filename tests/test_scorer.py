@@ -315,7 +315,7 @@ def test_a_model_that_takes_less_than_it_said_gets_less(archive: pa.Table) -> No
 
 @pytest.fixture
 def _only_new_objects() -> Iterator[None]:
-    """`gc.get_objects` leaves out what there is before the test, which may be millions of objects of other tests."""
+    """Lets `gc.get_objects` skip what other tests have left in the process, which takes seconds to look through."""
     gc.freeze()
     yield
     gc.unfreeze()

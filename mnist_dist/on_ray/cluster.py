@@ -32,7 +32,7 @@ from mnist_dist.store.uris import is_absolute, is_remote
 
 SUBMISSION_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of `ray job submit`.
 TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # Its default of 2 s would delay each report.
-PRIVATE_TRAIN_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # A process that waits for the end of nodes.
+PRIVATE_TRAIN_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # Its process waits for nodes to leave.
 STARTED_TOO_SLOWLY = "timed out during startup"  # Words of `ray.init` in Ray 2.
 
 
